@@ -1,0 +1,103 @@
+"""Defaults, derived sizes, and errors that come before any model is loaded and say what to change."""
+
+import re
+
+import pytest
+
+from trl_entropy import DrGRPOConfig
+
+CPU = {"output_dir": "unused", "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+
+
+def config(**settings):
+    return DrGRPOConfig(**(CPU | settings))
+
+
+def test_defaults_are_dr_grpo_on_the_full_distribution():
+    args = config()
+    assert (args.loss_type, args.scale_rewards, args.beta) == ("dr_grpo", "none", 0.0)
+    assert (args.top_k, args.top_p, args.temperature, args.min_p) == (0, 1.0, 1.0, None)
+    assert args.logging_steps == 1 and not args.logging_nan_inf_filter
+    assert args.truncated_sampling() == ""
+    assert args.enabled_probes() == []
+
+
+@pytest.mark.parametrize(("prompts", "micro_batch", "steps"), [(16, 128, 1), (16, 64, 2), (16, 8, 16), (1, 8, 1)])
+def test_num_prompts_per_step_sets_the_accumulation(prompts, micro_batch, steps):
+    args = config(num_prompts_per_step=prompts, per_device_train_batch_size=micro_batch, num_generations=8)
+    assert args.gradient_accumulation_steps == steps
+    assert args.generation_batch_size == prompts * 8
+
+
+def test_num_prompts_per_step_counts_processes():
+    args = config(per_device_train_batch_size=32, num_generations=8)
+    args.num_prompts_per_step = 16
+    args._set_accumulation(world_size=2)
+    assert args.gradient_accumulation_steps == 2
+
+
+def proposals(error) -> list[int]:
+    return [
+        int(size)
+        for size in re.search(r"per_device_train_batch_size=(\d+)(?: or (\d+))?,", str(error)).groups()
+        if size
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_prompts_per_step": 15, "per_device_train_batch_size": 64},
+        {"num_prompts_per_step": 3, "per_device_train_batch_size": 16},
+        {"per_device_train_batch_size": 12},
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_sizes_that_do(sizes):
+    with pytest.raises(ValueError) as error:
+        config(num_generations=8, **sizes)
+    for size in proposals(error.value):
+        config(num_generations=8, **(sizes | {"per_device_train_batch_size": size}))
+
+
+def test_proposed_number_of_prompts_divides():
+    with pytest.raises(ValueError, match="num_prompts_per_step a multiple of 8") as error:
+        config(num_generations=8, num_prompts_per_step=15, per_device_train_batch_size=64)
+    assert proposals(error.value)
+    config(num_generations=8, num_prompts_per_step=16, per_device_train_batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, "num_generations is 1.*2 or more"),
+        (
+            {"num_prompts_per_step": 16, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
+            "needs gradient_accumulation_steps=2.*Remove one",
+        ),
+        ({"length_normalizer": "longest"}, "length_normalizer is 'longest'; use one of"),
+        ({"length_normalizer": "group_max", "loss_type": "dapo"}, "means nothing for loss_type='dapo'"),
+        ({"kl_every": -1}, "kl_every is -1"),
+        ({"optimizer_state_probe": True, "optimizer_state_probe_every": 0}, "optimizer_state_probe_every is 0"),
+        ({"use_transformers_continuous_batching": True, "bf16": True}, "casts the trained float32 weights"),
+        ({"stop_at_answer": True, "mask_truncated_completions": True}, "stop_at_answer.*mask_truncated_completions"),
+    ],
+)
+def test_refused_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"top_k": 50}, "top_k=50"),
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"min_p": 0.1}, "min_p=0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+        ({"generation_kwargs": {"top_k": 20}}, "top_k=20"),
+        ({"generation_kwargs": {"typical_p": 0.5}}, "typical_p=0.5"),
+    ],
+)
+def test_truncated_sampling_is_found(settings, named):
+    assert config(**settings).truncated_sampling() == named

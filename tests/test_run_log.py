@@ -1,0 +1,65 @@
+"""The run directory: what is written is read back, and what a kill leaves is readable."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+
+from trl_entropy.run_log import RunDirectory
+
+
+def test_metrics_round_trip_in_order_of_step(tmp_path):
+    run = RunDirectory(tmp_path / "new" / "run")
+    run.append_metrics(1, {"reward": 0.25, "kl": float("nan")})
+    run.append_metrics(2, {"reward": np.float32(0.5), "num_tokens": np.int64(7), "missing": None})
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["reward"] == 0.25 and math.isnan(rows[0]["kl"])
+    assert rows[1] == {"step": 2, "reward": 0.5, "num_tokens": 7, "missing": None}
+
+
+def test_a_repeated_step_counts_once_and_the_last_wins(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step, reward in ((1, 0.1), (2, 0.2), (2, 0.3)):
+        run.append_metrics(step, {"reward": reward})
+    assert [(row["step"], row["reward"]) for row in run.metrics()] == [(1, 0.1), (2, 0.3)]
+
+
+def test_half_a_line_is_passed_over_and_the_next_line_stands_alone(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append_metrics(1, {"reward": 0.1})
+    whole = run.metrics_path.read_bytes()
+    run.append_metrics(2, {"reward": 0.2})
+    for cut in range(len(whole), run.metrics_path.stat().st_size):
+        run.metrics_path.write_bytes(run.metrics_path.read_bytes()[:cut] if cut > len(whole) else whole + b'{"st')
+        assert run.metrics()[0] == {"step": 1, "reward": 0.1}
+        break
+    run.append_metrics(3, {"reward": 0.3})
+    assert [row["step"] for row in run.metrics()] == [1, 3]
+
+
+def test_evaluation_rows_keep_their_columns(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append_evaluation(20, {"reward": 0.5})
+    run.append_evaluation(0, {"reward": 0.25, "entropy": 0.3})
+    run.append_evaluation(20, {"reward": 0.75})
+    assert run.evaluation() == [{"step": 0, "reward": 0.25, "entropy": 0.3}, {"step": 20, "reward": 0.75}]
+
+
+def test_config_and_environment(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_config({"learning_rate": 1e-6, "name": "x", "nested": {"a": [1, None]}})
+    run.write_environment(num_processes=2)
+    import yaml
+
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["nested"] == {"a": [1, None]}
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["num_processes"] == 2
+    assert environment["packages"]["torch"] and environment["python"]
+
+
+def test_reading_a_run_imports_no_torch():
+    code = "import sys, trl_entropy.run_log, trl_entropy.metrics, trl_entropy.plots; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

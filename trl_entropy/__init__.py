@@ -1,0 +1,31 @@
+"""trl_entropy: measure, predict and explain how one optimizer step changes a policy's entropy in GRPO training."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trl_entropy._versions import warn_if_untested
+
+if TYPE_CHECKING:
+    from trl_entropy.config import DrGRPOConfig as DrGRPOConfig
+    from trl_entropy.probes import Probe as Probe
+    from trl_entropy.trainer import DrGRPOTrainer as DrGRPOTrainer
+
+__version__ = "0.1.0"
+
+# Loaded on first use: reading a run directory on a laptop must not import torch or TRL.
+_EXPORTS = {
+    "DrGRPOConfig": "trl_entropy.config",
+    "DrGRPOTrainer": "trl_entropy.trainer",
+    "Probe": "trl_entropy.probes",
+}
+__all__ = ["DrGRPOConfig", "DrGRPOTrainer", "Probe", "__version__"]
+
+warn_if_untested()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'trl_entropy' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

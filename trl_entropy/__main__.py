@@ -1,0 +1,25 @@
+"""`trl-entropy NAME ...` runs `trl_entropy.NAME`'s `main`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train as a config file says (under accelerate launch for more than one process)",
+    "report": "draw the figures of a run",
+}
+
+
+def main() -> None:
+    """Run the command named first on the command line."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        print(f"usage: trl-entropy COMMAND [options]\n\n{lines}\n\ntrl-entropy COMMAND --help shows its options.")
+        sys.exit(0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else f"trl-entropy: no command {sys.argv[1]!r}")
+    module = importlib.import_module(f"trl_entropy.{sys.argv[1]}")
+    module.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""`DrGRPOConfig`: TRL's `GRPOConfig` with the Dr-GRPO defaults, the probes' toggles, and one early check."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+logger = logging.getLogger(__name__)
+
+LENGTH_NORMALIZERS = ("max_completion_length", "group_max")
+
+# Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
+FULL_SUPPORT_PROBES: tuple[str, ...] = ()
+
+
+def _toggle(help: str, default: Any = False, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DrGRPOConfig(GRPOConfig):
+    """
+    Arguments of [`DrGRPOTrainer`]: those of [`~trl.GRPOConfig`], with other defaults and the fields below.
+
+    Defaults that differ from TRL's: `loss_type="dr_grpo"`, `scale_rewards="none"`, `beta=0`, `top_k=0`, `top_p=1`,
+    `temperature=1`, `logging_steps=1`, `logging_nan_inf_filter=False` (a NaN loss is logged as NaN).
+
+    Parameters:
+        length_normalizer (`str`, *optional*, defaults to `"max_completion_length"`):
+            L_i of equation (T2): `"max_completion_length"` (Dr. GRPO) or `"group_max"` (the longest completion of the
+            prompt's group, in tokens).
+        num_prompts_per_step (`int`, *optional*):
+            Prompts of one optimizer step over all processes. Sets `gradient_accumulation_steps` from the number of
+            processes and the micro-batch.
+        stop_at_answer (`bool`, *optional*, defaults to `False`):
+            End a completion with its closing answer tag; what the sampler drew after it is dropped.
+        kl_every (`int`, *optional*, defaults to `0`):
+            Steps between measurements of the KL divergence to the start policy when `beta=0`; 0 turns it off.
+        effective_sample_size_probe, optimizer_state_probe (`bool`, *optional*, defaults to `False`):
+            Probes; each has its cadence in steps, `<probe>_every`.
+
+    Raises:
+        ValueError: for sizes that do not divide, fewer than 2 generations, sampling or masking that a probe's
+            equation excludes, continuous batching in bf16. Raised before any model is loaded.
+    """
+
+    loss_type: str = field(default="dr_grpo", metadata={"help": "Loss of the step; see TRL's GRPOConfig."})
+    scale_rewards: str = field(
+        default="none", metadata={"help": "Divide advantages by a standard deviation: 'none' (T1), 'group', 'batch'."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens only; 0: from all."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two log lines."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and Inf losses from the logs."})
+
+    length_normalizer: str = _toggle(
+        "L_i of the Dr-GRPO loss (T2), in tokens: 'max_completion_length' or 'group_max'.",
+        default="max_completion_length",
+        choices=list(LENGTH_NORMALIZERS),
+    )
+    num_prompts_per_step: int | None = _toggle(
+        "Prompts of one optimizer step over all processes; sets gradient_accumulation_steps.", default=None
+    )
+    stop_at_answer: bool = _toggle("End completions at the closing answer tag.")
+    kl_every: int = _toggle(
+        "Steps between measurements of the KL to the start policy when beta=0; 0: never.", default=0
+    )
+
+    effective_sample_size_probe: bool = _toggle("Log the effective sample size of the loss weights (T3).")
+    effective_sample_size_probe_every: int = _toggle("Steps between two measurements.", default=1)
+    optimizer_state_probe: bool = _toggle("Log percentiles and counts of tiny values of the optimizer's moments.")
+    optimizer_state_probe_every: int = _toggle("Steps between two measurements.", default=1)
+
+    def __post_init__(self) -> None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._check_group_size()
+        self._set_accumulation(world_size)
+        self._check_divisibility(world_size)
+        super().__post_init__()
+        if self.world_size != world_size:
+            raise ValueError(
+                f"WORLD_SIZE is {world_size} but {self.world_size} processes take part; batch sizes were checked for "
+                "the former. Start with `accelerate launch` or `torchrun`."
+            )
+        self._check_loss()
+        self._check_sampler()
+        self._check_probes()
+
+    def _check_group_size(self) -> None:
+        if self.num_generations is None or self.num_generations < 2:
+            raise ValueError(
+                f"num_generations is {self.num_generations}; a group of at least 2 completions is needed, since the "
+                "advantage is the reward minus its group's mean. Set num_generations to 2 or more (8 is usual)."
+            )
+
+    def _set_accumulation(self, world_size: int) -> None:
+        """Derive `gradient_accumulation_steps` from `num_prompts_per_step`."""
+        if self.num_prompts_per_step is None:
+            return
+        completions = self.num_prompts_per_step * self.num_generations
+        per_micro_step = world_size * self.per_device_train_batch_size
+        if completions <= 0 or completions % per_micro_step:
+            fitting = _divisors_near(completions // world_size, self.per_device_train_batch_size, self.num_generations)
+            multiple = math.lcm(per_micro_step, self.num_generations) // self.num_generations
+            raise ValueError(
+                f"num_prompts_per_step={self.num_prompts_per_step} x num_generations={self.num_generations} = "
+                f"{completions} completions a step do not divide into {world_size} process(es) x "
+                f"per_device_train_batch_size={self.per_device_train_batch_size}. "
+                + _proposal("per_device_train_batch_size", fitting, f"num_prompts_per_step a multiple of {multiple}")
+            )
+        steps = completions // per_micro_step
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"num_prompts_per_step={self.num_prompts_per_step} needs gradient_accumulation_steps={steps} "
+                f"({completions} completions / {world_size} process(es) / {self.per_device_train_batch_size} a "
+                f"micro-batch), got {self.gradient_accumulation_steps}. Remove one of the two settings."
+            )
+        self.gradient_accumulation_steps = steps
+        logger.info("num_prompts_per_step=%d: gradient_accumulation_steps set to %d", self.num_prompts_per_step, steps)
+
+    def _check_divisibility(self, world_size: int) -> None:
+        """The generation batch holds whole groups (TRL's rule, checked earlier and with a proposal)."""
+        if self.generation_batch_size is not None:
+            return  # TRL checks it against the rest
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        batch = world_size * self.per_device_train_batch_size * steps
+        if batch % self.num_generations:
+            above = -(-batch // self.num_generations) * self.num_generations
+            fitting = [size for size in range(1, above + 1) if (world_size * steps * size) % self.num_generations == 0]
+            nearest = sorted(fitting, key=lambda size: abs(size - self.per_device_train_batch_size))[:2]
+            raise ValueError(
+                f"{world_size} process(es) x per_device_train_batch_size={self.per_device_train_batch_size} x {steps} "
+                f"step(s) = {batch} completions hold no whole number of groups of num_generations="
+                f"{self.num_generations}. "
+                + _proposal("per_device_train_batch_size", sorted(nearest), f"num_generations a divisor of {batch}")
+            )
+
+    def _check_loss(self) -> None:
+        if self.length_normalizer not in LENGTH_NORMALIZERS:
+            raise ValueError(f"length_normalizer is {self.length_normalizer!r}; use one of {LENGTH_NORMALIZERS}.")
+        if self.length_normalizer == "group_max" and self.loss_type != "dr_grpo":
+            raise ValueError(
+                f"length_normalizer='group_max' rescales the Dr-GRPO loss (T2) and means nothing for loss_type="
+                f"{self.loss_type!r}. Set loss_type='dr_grpo' or length_normalizer='max_completion_length'."
+            )
+        if self.kl_every < 0:
+            raise ValueError(f"kl_every is {self.kl_every}; use 0 (off) or a number of steps.")
+
+    def _check_sampler(self) -> None:
+        if self.use_transformers_continuous_batching and self.bf16:
+            raise ValueError(
+                "use_transformers_continuous_batching=True with bf16=True casts the trained float32 weights to "
+                "bfloat16 in place at the first rollout; at small learning rates almost none of them moves after "
+                "that. Set use_transformers_continuous_batching=False or bf16=False."
+            )
+        if self.stop_at_answer and self.mask_truncated_completions:
+            raise ValueError(
+                "stop_at_answer=True ends completions without an end token, and mask_truncated_completions=True would "
+                "mask them all as truncated. Turn one of the two off."
+            )
+
+    def _check_probes(self) -> None:
+        for name in self.enabled_probes():
+            if getattr(self, f"{name}_every") < 1:
+                raise ValueError(f"{name}_every is {getattr(self, f'{name}_every')}; use 1 or more steps.")
+        sensitive = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
+        if not sensitive:
+            return
+        if truncation := self.truncated_sampling():
+            raise ValueError(
+                f"{', '.join(sensitive)}: the estimators hold for completions drawn from the policy's full "
+                f"distribution, but {truncation} changes it. Set top_k=0, top_p=1, min_p=None, repetition_penalty=1, "
+                "or turn the probe off."
+            )
+        if self.mask_truncated_completions:
+            raise ValueError(
+                f"{', '.join(sensitive)}: mask_truncated_completions=True drops completions by their outcome, which "
+                "biases every estimator. Set mask_truncated_completions=False, or turn the probe off."
+            )
+
+    def enabled_probes(self) -> list[str]:
+        """Names of the probes that are turned on."""
+        return [name for name in self.__dataclass_fields__ if name.endswith("_probe") and getattr(self, name)]
+
+    def truncated_sampling(self) -> str:
+        """The sampling settings that keep tokens from being drawn with the policy's probability; empty if none."""
+        full = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0, None)}
+        extra = self.generation_kwargs or {}
+        found = {name: extra.get(name, getattr(self, name)) for name in full}
+        narrowed = {name: value for name, value in found.items() if value not in full[name]}
+        known = {*full, "stop", "stop_strings", "include_stop_str_in_output", "max_tokens", "seed"}
+        narrowed |= {name: value for name, value in extra.items() if name not in known}
+        return ", ".join(f"{name}={value}" for name, value in narrowed.items())
+
+
+def _divisors_near(total: int, wanted: int, group: int, num: int = 2) -> list[int]:
+    """Divisors of `total` nearest to `wanted`, those that hold whole groups first."""
+    divisors = [size for size in range(1, total + 1) if total % size == 0]
+    whole = [size for size in divisors if size % group == 0]
+    return sorted(sorted(whole or divisors, key=lambda size: abs(size - wanted))[:num])
+
+
+def _proposal(field_name: str, values: list[int], otherwise: str) -> str:
+    if not values:
+        return f"Make {otherwise}."
+    return f"Try {field_name}={' or '.join(map(str, values))}, or make {otherwise}."

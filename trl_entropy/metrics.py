@@ -1,0 +1,70 @@
+"""
+The table of every metric key that trl_entropy adds: name, unit, how it is reduced over ranks and micro-batches.
+
+TRL's own keys (`reward`, `entropy`, `clip_ratio/*`, `completions/*`, ...) keep TRL's meaning; those that the console
+and the figures use are listed too. Imports no torch: a laptop that only reads run directories needs this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One key of `metrics.jsonl`: `reduce` says what crosses ranks and micro-batches before the one division."""
+
+    name: str
+    unit: str
+    help: str
+    reduce: str = "sum"
+
+
+_TRL = [
+    Metric("reward", "reward", "mean over the completions of the generation batch", "TRL"),
+    Metric("loss", "reward", "loss of the step, mean over micro-batches and ranks", "TRL"),
+    Metric("grad_norm", "1", "norm of the accumulated gradient before clipping", "TRL"),
+    Metric("learning_rate", "1", "learning rate that this step used", "TRL"),
+    Metric("step_time", "s", "seconds of the optimizer step, generation included", "TRL"),
+    Metric("entropy", "nats/token", "mean over micro-batches of TRL's token mean; see entropy/policy", "TRL"),
+    Metric(
+        "kl", "nats/token", "KL to the start policy (k3 estimate): TRL's when beta > 0, else every kl_every", "sum"
+    ),
+]
+
+_STEP = [
+    Metric("entropy/policy", "nats/token", "sum of token entropies / number of tokens of the step's completions"),
+    Metric("entropy/surprisal", "nats/token", "sum of -log pi of the sampled tokens / number of tokens"),
+    Metric("ratio/mean", "1", "importance ratio pi/pi_old, mean over tokens"),
+    Metric("ratio/max", "1", "largest importance ratio", "max"),
+    Metric("ratio/median", "1", "median importance ratio, to the width of a histogram bin", "histogram"),
+    Metric("ratio/p90", "1", "90th percentile of the importance ratio, to the width of a histogram bin", "histogram"),
+    Metric("ratio/p99", "1", "99th percentile of the importance ratio, to the width of a histogram bin", "histogram"),
+    Metric("completions/think_length", "tokens", "mean length of the text before </think>, where there is one"),
+    Metric("completions/answered", "1", "share of completions that stopped at the closing answer tag"),
+]
+
+_PROBES = [
+    Metric("ess/loss_weights", "completions", "effective sample size of the loss weights (T3)"),
+    Metric("ess/importance_weights", "completions", "effective sample size of the sequence ratios (T3)"),
+    Metric("ess/num_completions", "completions", "completions with a non-zero advantage"),
+]
+
+_OPTIMIZER_STATE = [
+    Metric(f"optimizer_state/{moment}_p{percent}", "1", f"{percent}th percentile of |{moment}|", "none")
+    for moment in ("exp_avg", "exp_avg_sq")
+    for percent in (1, 10, 50, 90, 99)
+] + [
+    Metric("optimizer_state/exp_avg_sq_num_zero", "parameters", "coordinates never updated (exp_avg_sq = 0)", "none"),
+    Metric("optimizer_state/exp_avg_sq_num_below_eps_sq", "parameters", "coordinates with sqrt(v) below eps", "none"),
+]
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TRL + _STEP + _PROBES + _OPTIMIZER_STATE}
+
+
+def unit(key: str) -> str:
+    """Unit of a key; `<key>_stderr` has its key's unit, `time/*` is in seconds. Empty when unknown (a user's own)."""
+    key = key.removeprefix("eval_").removesuffix("_stderr")
+    if key.startswith("time/"):
+        return "s"
+    return METRICS[key].unit if key in METRICS else ""

@@ -1,0 +1,55 @@
+"""Figures from the rows of a run directory. Every function takes and returns axes; colours are colour-blind safe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from trl_entropy.metrics import unit
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+
+Rows = Sequence[dict[str, Any]]
+
+
+def series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of `key`, over the rows that have it."""
+    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str, **style: Any) -> Axes:
+    """Draw `key` over steps."""
+    steps, values = series(rows, key)
+    axes.plot(steps, values, color=color, label=label, **style)
+    axes.set_xlabel("optimizer step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def plot_reward(axes: Axes, metrics: Rows) -> Axes:
+    """Mean reward of each step's own completions."""
+    plot_key(axes, metrics, "reward", "training batch", BLUE, lw=1.2)
+    axes.set(title="Reward", ylabel="mean reward")
+    return axes
+
+
+def plot_pass_at_1(axes: Axes, evaluation: Rows) -> Axes:
+    """pass@1 on held-out problems: the mean reward of sampled completions."""
+    plot_key(axes, evaluation, "reward", "held out", ORANGE, marker="o", lw=1.5)
+    axes.set(title="Held-out pass@1", ylabel="share of completions right", ylim=(0, 1))
+    return axes
+
+
+def plot_entropy(axes: Axes, metrics: Rows, evaluation: Rows) -> Axes:
+    """Policy entropy of the training batches and of held-out completions."""
+    plot_key(axes, metrics, "entropy/policy", "training batch", BLUE, lw=1.2)
+    plot_key(axes, evaluation, "entropy", "held out", ORANGE, marker="o", lw=1.5)
+    axes.set(title="Policy entropy", ylabel=unit("entropy/policy"))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return axes

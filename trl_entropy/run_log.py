@@ -1,0 +1,165 @@
+"""
+The run directory: the only writer, and the reader.
+
+    runs/<name>/  config.yaml  environment.json  metrics.jsonl (one line a step)  tensorboard/  checkpoint-N/
+                  completions/  probes/<probe>/step_000012.safetensors  evaluation/metrics.csv  report/
+
+Every write is a whole line or a whole file moved into place, so a run killed at any moment stays readable. Imports no
+torch and no transformers: a laptop without either opens any run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
+_ENVIRONMENT_PREFIXES = ("ACCELERATE_", "CUDA_", "HF_HUB_", "OMP_NUM_", "TORCH_", "NCCL_", "WORLD_SIZE")
+
+
+class RunDirectory:
+    """
+    Paths, writer and reader of one run.
+
+    Args:
+        path: the directory; made at the first write.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.evaluation_path = self.path / "evaluation" / "metrics.csv"
+        self.tensorboard_path = self.path / "tensorboard"
+        self.report_path = self.path / "report"
+
+    # ---- writer
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write `config.yaml`: every setting of the run, resolved."""
+        import yaml
+
+        self._replace("config.yaml", yaml.safe_dump(_plain(config), sort_keys=True, allow_unicode=True))
+
+    def write_environment(self, **extra: Any) -> None:
+        """Write `environment.json`: versions, machine, command line, code revision, and `extra`."""
+        self._replace("environment.json", json.dumps(_plain({**describe_environment(), **extra}), indent=2))
+
+    def append_metrics(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`; a step is the update from theta_(s-1) to theta_s."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._end_last_line()
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **_plain(scalars)}) + "\n")
+
+    def append_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Put one row into `evaluation/metrics.csv`, in place of an older one of the same step."""
+        rows = [row for row in self.evaluation() if row["step"] != step] + [{"step": step, **_plain(scalars)}]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        self.evaluation_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.evaluation_path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.evaluation_path)
+
+    def _end_last_line(self) -> None:
+        """A run killed inside a write leaves half a line: end it, so that the next line stands alone."""
+        if not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0:
+            return
+        with open(self.metrics_path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    # ---- reader
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of `metrics.jsonl` in order of step; half a line is passed over, of equal steps the last wins."""
+        if not self.metrics_path.exists():
+            return []
+        rows: dict[int, dict[str, Any]] = {}
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the run was killed inside this line, or is writing it now
+            rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
+
+    def evaluation(self) -> list[dict[str, Any]]:
+        """Rows of `evaluation/metrics.csv` in order of step, numbers as numbers."""
+        if not self.evaluation_path.exists():
+            return []
+        with open(self.evaluation_path, newline="", encoding="utf-8") as file:
+            rows = [{name: _number(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
+        return sorted(rows, key=lambda row: row["step"])
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine, command line, code revision: what a later reader needs to run it again."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_commit": _git_commit(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT_PREFIXES)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this file belongs to, with `+` when it has uncommitted changes."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+def _plain(value: Any) -> Any:
+    """`value` with only JSON and YAML types: scalars of numpy and torch become numbers, the rest its string."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | float | bool | None):
+        return value.value if hasattr(value, "value") else value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,184 @@
+"""Train: `accelerate launch --config_file launch/cpu.yaml -m trl_entropy.train --config configs/quickstart.yaml`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_entropy.console import ConsoleProgress, plain_text, quiet_libraries
+from trl_entropy.run_log import RunDirectory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+    from trl_entropy.config import DrGRPOConfig
+    from trl_entropy.trainer import DrGRPOTrainer
+
+EMBEDDED_MODEL = "embedded"
+TASKS = ("word_problems", "gsm8k")
+
+
+@dataclass
+class TaskArguments:
+    """What is trained on; the settings of training itself are [`DrGRPOConfig`], those of the model `ModelConfig`."""
+
+    task: str = field(default="word_problems", metadata={"help": "The task.", "choices": list(TASKS)})
+    dataset_path: str = field(
+        default="openai/gsm8k", metadata={"help": "gsm8k: name on the hub, or a local JSONL file or folder."}
+    )
+    num_train_problems: int = field(default=4096, metadata={"help": "Problems to train on, at most."})
+    num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems to evaluate on, at most."})
+    max_prompt_length: int = field(default=200, metadata={"help": "gsm8k: drop prompts of more tokens than this."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["tag_pref"], metadata={"help": "Functions of trl_entropy.rewards, summed."}
+    )
+
+
+def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, ModelConfig]:
+    """Read the command line and its `--config` file; every error in a setting is raised here, before any loading."""
+    from trl import ModelConfig, TrlParser
+
+    from trl_entropy import rewards
+    from trl_entropy.config import DrGRPOConfig
+
+    parser = TrlParser([TaskArguments, DrGRPOConfig, ModelConfig])
+    parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL)
+    task, args, model = parser.parse_args_and_config(argv)
+    unknown = [name for name in task.reward_funcs if not callable(getattr(rewards, name, None))]
+    if unknown:
+        raise ValueError(f"reward_funcs: {unknown} not in trl_entropy.rewards; there are {rewards.REWARDS}.")
+    if model.use_peft and model.lora_dropout:
+        raise ValueError(
+            f"lora_dropout is {model.lora_dropout}: with dropout the policy that is updated is not the one that "
+            "sampled, and old and new log-probabilities differ by noise. Set lora_dropout=0."
+        )
+    if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"{args.output_dir} already holds a run. Choose another --output_dir, continue it with "
+            "--resume_from_checkpoint, or move it away."
+        )
+    return task, args, model
+
+
+def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset]:
+    """Problems to train on and held-out problems, with columns `prompt`, `answer`, `prompt_id`."""
+    if task.task == "word_problems":
+        from trl_entropy.data.word_problems import load_word_problems
+
+        return (
+            load_word_problems("train", task.num_train_problems, seed=seed),
+            load_word_problems("test", task.num_eval_problems, seed=0),
+        )
+    from trl_entropy.data.gsm8k import load_gsm8k
+
+    def load(split: str, most: int) -> Dataset:
+        dataset = load_gsm8k(task.dataset_path, split, tokenizer, task.max_prompt_length)
+        return dataset.select(range(min(most, len(dataset))))
+
+    return load("train", task.num_train_problems), load("test", task.num_eval_problems)
+
+
+def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> DrGRPOTrainer:
+    """Model, data, rewards and trainer, as the settings say."""
+    from transformers import AutoTokenizer, ProgressCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_entropy import rewards
+    from trl_entropy.trainer import DrGRPOTrainer
+
+    name = model.model_name_or_path
+    if name == EMBEDDED_MODEL:
+        from trl_entropy.sft import warm_start
+
+        name = str(warm_start(seed=args.seed))
+    else:
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), **_model_init_kwargs(model)}
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+    train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(RunDirectory(args.output_dir).tensorboard_path))
+    trainer = DrGRPOTrainer(
+        model=name,
+        reward_funcs=[getattr(rewards, function) for function in task.reward_funcs],
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(ConsoleProgress)
+    return trainer
+
+
+def _model_init_kwargs(model: ModelConfig) -> dict[str, Any]:
+    settings = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, train, report."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("trl_entropy").setLevel(logging.INFO)
+    quiet_libraries()
+    try:
+        task, args, model = parse(argv)
+    except ValueError as error:
+        sys.exit(f"Error in the settings: {error}")
+    if int(os.environ.get("RANK", "0")) > 0:
+        logging.getLogger("trl_entropy").setLevel(logging.WARNING)
+    trainer = build_trainer(task, args, model)
+    _say_start(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.is_world_process_zero():
+        _say_end(trainer)
+
+
+def _say_start(trainer: DrGRPOTrainer) -> None:
+    args, accelerator = trainer.args, trainer.accelerator
+    prompts = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    logging.getLogger("trl_entropy").info(
+        "Dr-GRPO: %d steps of %d prompts x %d completions on %d process(es), %s; run directory %s; probes: %s",
+        args.max_steps,
+        prompts // args.num_generations,
+        args.num_generations,
+        accelerator.num_processes,
+        accelerator.device,
+        args.output_dir,
+        ", ".join(args.enabled_probes()) or "none",
+    )
+
+
+def _say_end(trainer: DrGRPOTrainer) -> None:
+    """Write the figure; say what changed and where everything lies."""
+    from trl_entropy.report import write_report
+
+    run = RunDirectory(trainer.args.output_dir)
+    evaluation = run.evaluation()
+    if len(evaluation) > 1:
+        first, last = evaluation[0], evaluation[-1]
+        print(
+            f"held-out pass@1 {first['reward']:.1%} -> {last['reward']:.1%}, "
+            f"entropy {first['entropy']:.3f} -> {last['entropy']:.3f} nats/token "
+            f"(steps {first['step']} -> {last['step']})"
+        )
+    if trainer._logs["completion"]:
+        completion = trainer._logs["completion"][-1]
+        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+        print(f"a completion: {plain_text(text)[:300].strip()}")
+    figure = write_report(Path(run.path))
+    print(f"metrics {run.metrics_path}\nfigure  {figure}")
+
+
+if __name__ == "__main__":
+    main()
