@@ -66,6 +66,11 @@ class UpdateEvents(TrainerCallback):
         if self.trainer.engine is not None:
             self.trainer.engine.update_done()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.end_step()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

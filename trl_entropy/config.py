@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 LENGTH_NORMALIZERS = ("max_completion_length", "group_max")
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
-FULL_SUPPORT_PROBES: tuple[str, ...] = ()
+FULL_SUPPORT_PROBES = ("entropy_probe",)
+ENTROPY_PROBE_SOURCES = ("held_out", "eval")
 
 
 def _toggle(help: str, default: Any = False, **metadata: Any) -> Any:
@@ -41,8 +42,9 @@ class DrGRPOConfig(GRPOConfig):
             End a completion with its closing answer tag; what the sampler drew after it is dropped.
         kl_every (`int`, *optional*, defaults to `0`):
             Steps between measurements of the KL divergence to the start policy when `beta=0`; 0 turns it off.
-        effective_sample_size_probe, optimizer_state_probe (`bool`, *optional*, defaults to `False`):
-            Probes; each has its cadence in steps, `<probe>_every`.
+        entropy_probe, effective_sample_size_probe, optimizer_state_probe (`bool`, *optional*, defaults to `False`):
+            Probes; each has its cadence in steps, `<probe>_every`. The entropy probe's own settings begin with
+            `entropy_`; `probe_batch_size` and `probe_files_keep` hold for all probes.
 
     Raises:
         ValueError: for sizes that do not divide, fewer than 2 generations, sampling or masking that a probe's
@@ -68,6 +70,23 @@ class DrGRPOConfig(GRPOConfig):
     stop_at_answer: bool = _toggle("End completions at the closing answer tag.")
     kl_every: int = _toggle(
         "Steps between measurements of the KL to the start policy when beta=0; 0: never.", default=0
+    )
+
+    entropy_probe: bool = _toggle("Measure and predict the entropy change of a step (T6)-(T11), nats per token.")
+    entropy_probe_every: int = _toggle("Steps between two measurements.", default=1)
+    entropy_probe_prompts: int = _toggle(
+        "Prompts of the probe batch over all processes, one completion each.", default=64
+    )
+    entropy_probe_source: str = _toggle(
+        "Source of the probe's prompts: 'held_out' (training prompts not in this step) or 'eval' (eval_dataset).",
+        default="held_out",
+        choices=list(ENTROPY_PROBE_SOURCES),
+    )
+    entropy_second_order: bool = _toggle("Also predict to second order before the step (T10); AdamW only.")
+    entropy_placebo: bool = _toggle("Also predict from an earlier step's update: its slope must be 0.")
+    probe_batch_size: int = _toggle("Completions that a probe scores at a time; halved on out-of-memory.", default=64)
+    probe_files_keep: int | None = _toggle(
+        "Newest probe files to keep of each probe; 0: none, unset: all.", default=None
     )
 
     effective_sample_size_probe: bool = _toggle("Log the effective sample size of the loss weights (T3).")
@@ -167,6 +186,8 @@ class DrGRPOConfig(GRPOConfig):
         for name in self.enabled_probes():
             if getattr(self, f"{name}_every") < 1:
                 raise ValueError(f"{name}_every is {getattr(self, f'{name}_every')}; use 1 or more steps.")
+        if self.entropy_probe:
+            self._check_entropy_probe()
         sensitive = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
         if not sensitive:
             return
@@ -180,6 +201,25 @@ class DrGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"{', '.join(sensitive)}: mask_truncated_completions=True drops completions by their outcome, which "
                 "biases every estimator. Set mask_truncated_completions=False, or turn the probe off."
+            )
+
+    def _check_entropy_probe(self) -> None:
+        if self.entropy_probe_source not in ENTROPY_PROBE_SOURCES:
+            raise ValueError(
+                f"entropy_probe_source is {self.entropy_probe_source!r}; use one of {ENTROPY_PROBE_SOURCES}."
+            )
+        prompts, world = self.entropy_probe_prompts, self.world_size
+        if prompts < 4 * world or prompts % world:
+            fitting = max(4, round(prompts / world)) * world
+            raise ValueError(
+                f"entropy_probe_prompts is {prompts}: it must be a multiple of the {world} process(es), at least 4 "
+                f"each, for a standard error on each half. Try entropy_probe_prompts={fitting}."
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.entropy_second_order and "adamw" not in optimizer:
+            raise ValueError(
+                f"entropy_second_order plans the step by AdamW's equation (T4), optim is {optimizer}. Set "
+                "optim='adamw_torch_fused', or entropy_second_order=False."
             )
 
     def enabled_probes(self) -> list[str]:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One key of `metrics.jsonl`: `reduce` says what crosses ranks and micro-batches before the one division."""
+    """
+    One key of `metrics.jsonl`. `reduce` says what crosses ranks and micro-batches before the one division: sums, a
+    maximum, a histogram, or (`"E"`) the per-completion sums of the probe batch.
+    """
 
     name: str
     unit: str
@@ -59,7 +62,51 @@ _OPTIMIZER_STATE = [
     Metric("optimizer_state/exp_avg_sq_num_below_eps_sq", "parameters", "coordinates with sqrt(v) below eps", "none"),
 ]
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _TRL + _STEP + _PROBES + _OPTIMIZER_STATE}
+_CHANGES = {
+    "measured": "measured change (T7), per-decision weights",
+    "linear": "first-order prediction (T8)",
+    "second_order": "second-order prediction before the step (T10)",
+    "trapezoid": "trapezoid after the step (T10)",
+}
+_ENTROPY = (
+    [
+        Metric("entropy/probe", "nats/token", "entropy of the probe batch E before the step", "E"),
+        Metric("entropy/num_completions", "completions", "size of E", "E"),
+        Metric("entropy/importance_ess", "completions", "effective sample size of E after the step (T3)", "E"),
+        Metric("entropy/noise_floor", "nats/token", "change by scoring E in other chunks, nothing moved", "E"),
+        Metric("entropy/delta_measured_model", "nats/token", "change of the model in training's own precision", "E"),
+        Metric("entropy/delta_measured_sequence", "nats/token", "measured change, sequence weights (T6)", "E"),
+        Metric("entropy/delta_linear_sequence", "nats/token", "first order, sequence form (T8)", "E"),
+        Metric("entropy/delta_cov_natural", "nats/token", "rival: -Cov(log pi, A) over the step's tokens (T11)", "E"),
+        Metric("entropy/delta_cov_policy_gradient", "nats/token", "rival: -Cov(log pi, pi A) (T11)", "E"),
+    ]
+    + [Metric(f"entropy/delta_{name}", "nats/token", text, "E") for name, text in _CHANGES.items()]
+    + [
+        Metric(f"entropy/half_{half}_{name}", "nats/token", f"{text}, on half {half} of E's prompts", "E")
+        for half in "ab"
+        for name, text in _CHANGES.items()
+    ]
+    + [
+        Metric(f"entropy/error_{name}", "nats/token", f"{text} minus measured, on the same completions", "E")
+        for name, text in _CHANGES.items()
+        if name != "measured"
+    ]
+    + [
+        Metric(f"entropy/integral_{name}", "nats/token", f"entropy at the start plus every {text} since", "E")
+        for name, text in _CHANGES.items()
+    ]
+    + [
+        Metric(f"entropy/{kind}_{statistic}", "1", f"{statistic} of measured on predicted over the steps so far", "E")
+        for kind in (
+            [f"same_sample_{name}" for name in _CHANGES if name != "measured"]
+            + [f"cross_{name}" for name in _CHANGES]
+            + ["placebo"]
+        )
+        for statistic in ("slope", "corrected_slope", "correlation", "r_squared", "ceiling_r_squared")
+    ]
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TRL + _STEP + _PROBES + _OPTIMIZER_STATE + _ENTROPY}
 
 
 def unit(key: str) -> str:

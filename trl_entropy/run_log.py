@@ -72,6 +72,29 @@ class RunDirectory:
             writer.writerows(rows)
         temporary.replace(self.evaluation_path)
 
+    def write_probe_file(
+        self, probe: str, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, Any], keep: int | None
+    ) -> Path:
+        """
+        Write `probes/<probe>/step_000012.safetensors` and drop the oldest files beyond the newest `keep` (None: all).
+
+        Args:
+            tensors: torch tensors by name.
+            metadata: scalars; `step` is added.
+        """
+        from safetensors.torch import save_file
+
+        folder = self.path / "probes" / probe
+        folder.mkdir(parents=True, exist_ok=True)
+        target, temporary = folder / f"step_{step:06d}.safetensors", folder / f".step_{step:06d}.tmp"
+        values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(values, temporary, {name: str(value) for name, value in {"step": step, **metadata}.items()})
+        temporary.replace(target)
+        if keep is not None:
+            for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
+                old.unlink()
+        return target
+
     def _end_last_line(self) -> None:
         """A run killed inside a write leaves half a line: end it, so that the next line stands alone."""
         if not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0:

@@ -5,6 +5,8 @@ Overrides only: every one calls `super()`, and was written against trl 1.16 and 
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from trl_entropy.console import printing_plain_text
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.engine import Engine, UpdateContext, build_engine, snapshot_parameters, swapped_parameters
 from trl_entropy.probes import PROBES, Probe
+from trl_entropy.probes.probe_batch import draw_prompts, own_randomness, pack_completions, prompt_key
 from trl_entropy.rollouts import (
     RolloutBatch,
     answer_end,
@@ -28,6 +31,8 @@ from trl_entropy.rollouts import (
     stopping_at,
     whole_group_shuffling,
 )
+from trl_entropy.run_log import RunDirectory
+from trl_entropy.scores import Completions
 from trl_entropy.step_statistics import StepStatistics
 
 
@@ -56,7 +61,7 @@ class DrGRPOTrainer(GRPOTrainer):
         if args is not None and not isinstance(args, DrGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; DrGRPOTrainer needs a DrGRPOConfig.")
         args = args or DrGRPOConfig(output_dir="DrGRPO")
-        toggled = [PROBES[name](every=getattr(args, f"{name}_every")) for name in args.enabled_probes()]
+        toggled = [PROBES[name].from_config(args) for name in args.enabled_probes()]
         super().__init__(
             model,
             reward_funcs,
@@ -66,6 +71,7 @@ class DrGRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         self.engine: Engine | None = None
+        self._probe_seconds: dict[str, float] = defaultdict(float)
         self._num_groups = 0
         self._micro_batches: list[dict[str, Any]] = []
         self._scored: tuple[Tensor, Tensor] | None = None
@@ -93,9 +99,17 @@ class DrGRPOTrainer(GRPOTrainer):
         for probe in self._probes():
             if probe.wants(self.step):
                 metrics: dict[str, Any] = {}
+                start = time.perf_counter()
                 getattr(probe, event)(
-                    self.args, self.state, self.control, metrics=metrics, accelerator=self.accelerator, **kwargs
+                    self.args,
+                    self.state,
+                    self.control,
+                    metrics=metrics,
+                    trainer=self,
+                    accelerator=self.accelerator,
+                    **kwargs,
                 )
+                self._probe_seconds[probe.name] += time.perf_counter() - start
                 self.record(metrics)
 
     # ---- the update
@@ -114,6 +128,11 @@ class DrGRPOTrainer(GRPOTrainer):
     def _send_update(self, event: str, update: UpdateContext) -> None:
         self._send(event, update=update, engine=self.engine, rollouts=self._rollouts)
 
+    def end_step(self) -> None:
+        """Log how long each probe took in this step, seconds."""
+        self.record({f"time/{name}": seconds for name, seconds in self._probe_seconds.items()})
+        self._probe_seconds.clear()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.engine is not None and self.accelerator.sync_gradients:
@@ -131,6 +150,8 @@ class DrGRPOTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.model.training:
+            self._step_prompts = {prompt_key(row["prompt"]) for row in inputs}
         batch = super()._generate_and_score_completions(inputs)
         num_rows, rank = len(inputs), self.accelerator.process_index
         training = self.model.training
@@ -167,6 +188,49 @@ class DrGRPOTrainer(GRPOTrainer):
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if count:
             self.record({"completions/think_length": total / count})
+
+    # ---- what probes need
+
+    def draw_probe_batch(self, num_prompts: int, source: str, step: int) -> Completions:
+        """
+        This process's share of a probe batch drawn from the policy as it is, one completion a prompt.
+
+        Training is left as it was: random state, order of its prompts, metrics.
+
+        Args:
+            num_prompts: over all processes.
+            source: `"held_out"`: training prompts that are not among this step's; `"eval"`: `eval_dataset`.
+            step: seeds the draw, with the run's seed.
+        """
+        dataset = self.train_dataset if source == "held_out" else self.eval_dataset
+        exclude = self._step_prompts if source == "held_out" else ()
+        rank, share = self.accelerator.process_index, num_prompts // self.accelerator.num_processes
+        prompts = draw_prompts(dataset, num_prompts, exclude, (self.args.seed, step))[
+            rank * share : (rank + 1) * share
+        ]
+        with own_randomness((self.args.seed, step, rank), self.accelerator.device):
+            prompt_ids, images, fields = self._tokenize_prompts(prompts)
+            completion_ids, _ = self._generate_single_turn(prompt_ids, images, fields, 1)
+        return pack_completions(
+            prompt_ids, completion_ids, rank * share, self._tokenizer.pad_token_id, self.accelerator.device
+        )
+
+    def write_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
+        """Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective."""
+        gathered = {}
+        for name, rows in tensors.items():
+            if rows.ndim > 1:  # prompts are padded on the left, completions on the right
+                whole_row = name in ("input_ids", "attention_mask")
+                rows = self.accelerator.pad_across_processes(rows, dim=1, pad_first=whole_row)
+            gathered[name] = self.accelerator.gather(rows)
+        if self.is_world_process_zero() and self.args.probe_files_keep != 0:
+            metadata = {
+                "temperature": self.temperature,
+                "learning_rate": self._get_learning_rate(),
+                "sampler": "policy",
+            }
+            run = RunDirectory(self.args.output_dir)
+            run.write_probe_file(probe, step, gathered, metadata, self.args.probe_files_keep)
 
     # ---- completions that stop at the answer
 

@@ -1,13 +1,15 @@
 """Probes: TrainerCallbacks that decide when to measure and which estimator to use; no arithmetic."""
 
 from trl_entropy.probes.effective_sample_size import EffectiveSampleSizeProbe
+from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.optimizer_state import OptimizerStateProbe
 from trl_entropy.probes.probe import Probe
 
 # Toggle in DrGRPOConfig -> the probe that it turns on.
 PROBES: dict[str, type[Probe]] = {
+    "entropy_probe": EntropyProbe,
     "effective_sample_size_probe": EffectiveSampleSizeProbe,
     "optimizer_state_probe": OptimizerStateProbe,
 }
 
-__all__ = ["PROBES", "EffectiveSampleSizeProbe", "OptimizerStateProbe", "Probe"]
+__all__ = ["PROBES", "EffectiveSampleSizeProbe", "EntropyProbe", "OptimizerStateProbe", "Probe"]

@@ -32,6 +32,11 @@ class Probe(TrainerCallback):
             raise ValueError(f"{type(self).__name__}: every is {every}; use 1 or more steps.")
         self.every = every
 
+    @classmethod
+    def from_config(cls, args: DrGRPOConfig) -> Probe:
+        """The probe that the toggle `<name>_probe` turns on."""
+        return cls(every=getattr(args, f"{cls.name}_probe_every"))
+
     def wants(self, step: int) -> bool:
         """Whether step `step` (1, 2, ...) is measured; the trainer sends the events below on these steps only."""
         return step % self.every == 0

@@ -1,0 +1,52 @@
+"""Starts a script as a user does, `accelerate launch --config_file launch/<engine>.yaml`, with a deadline."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def launch(engine: str, script: Path, *args: str, scratch: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Runs `script` under `launch/<engine>.yaml`; kills the whole group of processes at the deadline.
+
+    Args:
+        engine: `cpu`, `ddp-cpu`, `zero2-cpu`, ..., or the path of another accelerate YAML.
+        scratch: for DeepSpeed's compiled ops, so that no lock of another run is waited for.
+        timeout: seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: with what it had written.
+    """
+    config = engine if engine.endswith(".yaml") else str(REPOSITORY / "launch" / f"{engine}.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    command += ["--main_process_port", str(free_port()), str(script), *args]
+    # Nothing that an outer launcher or another test set may choose the engine.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(scratch), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except BaseException:  # the deadline, or pytest's own: nothing may keep running
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        print(output[-8000:])
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output)

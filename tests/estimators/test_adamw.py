@@ -1,0 +1,92 @@
+"""The closed form against torch.optim.AdamW itself, and its parts against their sum."""
+
+import pytest
+import torch
+
+from trl_entropy.estimators.adamw import (
+    AdamWSettings,
+    adamw_moments,
+    adamw_update,
+    adamw_update_parts,
+    gradient_coefficient,
+    preconditioner,
+)
+
+BETAS, EPS = (0.9, 0.98), 1e-3  # an eps that shows
+
+
+def run_torch(dtype, lrs=(0.1, 0.02, 0.05), max_norm=1.0):
+    """Three clipped steps of torch's AdamW on two groups, with and without decay; what went in and what came out."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(3, 2, generator=generator, dtype=dtype)) for _ in range(2)]
+    groups = [{"params": [p], "weight_decay": wd} for p, wd in zip(params, (0.1, 0.0), strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=lrs[0], betas=BETAS, eps=EPS)
+    for step, lr in enumerate(lrs, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for param in params:
+            param.grad = torch.randn(3, 2, generator=generator, dtype=dtype)
+        grads, before = (
+            [t.clone() for t in tensors] for tensors in ([p.grad for p in params], [p.detach() for p in params])
+        )
+        moments = [
+            [optimizer.state[p][key].clone() if step > 1 else torch.zeros_like(p.detach()) for p in params]
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
+        norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+        clip_factor = min(1.0, max_norm / (float(norm) + 1e-6))
+        optimizer.step()
+        for i, param in enumerate(params):
+            settings = AdamWSettings(lr, BETAS, EPS, groups[i]["weight_decay"])
+            inputs = (before[i], grads[i], moments[0][i], moments[1][i], step, settings, clip_factor)
+            yield inputs, param.detach() - before[i], optimizer.state[param]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 3e-7)])
+def test_update_is_that_of_torch(dtype, tolerance):
+    for inputs, change, _ in run_torch(dtype):
+        torch.testing.assert_close(adamw_update(*inputs), change, rtol=0, atol=tolerance)
+        assert inputs[-1] < 0.9  # clipping is at work
+
+
+def test_moments_are_those_of_torch():
+    for inputs, _, state in run_torch(torch.float64):
+        exp_avg, exp_avg_sq = adamw_moments(*inputs[1:4], BETAS, inputs[-1])
+        torch.testing.assert_close(exp_avg, state["exp_avg"], rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(exp_avg_sq, state["exp_avg_sq"], rtol=1e-13, atol=1e-15)
+
+
+def test_parts_against_their_equations():
+    """(T5), with M at its value in (T4): the one with this step's gradient in it."""
+    for inputs, change, state in run_torch(torch.float64):
+        param, grad, exp_avg, _, step, settings, clip_factor = inputs
+        v_hat = state["exp_avg_sq"] / (1 - BETAS[1] ** step)
+        metric = 1 / (v_hat.sqrt() + EPS)
+        torch.testing.assert_close(preconditioner(state["exp_avg_sq"], step, BETAS[1], EPS), metric)
+        parts = adamw_update_parts(*inputs)
+        correction = settings.lr / (1 - BETAS[0] ** step)
+        torch.testing.assert_close(parts.momentum, -correction * BETAS[0] * metric * exp_avg)
+        torch.testing.assert_close(parts.weight_decay, -settings.lr * settings.weight_decay * param)
+        torch.testing.assert_close(parts.gradient, -correction * 0.1 * clip_factor * metric * grad)
+        torch.testing.assert_close(sum(parts), change, rtol=0, atol=1e-14)
+
+
+def test_shares_of_completions_add_up_to_the_gradient_part():
+    *_, (inputs, _, state) = run_torch(torch.float64)
+    _, grad, *_, step, settings, clip_factor = inputs
+    shares = torch.rand(5, 1, 1, dtype=torch.float64) * torch.ones(5, 3, 2, dtype=torch.float64)
+    shares = shares + (grad - shares.sum(0)) / 5
+    metric = preconditioner(state["exp_avg_sq"], step, BETAS[1], EPS)
+    updates = -gradient_coefficient(settings, step, clip_factor) * metric * shares
+    torch.testing.assert_close(updates.sum(0), adamw_update_parts(*inputs).gradient)
+
+
+def test_before_the_first_step_there_is_no_metric():
+    assert preconditioner(torch.zeros(2), 0, 0.999, 1e-8).isnan().all()
+
+
+def test_arguments_are_left_alone():
+    for inputs, *_ in run_torch(torch.float64):
+        copies = [t.clone() for t in inputs[:4]]
+        adamw_update(*inputs)
+        assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, inputs, strict=False))

@@ -1,0 +1,132 @@
+"""Standard errors against loops, simulation and reweighting; the t quantile against the integral of the density."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_entropy.estimators.estimate import (
+    Estimate,
+    Linearization,
+    cluster_sums,
+    delta_method,
+    student_t_quantile,
+)
+
+
+def student_t_cdf(t, dof):
+    """1/2 plus the integral of the density from 0 to t, by Simpson's rule in s = atan(x / sqrt(dof))."""
+    s = torch.linspace(0, math.atan(abs(t) / math.sqrt(dof)), 20_001, dtype=torch.float64)
+    log_constant = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - math.log(math.pi) / 2
+    density = (dof - 1) * s.cos().log() + log_constant
+    weights = torch.full_like(s, 2.0)
+    weights[1::2], weights[0], weights[-1] = 4.0, 1.0, 1.0
+    return 0.5 + math.copysign(float((weights * density.exp()).sum() * (s[1] - s[0]) / 3), t)
+
+
+@pytest.mark.parametrize("dof", [1.0, 2.0, 2.5, 7.0, 31.0, 127.0, 2000.0, 1e5])
+@pytest.mark.parametrize("probability", [0.025, 0.4, 0.6, 0.9, 0.975, 0.99995])
+def test_t_quantile_inverts_the_integral_of_the_density(probability, dof):
+    assert student_t_cdf(student_t_quantile(probability, dof), dof) == pytest.approx(probability, abs=1e-10)
+
+
+def test_t_quantile_closed_forms_and_limits():
+    assert student_t_quantile(0.975, 1.0) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-13)  # Cauchy
+    assert student_t_quantile(0.975, 2.0) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-13)
+    assert student_t_quantile(0.5, 5.0) == pytest.approx(0.0, abs=1e-15)
+    assert student_t_quantile(0.975, 1e6) == pytest.approx(student_t_quantile(0.975, math.inf), rel=2e-6)
+    assert 0.5 * (1 + math.erf(student_t_quantile(0.9, math.inf) / math.sqrt(2))) == pytest.approx(0.9, abs=1e-12)
+    assert all(math.isnan(student_t_quantile(0.975, dof)) for dof in (0.0, -1.0, math.nan))
+
+
+def test_interval_is_the_value_and_a_t_margin_either_side():
+    low, high = Estimate(3.0, 0.5, 7.0, 16).interval(0.9)
+    assert (low + high) / 2 == pytest.approx(3.0)
+    assert high - low == pytest.approx(2 * 0.5 * student_t_quantile(0.95, 7.0))
+    assert all(math.isnan(edge) for edge in Estimate(3.0, math.nan, 0.0, 1).interval())
+
+
+def test_cluster_sums_over_scattered_indices():
+    values, index = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([7, 3, 7, 5])
+    assert cluster_sums(values, index).tolist() == [2.0, 8.0, 5.0]
+
+
+def test_clustered_standard_error_against_loops():
+    values = torch.tensor([0.3, 1.0, -2.0, 0.7, 5.0, 1.1], dtype=torch.float64)
+    index = [0, 0, 1, 2, 2, 2]
+    mean = sum(values.tolist()) / 6
+    total = 0.0
+    for p in range(3):
+        total += sum(float(values[i]) - mean for i in range(6) if index[i] == p) ** 2
+    estimate = delta_method(lambda m: m[0], values[:, None]).estimate(torch.tensor(index))
+    assert estimate.value == pytest.approx(mean)
+    assert estimate.stderr == pytest.approx(math.sqrt(3 / 2 * total) / 6)
+    assert (estimate.dof, estimate.num_samples) == (2, 6)
+
+
+def test_clusters_of_one_give_the_textbook_error_of_a_mean():
+    values = torch.randn(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    estimate = delta_method(lambda m: m[0], values).estimate(torch.arange(40))
+    assert estimate.stderr == pytest.approx(float(values.std()) / math.sqrt(40))
+
+
+def test_one_prompt_has_no_standard_error():
+    estimate = delta_method(lambda m: m[0], torch.ones(4, 1)).estimate(torch.zeros(4, dtype=torch.long))
+    assert estimate.value == 1.0
+    assert math.isnan(estimate.stderr)
+
+
+def test_influence_is_the_derivative_with_respect_to_a_completions_weight():
+    statistics = torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def function(m):
+        return m[0] * m[1].exp() / m[2]
+
+    linearization, step = delta_method(function, statistics), 1e-6
+    for i in range(6):
+        weights = torch.full((6,), 1.0 / 6, dtype=torch.float64)
+        weights[i] += step
+        moved = function(weights / weights.sum() @ statistics)
+        assert float((moved - linearization.value) / step) == pytest.approx(
+            float(linearization.influence[i]), rel=1e-4
+        )
+    assert float(linearization.influence.sum()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_arithmetic_is_paired():
+    data = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    first, second = (delta_method(lambda m, j=j: m[j], data) for j in range(2))
+    index = torch.arange(50)
+    difference = (2.0 * first - second).estimate(index)
+    expected = delta_method(lambda m: m[0], 2 * data[:, :1] - data[:, 1:]).estimate(index)
+    assert difference.value == pytest.approx(expected.value)
+    assert difference.stderr == pytest.approx(expected.stderr)
+    assert isinstance(first + second, Linearization)
+    assert (first + first).estimate(index).stderr == pytest.approx(2 * first.estimate(index).stderr)
+
+
+def test_intervals_of_clustered_means_cover():
+    """Members of a cluster share an effect: clustered intervals cover 95 %, those that ignore clusters far less."""
+    generator, num_prompts, num_generations, reps = torch.Generator().manual_seed(3), 12, 4, 1500
+    index = torch.arange(num_prompts).repeat_interleave(num_generations)
+    covered = torch.zeros(2)
+    for _ in range(reps):
+        shared = torch.randn(num_prompts, dtype=torch.float64, generator=generator)[index]
+        values = shared + torch.randn(len(index), dtype=torch.float64, generator=generator)
+        linearization = delta_method(lambda m: m[0], values[:, None])
+        for j, clusters in enumerate((index, torch.arange(len(index)))):
+            low, high = linearization.estimate(clusters).interval()
+            covered[j] += low <= 0 <= high
+    binomial_error = math.sqrt(0.95 * 0.05 / reps)
+    assert abs(covered[0] / reps - 0.95) < 3.5 * binomial_error
+    assert covered[1] / reps < 0.95 - 10 * binomial_error
+
+
+@given(st.permutations(range(8)))
+def test_order_of_completions_does_not_matter(order):
+    order = torch.tensor(order)
+    data, index = torch.arange(16.0).view(8, 2).sin(), torch.arange(8) // 2
+    whole, permuted = (delta_method(lambda m: m[0] / m[1], d) for d in (data, data[order]))
+    assert permuted.estimate(index[order]).stderr == pytest.approx(whole.estimate(index).stderr, rel=1e-12)

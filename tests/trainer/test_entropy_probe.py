@@ -1,0 +1,185 @@
+"""The entropy probe in training: numbers against a recomputation, no trace in training, files that recompute it all."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from transformers import TrainerCallback
+
+from trl_entropy.precision import float64_reference
+from trl_entropy.run_log import RunDirectory
+
+PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return Dataset.from_dict(
+        {"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben", "Cem", "Dia") for i in range(8)]}
+    )
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def without_clocks(rows):
+    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
+
+
+class KeepParameters(TrainerCallback):
+    def __init__(self, model):
+        self.model, self.points = model, []
+        self.keep()
+
+    def keep(self):
+        self.points.append({n: p.detach().double().clone() for n, p in self.model.named_parameters()})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.keep()
+
+
+def probe_file(run, step):
+    with safe_open(run.path / "probes" / "entropy" / f"step_{step:06d}.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+def entropy_float64(model, point, rows, sampling=None):
+    """(T6) by loops in float64, with the score of every token."""
+    with float64_reference(model):
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(point[name])
+        with torch.no_grad():
+            logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits
+    width = rows["completion_mask"].shape[1]
+    log_probs = logits[:, -width - 1 : -1].log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    logps = log_probs.gather(2, rows["input_ids"][:, -width:, None]).squeeze(2)
+    sampling = logps if sampling is None else sampling
+    numerator = denominator = 0.0
+    for i, length in enumerate(rows["completion_mask"].sum(1).tolist()):
+        log_weight = 0.0
+        for k in range(length):
+            numerator += math.exp(log_weight) * entropy[i, k].item()
+            denominator += math.exp(log_weight)
+            log_weight += (logps[i, k] - sampling[i, k]).item()
+    return numerator / denominator, logps
+
+
+def test_changes_are_those_of_a_float64_recomputation(make_trainer):
+    trainer = make_trainer(max_steps=2, entropy_second_order=True, **PROBE)
+    keep = KeepParameters(trainer.model)
+    trainer.add_callback(keep)
+    trainer.train()
+    run = RunDirectory(trainer.args.output_dir)
+    for step, row in enumerate(run.metrics(), start=1):
+        rows, metadata = probe_file(run, step)
+        assert metadata["step"] == str(step)
+        before, after = keep.points[step - 1], keep.points[step]
+        start, sampling = entropy_float64(trainer.model, before, rows)
+        measured = entropy_float64(trainer.model, after, rows, sampling)[0] - start
+        assert row["entropy/probe"] == pytest.approx(start, rel=1e-5)
+        assert row["entropy/delta_measured"] == pytest.approx(measured, rel=1e-3)
+
+        def along(scale, before=before, after=after, rows=rows, sampling=sampling):
+            point = {name: before[name] + scale * (after[name] - before[name]) for name in before}
+            return entropy_float64(trainer.model, point, rows, sampling)[0]
+
+        e = 1e-3
+        slope = (along(e) - along(-e)) / (2 * e)
+        slope_after = (along(1 + e) - along(1 - e)) / (2 * e)
+        curvature = (along(e) - 2 * start + along(-e)) / e**2
+        assert row["entropy/delta_linear"] == pytest.approx(slope, rel=1e-3)
+        assert row["entropy/delta_trapezoid"] == pytest.approx((slope + slope_after) / 2, rel=1e-3)
+        assert row["entropy/delta_second_order"] == pytest.approx(slope + curvature / 2, rel=3e-3)
+        assert torch.allclose(rows["logps_before"].double(), sampling * rows["completion_mask"], atol=1e-4)
+
+
+def test_probe_batch_is_independent_of_the_step(make_trainer, problems):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(set(trainer._step_prompts))
+
+    trainer = make_trainer(max_steps=3, dataset=problems, callbacks=[Look()], **PROBE)
+    trainer.train()
+    for step in (1, 2, 3):
+        rows, _ = probe_file(RunDirectory(trainer.args.output_dir), step)
+        width = rows["input_ids"].shape[1] - rows["completion_mask"].shape[1]
+        prompts = {
+            trainer._tokenizer.decode(ids[:width][mask[:width].bool()])
+            for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
+        }
+        assert len(prompts) == 8 and not prompts & seen[step - 1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"lora": True, "lora_dropout": 0.1},
+        {"num_iterations": 2},
+        {"loss_type": "dapo"},
+        {"optim": "sgd", "plain_optimizer": True},
+    ],
+    ids=str,
+)
+def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, settings):
+    from peft import LoraConfig
+
+    settings = dict(settings)
+    lora, dropout = settings.pop("lora", False), settings.pop("lora_dropout", 0.0)
+    second_order = not settings.pop("plain_optimizer", False)
+    runs = []
+    for probes in ({}, PROBE | {"entropy_second_order": second_order, "entropy_placebo": True}):
+        config = (
+            LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM") if lora else None
+        )
+        trainer = make_trainer(
+            max_steps=3, dataset=problems, peft_config=config, disable_dropout=False, **probes, **settings
+        )
+        trainer.train()
+        runs.append((flat(trainer.model), without_clocks(RunDirectory(trainer.args.output_dir).metrics())))
+    (off, off_rows), (on, on_rows) = runs
+    assert torch.equal(off, on)
+    for off_row, on_row in zip(off_rows, on_rows, strict=True):
+        assert off_row.items() <= on_row.items()
+        assert on_row["entropy/delta_measured_stderr"] > 0
+
+
+def test_every_promised_quantity_is_logged(make_trainer, problems):
+    from trl_entropy.metrics import METRICS
+
+    trainer = make_trainer(
+        max_steps=5, dataset=problems, entropy_second_order=True, entropy_placebo=True, probe_files_keep=2, **PROBE
+    )
+    trainer.train()
+    run = RunDirectory(trainer.args.output_dir)
+    rows = run.metrics()
+    promised = {name for name in METRICS if name.startswith("entropy/") and METRICS[name].reduce == "E"}
+    promised -= {"entropy/noise_floor", "entropy/delta_measured_model"}
+    assert promised <= rows[-1].keys(), promised - rows[-1].keys()
+    assert 0 <= rows[0]["entropy/noise_floor"] < 1e-5
+    assert rows[0]["time/entropy"] > 0
+    assert len(list((run.path / "probes" / "entropy").glob("*"))) == 2
+    total = rows[0]["entropy/probe"] + sum(row["entropy/delta_linear"] for row in rows)
+    assert rows[-1]["entropy/integral_linear"] == pytest.approx(total)
+
+
+def test_a_broken_step_is_said_and_training_goes_on(make_trainer, problems):
+    """A step with a zero gradient moves nothing: the measured change is zero, not an error."""
+    trainer = make_trainer(
+        max_steps=3,
+        dataset=problems,
+        reward_funcs=lambda completion_ids, **kwargs: [1.0] * len(completion_ids),
+        **PROBE,
+    )
+    trainer.train()
+    for row in RunDirectory(trainer.args.output_dir).metrics():
+        assert row["grad_norm"] == 0
+        assert row["entropy/delta_linear"] == 0 and row["entropy/delta_measured"] == 0

@@ -1,0 +1,100 @@
+"""`build_engine`: picks the engine, and refuses by name what none of them reads correctly."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from trl_entropy.engine.base import Engine, torch_optimizer
+from trl_entropy.engine.deepspeed import ZeroEngine
+from trl_entropy.engine.plain import PlainEngine
+
+_WORKS = "use one process, DDP (launch/ddp.yaml), or DeepSpeed with zero_stage: 2 (launch/zero2.yaml)"
+_ZERO_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer")
+
+
+def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float | None) -> Engine:
+    """The engine for the training that `accelerator` was prepared for.
+
+    Args:
+        accelerator: after `prepare`.
+        model: what `prepare` returned for the model (transformers' `trainer.model_wrapped`).
+        optimizer: what `prepare` returned for the optimizer.
+        max_grad_norm: of the training arguments; `None` or 0 is no clipping. Under DeepSpeed its own
+            `gradient_clipping` counts (transformers sets it from the arguments, and refuses a config that differs).
+
+    Raises:
+        NotImplementedError: for FSDP, Megatron-LM, XLA, ZeRO-3, ZeRO-0, optimizer offload, and other ways of training
+            that no engine reads; says which setting works.
+        ValueError: for settings that would make gradient or update wrong: float16 loss scaling, `DataParallel`.
+    """
+    _refuse_common(accelerator, model, optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _refuse_deepspeed(accelerator.deepspeed_engine_wrapped.engine)
+        return ZeroEngine(accelerator, model)
+    _refuse_plain(accelerator, model)
+    return PlainEngine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
+
+
+def _refuse_common(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise NotImplementedError(f"training with {kind.value} is not supported; {_WORKS}")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision is {accelerator.mixed_precision!r}: loss scaling changes gradients and skips steps; "
+            "use bf16=True or float32"
+        )
+    name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    if accelerator.has_lomo_optimizer or name == "LayerWiseDummyOptimizer":
+        raise NotImplementedError(f"{name} steps during backward, so no complete gradient exists; use adamw_torch")
+    parallel = accelerator.parallelism_config
+    for axis in ("tp", "cp", "sp"):
+        if parallel is not None and getattr(parallel, f"{axis}_size") > 1:
+            raise NotImplementedError(f"{axis}_size is above 1: only data parallelism is supported; set it to 1")
+    if any(isinstance(param, DTensor) for param in model.parameters()):
+        raise NotImplementedError(f"the model has sharded parameters (DTensor); {_WORKS}")
+
+
+def _refuse_plain(accelerator: Accelerator, model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("torch.nn.DataParallel splits batches in one process; start with `accelerate launch` (DDP)")
+    if accelerator.num_processes > 1 and not isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            f"{accelerator.num_processes} processes ({accelerator.distributed_type.value}) but the model is a "
+            f"{type(model).__name__}, which averages no gradients; use distributed_type: MULTI_GPU, "
+            "with use_cpu: true on a CPU (launch/ddp-cpu.yaml)"
+        )
+    if any(param.requires_grad and param.dtype == torch.float16 for param in model.parameters()):
+        raise ValueError("the model has float16 parameters; load it with dtype='float32' or 'bfloat16'")
+
+
+def _refuse_deepspeed(engine: Any) -> None:
+    stage = int(engine.zero_optimization_stage())
+    if stage not in (1, 2):
+        raise NotImplementedError(f"DeepSpeed ZeRO stage {stage} is not supported; set zero_stage: 2 (or 1)")
+    offload = engine.zero_offload_optimizer()
+    if offload is not None and str(getattr(offload.device, "value", offload.device)) != "none":
+        raise NotImplementedError("the optimizer is offloaded; set offload_optimizer_device: none")
+    if engine.fp16_enabled():
+        raise ValueError("DeepSpeed trains in float16 with loss scaling; use bf16=True or float32")
+    refused = {
+        "torch_autocast": engine.torch_autocast_enabled(),
+        "tensor_parallel (autotp_size)": engine.autotp_size() > 1,
+        "sequence parallelism": engine.sequence_parallel_size > 1,
+        "mixture-of-experts layers of DeepSpeed": engine.has_moe_layers,
+        "pipeline parallelism": engine.pipeline_parallelism,
+        "the optimizer Muon of DeepSpeed": "muon" in type(engine.basic_optimizer).__name__.lower(),
+        # Slices are laid out in the shuffled order, but `_hp_mapping` is built in the unshuffled one.
+        "round_robin_gradients": engine.zero_round_robin_gradients(),
+    }
+    for what in (what for what, found in refused.items() if found):
+        raise NotImplementedError(f"DeepSpeed with {what} is not supported; turn it off in the DeepSpeed config")
+    if type(engine.optimizer).__name__ not in _ZERO_OPTIMIZERS:
+        raise NotImplementedError(
+            f"DeepSpeed's optimizer is a {type(engine.optimizer).__name__}; set zero_stage: 2 and no zenflow"
+        )

@@ -1,0 +1,203 @@
+"""`UpdateContext`: what one optimizer step is made of, the same under every engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trl_entropy.engine.base import Engine
+
+_PHASES = {"before": "in `before_update`", "after": "in `after_update`", "closed": "after `after_update` returned"}
+
+
+def _read_once(*phases: str) -> Callable:
+    """A property that is computed on first access, in one of `phases` only, and kept."""
+
+    def decorate(read: Callable[[UpdateContext], Any]) -> property:
+        @functools.wraps(read)
+        def get(self: UpdateContext) -> Any:
+            if read.__name__ not in self._values:
+                self._require(read.__name__, phases)
+                self._values[read.__name__] = read(self)
+            return self._values[read.__name__]
+
+        return property(get)
+
+    return decorate
+
+
+class UpdateContext:
+    """Everything about one optimizer step, read when it is asked for and then kept.
+
+    theta is what the optimizer updates: the float32 parameters, or under ZeRO with bf16 their float32 master
+    (`has_float32_master`). Dictionaries have the names of `accelerator.unwrap_model(model).named_parameters()`, the
+    trainable ones only, and full tensors of the parameter's shape, equal on all ranks, float32 (float64 for a float64
+    model). They are shared between probes: do not write into them.
+
+    *Collective* (every rank must read it, in the same order, and never inside `rank_symmetric`): `gradient`,
+    `grad_norm`, `clip_factor`, `exp_avg`, `exp_avg_sq`, `params_before`, `params_after`, `update`. Everything else
+    is local. Plain and DDP training communicate nothing for any of them, but code that relies on it hangs under ZeRO.
+
+    What belongs to the state before the step must first be read in `before_update`, what belongs to the state after
+    it in `after_update`: afterwards the optimizer has overwritten it. `params_before` can be read in both.
+
+    Raises:
+        RuntimeError: on reading something too early or too late.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._phase = "before"
+        self._values: dict[str, Any] = {}
+        # Only what this rank holds of theta: under ZeRO a share, assembled if somebody asks.
+        self._theta_before = {name: theta.detach().clone() for name, theta in engine.theta().items()}
+        self._groups = engine.param_groups()
+
+    # ---- before the step
+
+    @_read_once("before")
+    def gradient(self) -> dict[str, Float[Tensor, "..."]]:
+        """g of (T4): averaged over ranks, summed over accumulation, before clipping. Collective.
+
+        Zeros for the parameters in `without_gradient`.
+        """
+        return self._engine.assemble(self._engine.local_gradient(), copy=True)
+
+    @_read_once("before")
+    def without_gradient(self) -> frozenset[str]:
+        """Parameters that got no gradient and that the optimizer therefore leaves as they are, decay included.
+
+        Empty under ZeRO, which gives them a gradient of zero and steps them.
+        """
+        return self._engine.without_gradient()
+
+    @_read_once("before")
+    def grad_norm(self) -> float:
+        """|g|, the 2-norm over all parameters, before clipping. Collective."""
+        return self._engine.grad_norm()
+
+    @_read_once("before")
+    def clip_factor(self) -> float:
+        """c of (T4): min(1, max_norm / (|g| + 1e-6)), or 1 with clipping off. Collective; nan if the norm is."""
+        max_norm, norm = self._engine.max_grad_norm, torch.tensor(self.grad_norm, dtype=torch.float32)
+        return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0)) if max_norm > 0 else 1.0
+
+    @_read_once("before")
+    def exp_avg(self) -> dict[str, Float[Tensor, "..."]]:
+        """m of (T4) before the step; zeros before the first, which is what Adam starts from. Collective."""
+        return self._engine.moments("exp_avg")
+
+    @_read_once("before")
+    def exp_avg_sq(self) -> dict[str, Float[Tensor, "..."]]:
+        """v of (T4) before the step; zeros before the first: (T4) holds, but M of (T16) is undefined. Collective."""
+        return self._engine.moments("exp_avg_sq")
+
+    @_read_once("before")
+    def optimizer_step(self) -> int:
+        """t of (T4), this step included: 1 at the first. From the optimizer's state, so it survives a resume.
+
+        Raises:
+            ValueError: if the optimizer keeps no step count, or not the same one for all parameters with a gradient.
+        """
+        return self._engine.num_steps_done() + 1
+
+    # ---- the settings of this step, readable at any time
+
+    @property
+    def options(self) -> Mapping[str, Mapping[str, Any]]:
+        """By parameter name, the settings of its parameter group as they were for this step."""
+        return self._groups
+
+    @property
+    def learning_rate(self) -> dict[str, float]:
+        """lr of (T4), by parameter name."""
+        return self._option("lr", float)
+
+    @property
+    def weight_decay(self) -> dict[str, float]:
+        """wd of (T4), by parameter name. HF puts biases and norms in a group without decay."""
+        return self._option("weight_decay", float)
+
+    @property
+    def betas(self) -> dict[str, tuple[float, float]]:
+        """(b1, b2) of (T4), by parameter name."""
+        return self._option("betas", lambda betas: (float(betas[0]), float(betas[1])))
+
+    @property
+    def eps(self) -> dict[str, float]:
+        """eps of (T4), by parameter name."""
+        return self._option("eps", float)
+
+    @property
+    def has_float32_master(self) -> bool:
+        """Whether theta is float32 (or wider). If not, the model was loaded in bf16 and its weights are theta."""
+        return self._engine.has_float32_master
+
+    def check_adamw(self) -> None:
+        """Raises `ValueError` unless the optimizer's rule is (T4) as it stands."""
+        self._engine.check_adamw()
+
+    # ---- before and after
+
+    @_read_once("before", "after")
+    def params_before(self) -> dict[str, Float[Tensor, "..."]]:
+        """theta before the step. Collective."""
+        return self._engine.assemble(self._theta_before)
+
+    @_read_once("after")
+    def params_after(self) -> dict[str, Float[Tensor, "..."]]:
+        """theta after the step. Collective."""
+        return self._engine.assemble(self._engine.theta(), copy=True)
+
+    @_read_once("after")
+    def update(self) -> dict[str, Float[Tensor, "..."]]:
+        """dtheta, the true change: `params_after - params_before` in float32. Any optimizer. Collective.
+
+        float32 itself rounds theta + dtheta: an equation for dtheta agrees within a unit in the last place of theta.
+        """
+        return self._engine.assemble(
+            {name: _wide(theta.detach()) - _wide(self._theta_before[name]) for name, theta in self._theta()}
+        )
+
+    @_read_once("after")
+    def step_skipped(self) -> bool:
+        """Whether the engine dropped the step (DeepSpeed does when a gradient is not finite); `update` is then 0."""
+        return self._engine.step_skipped()
+
+    # ---- bookkeeping
+
+    def _theta(self) -> Any:
+        return self._engine.theta().items()
+
+    def _option(self, key: str, convert: Callable[[Any], Any]) -> dict[str, Any]:
+        for name, group in self._groups.items():
+            if key not in group:
+                raise ValueError(
+                    f"{self._engine.optimizer_name} has no {key!r} (parameter {name!r}); use an Adam optimizer"
+                )
+        return {name: convert(group[key]) for name, group in self._groups.items()}
+
+    def _require(self, name: str, phases: tuple[str, ...]) -> None:
+        if self._phase not in phases:
+            raise RuntimeError(
+                f"`{name}` was first asked for {_PHASES[self._phase]}; "
+                f"read it {' or '.join(_PHASES[phase] for phase in phases)}"
+            )
+
+    def _stepped(self) -> None:
+        self._phase = "after"
+
+    def _close(self) -> None:
+        self._phase = "closed"
+        self._theta_before = {}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, or wider if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,127 @@
+"""Other values in a model's parameters, for scoring: the training's own tensors are set aside, never written to."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by their name in `model.named_parameters()`; tied ones appear once."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def snapshot_parameters(model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
+    """Copies of the trainable parameters, in their own dtype and on their own device.
+
+    These are what the model computes with. Where an engine trains in bf16 that is the rounded image of the float32
+    master, which `UpdateContext.params_before` and `params_after` have.
+    """
+    return {name: param.detach().clone() for name, param in trainable_parameters(model).items()}
+
+
+@contextmanager
+def swapped_parameters(
+    model: nn.Module, values: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = None
+) -> Iterator[nn.Module]:
+    """Lets `model` compute with other values of its trainable parameters; its own are back afterwards, always.
+
+    The model's `nn.Parameter` objects are replaced by new ones for the time being. The old ones are never written to
+    (assigning a `.data` of another dtype would silently drop the hooks by which DDP and DeepSpeed reduce gradients),
+    so a graph that was built before stays valid, and nothing is copied unless a dtype changes. Inside, look the
+    parameters up anew (`trainable_parameters(model)`) before differentiating by them. Local: no communication.
+
+    Args:
+        model: an unwrapped module: not DDP's wrapper, nor DeepSpeed's.
+        values: for every trainable parameter, a tensor of its shape; read only.
+        dtype: `None` rounds `values` to each parameter's own dtype. Otherwise everything that is floating point, the
+            frozen parameters and the buffers too, has this dtype inside: a bf16 model computes in float32.
+
+    Yields:
+        `model`.
+
+    Raises:
+        ValueError: if names or shapes of `values` do not match, parameters are partitioned (ZeRO-3), or `dtype` is
+            given and a frozen parameter is quantised.
+    """
+    trainable = trainable_parameters(model)
+    _check_values(trainable, values)
+    replacements = {id(param): _replacement(param, values[name], dtype) for name, param in trainable.items()}
+    if dtype is not None:
+        for name, frozen in model.named_parameters():
+            if id(frozen) not in replacements:
+                replacements[id(frozen)] = _converted(name, frozen, dtype)
+        replacements |= {id(buffer): _cast_if_floating(buffer, dtype) for buffer in model.buffers()}
+    with _replaced(model, replacements):
+        yield model
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[nn.Module]:
+    """Computes in the dtype of the parameters: no autocast (accelerate's included), no TF32 in matrix products.
+
+    accelerate wraps the `forward` of the *inner* module in autocast, so that unwrapping it, or an outer
+    `torch.autocast(enabled=False)`, does not switch it off; here its own `_original_forward` is used meanwhile.
+    """
+    device_type = next(model.parameters()).device.type
+    matmul = torch.backends.cuda.matmul
+    tf32 = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    wrapped_forward = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
+    try:
+        if wrapped_forward is not None:
+            model.forward = model.__dict__["_original_forward"]
+        with torch.autocast(device_type, enabled=False):
+            yield model
+    finally:
+        if wrapped_forward is not None:
+            model.forward = wrapped_forward
+        matmul.fp32_precision = tf32
+
+
+def _check_values(trainable: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    if missing := sorted(trainable.keys() - values.keys()):
+        raise ValueError(f"no values for {len(missing)} trainable parameters, the first is {missing[0]!r}")
+    if unknown := sorted(values.keys() - trainable.keys()):
+        raise ValueError(f"values for {len(unknown)} names that are no trainable parameters: {unknown[0]!r}, ...")
+    for name, param in trainable.items():
+        if hasattr(param, "ds_id"):
+            raise ValueError(f"{name!r} is partitioned by ZeRO-3; gather it first, or train with zero_stage: 2")
+        if values[name].shape != param.shape:
+            raise ValueError(f"{name!r} has shape {tuple(param.shape)}, its value {tuple(values[name].shape)}")
+
+
+def _replacement(param: nn.Parameter, value: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(device=param.device, dtype=dtype or param.dtype))
+
+
+def _converted(name: str, frozen: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    if not frozen.is_floating_point():
+        raise ValueError(f"{name!r} is quantised ({frozen.dtype}) and cannot be scored in {dtype}; load bfloat16")
+    return frozen if frozen.dtype == dtype else nn.Parameter(frozen.detach().to(dtype), requires_grad=False)
+
+
+def _cast_if_floating(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    return buffer.to(dtype) if buffer.is_floating_point() else buffer
+
+
+@contextmanager
+def _replaced(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[None]:
+    """Puts `replacements[id(tensor)]` in the place of every parameter and buffer of every submodule, and back."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (table, key, tensor)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for key, tensor in table.items()
+        if tensor is not None and id(tensor) in replacements
+    ]
+    try:
+        for table, key, tensor in places:
+            table[key] = replacements[id(tensor)]
+        yield
+    finally:
+        for table, key, tensor in places:
+            table[key] = tensor

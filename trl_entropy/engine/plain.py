@@ -1,0 +1,82 @@
+"""One process, or DDP: every rank holds everything, and DDP has averaged the gradient when backward returns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trl_entropy.engine.base import Engine, group_settings
+from trl_entropy.engine.parameters import trainable_parameters
+
+
+class PlainEngine(Engine):
+    """Plain training and DDP. theta is the parameters themselves: with `bf16=True` autocast leaves them float32."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> None:
+        super().__init__(accelerator, model, optimizer, max_grad_norm)
+        self._names_by_group = names_by_group(self.module, [group["params"] for group in optimizer.param_groups])
+
+    def gradients_ready(self) -> None:
+        self._begin_update()
+
+    def update_done(self) -> None:
+        self._end_update()
+
+    def close(self) -> None:
+        """Nothing: no hook was set."""
+
+    def theta(self) -> dict[str, Tensor]:
+        return {name: param.detach() for name, param in self.parameters.items()}
+
+    def local_gradient(self) -> dict[str, Tensor]:
+        return {name: param.grad for name, param in self.parameters.items() if param.grad is not None}
+
+    def without_gradient(self) -> frozenset[str]:
+        return frozenset(name for name, param in self.parameters.items() if param.grad is None)
+
+    def local_moment(self, key: str) -> dict[str, Tensor]:
+        state = self.optimizer.state
+        return {name: state[param][key] for name, param in self.parameters.items() if key in state.get(param, {})}
+
+    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
+        whole = {}
+        for name, param in self.parameters.items():
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            share = shares.get(name)
+            whole[name] = torch.zeros_like(param, dtype=dtype) if share is None else share.to(dtype, copy=copy)
+        return whole
+
+    def grad_norm(self) -> float:
+        # torch's own function on the gradients' own dtype, so that the norm is the one clipping uses, to the bit.
+        return float(torch.nn.utils.get_total_norm(list(self.local_gradient().values())))
+
+    def param_groups(self) -> dict[str, dict[str, Any]]:
+        return group_settings(self.optimizer.param_groups, self._names_by_group)
+
+    def step_counts(self) -> dict[str, int]:
+        names = [name for name, param in self.parameters.items() if param.grad is not None]
+        state = self.optimizer.state
+        counts = [torch.as_tensor(state.get(self.parameters[name], {}).get("step", 0)) for name in names]
+        on_one_device = [count.detach().reshape(()).to(self.accelerator.device, torch.float64) for count in counts]
+        return dict(zip(names, torch.stack(on_one_device).long().tolist(), strict=True)) if names else {}
+
+
+def names_by_group(module: nn.Module, groups: list[list[nn.Parameter]]) -> list[list[str]]:
+    """Names of the trainable parameters in each parameter group.
+
+    Raises:
+        ValueError: if a trainable parameter is in none, so that no step would ever change it.
+    """
+    name_of = {id(param): name for name, param in trainable_parameters(module).items()}
+    names = [[name_of[id(param)] for param in group if id(param) in name_of] for group in groups]
+    if homeless := set(name_of.values()).difference(*names):
+        raise ValueError(
+            f"{len(homeless)} trainable parameters are in no parameter group of the optimizer, the first is "
+            f"{min(homeless)!r}; freeze them (requires_grad_(False)) or let the optimizer have them"
+        )
+    return names

@@ -1,0 +1,99 @@
+"""The update of one AdamW step from its ingredients, whole and in its named parts, for one parameter at a time."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """The settings of one parameter group at one step; names and meanings of `torch.optim.AdamW`."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class UpdateParts(NamedTuple):
+    """(T5): the parts of an update; their sum is the update. Units: those of the parameter."""
+
+    momentum: Float[Tensor, "*shape"]
+    weight_decay: Float[Tensor, "*shape"]
+    gradient: Float[Tensor, "*shape"]
+
+
+def adamw_moments(
+    grad: Float[Tensor, "*shape"],
+    exp_avg: Float[Tensor, "*shape"],
+    exp_avg_sq: Float[Tensor, "*shape"],
+    betas: tuple[float, float],
+    clip_factor: float = 1.0,
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """(T4): the moments after the step, m' = b1 m + (1-b1) c g and v' = b2 v + (1-b2) c^2 g^2.
+
+    `grad` is averaged over ranks and accumulation and not clipped; `clip_factor` c is the factor that the engine
+    really applied. The arguments are left as they are.
+    """
+    clipped = grad * clip_factor
+    return exp_avg.lerp(clipped, 1 - betas[0]), exp_avg_sq * betas[1] + (1 - betas[1]) * clipped.square()
+
+
+def preconditioner(
+    exp_avg_sq: Float[Tensor, "*shape"], step: int, beta2: float, eps: float
+) -> Float[Tensor, "*shape"]:
+    """M, the diagonal of the optimizer metric: 1 / (sqrt(v_hat) + eps) with v_hat = v / (1 - b2^t).
+
+    `step` counts the updates inside v: t after the step (T5), t - 1 before it (T16, T17), where 0 has no M (nan).
+    """
+    return (exp_avg_sq / torch.tensor(1 - beta2**step, dtype=exp_avg_sq.dtype)).sqrt().add(eps).reciprocal()
+
+
+def gradient_coefficient(settings: AdamWSettings, step: int, clip_factor: float = 1.0) -> float:
+    """(T5), (T9): lr c (1-b1) / (1-b1^t), by which -M g enters the update; `step` = t counts this step."""
+    return settings.lr * clip_factor * (1 - settings.betas[0]) / (1 - settings.betas[0] ** step)
+
+
+def adamw_update_parts(
+    param: Float[Tensor, "*shape"],
+    grad: Float[Tensor, "*shape"],
+    exp_avg: Float[Tensor, "*shape"],
+    exp_avg_sq: Float[Tensor, "*shape"],
+    step: int,
+    settings: AdamWSettings,
+    clip_factor: float = 1.0,
+) -> UpdateParts:
+    """(T5): momentum -lr b1/(1-b1^t) M m, weight decay -lr wd theta, gradient -lr c (1-b1)/(1-b1^t) M g.
+
+    Everything as it is *before* the step; `step` = t counts this step, so it is 1 at the first. M is that of (T4),
+    this step's gradient included. `grad` may be the share g_i of one completion only if M is held fixed: use
+    `preconditioner` and `gradient_coefficient` for that.
+    """
+    beta1, beta2 = settings.betas
+    _, exp_avg_sq_after = adamw_moments(grad, exp_avg, exp_avg_sq, settings.betas, clip_factor)
+    metric = preconditioner(exp_avg_sq_after, step, beta2, settings.eps)
+    return UpdateParts(
+        momentum=-settings.lr * beta1 / (1 - beta1**step) * metric * exp_avg,
+        weight_decay=-settings.lr * settings.weight_decay * param,
+        gradient=-gradient_coefficient(settings, step, clip_factor) * metric * grad,
+    )
+
+
+def adamw_update(
+    param: Float[Tensor, "*shape"],
+    grad: Float[Tensor, "*shape"],
+    exp_avg: Float[Tensor, "*shape"],
+    exp_avg_sq: Float[Tensor, "*shape"],
+    step: int,
+    settings: AdamWSettings,
+    clip_factor: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    """(T4): dtheta = -lr [ (m'/(1-b1^t)) / (sqrt(v'/(1-b2^t)) + eps) + wd theta ], arguments as in (T5).
+
+    Agrees with the change that `torch.optim.AdamW` (amsgrad off) makes up to rounding; float32 rounds theta + dtheta,
+    so compare with that within a unit in the last place of theta.
+    """
+    return sum(adamw_update_parts(param, grad, exp_avg, exp_avg_sq, step, settings, clip_factor))

@@ -1,0 +1,130 @@
+"""An estimate with its standard error, and the one way by which functions of sample means get theirs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its standard error, the degrees of freedom of that error, and how many samples went in.
+
+    `num_samples` counts completions where the estimator takes completions, groups where it takes groups, steps where
+    it takes steps. Nothing is clamped: a stderr that could not be estimated is nan.
+    """
+
+    value: float
+    stderr: float
+    dof: float
+    num_samples: int
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The two-sided Student t interval, value -+ t stderr; (nan, nan) without a stderr or degrees of freedom."""
+        margin = student_t_quantile(0.5 + confidence / 2, self.dof) * self.stderr
+        return self.value - margin, self.value + margin
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The value of a smooth function of sample means, and the influence of every completion on it.
+
+    influence_i is B times the first-order change of the value when completion i is given weight 1/B more. It has mean
+    zero, and the error of the value is mean_i influence_i up to O(1/B). Sums, differences and multiples of
+    linearizations on the *same* completions are paired, so `(predicted - measured).estimate(prompt_index)` has the
+    standard error of the paired difference.
+    """
+
+    value: Float[Tensor, ""]
+    influence: Float[Tensor, "B"]
+
+    def __add__(self, other: "Linearization") -> "Linearization":
+        return Linearization(self.value + other.value, self.influence + other.influence)
+
+    def __sub__(self, other: "Linearization") -> "Linearization":
+        return self + -1.0 * other
+
+    def __rmul__(self, factor: float) -> "Linearization":
+        return Linearization(factor * self.value, factor * self.influence)
+
+    def estimate(self, prompt_index: Int[Tensor, "B"]) -> Estimate:
+        """The value with its standard error clustered by prompt, and P - 1 degrees of freedom.
+
+        stderr^2 = P/(P-1) sum_p (sum_{i in p} influence_i)^2 / B^2, P the distinct prompts. Completions may depend on
+        one another within a prompt, prompts must be independent. Bias of stderr^2 O(1/P) relative; nan for P < 2.
+        """
+        sums = cluster_sums(self.influence, prompt_index)
+        num_prompts, num_completions = len(sums), len(self.influence)
+        if num_prompts < 2:
+            return Estimate(float(self.value), math.nan, float(num_prompts - 1), num_completions)
+        variance = num_prompts / (num_prompts - 1) * sums.square().sum() / num_completions**2
+        return Estimate(float(self.value), math.sqrt(variance), float(num_prompts - 1), num_completions)
+
+
+def cluster_sums(values: Float[Tensor, "B"], cluster_index: Int[Tensor, "B"]) -> Float[Tensor, "P"]:
+    """The sum of the values over each distinct cluster index, in float64, clusters in increasing order."""
+    clusters, position = cluster_index.unique(return_inverse=True)
+    return values.new_zeros(len(clusters), dtype=torch.float64).index_add(0, position, values.double())
+
+
+def delta_method(
+    function: Callable[[Float[Tensor, "K"]], Float[Tensor, ""]], statistics: Float[Tensor, "B K"]
+) -> Linearization:
+    """A smooth function of the means of K per-completion statistics, linearized at those means.
+
+    influence_i = grad f(mean) . (statistics_i - mean). Bias of the value: O(1/B) for a nonlinear f.
+    Source: A. W. van der Vaart, Asymptotic Statistics, chapters 3 and 20.
+    """
+    statistics = statistics.detach().double()
+    with torch.enable_grad():
+        means = statistics.mean(0).requires_grad_()
+        value = function(means)
+        (gradient,) = torch.autograd.grad(value, means)
+    return Linearization(value.detach(), (statistics - means.detach()) @ gradient)
+
+
+@lru_cache
+def student_t_quantile(probability: float, dof: float) -> float:
+    """The t with P(T <= t) = probability for Student's T with `dof` > 0 (not only whole) degrees of freedom.
+
+    Bisection on P(|T| > t) = I_x(dof/2, 1/2), x = dof/(dof + t^2), to the last bit of x; dof = inf is the normal
+    distribution, dof <= 0 or nan has no quantile (nan). Absolute error about 1e-12 (1 + |t|) for dof <= 1e6.
+    """
+    if not dof > 0:
+        return math.nan
+    if math.isinf(dof):
+        return NormalDist().inv_cdf(probability)
+    tail = 2 * min(probability, 1 - probability)
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        below = _regularized_incomplete_beta(dof / 2, 0.5, middle) < tail
+        low, high = (middle, high) if below else (low, middle)
+    return math.copysign(math.sqrt(dof * (1 - middle) / middle), probability - 0.5)
+
+
+def _regularized_incomplete_beta(a: float, b: float, x: float) -> float:
+    """I_x(a, b) by its continued fraction on the side where that converges fast (DLMF 8.17.22 and 8.17.4)."""
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - _regularized_incomplete_beta(b, a, 1.0 - x)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    front = math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / a
+    return front * _beta_continued_fraction(a, b, x)
+
+
+def _beta_continued_fraction(a: float, b: float, x: float) -> float:
+    """1/(1 + d_1/(1 + d_2/(1 + ...))), evaluated backward from a depth at which the tail no longer counts."""
+    depth = 60 + int(8 * math.sqrt(max(a, b)))
+    fraction = 1.0
+    for n in range(depth, 0, -1):
+        m = n // 2
+        if n % 2:
+            coefficient = -(a + m) * (a + b + m) / ((a + 2 * m) * (a + 2 * m + 1))
+        else:
+            coefficient = m * (b - m) / ((a + 2 * m - 1) * (a + 2 * m))
+        fraction = 1.0 + coefficient * x / fraction
+    return 1.0 / fraction

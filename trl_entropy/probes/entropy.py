@@ -1,0 +1,282 @@
+"""How much a step changed the policy's entropy, measured on a probe batch, and how much it was predicted to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
+from trl_entropy.estimators.adamw import AdamWSettings, adamw_update
+from trl_entropy.estimators.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
+from trl_entropy.estimators.estimate import Estimate, Linearization
+from trl_entropy.estimators.importance import importance_weights
+from trl_entropy.estimators.rivals import (
+    CovarianceTerms,
+    delta_covariance,
+    natural_gradient_terms,
+    policy_gradient_terms,
+)
+from trl_entropy.estimators.step_change import (
+    PointTerms,
+    importance_sample_size,
+    point_terms,
+    rows,
+    stacked,
+    step_changes,
+    unstacked,
+)
+from trl_entropy.probes.agreement import RunningAgreement
+from trl_entropy.probes.probe import Probe
+from trl_entropy.scores import Completions, TokenScores, score
+
+_NOISE_FLOOR_EVERY = 10  # probed steps between two measurements of rounding noise, which hardly changes
+_RIVALS = {"cov_natural": natural_gradient_terms, "cov_policy_gradient": policy_gradient_terms}
+
+
+class EntropyProbe(Probe):
+    """
+    Entropy change of a step on a probe batch E that is independent of the update batch: measured (T7); predicted to
+    first (T8) and second order (T10) and by the trapezoid (T10), each with its standard error; rivals (T11).
+
+    E is drawn before the step and scored after it, with the parameters before and after put into the model. Forward
+    mode along the true update gives every token's derivative, so any optimizer and any loss will do.
+
+    Args:
+        every: cadence in steps.
+        num_prompts: prompts in E over all processes, one completion each.
+        batch_size: completions scored at a time; halved on out-of-memory.
+        second_order: predict to second order *before* the step, along AdamW's equation (T4).
+        placebo: also predict this step's change from an earlier step's update, whose slope must be 0.
+        source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
+        draw: stand-in for the policy's sampling, `(step, rank) -> Completions`; as many rows on every rank.
+    """
+
+    name = "entropy"
+
+    def __init__(
+        self,
+        every: int = 1,
+        num_prompts: int = 64,
+        batch_size: int = 64,
+        second_order: bool = False,
+        placebo: bool = False,
+        source: str = "held_out",
+        draw: Callable[[int, int], Completions] | None = None,
+    ) -> None:
+        super().__init__(every)
+        self.num_prompts, self.batch_size, self.source = num_prompts, batch_size, source
+        self.second_order, self.placebo, self.draw = second_order, placebo, draw
+        self.agreement = RunningAgreement()
+        self._num_probed = 0
+        self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
+        self._earlier_update: dict[str, Tensor] | None = None
+
+    @classmethod
+    def from_config(cls, args: Any) -> EntropyProbe:
+        return cls(
+            every=args.entropy_probe_every,
+            num_prompts=args.entropy_probe_prompts,
+            batch_size=args.probe_batch_size,
+            second_order=args.entropy_second_order,
+            placebo=args.entropy_placebo,
+            source=args.entropy_probe_source,
+        )
+
+    # ---- events
+
+    def on_micro_batch(self, args, state, control, *, metrics, inputs, per_token_logps, mask, **kwargs: Any) -> None:
+        for name, terms in _RIVALS.items():
+            self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
+
+    def on_before_update(self, args, state, control, *, metrics, update, engine, trainer, **kwargs: Any) -> None:
+        step, rank = state.global_step + 1, engine.accelerator.process_index
+        self._completions = (
+            self.draw(step, rank) if self.draw else trainer.draw_probe_batch(self.num_prompts, self.source, step)
+        )
+        params = update.params_before
+        self._second_order: PointTerms | None = None
+        if self.second_order:
+            scores = self._score(engine, args, params, predicted_update(update), order=2)
+            self._second_order = self._terms(scores, scores, engine.accelerator)
+
+    def on_after_update(
+        self, args, state, control, *, metrics, update, engine, rollouts, trainer, **kwargs: Any
+    ) -> None:
+        before = self._score(engine, args, update.params_before, update.update)
+        after = self._score(engine, args, update.params_after, update.update)
+        metrics |= self._changes(before, after, engine.accelerator)
+        metrics |= self._rival_changes(engine.accelerator)
+        if self._num_probed % _NOISE_FLOOR_EVERY == 0:
+            metrics |= self._noise_floor(before, args, update, engine)
+        if computes_below_float32(engine):
+            metrics |= self._model_change(args, update, engine)
+        if self.placebo:
+            self._add_placebo(before, args, update, engine)
+        metrics |= self.agreement.metrics()
+        self._num_probed += 1
+        self._write(trainer, state.global_step + 1, before, after, engine.accelerator)
+
+    # ---- measuring
+
+    def _score(
+        self, engine: Engine, args: Any, params: Any, direction: Any, order: int = 1, batch_size: int | None = None
+    ) -> TokenScores:
+        """Score E in float32 with `params` in the model. Local inside; all ranks fail together."""
+        with (
+            rank_symmetric(engine.accelerator, "scoring the entropy probe's completions"),
+            engine.scoring_model(params) as model,
+        ):
+            size = batch_size or self.batch_size
+            return score(model, self._completions, args.temperature, size, params, direction, order)
+
+    def _terms(
+        self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator, form: Any = "decision"
+    ) -> PointTerms:
+        """Per-completion terms of all ranks' completions, in rank order. Collective."""
+        mask = self._completions.completion_mask
+        terms = point_terms(scores.entropy, scores.logps, drawn_by.logps[0], mask, form)
+        return unstacked(accelerator.gather(stacked(terms)))
+
+    def _changes(self, before: TokenScores, after: TokenScores, accelerator: Accelerator) -> dict[str, float]:
+        """Everything about the step from E, and its pairs for the running agreement."""
+        prompts = accelerator.gather(self._completions.prompt_index)
+        points = self._terms(before, before, accelerator), self._terms(after, before, accelerator)
+        changes = step_changes(*points, self._second_order)
+        logged = _changes_logged(changes, prompts)
+        logged |= _with_stderr("entropy/probe", policy_entropy(points[0].terms).estimate(prompts))
+        logged["entropy/importance_ess"] = importance_sample_size(points[1])
+        logged["entropy/num_completions"] = len(prompts)
+        sequence = step_changes(
+            self._terms(before, before, accelerator, "sequence"), self._terms(after, before, accelerator, "sequence")
+        )
+        for name in ("measured", "linear"):
+            logged |= _with_stderr(f"entropy/delta_{name}_sequence", sequence[name].estimate(prompts))
+        self._measured = changes["measured"].estimate(prompts)
+        self._add_to_agreement(changes, points, prompts)
+        return logged | self._halves(points, prompts)
+
+    def _add_to_agreement(self, changes: dict[str, Linearization], points: Any, prompts: Tensor) -> None:
+        """Pairs on the same completions, and the integrals."""
+        start = policy_entropy(points[0].terms).value.item()
+        for name, change in changes.items():
+            if self.every == 1:
+                self.agreement.add_change(name, start, change.value.item())
+            if name != "measured":
+                difference = (change - changes["measured"]).estimate(prompts)
+                self.agreement.add_pair(f"same_sample_{name}", change.estimate(prompts), self._measured, difference)
+
+    def _halves(self, points: Any, prompts: Tensor) -> dict[str, float]:
+        """Predict on one half of E by prompt, measure on the other: prediction, where the whole E is calculus."""
+        halves = []
+        for parity in (0, 1):
+            part = prompts % 2 == parity
+            second = None if self._second_order is None else rows(self._second_order, part)
+            changes = step_changes(*(rows(point, part) for point in points), second)
+            halves.append({name: change.estimate(prompts[part]) for name, change in changes.items()})
+        for name in halves[0].keys() - {"measured"}:
+            self.agreement.add_pair(f"cross_{name}", halves[0][name], halves[1]["measured"])
+        self.agreement.add_pair("cross_measured", halves[0]["measured"], halves[1]["measured"])
+        logged: dict[str, float] = {}
+        for label, half in zip("ab", halves, strict=True):
+            for name, estimate in half.items():
+                logged |= _with_stderr(f"entropy/half_{label}_{name}", estimate)
+        return logged
+
+    def _rival_changes(self, accelerator: Accelerator) -> dict[str, float]:
+        logged = {}
+        for name, parts in self._rivals.items():
+            columns = accelerator.gather(torch.cat(parts)).unbind(1)
+            logged[f"entropy/delta_{name}"] = delta_covariance(CovarianceTerms(*columns)).value.item()
+            parts.clear()
+        return logged
+
+    def _noise_floor(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+        """What scoring in other chunks changes while nothing moved: rounding."""
+        again = self._score(
+            engine, args, update.params_before, None, order=0, batch_size=max(1, self.batch_size // 2 - 1)
+        )
+        accelerator = engine.accelerator
+        values = [self._entropy(scores, before, accelerator) for scores in (before, again)]
+        return {"entropy/noise_floor": abs(values[0] - values[1])}
+
+    def _entropy(self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator) -> float:
+        """(T6) on E. Collective."""
+        mask = self._completions.completion_mask
+        weights = importance_weights(scores.logps[0], drawn_by.logps[0], mask)
+        terms = entropy_terms(scores.entropy[0], weights, mask)
+        return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()
+
+    def _model_change(self, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+        """The change of the low-precision model that training runs: mostly rounding at small learning rates."""
+        values, drawn_by = [], None
+        for params in (update.params_before, update.params_after):
+            with (
+                rank_symmetric(engine.accelerator, "scoring with the training precision"),
+                engine.scoring_model(params, dtype=None) as model,
+            ):
+                scores = score(model, self._completions, args.temperature, self.batch_size)
+            drawn_by = drawn_by or scores
+            values.append(self._entropy(scores, drawn_by, engine.accelerator))
+        return {"entropy/delta_measured_model": values[1] - values[0]}
+
+    def _add_placebo(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> None:
+        """Predict this step's change from an earlier update, kept with a chance of 1/n: any of them alike."""
+        if self._earlier_update is not None:
+            scores = self._score(engine, args, update.params_before, self._earlier_update)
+            terms = self._terms(scores, before, engine.accelerator)
+            prompts = engine.accelerator.gather(self._completions.prompt_index)
+            predicted = delta_linear(terms.terms, terms.tangents).estimate(prompts)
+            self.agreement.add_pair("placebo", predicted, self._measured)
+        if random.Random(self._num_probed).random() < 1 / (self._num_probed + 1):
+            self._earlier_update = {name: value.clone() for name, value in update.update.items()}
+
+    def _write(
+        self, trainer: Any, step: int, before: TokenScores, after: TokenScores, accelerator: Accelerator
+    ) -> None:
+        """`probes/entropy/step_*.safetensors`: with checkpoints s-1 and s anyone can recompute every number."""
+        tensors = {name: getattr(self._completions, name) for name in Completions.__dataclass_fields__}
+        tensors |= {"logps_before": before.logps[0], "logps_after": after.logps[0]}
+        tensors |= {"entropy_before": before.entropy[0], "entropy_after": after.entropy[0]}
+        trainer.write_probe_file(self.name, step, tensors)
+
+
+def predicted_update(update: UpdateContext) -> dict[str, Tensor]:
+    """dtheta by equation (T4), before the optimizer makes it. Collective."""
+    update.check_adamw()
+    gradient, exp_avg, exp_avg_sq = update.gradient, update.exp_avg, update.exp_avg_sq
+    settings = {
+        name: AdamWSettings(
+            update.learning_rate[name], update.betas[name], update.eps[name], update.weight_decay[name]
+        )
+        for name in gradient
+    }
+    clip, step, params = update.clip_factor, update.optimizer_step, update.params_before
+    return {
+        name: adamw_update(params[name], gradient[name], exp_avg[name], exp_avg_sq[name], step, settings[name], clip)
+        for name in gradient
+    }
+
+
+def computes_below_float32(engine: Engine) -> bool:
+    """Whether the model that training runs is not the float32 one: autocast, or parameters of a narrower dtype."""
+    narrow = any(param.is_floating_point() and param.itemsize < 4 for param in engine.module.parameters())
+    return narrow or engine.accelerator.mixed_precision != "no"
+
+
+def _changes_logged(changes: dict[str, Linearization], prompts: Tensor) -> dict[str, float]:
+    """Each change, and each prediction's error (predicted - measured), with standard errors."""
+    logged: dict[str, float] = {}
+    for name, change in changes.items():
+        logged |= _with_stderr(f"entropy/delta_{name}", change.estimate(prompts))
+        if name != "measured":
+            logged |= _with_stderr(f"entropy/error_{name}", (change - changes["measured"]).estimate(prompts))
+    return logged
+
+
+def _with_stderr(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_stderr": estimate.stderr}

@@ -1,0 +1,250 @@
+"""Supervised warm start on TRL's `SFTTrainer`: gives a policy the format and the skill that RL then sharpens.
+
+[`train_sft`] trains any model on any prompt/completion dataset. [`warm_start`] builds the embedded model this way, once
+per machine: RL on word problems starts from the directory that it returns.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl_entropy import embedded_model
+from trl_entropy.data import r1_template, word_problems
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
+
+logger = logging.getLogger(__name__)
+
+# Everything that determines the warm start beside the files that write the data and build the model. Raise the version
+# when the code of this file changes the result.
+WARM_START_RECIPE = {
+    "version": 1,
+    "num_clean": 7_200,
+    "num_flawed": 2_400,
+    "flawed_share": 0.5,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 20,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+}
+COMPLETE_MARK = "warm_start.json"  # written last: a directory without it is not a warm start
+
+
+def train_sft(
+    model: "PreTrainedModel | str",
+    tokenizer: "PreTrainedTokenizerBase",
+    dataset: "Dataset",
+    args: "SFTConfig",
+    peft_config: "PeftConfig | None" = None,
+) -> "SFTTrainer":
+    """Trains a model on demonstrations; the loss covers the completion and the end token.
+
+    Args:
+        model: A model, or the name or path of one. It is trained in place.
+        tokenizer: Its tokenizer; must have an end-of-text token, which is taught.
+        dataset: Columns `prompt` and `completion`, plain strings. Rows longer than `args.max_length` tokens are dropped,
+            as a cut demonstration would teach no end.
+        args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset.
+        peft_config: Trains an adapter instead of the whole model.
+
+    Returns:
+        The trainer after training; `trainer.model` is the trained model, `trainer.state.log_history` the log.
+
+    Raises:
+        ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
+    """
+    from trl import SFTTrainer
+
+    tokenized = tokenize_demonstrations(dataset, tokenizer, args.max_length)
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=tokenized, processing_class=tokenizer, peft_config=peft_config
+    )
+    trainer.train()
+    return trainer
+
+
+def tokenize_demonstrations(
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
+) -> "Dataset":
+    """Tokenizes prompt and completion apart, as in RL, where the prompt's tokens are fixed before the first sampled one.
+
+    Args:
+        dataset: Columns `prompt` and `completion`, plain strings; other columns are dropped.
+        tokenizer: Must have an end-of-text token; it is put behind every completion that lacks it.
+        max_length: Longest row in tokens; longer rows are dropped and their number is logged. `None`: no limit.
+
+    Returns:
+        A dataset with the columns `input_ids` and `labels` (-100 on the prompt).
+
+    Raises:
+        ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
+    """
+    missing = {"prompt", "completion"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"demonstrations need the columns prompt and completion; missing: {sorted(missing)}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token, so no completion could be taught to end")
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        completions = [text.removesuffix(tokenizer.eos_token) for text in rows["completion"]]
+        prompt_ids = tokenizer(rows["prompt"])["input_ids"]
+        completion_ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
+        targets = [[*ids, tokenizer.eos_token_id] for ids in completion_ids]
+        return {
+            "input_ids": [prompt + target for prompt, target in zip(prompt_ids, targets, strict=True)],
+            "labels": [[-100] * len(prompt) + target for prompt, target in zip(prompt_ids, targets, strict=True)],
+        }
+
+    tokenized = dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
+    return tokenized if max_length is None else _drop_longer(tokenized, max_length)
+
+
+def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Path:
+    """Returns the directory of the embedded model after its warm start, and builds it when it is missing.
+
+    The result is cached under a hash of all that determines it. Building happens in a process of its own, so the
+    caller's random state, threads and accelerator stay as they are, and any rank of a distributed run may call this:
+    the first builds, the others wait for it. What a killed build leaves behind is never used.
+
+    Args:
+        cache_dir: Where to keep it; by default `$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else
+            `~/.cache/trl_entropy`.
+        seed: Of the initial weights and of the demonstrations.
+
+    Returns:
+        A directory that `from_pretrained` loads both model and tokenizer from.
+
+    Raises:
+        RuntimeError: If the build fails; the message ends with what it wrote last.
+    """
+    from filelock import FileLock
+
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    directory = root / f"warm_start-seed{seed}-{_recipe_hash(seed)}"
+    if (directory / COMPLETE_MARK).exists():
+        return directory
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{directory.name}.lock"):
+        if not (directory / COMPLETE_MARK).exists():
+            print(f"building warm start, about 35 s; cached in {directory}", file=sys.stderr, flush=True)
+            _build_into(directory, seed)
+    return directory
+
+
+def default_cache_dir() -> Path:
+    """`$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else `~/.cache/trl_entropy`."""
+    if path := os.environ.get("TRL_ENTROPY_CACHE"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_entropy"
+
+
+def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
+    """Trains the embedded model by the recipe and saves model, tokenizer and the mark of completeness.
+
+    Args:
+        directory: Where to save; made if missing.
+        seed: Of the initial weights and of the demonstrations.
+    """
+    from datasets import concatenate_datasets, disable_progress_bars
+
+    disable_progress_bars()
+    recipe, directory = WARM_START_RECIPE, Path(directory)
+    tokenizer = embedded_model.build_tokenizer()
+    model = embedded_model.build_model(tokenizer, seed)
+    # First the skill, then the sloppiness: mixed from the start, flawed results cost twice the steps.
+    clean = word_problems.load_demonstrations(recipe["num_clean"], seed, flawed_share=0.0)
+    flawed = word_problems.load_demonstrations(recipe["num_flawed"], seed + 1_000_000, recipe["flawed_share"])
+    args = warm_start_config(directory, seed)
+    train_sft(model, tokenizer, concatenate_datasets([clean, flawed]), args)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / COMPLETE_MARK).write_text(json.dumps(_recipe(seed), indent=2) + "\n")
+
+
+def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
+    """The `SFTConfig` of the warm start: one pass in the order of the dataset, float32 on the CPU, nothing logged."""
+    from trl import SFTConfig
+
+    own = ("version", "num_clean", "num_flawed", "flawed_share")
+    return SFTConfig(
+        output_dir=os.fspath(output_dir),
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        seed=seed,
+        max_length=None,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **{name: value for name, value in WARM_START_RECIPE.items() if name not in own},
+    )
+
+
+def _recipe(seed: int) -> dict:
+    """All that determines the weights: recipe, seed, versions, and the files that write the data and build the model."""
+    files = (r1_template, word_problems, embedded_model)
+    return {
+        "recipe": WARM_START_RECIPE,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "trl")},
+        "files": {module.__name__: hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in files},
+    }
+
+
+def _recipe_hash(seed: int) -> str:
+    return hashlib.sha256(json.dumps(_recipe(seed), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _build_into(directory: Path, seed: int) -> None:
+    """Builds beside `directory` and moves the result there in one step; the caller holds the lock."""
+    for leftover in directory.parent.glob(f"{directory.name}.building-*"):
+        shutil.rmtree(leftover)
+    if directory.exists():  # without its mark: something deleted files in it
+        shutil.rmtree(directory)
+    building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
+    try:
+        _run_build(building, seed)
+        os.replace(building, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _run_build(building: Path, seed: int) -> None:
+    code = "import sys; from trl_entropy.sft import build_warm_start; build_warm_start(sys.argv[1], int(sys.argv[2]))"
+    child = subprocess.run(
+        [sys.executable, "-c", code, os.fspath(building), str(seed)],
+        env=_single_process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if child.returncode != 0:
+        raise RuntimeError(f"building the warm start failed with exit status {child.returncode}:\n{child.stdout[-4000:]}")
+
+
+def _single_process_environment() -> dict[str, str]:
+    """The environment without what a launcher put there: the build would otherwise wait for ranks that wait for it."""
+    prefixes = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "OMPI_", "MV2_", "MASTER_", "GROUP_", "ROLE_")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if name not in names and not name.startswith(prefixes)}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
