@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_MODEL = "embedded"
 TASKS = ("word_problems", "gsm8k")
+REWARDS = ("tag_pref", "tag_math_correct", "format_reward")
 
 
 @dataclass
@@ -44,15 +45,13 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
     """Read the command line and its `--config` file; every error in a setting is raised here, before any loading."""
     from trl import ModelConfig, TrlParser
 
-    from trl_entropy import rewards
     from trl_entropy.config import DrGRPOConfig
 
     parser = TrlParser([TaskArguments, DrGRPOConfig, ModelConfig])
     parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL)
     task, args, model = parser.parse_args_and_config(argv)
-    unknown = [name for name in task.reward_funcs if not callable(getattr(rewards, name, None))]
-    if unknown:
-        raise ValueError(f"reward_funcs: {unknown} not in trl_entropy.rewards; there are {rewards.REWARDS}.")
+    if unknown := [name for name in task.reward_funcs if name not in REWARDS]:
+        raise ValueError(f"reward_funcs: {unknown} not in trl_entropy.rewards; use any of {', '.join(REWARDS)}.")
     if model.use_peft and model.lora_dropout:
         raise ValueError(
             f"lora_dropout is {model.lora_dropout}: with dropout the policy that is updated is not the one that "
