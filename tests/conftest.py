@@ -1,7 +1,18 @@
 """One thread, no hub: set before torch is imported by any test."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def warm_start_dir() -> Path:
+    """The embedded model after its warm start; built once per machine (about 35 s) and cached."""
+    from trl_entropy.sft import warm_start
+
+    return warm_start()

@@ -19,7 +19,6 @@ from __future__ import annotations
 import atexit
 import enum
 import functools
-import importlib.util
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ import os
 import queue
 import re
 import resource
+import runpy
 import select
 import signal
 import subprocess
@@ -43,8 +43,10 @@ MAX_CHARS = 256
 MAX_DIGIT_CHARS = 120  # all digits of the text together
 MAX_DEPTH = 8  # of brackets
 MAX_SUBSCRIPTS = 10
+MAX_BARS = 12
 MAX_DIGITS = 1000.0  # of the largest number that the text can evaluate to
-MAX_DEGREE = 30.0  # of the largest polynomial that the text can expand to
+MAX_DEGREE = 100.0  # of the largest polynomial that the text can expand to
+MAX_TERMS = 300.0  # of that polynomial
 
 
 class Verdict(enum.Enum):
@@ -61,13 +63,14 @@ class Verdict(enum.Enum):
 
 # At most 15 digits, six of them decimals: there exact equality is math-verify's, which rounds floats to six decimals.
 _PLAIN_NUMBER = re.compile(
-    r"\$?(?P<sign>[-+−]?)(?P<value>(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?:\.[0-9]{0,6})?|\.[0-9]{1,6})"
+    r"\$?(?P<sign>-?)(?P<value>(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?:\.[0-9]{0,6})?|\.[0-9]{1,6})"
 )
 
 
 def clean_answer(answer: object) -> str:
-    """The text that is compared: `None` is empty, whitespace is collapsed, bold markers (`**72**`) go."""
-    return "" if answer is None else " ".join(str(answer).split()).strip("* ")
+    """The text that is compared: `None` is empty, whitespace is collapsed, bold markers (`**72**`) and a plus go."""
+    text = "" if answer is None else " ".join(str(answer).split())
+    return text.strip("* ").lstrip("+ ").replace("−", "-")
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -76,7 +79,7 @@ def plain_number(text: str) -> Fraction | None:
     if match is None:
         return None
     value = Fraction("0" + match["value"].replace(",", "").rstrip("."))
-    return -value if match["sign"] in ("-", "−") else value
+    return -value if match["sign"] else value
 
 
 def quick_verdict(gold: str, answer: str) -> Verdict | None:
@@ -124,13 +127,14 @@ def reject_reason(text: str) -> str | None:
         return "characters"
     if sum(map(str.isdecimal, text)) > MAX_DIGIT_CHARS:
         return "digits"
-    if _depth(text) > MAX_DEPTH or text.count("_") > MAX_SUBSCRIPTS:
+    if _depth(text) > MAX_DEPTH or text.count("_") > MAX_SUBSCRIPTS or text.count("|") > MAX_BARS:
         return "nesting"
     text = _REMOVED.sub("", text)  # as math-verify does: `\in"t` becomes an integral
     if not _known_commands(text):
         return "command"
     bound = _SizeBound(text).of_text()
-    return "size" if bound.digits > MAX_DIGITS or bound.degree > MAX_DEGREE else None
+    too_large = bound.digits > MAX_DIGITS or bound.degree > MAX_DEGREE or bound.log_terms > math.log(MAX_TERMS)
+    return "size" if too_large else None
 
 
 def _known_commands(text: str) -> bool:
@@ -150,14 +154,15 @@ def _depth(text: str) -> int:
 class _Size(NamedTuple):
     digits: float = 0.0
     degree: float = 0.0
+    log_terms: float = 0.0
 
 
 class _SizeBound:
-    """An upper bound on the digits and the degree that a text, LaTeX or not, has when evaluated and expanded.
+    """Upper bounds on what a text, LaTeX or not, has when evaluated and expanded: digits, degree and terms.
 
     Everything that stands side by side is taken as a product, which bounds sums too (a number counts as at least 2).
-    A power multiplies by the value of its exponent, `n!` and `\\binom` by the value of `n`. It is deliberately coarse and
-    blind to syntax: what it forbids has no place in an answer, and no text should slip below it.
+    A power multiplies by the value of its exponent, `n!` and `\\binom` by the value of `n`. It is deliberately coarse
+    and blind to syntax: what it forbids has no place in an answer, and no text should slip below it.
     """
 
     _TOKEN = re.compile(
@@ -166,14 +171,14 @@ class _SizeBound:
         r"|(?P<command>\\[A-Za-z]+)"
         r"|(?P<open>\\?[(\[{])|(?P<close>\\?[)\]}])"
         r"|(?P<e_notation>(?<=[\d.])\s?E\s?[-+]?\s?\d+)|(?P<number>\d+(?:\.\d*)?|\.\d+)"
-        r"|(?P<power>\^|\*\*)|(?P<factorial>!)|(?P<subscript>_)|(?P<operator>[-+−*/×÷=<>,;:&])"
+        r"|(?P<power>\^|\*\*)|(?P<factorial>!)|(?P<subscript>_)|(?P<operator>[-+*/×÷=<>,;:&])"
         r"|(?P<word>[^\W\d_]{3,})|(?P<letter>[^\W\d_])|(?P<other>.)",
         re.DOTALL,
     )
     _BINOMIALS = frozenset({r"\binom", r"\dbinom", r"\tbinom"})
 
     def __init__(self, text: str):
-        tokens = ((match.lastgroup, match.group()) for match in self._TOKEN.finditer(text))
+        tokens = ((match.lastgroup or "other", match.group()) for match in self._TOKEN.finditer(text))
         self._tokens = [(kind, token) for kind, token in tokens if kind != "skip"][::-1]
 
     def of_text(self) -> _Size:
@@ -259,96 +264,117 @@ def _value(size: _Size) -> float:
 
 
 def _product(a: _Size, b: _Size) -> _Size:
-    return _Size(a.digits + b.digits, a.degree + b.degree)
+    return _Size(a.digits + b.digits, a.degree + b.degree, a.log_terms + b.log_terms)
 
 
 def _power(base: _Size, exponent: _Size) -> _Size:
-    degree = max(base.degree, 1.0) if base.degree else 0.0
-    return _Size(base.digits * _value(exponent), degree * _value(exponent))
+    n = _value(exponent)
+    if not base.degree:
+        return _Size(base.digits * n)
+    # A sum of v variables to the n has (v + n - 1 over n) terms
+    v = max(base.degree, 1.0)
+    return _Size(base.digits * n, v * n, math.lgamma(v + n) - math.lgamma(n + 1.0) - math.lgamma(v))
 
 
 def _factorial(size: _Size) -> _Size:
-    return _Size(size.digits * _value(size), size.degree * _value(size))
+    return _Size(size.digits * _value(size), size.degree * _value(size), size.log_terms)
 
 
 # ---- 3. math-verify, in a worker ----
 
 # The deadline of a comparison is CPU time, which the worker limits by itself: a busy machine changes no verdict. This
-# factor is for what does not compute. It also keeps a call of `AnswerChecker.check` below the time-outs of collectives.
+# factor is for what does not compute. It also keeps one call of `AnswerChecker.check` below a collective's time-out.
 _WALL_CLOCK_FACTOR = 12
 
 
-class _Worker:
-    """One worker process: started when first asked, killed when it hangs, replaced when it died."""
+class _Process:
+    """A running worker process and the two pipes to it."""
 
-    _CHECKS_PER_PROCESS = 5000  # then a fresh one: the caches of sympy and of the LaTeX parser grow
     _START_DEADLINE = 300.0
 
-    def __init__(self, deadline: float, memory_limit: int, verify_path: str | None):
-        self._deadline = deadline
-        self._command = [sys.executable, "-P", __file__, str(deadline), str(memory_limit)]
-        self._command += [verify_path] if verify_path else []
-        self._process: subprocess.Popen | None = None
-        self._num_checks = 0
-
-    def check(self, gold: str, answer: str) -> Verdict:
-        for _ in range(3):  # killed from outside while idle and again while it checks: that must not change a verdict
-            self._ensure_started()
-            reply = self._ask(json.dumps([gold, answer]).encode() + b"\n")
-            if reply == b"1" or reply == b"0":
-                return Verdict.EQUAL if reply == b"1" else Verdict.DIFFERENT
-            return_code = self.kill()
-            if reply is None or return_code == -signal.SIGXCPU:
-                return Verdict.TIMEOUT
-        return Verdict.FAILED
-
-    def kill(self) -> int | None:
-        """End the process, if there is one, and return its exit code."""
-        if self._process is None:
-            return None
-        self._process.kill()
-        return_code = self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process = None
-        return return_code
-
-    def _ensure_started(self) -> None:
-        if self._num_checks >= self._CHECKS_PER_PROCESS:
-            self.kill()
-        if self._process is not None:
-            return
-        self._num_checks = 0
+    def __init__(self, arguments: list[str]):
         self._process = subprocess.Popen(
-            self._command,
+            [sys.executable, "-P", __file__, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
             env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sets must not reach a verdict
         )
-        reply = self._read(self._START_DEADLINE)
-        if reply != b"r":
-            error = "no answer" if reply is None else (reply + self._process.stdout.read()).decode()
-            self.kill()
-            raise RuntimeError(
-                f"the math-verify worker did not start: {error!r}. Check that `pip install math-verify` was done for "
-                f"{sys.executable} and that the memory limit leaves room for the import of sympy (about 200 MB)."
-            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        self.pid = self._process.pid
+        self.num_requests = 0
+        self._wait_until_ready()
 
-    def _ask(self, request: bytes) -> bytes | None:
-        """One byte of reply; empty if the process is gone, `None` if the wall-clock deadline passed."""
-        self._num_checks += 1
+    def ask(self, request: bytes, timeout: float) -> bytes | None:
+        """One byte of reply; empty if the process is gone, `None` if the time is over."""
+        self.num_requests += 1
         try:
-            self._process.stdin.write(request)
+            self._requests.write(request)
         except BrokenPipeError:
             return b""
-        return self._read(_WALL_CLOCK_FACTOR * self._deadline)
+        return self._read(timeout)
+
+    def kill(self) -> int:
+        """End the process and return its exit code, which tells if it had ended before."""
+        self._process.kill()
+        self._requests.close()
+        self._replies.close()
+        return self._process.wait()
 
     def _read(self, timeout: float) -> bytes | None:
         poll = select.poll()
-        poll.register(self._process.stdout, select.POLLIN)
-        return self._process.stdout.read(1) if poll.poll(1000 * timeout) else None
+        poll.register(self._replies, select.POLLIN)
+        return self._replies.read(1) if poll.poll(1000 * timeout) else None
+
+    def _wait_until_ready(self) -> None:
+        reply = self._read(self._START_DEADLINE)
+        if reply == b"r":
+            return
+        error = "no answer" if reply is None else (reply + self._replies.read()).decode()
+        self.kill()
+        raise RuntimeError(
+            f"the math-verify worker did not start: {error!r}. Check that `pip install math-verify` was done for "
+            f"{sys.executable} and that the memory limit leaves room for the import of sympy (about 200 MB)."
+        )
+
+
+class _Worker:
+    """A place for one process: started when first asked, killed when it hangs, replaced when it died."""
+
+    _CHECKS_PER_PROCESS = 2000  # then a fresh one: the caches of sympy and of the LaTeX parser grow
+
+    def __init__(self, deadline: float, memory_limit: int, verify_path: str | None):
+        self._deadline = deadline
+        self._arguments = [str(deadline), str(memory_limit), *([verify_path] if verify_path else [])]
+        self._process: _Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def check(self, gold: str, answer: str) -> Verdict:
+        request = json.dumps([gold, answer]).encode() + b"\n"
+        for _ in range(3):  # killed from outside while idle and again while it checks: that must not change a verdict
+            reply = self._running().ask(request, _WALL_CLOCK_FACTOR * self._deadline)
+            if reply == b"1" or reply == b"0":
+                return Verdict.EQUAL if reply == b"1" else Verdict.DIFFERENT
+            exit_code = self.kill()
+            if reply is None or exit_code == -signal.SIGXCPU:
+                return Verdict.TIMEOUT
+        return Verdict.FAILED
+
+    def kill(self) -> int | None:
+        process, self._process = self._process, None
+        return process.kill() if process else None
+
+    def _running(self) -> _Process:
+        if self._process and self._process.num_requests >= self._CHECKS_PER_PROCESS:
+            self.kill()
+        if self._process is None:
+            self._process = _Process(self._arguments)
+        return self._process
 
 
 class AnswerChecker:
@@ -386,9 +412,9 @@ class AnswerChecker:
         """
         keys = [(clean_answer(gold), clean_answer(answer)) for gold, answer in pairs]
         with self._lock:
-            verdicts = {key: quick_verdict(*key) or self._cached(key) for key in keys}
-            self._verify([key for key, verdict in verdicts.items() if verdict is None], verdicts)
-        return [verdicts[key] for key in keys]
+            known = {key: quick_verdict(*key) or self._cached(key) for key in keys}
+            verified = self._verify([key for key, verdict in known.items() if verdict is None])
+        return [known[key] or verified[key] for key in keys]
 
     def close(self) -> None:
         """End the workers. A later `check` starts them again."""
@@ -396,9 +422,9 @@ class AnswerChecker:
             for worker in self._workers:
                 worker.kill()
 
-    def _verify(self, keys: list[tuple[str, str]], verdicts: dict[tuple[str, str], Verdict | None]) -> None:
+    def _verify(self, keys: list[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
         if not keys:
-            return
+            return {}
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             idle.put(worker)
@@ -414,7 +440,7 @@ class AnswerChecker:
                 idle.put(worker)
 
         with ThreadPoolExecutor(len(self._workers)) as executor:
-            verdicts.update(zip(keys, executor.map(verify, keys), strict=True))
+            return dict(zip(keys, executor.map(verify, keys), strict=True))
 
     def _cached(self, key: tuple[str, str]) -> Verdict | None:
         if key in self._cache:
@@ -457,7 +483,7 @@ def _parse(text: str) -> list:
     """What math-verify extracts from an answer.
 
     It looks for LaTeX only inside of a math environment, and elsewhere for numbers: of a bare `2x+3` it reads the 2.
-    So an answer is put into an environment, unless it has one or is prose, where the last number counts (`72 dollars`).
+    So an answer is put into one, unless it brings its own or is prose, where the last number counts (`72 dollars`).
     """
     from math_verify import parse
 
@@ -476,10 +502,7 @@ def _load_verify(path: str | None) -> Callable[[str, str], bool]:
         logging.disable(logging.CRITICAL)
         return math_verify_equal
     file, _, name = path.rpartition(":")
-    spec = importlib.util.spec_from_file_location("verify_for_tests", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    return runpy.run_path(file)[name]
 
 
 def _limit(kind: int, value: int) -> None:

@@ -67,7 +67,9 @@ def build_model(tokenizer: "PreTrainedTokenizerBase", seed: int = 0) -> "Qwen2Fo
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     if len(tokenizer) > VOCAB_SIZE:
-        raise ValueError(f"the embedded model has {VOCAB_SIZE} token embeddings, the tokenizer {len(tokenizer)} entries")
+        raise ValueError(
+            f"the embedded model has {VOCAB_SIZE} token embeddings, the tokenizer {len(tokenizer)} entries"
+        )
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,

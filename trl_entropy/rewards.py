@@ -4,7 +4,7 @@ The gold answer stands in the dataset column `answer`. Several rewards may be su
 
     DrGRPOTrainer(..., reward_funcs=[tag_pref, format_reward])
 
-No text of a model raises, hangs or slows a reward down: see `trl_entropy.answer_checker`, which compares the answers.
+No text of a model makes a reward raise or hang: `trl_entropy.answer_checker` compares the answers within bounds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_entropy.answer_checker import Verdict, clean_answer, quick_verdict, shared_checker
+from trl_entropy.answer_checker import Verdict, clean_answer, plain_number, reject_reason, shared_checker
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 def tag_pref(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 iff the completion has exactly one `<answer>...</answer>` pair, and math-verify finds it equal to the gold answer.
+    """1.0 iff there is exactly one `<answer>...</answer>` and math-verify finds it equal to the gold answer.
 
     Args:
         prompts: Unused, part of TRL's signature.
@@ -49,7 +49,7 @@ def tag_pref(
 def tag_math_correct(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 iff math-verify finds the last closed `<answer>...</answer>` equal to the gold answer, however many there are.
+    """1.0 iff math-verify finds the last closed `<answer>...</answer>` equal to the gold answer.
 
     Arguments, metrics and errors are those of [`tag_pref`].
     """
@@ -79,9 +79,9 @@ def extract_answer(completion: Completion) -> str | None:
 
 
 def is_well_formed(completion: Completion) -> bool:
-    """Whether a completion reads `thoughts</think> <answer>...</answer>`, each tag once and nothing but whitespace around.
+    """Whether a completion reads `thoughts</think> <answer>...</answer>`: each tag once, then only whitespace.
 
-    `<think>` is the prompt's last word, so the completion must not open it again.
+    `<think>` is the last word of the prompt, so the completion must not open it again.
     """
     thoughts, closed, rest = completion_text(completion).partition(THINK_CLOSE)
     rest = rest.strip()
@@ -136,13 +136,13 @@ def _log_fractions(verdicts: list[Verdict], log_metric: Callable[[str, float], N
 
 @functools.lru_cache(maxsize=10_000)
 def _warn_of_unusable(gold: str) -> None:
-    """Say once that no completion can be rewarded for this gold answer, or only one that repeats it word by word."""
-    verdict = quick_verdict(gold, "0") or Verdict.DIFFERENT
+    """Say once if no completion can earn the reward for this gold answer, or only one that repeats it literally."""
     if not gold:
         logger.warning("a gold answer is empty: no completion of its prompt can earn a reward")
-    elif verdict is Verdict.REJECTED:
+    elif plain_number(gold) is None and (reason := reject_reason(gold)):
         logger.warning(
-            "the gold answer %.80r is outside the limits of trl_entropy.answer_checker: only a completion that repeats "
-            "it literally earns the reward",
+            "the gold answer %.80r is outside the limits of trl_entropy.answer_checker (%s): only a completion that "
+            "repeats it literally earns the reward",
             gold,
+            reason,
         )

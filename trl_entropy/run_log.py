@@ -11,6 +11,7 @@ torch and no transformers: a laptop without either opens any run.
 from __future__ import annotations
 
 import csv
+import enum
 import json
 import os
 import platform
@@ -174,8 +175,10 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
-    if isinstance(value, str | int | float | bool | None):
-        return value.value if hasattr(value, "value") else value
+    if isinstance(value, enum.Enum):
+        return value.value
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
     return value.item() if hasattr(value, "item") else str(value)
 
 

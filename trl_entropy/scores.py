@@ -133,7 +133,7 @@ def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callabl
 
 def _derivatives(function: Callable, params: dict, direction: Params | None, order: int) -> tuple[Tensor, ...]:
     """Values of `function` and its first `order` derivatives along `direction`, flat: (f, g, f', g', ...)."""
-    if order == 0:
+    if direction is None or order == 0:
         return function(params)
     tangents = {name: direction[name] for name in params}
     if order == 1:

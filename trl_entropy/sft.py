@@ -1,7 +1,7 @@
 """Supervised warm start on TRL's `SFTTrainer`: gives a policy the format and the skill that RL then sharpens.
 
-[`train_sft`] trains any model on any prompt/completion dataset. [`warm_start`] builds the embedded model this way, once
-per machine: RL on word problems starts from the directory that it returns.
+[`train_sft`] trains any model on any prompt/completion dataset. [`warm_start`] builds the embedded model this way, and
+keeps it: RL on word problems starts from the directory that it returns.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ WARM_START_RECIPE = {
     "version": 1,
     "num_clean": 7_200,
     "num_flawed": 2_400,
-    "flawed_share": 0.5,
+    "flawed_share": 0.4,
     "per_device_train_batch_size": 16,
-    "learning_rate": 2e-3,
+    "learning_rate": 1.5e-3,
     "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     "warmup_steps": 20,
@@ -58,8 +58,8 @@ def train_sft(
     Args:
         model: A model, or the name or path of one. It is trained in place.
         tokenizer: Its tokenizer; must have an end-of-text token, which is taught.
-        dataset: Columns `prompt` and `completion`, plain strings. Rows longer than `args.max_length` tokens are dropped,
-            as a cut demonstration would teach no end.
+        dataset: Columns `prompt` and `completion`, plain strings. Rows longer than `args.max_length` tokens are
+            dropped, as a cut demonstration would teach no end.
         args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset.
         peft_config: Trains an adapter instead of the whole model.
 
@@ -82,7 +82,7 @@ def train_sft(
 def tokenize_demonstrations(
     dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
 ) -> "Dataset":
-    """Tokenizes prompt and completion apart, as in RL, where the prompt's tokens are fixed before the first sampled one.
+    """Tokenizes prompt and completion apart, as RL does: there the prompt's tokens are fixed before the completion's.
 
     Args:
         dataset: Columns `prompt` and `completion`, plain strings; other columns are dropped.
@@ -113,6 +113,18 @@ def tokenize_demonstrations(
 
     tokenized = dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
     return tokenized if max_length is None else _drop_longer(tokenized, max_length)
+
+
+def _drop_longer(tokenized: "Dataset", max_length: int) -> "Dataset":
+    lengths = [len(ids) for ids in tokenized["input_ids"]]
+    kept = [index for index, length in enumerate(lengths) if length <= max_length]
+    if not kept:
+        raise ValueError(f"no demonstration fits into max_length={max_length} tokens; the shortest has {min(lengths)}")
+    if len(kept) < len(lengths):
+        logger.warning(
+            "dropped %d of %d demonstrations longer than %d tokens", len(lengths) - len(kept), len(lengths), max_length
+        )
+    return tokenized.select(kept)
 
 
 def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Path:
@@ -201,7 +213,7 @@ def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
 
 
 def _recipe(seed: int) -> dict:
-    """All that determines the weights: recipe, seed, versions, and the files that write the data and build the model."""
+    """All that determines the weights: recipe, seed, versions, the files that write the data and build the model."""
     files = (r1_template, word_problems, embedded_model)
     return {
         "recipe": WARM_START_RECIPE,
@@ -239,7 +251,9 @@ def _run_build(building: Path, seed: int) -> None:
         text=True,
     )
     if child.returncode != 0:
-        raise RuntimeError(f"building the warm start failed with exit status {child.returncode}:\n{child.stdout[-4000:]}")
+        raise RuntimeError(
+            f"building the warm start failed with exit status {child.returncode}:\n{child.stdout[-4000:]}"
+        )
 
 
 def _single_process_environment() -> dict[str, str]:

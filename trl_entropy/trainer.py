@@ -6,7 +6,7 @@ Overrides only: every one calls `super()`, and was written against trl 1.16 and 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Any
 
 import torch
@@ -73,10 +73,14 @@ class DrGRPOTrainer(GRPOTrainer):
         self.engine: Engine | None = None
         self._probe_seconds: dict[str, float] = defaultdict(float)
         self._num_groups = 0
+        # Prompts of the generations that a step can consist of.
+        num_generations_of_step = -(-args.gradient_accumulation_steps // args.steps_per_generation)
+        self._step_prompts: deque[set[str]] = deque(maxlen=num_generations_of_step)
         self._micro_batches: list[dict[str, Any]] = []
-        self._scored: tuple[Tensor, Tensor] | None = None
+        self._scored: tuple[Tensor, Tensor]
         self._statistics = StepStatistics(self.accelerator.device)
-        self._start_parameters = snapshot_parameters(self.model) if args.kl_every and self.beta == 0 else None
+        # Empty when the KL is not asked for, or TRL logs it itself.
+        self._start_parameters = snapshot_parameters(self.model) if args.kl_every and self.beta == 0 else {}
 
     # ---- what a step logs
 
@@ -150,8 +154,6 @@ class DrGRPOTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.model.training:
-            self._step_prompts = {prompt_key(row["prompt"]) for row in inputs}
         batch = super()._generate_and_score_completions(inputs)
         num_rows, rank = len(inputs), self.accelerator.process_index
         training = self.model.training
@@ -168,6 +170,7 @@ class DrGRPOTrainer(GRPOTrainer):
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
             batch["advantages"] = batch["advantages"] * batch["length_scale"]
         if training:
+            self._step_prompts.append({prompt_key(prompt) for prompt in self._logs["prompt"]})  # those of all ranks
             self._num_groups += num_rows * self.accelerator.num_processes // num_generations
         return batch
 
@@ -203,7 +206,7 @@ class DrGRPOTrainer(GRPOTrainer):
             step: seeds the draw, with the run's seed.
         """
         dataset = self.train_dataset if source == "held_out" else self.eval_dataset
-        exclude = self._step_prompts if source == "held_out" else ()
+        exclude: set[str] = set().union(*self._step_prompts) if source == "held_out" else set()
         rank, share = self.accelerator.process_index, num_prompts // self.accelerator.num_processes
         prompts = draw_prompts(dataset, num_prompts, exclude, (self.args.seed, step))[
             rank * share : (rank + 1) * share
@@ -305,7 +308,7 @@ class DrGRPOTrainer(GRPOTrainer):
             self._micro_batches = []
 
     def _wants_kl(self) -> bool:
-        return self._start_parameters is not None and self.step % self.args.kl_every == 0
+        return bool(self._start_parameters) and self.step % self.args.kl_every == 0
 
     @torch.no_grad()
     def _score_start_policy(self, inputs: dict[str, Any]) -> Float[Tensor, "B T"]:

@@ -35,6 +35,7 @@ class Case:
     watched: bool = True  # whether the engine's functions want every step
     checkpointing: str | None = None  # "reentrant" or "non-reentrant"
     resumes: bool = False  # saves before its last step, and makes that step a second time from the checkpoint
+    poisoned: bool = False  # the loss of the second step is nan
     fails: bool = False  # the last rank raises in the second `before_update`
     sequences: int = 8
 
@@ -110,7 +111,8 @@ def engine_trainer_class() -> type:
 
         def compute_loss(self, model, inputs, **kwargs):
             self.batches.setdefault(self.state.global_step + 1, []).append(inputs["input_ids"].clone())
-            return loss_of(model, inputs["input_ids"])
+            poison = self.case.poisoned and self.state.global_step == 1
+            return loss_of(model, inputs["input_ids"]) * (torch.nan if poison else 1)
 
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from toy import Tied
+from engine_toy import Tied
 
 from trl_entropy.engine import Engine, build_engine
 

@@ -83,7 +83,7 @@ def test_merge_and_order_change_nothing(cut, order):
 
 
 def test_noise_in_x_flattens_the_slope_and_the_correction_undoes_it():
-    """Large n, errors shared in part: the plain slope tends to (slope + shared)/(1 + noise), the corrected to slope."""
+    """Many pairs, errors partly shared: the plain slope tends to (slope + shared)/(1 + noise), the other to slope."""
     pairs = random_pairs(count=20_000, noise=0.6, shared=0.3, seed=2)
     x, y, x_stderr, y_stderr, covariance = pairs.T
     rows = torch.stack([x.new_ones(len(x)), x, y, x * x, x * y, y * y, x_stderr**2, covariance, y_stderr**2], 1)

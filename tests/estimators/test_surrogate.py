@@ -124,3 +124,16 @@ def test_micro_batches_and_padding_change_neither_surrogate(form, cut, width):
         split = gradient(function, [slice(0, cut), slice(cut, None)], width, math.nan)
         torch.testing.assert_close(split, whole, rtol=1e-10, atol=1e-12)
         assert whole.abs().max() > 1e-3
+
+
+def test_coefficients_carry_no_gradient_and_sampling_logps_need_no_detaching():
+    theta = POLICY.theta.clone().requires_grad_()
+    entropy, logps = POLICY.score(theta)
+    weights = importance_weights(logps, logps.detach(), POLICY.completion_mask)
+    assert not score_coefficients(entropy, POLICY.completion_mask, 0.6, weights=weights).requires_grad
+    surrogates = [
+        ratio_surrogate(entropy, logps, sampling, POLICY.completion_mask, 0.6, 7)
+        for sampling in (logps, logps.detach())
+    ]
+    forgetful, careful = (torch.autograd.grad(s, theta, retain_graph=True)[0] for s in surrogates)
+    torch.testing.assert_close(forgetful, careful)

@@ -1,29 +1,28 @@
 """The embedded task: word problems on small numbers, six kinds, with a held-out split that no training ever sees.
 
 A problem is its kind, a name, an item and two or three numbers. Which split it belongs to is a property of the problem
-(a hash of its id), so demonstrations, training and evaluation agree on it without sharing any state. Demonstrations for
-the warm start are flawed half of the time on purpose: a policy that has the skill but does not always use it leaves
+(a hash of its id), so demonstrations, training and evaluation agree on it without sharing any state. Demonstrations
+for the warm start are flawed in part, on purpose: a policy that has the skill but does not always use it leaves
 reinforcement learning something to sharpen, and leaves entropy room to fall.
 """
 
 import hashlib
 import random
 from collections.abc import Callable
-from functools import cache
-from itertools import product
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from itertools import cycle
+from typing import TYPE_CHECKING, NamedTuple
 
 from trl_entropy.data.r1_template import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, format_completion, format_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Split = Literal["train", "test"]
-
 NAMES = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo")
 ITEMS = ("apples", "books", "coins", "shells", "stamps", "cards", "pens", "eggs")
 LEAD_WORDS = ("First", "So", "Now", "Then", "Here")
-TEST_SHARE = 5  # one problem in five is held out
+TEST_EVERY = 5  # one problem in five is held out
+# The smallest kind, multiply, has 1,305 and 295 problems; drawing its last ones without repetition would take long.
+MAX_PROBLEMS = {"train": 7_500, "test": 1_500}
 
 
 class Kind(NamedTuple):
@@ -69,9 +68,9 @@ class WordProblem(NamedTuple):
         return "/".join((self.kind, self.name, self.item, *map(str, self.numbers)))
 
     @property
-    def split(self) -> Split:
+    def split(self) -> str:
         digest = hashlib.sha256(self.prompt_id.encode()).digest()
-        return "test" if int.from_bytes(digest[:8], "big") % TEST_SHARE == 0 else "train"
+        return "test" if int.from_bytes(digest[:8], "big") % TEST_EVERY == 0 else "train"
 
     @property
     def question(self) -> str:
@@ -83,23 +82,24 @@ class WordProblem(NamedTuple):
         return _results(KINDS[self.kind].operators, self.numbers)[-1]
 
 
-def load_word_problems(split: Split = "train", num_problems: int = 1024, seed: int = 0) -> "Dataset":
+def load_word_problems(split: str = "train", num_problems: int = 1024, seed: int = 0) -> "Dataset":
     """Draws distinct problems of one split, the kinds in turn.
 
     Args:
         split: `"train"` or `"test"`; a problem is in exactly one of them, whatever the seed.
-        num_problems: How many problems; the kinds appear equally often (up to one).
+        num_problems: How many problems, at most 7,500 of `"train"` and 1,500 of `"test"`; the kinds appear equally
+            often (up to one).
         seed: Which problems are drawn, and in which order.
 
     Returns:
         A dataset with the columns `prompt`, `answer` (a string), `prompt_id` and `kind`.
 
     Raises:
-        ValueError: If the split is unknown or has too few problems of a kind.
+        ValueError: If the split is unknown or has too few problems.
     """
     from datasets import Dataset
 
-    problems = _draw(split, num_problems, seed)
+    problems = _draw_distinct(split, num_problems, seed)
     return Dataset.from_dict(
         {
             "prompt": [format_prompt(problem.question) for problem in problems],
@@ -126,10 +126,9 @@ def load_demonstrations(num_demonstrations: int = 16_000, seed: int = 0, flawed_
     from datasets import Dataset
 
     rng = random.Random(f"demonstrations/{seed}")
-    pools = list(_pools("train").values())
     rows = []
     for _ in range(num_demonstrations):
-        problem = rng.choice(rng.choice(pools))
+        problem = draw_problem(rng, "train", rng.choice(list(KINDS)))
         flaw = rng.choice(list(FLAWS)) if rng.random() < flawed_share else "none"
         completion = FLAWS[flaw](problem, rng) if flaw in FLAWS else demonstrate(problem, rng)
         row = {"prompt": format_prompt(problem.question), "completion": completion}
@@ -192,26 +191,25 @@ FLAWS: dict[str, Callable[[WordProblem, random.Random], str]] = {
 }
 
 
-@cache
-def _pools(split: Split) -> dict[str, list[WordProblem]]:
-    """Every problem of a split by kind, in a fixed order; negative answers are left out."""
-    pools: dict[str, list[WordProblem]] = {}
-    for kind, (_, operators, ranges) in KINDS.items():
-        numbers = [choice for choice in product(*ranges) if min(_results(operators, choice)) >= 0]
-        problems = (WordProblem(kind, *rest) for rest in product(NAMES, ITEMS, numbers))
-        pools[kind] = [problem for problem in problems if problem.split == split]
-    return pools
+def draw_problem(rng: random.Random, split: str, kind: str) -> WordProblem:
+    """Draws one problem of a kind uniformly from a split; no result on the way to its answer is negative."""
+    while True:
+        numbers = tuple(rng.choice(choices) for choices in KINDS[kind].ranges)
+        problem = WordProblem(kind, rng.choice(NAMES), rng.choice(ITEMS), numbers)
+        if min(_results(KINDS[kind].operators, numbers)) >= 0 and problem.split == split:
+            return problem
 
 
-def _draw(split: Split, num_problems: int, seed: int) -> list[WordProblem]:
-    if split not in ("train", "test"):
+def _draw_distinct(split: str, num_problems: int, seed: int) -> list[WordProblem]:
+    if split not in MAX_PROBLEMS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    pools = _pools(split)
-    most = len(KINDS) * min(map(len, pools.values()))
-    if not 0 < num_problems <= most:
-        raise ValueError(f"num_problems must be between 1 and {most} for the {split} split, got {num_problems}")
+    if not 0 < num_problems <= MAX_PROBLEMS[split]:
+        raise ValueError(f"num_problems of the {split} split: 1 to {MAX_PROBLEMS[split]}, got {num_problems}")
     rng = random.Random(f"{split}/{seed}")
-    per_kind = -(-num_problems // len(KINDS))
-    draws = [rng.sample(pool, per_kind) for pool in pools.values()]
-    problems = [problem for turn in zip(*draws, strict=True) for problem in turn]
-    return problems[:num_problems]
+    drawn: dict[WordProblem, None] = {}
+    kinds = cycle(KINDS)
+    while len(drawn) < num_problems:
+        kind, num_before = next(kinds), len(drawn)
+        while len(drawn) == num_before:
+            drawn[draw_problem(rng, split, kind)] = None
+    return list(drawn)

@@ -17,6 +17,7 @@ from trl_entropy.engine.base import Engine
 from trl_entropy.engine.build import build_engine
 from trl_entropy.engine.context import UpdateContext
 from trl_entropy.engine.parameters import (
+    evaluation_mode,
     full_precision,
     snapshot_parameters,
     swapped_parameters,
@@ -28,6 +29,7 @@ __all__ = [
     "Engine",
     "UpdateContext",
     "build_engine",
+    "evaluation_mode",
     "full_precision",
     "rank_symmetric",
     "snapshot_parameters",

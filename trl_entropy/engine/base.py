@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.engine.context import UpdateContext
-from trl_entropy.engine.parameters import full_precision, swapped_parameters, trainable_parameters
-
-# Start from moments of zero; any other optimizer may be asked for its moments once it has stepped.
-_ADAM_CLASSES = ("Adam", "AdamW", "FusedAdam")
+from trl_entropy.engine.parameters import (
+    evaluation_mode,
+    full_precision,
+    swapped_parameters,
+    trainable_parameters,
+)
 
 
 class Engine(abc.ABC):
@@ -95,7 +97,10 @@ class Engine(abc.ABC):
     def scoring_model(
         self, params: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = torch.float32
     ) -> Iterator[nn.Module]:
-        """The unwrapped model with `params` in it, for scoring; training's own parameters are back afterwards. Local.
+        """The unwrapped model with `params` in it and in evaluation mode, for scoring; afterwards all is as it was.
+
+        Local. Differentiate with `torch.autograd.grad`, by `trainable_parameters(model)` looked up inside: `backward`
+        would leave its gradients on parameters that are gone afterwards.
 
         Args:
             params: `context.params_before`, `context.params_after`, or any other values of theta.
@@ -103,12 +108,9 @@ class Engine(abc.ABC):
                 values are rounded into each parameter's own dtype and autocast stays as training has it, which gives
                 the bf16 model that training runs.
         """
-        with swapped_parameters(self.module, params, dtype):
-            if dtype is None:
-                yield self.module
-            else:
-                with full_precision(self.module):
-                    yield self.module
+        precision = nullcontext() if dtype is None else full_precision(self.module)
+        with evaluation_mode(self.module), swapped_parameters(self.module, params, dtype), precision:
+            yield self.module
 
     # ---- what an engine can read
 
@@ -177,10 +179,10 @@ class Engine(abc.ABC):
         if any(states) and not any(key in state for state in states):
             known = sorted({name for state in states for name in state})
             raise ValueError(f"{self.optimizer_name} keeps {known}, no {key!r}; use an Adam optimizer, as adamw_torch")
-        if not any(states) and self.optimizer_name not in _ADAM_CLASSES:
+        if not any(states) and not isinstance(self.optimizer, torch.optim.Adam):
             raise ValueError(
                 f"before its first step nothing is known about the state of {self.optimizer_name}; "
-                f"only {', '.join(_ADAM_CLASSES)} are known to start from moments of zero"
+                "only torch's Adam and AdamW are known to start from moments of zero"
             )
         return self.assemble(self.local_moment(key), copy=True)
 
@@ -204,10 +206,11 @@ class Engine(abc.ABC):
 
     def check_adamw(self) -> None:
         """Raises `ValueError` unless the optimizer's rule is (T4) as it stands."""
-        reasons = [] if self.optimizer_name in _ADAM_CLASSES else [f"it is {self.optimizer_name}"]
+        is_torchs = type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        reasons = [] if is_torchs else [f"it is {type(self.optimizer).__module__}.{self.optimizer_name}"]
         for group in self.optimizer.param_groups:
             reasons += [f"{flag}=True" for flag in ("amsgrad", "maximize") if group.get(flag)]
-            if group.get("weight_decay") and not group.get("decoupled_weight_decay", self.optimizer_name != "Adam"):
+            if is_torchs and group["weight_decay"] and not group["decoupled_weight_decay"]:
                 reasons.append("its weight decay is added to the gradient")
         if reasons:
             raise ValueError(

@@ -13,7 +13,7 @@ from trl_entropy.engine.base import Engine, torch_optimizer
 from trl_entropy.engine.deepspeed import ZeroEngine
 from trl_entropy.engine.plain import PlainEngine
 
-_WORKS = "use one process, DDP (launch/ddp.yaml), or DeepSpeed with zero_stage: 2 (launch/zero2.yaml)"
+_WORKS = "use one process, DDP (distributed_type: MULTI_GPU), or DeepSpeed with zero_stage: 2"
 _ZERO_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer")
 
 

@@ -167,7 +167,10 @@ class UpdateContext:
 
     @_read_once("after")
     def step_skipped(self) -> bool:
-        """Whether the engine dropped the step (DeepSpeed does when a gradient is not finite); `update` is then 0."""
+        """Whether the engine dropped the step, so that `update` is 0.
+
+        DeepSpeed does if a gradient is not finite. Plain and DDP training make the step, and theta is nan.
+        """
         return self._engine.step_skipped()
 
     # ---- bookkeeping

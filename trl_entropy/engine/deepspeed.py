@@ -105,7 +105,7 @@ class ZeroEngine(Engine):
     def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
         with rank_symmetric(self.accelerator, "laying out its slices of the optimizer's state"):
             buckets = [self._bucket(names, shares) for names in self._bucketed_names()]
-        whole = {}
+        whole: dict[str, Tensor] = {}
         for flat, views in buckets:
             # Every element is owned by one rank and 0 on the others, so the sum is exact.
             dist.all_reduce(flat, group=self._zero.dp_process_group)
@@ -113,7 +113,8 @@ class ZeroEngine(Engine):
         return whole
 
     def _bucketed_names(self) -> Iterator[list[str]]:
-        names, numel = [], 0
+        names: list[str] = []
+        numel = 0
         for name, param in self.parameters.items():
             if names and numel + param.numel() > _BUCKET_NUMEL:
                 yield names
@@ -149,7 +150,7 @@ class ZeroEngine(Engine):
         return group_settings(self.optimizer.param_groups, self._names_by_group)
 
     def step_counts(self) -> dict[str, int]:
-        counts = {}
+        counts: dict[str, int] = {}
         for group, names in zip(self.optimizer.param_groups, self._names_by_group, strict=True):
             (partition,) = group["params"]
             step = self.optimizer.state.get(partition, {}).get("step", 0)

@@ -82,6 +82,21 @@ def full_precision(model: nn.Module) -> Iterator[nn.Module]:
         matmul.fp32_precision = tf32
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """No dropout, and no gradient checkpointing of transformers; every submodule's own mode is back afterwards.
+
+    Reentrant checkpointing would refuse `torch.autograd.grad`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _check_values(trainable: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     if missing := sorted(trainable.keys() - values.keys()):
         raise ValueError(f"no values for {len(missing)} trainable parameters, the first is {missing[0]!r}")

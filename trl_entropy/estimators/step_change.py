@@ -62,18 +62,22 @@ def step_changes(before: PointTerms, after: PointTerms, planned: PointTerms | No
         "trapezoid": delta_trapezoid(before.terms, before.tangents, after.terms, after.tangents),
     }
     if planned is not None and planned.second_tangents is not None:
-        changes["second_order"] = delta_second_order(*planned)
+        changes["second_order"] = delta_second_order(planned.terms, planned.tangents, planned.second_tangents)
     return changes
 
 
-def importance_sample_size(after: PointTerms) -> float:
-    """(T3) with w_i = sum_k w_i,<k: how many equally weighted completions the weights leave, theory (T7)."""
-    return effective_sample_size(after.terms.denominator).item()
+def importance_sample_size(before: PointTerms, after: PointTerms) -> float:
+    """(T3) of each completion's mean weight: how many equally weighted completions the weights leave.
+
+    The mean over tokens, not the sum: the sum would count a spread of lengths as a loss, with no update at all.
+    """
+    return effective_sample_size(after.terms.denominator / before.terms.denominator).item()
 
 
 def rows(terms: PointTerms, index: Bool[Tensor, "B"] | Int[Tensor, "n"]) -> PointTerms:
     """The terms of some of the completions: (T6) on a part of the probe batch."""
-    return PointTerms(*(None if part is None else RatioTerms(*(column[index] for column in part)) for part in terms))
+    parts = [RatioTerms(*(column[index] for column in part)) for part in terms if part is not None]
+    return PointTerms(*parts)
 
 
 def stacked(terms: PointTerms) -> Float[Tensor, "B columns"]:

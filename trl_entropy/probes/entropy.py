@@ -149,7 +149,7 @@ class EntropyProbe(Probe):
         changes = step_changes(*points, self._second_order)
         logged = _changes_logged(changes, prompts)
         logged |= _with_stderr("entropy/probe", policy_entropy(points[0].terms).estimate(prompts))
-        logged["entropy/importance_ess"] = importance_sample_size(points[1])
+        logged["entropy/importance_ess"] = importance_sample_size(*points)
         logged["entropy/num_completions"] = len(prompts)
         sequence = step_changes(
             self._terms(before, before, accelerator, "sequence"), self._terms(after, before, accelerator, "sequence")
@@ -176,7 +176,8 @@ class EntropyProbe(Probe):
         for parity in (0, 1):
             part = prompts % 2 == parity
             second = None if self._second_order is None else rows(self._second_order, part)
-            changes = step_changes(*(rows(point, part) for point in points), second)
+            before, after = (rows(point, part) for point in points)
+            changes = step_changes(before, after, second)
             halves.append({name: change.estimate(prompts[part]) for name, change in changes.items()})
         for name in halves[0].keys() - {"measured"}:
             self.agreement.add_pair(f"cross_{name}", halves[0][name], halves[1]["measured"])

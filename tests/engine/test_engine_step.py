@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy import Tied, loss_of, make_step
+from engine_toy import Tied, loss_of, make_step
 
 from trl_entropy.engine import UpdateContext, rank_symmetric
 
@@ -157,7 +157,8 @@ def test_a_gradient_that_is_not_finite_is_said(built, model: Tied) -> None:
         (torch.optim.AdamW, {"maximize": True}, "maximize=True"),
         (torch.optim.Adam, {"weight_decay": 0.1}, "its weight decay is added to the gradient"),
         (torch.optim.Adam, {}, None),
-        (torch.optim.SGD, {}, "it is SGD"),
+        (torch.optim.SGD, {}, "it is torch.optim.sgd.SGD"),
+        (torch.optim.NAdam, {}, "it is torch.optim.nadam.NAdam"),
     ],
 )
 def test_check_adamw(built, optimizer: type, settings: dict, reason: str | None) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from engine_toy import Tied
 from torch import nn
-from toy import Tied
 
 from trl_entropy.engine import build_engine, trainable_parameters
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from engine_toy import Tied, loss_of
 from torch import nn
-from toy import Tied, loss_of
 
 from trl_entropy.engine import (
     build_engine,
@@ -159,3 +159,15 @@ def test_scoring_model_gives_float32_or_what_training_computes(accelerate_to, mo
         assert torch.equal(loss_of(scored), expected)
     with engine.scoring_model(params, dtype=None) as scored:
         assert torch.equal(loss_of(scored), rounded)
+
+
+def test_scoring_model_is_in_evaluation_mode(accelerate_to, model: Tied) -> None:
+    accelerator = accelerate_to()
+    model.frozen.eval()
+    prepared = accelerator.prepare(model, torch.optim.AdamW(trainable_parameters(model).values()))
+    engine = build_engine(accelerator, *prepared, max_grad_norm=1.0)
+    modes = {name: module.training for name, module in model.named_modules()}
+    with pytest.raises(ZeroDivisionError), engine.scoring_model(snapshot_parameters(model)) as scored:
+        assert not any(module.training for module in scored.modules())
+        raise ZeroDivisionError
+    assert {name: module.training for name, module in model.named_modules()} == modes

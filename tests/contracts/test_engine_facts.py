@@ -1,0 +1,270 @@
+"""Facts about accelerate, transformers, DeepSpeed and torch that `trl_entropy.engine` relies on.
+
+A failure here says which fact changed upstream, before it shows as a wrong number.
+"""
+
+import inspect
+from types import SimpleNamespace
+from unittest.mock import Mock, call
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from torch import nn
+
+# ---- accelerate
+
+
+@pytest.fixture
+def accelerator_in_bf16():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("boundary", [True, False])
+def test_accelerate_steps_inside_backward_under_deepspeed(boundary: bool) -> None:
+    engine = Mock()
+    DeepSpeedEngineWrapper(engine).backward("loss", sync_gradients=boundary)
+    step = [call.step()] if boundary else []
+    expected = [call.set_gradient_accumulation_boundary(is_boundary=boundary), call.backward("loss"), *step]
+    assert engine.mock_calls == expected, (
+        "accelerate no longer calls engine.step inside backward, once at the accumulation boundary: "
+        "ZeroEngine wraps that call to find the moment between the last backward and the update"
+    )
+
+
+def test_accelerate_keeps_the_deepspeed_engine() -> None:
+    source = inspect.getsource(Accelerator._prepare_deepspeed)
+    assert "self.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(engine)" in source, (
+        "Accelerator.deepspeed_engine_wrapped is gone; build_engine finds DeepSpeed's engine there"
+    )
+    assert DeepSpeedEngineWrapper("engine").engine == "engine", "DeepSpeedEngineWrapper.engine is gone"
+
+
+def test_accelerate_replaces_forward_by_autocast(accelerator_in_bf16: Accelerator) -> None:
+    model = nn.Linear(2, 2)
+    original = model.forward
+    prepared = accelerator_in_bf16.prepare(model)
+    assert prepared is model
+    assert vars(model)["_original_forward"] == original, (
+        "accelerate no longer keeps the forward without autocast as `_original_forward`: full_precision needs it"
+    )
+    assert "forward" in vars(model), "accelerate no longer sets `forward` on the instance: full_precision puts it back"
+    with torch.autocast("cpu", enabled=False):
+        rounded = accelerator_in_bf16.unwrap_model(model)(torch.full((1, 2), 1 / 3))
+    assert not torch.equal(rounded, original(torch.full((1, 2), 1 / 3))), (
+        "an outer autocast(enabled=False) now reaches the unwrapped model: full_precision could be simpler"
+    )
+
+
+# ---- transformers
+
+
+def test_order_of_transformers_events(tmp_path) -> None:
+    """backward, [gradients_ready], clip, on_pre_optimizer_step, step, on_optimizer_step [update_done], scheduler."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Regression(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 1)
+
+        def forward(self, x, labels=None):
+            return {"loss": 100 * (self.linear(x) - labels).square().mean()}
+
+    seen = []
+
+    def note(event: str) -> None:
+        grad = model.linear.weight.grad
+        norm = None if grad is None else round(float(torch.cat([grad.flatten(), model.linear.bias.grad]).norm()), 3)
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        seen.append((event, trainer.accelerator.sync_gradients, norm, rate, model.linear.bias.item()))
+
+    class Events(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            note("pre")
+
+        def on_optimizer_step(self, *args, **kwargs):
+            note("post")
+
+        def on_step_end(self, *args, **kwargs):
+            note("end")
+
+    class Noting(Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            note("backward")
+            return loss
+
+    torch.manual_seed(0)
+    model = Regression()
+    data = [{"x": torch.full((2,), float(i + 1)), "labels": torch.zeros(1)} for i in range(4)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        max_grad_norm=0.5,
+        learning_rate=0.1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Noting(model=model, args=arguments, train_dataset=data, callbacks=[Events()])
+    trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+    events = [event for event, *_ in seen]
+    assert events == ["backward", "backward", "pre", "post", "end"] * 2, "the order of transformers' events changed"
+    first, last, pre, post, end = seen[:5]
+    assert [first[1], last[1]] == [False, True], (
+        "accelerator.sync_gradients no longer marks the last micro-batch at the end of training_step, "
+        "where the trainer calls engine.gradients_ready()"
+    )
+    assert last[2] > 0.5, "gradients are clipped before training_step returns: UpdateContext.gradient would be clipped"
+    assert pre[2] == pytest.approx(0.5, abs=1e-3), "gradients are no longer clipped at on_pre_optimizer_step"
+    assert pre[4] == last[4] != post[4], "on_optimizer_step is no longer called after the optimizer has stepped"
+    assert post[3] == last[3] != end[3], "the scheduler now moves before on_optimizer_step"
+
+
+# ---- torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_norm", [0.25, 100.0])
+def test_how_torch_clips(max_norm: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.randn(3).to(dtype)
+    grads = [param.grad.clone() for param in params]
+    norm = torch.nn.utils.get_total_norm(grads)
+    assert torch.equal(torch.nn.utils.clip_grad_norm_(params, max_norm), norm)
+    factor = torch.clamp(max_norm / (norm.float() + 1e-6), max=1.0)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    for param, grad in zip(params, grads, strict=True):
+        torch.testing.assert_close(param.grad.float(), grad.float() * factor, rtol=tolerance, atol=0)
+
+
+def test_assigning_data_of_another_dtype_loses_gradient_hooks() -> None:
+    """Why swapped_parameters replaces the Parameter and never its `.data`."""
+    param, calls = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), []
+    accumulator = param.expand_as(param).grad_fn.next_functions[0][0]
+    accumulator.register_hook(lambda *unused: calls.append(1))
+    param.data = param.data.float()
+    param.sum().backward()
+    assert not calls, "torch keeps gradient hooks over a change of dtype: swapped_parameters could be simpler"
+
+
+def test_matmul_precision_can_be_set_and_put_back() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    assert not matmul.allow_tf32, "torch.backends.cuda.matmul.fp32_precision = 'ieee' no longer turns TF32 off"
+    matmul.fp32_precision = before
+    assert matmul.fp32_precision == before
+
+
+# ---- DeepSpeed
+
+deepspeed_missing = "DeepSpeed is not installed"
+
+
+@pytest.fixture(scope="module")
+def deepspeed():
+    return pytest.importorskip("deepspeed", reason=deepspeed_missing)
+
+
+def test_deepspeed_engine_answers(deepspeed) -> None:
+    asked = ["step", "is_gradient_accumulation_boundary", "was_step_applied", "gradient_clipping", "fp16_enabled"]
+    asked += ["zero_optimization_stage", "zero_offload_optimizer", "zero_round_robin_gradients", "autotp_size"]
+    asked += ["torch_autocast_enabled"]
+    missing = [name for name in asked if not callable(getattr(deepspeed.DeepSpeedEngine, name, None))]
+    assert not missing, f"DeepSpeedEngine has lost {missing}, which build_engine and ZeroEngine ask"
+    source = inspect.getsource(deepspeed.DeepSpeedEngine)
+    attributes = ["has_moe_layers", "sequence_parallel_size", "pipeline_parallelism", "basic_optimizer", "optimizer"]
+    missing = [name for name in attributes if f"self.{name} = " not in source]
+    assert not missing, f"DeepSpeedEngine no longer sets {missing}, which build_engine reads"
+
+
+def test_deepspeed_links_each_parameter_to_the_slice_it_owns(deepspeed) -> None:
+    """Three parameters of 4, 6 and 2 numbers over two ranks: rank 1 owns the last 4 of the second, and the third."""
+    from deepspeed.utils import link_hp_params
+
+    first, second, third = (nn.Parameter(torch.zeros(size)) for size in (4, 6, 2))
+    partition = torch.arange(6.0, 12.0)
+    gradients = {5: [torch.full((4,), 2.0), torch.full((2,), 3.0)]}
+    link_hp_params(
+        lp_param_list=[first, second, third],
+        flat_hp_partition=partition,
+        gradient_dict=gradients,
+        offload_gradient_dict=None,
+        use_offload=False,
+        param_group_index=5,
+        partition_start=6,
+        partition_size=6,
+        dp_group=None,
+    )
+    says = "deepspeed's `_hp_mapping` changed; ZeroEngine reads master, moments and gradient through it: "
+    assert first._hp_mapping is None, says + "None where the rank owns nothing"
+    mapping = second._hp_mapping
+    assert mapping.param_group_index == 5, says + "param_group_index"
+    assert (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) == (2, 4), says + "lp address"
+    assert (mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel) == (0, 4), says + "hp address"
+    assert third._hp_mapping.hp_fragment_address.start == 4, says + "hp address"
+    assert torch.equal(mapping.hp_fragment, partition[:4]), says + "hp_fragment"
+    assert mapping.hp_fragment.data_ptr() == partition.data_ptr(), says + "hp_fragment is no view of the master"
+    for param, value in ((second, 2.0), (third, 3.0)):
+        grad = param._hp_mapping.get_lp_grad_fragment(param._index_in_param_group)
+        assert set(grad.tolist()) == {value}, says + "get_lp_grad_fragment(_index_in_param_group)"
+
+
+def test_deepspeed_optimizers_have_what_is_read(deepspeed) -> None:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for kind, groups in ((DeepSpeedZeroOptimizer, "bit16_groups"), (BF16_Optimizer, "bf16_groups")):
+        source = inspect.getsource(kind)
+        for attribute in (groups, "optimizer", "dp_process_group"):
+            assert f"self.{attribute} = " in source, f"{kind.__name__}.{attribute} is gone; ZeroEngine reads it"
+        assert "param_group['params'] = [self." in source, (
+            f"{kind.__name__} no longer gives its inner optimizer one flat partition per parameter group"
+        )
+
+
+@pytest.mark.parametrize("norm", [2.0, 0.1])
+def test_how_deepspeed_clips(deepspeed, norm: float) -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    optimizer, grad = SimpleNamespace(clip_grad=0.5, loss_scale=1.0, device="cpu"), torch.ones(3)
+    DeepSpeedZeroOptimizer.unscale_and_clip_grads(optimizer, [grad], torch.tensor(norm))
+    assert grad.tolist() == pytest.approx([min(1.0, 0.5 / (norm + 1e-6))] * 3, rel=1e-6), (
+        "DeepSpeed clips by another formula than UpdateContext.clip_factor says"
+    )
+
+
+def test_deepspeed_lays_slices_out_in_round_robin_order(deepspeed) -> None:
+    """Why build_engine refuses `round_robin_gradients`: the slices are shuffled and the mapping is not."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    source = inspect.getsource(DeepSpeedZeroOptimizer._link_all_hp_params)
+    assert "lp_param_list=self.bit16_groups[i]" in source, (
+        "deepspeed may now link parameters in round-robin order: check whether build_engine can accept it"
+    )
+
+
+def test_adamw_is_an_adam_with_decoupled_decay() -> None:
+    param = torch.ones(1)
+    assert torch.optim.AdamW([param]).param_groups[0]["decoupled_weight_decay"] is True, (
+        "check_adamw reads this option"
+    )
+    assert torch.optim.Adam([param]).param_groups[0]["decoupled_weight_decay"] is False, (
+        "check_adamw reads this option"
+    )

@@ -1,0 +1,95 @@
+"""Trains a tiny policy on replayed completions with the entropy probe on, under whatever it is launched with.
+
+    accelerate launch --config_file launch/zero2-cpu.yaml tests/distributed/probe_worker.py OUTPUT_DIR SETTINGS_JSON...
+
+A completion depends on its prompt and its place in the group only, so that any number of ranks trains on, and probes, the
+same ones. Each SETTINGS_JSON is one run; its `name` is a folder of OUTPUT_DIR.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+NUM_GENERATIONS, MAX_LENGTH = 4, 9
+
+
+def replayed(prompt_ids: list[list[int]], vocab_size: int) -> list[list[int]]:
+    """One completion per row: equal prompts in a row of them get different ones; some end early."""
+    seen: dict[tuple, int] = {}
+    completions = []
+    for ids in prompt_ids:
+        place = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+        draw = random.Random(f"{ids} {place}")
+        length = draw.randint(1, MAX_LENGTH)
+        completions.append([draw.randrange(2, vocab_size) for _ in range(length)])
+    return completions
+
+
+def reward(completion_ids, **kwargs) -> list[float]:
+    return [sum(token % 3 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def train(output_dir: Path, name: str, model_path: str, lora: bool = False, fails: bool = False, **settings) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
+
+    class ReplayTrainer(DrGRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            return replayed(prompt_ids, 300), None
+
+    class Failing(Probe):
+        def on_after_update(self, args, state, control, *, engine, **kwargs):
+            from trl_entropy.engine import rank_symmetric
+
+            with rank_symmetric(engine.accelerator, "testing"):
+                if engine.accelerator.process_index == 1:
+                    raise ValueError("injected on rank 1")
+
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    defaults = {
+        "num_generations": NUM_GENERATIONS,
+        "num_prompts_per_step": 4,
+        "per_device_train_batch_size": 16 // num_processes,
+        "max_completion_length": MAX_LENGTH,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        # Not far below the gradients: with 1e-8 a coordinate whose gradient is rounding moves by lr all the same.
+        "adam_epsilon": 1e-4,
+        "weight_decay": 0.01,
+        "entropy_probe": True,
+        "entropy_probe_prompts": 12,
+        "probe_batch_size": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None
+    trainer = ReplayTrainer(
+        model=model_path,
+        reward_funcs=reward,
+        args=DrGRPOConfig(output_dir=str(output_dir / name), **(defaults | settings)),
+        train_dataset=Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(6) for j in range(6)]}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[Failing()] if fails else None,
+    )
+    trainer.train()
+
+
+if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm  # noqa: F401
+
+        # DeepSpeed would compile it for a minute or two on a CPU, for nothing that is tested here.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    for text in sys.argv[2:]:
+        train(Path(sys.argv[1]), **json.loads(text))

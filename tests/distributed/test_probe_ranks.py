@@ -1,0 +1,66 @@
+"""The entropy probe's numbers on two ranks are those of one process: DDP and ZeRO-2, full and LoRA."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+from trl_entropy.embedded_model import build_model, build_tokenizer
+from trl_entropy.run_log import RunDirectory
+
+WORKER = Path(__file__).with_name("probe_worker.py")
+RUNS = [{"name": "full"}, {"name": "lora", "lora": True, "gradient_accumulation_steps": 1}]
+SECOND_ORDER = {"entropy_second_order": True, "entropy_placebo": True}
+CLOCKS = ("time", "step_time", "epoch", "runtime")
+
+
+@pytest.fixture(scope="session")
+def replay_model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("replay_model")
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, seed=3).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def rows_of(tmp_path_factory, replay_model):
+    """rows_of(engine): metrics of every run under that engine; each engine is launched once."""
+    done: dict[str, dict[str, list[dict]]] = {}
+
+    def run(engine: str) -> dict[str, list[dict]]:
+        if engine not in done:
+            directory = tmp_path_factory.mktemp(engine)
+            settings = [json.dumps(run | SECOND_ORDER | {"model_path": replay_model}) for run in RUNS]
+            result = launch(engine, WORKER, str(directory), *settings, scratch=directory / "ops", timeout=280)
+            assert result.returncode == 0, result.stdout[-6000:]
+            done[engine] = {run["name"]: RunDirectory(directory / run["name"]).metrics() for run in RUNS}
+            environment = json.loads((directory / "full" / "environment.json").read_text())
+            assert environment["num_processes"] == (1 if engine == "cpu" else 2)
+        return done[engine]
+
+    return run
+
+
+@pytest.mark.parametrize("run", [run["name"] for run in RUNS])
+@pytest.mark.parametrize("engine", ["ddp-cpu", "zero2-cpu"])
+def test_numbers_are_those_of_one_process(rows_of, engine, run):
+    expected, got = rows_of("cpu")[run], rows_of(engine)[run]
+    assert len(expected) == len(got) == 3
+    for one, two in zip(expected, got, strict=True):
+        assert one.keys() == two.keys()
+        rounding = 3e-7 * one["entropy/probe"]  # changes are differences of entropies of this size, in float32
+        for key, value in one.items():
+            if key.startswith(CLOCKS) or "_slope" in key or "r_squared" in key or "correlation" in key:
+                continue  # three pairs: ratios of differences of nearly equal numbers
+            assert two[key] == pytest.approx(value, rel=1e-3, abs=rounding), key
+        assert one["entropy/delta_measured_stderr"] > 100 * rounding
+
+
+@pytest.mark.parametrize("engine", ["ddp-cpu"])
+def test_a_failure_on_one_rank_ends_all_with_one_message(tmp_path, replay_model, engine):
+    settings = json.dumps({"name": "failing", "fails": True, "model_path": replay_model})
+    result = launch(engine, WORKER, str(tmp_path), settings, scratch=tmp_path / "ops", timeout=90)
+    assert result.returncode != 0
+    assert "rank 1 failed while testing: ValueError: injected on rank 1" in result.stdout
