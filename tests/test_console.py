@@ -27,7 +27,7 @@ def test_control_sequences_are_stripped(text, plain):
 @given(st.text())
 def test_nothing_unprintable_is_left(text):
     left = plain_text(text)
-    assert not any(ord(c) < 32 and c not in "\t\n" or 127 <= ord(c) < 160 for c in left)
+    assert not any((ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 for c in left)
     left.encode("utf-8")
 
 

@@ -138,7 +138,7 @@ class DrGRPOConfig(GRPOConfig):
                 f"({completions} completions / {world_size} process(es) / {self.per_device_train_batch_size} a "
                 f"micro-batch), got {self.gradient_accumulation_steps}. Remove one of the two settings."
             )
-        self.gradient_accumulation_steps = steps
+        self.gradient_accumulation_steps: int = steps
         logger.info("num_prompts_per_step=%d: gradient_accumulation_steps set to %d", self.num_prompts_per_step, steps)
 
     def _check_divisibility(self, world_size: int) -> None:

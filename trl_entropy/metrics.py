@@ -44,6 +44,11 @@ _STEP = [
     Metric("ratio/p90", "1", "90th percentile of the importance ratio, to the width of a histogram bin", "histogram"),
     Metric("ratio/p99", "1", "99th percentile of the importance ratio, to the width of a histogram bin", "histogram"),
     Metric("completions/think_length", "tokens", "mean length of the text before </think>, where there is one"),
+    Metric("answer_check/rejected_fraction", "1", "completions whose answer is outside the limits: reward 0", "TRL"),
+    Metric(
+        "answer_check/timeout_fraction", "1", "completions whose check was killed at its deadline: reward 0", "TRL"
+    ),
+    Metric("answer_check/failed_fraction", "1", "completions whose check failed: reward 0", "TRL"),
     Metric("completions/answered", "1", "share of completions that stopped at the closing answer tag"),
 ]
 

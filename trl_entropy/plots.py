@@ -45,6 +45,20 @@ def plot_pass_at_1(axes: Axes, evaluation: Rows) -> Axes:
     return axes
 
 
+def plot_entropy_change(axes: Axes, metrics: Rows) -> Axes:
+    """Entropy change of each probed step: measured, with 95 % intervals, and predicted to first order."""
+    probed = [row for row in metrics if row.get("entropy/delta_measured") is not None]
+    steps = [row["step"] for row in probed]
+    errors = [1.96 * row["entropy/delta_measured_stderr"] for row in probed]
+    axes.axhline(0, color=GREY, lw=0.8)
+    measured = [row["entropy/delta_measured"] for row in probed]
+    axes.errorbar(steps, measured, errors, color=BLUE, fmt="o", ms=4, lw=1.2, capsize=2, label="measured, 95 %")
+    plot_key(axes, probed, "entropy/delta_linear", "predicted, first order", ORANGE, marker="x", ls="")
+    axes.set(title="Entropy change of a step", ylabel=unit("entropy/delta_measured"))
+    axes.legend(frameon=False)
+    return axes
+
+
 def plot_entropy(axes: Axes, metrics: Rows, evaluation: Rows) -> Axes:
     """Policy entropy of the training batches and of held-out completions."""
     plot_key(axes, metrics, "entropy/policy", "training batch", BLUE, lw=1.2)

@@ -262,8 +262,9 @@ def _objections(module: nn.Module, owners: dict[int, torch.Tensor]) -> Iterator[
 
 def _forward_objections(module: nn.Module, role: str | None) -> Iterator[str]:
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    if getattr(owner.forward, "__module__", None) != owner.__module__:
-        yield f"has a forward from {getattr(owner.forward, '__module__', None)}, put into its class by a patch"
+    if getattr(owner.forward, "__module__", None) != owner.__module__:  # type: ignore[attr-defined]
+        home = getattr(owner.forward, "__module__", None)  # type: ignore[attr-defined]
+        yield f"has a forward from {home}, put into its class by a patch"
     if module._compiled_call_impl is not None:
         yield "was compiled in place by .compile()"
     if "forward" in vars(module) and not (

@@ -10,7 +10,7 @@ from trl_entropy.run_log import RunDirectory
 
 def write_report(path: Path) -> Path:
     """
-    Draw reward, held-out pass@1 and entropy of a run.
+    Draw reward, held-out pass@1, entropy, and its change in single steps where it was probed.
 
     Args:
         path: the run directory.
@@ -32,10 +32,16 @@ def write_report(path: Path) -> Path:
     metrics, evaluation = run.metrics(), run.evaluation()
     if not metrics:
         raise ValueError(f"{path} holds no metrics.jsonl with a line in it; is it a run directory?")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    plots.plot_reward(left, metrics)
-    plots.plot_pass_at_1(middle, evaluation)
-    plots.plot_entropy(right, metrics, evaluation)
+    panels = [
+        lambda axes: plots.plot_reward(axes, metrics),
+        lambda axes: plots.plot_pass_at_1(axes, evaluation),
+        lambda axes: plots.plot_entropy(axes, metrics, evaluation),
+    ]
+    if any("entropy/delta_measured" in row for row in metrics):
+        panels.append(lambda axes: plots.plot_entropy_change(axes, metrics))
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
+    for draw, axes in zip(panels, all_axes, strict=True):
+        draw(axes)
     run.report_path.mkdir(parents=True, exist_ok=True)
     target = run.report_path / "training.png"
     figure.savefig(target, dpi=150)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trl_entropy.engine import evaluation_mode
 from trl_entropy.estimators.entropy import entropy_and_logps
 
 INPUT_GRAD_HOOK = "make_inputs_require_grads"
@@ -112,7 +112,7 @@ def score(
         parts = [_derivatives(_scorer(model, chunk, temperature), params, direction, order) for chunk in chunks]
         return [_join([part[i] for part in parts], completions, longest_first) for i in range(2 * (order + 1))]
 
-    with _evaluation_mode(model), _differentiable_kernels(order):
+    with evaluation_mode(model), _without_input_grad_hooks(model), _differentiable_kernels(order):
         results = score_all()
     return TokenScores(entropy=tuple(results[0::2]), logps=tuple(results[1::2]))
 
@@ -167,25 +167,18 @@ def _differentiable_kernels(order: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """
-    No dropout, and no gradient checkpointing, which transformers does in training mode only.
-
-    For checkpointing transformers also hooks `requires_grad_` onto the embeddings' output, which torch.func forbids:
-    the hook is taken out meanwhile (its name is a private of transformers, held by a contract test).
-    """
-    modes = {module: module.training for module in model.modules()}
-    hooks = [(module, OrderedDict(module._forward_hooks)) for module in modes if module._forward_hooks]
+def _without_input_grad_hooks(model: nn.Module) -> Iterator[None]:
+    """For checkpointing transformers hooks `requires_grad_` onto the embeddings' output, which torch.func forbids."""
+    hooked = [
+        (module, key, hook)
+        for module in model.modules()
+        for key, hook in module._forward_hooks.items()
+        if getattr(hook, "__name__", "") == INPUT_GRAD_HOOK
+    ]
+    for module, key, _ in hooked:
+        del module._forward_hooks[key]
     try:
-        model.eval()
-        for module, former in hooks:
-            for key, hook in former.items():
-                if getattr(hook, "__name__", "") == INPUT_GRAD_HOOK:
-                    del module._forward_hooks[key]
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
-        for module, former in hooks:
-            module._forward_hooks.clear()
-            module._forward_hooks.update(former)
+        for module, key, hook in hooked:
+            module._forward_hooks[key] = hook

@@ -33,7 +33,7 @@ WARM_START_RECIPE = {
     "version": 1,
     "num_clean": 7_200,
     "num_flawed": 2_400,
-    "flawed_share": 0.4,
+    "flawed_share": 0.5,
     "per_device_train_batch_size": 16,
     "learning_rate": 1.5e-3,
     "lr_scheduler_type": "cosine_with_min_lr",

@@ -48,7 +48,8 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
     from trl_entropy.config import DrGRPOConfig
 
     parser = TrlParser([TaskArguments, DrGRPOConfig, ModelConfig])
-    parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL)
+    # tqdm is off by default once transformers is silenced.
+    parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL, disable_tqdm=False)
     task, args, model = parser.parse_args_and_config(argv)
     if unknown := [name for name in task.reward_funcs if name not in REWARDS]:
         raise ValueError(f"reward_funcs: {unknown} not in trl_entropy.rewards; use any of {', '.join(REWARDS)}.")

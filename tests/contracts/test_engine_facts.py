@@ -52,13 +52,13 @@ def test_accelerate_replaces_forward_by_autocast(accelerator_in_bf16: Accelerato
     prepared = accelerator_in_bf16.prepare(model)
     assert prepared is model
     assert vars(model)["_original_forward"] == original, (
-        "accelerate no longer keeps the forward without autocast as `_original_forward`: full_precision needs it"
+        "accelerate no longer keeps the forward without autocast as `_original_forward`: fp32_strict needs it"
     )
-    assert "forward" in vars(model), "accelerate no longer sets `forward` on the instance: full_precision puts it back"
+    assert "forward" in vars(model), "accelerate no longer sets `forward` on the instance: fp32_strict puts it back"
     with torch.autocast("cpu", enabled=False):
         rounded = accelerator_in_bf16.unwrap_model(model)(torch.full((1, 2), 1 / 3))
     assert not torch.equal(rounded, original(torch.full((1, 2), 1 / 3))), (
-        "an outer autocast(enabled=False) now reaches the unwrapped model: full_precision could be simpler"
+        "an outer autocast(enabled=False) now reaches the unwrapped model: fp32_strict could be simpler"
     )
 
 

@@ -2,8 +2,8 @@
 
     accelerate launch --config_file launch/zero2-cpu.yaml tests/distributed/probe_worker.py OUTPUT_DIR SETTINGS_JSON...
 
-A completion depends on its prompt and its place in the group only, so that any number of ranks trains on, and probes, the
-same ones. Each SETTINGS_JSON is one run; its `name` is a folder of OUTPUT_DIR.
+A completion depends on its prompt and its place in the group only, so that any number of ranks trains on the same
+ones, and probes the same ones. Each SETTINGS_JSON is one run; its `name` is a folder of OUTPUT_DIR.
 """
 
 import json

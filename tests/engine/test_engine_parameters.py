@@ -7,7 +7,6 @@ from torch import nn
 
 from trl_entropy.engine import (
     build_engine,
-    full_precision,
     snapshot_parameters,
     swapped_parameters,
     trainable_parameters,
@@ -123,29 +122,6 @@ def test_swapped_parameters_refuses_partitioned_and_quantised(model: Tied) -> No
     model.norm.bias.ds_id = 3
     with pytest.raises(ValueError, match="zero_stage: 2"), swapped_parameters(model, other_values(model)):
         pass
-
-
-def test_full_precision_switches_accelerates_autocast_off(accelerate_to, model: Tied) -> None:
-    expected = loss_of(model)
-    accelerator = accelerate_to(mixed_precision="bf16")
-    wrapped = accelerator.prepare(model)
-    rounded = loss_of(wrapped)
-    assert rounded != expected
-    unwrapped = accelerator.unwrap_model(wrapped)
-    forward = unwrapped.forward
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        with full_precision(unwrapped):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-            assert torch.equal(loss_of(unwrapped), expected)
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
-    assert unwrapped.forward is forward
-    assert torch.equal(loss_of(wrapped), rounded)
-    with pytest.raises(ZeroDivisionError), full_precision(unwrapped):
-        raise ZeroDivisionError
-    assert unwrapped.forward is forward
 
 
 def test_scoring_model_gives_float32_or_what_training_computes(accelerate_to, model: Tied) -> None:

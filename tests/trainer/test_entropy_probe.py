@@ -1,4 +1,4 @@
-"""The entropy probe in training: numbers against a recomputation, no trace in training, files that recompute it all."""
+"""The entropy probe in training: numbers against a recomputation, no trace in training, files to recompute it from."""
 
 import math
 
@@ -43,7 +43,7 @@ class KeepParameters(TrainerCallback):
 
 def probe_file(run, step):
     with safe_open(run.path / "probes" / "entropy" / f"step_{step:06d}.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def entropy_float64(model, point, rows, sampling=None):

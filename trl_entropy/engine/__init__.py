@@ -18,7 +18,6 @@ from trl_entropy.engine.build import build_engine
 from trl_entropy.engine.context import UpdateContext
 from trl_entropy.engine.parameters import (
     evaluation_mode,
-    full_precision,
     snapshot_parameters,
     swapped_parameters,
     trainable_parameters,
@@ -30,7 +29,6 @@ __all__ = [
     "UpdateContext",
     "build_engine",
     "evaluation_mode",
-    "full_precision",
     "rank_symmetric",
     "snapshot_parameters",
     "swapped_parameters",

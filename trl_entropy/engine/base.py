@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from trl_entropy.engine.context import UpdateContext
 from trl_entropy.engine.parameters import (
     evaluation_mode,
-    full_precision,
     swapped_parameters,
     trainable_parameters,
 )
+from trl_entropy.precision import fp32_strict
 
 
 class Engine(abc.ABC):
@@ -108,7 +108,7 @@ class Engine(abc.ABC):
                 values are rounded into each parameter's own dtype and autocast stays as training has it, which gives
                 the bf16 model that training runs.
         """
-        precision = nullcontext() if dtype is None else full_precision(self.module)
+        precision = nullcontext() if dtype is None else fp32_strict(self.module)
         with evaluation_mode(self.module), swapped_parameters(self.module, params, dtype), precision:
             yield self.module
 

@@ -60,29 +60,6 @@ def swapped_parameters(
 
 
 @contextmanager
-def full_precision(model: nn.Module) -> Iterator[nn.Module]:
-    """Computes in the dtype of the parameters: no autocast (accelerate's included), no TF32 in matrix products.
-
-    accelerate wraps the `forward` of the *inner* module in autocast, so that unwrapping it, or an outer
-    `torch.autocast(enabled=False)`, does not switch it off; here its own `_original_forward` is used meanwhile.
-    """
-    device_type = next(model.parameters()).device.type
-    matmul = torch.backends.cuda.matmul
-    tf32 = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    wrapped_forward = model.__dict__.get("forward") if "_original_forward" in model.__dict__ else None
-    try:
-        if wrapped_forward is not None:
-            model.forward = model.__dict__["_original_forward"]
-        with torch.autocast(device_type, enabled=False):
-            yield model
-    finally:
-        if wrapped_forward is not None:
-            model.forward = wrapped_forward
-        matmul.fp32_precision = tf32
-
-
-@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """No dropout, and no gradient checkpointing of transformers; every submodule's own mode is back afterwards.
 

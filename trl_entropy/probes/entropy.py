@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -94,10 +95,11 @@ class EntropyProbe(Probe):
             self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
 
     def on_before_update(self, args, state, control, *, metrics, update, engine, trainer, **kwargs: Any) -> None:
-        step, rank = state.global_step + 1, engine.accelerator.process_index
+        step, rank, start = state.global_step + 1, engine.accelerator.process_index, time.perf_counter()
         self._completions = (
             self.draw(step, rank) if self.draw else trainer.draw_probe_batch(self.num_prompts, self.source, step)
         )
+        metrics["time/entropy_draw"] = time.perf_counter() - start
         params = update.params_before
         self._second_order: PointTerms | None = None
         if self.second_order:

@@ -1,0 +1,134 @@
+"""
+Cost of a training step as a ratio, paired and interleaved in one process.
+
+    python tests/benchmarks/step_time.py trl      # DrGRPOTrainer, toggles off / TRL's GRPOTrainer
+    python tests/benchmarks/step_time.py probe    # entropy probe on every step, |E| = |U| / 4 / probe off
+
+Both sides train on the quickstart's settings with learning rate 0 and are given the same random state at every step, so
+they draw the same completions and do the same work. They take turns every few steps, so a change of the machine's speed
+hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_entropy import DrGRPOConfig, DrGRPOTrainer, rewards
+from trl_entropy.console import quiet_libraries
+from trl_entropy.data.word_problems import load_word_problems
+from trl_entropy.estimators.estimate import student_t_quantile
+from trl_entropy.sft import warm_start
+
+QUICKSTART = {
+    "num_generations": 8,
+    "per_device_train_batch_size": 128,
+    "max_completion_length": 32,
+    "learning_rate": 0.0,
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.99,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "temperature": 1.0,
+    "loss_type": "dr_grpo",
+    "scale_rewards": "none",
+    "beta": 0.0,
+    "top_k": 0,
+}
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of every step, from its beginning until after its logs; the first of a turn is left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(1000 * args.seed + state.global_step)
+        self.start = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and state.global_step > 1:
+            self.seconds.append(time.perf_counter() - self.start)
+            self.logs = logs
+
+
+def build(trainer_class: type, config_class: type, directory: Path, steps: int, **settings):
+    path = str(warm_start(seed=0))
+    watch = Stopwatch()
+    trainer = trainer_class(
+        model=path,
+        reward_funcs=rewards.tag_pref,
+        args=config_class(output_dir=str(directory), max_steps=steps + 1, **(QUICKSTART | settings)),
+        train_dataset=load_word_problems("train", 4096, seed=0),
+        processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
+    )
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(callback)
+    trainer.add_callback(watch)
+    return trainer, watch
+
+
+def paired(first, second, rounds: int) -> list[tuple[float, float]]:
+    """Mean seconds of a step of both, by round; they take turns and swap who is first."""
+    results = []
+    for number in range(rounds):
+        order = [first, second] if number % 2 == 0 else [second, first]
+        for trainer, watch in order:
+            watch.seconds = []
+            trainer.args.seed = number
+            trainer.train()
+        results.append((statistics.median(first[1].seconds), statistics.median(second[1].seconds)))
+    return results
+
+
+def report(name: str, results: list[tuple[float, float]], num_completions: str) -> None:
+    ratios = [a / b for a, b in results[1:]]  # the first round warms up
+    mean, error = statistics.mean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
+    margin = student_t_quantile(0.975, len(ratios) - 1) * error
+    seconds = [statistics.median(side) for side in zip(*results[1:], strict=True)]
+    print(
+        f"{name}: ratio {mean:.4f}, 95 % interval {mean - margin:.4f} to {mean + margin:.4f}, {len(ratios)} rounds; "
+        f"median step {seconds[0] * 1e3:.0f} ms against {seconds[1] * 1e3:.0f} ms; {num_completions}; "
+        f"{torch.get_num_threads()} thread(s)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["trl", "probe"])
+    parser.add_argument("--rounds", type=int, default=16, help="turns of each side, the first not counted")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a turn, after one that is not counted")
+    parser.add_argument("--prompts", type=int, default=32, help="|E| for `probe`")
+    options = parser.parse_args()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        off = (DrGRPOTrainer, DrGRPOConfig, Path(folder) / "off", options.steps)
+        if options.what == "trl":
+            other = build(GRPOTrainer, GRPOConfig, Path(folder) / "trl", options.steps)
+            report("DrGRPOTrainer / GRPOTrainer", paired(build(*off), other, options.rounds), "|U| = 128")
+            return
+        settings = {"entropy_probe": True, "entropy_probe_prompts": options.prompts, "probe_batch_size": 128}
+        on = build(DrGRPOTrainer, DrGRPOConfig, Path(folder) / "on", options.steps, **settings)
+        results = paired(on, build(*off), options.rounds)
+        report("entropy probe on / off", results, f"|U| = 128, |E| = {options.prompts}")
+        total, draw = on[1].logs["time/entropy"], on[1].logs["time/entropy_draw"]
+        print(f"of the last step: probe {total * 1e3:.0f} ms, of which drawing E {draw * 1e3:.0f} ms")
+        without = [(a - draw, b) for a, b in results]
+        report("entropy probe on, without drawing E / off", without, f"|U| = 128, |E| = {options.prompts}")
+
+
+if __name__ == "__main__":
+    main()
