@@ -7,11 +7,13 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer import grpo_trainer
+
+from trl_entropy.metrics import PASS_AT_1
 
 # ANSI sequences first (CSI, OSC up to its end, two-character escapes), then whatever control character is left.
 _CONTROL = re.compile(
@@ -64,10 +66,19 @@ class ConsoleProgress(ProgressCallback):
         if shown:
             self.training_bar.set_postfix(shown)
         if "eval_reward" in logs:
-            self.training_bar.write(
-                f"step {state.global_step:>4}  held-out pass@1 {logs['eval_reward']:.3f}  "
-                f"entropy {logs['eval_entropy']:.3f} nats/token"
-            )
+            evaluation = {name.removeprefix("eval_"): value for name, value in logs.items()}
+            self.training_bar.write(f"step {state.global_step:>4}  held out: {describe_evaluation(evaluation)}")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """No second bar."""
+
+
+def describe_evaluation(row: Mapping[str, Any]) -> str:
+    """An evaluation in a line: pass@1 where that reward is used, else the mean reward; entropy."""
+    quality = f"pass@1 {row[PASS_AT_1]:.3f}" if PASS_AT_1 in row else f"reward {row['reward']:.3f}"
+    return f"{quality}, entropy {row['entropy']:.3f} nats/token"
 
 
 def quiet_libraries() -> None:
@@ -82,4 +93,5 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -35,6 +35,9 @@ _TRL = [
     ),
 ]
 
+# The reward that says whether the answer is right; its mean over sampled completions is pass@1.
+PASS_AT_1 = "rewards/tag_pref/mean"
+
 _STEP = [
     Metric("entropy/policy", "nats/token", "sum of token entropies / number of tokens of the step's completions"),
     Metric("entropy/surprisal", "nats/token", "sum of -log pi of the sampled tokens / number of tokens"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from trl_entropy.metrics import unit
+from trl_entropy.metrics import PASS_AT_1, unit
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -39,8 +39,8 @@ def plot_reward(axes: Axes, metrics: Rows) -> Axes:
 
 
 def plot_pass_at_1(axes: Axes, evaluation: Rows) -> Axes:
-    """pass@1 on held-out problems: the mean reward of sampled completions."""
-    plot_key(axes, evaluation, "reward", "held out", ORANGE, marker="o", lw=1.5)
+    """pass@1 on held-out problems: the share of sampled completions that are right."""
+    plot_key(axes, evaluation, PASS_AT_1, "held out", ORANGE, marker="o", lw=1.5)
     axes.set(title="Held-out pass@1", ylabel="share of completions right", ylim=(0, 1))
     return axes
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy.console import ConsoleProgress, plain_text, quiet_libraries
+from trl_entropy.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.run_log import RunDirectory
 
 if TYPE_CHECKING:
@@ -166,12 +166,8 @@ def _say_end(trainer: DrGRPOTrainer) -> None:
     run = RunDirectory(trainer.args.output_dir)
     evaluation = run.evaluation()
     if len(evaluation) > 1:
-        first, last = evaluation[0], evaluation[-1]
-        print(
-            f"held-out pass@1 {first['reward']:.1%} -> {last['reward']:.1%}, "
-            f"entropy {first['entropy']:.3f} -> {last['entropy']:.3f} nats/token "
-            f"(steps {first['step']} -> {last['step']})"
-        )
+        for row in (evaluation[0], evaluation[-1]):
+            print(f"held out after step {row['step']:>3}: {describe_evaluation(row)}")
     if trainer._logs["completion"]:
         completion = trainer._logs["completion"][-1]
         text = completion if isinstance(completion, str) else str(completion[-1]["content"])

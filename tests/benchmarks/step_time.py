@@ -4,9 +4,9 @@ Cost of a training step as a ratio, paired and interleaved in one process.
     python tests/benchmarks/step_time.py trl      # DrGRPOTrainer, toggles off / TRL's GRPOTrainer
     python tests/benchmarks/step_time.py probe    # entropy probe on every step, |E| = |U| / 4 / probe off
 
-Both sides train on the quickstart's settings with learning rate 0 and are given the same random state at every step, so
-they draw the same completions and do the same work. They take turns every few steps, so a change of the machine's speed
-hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over rounds.
+Both sides train on the quickstart's settings with learning rate 0 and are given the same random state at every step,
+so they draw the same completions and do the same work. They take turns every few steps, so a change of the machine's
+speed hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over rounds.
 """
 
 from __future__ import annotations
