@@ -1,0 +1,64 @@
+"""What DrGRPOTrainer relies on in TRL and transformers. A failure says which override to look at after an upgrade."""
+
+import inspect
+
+from transformers import PreTrainedModel, Trainer
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from trl_entropy import scores
+
+
+def source(function) -> str:
+    return inspect.getsource(inspect.unwrap(function))
+
+
+def test_prepare_inputs_looks_the_shuffle_up_in_its_module():
+    assert "generation_batch = shuffle_sequence_dict(generation_batch)" in source(GRPOTrainer._prepare_inputs), (
+        "whole_group_shuffling replaces trl.trainer.grpo_trainer.shuffle_sequence_dict while _prepare_inputs runs"
+    )
+    assert hasattr(grpo_trainer, "shuffle_sequence_dict")
+
+
+def test_log_looks_the_sample_printer_up_in_its_module():
+    assert "print_prompt_completions_sample(" in source(GRPOTrainer.log), "printing_plain_text replaces it there"
+
+
+def test_only_the_loss_asks_for_the_entropy():
+    assert "compute_entropy=True" in source(GRPOTrainer._compute_loss), "StepStatistics takes what the loss computed"
+    assert "compute_entropy=True" not in source(GRPOTrainer._generate_and_score_completions)
+
+
+def test_the_loss_takes_advantages_and_normalises_by_the_longest_completion():
+    text = source(GRPOTrainer._compute_loss)
+    assert "(per_token_loss.size(0) * self.max_completion_length)" in text, "group_max rescales by this normaliser"
+    assert "if advantages.dim() == 1:" in text, "advantages of shape (B, T) are to pass"
+
+
+def test_rewards_reach_the_batch_gathered_and_in_rank_order():
+    text = source(GRPOTrainer._generate_and_score_completions)
+    assert "self.accelerator.process_index * len(prompts)" in text, "prompt_index and rewards count rows this way"
+    assert "rewards_per_func = gather(rewards_per_func)" in source(GRPOTrainer._calculate_rewards)
+    assert 'self._logs["prompt"].extend(gather_object(prompts))' in text, "the probe leaves these prompts out"
+
+
+def test_generate_returns_the_completion_ids_second():
+    assert "return prompt_ids, completion_ids, tool_mask" in source(GRPOTrainer._generate)
+    assert '["completions/clipped_ratio"].append' in source(GRPOTrainer._generate), "stop_at_answer corrects it"
+
+
+def test_generation_gets_no_tokenizer_so_stop_strings_are_bound():
+    text = source(GRPOTrainer._generate_single_turn)
+    assert "unwrapped_model.generate(" in text and "tokenizer=" not in text.split("unwrapped_model.generate(")[1][:200]
+
+
+def test_sync_gradients_is_set_before_the_micro_batch():
+    text = source(Trainer._run_epoch)
+    assert text.index("_set_sync_gradients(do_sync_step)") < text.index("self.training_step(model"), (
+        "the last micro-batch of a step is known by accelerator.sync_gradients during the loss"
+    )
+    assert text.index("on_step_end(") < text.index("self._maybe_log_save_evaluate("), "metrics of a step reach its log"
+
+
+def test_the_hook_for_checkpointed_embeddings_has_its_name():
+    assert f"def {scores.INPUT_GRAD_HOOK}(" in inspect.getsource(PreTrainedModel), "scores takes this hook out"

@@ -1,0 +1,118 @@
+"""The entry point as a user starts it: errors before anything is loaded, ten steps on each task, SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_entropy.run_log import RunDirectory
+from trl_entropy.train import main, parse
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k"
+SMALL = ["--num_prompts_per_step", "2", "--per_device_train_batch_size", "8", "--num_generations", "4",
+         "--num_eval_problems", "8", "--per_device_eval_batch_size", "8", "--num_generations_eval", "1",
+         "--report_to", "none", "--disable_tqdm", "True"]  # fmt: skip
+
+
+def settings(config: Path, directory, *more: str) -> list[str]:
+    return ["--config", str(config), "--output_dir", str(directory), *SMALL, *more]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_read(path, tmp_path):
+    text = path.read_text()
+    assert text.startswith("# ") and "# Hardware:" in text and "# Start:" in text
+    task, args, model = parse(["--config", str(path), "--output_dir", str(tmp_path)])
+    given = yaml.safe_load(text)
+    assert args.learning_rate == given["learning_rate"] and task.task == given["task"]
+    assert model.lora_dropout == 0 and args.truncated_sampling() == ""
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--reward_funcs", "tag_prefer"], "tag_prefer.*use any of tag_pref, tag_math_correct, format_reward"),
+    (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout is 0.1.*Set lora_dropout=0"),
+    (["--entropy_probe", "True", "--top_k", "50"], "entropy_probe: .*top_k=50 changes it.*Set top_k=0"),
+    (["--entropy_probe", "True", "--mask_truncated_completions", "True"], "mask_truncated_completions=True drops"),
+    (["--entropy_probe_prompts", "3"], "entropy_probe_prompts is 3.*Try entropy_probe_prompts=4"),
+])  # fmt: skip
+def test_errors_come_before_anything_is_loaded(tmp_path, more, message, monkeypatch):
+    monkeypatch.setattr("trl_entropy.sft.warm_start", lambda *a, **k: pytest.fail("a model was about to be built"))
+    with pytest.raises(SystemExit) as error:
+        main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
+    import re
+
+    assert re.search(message, str(error.value)), error.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    RunDirectory(tmp_path).append_metrics(1, {"loss": 0.0})
+    with pytest.raises(SystemExit, match="already holds a run"):
+        main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path))
+
+
+def launch(arguments: list[str], warm_start_dir: Path) -> subprocess.Popen:
+    environment = os.environ | {"TRL_ENTROPY_CACHE": str(warm_start_dir.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml"]
+    command += ["-m", "trl_entropy.train", *arguments]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def test_ten_steps_of_the_quickstart(tmp_path, warm_start_dir):
+    arguments = settings(
+        REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "10", "--entropy_probe_prompts", "8",
+        "--report_to", "tensorboard",
+    )  # fmt: skip
+    process = launch(arguments, warm_start_dir)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    run = RunDirectory(tmp_path)
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows if "entropy/delta_measured" in row] == [5, 10]
+    assert all(0 < row["entropy/policy"] < 1 for row in rows)
+    assert [row["step"] for row in run.evaluation()] == [0, 10]  # before and after
+    assert (tmp_path / "report" / "training.png").stat().st_size > 10_000
+    assert list((tmp_path / "tensorboard").glob("events*")) and list((tmp_path / "completions").glob("*.parquet"))
+    assert json.loads((tmp_path / "environment.json").read_text())["num_processes"] == 1
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["num_prompts_per_step"] == 2
+    assert "'loss'" not in output and "held out" in output  # a line a person can follow, no dictionary a step
+
+
+def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
+    if not GSM8K.exists():
+        pytest.skip("no ../shared/data/gsm8k beside this checkout: the records are not part of the repository")
+    arguments = settings(
+        REPOSITORY / "configs" / "gsm8k-embedded.yaml", tmp_path, "--max_steps", "2", "--dataset_path", str(GSM8K),
+        "--num_train_problems", "16", "--use_peft", "--lora_r", "4", "--entropy_probe_prompts", "8",
+        "--entropy_probe_every", "1",
+    )  # fmt: skip
+    process = launch(arguments, warm_start_dir)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    rows = RunDirectory(tmp_path).metrics()
+    assert len(rows) == 2 and all("entropy/delta_linear" in row for row in rows)
+    assert json.loads((tmp_path / "environment.json").read_text())["num_trainable_parameters"] < 100_000
+
+
+def test_sigterm_ends_a_launched_run_with_a_checkpoint(tmp_path, warm_start_dir):
+    arguments = settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "100000")
+    process = launch(arguments, warm_start_dir)
+    deadline = time.monotonic() + 200
+    while not RunDirectory(tmp_path).metrics() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does
+    process.communicate(timeout=60)
+    steps = [row["step"] for row in RunDirectory(tmp_path).metrics()]
+    assert (tmp_path / f"checkpoint-{steps[-1]}" / "trainer_state.json").exists()
