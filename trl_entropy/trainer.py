@@ -72,6 +72,7 @@ class DrGRPOTrainer(GRPOTrainer):
         )
         self.engine: Engine | None = None
         self._probe_seconds: dict[str, float] = defaultdict(float)
+        self._rollouts_written = 0
         self._num_groups = 0
         # Prompts of the generations that a step can consist of.
         num_generations_of_step = -(-args.gradient_accumulation_steps // args.steps_per_generation)
@@ -234,6 +235,14 @@ class DrGRPOTrainer(GRPOTrainer):
             }
             run = RunDirectory(self.args.output_dir)
             run.write_probe_file(probe, step, gathered, metadata, self.args.probe_files_keep)
+
+    def write_rollouts(self, step: int) -> None:
+        """Write the step's own completions, once however many probes ask for them. Collective."""
+        if self._rollouts_written == step:
+            return
+        self._rollouts_written = step
+        names = ("input_ids", "attention_mask", "completion_mask", "prompt_index", "rewards", "advantages")
+        self.write_probe_file("rollouts", step, {name: getattr(self._rollouts, name) for name in names})
 
     # ---- completions that stop at the answer
 

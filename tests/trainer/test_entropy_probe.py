@@ -167,6 +167,9 @@ def test_every_promised_quantity_is_logged(make_trainer, problems):
     assert 0 <= rows[0]["entropy/noise_floor"] < 1e-5
     assert rows[0]["time/entropy"] > 0
     assert len(list((run.path / "probes" / "entropy").glob("*"))) == 2
+    with safe_open(run.path / "probes" / "rollouts" / "step_000005.safetensors", "pt") as file:
+        assert torch.allclose(file.get_tensor("rewards").mean(), torch.tensor(rows[-1]["reward"]))
+        assert file.get_tensor("input_ids").shape == file.get_tensor("attention_mask").shape
     total = rows[0]["entropy/probe"] + sum(row["entropy/delta_linear"] for row in rows)
     assert rows[-1]["entropy/integral_linear"] == pytest.approx(total)
 

@@ -33,6 +33,7 @@ from trl_entropy.estimators.step_change import (
 )
 from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
 from trl_entropy.scores import Completions, TokenScores, score
 
 _NOISE_FLOOR_EVERY = 10  # probed steps between two measurements of rounding noise, which hardly changes
@@ -78,7 +79,9 @@ class EntropyProbe(Probe):
         self._earlier_update: dict[str, Tensor] | None = None
 
     @classmethod
-    def from_config(cls, args: Any) -> EntropyProbe:
+    def from_config(cls, args: Any) -> Probe:
+        if args.entropy_probe_source == "rollouts":
+            return RolloutEntropyProbe.from_config(args)
         return cls(
             every=args.entropy_probe_every,
             num_prompts=args.entropy_probe_prompts,
@@ -246,6 +249,7 @@ class EntropyProbe(Probe):
         tensors |= {"logps_before": before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": before.entropy[0], "entropy_after": after.entropy[0]}
         trainer.write_probe_file(self.name, step, tensors)
+        trainer.write_rollouts(step)
 
 
 def predicted_update(update: UpdateContext) -> dict[str, Tensor]:

@@ -1,0 +1,311 @@
+"""The entropy probe on the step's own rollouts: gradients of groups, (T17) and (T7) against slow recomputations."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from trl_entropy import DrGRPOConfig
+from trl_entropy.engine import trainable_parameters
+from trl_entropy.estimators.delta_entropy import RatioTerms, delta_linear
+from trl_entropy.estimators.step_change import point_terms
+from trl_entropy.precision import float64_reference
+from trl_entropy.probes import PROBES, RolloutEntropyProbe
+from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
+from trl_entropy.run_log import RunDirectory
+from trl_entropy.scores import score
+
+PROBE = {"entropy_probe": True, "entropy_probe_source": "rollouts", "probe_batch_size": 16}
+NEW_KEYS = {
+    "entropy/delta_cross_prompt",
+    "entropy/delta_cross_prompt_stderr",
+    "entropy/delta_cross_prompt_stderr_jackknife",
+    "entropy/delta_same_sample",
+    "entropy/rollouts_gradient_error",
+    "entropy/num_coordinates_without_metric",
+}
+
+
+class Keep(RolloutEntropyProbe):
+    """Keeps what went into the last step's numbers."""
+
+    def _group_rows(self, *args, **kwargs):
+        self.rows = super()._group_rows(*args, **kwargs)
+        return self.rows
+
+    def on_before_update(self, args, state, control, *, update, engine, rollouts, metrics, **kwargs):
+        super().on_before_update(
+            args, state, control, update=update, engine=engine, rollouts=rollouts, metrics=metrics, **kwargs
+        )
+        names = list(trainable_parameters(engine.module))
+        self.update, self.engine, self.rollouts, self.before_metrics = update, engine, rollouts, dict(metrics)
+        self.gradient = torch.cat([update.gradient[name].flatten() for name in names]).double()
+        self.exp_avg_sq = torch.cat([update.exp_avg_sq[name].flatten() for name in names]).double()
+        self.params = {name: update.params_before[name].clone() for name in names}
+        self.clip, self.step = update.clip_factor, update.optimizer_step
+
+    def slope_along(self, direction, temperature=1.0):
+        """R'(0) on U along a direction, by forward mode."""
+        with self.engine.scoring_model(self.params) as model:
+            scores = score(model, self._completions, temperature, 16, self.params, direction, order=1)
+        terms = point_terms(scores.entropy, scores.logps, scores.logps[0], self._completions.completion_mask)
+        return delta_linear(RatioTerms(*terms.terms), RatioTerms(*terms.tangents)).value.item()
+
+
+@pytest.fixture
+def trained(make_trainer, monkeypatch):
+    """trained(**settings): 2 steps on completions of 1 to 12 random tokens; what the probe saw last, all metrics."""
+
+    def train(**settings):
+        keep, draw = Keep(batch_size=settings.pop("probe_batch_size", 16)), random.Random(0)
+        trainer = make_trainer(callbacks=[keep], **settings)
+
+        def completions(prompt_ids, *args):
+            return [[draw.randrange(2, 400) for _ in range(draw.randint(1, 12))] for _ in prompt_ids], None
+
+        monkeypatch.setattr(trainer, "_generate_single_turn", completions)
+        trainer.train()
+        return keep, trainer, RunDirectory(trainer.args.output_dir).metrics()
+
+    return train
+
+
+def relative(error, reference):
+    return (error.norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("normalizer", ["max_completion_length", "group_max"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_loss_rows_sum_to_the_gradient(trained, normalizer, accumulation):
+    keep, _, rows = trained(
+        length_normalizer=normalizer,
+        gradient_accumulation_steps=accumulation,
+        probe_batch_size=16 if accumulation == 2 else 3,  # 3: a group in parts
+        temperature=0.9,
+    )
+    assert (keep.rollouts.length_scale.max() > 1) == (normalizer == "group_max")
+    num_prompts = 4 * accumulation
+    assert keep.rows.loss.shape == keep.rows.entropy.shape == (num_prompts, len(keep.gradient))
+    assert relative(keep.rows.loss.double().mean(0) - keep.gradient, keep.gradient) < 1e-5
+    assert rows[-1]["entropy/rollouts_gradient_error"] < 1e-5
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: torch.randn(value.shape, generator=generator) for name, value in keep.params.items()}
+    flat_direction = torch.cat([value.flatten() for value in direction.values()]).double()
+    mean_row = keep.rows.entropy.double().mean(0)
+    slope = keep.slope_along(direction, 0.9)
+    assert (mean_row @ flat_direction).item() == pytest.approx(slope, abs=1e-4 * mean_row.norm().item())
+
+
+def rows_float64(model, keep):
+    """X_n and Y_n by loops over completions, one at a time and unpadded, in float64."""
+    u, scored = keep.rollouts, []
+    with float64_reference(model):
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(keep.params[name])
+        for i, length in enumerate(u.lengths.tolist()):
+            prompt, completion = u.prompt_ids[i][u.prompt_mask[i].bool()], u.completion_ids[i, :length]
+            logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+            log_probs = logits.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            scored.append((entropy, log_probs[torch.arange(length), completion]))
+        num_tokens = sum(len(entropy) for entropy, _ in scored)
+        h = sum(entropy.sum() for entropy, _ in scored).item() / num_tokens
+        groups, x, y = u.prompt_index.unique().tolist(), [], []
+        for group in groups:
+            x_n = y_n = 0.0
+            for i in (u.prompt_index == group).nonzero().flatten().tolist():
+                entropy, logps = scored[i]
+                for k in range(len(logps)):
+                    later = sum(entropy[j].item() - h for j in range(k + 1, len(logps)))
+                    x_n = x_n + (entropy[k] + later * logps[k]) * len(groups) / num_tokens
+                    y_n = y_n - u.advantages[i].double() * logps[k] / (4 * 12)
+            for rows, value in ((x, x_n), (y, y_n)):
+                gradient = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+                rows.append(torch.cat([part.flatten() for part in gradient]))
+    return torch.stack(x), torch.stack(y)
+
+
+def u_by_loops(x, y, metric):
+    """U, and the mean of all products, by a loop over pairs."""
+    pairs = {(n, m): float((x[n] * metric) @ y[m]) for n in range(len(x)) for m in range(len(x))}
+    crossed = [value for (n, m), value in pairs.items() if n != m]
+    return sum(crossed) / len(crossed), sum(pairs.values()) / len(pairs), pairs
+
+
+def variance_by_components(pairs, num_prompts):
+    """Var(U) of (T17) and of the jackknife. zeta_2 of the pairs needs Var(U) itself: solved by repetition."""
+    p = num_prompts
+    kernel = {(n, m): (pairs[n, m] + pairs[m, n]) / 2 for n in range(p) for m in range(p) if n != m}
+    u = sum(kernel.values()) / len(kernel)
+    row_means = [sum(kernel[n, m] for m in range(p) if m != n) / (p - 1) for n in range(p)]
+    s2 = sum((r - u) ** 2 for r in row_means) / (p - 1)
+    q = sum((value - u) ** 2 for value in kernel.values()) / len(kernel)
+    variance = 0.0
+    for _ in range(200):
+        zeta_2 = q + variance
+        zeta_1 = ((p - 1) ** 2 * s2 / (p - 2) - zeta_2) / (p - 4)
+        variance = 4 * (p - 2) * zeta_1 / (p * (p - 1)) + 2 * zeta_2 / (p * (p - 1))
+    left_out = [(p * u - 2 * r) / (p - 2) for r in row_means]
+    mean = sum(left_out) / p
+    return variance, (p - 1) / p * sum((value - mean) ** 2 for value in left_out)
+
+
+def test_change_is_that_of_float64_loops(trained):
+    keep, trainer, logged = trained(gradient_accumulation_steps=2, learning_rate=1e-4, probe_batch_size=64)
+    row, args = logged[-1], trainer.args
+    assert keep.step == 2 and not NEW_KEYS & logged[0].keys()
+    x, y = rows_float64(trainer.model, keep)
+    assert relative(keep.rows.entropy.double() - x, x) < 1e-4
+    assert relative(keep.rows.loss.double() - y, y) < 1e-4
+    known = keep.exp_avg_sq > 0
+    metric = torch.zeros_like(keep.exp_avg_sq)
+    v_hat = keep.exp_avg_sq[known] / (1 - args.adam_beta2 ** (keep.step - 1))
+    coefficient = 1e-4 / 2 * keep.clip * (1 - args.adam_beta1) / (1 - args.adam_beta1**keep.step)
+    metric[known] = coefficient / (v_hat.sqrt() + args.adam_epsilon)
+    assert row["entropy/num_coordinates_without_metric"] == (~known).sum()
+    assert keep.update.learning_rate[next(iter(keep.params))] == pytest.approx(1e-4 / 2)
+    for rows, tolerance in ((keep.rows, 1e-6), ((x, y), 1e-2)):
+        u, plain, pairs = u_by_loops(rows[0].double(), rows[1].double(), metric)
+        assert row["entropy/delta_same_sample"] == pytest.approx(-plain, rel=tolerance)
+        assert row["entropy/delta_cross_prompt"] == pytest.approx(-u, rel=tolerance, abs=tolerance * abs(plain))
+        variance, jackknife = variance_by_components(pairs, 8)
+        assert row["entropy/delta_cross_prompt_stderr_jackknife"] == pytest.approx(jackknife**0.5, rel=tolerance)
+        stderr = row["entropy/delta_cross_prompt_stderr"]
+        assert math.isnan(stderr) if variance < 0 else stderr == pytest.approx(variance**0.5, rel=tolerance)
+
+
+def test_same_sample_prediction_is_the_slope_along_the_gradient_step(trained):
+    """Sign and coefficient: along -lr c (1-b1)/(1-b1^t) M g forward mode finds the same change on U."""
+    keep, trainer, rows = trained(max_grad_norm=0.01)
+    args, step = trainer.args, {}
+    for name, g in keep.update.gradient.items():
+        v = keep.update.exp_avg_sq[name].double()
+        metric = 1 / ((v / (1 - args.adam_beta2)).sqrt() + args.adam_epsilon)
+        coefficient = keep.update.learning_rate[name] * keep.clip * (1 - args.adam_beta1) / (1 - args.adam_beta1**2)
+        step[name] = (-coefficient * metric * g).where(v > 0, 0.0).float()
+    assert rows[-1]["entropy/delta_same_sample"] == pytest.approx(keep.slope_along(step), rel=1e-4)
+
+
+def test_in_sample_change_and_probe_file(trained):
+    from safetensors.torch import load_file
+
+    keep, trainer, rows = trained()
+    run = RunDirectory(trainer.args.output_dir)
+    for step, row in enumerate(rows, start=1):
+        file = load_file(run.path / "probes" / "entropy" / f"step_{step:06d}.safetensors")
+        mask = file["completion_mask"].double()
+        log_ratio = (file["logps_after"] - file["logps_before"]).double() * mask
+        weights = (log_ratio.cumsum(1) - log_ratio).exp() * mask
+        before = (file["entropy_before"] * mask).sum() / mask.sum()
+        after = (file["entropy_after"] * weights).sum() / weights.sum()
+        assert row["entropy/delta_in_sample"] == pytest.approx((after - before).item(), rel=1e-6)
+        assert row["entropy/probe"] == pytest.approx(row["entropy/policy"], rel=1e-5)
+        assert row["entropy/num_completions"] == 16 and 10 < row["entropy/importance_ess"] <= 16
+        assert row["entropy/delta_in_sample_stderr"] > 0
+    assert torch.equal(file["input_ids"], keep.rollouts.input_ids)
+
+
+def test_groups_without_gradient_stay(trained):
+    def reward(prompts, completion_ids, **kwargs):
+        odd = [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+        return [0.5 if prompt[0] in "ABCD" else value for prompt, value in zip(prompts, odd, strict=True)]
+
+    keep, _, rows = trained(reward_funcs=reward, gradient_accumulation_steps=2)
+    is_zero = (keep.rows.loss == 0).all(1)
+    assert len(is_zero) == 8 and is_zero.sum() == 4
+    assert relative(keep.rows.loss.double().sum(0) / 8 - keep.gradient, keep.gradient) < 1e-5
+    assert rows[-1]["entropy/delta_cross_prompt"] != 0
+
+
+def test_a_zero_gradient_is_no_error(trained):
+    _, _, rows = trained(reward_funcs=lambda completion_ids, **kwargs: [1.0] * len(completion_ids))
+    assert rows[-1]["entropy/delta_cross_prompt"] == rows[-1]["entropy/delta_in_sample"] == 0
+    assert math.isnan(rows[-1]["entropy/rollouts_gradient_error"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "length_normalizer": "group_max"},
+        {"lora": True, "disable_dropout": False},
+    ],
+    ids=str,
+)
+def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
+    from peft import LoraConfig
+
+    settings = dict(settings)
+    lora = settings.pop("lora", False)
+    runs = []
+    for probes in ({}, PROBE):
+        config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
+        trainer = make_trainer(max_steps=3, peft_config=config if lora else None, **probes, **settings)
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+        rows = RunDirectory(trainer.args.output_dir).metrics()
+        runs.append((weights, [{k: v for k, v in row.items() if "time" not in k} for row in rows]))
+    (off, off_rows), (on, on_rows) = runs
+    assert torch.equal(off, on)
+    for off_row, on_row in zip(off_rows, on_rows, strict=True):
+        assert off_row.items() <= on_row.items()
+    assert on_rows[-1].keys() - off_rows[-1].keys() >= NEW_KEYS
+    # Dropout is in the gradient that the optimizer got, not in the probe's: said, not hidden.
+    assert (on_rows[-1]["entropy/rollouts_gradient_error"] > 1e-3) == lora
+
+
+def test_every_key_has_its_row():
+    from trl_entropy.metrics import unit
+
+    assert all(unit(key) for key in NEW_KEYS | {"entropy/delta_in_sample", "entropy/delta_in_sample_stderr"})
+
+
+def config(tmp_path, **settings):
+    defaults = {"output_dir": str(tmp_path), "num_generations": 4, "per_device_train_batch_size": 16}
+    return DrGRPOConfig(**(defaults | {"bf16": False, "use_cpu": True} | PROBE | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"loss_type": "dapo"}, "loss_type='dr_grpo'"),
+        ({"beta": 0.1}, "beta=0"),
+        ({"num_iterations": 2}, "num_iterations=1"),
+        ({"steps_per_generation": 2}, "steps_per_generation=1"),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 3}, "steps_per_generation=3"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0"),
+        ({"use_vllm": True}, "vllm_importance_sampling_correction=False"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=1"),
+        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"entropy_second_order": True}, "entropy_second_order=False"),
+        ({"per_device_train_batch_size": 12}, "num_prompts_per_step=4"),
+        ({"top_p": 0.9}, "top_p=1"),
+    ],
+    ids=str,
+)
+def test_refused_settings_say_what_to_change(tmp_path, settings, remedy):
+    with pytest.raises(ValueError, match="entropy_probe") as error:
+        config(tmp_path, **settings)
+    assert remedy in str(error.value)
+
+
+def test_a_group_on_two_processes_is_refused(tmp_path):
+    args = config(tmp_path)
+    args.per_device_train_batch_size = 6
+    with pytest.raises(ValueError, match=r"Try per_device_train_batch_size=8"):
+        args.check_rollouts_source()
+
+
+def test_toggle_gives_this_probe_and_a_callback_is_checked_too(tmp_path, make_trainer):
+    assert type(PROBES["entropy_probe"].from_config(config(tmp_path))) is RolloutEntropyProbe
+    with pytest.raises(ValueError, match="loss_type='dr_grpo'"):
+        make_trainer(callbacks=[RolloutEntropyProbe()], loss_type="dapo").train()
+
+
+def test_too_many_parameters_are_refused():
+    model = torch.nn.Linear(2**20, 1, bias=False, device="meta")
+    fitting = MAX_ROWS_BYTES // (8 * 2**20)
+    check_memory(fitting, model)
+    with pytest.raises(ValueError, match="entropy_probe_source='held_out'"):
+        check_memory(fitting + 1, model)
