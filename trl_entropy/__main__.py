@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "train": "train as a config file says (under accelerate launch for more than one process)",
     "report": "draw the figures of a run",
+    "experiment": "test the estimators on a checkpoint of a run",
 }
 
 

@@ -16,7 +16,7 @@ LENGTH_NORMALIZERS = ("max_completion_length", "group_max")
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
 FULL_SUPPORT_PROBES = ("entropy_probe",)
-ENTROPY_PROBE_SOURCES = ("held_out", "eval")
+ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
 
 
 def _toggle(help: str, default: Any = False, **metadata: Any) -> Any:
@@ -78,7 +78,8 @@ class DrGRPOConfig(GRPOConfig):
         "Prompts of the probe batch over all processes, one completion each.", default=64
     )
     entropy_probe_source: str = _toggle(
-        "Source of the probe's prompts: 'held_out' (training prompts not in this step) or 'eval' (eval_dataset).",
+        "Where the probe's completions come from: drawn for prompts that are 'held_out' (training prompts not in this "
+        "step) or 'eval' (eval_dataset), or the step's own 'rollouts' (no generation; (T17) across prompts).",
         default="held_out",
         choices=list(ENTROPY_PROBE_SOURCES),
     )
@@ -208,6 +209,8 @@ class DrGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"entropy_probe_source is {self.entropy_probe_source!r}; use one of {ENTROPY_PROBE_SOURCES}."
             )
+        if self.entropy_probe_source == "rollouts":
+            return self.check_rollouts_source()
         prompts, world = self.entropy_probe_prompts, self.world_size
         if prompts < 4 * world or prompts % world:
             fitting = max(4, round(prompts / world)) * world
@@ -220,6 +223,52 @@ class DrGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"entropy_second_order plans the step by AdamW's equation (T4), optim is {optimizer}. Set "
                 "optim='adamw_torch_fused', or entropy_second_order=False."
+            )
+
+    def check_rollouts_source(self) -> None:
+        """Raises `ValueError` unless (T17) holds on the step's own completions: see `RolloutEntropyProbe`."""
+        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        remedies = {
+            "loss_type='dr_grpo'": self.loss_type == "dr_grpo",
+            "beta=0": self.beta == 0,
+            "num_iterations=1": self.num_iterations == 1,
+            f"steps_per_generation={accumulation} (a step uses whole generations)": accumulation % generation == 0,
+            "entropy_coef=0": self.entropy_coef == 0,
+            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
+            "vllm_importance_sampling_correction=False": not (
+                self.use_vllm and self.vllm_importance_sampling_correction
+            ),
+            "top_entropy_quantile=1": self.top_entropy_quantile == 1,
+            "off_policy_mask_threshold=None": self.off_policy_mask_threshold is None,
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "entropy_second_order=False": not self.entropy_second_order,
+            "entropy_placebo=False": not self.entropy_placebo,
+        }
+        if needed := [setting for setting, holds in remedies.items() if not holds]:
+            raise ValueError(
+                "entropy_probe_source='rollouts' needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone, and "
+                f"has no other prediction than (T17). Set {', '.join(needed)}, or entropy_probe_source='held_out'."
+            )
+        self._check_groups_of_a_step()
+
+    def _check_groups_of_a_step(self) -> None:
+        """Whole prompt groups on every process, and enough of them for the variance of (T17)."""
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if rows % self.num_generations:
+            below = self.per_device_train_batch_size // self.num_generations * self.num_generations
+            raise ValueError(
+                f"entropy_probe_source='rollouts' needs each prompt group on one process, but "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} x {self.steps_per_generation} "
+                f"step(s) splits groups of num_generations={self.num_generations}. Try per_device_train_batch_size="
+                f"{below + self.num_generations}, a multiple of num_generations."
+            )
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        num_prompts = self.world_size * rows // self.num_generations
+        if num_prompts < 4:
+            raise ValueError(
+                f"entropy_probe_source='rollouts' needs at least 4 prompts a step for the standard error of (T17), "
+                f"this step has {num_prompts}. Set num_prompts_per_step=4 or more, or entropy_probe_source='held_out'."
             )
 
     def enabled_probes(self) -> list[str]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 class Metric:
     """
     One key of `metrics.jsonl`. `reduce` says what crosses ranks and micro-batches before the one division: sums, a
-    maximum, a histogram, or (`"E"`) the per-completion sums of the probe batch.
+    maximum, a histogram, (`"E"`) the per-completion sums of the probe batch, or (`"U"`) products of prompt groups of
+    the step's own completions (`entropy_probe_source="rollouts"`).
     """
 
     name: str
@@ -114,7 +115,20 @@ _ENTROPY = (
     ]
 )
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _TRL + _STEP + _PROBES + _OPTIMIZER_STATE + _ENTROPY}
+_ENTROPY_OF_ROLLOUTS = [
+    Metric("entropy/delta_in_sample", "nats/token", "measured change (T7) on the step's own completions", "U"),
+    Metric(
+        "entropy/delta_cross_prompt", "nats/token", "first order, by this step's gradient, across prompts (T17)", "U"
+    ),
+    Metric("entropy/delta_cross_prompt_stderr_jackknife", "nats/token", "its conservative standard error (T17)", "U"),
+    Metric("entropy/delta_same_sample", "nats/token", "the same with each prompt's effect on itself: biased", "U"),
+    Metric("entropy/rollouts_gradient_error", "1", "|sum of the groups' gradients - gradient| / |gradient|", "U"),
+    Metric("entropy/num_coordinates_without_metric", "parameters", "coordinates left out: exp_avg_sq = 0", "none"),
+]
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in _TRL + _STEP + _PROBES + _OPTIMIZER_STATE + _ENTROPY + _ENTROPY_OF_ROLLOUTS
+}
 
 
 def unit(key: str) -> str:

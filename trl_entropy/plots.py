@@ -59,6 +59,53 @@ def plot_entropy_change(axes: Axes, metrics: Rows) -> Axes:
     return axes
 
 
+def plot_prediction(axes: Axes, rows: Rows, predictor: str) -> Axes:
+    """Measured on one half of each probe batch against predicted on the other, one point a step, 95 % intervals."""
+    predictor = predictor if f"entropy/half_a_{predictor}" in rows[0] else "linear"
+    x, y = f"entropy/half_a_{predictor}", "entropy/half_b_measured"
+    ends = [min(row[x] for row in rows), max(row[x] for row in rows)]
+    axes.plot(ends, ends, color=GREY, lw=0.8, label="equal")
+    axes.errorbar(
+        [row[x] for row in rows],
+        [row[y] for row in rows],
+        [1.96 * row[f"{y}_stderr"] for row in rows],
+        [1.96 * row[f"{x}_stderr"] for row in rows],
+        color=BLUE,
+        fmt="o",
+        ms=3,
+        lw=0.7,
+        label="a step, 95 %",
+    )
+    name = predictor.replace("_", " ")
+    axes.set(xlabel=f"predicted ({name}), nats/token", ylabel="measured on other prompts, nats/token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_integral(axes: Axes, integral: dict[str, Any]) -> Axes:
+    """Entropy of each step's fresh completions (95 %), and the start plus the sum of predicted changes."""
+    errors = [1.96 * error for error in integral["fresh_stderr"]]
+    axes.errorbar(
+        integral["steps"],
+        integral["fresh"],
+        errors,
+        color=GREY,
+        fmt=".",
+        ms=4,
+        lw=0.7,
+        label="fresh completions, 95 %",
+    )
+    for name, color in (("linear", ORANGE), ("second_order", BLUE)):
+        if name in integral:
+            label = f"sum of predictions ({name.replace('_', ' ')})"
+            axes.plot(integral["steps"], integral[name]["values"], color=color, lw=1.4, label=label)
+    axes.set(xlabel="optimizer step", ylabel=unit("entropy/probe"))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return axes
+
+
 def plot_entropy(axes: Axes, metrics: Rows, evaluation: Rows) -> Axes:
     """Policy entropy of the training batches and of held-out completions."""
     plot_key(axes, metrics, "entropy/policy", "training batch", BLUE, lw=1.2)

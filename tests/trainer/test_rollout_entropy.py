@@ -1,10 +1,10 @@
 """The entropy probe on the step's own rollouts: gradients of groups, (T17) and (T7) against slow recomputations."""
 
-import math
 import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
@@ -75,14 +75,16 @@ def relative(error, reference):
     return (error.norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("normalizer", ["max_completion_length", "group_max"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_loss_rows_sum_to_the_gradient(trained, normalizer, accumulation):
-    keep, _, rows = trained(
+@pytest.mark.parametrize(
+    ("normalizer", "accumulation"), [("max_completion_length", 1), ("group_max", 1), ("group_max", 2)]
+)
+def test_rows_sum_to_the_gradients_of_loss_and_entropy(trained, normalizer, accumulation):
+    keep, trainer, rows = trained(
         length_normalizer=normalizer,
         gradient_accumulation_steps=accumulation,
         probe_batch_size=16 if accumulation == 2 else 3,  # 3: a group in parts
         temperature=0.9,
+        max_grad_norm=0.01,
     )
     assert (keep.rollouts.length_scale.max() > 1) == (normalizer == "group_max")
     num_prompts = 4 * accumulation
@@ -95,6 +97,20 @@ def test_loss_rows_sum_to_the_gradient(trained, normalizer, accumulation):
     mean_row = keep.rows.entropy.double().mean(0)
     slope = keep.slope_along(direction, 0.9)
     assert (mean_row @ flat_direction).item() == pytest.approx(slope, abs=1e-4 * mean_row.norm().item())
+    # Sign and coefficient: along the gradient part of (T5), M before the step, forward mode finds the same change.
+    step = gradient_part(keep, trainer.args)
+    assert rows[-1]["entropy/delta_same_sample"] == pytest.approx(keep.slope_along(step, 0.9), rel=1e-4)
+
+
+def gradient_part(keep, args):
+    """-lr c (1-b1)/(1-b1^t) M g at the second step, where M has a meaning."""
+    part = {}
+    for name, g in keep.update.gradient.items():
+        v = keep.update.exp_avg_sq[name].double()
+        metric = 1 / ((v / (1 - args.adam_beta2)).sqrt() + args.adam_epsilon)
+        coefficient = keep.update.learning_rate[name] * keep.clip * (1 - args.adam_beta1) / (1 - args.adam_beta1**2)
+        part[name] = (-coefficient * metric * g).where(v > 0, 0.0).float()
+    return part
 
 
 def rows_float64(model, keep):
@@ -172,26 +188,12 @@ def test_change_is_that_of_float64_loops(trained):
         variance, jackknife = variance_by_components(pairs, 8)
         assert row["entropy/delta_cross_prompt_stderr_jackknife"] == pytest.approx(jackknife**0.5, rel=tolerance)
         stderr = row["entropy/delta_cross_prompt_stderr"]
-        assert math.isnan(stderr) if variance < 0 else stderr == pytest.approx(variance**0.5, rel=tolerance)
+        assert stderr is None if variance < 0 else stderr == pytest.approx(variance**0.5, rel=tolerance)
+    check_in_sample_change(RunDirectory(args.output_dir), logged)
 
 
-def test_same_sample_prediction_is_the_slope_along_the_gradient_step(trained):
-    """Sign and coefficient: along -lr c (1-b1)/(1-b1^t) M g forward mode finds the same change on U."""
-    keep, trainer, rows = trained(max_grad_norm=0.01)
-    args, step = trainer.args, {}
-    for name, g in keep.update.gradient.items():
-        v = keep.update.exp_avg_sq[name].double()
-        metric = 1 / ((v / (1 - args.adam_beta2)).sqrt() + args.adam_epsilon)
-        coefficient = keep.update.learning_rate[name] * keep.clip * (1 - args.adam_beta1) / (1 - args.adam_beta1**2)
-        step[name] = (-coefficient * metric * g).where(v > 0, 0.0).float()
-    assert rows[-1]["entropy/delta_same_sample"] == pytest.approx(keep.slope_along(step), rel=1e-4)
-
-
-def test_in_sample_change_and_probe_file(trained):
-    from safetensors.torch import load_file
-
-    keep, trainer, rows = trained()
-    run = RunDirectory(trainer.args.output_dir)
+def check_in_sample_change(run, rows):
+    """(T7) from the probe's files, on all of U."""
     for step, row in enumerate(rows, start=1):
         file = load_file(run.path / "probes" / "entropy" / f"step_{step:06d}.safetensors")
         mask = file["completion_mask"].double()
@@ -201,9 +203,8 @@ def test_in_sample_change_and_probe_file(trained):
         after = (file["entropy_after"] * weights).sum() / weights.sum()
         assert row["entropy/delta_in_sample"] == pytest.approx((after - before).item(), rel=1e-6)
         assert row["entropy/probe"] == pytest.approx(row["entropy/policy"], rel=1e-5)
-        assert row["entropy/num_completions"] == 16 and 10 < row["entropy/importance_ess"] <= 16
+        assert row["entropy/num_completions"] == 32 and 1 < row["entropy/importance_ess"] <= 32
         assert row["entropy/delta_in_sample_stderr"] > 0
-    assert torch.equal(file["input_ids"], keep.rollouts.input_ids)
 
 
 def test_groups_without_gradient_stay(trained):
@@ -221,14 +222,13 @@ def test_groups_without_gradient_stay(trained):
 def test_a_zero_gradient_is_no_error(trained):
     _, _, rows = trained(reward_funcs=lambda completion_ids, **kwargs: [1.0] * len(completion_ids))
     assert rows[-1]["entropy/delta_cross_prompt"] == rows[-1]["entropy/delta_in_sample"] == 0
-    assert math.isnan(rows[-1]["entropy/rollouts_gradient_error"])
+    assert rows[-1]["entropy/rollouts_gradient_error"] is None  # nan: 0/0
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True, "length_normalizer": "group_max"},
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "length_normalizer": "group_max"},
         {"lora": True, "disable_dropout": False},
     ],
     ids=str,
@@ -241,7 +241,7 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
     runs = []
     for probes in ({}, PROBE):
         config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
-        trainer = make_trainer(max_steps=3, peft_config=config if lora else None, **probes, **settings)
+        trainer = make_trainer(peft_config=config if lora else None, **probes, **settings)
         trainer.train()
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
         rows = RunDirectory(trainer.args.output_dir).metrics()

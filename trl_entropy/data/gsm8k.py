@@ -131,10 +131,9 @@ def _read_hub(name: str, split: str) -> Iterator[GSM8KProblem]:
 
 
 def _parse(record: object, where: str) -> GSM8KProblem:
-    texts = [record.get(key) for key in ("question", "answer")] if isinstance(record, dict) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    question, worked = (record.get(key) if isinstance(record, dict) else None for key in ("question", "answer"))
+    if not isinstance(question, str) or not isinstance(worked, str):
         raise ValueError(f"{where}: expected an object with the strings 'question' and 'answer', got {record!r:.200}")
-    question, worked = texts
     solution, mark, answer = worked.rpartition(ANSWER_MARK)
     answer = answer.strip().replace(",", "")
     if not mark or not _NUMBER.fullmatch(answer):

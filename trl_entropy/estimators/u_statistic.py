@@ -14,6 +14,8 @@ from torch import Tensor
 
 from trl_entropy.estimators.estimate import Estimate
 
+_GRAM_COLUMNS = 2**22
+
 
 class ZetaComponents(NamedTuple):
     """(T17): Hoeffding's variances of the symmetric kernel k_nm = (X_n' M Y_m + X_m' M Y_n) / 2.
@@ -29,9 +31,12 @@ class ZetaComponents(NamedTuple):
 def cross_gram(
     x: Float[Tensor, "P D"], y: Float[Tensor, "Q D"], preconditioner: Float[Tensor, "D"] | None = None
 ) -> Float[Tensor, "P Q"]:
-    """X_n' M Y_m in float64; M = 1 by default. Cost O(P Q D)."""
-    x = x.double() if preconditioner is None else x.double() * preconditioner.double()
-    return x @ y.double().T
+    """X_n' M Y_m in float64, to which `_GRAM_COLUMNS` columns at a time are cast; M = 1 by default. Cost O(P Q D)."""
+    gram = x.new_zeros(len(x), len(y), dtype=torch.float64)
+    metric = x.new_ones(x.shape[1]) if preconditioner is None else preconditioner
+    for part, other, weights in zip(*(rows.split(_GRAM_COLUMNS, dim=-1) for rows in (x, y, metric)), strict=True):
+        gram += (part.double() * weights.double()) @ other.double().T
+    return gram
 
 
 def u_statistic(gram: Float[Tensor, "P P"]) -> float:

@@ -4,6 +4,7 @@ from trl_entropy.probes.effective_sample_size import EffectiveSampleSizeProbe
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.optimizer_state import OptimizerStateProbe
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
 
 # Toggle in DrGRPOConfig -> the probe that it turns on.
 PROBES: dict[str, type[Probe]] = {
@@ -12,4 +13,11 @@ PROBES: dict[str, type[Probe]] = {
     "optimizer_state_probe": OptimizerStateProbe,
 }
 
-__all__ = ["PROBES", "EffectiveSampleSizeProbe", "EntropyProbe", "OptimizerStateProbe", "Probe"]
+__all__ = [
+    "PROBES",
+    "EffectiveSampleSizeProbe",
+    "EntropyProbe",
+    "OptimizerStateProbe",
+    "Probe",
+    "RolloutEntropyProbe",
+]

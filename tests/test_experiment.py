@@ -1,0 +1,175 @@
+"""`trl-entropy experiment calibration`: its errors, the step it makes, its gradients, a small run from end to end."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from trl_entropy.estimators.delta_entropy import delta_linear
+from trl_entropy.estimators.step_change import point_terms
+from trl_entropy.experiment import main
+from trl_entropy.experiments.calibration import LABELS
+from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.redraws import group_gradients
+from trl_entropy.experiments.state import FixedState
+from trl_entropy.scores import score
+from trl_entropy.train import build_trainer, parse
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+SMALL = [
+    "--num-redraws",
+    "40",
+    "--num-prompts",
+    "8",
+    "--num-u-redraws",
+    "6",
+    "--u-prompts",
+    "4",
+    "--u-generations",
+    "4",
+]
+SETTINGS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 4}
+MODEL = {"model_config": {"vocab_size": 512}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, warm_start_dir) -> Path:
+    """Two steps of a small quickstart from the warm start, with the optimizer's state."""
+    run = tmp_path_factory.mktemp("run")
+    arguments = [
+        "--config", str(CONFIG), "--output_dir", str(run), "--num_prompts_per_step", "8", "--num_generations", "4",
+        "--per_device_train_batch_size", "32", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2",
+        "--entropy_probe", "False", "--kl_every", "0", "--num_train_problems", "64", "--num_eval_problems", "8",
+        "--eval_strategy", "no", "--eval_on_start", "False", "--report_to", "none", "--disable_tqdm", "True",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *arguments])  # the run directory records it
+        patch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
+        patch.setenv("TENSORBOARD_LOGGING_DIR", os.environ.get("TENSORBOARD_LOGGING_DIR", str(run)))
+        build_trainer(*parse(arguments)).train()
+    return run / "checkpoint-2"
+
+
+@pytest.fixture(scope="module")
+def state(checkpoint, tmp_path_factory) -> FixedState:
+    return FixedState(Checkpoint.read(checkpoint), tmp_path_factory.mktemp("state"), seed=0)
+
+
+def test_the_settings_are_the_runs(checkpoint):
+    read = Checkpoint.read(checkpoint)
+    assert (read.task.task, read.task.num_train_problems, read.num_prompts_per_step) == ("word_problems", 64, 8)
+    assert read.config["max_completion_length"] == 32 and read.step == "2"
+
+
+def test_the_step_is_the_one_the_optimizer_makes(state):
+    parameters = dict(state.model.named_parameters())
+    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    torch.nn.utils.clip_grad_norm_(parameters.values(), state.args.max_grad_norm)
+    state.engine.optimizer.step()
+    try:
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.detach(), state.after[name], rtol=0, atol=2e-7)
+        assert max(float(value.abs().max()) for value in state.update.values()) > 1e-5
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(saved[name])
+
+
+def test_group_gradients_add_up_to_the_gradients_of_entropy_and_loss(state):
+    """X against forward mode along the update, Y against differences of the loss's own terms along it."""
+    rollouts = state.draw_rollouts(state.draw_problems(6, (7,)), 4, (7,))
+    x, y = group_gradients(state, rollouts, range(6))
+    direction = torch.cat([value.flatten() for value in state.update.values()]).double()
+    with state.engine.scoring_model(state.before) as model:
+        scores = score(model, rollouts.completions, 1.0, 64, state.before, state.update, order=1)
+    terms = point_terms(scores.entropy, scores.logps, scores.logps[0], rollouts.completions.completion_mask)
+    predicted = float(delta_linear(terms.terms, terms.tangents).value)
+    assert float(x.double().mean(0) @ direction) == pytest.approx(predicted, rel=1e-4)
+    weights = (rollouts.advantages / rollouts.normalizers).double().unsqueeze(1)
+    slope = -float((weights * scores.logps[1].double()).sum()) / len(rollouts.completions)
+    assert float(y.double().mean(0) @ direction) == pytest.approx(slope, rel=1e-4)
+    assert rollouts.advantages.view(6, 4).sum(1).abs().max() < 1e-6 < rollouts.advantages.abs().max()
+
+
+def test_calibration_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
+    arguments = ["calibration", "--checkpoint", str(checkpoint), *SMALL, "--output", str(tmp_path)]
+    main(arguments)
+    output = capsys.readouterr().out
+    result = json.loads((tmp_path / "calibration.json").read_text())
+    assert set(result["quantities"]) <= set(LABELS) and {"measured", "linear"} <= set(result["quantities"])
+    for name, row in result["quantities"].items():
+        assert LABELS[name] in output
+        assert 0 <= row["covered_low"] <= row["covered"] <= row["covered_high"] <= 1
+        assert row["stderr_ratio"] > 0 and row["scatter"] > 0
+    rows = result["quantities"]
+    assert rows["measured"]["num_redraws"] == 40 and rows["u_statistic_jackknife"]["num_redraws"] == 6
+    assert rows["error_linear"]["scatter"] < rows["linear"]["scatter"] / 2  # the pairs cancel
+    assert rows["error_trapezoid"]["scatter"] < rows["error_linear"]["scatter"]
+    assert rows["error_linear"]["truth"] == pytest.approx(rows["linear"]["truth"] - rows["measured"]["truth"])
+    assert result["environment"]["packages"]["torch"] and result["settings"]["seed"] == 0
+    assert (tmp_path / "calibration.png").stat().st_size > 10_000
+
+    monkeypatch.setattr("trl_entropy.experiments.redraws._score", lambda *a: pytest.fail("the chunks are kept"))
+    monkeypatch.setattr("trl_entropy.experiments.redraws.group_gradients", lambda *a: pytest.fail("they are kept"))
+    main(arguments)
+    assert json.loads((tmp_path / "calibration.json").read_text())["quantities"] == rows
+
+
+def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -> Path:
+    """The files of a checkpoint, empty."""
+    path = directory / "checkpoint-5"
+    path.mkdir()
+    for name in {"model.safetensors", "optimizer.pt", *extra} - set(without):
+        (path / name).touch()
+    if "config.yaml" not in without:
+        (directory / "config.yaml").write_text(yaml.safe_dump(SETTINGS | MODEL | {"task": "word_problems"} | config))
+    if environment:
+        (directory / "environment.json").write_text(json.dumps(environment))
+    return path
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"without": ["optimizer.pt"]}, "has no optimizer.pt; train with save_only_model=False"),
+    ({"without": ["model.safetensors"]}, "has no model.safetensors"),
+    ({"without": ["config.yaml"]}, "has no config.yaml; the checkpoint must lie in the directory of its run"),
+    ({"extra": ["adapter_config.json"]}, "holds a LoRA adapter"),
+    ({"task": "gsm8k"}, "was trained on gsm8k; only the embedded task, word_problems"),
+    ({"model_config": {"vocab_size": 151936}}, "a model of 151936 token embeddings; only the embedded model"),
+    ({"loss_type": "grpo"}, "ran with loss_type='grpo'"),
+    ({"beta": 0.04}, "ran with beta=0.04"),
+])  # fmt: skip
+def test_errors_name_what_is_missing(tmp_path, settings, message, monkeypatch):
+    monkeypatch.setattr("trl_entropy.experiments.calibration.FixedState", lambda *a: pytest.fail("loading"))
+    with pytest.raises(SystemExit, match=message):
+        main(["calibration", "--checkpoint", str(fake(tmp_path, **settings))])
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_run_that_does_not_say_its_task_is_refused(tmp_path):
+    path = fake(tmp_path, environment={"command": ["my_script.py"]})
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del config["task"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="does not say what it was trained on"):
+        Checkpoint.read(path)
+    command = ["trl-entropy", "train", "--config", str(tmp_path / "gone.yaml")]
+    (tmp_path / "environment.json").write_text(json.dumps({"command": command}))
+    with pytest.raises(ValueError, match=r"gone\.yaml.*what the run was trained on"):
+        Checkpoint.read(path)
+    (tmp_path / "environment.json").write_text(json.dumps({"command": ["train.py", "--task", "gsm8k"]}))
+    with pytest.raises(ValueError, match="was trained on gsm8k"):
+        Checkpoint.read(path)
+
+
+def test_options_and_names_are_checked(tmp_path):
+    for arguments, message in (
+        (["calibrate"], "no experiment 'calibrate'"),
+        (["calibration", "--checkpoint", str(tmp_path / "nothing")], "is no folder"),
+        (["calibration", "--checkpoint", str(tmp_path), "--u-prompts", "3"], "--u-prompts is 3; use 4 or more"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)

@@ -1,0 +1,1 @@
+"""One module an experiment; `trl-entropy experiment NAME` runs the `main` of `trl_entropy.experiments.NAME`."""

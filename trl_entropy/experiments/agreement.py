@@ -1,0 +1,207 @@
+"""
+Predicted against measured entropy change over a run: `trl-entropy experiment agreement RUN [RUN...]`.
+
+Reads `metrics.jsonl` of runs in which every step was probed (configs/entropy-study.yaml); trains nothing. Prediction
+is across halves: predicted on half a of each probe batch, measured on half b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.moments import PairMoments, jackknife
+from trl_entropy.run_log import RunDirectory
+
+PREDICTORS = ("linear", "second_order", "trapezoid", "measured")
+RIVALS = ("cov_natural", "cov_policy_gradient")
+Rows = list[dict[str, Any]]
+
+
+def probed_rows(path: Path) -> Rows:
+    """
+    The probed steps of a run.
+
+    Raises:
+        ValueError: when there are fewer than 9, three for each third.
+    """
+    rows = [row for row in RunDirectory(path).metrics() if "entropy/half_a_measured" in row]
+    if len(rows) < 9:
+        raise ValueError(f"{path} has {len(rows)} probed steps; 9 or more are needed. Train with entropy_probe=True.")
+    return rows
+
+
+def thirds(rows: Rows) -> dict[str, Rows]:
+    """All steps, and the first, second and last third of them."""
+    cut = [round(len(rows) * i / 3) for i in range(4)]
+    return {"all": rows, **{f"third {i + 1}": rows[cut[i] : cut[i + 1]] for i in range(3)}}
+
+
+def cross_pairs(rows: Rows, predictor: str) -> list[PairMoments]:
+    """One pair a step: predicted on half a, measured on half b; their errors are independent."""
+    x, y = f"entropy/half_a_{predictor}", "entropy/half_b_measured"
+    pairs = [(row[x], row[y], row[f"{x}_stderr"], row[f"{y}_stderr"]) for row in rows if x in row]
+    return [PairMoments.empty().update(*pair) for pair in pairs]
+
+
+def agreement(rows: Rows) -> dict[str, dict[str, Estimate]]:
+    """Slope, corrected slope, correlation, R^2 and its ceiling of each predictor across halves, jackknife errors."""
+    statistics: dict[str, Callable[[PairMoments], Estimate]] = {
+        "slope": PairMoments.slope,
+        "corrected_slope": PairMoments.corrected_slope,
+        "correlation": PairMoments.correlation,
+        "r_squared": PairMoments.r_squared,
+        "ceiling_r_squared": PairMoments.ceiling_r_squared,
+        "share_of_ceiling": PairMoments.share_of_ceiling,
+    }
+    table = {}
+    for predictor in PREDICTORS:
+        if pairs := cross_pairs(rows, predictor):
+            table[predictor] = {name: jackknife(pairs, statistic) for name, statistic in statistics.items()}
+    return table
+
+
+def rival_correlations(rows: Rows) -> dict[str, Estimate]:
+    """Correlation of the rivals (T11), and of the first order, with the change measured on the whole batch."""
+    found = {}
+    for name in (*RIVALS, "linear"):
+        moments = PairMoments.empty()
+        for row in rows:
+            moments = moments.update(row[f"entropy/delta_{name}"], row["entropy/delta_measured"])
+        found[name] = moments.correlation()
+    return found
+
+
+def integrals(rows: Rows) -> dict[str, Any]:
+    """
+    The sum of predicted changes against the entropy of each step's fresh completions.
+
+    Returns:
+        `steps`, `fresh` with `fresh_stderr`, and per predictor the integral up to before each step, its standard
+        error (changes and the start are on independent batches), and the largest deviation in standard errors.
+    """
+    fresh = [row["entropy/probe"] for row in rows]
+    errors = [row["entropy/probe_stderr"] for row in rows]
+    result: dict[str, Any] = {"steps": [row["step"] for row in rows], "fresh": fresh, "fresh_stderr": errors}
+    for name in ("linear", "second_order", "trapezoid", "measured"):
+        if f"entropy/delta_{name}" not in rows[0]:
+            continue
+        total, variance, values, stderrs, deviations = fresh[0], errors[0] ** 2, [fresh[0]], [errors[0]], []
+        for before, row in itertools.pairwise(rows):
+            total += before[f"entropy/delta_{name}"]
+            variance += before[f"entropy/delta_{name}_stderr"] ** 2
+            values.append(total)
+            stderrs.append(math.sqrt(variance))
+            combined = math.sqrt(variance + row["entropy/probe_stderr"] ** 2)
+            deviations.append((total - row["entropy/probe"]) / combined)
+        result[name] = {"values": values, "stderr": stderrs, "largest_deviation": max(deviations, key=abs)}
+        result[name]["share_within_2_stderr"] = sum(abs(d) <= 2 for d in deviations) / len(deviations)
+    return result
+
+
+def analyse(path: Path) -> dict[str, Any]:
+    """Everything about one run, as plain data."""
+    rows = probed_rows(path)
+    last = rows[-1]
+    return {
+        "run": path.name,
+        "num_steps": len(rows),
+        "num_completions": last["entropy/num_completions"],
+        "across_halves": {
+            part: {k: {n: _plain(e) for n, e in v.items()} for k, v in agreement(some).items()}
+            for part, some in thirds(rows).items()
+        },
+        "rivals": {
+            part: {k: _plain(e) for k, e in rival_correlations(some).items()} for part, some in thirds(rows).items()
+        },
+        "placebo_slope": _running(last, "placebo_slope"),
+        "same_sample": {name: _running(last, f"same_sample_{name}_slope") for name in PREDICTORS[:3]},
+        "integral": integrals(rows),
+    }
+
+
+def _plain(estimate: Estimate) -> dict[str, float]:
+    low, high = estimate.interval()
+    return {"value": estimate.value, "stderr": estimate.stderr, "low": low, "high": high}
+
+
+def _running(row: dict[str, Any], name: str) -> dict[str, float] | None:
+    key = f"entropy/{name}"
+    return {"value": row[key], "stderr": row[f"{key}_stderr"]} if key in row else None
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The tables of docs/results.md."""
+    lines = [
+        "| run | steps | predictor | slope corrected for noise | correlation | R^2 | ceiling of R^2 | R^2/ceiling |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for part, table in result["across_halves"].items():
+            for predictor, values in table.items():
+                slope = values["corrected_slope"]
+                cells = [f"{values[k]['value']:.3f}" for k in ("correlation", "r_squared", "ceiling_r_squared")]
+                share = values["share_of_ceiling"]
+                lines.append(
+                    f"| {result['run']} | {part} | {predictor} | {slope['value']:.3f} [{slope['low']:.3f}, "
+                    f"{slope['high']:.3f}] | {' | '.join(cells)} | {share['value']:.3f} +- {share['stderr']:.3f} |"
+                )
+    lines += ["", "| run | integral of | largest deviation, standard errors | steps within 2 |", "|---|---|---|---|"]
+    for result in results:
+        for name in PREDICTORS:
+            if name in result["integral"]:
+                entry = result["integral"][name]
+                lines.append(
+                    f"| {result['run']} | {name} | {entry['largest_deviation']:+.2f} "
+                    f"| {entry['share_within_2_stderr']:.0%} |"
+                )
+    lines += [
+        "",
+        "| run | steps | correlation: first order | -Cov(log pi, A) | -Cov(log pi, pi A) |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        for part, table in result["rivals"].items():
+            cells = [f"{table[k]['value']:.3f} +- {table[k]['stderr']:.3f}" for k in ("linear", *RIVALS)]
+            lines.append(f"| {result['run']} | {part} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(paths: list[Path], results: list[dict[str, Any]], target: Path) -> None:
+    """A row per run: predicted against measured across halves; the integral beside the fresh entropies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from trl_entropy import plots
+
+    figure, all_axes = plt.subplots(len(paths), 2, figsize=(10, 3.6 * len(paths)), layout="constrained", squeeze=False)
+    for path, result, (left, right) in zip(paths, results, all_axes, strict=True):
+        plots.plot_prediction(left, probed_rows(path), "second_order")
+        left.set_title(f"{path.name}: predicted before the step, measured after")
+        plots.plot_integral(right, result["integral"])
+        right.set_title("Sum of predictions, and fresh completions")
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    """Tables on the console; `agreement.json` and `agreement.png` in the first run's report folder, or `--output`."""
+    parser = argparse.ArgumentParser(prog="trl-entropy experiment agreement", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory with every step probed")
+    parser.add_argument("--output", type=Path, help="folder for agreement.json and agreement.png")
+    options = parser.parse_args(argv)
+    results = [analyse(path) for path in options.runs]
+    output = options.output or RunDirectory(options.runs[0]).report_path
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "agreement.json").write_text(json.dumps(results, indent=1))
+    draw(options.runs, results, output / "agreement.png")
+    print(markdown(results))
+    print(f"\n{output / 'agreement.json'}\n{output / 'agreement.png'}")

@@ -1,0 +1,326 @@
+"""
+Are the stated error bars right? Coverage of the 95 % intervals over many redraws at one fixed state.
+
+    trl-entropy experiment calibration --checkpoint RUN/checkpoint-N
+
+One update is made at the checkpoint. Then independent probe batches tell its entropy change again and again: measured
+(T7), first order (T8), trapezoid (T10), the paired differences; and independent rollouts the U-statistic (T17). The
+truth is the same quantity on all redraws together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_entropy.console import quiet_libraries
+from trl_entropy.estimators.calibration import Coverage, coverage
+from trl_entropy.estimators.estimate import Estimate, Linearization
+from trl_entropy.estimators.step_change import step_changes, unstacked
+from trl_entropy.estimators.u_statistic import (
+    row_means,
+    u_statistic_estimate,
+    u_statistic_jackknife_estimate,
+    u_statistic_variance,
+)
+from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.redraws import Cache, probe_pool, rollout_redraws
+from trl_entropy.experiments.state import FixedState
+from trl_entropy.run_log import describe_environment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LABELS = {
+    "measured": "measured (T7)",
+    "linear": "first order (T8)",
+    "trapezoid": "trapezoid (T10)",
+    "error_linear": "first order - measured",
+    "error_trapezoid": "trapezoid - measured",
+    "measured_sequence": "measured, sequence weights",
+    "linear_sequence": "first order, sequence form",
+    "u_statistic": "U-statistic (T17)",
+    "u_statistic_jackknife": "U-statistic, jackknife",
+}
+
+# The same pool cut into fewer, larger probe batches: does the coverage come right with their size?
+_LARGER = (4, 16)
+_FEWEST_REDRAWS = 100
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One estimator over its redraws; `truth_stderr` is the error of the truth itself, in nats per token."""
+
+    coverage: Coverage
+    truth_stderr: float
+
+    def as_dict(self) -> dict[str, Any]:
+        ratios = ("stderr_ratio", "rms_stderr_ratio", "bias_ratio")
+        return {
+            **asdict(self.coverage),
+            **{name: getattr(self.coverage, name) for name in ratios},
+            "truth_stderr": self.truth_stderr,
+        }
+
+
+def probe_changes(columns: Float[Tensor, "B columns"]) -> dict[str, Linearization]:
+    """Every change of one probe batch, nats per token, from the columns of [`probe_pool`]."""
+    decision, sequence = (
+        step_changes(unstacked(form[:, :4]), unstacked(form[:, 4:])) for form in columns.chunk(2, dim=1)
+    )
+    changes = {name: decision[name] for name in ("measured", "linear", "trapezoid")}
+    changes |= {f"error_{name}": decision[name] - decision["measured"] for name in ("linear", "trapezoid")}
+    return changes | {f"{name}_sequence": sequence[name] for name in ("measured", "linear")}
+
+
+def calibrate_probe(pool: Float[Tensor, "B columns"], num_prompts: int) -> dict[str, Quantity]:
+    """Coverage of each change over disjoint probe batches of `num_prompts`; the truth is that of the whole pool."""
+
+    def estimates(columns: Tensor) -> dict[str, Estimate]:
+        every_row_its_own = torch.arange(len(columns))
+        return {name: change.estimate(every_row_its_own) for name, change in probe_changes(columns).items()}
+
+    truth = estimates(pool)
+    rows = [estimates(columns) for columns in pool.split(num_prompts) if len(columns) == num_prompts]
+    return {
+        name: Quantity(coverage([row[name] for row in rows], pooled.value), pooled.stderr)
+        for name, pooled in truth.items()
+    }
+
+
+def calibrate_u_statistic(grams: Float[Tensor, "R P P"]) -> dict[str, Quantity]:
+    """Coverage of the U-statistic with its corrected error and with the jackknife's; truth: mean over redraws."""
+    redraws = {
+        "u_statistic": [u_statistic_estimate(gram) for gram in grams],
+        "u_statistic_jackknife": [u_statistic_jackknife_estimate(row_means(gram)) for gram in grams],
+    }
+    values = torch.tensor([estimate.value for estimate in redraws["u_statistic"]], dtype=torch.float64)
+    stderr = float(values.std()) / math.sqrt(len(values))
+    return {
+        name: Quantity(coverage(estimates, float(values.mean())), stderr)
+        for name, estimates in redraws.items()
+        if sum(not math.isnan(estimate.stderr) for estimate in estimates) > 1
+    }
+
+
+def variance_ratio(grams: Float[Tensor, "R P P"]) -> float:
+    """Mean corrected variance of U, negative ones included, over the variance of its values: expected 1."""
+    values = torch.stack([row_means(gram).mean() for gram in grams])
+    return float(torch.tensor([u_statistic_variance(gram) for gram in grams]).mean() / values.var())
+
+
+def run(options: argparse.Namespace, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
+    """Everything but the output: draw, score, compare."""
+    start = time.perf_counter()
+    cache = Cache.of(output, checkpoint, options.seed)
+    state = FixedState(checkpoint, output, options.seed)
+    num_redraws, num_prompts = options.num_redraws, options.num_prompts
+    pool = probe_pool(state, cache, num_redraws * num_prompts, options.seed, options.batch_size)
+    quantities = calibrate_probe(pool, num_prompts)
+    result: dict[str, Any] = {}
+    if options.num_u_redraws:
+        grams = rollout_redraws(
+            state, cache, options.num_u_redraws, options.u_prompts, options.u_generations, options.seed
+        )
+        quantities |= calibrate_u_statistic(grams)
+        result["u_statistic_variance_ratio"] = variance_ratio(grams)
+    return {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "checkpoint": str(checkpoint.path),
+        "task": asdict(checkpoint.task),
+        "state": describe_state(state, pool),
+        "quantities": _as_dicts(quantities),
+        "larger_batches": {
+            size: _as_dicts(calibrate_probe(pool, size))
+            for size in (num_prompts * factor for factor in _LARGER)
+            if len(pool) // size >= _FEWEST_REDRAWS
+        },
+        **result,
+        "seconds": time.perf_counter() - start,
+        "environment": describe_environment(),
+    }
+
+
+def _as_dicts(quantities: dict[str, Quantity]) -> dict[str, dict[str, Any]]:
+    return {name: quantity.as_dict() for name, quantity in quantities.items()}
+
+
+def describe_state(state: FixedState, pool: Float[Tensor, "B columns"]) -> dict[str, float]:
+    """The policy and the step that was made at it."""
+    context = state.context
+    update = torch.cat([value.flatten() for value in state.update.values()]).double()
+    return {
+        "optimizer_step": context.optimizer_step,
+        "learning_rate": max(context.learning_rate.values()),
+        "grad_norm": context.grad_norm,
+        "clip_factor": context.clip_factor,
+        "update_norm": float(update.norm()),
+        "policy_entropy": float(pool[:, 0].sum() / pool[:, 1].sum()),
+        "mean_length": float(pool[:, 1].mean()),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text; values in units of 1e-3 nats per token."""
+    lines = [
+        f"{'x 1e-3 nats/token':<28}{'truth':>9}{'error':>9}{'scatter':>9}{'stated':>9}{'ratio':>7}{'bias/sc':>9}"
+        f"{'coverage (95 %)':>24}{'above':>7}{'below':>7}{'n':>7}"
+    ]
+    for name, row in result["quantities"].items():
+        numbers = "".join(f"{1e3 * row[key]:9.4f}" for key in ("truth", "truth_stderr", "scatter", "mean_stderr"))
+        covered = f"{row['covered']:.3f} [{row['covered_low']:.3f}, {row['covered_high']:.3f}]"
+        lines.append(
+            f"{LABELS[name]:<28}{numbers}{row['stderr_ratio']:7.3f}{row['bias_ratio']:9.3f}{covered:>24}"
+            f"{row['missed_above']:7.3f}{row['missed_below']:7.3f}{row['num_redraws']:7d}"
+        )
+    return "\n".join([*lines, "", *_notes(result), *_larger_batches(result)])
+
+
+def _larger_batches(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for size, rows in result["larger_batches"].items():
+        lines += ["", f"the same completions as batches of {size} prompts: coverage, stated / scatter, redraws"]
+        for name, row in rows.items():
+            covered = f"{row['covered']:.3f} [{row['covered_low']:.3f}, {row['covered_high']:.3f}]"
+            lines.append(f"{LABELS[name]:<28}{covered:>24}{row['stderr_ratio']:7.3f}{row['num_redraws']:7d}")
+    return lines
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    notes = [
+        "truth, error: the quantity on all redraws together, and its own standard error; stated: mean stated error;",
+        "ratio: stated / scatter; above, below: share of intervals wholly above, below the truth; n: redraws.",
+        "The truth's error is 1/sqrt(n) of a redraw's: it moves the expected coverage by about 0.11/n.",
+    ]
+    u_statistic = result["quantities"].get("u_statistic")
+    if u_statistic:
+        total = u_statistic["num_redraws"] + u_statistic["num_without_stderr"]
+        notes += [
+            f"U-statistic: in {u_statistic['num_without_stderr']} of {total} redraws the corrected variance is negative "
+            "and there is no interval: left out of its row.",
+            f"Mean of all {total} variances / variance of the values: {result['u_statistic_variance_ratio']:.3f}. "
+            "The jackknife is conservative by construction.",
+        ]
+    elif "u_statistic_variance_ratio" in result:
+        notes.append("U-statistic: fewer than 2 redraws had a positive corrected variance, so it has no row.")
+    return notes
+
+
+def draw_figure(result: dict[str, Any], target: Path) -> None:
+    """Coverage with its binomial interval, and stated error against scatter, one row a quantity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["quantities"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.42 * len(rows) + 1.6), sharey=True, layout="constrained")
+    plot_coverage(left, rows)
+    plot_stderr_ratio(right, rows)
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+
+
+def plot_coverage(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
+    """Share of 95 % intervals that hold the truth; grey: 93 to 97 %."""
+    from trl_entropy.plots import GREY
+
+    axes.axvspan(0.93, 0.97, color=GREY, alpha=0.2, lw=0)
+    axes.axvline(0.95, color=GREY, lw=1)
+    for y, (name, row) in enumerate(rows.items()):
+        error = [[row["covered"] - row["covered_low"]], [row["covered_high"] - row["covered"]]]
+        color, marker = _style(name)
+        axes.errorbar(row["covered"], y, xerr=error, fmt=marker, ms=5, color=color, capsize=3)
+    axes.set(title="Coverage of stated 95 % intervals", xlabel="share of redraws (Wilson 95 % interval)")
+    axes.set_yticks(range(len(rows)), [LABELS[name] for name in rows])
+    axes.invert_yaxis()
+    return _bare(axes)
+
+
+def plot_stderr_ratio(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
+    """Mean stated error over scatter: 1 is right, below it errors are stated too small."""
+    from trl_entropy.plots import GREY
+
+    axes.axvline(1.0, color=GREY, lw=1)
+    for y, (name, row) in enumerate(rows.items()):
+        color, marker = _style(name)
+        # The scatter of n redraws is known to about 1/sqrt(2n) of itself (exact for a normal distribution).
+        error = 1.96 * row["stderr_ratio"] / math.sqrt(2 * (row["num_redraws"] - 1))
+        axes.errorbar(row["stderr_ratio"], y, xerr=error, fmt=marker, ms=5, color=color, capsize=3)
+    axes.set(title="Stated error against scatter", xlabel="mean stated error / scatter over redraws")
+    return _bare(axes)
+
+
+def _style(name: str) -> tuple[str, str]:
+    from trl_entropy.plots import BLUE, GREEN, ORANGE
+
+    if name.startswith("u_statistic"):
+        return ORANGE, "s"
+    return (GREEN, "^") if name.endswith("_sequence") else (BLUE, "o")
+
+
+def _bare(axes: Axes) -> Axes:
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _without_nan(value: Any) -> Any:
+    """nan as null: JSON has no nan."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-entropy experiment calibration", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoint-N with optimizer.pt")
+    parser.add_argument("--num-redraws", type=int, default=2000, help="independent probe batches")
+    parser.add_argument("--num-prompts", type=int, default=32, help="completions in each, one a prompt")
+    parser.add_argument("--num-u-redraws", type=int, default=500, help="independent rollouts for (T17); 0: none")
+    parser.add_argument("--u-prompts", type=int, default=8, help="prompts in each")
+    parser.add_argument("--u-generations", type=int, default=4, help="completions of a prompt")
+    parser.add_argument("--batch-size", type=int, default=128, help="completions scored at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="default: RUN/experiments/calibration-N")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    least = {"num_redraws": 2, "num_prompts": 2, "num_u_redraws": 0, "u_prompts": 4, "u_generations": 2}
+    for name, minimum in {**least, "batch_size": 1, "seed": 0}.items():
+        if getattr(options, name) < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; use {minimum} or more")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the experiment, print the table, write `calibration.json` and `calibration.png`."""
+    options = _parser().parse_args(argv)
+    quiet_libraries()
+    try:
+        _check(options)
+        checkpoint = Checkpoint.read(options.checkpoint)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    output = options.output or checkpoint.path.parent / "experiments" / f"calibration-{checkpoint.step}"
+    output.mkdir(parents=True, exist_ok=True)
+    result = run(options, checkpoint, output)
+    (output / "calibration.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", encoding="utf-8")
+    draw_figure(result, output / "calibration.png")
+    print(table(result))
+    print(f"numbers {output / 'calibration.json'}\nfigure  {output / 'calibration.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A checkpoint of a run and the settings that it was made with, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from trl_entropy.embedded_model import VOCAB_SIZE
+from trl_entropy.train import TaskArguments
+
+_REQUIRED = {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "mask_truncated_completions": False}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    A checkpoint folder and the settings of the run that wrote it; nothing heavy is loaded.
+
+    Attributes:
+        path: `RUN/checkpoint-N`.
+        config: `RUN/config.yaml`.
+        task: what the run was trained on.
+        num_prompts_per_step: prompts of one of its optimizer steps.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    task: TaskArguments
+    num_prompts_per_step: int
+
+    @property
+    def step(self) -> str:
+        return self.path.name.removeprefix("checkpoint-")
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """
+        Check that the folder holds what an experiment needs.
+
+        Raises:
+            ValueError: saying what is missing or what is not the embedded task's.
+        """
+        import yaml
+
+        path = path.resolve()
+        _check_files(path)
+        config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+        environment_path = path.parent / "environment.json"
+        environment = json.loads(environment_path.read_text(encoding="utf-8")) if environment_path.exists() else {}
+        task = _task(config, environment, path.parent)
+        if task.task != "word_problems":
+            raise ValueError(
+                f"{path.parent} was trained on {task.task}; only the embedded task, word_problems, is known"
+            )
+        if (vocab_size := config.get("model_config", {}).get("vocab_size")) != VOCAB_SIZE:
+            raise ValueError(
+                f"{path.parent} trained a model of {vocab_size} token embeddings; only the embedded model is known, "
+                f"which has {VOCAB_SIZE}"
+            )
+        for name, needed in _REQUIRED.items():
+            if config.get(name, needed) != needed:
+                raise ValueError(f"{path.parent} ran with {name}={config[name]!r}; (T1), (T2) need {name}={needed!r}")
+        completions = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+        completions *= environment.get("num_processes", 1)
+        return cls(path, config, task, completions // config["num_generations"])
+
+
+def _check_files(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is no folder; give a RUN/checkpoint-N (training writes them with save_strategy=steps)"
+        )
+    if (path / "adapter_config.json").exists():
+        raise ValueError(f"{path} holds a LoRA adapter; only checkpoints of the full embedded model are supported")
+    for name, advice in {
+        "model.safetensors": "is it a checkpoint of the trainer?",
+        "optimizer.pt": "train with save_only_model=False, and without DeepSpeed, which keeps its state elsewhere",
+    }.items():
+        if not (path / name).exists():
+            raise ValueError(f"{path} has no {name}; {advice}")
+    if not (path.parent / "config.yaml").exists():
+        raise ValueError(f"{path.parent} has no config.yaml; the checkpoint must lie in the directory of its run")
+
+
+def _task(config: dict[str, Any], environment: dict[str, Any], run: Path) -> TaskArguments:
+    """From `config.yaml` if it says so, else from the command that started the run, as `environment.json` has it."""
+    names = [field.name for field in fields(TaskArguments)]
+    if "task" in config:
+        return TaskArguments(**{name: config[name] for name in names if name in config})
+    command = environment.get("command", [])
+    if not command or not any(word in ("train", "train.py") for word in command[:2]):
+        raise ValueError(
+            f"{run} does not say what it was trained on: config.yaml has no `task`, and environment.json no command "
+            "of trl_entropy.train. Only runs on the embedded task are supported; write `task: word_problems` (and "
+            "num_train_problems, reward_funcs) into config.yaml if this is one."
+        )
+    from trl import TrlParser
+
+    arguments = command[2:] if command[1:2] == ["train"] else command[1:]
+    try:
+        return TrlParser([TaskArguments]).parse_args_and_config(arguments, return_remaining_strings=True)[0]
+    except OSError as error:
+        raise ValueError(
+            f"the config file of {run} is gone ({error}), and with it what the run was trained on; start from the "
+            "directory that the run was started from, or write `task: word_problems` into its config.yaml."
+        ) from error

@@ -1,0 +1,259 @@
+"""How much a step changed the entropy, and was predicted to by its own gradient, on the step's own completions."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, find_executable_batch_size
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
+from trl_entropy.estimators.adamw import AdamWSettings
+from trl_entropy.estimators.delta_entropy import RatioTerms, delta_measured, entropy_terms, policy_entropy
+from trl_entropy.estimators.entropy import entropy_and_logps
+from trl_entropy.estimators.group_gradients import (
+    cross_prompt_change,
+    group_entropy_surrogate,
+    group_loss_surrogate,
+    relative_gradient_error,
+    update_metric,
+)
+from trl_entropy.estimators.importance import effective_sample_size, importance_weights
+from trl_entropy.estimators.u_statistic import cross_gram
+from trl_entropy.probes.probe import Probe
+from trl_entropy.rollouts import RolloutBatch
+from trl_entropy.scores import Completions, TokenScores, score
+
+logger = logging.getLogger(__name__)
+
+# Bytes of the rows X_n and Y_n that one process may hold; another process's Y_n come on top, half as many.
+MAX_ROWS_BYTES = 8 * 2**30
+
+
+class GroupRows(NamedTuple):
+    """Rows of this process's prompt groups, float32: X_n (nats per token) and Y_n (units of the loss)."""
+
+    entropy: Float[Tensor, "P D"]
+    loss: Float[Tensor, "P D"]
+
+
+class RolloutEntropyProbe(Probe):
+    """
+    Entropy change of a step on its own rollouts U, without any generation: `entropy_probe_source="rollouts"`.
+
+    Before the update, (T17): what this step's gradient does to the entropy to first order, over pairs of *different*
+    prompts (`entropy/delta_cross_prompt`) and, for comparison, with each group's effect on itself
+    (`entropy/delta_same_sample`). M is that before the step, so there is neither at the optimizer's first step.
+    After the update, (T7) on U (`entropy/delta_in_sample`): it carries the self-influence, momentum and decay, and is
+    never to be compared with (T17).
+
+    Needs the on-policy Dr-GRPO loss (T2) and AdamW; what else it refuses, `DrGRPOConfig.check_rollouts_source` says.
+    Gradients are of the float32 model without dropout; `entropy/rollouts_gradient_error` says how far their sum is
+    from the gradient that the optimizer got. `scale_rewards="batch"` ties the groups by O(1/P).
+    Cost: three forward and two backward passes of U, and 2 P D float32 numbers, P groups of this process.
+
+    Args:
+        every: cadence in steps.
+        batch_size: completions scored at a time, and at most so many of a group differentiated; halved on
+            out-of-memory.
+    """
+
+    name = "entropy"
+
+    def __init__(self, every: int = 1, batch_size: int = 64) -> None:
+        super().__init__(every)
+        self.batch_size = batch_size
+        self._said_undefined = False
+
+    @classmethod
+    def from_config(cls, args: Any) -> RolloutEntropyProbe:
+        return cls(every=args.entropy_probe_every, batch_size=args.probe_batch_size)
+
+    # ---- events
+
+    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+        args.check_rollouts_source()
+        num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        check_memory(num_rows // args.num_generations, model)
+
+    def on_before_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
+    ) -> None:
+        update.check_adamw()
+        accelerator = engine.accelerator
+        self._completions = Completions(*(getattr(rollouts, name) for name in Completions.__dataclass_fields__))
+        self._before = self._score(engine, args, update.params_before)
+        self._terms = self._entropy_terms(self._before, accelerator)
+        self._prompts = accelerator.gather(self._completions.prompt_index)
+        entropy = policy_entropy(self._terms).estimate(self._prompts)
+        metrics |= {"entropy/probe": entropy.value, "entropy/probe_stderr": entropy.stderr}
+        metrics["entropy/num_completions"] = entropy.num_samples
+        if update.optimizer_step > 1:
+            metrics |= self._predicted_changes(args, update, engine, rollouts.advantages, entropy.value)
+        elif not self._said_undefined and state.is_world_process_zero:
+            self._said_undefined = True
+            logger.warning(
+                "step %d is the optimizer's first: it has no metric M yet, so entropy/delta_cross_prompt (T17) begins "
+                "with the next one.",
+                state.global_step + 1,
+            )
+
+    def on_after_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, **kwargs: Any
+    ) -> None:
+        after = self._score(engine, args, update.params_after)
+        terms = self._entropy_terms(after, engine.accelerator)
+        change = delta_measured(self._terms, terms).estimate(self._prompts)
+        metrics |= {"entropy/delta_in_sample": change.value, "entropy/delta_in_sample_stderr": change.stderr}
+        mean_weights = terms.denominator / self._terms.denominator
+        metrics["entropy/importance_ess"] = effective_sample_size(mean_weights).item()
+        self._write(trainer, state.global_step + 1, after)
+
+    # ---- measuring
+
+    def _score(self, engine: Engine, args: Any, params: Any) -> TokenScores:
+        """Score U in float32 with `params` in the model. Local inside; all ranks fail together."""
+        with (
+            rank_symmetric(engine.accelerator, "scoring the step's completions"),
+            engine.scoring_model(params) as model,
+        ):
+            return score(model, self._completions, args.temperature, self.batch_size, params)
+
+    def _entropy_terms(self, scores: TokenScores, accelerator: Accelerator) -> RatioTerms:
+        """The terms of (T6) of all ranks' completions, in rank order. Collective."""
+        mask = self._completions.completion_mask
+        weights = importance_weights(scores.logps[0], self._before.logps[0], mask)
+        terms = torch.stack(entropy_terms(scores.entropy[0], weights, mask), dim=1)
+        return RatioTerms(*accelerator.gather(terms).unbind(1))
+
+    def _predicted_changes(
+        self, args: Any, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
+    ) -> dict[str, float]:
+        """(T17) from the groups of all ranks. Collective."""
+        accelerator = engine.accelerator
+        num_prompts = len(self._prompts.unique())
+        rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_prompts)
+        names = list(engine.parameters)
+        gram = gram_of_all_groups(rows, flat(metric_of(update), names), accelerator)
+        change = cross_prompt_change(gram)
+        row_sum, gradient = accelerator.reduce(rows.loss.sum(0)), flat(update.gradient, names)
+        return {
+            "entropy/delta_cross_prompt": change.cross_prompt.value,
+            "entropy/delta_cross_prompt_stderr": change.cross_prompt.stderr,
+            "entropy/delta_cross_prompt_stderr_jackknife": change.stderr_jackknife,
+            "entropy/delta_same_sample": change.same_sample,
+            "entropy/rollouts_gradient_error": relative_gradient_error(row_sum, num_prompts, gradient).item(),
+            "entropy/num_coordinates_without_metric": int((flat(update.exp_avg_sq, names) == 0).sum()),
+        }
+
+    def _group_rows(
+        self, args: Any, engine: Engine, params: Any, advantages: Tensor, entropy: float, num_prompts: int
+    ) -> GroupRows:
+        """X_n and Y_n of this rank's groups. Local inside; all ranks fail together."""
+        num_tokens = self._terms.denominator.sum().item()
+
+        def surrogates(model: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+            rows = self._completions.rows(index).trimmed()
+            token_entropy, logps = token_scores(model, rows, args.temperature)
+            mask, width = rows.completion_mask, rows.completion_mask.shape[1]
+            weights = advantages[index] if advantages.ndim == 1 else advantages[index, :width]
+            return (
+                group_entropy_surrogate(token_entropy, logps, mask, entropy, num_tokens, num_prompts),
+                group_loss_surrogate(logps, mask, weights, args.num_generations, args.max_completion_length),
+            )
+
+        prompt_index = self._completions.prompt_index
+        groups = [(prompt_index == number).nonzero().squeeze(1) for number in prompt_index.unique()]
+        with (
+            rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
+            engine.scoring_model(params) as model,
+        ):
+            return group_rows(model, groups, surrogates, min(self.batch_size, args.num_generations))
+
+    def _write(self, trainer: Any, step: int, after: TokenScores) -> None:
+        """`probes/entropy/step_*.safetensors`, as from held-out prompts; the completions are the update batch."""
+        tensors = {name: getattr(self._completions, name) for name in Completions.__dataclass_fields__}
+        tensors |= {"logps_before": self._before.logps[0], "logps_after": after.logps[0]}
+        tensors |= {"entropy_before": self._before.entropy[0], "entropy_after": after.entropy[0]}
+        trainer.write_probe_file(self.name, step, tensors)
+
+
+def check_memory(num_groups: int, model: nn.Module) -> None:
+    """Raises `ValueError` if the rows of one process's groups exceed `MAX_ROWS_BYTES`."""
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_parameters(model).values())
+    num_bytes = 2 * num_groups * num_parameters * 4
+    if num_bytes > MAX_ROWS_BYTES:
+        raise ValueError(
+            f"entropy_probe_source='rollouts' keeps two float32 gradients for each of a process's {num_groups} prompt "
+            f"groups of a step: {num_bytes / 2**30:.1f} GiB for {num_parameters} trainable parameters, the limit is "
+            f"{MAX_ROWS_BYTES / 2**30:.0f} GiB. Use entropy_probe_source='held_out', LoRA, or more processes."
+        )
+
+
+def token_scores(model: nn.Module, rows: Completions, temperature: float) -> tuple[Tensor, Tensor]:
+    """Entropy and log-probability of every completion token (B, T), nats, with their graph."""
+    width = rows.completion_mask.shape[1]
+    output = model(
+        input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, logits_to_keep=width + 1
+    )
+    return entropy_and_logps(output.logits[:, :-1], rows.input_ids[:, -width:], temperature)
+
+
+def group_rows(model: nn.Module, groups: list[Tensor], surrogates: Any, batch_size: int) -> GroupRows:
+    """
+    Gradients of the two `surrogates(model, index)` of every group, (P, D). Leaves no `.grad`.
+
+    Args:
+        groups: row numbers of each group's completions.
+        batch_size: completions differentiated at a time; halved as long as memory does not suffice.
+    """
+    params = list(trainable_parameters(model).values())
+
+    @find_executable_batch_size(starting_batch_size=batch_size)
+    def all_rows(rows_at_once: int) -> GroupRows:
+        shape = len(groups), sum(param.numel() for param in params)
+        rows = GroupRows(*(torch.zeros(shape, dtype=params[0].dtype, device=params[0].device) for _ in range(2)))
+        for n, group in enumerate(groups):
+            for index in group.split(rows_at_once):
+                values = surrogates(model, index)
+                for quantity, value in zip(rows, values, strict=True):
+                    add_gradient(quantity[n], value, params, keep_graph=value is not values[-1])
+        return rows
+
+    with torch.enable_grad():
+        return all_rows()
+
+
+def add_gradient(row: Float[Tensor, " D"], value: Tensor, params: list[nn.Parameter], keep_graph: bool) -> None:
+    """Add the gradient of `value`, flat, to `row`; parameters that it does not depend on have none."""
+    gradients = torch.autograd.grad(value, params, retain_graph=keep_graph, allow_unused=True)
+    parts = row.split([param.numel() for param in params])
+    for part, gradient in zip(parts, gradients, strict=True):
+        if gradient is not None:
+            part += gradient.flatten()
+
+
+def metric_of(update: UpdateContext) -> dict[str, Tensor]:
+    """lr c (1-b1)/(1-b1^t) M before the step, by parameter. Collective."""
+    step, clip, moments = update.optimizer_step, update.clip_factor, update.exp_avg_sq
+    settings = {
+        name: AdamWSettings(update.learning_rate[name], update.betas[name], update.eps[name], 0.0) for name in moments
+    }
+    return {name: update_metric(v, settings[name], step, clip) for name, v in moments.items()}
+
+
+def flat(tensors: dict[str, Tensor], names: list[str]) -> Float[Tensor, " D"]:
+    return torch.cat([tensors[name].flatten() for name in names])
+
+
+def gram_of_all_groups(rows: GroupRows, metric: Float[Tensor, " D"], accelerator: Accelerator) -> Float[Tensor, "P P"]:
+    """X_n' M Y_m over the groups of all ranks, in rank order; Y_m travel, one rank's at a time. Collective."""
+    columns = []
+    for rank in range(accelerator.num_processes):
+        loss = rows.loss if rank == accelerator.process_index else torch.empty_like(rows.loss)
+        columns.append(cross_gram(rows.entropy, broadcast(loss, rank), metric))
+    return accelerator.gather(torch.cat(columns, dim=1))
