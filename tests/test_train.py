@@ -19,7 +19,7 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k"
 SMALL = ["--num_prompts_per_step", "2", "--per_device_train_batch_size", "8", "--num_generations", "4",
          "--num_eval_problems", "8", "--per_device_eval_batch_size", "8", "--num_generations_eval", "1",
-         "--report_to", "none", "--disable_tqdm", "True"]  # fmt: skip
+         "--report_to", "none"]  # fmt: skip
 
 
 def settings(config: Path, directory, *more: str) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +18,7 @@ from trl_entropy.estimators.entropy import entropy_and_logps
 
 INPUT_GRAD_HOOK = "make_inputs_require_grads"
 
+Result = TypeVar("Result")
 Params = Mapping[str, Float[Tensor, "..."]]
 
 
@@ -106,15 +107,31 @@ def score(
     params = {name: value.detach() for name, value in params.items()}
     longest_first = completions.lengths.argsort(descending=True, stable=True)
 
-    @find_executable_batch_size(starting_batch_size=min(batch_size, len(completions)))
     def score_all(rows_at_once: int) -> list[Tensor]:
         chunks = [completions.rows(rows).trimmed() for rows in longest_first.split(rows_at_once)]
         parts = [_derivatives(_scorer(model, chunk, temperature), params, direction, order) for chunk in chunks]
         return [_join([part[i] for part in parts], completions, longest_first) for i in range(2 * (order + 1))]
 
     with evaluation_mode(model), _without_input_grad_hooks(model), _differentiable_kernels(order):
-        results = score_all()
+        results = halved_on_out_of_memory(score_all, min(batch_size, len(completions)))
     return TokenScores(entropy=tuple(results[0::2]), logps=tuple(results[1::2]))
+
+
+def halved_on_out_of_memory(function: Callable[[int], Result], size: int) -> Result:
+    """
+    `function(size)`, with the size halved as long as memory does not suffice.
+
+    Accelerate's `find_executable_batch_size` collects garbage before the first try too, which takes half the time of
+    scoring a small batch.
+    """
+    while True:
+        try:
+            return function(size)
+        except Exception as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        size //= 2
 
 
 def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callable[[dict], tuple[Tensor, Tensor]]:

@@ -87,7 +87,7 @@ def test_another_process_draws_the_same():
     code = "from trl_entropy.data import word_problems as w; "
     code += "print([p.prompt_id for p in w._draw_distinct('test', 30, 5)])"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert child.stdout.strip() == str([problem[:] for problem in _draw_distinct("test", 30, 5)])
+    assert child.stdout.strip() == str([problem.prompt_id for problem in _draw_distinct("test", 30, 5)])
 
 
 def test_importing_the_data_imports_no_torch():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.calibration import coverage, wilson_interval
+from trl_entropy.estimators.calibration import coverage, kurtosis, wilson_interval
 from trl_entropy.estimators.estimate import Estimate
 
 NORMAL = NormalDist()
@@ -28,6 +28,7 @@ def test_coverage_of_normals_with_a_stated_error_right_or_wrong(stderr, confiden
     assert result.covered == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 20_000))
     assert result.covered_low < result.covered < result.covered_high
     assert (result.stderr_ratio, result.rms_stderr_ratio) == (pytest.approx(stderr, rel=0.02),) * 2
+    assert result.scatter_stderr / result.scatter == pytest.approx(1 / math.sqrt(2 * 20_000), rel=0.05)
     assert abs(result.bias_ratio) < 0.03
 
 
@@ -82,3 +83,14 @@ def test_wilson_at_the_edges():
     assert wilson_interval(0, 10)[1] == pytest.approx(0.2775, abs=1e-4)  # z^2 / (n + z^2)
     assert wilson_interval(10, 10)[0] == pytest.approx(1 - 0.2775, abs=1e-4)
     assert all(math.isnan(bound) for bound in wilson_interval(0, 0))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_kurtosis_of_a_coin(share):
+    """(1 - 3 p q) / (p q) in closed form, and the spread of variances that it foretells."""
+    num = 10_000
+    values = (torch.arange(num) < share * num).double()
+    assert kurtosis(7.0 - 3.0 * values) == pytest.approx((1 - 3 * share * (1 - share)) / (share * (1 - share)))
+    samples = torch.randn(20_000, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 2
+    spread = samples.var(1).std() / samples.var(1).mean()
+    assert float(spread) == pytest.approx(math.sqrt((15.0 - 1) / 50), rel=0.1)  # chi squared, 1 dof: kurtosis 15

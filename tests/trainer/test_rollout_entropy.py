@@ -14,7 +14,7 @@ from trl_entropy.precision import float64_reference
 from trl_entropy.probes import PROBES, RolloutEntropyProbe
 from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
 from trl_entropy.run_log import RunDirectory
-from trl_entropy.scores import score
+from trl_entropy.scores import halved_on_out_of_memory, score
 
 PROBE = {"entropy_probe": True, "entropy_probe_source": "rollouts", "probe_batch_size": 16}
 NEW_KEYS = {
@@ -301,6 +301,21 @@ def test_toggle_gives_this_probe_and_a_callback_is_checked_too(tmp_path, make_tr
     assert type(PROBES["entropy_probe"].from_config(config(tmp_path))) is RolloutEntropyProbe
     with pytest.raises(ValueError, match="loss_type='dr_grpo'"):
         make_trainer(callbacks=[RolloutEntropyProbe()], loss_type="dapo").train()
+
+
+def test_a_batch_is_halved_on_out_of_memory_only():
+    sizes = []
+
+    def needs_memory(size, error="CUDA out of memory."):
+        sizes.append(size)
+        if size > 1:
+            raise RuntimeError(error)
+        return size
+
+    assert halved_on_out_of_memory(needs_memory, 4) == 1 and sizes == [4, 2, 1]
+    with pytest.raises(RuntimeError, match="other"):
+        halved_on_out_of_memory(lambda size: needs_memory(size, "other"), 4)
+    assert sizes == [4, 2, 1, 4]
 
 
 def test_too_many_parameters_are_refused():

@@ -61,7 +61,7 @@ def test_first_step_is_on_policy(make_trainer):
     for key in ("ratio/mean", "ratio/median", "ratio/p90", "ratio/p99", "ratio/max"):
         assert first[key] == pytest.approx(1.0, abs=1e-5), key
     assert first["kl"] == pytest.approx(0.0, abs=1e-10)
-    assert second["kl"] > 1e-5 and second["ratio/max"] > 1.001 > second["ratio/mean"] - 0.1
+    assert second["kl"] > 1e-5 and second["ratio/max"] > 1.001  # the same completions, one step off their policy
 
 
 def test_kl_is_zero_at_the_first_step_with_a_reference(make_trainer):

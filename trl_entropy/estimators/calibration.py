@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from trl_entropy.estimators.estimate import Estimate
@@ -22,7 +23,8 @@ class Coverage:
         covered, covered_low, covered_high: share of intervals that hold the truth, and its own Wilson interval.
         missed_above, missed_below: shares of intervals that lie wholly above, wholly below the truth.
         mean_stderr, rms_stderr: mean of the stated errors, root of the mean of their squares.
-        scatter: standard deviation of the values over the redraws, which the stated errors estimate.
+        scatter, scatter_stderr: standard deviation of the values over the redraws, which the stated errors estimate,
+            and its own error, from the values' kurtosis.
         bias: mean value minus truth.
     """
 
@@ -37,6 +39,7 @@ class Coverage:
     mean_stderr: float
     rms_stderr: float
     scatter: float
+    scatter_stderr: float
     bias: float
 
     @property
@@ -77,6 +80,7 @@ def coverage(estimates: Sequence[Estimate], truth: float, confidence: float = 0.
     above, below = int((intervals[:, 0] > truth).sum()), int((intervals[:, 1] < truth).sum())
     values, stderrs = _column([estimate.value for estimate in stated]), _column([e.stderr for e in stated])
     num, hits = len(stated), len(stated) - above - below
+    scatter = float(values.std())
     low, high = wilson_interval(hits, num, confidence)
     return Coverage(
         truth=truth,
@@ -89,7 +93,8 @@ def coverage(estimates: Sequence[Estimate], truth: float, confidence: float = 0.
         missed_below=below / num,
         mean_stderr=float(stderrs.mean()),
         rms_stderr=float(stderrs.square().mean().sqrt()),
-        scatter=float(values.std()),
+        scatter=scatter,
+        scatter_stderr=scatter * math.sqrt((kurtosis(values) - 1) / (4 * num)) if scatter else 0.0,
         bias=float(values.mean()) - truth,
     )
 
@@ -107,6 +112,16 @@ def wilson_interval(num_hits: int, num_trials: int, confidence: float = 0.95) ->
     low, high = (centre - margin) / (num_trials + z_sq), (centre + margin) / (num_trials + z_sq)
     # At the edges the equation's solutions are 0 and 1 exactly, and rounding would put them inside.
     return (0.0 if num_hits == 0 else low), (1.0 if num_hits == num_trials else high)
+
+
+def kurtosis(values: Float[Tensor, "B"]) -> float:
+    """E[(x - mean)^4] / variance^2: 3 for a normal distribution.
+
+    Of the influences of single completions it says how many of them an interval needs: the variance estimated from B
+    of them has a relative error of about sqrt((kurtosis - 1) / B).
+    """
+    centred = values.double() - values.double().mean()
+    return float(centred.pow(4).mean() / centred.square().mean().square())
 
 
 def _column(numbers: Sequence[float] | Sequence[tuple[float, float]]) -> Tensor:

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trl_entropy.console import quiet_libraries
-from trl_entropy.estimators.calibration import Coverage, coverage
+from trl_entropy.estimators.calibration import Coverage, coverage, kurtosis
 from trl_entropy.estimators.estimate import Estimate, Linearization
 from trl_entropy.estimators.step_change import step_changes, unstacked
 from trl_entropy.estimators.u_statistic import (
@@ -60,10 +60,18 @@ _FEWEST_REDRAWS = 100
 
 @dataclass(frozen=True)
 class Quantity:
-    """One estimator over its redraws; `truth_stderr` is the error of the truth itself, in nats per token."""
+    """
+    One estimator over its redraws.
+
+    Attributes:
+        coverage: of its intervals.
+        truth_stderr: error of the truth itself, nats per token.
+        kurtosis: of the influence of single completions; 3 if normal, nan where there are none.
+    """
 
     coverage: Coverage
     truth_stderr: float
+    kurtosis: float = math.nan
 
     def as_dict(self) -> dict[str, Any]:
         ratios = ("stderr_ratio", "rms_stderr_ratio", "bias_ratio")
@@ -71,6 +79,7 @@ class Quantity:
             **asdict(self.coverage),
             **{name: getattr(self.coverage, name) for name in ratios},
             "truth_stderr": self.truth_stderr,
+            "kurtosis": self.kurtosis,
         }
 
 
@@ -87,14 +96,16 @@ def probe_changes(columns: Float[Tensor, "B columns"]) -> dict[str, Linearizatio
 def calibrate_probe(pool: Float[Tensor, "B columns"], num_prompts: int) -> dict[str, Quantity]:
     """Coverage of each change over disjoint probe batches of `num_prompts`; the truth is that of the whole pool."""
 
-    def estimates(columns: Tensor) -> dict[str, Estimate]:
-        every_row_its_own = torch.arange(len(columns))
-        return {name: change.estimate(every_row_its_own) for name, change in probe_changes(columns).items()}
+    def estimates(changes: dict[str, Linearization]) -> dict[str, Estimate]:
+        return {name: change.estimate(torch.arange(len(change.influence))) for name, change in changes.items()}
 
-    truth = estimates(pool)
-    rows = [estimates(columns) for columns in pool.split(num_prompts) if len(columns) == num_prompts]
+    of_pool = probe_changes(pool)
+    truth = estimates(of_pool)
+    rows = [estimates(probe_changes(columns)) for columns in pool.split(num_prompts) if len(columns) == num_prompts]
     return {
-        name: Quantity(coverage([row[name] for row in rows], pooled.value), pooled.stderr)
+        name: Quantity(
+            coverage([row[name] for row in rows], pooled.value), pooled.stderr, kurtosis(of_pool[name].influence)
+        )
         for name, pooled in truth.items()
     }
 
@@ -175,14 +186,14 @@ def table(result: dict[str, Any]) -> str:
     """The result as text; values in units of 1e-3 nats per token."""
     lines = [
         f"{'x 1e-3 nats/token':<28}{'truth':>9}{'error':>9}{'scatter':>9}{'stated':>9}{'ratio':>7}{'bias/sc':>9}"
-        f"{'coverage (95 %)':>24}{'above':>7}{'below':>7}{'n':>7}"
+        f"{'coverage (95 %)':>24}{'above':>7}{'below':>7}{'n':>6}{'kurt':>7}"
     ]
     for name, row in result["quantities"].items():
         numbers = "".join(f"{1e3 * row[key]:9.4f}" for key in ("truth", "truth_stderr", "scatter", "mean_stderr"))
         covered = f"{row['covered']:.3f} [{row['covered_low']:.3f}, {row['covered_high']:.3f}]"
         lines.append(
             f"{LABELS[name]:<28}{numbers}{row['stderr_ratio']:7.3f}{row['bias_ratio']:9.3f}{covered:>24}"
-            f"{row['missed_above']:7.3f}{row['missed_below']:7.3f}{row['num_redraws']:7d}"
+            f"{row['missed_above']:7.3f}{row['missed_below']:7.3f}{row['num_redraws']:6d}{row['kurtosis']:7.0f}"
         )
     return "\n".join([*lines, "", *_notes(result), *_larger_batches(result)])
 
@@ -201,14 +212,15 @@ def _notes(result: dict[str, Any]) -> list[str]:
     notes = [
         "truth, error: the quantity on all redraws together, and its own standard error; stated: mean stated error;",
         "ratio: stated / scatter; above, below: share of intervals wholly above, below the truth; n: redraws.",
+        "kurt: kurtosis of single completions' influences (normal: 3); intervals want several times as many of them.",
         "The truth's error is 1/sqrt(n) of a redraw's: it moves the expected coverage by about 0.11/n.",
     ]
     u_statistic = result["quantities"].get("u_statistic")
     if u_statistic:
         total = u_statistic["num_redraws"] + u_statistic["num_without_stderr"]
         notes += [
-            f"U-statistic: in {u_statistic['num_without_stderr']} of {total} redraws the corrected variance is negative "
-            "and there is no interval: left out of its row.",
+            f"U-statistic: in {u_statistic['num_without_stderr']} of {total} redraws the corrected variance is "
+            "negative and there is no interval: left out of its row.",
             f"Mean of all {total} variances / variance of the values: {result['u_statistic_variance_ratio']:.3f}. "
             "The jackknife is conservative by construction.",
         ]
@@ -249,14 +261,13 @@ def plot_coverage(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
 
 
 def plot_stderr_ratio(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
-    """Mean stated error over scatter: 1 is right, below it errors are stated too small."""
+    """Mean stated error over scatter, with the error of the scatter: below 1 errors are stated too small."""
     from trl_entropy.plots import GREY
 
     axes.axvline(1.0, color=GREY, lw=1)
     for y, (name, row) in enumerate(rows.items()):
         color, marker = _style(name)
-        # The scatter of n redraws is known to about 1/sqrt(2n) of itself (exact for a normal distribution).
-        error = 1.96 * row["stderr_ratio"] / math.sqrt(2 * (row["num_redraws"] - 1))
+        error = 1.96 * row["stderr_ratio"] * row["scatter_stderr"] / row["scatter"]
         axes.errorbar(row["stderr_ratio"], y, xerr=error, fmt=marker, ms=5, color=color, capsize=3)
     axes.set(title="Stated error against scatter", xlabel="mean stated error / scatter over redraws")
     return _bare(axes)

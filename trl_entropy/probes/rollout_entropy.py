@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, find_executable_batch_size
+from accelerate.utils import broadcast
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from trl_entropy.estimators.importance import effective_sample_size, importance_
 from trl_entropy.estimators.u_statistic import cross_gram
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, TokenScores, score
+from trl_entropy.scores import Completions, TokenScores, halved_on_out_of_memory, score
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,6 @@ def group_rows(model: nn.Module, groups: list[Tensor], surrogates: Any, batch_si
     """
     params = list(trainable_parameters(model).values())
 
-    @find_executable_batch_size(starting_batch_size=batch_size)
     def all_rows(rows_at_once: int) -> GroupRows:
         shape = len(groups), sum(param.numel() for param in params)
         rows = GroupRows(*(torch.zeros(shape, dtype=params[0].dtype, device=params[0].device) for _ in range(2)))
@@ -225,7 +224,7 @@ def group_rows(model: nn.Module, groups: list[Tensor], surrogates: Any, batch_si
         return rows
 
     with torch.enable_grad():
-        return all_rows()
+        return halved_on_out_of_memory(all_rows, batch_size)
 
 
 def add_gradient(row: Float[Tensor, " D"], value: Tensor, params: list[nn.Parameter], keep_graph: bool) -> None:
