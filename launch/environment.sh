@@ -3,6 +3,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON."; exit 1; }
+EXTRAS="${EXTRAS:-}"
 stamp=".venv/installed-$(cat setup.cfg constraints.txt | cksum | cut -d' ' -f1)-${EXTRAS//,/-}"
 if [ ! -e "$stamp" ]; then
     echo "== Installing into .venv (the versions of constraints.txt; a few minutes the first time)"

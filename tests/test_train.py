@@ -87,6 +87,7 @@ def test_ten_steps_of_the_quickstart(tmp_path, warm_start_dir):
     assert list((tmp_path / "tensorboard").glob("events*")) and list((tmp_path / "completions").glob("*.parquet"))
     assert json.loads((tmp_path / "environment.json").read_text())["num_processes"] == 1
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["num_prompts_per_step"] == 2
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["task"] == "word_problems"
     assert "'loss'" not in output and "held out" in output  # a line a person can follow, no dictionary a step
 
 

@@ -20,7 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 class RunLogCallback(TrainerCallback):
-    """Writes the run directory of `args.output_dir` on the main process: settings, one line a step, evaluations."""
+    """
+    Writes the run directory of `args.output_dir` on the main process: settings, one line a step, evaluations.
+
+    Attributes:
+        settings: what an entry point knows beside the training arguments (task, model); goes to `config.yaml` too.
+    """
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -29,7 +37,7 @@ class RunLogCallback(TrainerCallback):
             return
         self.run = RunDirectory(args.output_dir)
         model = kwargs["model"]
-        self.run.write_config({**args.to_dict(), "model_config": model.config.to_dict()})
+        self.run.write_config({**self.settings, **args.to_dict(), "model_config": model.config.to_dict()})
         self.run.write_environment(
             num_processes=args.world_size,
             device=str(args.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -90,6 +91,7 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     from trl import get_peft_config, get_quantization_config
 
     from trl_entropy import rewards
+    from trl_entropy.callbacks import RunLogCallback
     from trl_entropy.trainer import DrGRPOTrainer
 
     name = model.model_name_or_path
@@ -112,6 +114,8 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    run_log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunLogCallback))
+    run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ConsoleProgress)
     return trainer
