@@ -11,7 +11,7 @@ if [ -e "$run" ]; then
     echo "== $run is there already: moved to $aside"
     mv "$run" "$aside"
 fi
-# One thread: two are faster on idle cores, and up to ten times slower when something else runs.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Threads that sleep while they wait: spinning ones get up to ten times slower when something else wants their core.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 echo "== Training (configs/quickstart.yaml): under three minutes on two idle cores"
 accelerate launch --config_file launch/cpu.yaml -m trl_entropy.train --config configs/quickstart.yaml "$@"
