@@ -11,7 +11,8 @@ if [ -e "$run" ]; then
     echo "== $run is there already: moved to $aside"
     mv "$run" "$aside"
 fi
-# Threads that sleep while they wait: spinning ones get up to ten times slower when something else wants their core.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+# One thread: a second one gains little at this size, and threads that wait for each other get many times slower when
+# something else wants their core.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 echo "== Training (configs/quickstart.yaml): under three minutes on two idle cores"
 accelerate launch --config_file launch/cpu.yaml -m trl_entropy.train --config configs/quickstart.yaml "$@"
