@@ -47,14 +47,3 @@ class RunningAgreement:
                 logged[f"entropy/{kind}_{statistic}"] = estimate.value
                 logged[f"entropy/{kind}_{statistic}_stderr"] = estimate.stderr
         return logged
-
-    def state(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"pairs": {k: m.sums.tolist() for k, m in self._pairs.items()}, "integrals": dict(self._integrals)}
-
-    def load_state(self, state: dict) -> None:
-        """Inverse of [`state`]."""
-        import torch
-
-        self._pairs = {k: PairMoments(torch.tensor(sums, dtype=torch.float64)) for k, sums in state["pairs"].items()}
-        self._integrals = dict(state["integrals"])
