@@ -14,9 +14,10 @@ from trl_entropy.estimators.step_change import point_terms
 from trl_entropy.experiment import main
 from trl_entropy.experiments.calibration import LABELS
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.redraws import group_gradients
+from trl_entropy.experiments.redraws import redrawn_rows
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.scores import score
+from trl_entropy.rollouts import RolloutBatch
+from trl_entropy.scores import Completions, score
 from trl_entropy.train import build_trainer, parse
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -81,16 +82,17 @@ def test_the_step_is_the_one_the_optimizer_makes(state):
 
 def test_group_gradients_add_up_to_the_gradients_of_entropy_and_loss(state):
     """X against forward mode along the update, Y against differences of the loss's own terms along it."""
-    rollouts = state.draw_rollouts(state.draw_problems(6, (7,)), 4, (7,))
-    x, y = group_gradients(state, rollouts, range(6))
+    rollouts = RolloutBatch.from_micro_batches([state.draw_rollouts(state.draw_problems(6, (7,)), 4, (7,))])
+    x, y = redrawn_rows(state, rollouts, torch.arange(24))
+    completions = Completions.of(rollouts)
     direction = torch.cat([value.flatten() for value in state.update.values()]).double()
     with state.engine.scoring_model(state.before) as model:
-        scores = score(model, rollouts.completions, 1.0, 64, state.before, state.update, order=1)
-    terms = point_terms(scores.entropy, scores.logps, scores.logps[0], rollouts.completions.completion_mask)
+        scores = score(model, completions, 1.0, 64, state.before, state.update, order=1)
+    terms = point_terms(scores.entropy, scores.logps, scores.logps[0], completions.completion_mask)
     predicted = float(delta_linear(terms.terms, terms.tangents).value)
     assert float(x.double().mean(0) @ direction) == pytest.approx(predicted, rel=1e-4)
-    weights = (rollouts.advantages / rollouts.normalizers).double().unsqueeze(1)
-    slope = -float((weights * scores.logps[1].double()).sum()) / len(rollouts.completions)
+    weights = (rollouts.advantages / 32).double().unsqueeze(1)
+    slope = -float((weights * scores.logps[1].double()).sum()) / 24
     assert float(y.double().mean(0) @ direction) == pytest.approx(slope, rel=1e-4)
     assert rollouts.advantages.view(6, 4).sum(1).abs().max() < 1e-6 < rollouts.advantages.abs().max()
 
@@ -114,7 +116,7 @@ def test_calibration_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
 
     monkeypatch.setattr("trl_entropy.experiments.redraws._score", lambda *a: pytest.fail("the chunks are kept"))
-    monkeypatch.setattr("trl_entropy.experiments.redraws.group_gradients", lambda *a: pytest.fail("they are kept"))
+    monkeypatch.setattr("trl_entropy.experiments.redraws.redrawn_rows", lambda *a: pytest.fail("they are kept"))
     main(arguments)
     assert json.loads((tmp_path / "calibration.json").read_text())["quantities"] == rows
 

@@ -86,6 +86,7 @@ _ENTROPY = (
         Metric("entropy/delta_measured_model", "nats/token", "change of the model in training's own precision", "E"),
         Metric("entropy/delta_measured_sequence", "nats/token", "measured change, sequence weights (T6)", "E"),
         Metric("entropy/delta_linear_sequence", "nats/token", "first order, sequence form (T8)", "E"),
+        Metric("entropy/delta_placebo", "nats/token", "first order along an earlier step's update", "E"),
         Metric("entropy/delta_cov_natural", "nats/token", "rival: -Cov(log pi, A) over the step's tokens (T11)", "E"),
         Metric("entropy/delta_cov_policy_gradient", "nats/token", "rival: -Cov(log pi, pi A) (T11)", "E"),
     ]

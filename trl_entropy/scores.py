@@ -38,6 +38,11 @@ class Completions:
     completion_mask: Int[Tensor, "B T"]
     prompt_index: Int[Tensor, " B"]
 
+    @classmethod
+    def of(cls, batch: Any) -> Completions:
+        """Those of anything with these attributes: a [`~trl_entropy.rollouts.RolloutBatch`]."""
+        return cls(*(getattr(batch, name) for name in cls.__dataclass_fields__))
+
     def __len__(self) -> int:
         return len(self.input_ids)
 

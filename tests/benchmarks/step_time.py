@@ -50,10 +50,22 @@ QUICKSTART = {
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of every step, from its beginning until after its logs; the first of a turn is left out."""
+    """Seconds of every step, from its beginning until after its logs; the first of a turn is left out.
+
+    `logged` has the same steps' times that training itself logged.
+    """
 
     def __init__(self) -> None:
+        self.start_turn()
+
+    def start_turn(self) -> None:
         self.seconds: list[float] = []
+        self.logged: list[dict[str, float]] = []
+
+    def median(self, *subtract: str) -> float:
+        """The median step, less the logged times of these names."""
+        rows = zip(self.seconds, self.logged, strict=True)
+        return statistics.median(seconds - sum(logs[name] for name in subtract) for seconds, logs in rows)
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(1000 * args.seed + state.global_step)
@@ -62,7 +74,7 @@ class Stopwatch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs and state.global_step > 1:
             self.seconds.append(time.perf_counter() - self.start)
-            self.logs = logs
+            self.logged.append({name: value for name, value in logs.items() if name.startswith("time/")})
 
 
 def build(trainer_class: type, config_class: type, directory: Path, steps: int, **settings):
@@ -81,16 +93,21 @@ def build(trainer_class: type, config_class: type, directory: Path, steps: int, 
     return trainer, watch
 
 
-def paired(first, second, rounds: int) -> list[tuple[float, float]]:
-    """Mean seconds of a step of both, by round; they take turns and swap who is first."""
-    results = []
+def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[str, list[tuple[float, float]]]:
+    """Median seconds of a step of both sides, by round; they take turns and swap who is first.
+
+    Returns:
+        `"whole"`, and for each logged time of the first side in `subtract` the same without it.
+    """
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ("whole", *subtract)}
     for number in range(rounds):
         order = [first, second] if number % 2 == 0 else [second, first]
         for trainer, watch in order:
-            watch.seconds = []
+            watch.start_turn()
             trainer.args.seed = number
             trainer.train()
-        results.append((statistics.median(first[1].seconds), statistics.median(second[1].seconds)))
+        for name, rows in results.items():
+            rows.append((first[1].median(*([] if name == "whole" else [name])), second[1].median()))
     return results
 
 
@@ -118,16 +135,16 @@ def main() -> None:
         off = (DrGRPOTrainer, DrGRPOConfig, Path(folder) / "off", options.steps)
         if options.what == "trl":
             other = build(GRPOTrainer, GRPOConfig, Path(folder) / "trl", options.steps)
-            report("DrGRPOTrainer / GRPOTrainer", paired(build(*off), other, options.rounds), "|U| = 128")
+            results = paired(build(*off), other, options.rounds)
+            report("DrGRPOTrainer / GRPOTrainer", results["whole"], "|U| = 128")
             return
         settings = {"entropy_probe": True, "entropy_probe_prompts": options.prompts, "probe_batch_size": 128}
         on = build(DrGRPOTrainer, DrGRPOConfig, Path(folder) / "on", options.steps, **settings)
-        results = paired(on, build(*off), options.rounds)
-        report("entropy probe on / off", results, f"|U| = 128, |E| = {options.prompts}")
-        total, draw = on[1].logs["time/entropy"], on[1].logs["time/entropy_draw"]
-        print(f"of the last step: probe {total * 1e3:.0f} ms, of which drawing E {draw * 1e3:.0f} ms")
-        without = [(a - draw, b) for a, b in results]
-        report("entropy probe on, without drawing E / off", without, f"|U| = 128, |E| = {options.prompts}")
+        draw, sizes = "time/entropy_draw", f"|U| = 128, |E| = {options.prompts}"
+        results = paired(on, build(*off), options.rounds, (draw, "time/entropy"))
+        report("entropy probe on / off", results["whole"], sizes)
+        report("the same without drawing E", results[draw], sizes)
+        report("the same without the probe's events, a check of what is left over", results["time/entropy"], sizes)
 
 
 if __name__ == "__main__":

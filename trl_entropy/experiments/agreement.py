@@ -2,7 +2,8 @@
 Predicted against measured entropy change over a run: `trl-entropy experiment agreement RUN [RUN...]`.
 
 Reads `metrics.jsonl` of runs in which every step was probed (configs/entropy-study.yaml); trains nothing. Prediction
-is across halves: predicted on half a of each probe batch, measured on half b.
+is across halves: predicted on half a of each probe batch, measured on half b. With `--fresh-completions N` the sum of
+all changes is compared with the entropy's fall on N completions of the first and N of the last policy.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import argparse
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trl_entropy.console import quiet_libraries
 from trl_entropy.estimators.estimate import Estimate
 from trl_entropy.estimators.moments import PairMoments, jackknife
 from trl_entropy.run_log import RunDirectory
@@ -105,11 +108,37 @@ def integrals(rows: Rows) -> dict[str, Any]:
     return result
 
 
-def analyse(path: Path) -> dict[str, Any]:
-    """Everything about one run, as plain data."""
+def end_point(rows: Rows, fall: tuple[Estimate, Estimate]) -> dict[str, Any]:
+    """
+    The sum of all steps' changes over the change between fresh completions of the first and of the last policy.
+
+    Returns:
+        `start`, `end` (nats per token, with errors), `change`, and per predictor the ratio with its standard error, to
+        first order in both errors.
+    """
+    start, end = fall
+    change, variance = end.value - start.value, start.stderr**2 + end.stderr**2
+    result: dict[str, Any] = {"start": _plain(start), "end": _plain(end), "change": change}
+    for name in PREDICTORS:
+        if f"entropy/delta_{name}" in rows[0]:
+            total = sum(row[f"entropy/delta_{name}"] for row in rows)
+            total_variance = sum(row[f"entropy/delta_{name}_stderr"] ** 2 for row in rows)
+            ratio = total / change
+            stderr = math.sqrt(total_variance + ratio**2 * variance) / abs(change)
+            result[name] = {"sum": total, "ratio": ratio, "ratio_stderr": stderr}
+    return result
+
+
+def analyse(path: Path, num_fresh: int = 0) -> dict[str, Any]:
+    """Everything about one run, as plain data; with `num_fresh` its policies are loaded and sampled."""
     rows = probed_rows(path)
     last = rows[-1]
-    return {
+    fresh = {}
+    if num_fresh:
+        from trl_entropy.experiments.fresh_entropy import entropy_fall
+
+        fresh = {"end_point": end_point(rows, entropy_fall(path, num_fresh))}
+    return fresh | {
         "run": path.name,
         "num_steps": len(rows),
         "num_completions": last["entropy/num_completions"],
@@ -161,6 +190,24 @@ def markdown(results: list[dict[str, Any]]) -> str:
                     f"| {result['run']} | {name} | {entry['largest_deviation']:+.2f} "
                     f"| {entry['share_within_2_stderr']:.0%} |"
                 )
+    if any("end_point" in result for result in results):
+        lines += ["", "| run | fresh entropy | sum of | sum / change of the fresh |", "|---|---|---|---|"]
+    for result in results:
+        end = result.get("end_point", {})
+        for name in PREDICTORS:
+            if name in end:
+                lines.append(
+                    f"| {result['run']} | {_with_error(end['start'])} -> {_with_error(end['end'])} | {name} "
+                    f"| {end[name]['ratio']:.3f} +- {end[name]['ratio_stderr']:.3f} |"
+                )
+    lines += [
+        "",
+        "| run | placebo slope | same sample: first order | second order | trapezoid |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        slopes = [result["placebo_slope"], *(result["same_sample"][name] for name in PREDICTORS[:3])]
+        lines.append(f"| {result['run']} | " + " | ".join(_with_error(slope) for slope in slopes) + " |")
     lines += [
         "",
         "| run | steps | correlation: first order | -Cov(log pi, A) | -Cov(log pi, pi A) |",
@@ -171,6 +218,10 @@ def markdown(results: list[dict[str, Any]]) -> str:
             cells = [f"{table[k]['value']:.3f} +- {table[k]['stderr']:.3f}" for k in ("linear", *RIVALS)]
             lines.append(f"| {result['run']} | {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _with_error(entry: dict[str, float] | None) -> str:
+    return "-" if entry is None else f"{entry['value']:.4f} +- {entry['stderr']:.4f}"
 
 
 def draw(paths: list[Path], results: list[dict[str, Any]], target: Path) -> None:
@@ -197,8 +248,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="trl-entropy experiment agreement", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory with every step probed")
     parser.add_argument("--output", type=Path, help="folder for agreement.json and agreement.png")
+    parser.add_argument(
+        "--fresh-completions", type=int, default=0, metavar="N", help="sample the first and the last policy; 0: do not"
+    )
     options = parser.parse_args(argv)
-    results = [analyse(path) for path in options.runs]
+    quiet_libraries()
+    try:
+        results = [analyse(path, options.fresh_completions) for path in options.runs]
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
     output = options.output or RunDirectory(options.runs[0]).report_path
     output.mkdir(parents=True, exist_ok=True)
     (output / "agreement.json").write_text(json.dumps(results, indent=1))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from trl_entropy.embedded_model import VOCAB_SIZE
+from trl_entropy.run_log import RunDirectory
 from trl_entropy.train import TaskArguments
 
 _REQUIRED = {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "mask_truncated_completions": False}
@@ -65,6 +66,26 @@ class Checkpoint:
         completions = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
         completions *= environment.get("num_processes", 1)
         return cls(path, config, task, completions // config["num_generations"])
+
+    @classmethod
+    def last_of(cls, run: Path) -> Checkpoint:
+        """
+        The checkpoint of a run's last logged step.
+
+        Raises:
+            ValueError: when there is none.
+        """
+        last = max((row["step"] for row in RunDirectory(run).metrics()), default=0)
+        path = run / f"checkpoint-{last}"
+        if not path.is_dir():
+            raise ValueError(f"{run} has no checkpoint of its last step, {last}; train with save_strategy=steps")
+        return cls.read(path)
+
+    def at_start(self) -> Checkpoint:
+        """The policy that the run began with, under the run's settings; it has no optimizer's state."""
+        from trl_entropy.sft import warm_start
+
+        return replace(self, path=warm_start(seed=self.config["seed"]))
 
 
 def _check_files(path: Path) -> None:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trl_entropy.engine.parameters import trainable_parameters
-from trl_entropy.estimators.adamw import AdamWSettings, gradient_coefficient, preconditioner
 from trl_entropy.estimators.importance import WeightForm
 from trl_entropy.estimators.step_change import point_terms, stacked
-from trl_entropy.estimators.surrogate import surrogate_terms
 from trl_entropy.estimators.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.state import FixedState, Rollouts
+from trl_entropy.experiments.state import FixedState
+from trl_entropy.group_rows import GroupRows, group_rows
+from trl_entropy.probes.rollout_entropy import flat, metric_of
+from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions, TokenScores, score
 
 ROWS_PER_CHUNK = 1024  # completions generated at a time
@@ -77,7 +77,7 @@ def probe_pool(
 
     def chunk(index: int) -> Tensor:
         seeds = (seed, _POOL, index)
-        completions, _ = state.draw(state.draw_problems(size, seeds), seeds)
+        completions = state.draw(state.draw_problems(size, seeds), seeds)
         before, after = (_score(state, completions, params, batch_size) for params in (state.before, state.after))
         terms = [
             stacked(point_terms(scores.entropy, scores.logps, before.logps[0], completions.completion_mask, form))
@@ -95,63 +95,45 @@ def rollout_redraws(
     """
     For independent rollouts the Gram matrices X_n' M Y_m of (T17), in nats per token: of the update's gradient part.
 
-    M is that *before* the step, times the coefficient -lr (1-b1)/(1-b1^t) by which it enters (T5), clipping apart.
+    M is that *before* the step, times the coefficient -lr c (1-b1)/(1-b1^t) by which it enters (T5), c that of the
+    state's own step.
     """
-    metric = _flat(_gradient_metric(state))
+    names = list(state.engine.parameters)
+    metric = -flat(metric_of(state.context), names)
     size = max(1, min(ROWS_PER_CHUNK // (num_prompts * num_generations), num_redraws))
 
     def chunk(index: int) -> Tensor:
         seeds = (seed, _ROLLOUTS, index)
-        rollouts = state.draw_rollouts(state.draw_problems(size * num_prompts, seeds), num_generations, seeds)
-        starts = range(0, size * num_prompts, num_prompts)
-        redraws = (group_gradients(state, rollouts, range(start, start + num_prompts)) for start in starts)
-        return torch.stack([cross_gram(x, y, metric) for x, y in redraws]).cpu()
+        problems = state.draw_problems(size * num_prompts, seeds)
+        rollouts = RolloutBatch.from_micro_batches([state.draw_rollouts(problems, num_generations, seeds)])
+        redraws = torch.arange(len(rollouts.rewards)).split(num_prompts * num_generations)
+        rows = (redrawn_rows(state, rollouts, index) for index in redraws)
+        return torch.stack([cross_gram(x, y, metric) for x, y in rows]).cpu()
 
     return _in_chunks(cache, f"rollouts-{num_prompts}x{num_generations}", num_redraws, size, chunk)
 
 
-def group_gradients(
-    state: FixedState, rollouts: Rollouts, prompts: range
-) -> tuple[Float[Tensor, "P D"], Float[Tensor, "P D"]]:
-    """
-    X_n and Y_n of (T17) for some of the groups, by one backward each, with h and mean length those of these groups.
-
-    Their means over the groups are grad h (T8) and the gradient of the loss (T2).
-    """
-    parameters = list(trainable_parameters(state.model).values())
-    groups = [state.forward(rollouts.completions, n) for n in prompts]
-    num_tokens = sum(int(part.completion_mask.sum()) for _, _, part in groups)
-    entropy_sum = sum(float((entropy.detach().double() * part.completion_mask).sum()) for entropy, _, part in groups)
-    x, y = [], []
-    for n, (entropy, logps, part) in zip(prompts, groups, strict=True):
-        terms = surrogate_terms(entropy, logps, part.completion_mask, entropy_sum / num_tokens)
-        entropy_term = terms.sum() * (len(prompts) / num_tokens)
-        loss_share = rollouts.loss_terms(logps, part, n).mean()
-        x.append(_flat(torch.autograd.grad(entropy_term, parameters, retain_graph=True)))
-        y.append(_flat(torch.autograd.grad(loss_share, parameters)))
-    return torch.stack(x), torch.stack(y)
-
-
-def _gradient_metric(state: FixedState) -> list[Tensor]:
-    """-lr (1-b1)/(1-b1^t) M of every parameter, M from the moments before the step."""
-    context, step = state.context, state.context.optimizer_step
-    parts = []
-    for name, exp_avg_sq in context.exp_avg_sq.items():
-        settings = AdamWSettings(
-            context.learning_rate[name], context.betas[name], context.eps[name], context.weight_decay[name]
+def redrawn_rows(state: FixedState, rollouts: RolloutBatch, index: Int[Tensor, " n"]) -> GroupRows:
+    """X_n and Y_n of (T17) of one redraw, the rows `index` of `rollouts`, with h and mean length its own."""
+    completions = Completions.of(rollouts).rows(index)
+    with state.engine.scoring_model(state.before) as model:
+        entropy = score(model, completions, state.args.temperature, len(index)).entropy[0]
+        num_tokens = int(completions.completion_mask.sum())
+        return group_rows(
+            model,
+            completions,
+            rollouts.advantages[index],
+            state.args,
+            policy_entropy=float(entropy.double().sum()) / num_tokens,
+            num_tokens=num_tokens,
+            num_prompts=len(completions.prompt_index.unique()),
+            batch_size=len(index),
         )
-        metric = preconditioner(exp_avg_sq, step - 1, settings.betas[1], settings.eps)
-        parts.append(-gradient_coefficient(settings, step) * metric)
-    return parts
 
 
 def _score(state: FixedState, completions: Completions, params: dict[str, Tensor], batch_size: int) -> TokenScores:
     with state.engine.scoring_model(params) as model:
         return score(model, completions, state.args.temperature, batch_size, params, state.update, order=1)
-
-
-def _flat(tensors: Iterable[Tensor]) -> Float[Tensor, " D"]:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _in_chunks(cache: Cache, name: str, num: int, size: int, chunk: Callable[[int], Tensor]) -> Tensor:

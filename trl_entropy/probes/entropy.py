@@ -121,7 +121,7 @@ class EntropyProbe(Probe):
         if computes_below_float32(engine):
             metrics |= self._model_change(args, update, engine)
         if self.placebo:
-            self._add_placebo(before, args, update, engine)
+            metrics |= self._placebo(before, args, update, engine)
         metrics |= self.agreement.metrics()
         self._num_probed += 1
         self._write(trainer, state.global_step + 1, before, after, engine.accelerator)
@@ -230,16 +230,19 @@ class EntropyProbe(Probe):
             values.append(self._entropy(scores, drawn_by, engine.accelerator))
         return {"entropy/delta_measured_model": values[1] - values[0]}
 
-    def _add_placebo(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> None:
+    def _placebo(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
         """Predict this step's change from an earlier update, kept with a chance of 1/n: any of them alike."""
+        logged: dict[str, float] = {}
         if self._earlier_update is not None:
             scores = self._score(engine, args, update.params_before, self._earlier_update)
             terms = self._terms(scores, before, engine.accelerator)
             prompts = engine.accelerator.gather(self._completions.prompt_index)
             predicted = delta_linear(terms.terms, terms.tangents).estimate(prompts)
             self.agreement.add_pair("placebo", predicted, self._measured)
+            logged = _with_stderr("entropy/delta_placebo", predicted)
         if random.Random(self._num_probed).random() < 1 / (self._num_probed + 1):
             self._earlier_update = {name: value.clone() for name, value in update.update.items()}
+        return logged
 
     def _write(
         self, trainer: Any, step: int, before: TokenScores, after: TokenScores, accelerator: Accelerator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,31 +14,18 @@ from torch import Tensor, nn
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
 from trl_entropy.estimators.adamw import AdamWSettings
 from trl_entropy.estimators.delta_entropy import RatioTerms, delta_measured, entropy_terms, policy_entropy
-from trl_entropy.estimators.entropy import entropy_and_logps
-from trl_entropy.estimators.group_gradients import (
-    cross_prompt_change,
-    group_entropy_surrogate,
-    group_loss_surrogate,
-    relative_gradient_error,
-    update_metric,
-)
+from trl_entropy.estimators.group_gradients import cross_prompt_change, relative_gradient_error, update_metric
 from trl_entropy.estimators.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.u_statistic import cross_gram
+from trl_entropy.group_rows import GroupRows, group_rows
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, TokenScores, halved_on_out_of_memory, score
+from trl_entropy.scores import Completions, TokenScores, score
 
 logger = logging.getLogger(__name__)
 
 # Bytes of the rows X_n and Y_n that one process may hold; another process's Y_n come on top, half as many.
 MAX_ROWS_BYTES = 8 * 2**30
-
-
-class GroupRows(NamedTuple):
-    """Rows of this process's prompt groups, float32: X_n (nats per token) and Y_n (units of the loss)."""
-
-    entropy: Float[Tensor, "P D"]
-    loss: Float[Tensor, "P D"]
 
 
 class RolloutEntropyProbe(Probe):
@@ -85,7 +72,7 @@ class RolloutEntropyProbe(Probe):
     ) -> None:
         update.check_adamw()
         accelerator = engine.accelerator
-        self._completions = Completions(*(getattr(rollouts, name) for name in Completions.__dataclass_fields__))
+        self._completions = Completions.of(rollouts)
         self._before = self._score(engine, args, update.params_before)
         self._terms = self._entropy_terms(self._before, accelerator)
         self._prompts = accelerator.gather(self._completions.prompt_index)
@@ -155,24 +142,12 @@ class RolloutEntropyProbe(Probe):
     ) -> GroupRows:
         """X_n and Y_n of this rank's groups. Local inside; all ranks fail together."""
         num_tokens = self._terms.denominator.sum().item()
-
-        def surrogates(model: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-            rows = self._completions.rows(index).trimmed()
-            token_entropy, logps = token_scores(model, rows, args.temperature)
-            mask, width = rows.completion_mask, rows.completion_mask.shape[1]
-            weights = advantages[index] if advantages.ndim == 1 else advantages[index, :width]
-            return (
-                group_entropy_surrogate(token_entropy, logps, mask, entropy, num_tokens, num_prompts),
-                group_loss_surrogate(logps, mask, weights, args.num_generations, args.max_completion_length),
-            )
-
-        prompt_index = self._completions.prompt_index
-        groups = [(prompt_index == number).nonzero().squeeze(1) for number in prompt_index.unique()]
+        batch_size = min(self.batch_size, args.num_generations)
         with (
             rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
             engine.scoring_model(params) as model,
         ):
-            return group_rows(model, groups, surrogates, min(self.batch_size, args.num_generations))
+            return group_rows(model, self._completions, advantages, args, entropy, num_tokens, num_prompts, batch_size)
 
     def _write(self, trainer: Any, step: int, after: TokenScores) -> None:
         """`probes/entropy/step_*.safetensors`, as from held-out prompts; the completions are the update batch."""
@@ -192,48 +167,6 @@ def check_memory(num_groups: int, model: nn.Module) -> None:
             f"groups of a step: {num_bytes / 2**30:.1f} GiB for {num_parameters} trainable parameters, the limit is "
             f"{MAX_ROWS_BYTES / 2**30:.0f} GiB. Use entropy_probe_source='held_out', LoRA, or more processes."
         )
-
-
-def token_scores(model: nn.Module, rows: Completions, temperature: float) -> tuple[Tensor, Tensor]:
-    """Entropy and log-probability of every completion token (B, T), nats, with their graph."""
-    width = rows.completion_mask.shape[1]
-    output = model(
-        input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False, logits_to_keep=width + 1
-    )
-    return entropy_and_logps(output.logits[:, :-1], rows.input_ids[:, -width:], temperature)
-
-
-def group_rows(model: nn.Module, groups: list[Tensor], surrogates: Any, batch_size: int) -> GroupRows:
-    """
-    Gradients of the two `surrogates(model, index)` of every group, (P, D). Leaves no `.grad`.
-
-    Args:
-        groups: row numbers of each group's completions.
-        batch_size: completions differentiated at a time; halved as long as memory does not suffice.
-    """
-    params = list(trainable_parameters(model).values())
-
-    def all_rows(rows_at_once: int) -> GroupRows:
-        shape = len(groups), sum(param.numel() for param in params)
-        rows = GroupRows(*(torch.zeros(shape, dtype=params[0].dtype, device=params[0].device) for _ in range(2)))
-        for n, group in enumerate(groups):
-            for index in group.split(rows_at_once):
-                values = surrogates(model, index)
-                for quantity, value in zip(rows, values, strict=True):
-                    add_gradient(quantity[n], value, params, keep_graph=value is not values[-1])
-        return rows
-
-    with torch.enable_grad():
-        return halved_on_out_of_memory(all_rows, batch_size)
-
-
-def add_gradient(row: Float[Tensor, " D"], value: Tensor, params: list[nn.Parameter], keep_graph: bool) -> None:
-    """Add the gradient of `value`, flat, to `row`; parameters that it does not depend on have none."""
-    gradients = torch.autograd.grad(value, params, retain_graph=keep_graph, allow_unused=True)
-    parts = row.split([param.numel() for param in params])
-    for part, gradient in zip(parts, gradients, strict=True):
-        if gradient is not None:
-            part += gradient.flatten()
 
 
 def metric_of(update: UpdateContext) -> dict[str, Tensor]:

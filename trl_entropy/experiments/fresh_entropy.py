@@ -1,0 +1,48 @@
+"""The entropy of a run's policy at its start and at its last checkpoint, from fresh completions."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from trl_entropy.estimators.delta_entropy import RatioTerms, entropy_terms, policy_entropy
+from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.redraws import ROWS_PER_CHUNK
+from trl_entropy.experiments.state import Policy
+from trl_entropy.scores import score
+
+_START, _END = 3, 4  # second part of a seed: draws of their own
+
+
+def entropy_fall(run: Path, num_completions: int, seed: int = 0) -> tuple[Estimate, Estimate]:
+    """
+    Policy entropy (T6) before the first and after the last step, nats per token, on completions of their own each.
+
+    Prompts are the run's training problems, drawn with replacement, one completion each.
+
+    Raises:
+        ValueError: when the run has no checkpoint of its last step.
+    """
+    last = Checkpoint.last_of(run)
+    return (
+        fresh_entropy(last.at_start(), num_completions, (seed, _START)),
+        fresh_entropy(last, num_completions, (seed, _END)),
+    )
+
+
+def fresh_entropy(checkpoint: Checkpoint, num_completions: int, seed: tuple[int, ...]) -> Estimate:
+    """Policy entropy (T6) of a checkpoint from `num_completions` independent completions."""
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        policy = Policy(checkpoint, Path(folder))
+        for start in range(0, num_completions, ROWS_PER_CHUNK):
+            seeds, size = (*seed, start), min(ROWS_PER_CHUNK, num_completions - start)
+            completions = policy.draw(policy.draw_problems(size, seeds), seeds)
+            scores = score(policy.model, completions, policy.args.temperature, batch_size=128)
+            mask = completions.completion_mask
+            parts.append(entropy_terms(scores.entropy[0], mask.double(), mask))
+    terms = RatioTerms(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return policy_entropy(terms).estimate(torch.arange(num_completions))
