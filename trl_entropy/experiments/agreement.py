@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,32 @@ def rival_correlations(rows: Rows) -> dict[str, Estimate]:
         for row in rows:
             moments = moments.update(row[f"entropy/delta_{name}"], row["entropy/delta_measured"])
         found[name] = moments.correlation()
+    return found
+
+
+def placebo(rows: Rows) -> dict[str, Estimate] | None:
+    """
+    Slopes on the placebo's prediction, whose update is an earlier step's; None without a placebo.
+
+    Returns:
+        `raw`: of the measured change. Updates of one run share a direction and shrink together, so it need not be 0.
+        `left_over`: of measured minus predicted by the step's own update, which must be 0: nothing but the step's own
+        update tells its change.
+    """
+    rows = [row for row in rows if "entropy/delta_placebo" in row]
+    if len(rows) < 3:
+        return None
+    own = "second_order" if "entropy/delta_second_order" in rows[0] else "linear"
+    found = {}
+    for name in ("raw", "left_over"):
+        pairs = [
+            PairMoments.empty().update(
+                row["entropy/delta_placebo"],
+                row["entropy/delta_measured"] - (row[f"entropy/delta_{own}"] if name == "left_over" else 0.0),
+            )
+            for row in rows
+        ]
+        found[name] = jackknife(pairs, PairMoments.slope)
     return found
 
 
@@ -149,7 +175,11 @@ def analyse(path: Path, num_fresh: int = 0) -> dict[str, Any]:
         "rivals": {
             part: {k: _plain(e) for k, e in rival_correlations(some).items()} for part, some in thirds(rows).items()
         },
-        "placebo_slope": _running(last, "placebo_slope"),
+        "placebo": {
+            part: {k: _plain(e) for k, e in found.items()}
+            for part, some in thirds(rows).items()
+            if (found := placebo(some))
+        },
         "same_sample": {name: _running(last, f"same_sample_{name}_slope") for name in PREDICTORS[:3]},
         "integral": integrals(rows),
     }
@@ -166,62 +196,70 @@ def _running(row: dict[str, Any], name: str) -> dict[str, float] | None:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The tables of docs/results.md."""
-    lines = [
-        "| run | steps | predictor | slope corrected for noise | correlation | R^2 | ceiling of R^2 | R^2/ceiling |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        for part, table in result["across_halves"].items():
-            for predictor, values in table.items():
-                slope = values["corrected_slope"]
-                cells = [f"{values[k]['value']:.3f}" for k in ("correlation", "r_squared", "ceiling_r_squared")]
-                share = values["share_of_ceiling"]
-                lines.append(
-                    f"| {result['run']} | {part} | {predictor} | {slope['value']:.3f} [{slope['low']:.3f}, "
-                    f"{slope['high']:.3f}] | {' | '.join(cells)} | {share['value']:.3f} +- {share['stderr']:.3f} |"
-                )
-    lines += ["", "| run | integral of | largest deviation, standard errors | steps within 2 |", "|---|---|---|---|"]
-    for result in results:
-        for name in PREDICTORS:
-            if name in result["integral"]:
-                entry = result["integral"][name]
-                lines.append(
-                    f"| {result['run']} | {name} | {entry['largest_deviation']:+.2f} "
-                    f"| {entry['share_within_2_stderr']:.0%} |"
-                )
-    if any("end_point" in result for result in results):
-        lines += ["", "| run | fresh entropy | sum of | sum / change of the fresh |", "|---|---|---|---|"]
-    for result in results:
-        end = result.get("end_point", {})
-        for name in PREDICTORS:
-            if name in end:
-                lines.append(
-                    f"| {result['run']} | {_with_error(end['start'])} -> {_with_error(end['end'])} | {name} "
-                    f"| {end[name]['ratio']:.3f} +- {end[name]['ratio_stderr']:.3f} |"
-                )
-    lines += [
-        "",
-        "| run | placebo slope | same sample: first order | second order | trapezoid |",
-        "|---|---|---|---|---|",
-    ]
-    for result in results:
-        slopes = [result["placebo_slope"], *(result["same_sample"][name] for name in PREDICTORS[:3])]
-        lines.append(f"| {result['run']} | " + " | ".join(_with_error(slope) for slope in slopes) + " |")
-    lines += [
-        "",
-        "| run | steps | correlation: first order | -Cov(log pi, A) | -Cov(log pi, pi A) |",
-        "|---|---|---|---|---|",
-    ]
-    for result in results:
-        for part, table in result["rivals"].items():
-            cells = [f"{table[k]['value']:.3f} +- {table[k]['stderr']:.3f}" for k in ("linear", *RIVALS)]
-            lines.append(f"| {result['run']} | {part} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The tables of docs/results.md; those of experiments that were not made are left out."""
+    sections = {
+        "run | steps | predictor | slope corrected for noise | correlation | R^2 | its ceiling | share of it": _across,
+        "run | integral of | largest deviation, standard errors | steps within 2": _integral_rows,
+        "run | fresh entropy | sum of | sum / change of the fresh": _end_point_rows,
+        "run | steps | slope on the placebo | of what the prediction left over": _placebo_rows,
+        "run | same sample, slope: first order | second order | trapezoid": _same_sample_rows,
+        "run | steps | correlation: first order | -Cov(log pi, A) | -Cov(log pi, pi A)": _rival_rows,
+    }
+    tables = []
+    for header, rows_of in sections.items():
+        rows = [f"| {result['run']} | {' | '.join(row)} |" for result in results for row in rows_of(result)]
+        if rows:
+            tables.append("\n".join([f"| {header} |", "|---" * (header.count("|") + 1) + "|", *rows]))
+    return "\n\n".join(tables)
+
+
+def _across(result: dict[str, Any]) -> Iterator[list[str]]:
+    for part, table in result["across_halves"].items():
+        for predictor, values in table.items():
+            cells = [f"{values[k]['value']:.3f}" for k in ("correlation", "r_squared", "ceiling_r_squared")]
+            yield [
+                part,
+                predictor,
+                _with_interval(values["corrected_slope"]),
+                *cells,
+                _with_error(values["share_of_ceiling"]),
+            ]
+
+
+def _integral_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for name in PREDICTORS:
+        if entry := result["integral"].get(name):
+            yield [name, f"{entry['largest_deviation']:+.2f}", f"{entry['share_within_2_stderr']:.0%}"]
+
+
+def _end_point_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    end = result.get("end_point", {})
+    for name in PREDICTORS:
+        if name in end:
+            ratio = {"value": end[name]["ratio"], "stderr": end[name]["ratio_stderr"]}
+            yield [f"{_with_error(end['start'])} -> {_with_error(end['end'])}", name, _with_error(ratio)]
+
+
+def _placebo_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for part, table in result["placebo"].items():
+        yield [part, *(_with_interval(table[name]) for name in ("raw", "left_over"))]
+
+
+def _same_sample_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    yield [_with_error(result["same_sample"][name]) for name in PREDICTORS[:3]]
+
+
+def _rival_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for part, table in result["rivals"].items():
+        yield [part, *(_with_error(table[name]) for name in ("linear", *RIVALS))]
 
 
 def _with_error(entry: dict[str, float] | None) -> str:
-    return "-" if entry is None else f"{entry['value']:.4f} +- {entry['stderr']:.4f}"
+    return "-" if entry is None else f"{entry['value']:.3f} +- {entry['stderr']:.3f}"
+
+
+def _with_interval(entry: dict[str, float]) -> str:
+    return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
 
 
 def draw(paths: list[Path], results: list[dict[str, Any]], target: Path) -> None:
