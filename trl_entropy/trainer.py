@@ -221,11 +221,13 @@ class DrGRPOTrainer(GRPOTrainer):
 
     def write_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
         """Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective."""
+        width = torch.tensor([tensors["completion_mask"].shape[1]], device=self.accelerator.device)
+        missing = int(self.accelerator.gather(width).max() - width)  # columns of completion that other ranks have more
         gathered = {}
         for name, rows in tensors.items():
-            if rows.ndim > 1:  # prompts are padded on the left, completions on the right
-                whole_row = name in ("input_ids", "attention_mask")
-                rows = self.accelerator.pad_across_processes(rows, dim=1, pad_first=whole_row)
+            if rows.ndim > 1:  # completions are padded on the right, then prompts on the left
+                rows = torch.nn.functional.pad(rows, (0, missing))
+                rows = self.accelerator.pad_across_processes(rows, dim=1, pad_first=True)
             gathered[name] = self.accelerator.gather(rows)
         if self.is_world_process_zero() and self.args.probe_files_keep != 0:
             metadata = {

@@ -31,9 +31,18 @@ def reward(completion_ids, **kwargs) -> list[float]:
     return [sum(token % 3 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def train(output_dir: Path, name: str, model_path: str, lora: bool = False, fails: bool = False, **settings) -> None:
+def train(
+    output_dir: Path,
+    name: str,
+    model_path: str,
+    lora: bool = False,
+    fails: bool = False,
+    keeps_parameters: bool = False,
+    **settings,
+) -> None:
     from datasets import Dataset
     from peft import LoraConfig
+    from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
     from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
@@ -49,6 +58,15 @@ def train(output_dir: Path, name: str, model_path: str, lora: bool = False, fail
             with rank_symmetric(engine.accelerator, "testing"):
                 if engine.accelerator.process_index == 1:
                     raise ValueError("injected on rank 1")
+
+    class KeepParameters(Probe):
+        """Writes theta before and after each step, as the engine gives it."""
+
+        def on_after_update(self, args, state, control, *, update, engine, **kwargs):
+            values = {f"before.{n}": value for n, value in update.params_before.items()}
+            values |= {f"after.{n}": value for n, value in update.params_after.items()}
+            if engine.accelerator.is_main_process:
+                save_file(values, output_dir / name / f"parameters_{state.global_step + 1}.safetensors")
 
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -80,7 +98,7 @@ def train(output_dir: Path, name: str, model_path: str, lora: bool = False, fail
         train_dataset=Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(6) for j in range(6)]}),
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[Failing()] if fails else None,
+        callbacks=[Failing()] * fails + [KeepParameters()] * keeps_parameters,
     )
     trainer.train()
 

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 from launching import launch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from trl_entropy.embedded_model import build_model, build_tokenizer
+from trl_entropy.estimators.step_change import point_terms, step_changes
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.scores import Completions, score
 
 WORKER = Path(__file__).with_name("probe_worker.py")
 SECOND_ORDER = {"entropy_second_order": True, "entropy_placebo": True}
@@ -16,6 +20,8 @@ RUNS = [
     SECOND_ORDER | {"name": "lora", "lora": True, "gradient_accumulation_steps": 1},
     {"name": "rollouts", "entropy_probe_source": "rollouts"},
 ]
+# bf16: gradients are rounded by their place in the batch, so two ranks make another update than one process.
+BF16 = {"name": "bf16", "bf16": True, "keeps_parameters": True, "learning_rate": 1e-4}
 CLOCKS = ("time", "step_time", "epoch", "runtime")
 
 
@@ -36,10 +42,11 @@ def rows_of(tmp_path_factory, replay_model):
     def run(engine: str) -> dict[str, list[dict]]:
         if engine not in done:
             directory = tmp_path_factory.mktemp(engine)
-            settings = [json.dumps(run | {"model_path": replay_model}) for run in RUNS]
+            settings = [json.dumps(run | {"model_path": replay_model}) for run in (*RUNS, BF16)]
             result = launch(engine, WORKER, str(directory), *settings, scratch=directory / "ops", timeout=280)
             assert result.returncode == 0, result.stdout[-6000:]
-            done[engine] = {run["name"]: RunDirectory(directory / run["name"]).metrics() for run in RUNS}
+            done[engine] = {run["name"]: RunDirectory(directory / run["name"]).metrics() for run in (*RUNS, BF16)}
+            done[engine]["directory"] = directory
             environment = json.loads((directory / "full" / "environment.json").read_text())
             assert environment["num_processes"] == (1 if engine == "cpu" else 2)
         return done[engine]
@@ -61,6 +68,32 @@ def test_numbers_are_those_of_one_process(rows_of, engine, run):
             assert two[key] == pytest.approx(value, rel=1e-3, abs=rounding), key
         change = "entropy/delta_in_sample" if run == "rollouts" else "entropy/delta_measured"
         assert one[f"{change}_stderr"] > 100 * rounding
+
+
+@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu"])
+def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, replay_model, engine):
+    """One process scores the probe's files with theta before and after, as that engine's float32 values have it."""
+    rows, run = rows_of(engine)["bf16"], rows_of(engine)["directory"] / "bf16"
+    model = AutoModelForCausalLM.from_pretrained(replay_model)
+    for step, row in enumerate(rows, start=1):
+        file = load_file(run / "probes" / "entropy" / f"step_{step:06d}.safetensors")
+        completions = Completions(*(file[name] for name in Completions.__dataclass_fields__))
+        parameters = load_file(run / f"parameters_{step}.safetensors")
+        before, after = (
+            {name: parameters[f"{when}.{name}"] for name, _ in model.named_parameters()}
+            for when in ("before", "after")
+        )
+        update = {name: after[name] - before[name] for name in before}
+        scores = [score(model, completions, 1.0, 64, params, update, order=1) for params in (before, after)]
+        points = [point_terms(at.entropy, at.logps, scores[0].logps[0], completions.completion_mask) for at in scores]
+        rounding = 3e-7 * row["entropy/probe"]
+        for name, change in step_changes(*points).items():
+            estimate = change.estimate(completions.prompt_index)
+            assert row[f"entropy/delta_{name}"] == pytest.approx(estimate.value, rel=1e-4, abs=rounding)
+            assert row[f"entropy/delta_{name}_stderr"] == pytest.approx(estimate.stderr, rel=1e-3, abs=rounding)
+        assert row["entropy/delta_measured_stderr"] > 10 * rounding
+    # The model that training runs rounds the step to bf16, and so changes otherwise.
+    assert max(abs(row["entropy/delta_measured_model"] - row["entropy/delta_measured"]) for row in rows) > 1e-5
 
 
 @pytest.mark.parametrize("engine", ["ddp-cpu"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_entropy.precision import float64_reference
 from trl_entropy.run_log import RunDirectory
@@ -68,24 +68,27 @@ def entropy_float64(model, point, rows, sampling=None):
     return numerator / denominator, logps
 
 
-def test_changes_are_those_of_a_float64_recomputation(make_trainer):
-    trainer = make_trainer(max_steps=2, entropy_second_order=True, **PROBE)
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_changes_are_those_of_a_float64_recomputation(make_trainer, model_path, bf16):
+    """In bf16 too: the parameters that the optimizer moves are float32, and the probe scores with those."""
+    trainer = make_trainer(max_steps=2, entropy_second_order=True, bf16=bf16, **PROBE)
     keep = KeepParameters(trainer.model)
     trainer.add_callback(keep)
     trainer.train()
     run = RunDirectory(trainer.args.output_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_path)  # training's own computes in bf16, whatever it holds
     for step, row in enumerate(run.metrics(), start=1):
         rows, metadata = probe_file(run, step)
         assert metadata["step"] == str(step)
         before, after = keep.points[step - 1], keep.points[step]
-        start, sampling = entropy_float64(trainer.model, before, rows)
-        measured = entropy_float64(trainer.model, after, rows, sampling)[0] - start
+        start, sampling = entropy_float64(model, before, rows)
+        measured = entropy_float64(model, after, rows, sampling)[0] - start
         assert row["entropy/probe"] == pytest.approx(start, rel=1e-5)
         assert row["entropy/delta_measured"] == pytest.approx(measured, rel=1e-3)
 
         def along(scale, before=before, after=after, rows=rows, sampling=sampling):
             point = {name: before[name] + scale * (after[name] - before[name]) for name in before}
-            return entropy_float64(trainer.model, point, rows, sampling)[0]
+            return entropy_float64(model, point, rows, sampling)[0]
 
         e = 1e-3
         slope = (along(e) - along(-e)) / (2 * e)
@@ -95,6 +98,11 @@ def test_changes_are_those_of_a_float64_recomputation(make_trainer):
         assert row["entropy/delta_trapezoid"] == pytest.approx((slope + slope_after) / 2, rel=1e-3)
         assert row["entropy/delta_second_order"] == pytest.approx(slope + curvature / 2, rel=3e-3)
         assert torch.allclose(rows["logps_before"].double(), sampling * rows["completion_mask"], atol=1e-4)
+        if bf16:  # what training's own model does is rounding to some part
+            model_change = row["entropy/delta_measured_model"]
+            assert 1e-3 < abs(model_change / measured - 1) < 1
+        else:
+            assert "entropy/delta_measured_model" not in row
 
 
 def test_probe_batch_is_independent_of_the_step(make_trainer, problems):
