@@ -13,6 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def warm_start_dir() -> Path:
     """The embedded model after its warm start; built once per machine (about 35 s) and cached."""
-    from trl_entropy.sft import warm_start
+    from trl_entropy.warm_start import warm_start
 
     return warm_start()

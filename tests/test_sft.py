@@ -1,38 +1,31 @@
+"""Supervised fine-tuning: what is taught, what is dropped, the command, and RL from what it leaves."""
+
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_entropy import sft
-from trl_entropy.data.word_problems import load_demonstrations, load_word_problems
+from trl_entropy.data.word_problems import load_demonstrations
 from trl_entropy.embedded_model import build_model, build_tokenizer
+from trl_entropy.run_log import RunDirectory
+from trl_entropy.train import build_trainer, parse
+from trl_entropy.warm_start import WARM_START_RECIPE, warm_start_config
 
+REPOSITORY = Path(__file__).parents[1]
+SFT_CONFIG = REPOSITORY / "configs" / "sft-qwen2.5-1.5b-gsm8k.yaml"
 DEMONSTRATIONS = {"prompt": ["1+1", "2+2+2"], "completion": ["=2", "=6<|endoftext|>"]}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer()
-
-
-@pytest.fixture
-def builds(monkeypatch):
-    """Replaces the build by one that only writes what it was asked for; the list holds the seeds."""
-    seeds = []
-
-    def run_build(building: Path, seed: int) -> None:
-        seeds.append(seed)
-        (building / "model.safetensors").write_text(str(seed))
-        (building / sft.COMPLETE_MARK).write_text("{}")
-
-    monkeypatch.setattr(sft, "_run_build", run_build)
-    return seeds
 
 
 def test_only_completion_and_end_token_are_taught(tokenizer):
@@ -64,7 +57,7 @@ def test_bad_input_is_refused(tokenizer):
 def test_training_matches_a_plain_loop(tokenizer, tmp_path):
     """Three steps of `SFTTrainer` by the recipe against AdamW written out."""
     dataset = load_demonstrations(48)
-    trained = sft.train_sft(build_model(tokenizer, 0), tokenizer, dataset, sft.warm_start_config(tmp_path, 0)).model
+    trained = sft.train_sft(build_model(tokenizer, 0), tokenizer, dataset, warm_start_config(tmp_path, 0)).model
     model = build_model(tokenizer, 0)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
@@ -81,114 +74,96 @@ def test_training_matches_a_plain_loop(tokenizer, tmp_path):
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = sft.WARM_START_RECIPE["learning_rate"] * step / 20
+            group["lr"] = WARM_START_RECIPE["learning_rate"] * step / 20
         optimizer.step()
         optimizer.zero_grad()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trained.get_parameter(name), parameter, atol=2e-5, rtol=0, msg=name)
 
 
-def test_cache_is_built_once_per_seed(builds, tmp_path, capfd):
-    first = sft.warm_start(tmp_path, seed=1)
-    assert sft.warm_start(tmp_path, seed=1) == first
-    assert sft.warm_start(tmp_path, seed=2) != first
-    assert builds == [1, 2]
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 2 and str(first) in lines[0]
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {first.name}
+# ---- the command, and RL from what it leaves
 
 
-@pytest.mark.parametrize("name", ["version", "learning_rate"])
-def test_the_recipe_is_part_of_the_key(builds, tmp_path, monkeypatch, name):
-    first = sft.warm_start(tmp_path)
-    monkeypatch.setitem(sft.WARM_START_RECIPE, name, 99)
-    assert sft.warm_start(tmp_path) != first
+@pytest.fixture(scope="module")
+def random_model(tokenizer, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("random_model")
+    build_model(tokenizer, seed=0).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
-def test_versions_are_part_of_the_key(builds, tmp_path, monkeypatch):
-    first = sft.warm_start(tmp_path)
-    monkeypatch.setattr(sft, "version", lambda name: "0")
-    assert sft.warm_start(tmp_path) != first
+SMALL = ["--task", "word_problems", "--num_demonstrations", "12", "--bf16", "False", "--use_cpu", "True",
+         "--gradient_checkpointing", "False", "--dtype", "float32", "--lora_r", "4", "--max_steps", "3",
+         "--per_device_train_batch_size", "4", "--report_to", "none", "--merge_adapter", "True"]  # fmt: skip
 
 
-def test_half_written_caches_are_never_used(builds, tmp_path):
-    first = sft.warm_start(tmp_path)
-    (first / sft.COMPLETE_MARK).unlink()
-    leftover = tmp_path / f"{first.name}.building-killed"
-    leftover.mkdir()
-    assert sft.warm_start(tmp_path) == first
-    assert builds == [0, 0]
-    assert not leftover.exists()
+@pytest.fixture(scope="module")
+def adapter(random_model, tmp_path_factory) -> Path:
+    """What `trl-entropy sft` leaves with the shipped config on a tiny model."""
+    path = tmp_path_factory.mktemp("adapter")
+    sft.main(["--config", str(SFT_CONFIG), "--model_name_or_path", random_model, "--output_dir", str(path), *SMALL])
+    return path
 
 
-def test_a_failed_build_leaves_nothing_and_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "sys", type("Broken", (), {"executable": "/bin/false", "stderr": sys.stderr}))
-    with pytest.raises(RuntimeError, match="exit status 1"):
-        sft.warm_start(tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+def test_the_command_leaves_adapter_tokenizer_settings_and_the_merged_model(adapter, random_model, tokenizer):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == random_model and config["r"] == 4 and config["lora_dropout"] == 0.05
+    assert set(config["target_modules"]) == set(yaml.safe_load(SFT_CONFIG.read_text())["lora_target_modules"])
+    assert len(AutoTokenizer.from_pretrained(adapter)) == len(tokenizer)
+    assert yaml.safe_load((adapter / "config.yaml").read_text())["num_demonstrations"] == 12
+    ids = torch.arange(2, 20)[None]
+    merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (adapter / "merged", random_model))
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(random_model), adapter)
+    torch.testing.assert_close(merged(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (merged(ids).logits - base(ids).logits).abs().max() > 1e-3
 
 
-def test_processes_at_once_build_once(tmp_path):
-    code = """
-import sys, time
-from pathlib import Path
-from trl_entropy import sft
-
-def slow(building, seed):
-    with open(sys.argv[2], "a") as log:
-        log.write("built\\n")
-    time.sleep(0.5)
-    (building / sft.COMPLETE_MARK).write_text("{}")
-
-sft._run_build = slow
-print(sft.warm_start(sys.argv[1]))
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "cache"), str(tmp_path / "log")]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = {child.communicate(timeout=120)[0] for child in children}
-    assert [child.returncode for child in children] == [0, 0, 0]
-    assert len(outputs) == 1
-    assert (tmp_path / "log").read_text() == "built\n"
+@pytest.mark.parametrize("more, message", [
+    (["--merge_adapter", "True", "--use_peft", "False"], "merge_adapter=True needs an adapter"),
+    (["--model_name_or_path", ""], "model_name_or_path is not set"),
+])  # fmt: skip
+def test_errors_of_the_command_come_before_anything_is_loaded(tmp_path, more, message, monkeypatch):
+    monkeypatch.setattr("trl_entropy.sft.train_sft", lambda *a: pytest.fail("training"))
+    with pytest.raises(SystemExit, match=message):
+        sft.main(["--config", str(SFT_CONFIG), "--output_dir", str(tmp_path), *SMALL, *more])
 
 
-def test_cache_directories(monkeypatch):
-    monkeypatch.delenv("TRL_ENTROPY_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert sft.default_cache_dir() == Path.home() / ".cache" / "trl_entropy"
-    monkeypatch.setenv("XDG_CACHE_HOME", "xdg")
-    assert sft.default_cache_dir() == Path("xdg/trl_entropy")
-    monkeypatch.setenv("TRL_ENTROPY_CACHE", "own")
-    assert sft.default_cache_dir() == Path("own")
+def test_a_run_is_not_written_over(adapter):
+    with pytest.raises(SystemExit, match="already holds a run"):
+        sft.main(["--config", str(SFT_CONFIG), "--output_dir", str(adapter), *SMALL])
 
 
-def test_the_build_does_not_join_a_distributed_run(monkeypatch):
-    launcher = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "ACCELERATE_USE_DEEPSPEED": "true"}
-    for name, value in launcher.items():
-        monkeypatch.setenv(name, value)
-    environment = sft._single_process_environment()
-    assert not launcher.keys() & environment.keys()
-    assert environment["PATH"] == os.environ["PATH"]
+RL = ["--config", str(REPOSITORY / "configs" / "quickstart.yaml"), "--num_prompts_per_step", "2", "--max_steps", "2",
+      "--per_device_train_batch_size", "8", "--num_generations", "4", "--num_eval_problems", "4", "--eval_strategy",
+      "no", "--eval_on_start", "False", "--report_to", "none", "--entropy_probe_prompts", "8", "--entropy_probe_every",
+      "1", "--disable_tqdm", "True", "--warmup_steps", "0"]  # fmt: skip
 
 
-def test_build_writes_a_complete_directory(tmp_path, monkeypatch):
-    monkeypatch.setitem(sft.WARM_START_RECIPE, "num_clean", 16)
-    monkeypatch.setitem(sft.WARM_START_RECIPE, "num_flawed", 16)
-    sft.build_warm_start(tmp_path, 0)
-    assert json.loads((tmp_path / sft.COMPLETE_MARK).read_text())["seed"] == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == 459_904
-    assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(build_tokenizer())
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_rl_starts_from_the_adapter(adapter, tmp_path, beta, caplog):
+    caplog.set_level("INFO", "trl_entropy")
+    arguments = [*RL, "--model_name_or_path", str(adapter), "--output_dir", str(tmp_path), "--beta", str(beta)]
+    trainer = build_trainer(*parse(arguments))
+    saved = load_file(adapter / "adapter_model.safetensors")
+    trainable = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainable.keys() == {name.replace(".weight", ".default.weight") for name in saved}
+    for name, value in saved.items():
+        assert torch.equal(trainable[name.replace(".weight", ".default.weight")], value)
+    dropouts = [m.p for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.Dropout) and "lora" in n]
+    assert not any(dropouts) and "dropout 0.05 set to 0" in caplog.text
+    trainer.reward_funcs = [lambda completion_ids, **kwargs: [float(sum(ids) % 2) for ids in completion_ids]]
+    trainer.train()
+    rows = RunDirectory(tmp_path).metrics()
+    # With a penalty the reference is the adapter as it was: no divergence before the first step, some after it.
+    assert rows[0]["kl" if beta else "loss"] == pytest.approx(0, abs=1e-6)
+    assert not beta or rows[1]["kl"] > 1e-8
+    assert all(row["entropy/delta_measured_stderr"] > 0 for row in rows)
+    assert any(not torch.equal(trainable[n], p) for n, p in trainer.model.named_parameters() if n in trainable)
 
 
-def test_warm_start_has_the_skill_and_ends_its_completions(warm_start_dir):
-    """Greedy it must be right mostly; a round trip that changed the ids would leave a few percent."""
-    model = AutoModelForCausalLM.from_pretrained(warm_start_dir)
-    tokenizer = AutoTokenizer.from_pretrained(warm_start_dir)
-    dataset = load_word_problems("test", 120)
-    inputs = tokenizer(dataset["prompt"][:], return_tensors="pt", padding=True)
-    completion_ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    right = [
-        text.endswith(f"<answer>{answer}</answer>") for text, answer in zip(texts, dataset["answer"], strict=True)
-    ]
-    assert sum(right) / len(right) > 0.75
-    assert (completion_ids == tokenizer.eos_token_id).any(dim=1).float().mean() > 0.95
+def test_rl_starts_from_the_merged_model_with_a_new_adapter_but_not_from_two(adapter, tmp_path):
+    settings = [*RL, "--use_peft", "--lora_r", "4", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"holds an adapter, which RL goes on training.*Set use_peft=False"):
+        parse([*settings, "--model_name_or_path", str(adapter)])
+    trainer = build_trainer(*parse([*settings, "--model_name_or_path", str(adapter / "merged")]))
+    assert trainer.model.peft_config["default"].base_model_name_or_path == str(adapter / "merged")

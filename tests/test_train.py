@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trl_entropy import sft
 from trl_entropy.run_log import RunDirectory
 from trl_entropy.train import main, parse
 
@@ -30,10 +31,14 @@ def settings(config: Path, directory, *more: str) -> list[str]:
 def test_every_shipped_config_is_read(path, tmp_path):
     text = path.read_text()
     assert text.startswith("# ") and "# Hardware:" in text and "# Start:" in text
-    task, args, model = parse(["--config", str(path), "--output_dir", str(tmp_path)])
     given = yaml.safe_load(text)
+    fine_tuning = path.name.startswith("sft-")
+    read = sft.parse if fine_tuning else parse
+    task, args, model = read(["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "True"])
     assert args.learning_rate == given["learning_rate"] and task.task == given["task"]
-    assert model.lora_dropout == 0 and args.truncated_sampling() == ""
+    command = "trl_entropy.sft" if fine_tuning else "trl_entropy.train"
+    assert f"-m {command} --config configs/{path.name}" in text
+    assert fine_tuning or (model.lora_dropout == 0 and args.truncated_sampling() == "")
 
 
 @pytest.mark.parametrize("more, message", [
@@ -44,7 +49,7 @@ def test_every_shipped_config_is_read(path, tmp_path):
     (["--entropy_probe_prompts", "3"], "entropy_probe_prompts is 3.*Try entropy_probe_prompts=4"),
 ])  # fmt: skip
 def test_errors_come_before_anything_is_loaded(tmp_path, more, message, monkeypatch):
-    monkeypatch.setattr("trl_entropy.sft.warm_start", lambda *a, **k: pytest.fail("a model was about to be built"))
+    monkeypatch.setattr("trl_entropy.warm_start.warm_start", lambda *a, **k: pytest.fail("a model was about to load"))
     with pytest.raises(SystemExit) as error:
         main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
     import re

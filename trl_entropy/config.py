@@ -10,12 +10,15 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from trl_entropy.data.r1_template import ANSWER_CLOSE
+
 logger = logging.getLogger(__name__)
 
 LENGTH_NORMALIZERS = ("max_completion_length", "group_max")
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
 FULL_SUPPORT_PROBES = ("entropy_probe",)
+ENTROPY_PROBE_SAMPLERS = ("model", "vllm")
 ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
 
 
@@ -83,6 +86,12 @@ class DrGRPOConfig(GRPOConfig):
         default="held_out",
         choices=list(ENTROPY_PROBE_SOURCES),
     )
+    entropy_probe_sampler: str = _toggle(
+        "What draws the probe batch: 'model' (its own generate) or 'vllm' (fast; weighted by vLLM's log-probabilities; "
+        "vLLM's own random state moves on).",
+        default="model",
+        choices=list(ENTROPY_PROBE_SAMPLERS),
+    )
     entropy_second_order: bool = _toggle("Also predict to second order before the step (T10); AdamW only.")
     entropy_placebo: bool = _toggle("Also predict from an earlier step's update: its slope must be 0.")
     probe_batch_size: int = _toggle("Completions that a probe scores at a time; halved on out-of-memory.", default=64)
@@ -100,6 +109,9 @@ class DrGRPOConfig(GRPOConfig):
         self._check_group_size()
         self._set_accumulation(world_size)
         self._check_divisibility(world_size)
+        if self.stop_at_answer and self.use_vllm:  # without vLLM the trainer stops the model's own generate
+            stop = {"stop": [ANSWER_CLOSE], "include_stop_str_in_output": True}
+            self.generation_kwargs: dict | None = {**stop, **(self.generation_kwargs or {})}
         super().__post_init__()
         if self.world_size != world_size:
             raise ValueError(
@@ -209,6 +221,12 @@ class DrGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"entropy_probe_source is {self.entropy_probe_source!r}; use one of {ENTROPY_PROBE_SOURCES}."
             )
+        if self.entropy_probe_sampler not in ENTROPY_PROBE_SAMPLERS:
+            raise ValueError(
+                f"entropy_probe_sampler is {self.entropy_probe_sampler!r}; use one of {ENTROPY_PROBE_SAMPLERS}."
+            )
+        if self.entropy_probe_sampler == "vllm" and not self.use_vllm:
+            raise ValueError("entropy_probe_sampler='vllm' needs use_vllm=True. Set that, or leave it at 'model'.")
         if self.entropy_probe_source == "rollouts":
             return self.check_rollouts_source()
         prompts, world = self.entropy_probe_prompts, self.world_size

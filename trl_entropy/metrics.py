@@ -82,6 +82,7 @@ _ENTROPY = (
         Metric("entropy/probe", "nats/token", "entropy of the probe batch E before the step", "E"),
         Metric("entropy/num_completions", "completions", "size of E", "E"),
         Metric("entropy/importance_ess", "completions", "effective sample size of E after the step (T3)", "E"),
+        Metric("entropy/sampler_ess", "completions", "the same of the weights of policy over sampler (vLLM)", "E"),
         Metric("entropy/noise_floor", "nats/token", "change by scoring E in other chunks, nothing moved", "E"),
         Metric("entropy/delta_measured_model", "nats/token", "change of the model in training's own precision", "E"),
         Metric("entropy/delta_measured_sequence", "nats/token", "measured change, sequence weights (T6)", "E"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 from trl.trainer import grpo_trainer
 
 
@@ -153,3 +154,31 @@ def stopping_at(model: Any, tokenizer: Any, text: str) -> Iterator[None]:
         yield
     finally:
         del model.generate
+
+
+@contextlib.contextmanager
+def generating_with_the_model(trainer: Any) -> Iterator[None]:
+    """
+    Make a trainer of TRL's generate with the model itself, from its full distribution, whatever it uses for rollouts.
+
+    Written against trl 1.16, whose `_generate_single_turn` asks these attributes.
+    """
+    kept = {name: getattr(trainer, name) for name in ("use_vllm", "use_transformers_continuous_batching")}
+    if not any(kept.values()):
+        yield
+        return
+    settings = {
+        "max_new_tokens": trainer.max_completion_length,
+        "do_sample": True,
+        "temperature": trainer.temperature,
+        "top_k": 0,
+        "pad_token_id": trainer._tokenizer.pad_token_id,
+        "eos_token_id": trainer.eos_token_ids,
+    }
+    config = {"generation_config": GenerationConfig(**settings, disable_compile=True), "generation_kwargs": settings}
+    kept |= {name: getattr(trainer, name, None) for name in config}
+    vars(trainer).update(dict.fromkeys(("use_vllm", "use_transformers_continuous_batching"), False) | config)
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_entropy.engine import evaluation_mode
 from trl_entropy.estimators.entropy import entropy_and_logps
+from trl_entropy.rollouts import RolloutBatch
 
 INPUT_GRAD_HOOK = "make_inputs_require_grads"
 
@@ -31,17 +32,24 @@ class Completions:
         input_ids, attention_mask: of prompt and completion together, padded on both sides.
         completion_mask: from the token ids: the end token counts, nothing after it.
         prompt_index: group of each row; completions of different prompts are independent.
+        sampling_logps: log-probability of each completion token under what drew it, nats, if that is not the policy.
     """
 
     input_ids: Int[Tensor, "B L"]
     attention_mask: Int[Tensor, "B L"]
     completion_mask: Int[Tensor, "B T"]
     prompt_index: Int[Tensor, " B"]
+    sampling_logps: Float[Tensor, "B T"] | None = None
 
     @classmethod
-    def of(cls, batch: Any) -> Completions:
-        """Those of anything with these attributes: a [`~trl_entropy.rollouts.RolloutBatch`]."""
-        return cls(*(getattr(batch, name) for name in cls.__dataclass_fields__))
+    def of(cls, batch: RolloutBatch) -> Completions:
+        """Those of a step's rollouts."""
+        return cls(batch.input_ids, batch.attention_mask, batch.completion_mask, batch.prompt_index)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -52,7 +60,7 @@ class Completions:
 
     def rows(self, index: Any) -> Completions:
         """The rows of `index`, in its order."""
-        return Completions(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+        return Completions(**{name: tensor[index] for name, tensor in self.tensors().items()})
 
     def trimmed(self) -> Completions:
         """Without the columns in which no row has a token."""
@@ -65,6 +73,7 @@ class Completions:
             self.attention_mask[:, start:end],
             self.completion_mask[:, :keep],
             self.prompt_index,
+            None if self.sampling_logps is None else self.sampling_logps[:, :keep],
         )
 
 

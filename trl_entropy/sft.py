@@ -1,59 +1,124 @@
-"""Supervised warm start on TRL's `SFTTrainer`: gives a policy the format and the skill that RL then sharpens.
+"""
+Supervised fine-tuning on TRL's `SFTTrainer`: gives a policy the format and the skill that RL then sharpens.
 
-[`train_sft`] trains any model on any prompt/completion dataset. [`warm_start`] builds the embedded model this way, and
-keeps it: RL on word problems starts from the directory that it returns.
+    trl-entropy sft --config configs/sft-qwen2.5-1.5b-gsm8k.yaml        # or under accelerate launch -m trl_entropy.sft
 """
 
-import hashlib
-import json
+from __future__ import annotations
+
+import dataclasses
 import logging
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy import embedded_model
-from trl_entropy.data import r1_template, word_problems
+from trl_entropy.console import quiet_libraries
+from trl_entropy.run_log import RunDirectory
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTConfig, SFTTrainer
+    from trl import ModelConfig, SFTConfig, SFTTrainer
 
 logger = logging.getLogger(__name__)
 
-# Everything that determines the warm start beside the files that write the data and build the model. Raise the version
-# when the code of this file changes the result.
-WARM_START_RECIPE: dict[str, Any] = {
-    "version": 1,
-    "num_clean": 7_200,
-    "num_flawed": 2_400,
-    "flawed_share": 0.5,
-    "per_device_train_batch_size": 16,
-    "learning_rate": 1.5e-3,
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-    "warmup_steps": 20,
-    "adam_beta2": 0.98,
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-}
-COMPLETE_MARK = "warm_start.json"  # written last: a directory without it is not a warm start
+
+@dataclass
+class DemonstrationArguments:
+    """What is learned from; the settings of training are TRL's `SFTConfig`, those of the model its `ModelConfig`."""
+
+    task: str = field(default="gsm8k", metadata={"help": "The task.", "choices": ["gsm8k", "word_problems"]})
+    dataset_path: str = field(
+        default="openai/gsm8k", metadata={"help": "gsm8k: name on the hub, or a local JSONL file or folder."}
+    )
+    num_demonstrations: int | None = field(default=None, metadata={"help": "Demonstrations, at most; unset: all."})
+    max_prompt_length: int = field(default=200, metadata={"help": "gsm8k: drop prompts of more tokens than this."})
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Also write the model with its adapter merged in, to <output_dir>/merged."}
+    )
+
+
+def parse(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SFTConfig, ModelConfig]:
+    """Read the command line and its `--config` file; every error in a setting is raised here, before any loading."""
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    parser = TrlParser([DemonstrationArguments, SFTConfig, ModelConfig])
+    parser.set_defaults(disable_tqdm=False)  # tqdm is off by default once transformers is silenced
+    task, args, model = parser.parse_args_and_config(argv)
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path is not set; name a model of the hub or a local folder.")
+    if task.merge_adapter and not model.use_peft:
+        raise ValueError("merge_adapter=True needs an adapter. Set use_peft=True, or merge_adapter=False.")
+    if (Path(args.output_dir) / "config.yaml").exists() and args.resume_from_checkpoint is None:
+        raise ValueError(f"{args.output_dir} already holds a run. Choose another --output_dir, or move it away.")
+    return task, args, model
+
+
+def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    """Prompts in the R1 template with worked solutions; columns `prompt` and `completion`."""
+    if task.task == "word_problems":
+        from trl_entropy.data import word_problems
+
+        return word_problems.load_demonstrations(task.num_demonstrations or 4096, seed, flawed_share=0.0)
+    from trl_entropy.data.gsm8k import load_gsm8k_demonstrations
+
+    dataset = load_gsm8k_demonstrations(task.dataset_path, "train", tokenizer, task.max_prompt_length)
+    return dataset.select(range(min(task.num_demonstrations or len(dataset), len(dataset))))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, train, save model or adapter with the tokenizer into `output_dir`, for RL to start from."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("trl_entropy").setLevel(logging.INFO)
+    quiet_libraries()
+    try:
+        task, args, model = parse(argv)
+    except ValueError as error:
+        sys.exit(f"Error in the settings: {error}")
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_entropy.models import model_init_kwargs
+
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    demonstrations = load_demonstrations(task, tokenizer, args.seed)
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}
+    if (quantization := get_quantization_config(model)) is not None:
+        args.model_init_kwargs["quantization_config"] = quantization
+    trainer = train_sft(model.model_name_or_path, tokenizer, demonstrations, args, get_peft_config(model))
+    save(trainer, task, model)
+
+
+def save(trainer: SFTTrainer, task: DemonstrationArguments, model: ModelConfig) -> None:
+    """Write what was trained, its tokenizer and its settings. Call on all ranks."""
+    output_dir = Path(trainer.args.output_dir)
+    trainer.save_model(str(output_dir))
+    if not trainer.accelerator.is_main_process:
+        return
+    trainer.processing_class.save_pretrained(output_dir)
+    settings = {**dataclasses.asdict(task), **dataclasses.asdict(model), **trainer.args.to_dict()}
+    run = RunDirectory(output_dir)
+    run.write_config(settings)
+    run.write_environment(num_processes=trainer.args.world_size)
+    if task.merge_adapter:
+        merged: Any = trainer.accelerator.unwrap_model(trainer.model)
+        merged.merge_and_unload().save_pretrained(output_dir / "merged")
+        trainer.processing_class.save_pretrained(output_dir / "merged")
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    last = f", last loss {losses[-1]:.4f}" if losses else ""
+    print(f"SFT: {trainer.state.global_step} steps{last}; saved to {output_dir}")
 
 
 def train_sft(
-    model: "PreTrainedModel | str",
-    tokenizer: "PreTrainedTokenizerBase",
-    dataset: "Dataset",
-    args: "SFTConfig",
-    peft_config: "PeftConfig | None" = None,
-) -> "SFTTrainer":
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: SFTConfig,
+    peft_config: PeftConfig | None = None,
+) -> SFTTrainer:
     """Trains a model on demonstrations; the loss covers the completion and the end token.
 
     Args:
@@ -81,8 +146,8 @@ def train_sft(
 
 
 def tokenize_demonstrations(
-    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
-) -> "Dataset":
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Dataset:
     """Tokenizes prompt and completion apart, as RL does: there the prompt's tokens are fixed before the completion's.
 
     Args:
@@ -116,7 +181,7 @@ def tokenize_demonstrations(
     return tokenized if max_length is None else _drop_longer(tokenized, max_length)
 
 
-def _drop_longer(tokenized: "Dataset", max_length: int) -> "Dataset":
+def _drop_longer(tokenized: Dataset, max_length: int) -> Dataset:
     lengths = [len(ids) for ids in tokenized["input_ids"]]
     kept = [index for index, length in enumerate(lengths) if length <= max_length]
     if not kept:
@@ -128,143 +193,5 @@ def _drop_longer(tokenized: "Dataset", max_length: int) -> "Dataset":
     return tokenized.select(kept)
 
 
-def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Path:
-    """Returns the directory of the embedded model after its warm start, and builds it when it is missing.
-
-    The result is cached under a hash of all that determines it. Building happens in a process of its own, so the
-    caller's random state, threads and accelerator stay as they are, and any rank of a distributed run may call this:
-    the first builds, the others wait for it. What a killed build leaves behind is never used.
-
-    Args:
-        cache_dir: Where to keep it; by default `$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else
-            `~/.cache/trl_entropy`.
-        seed: Of the initial weights and of the demonstrations.
-
-    Returns:
-        A directory that `from_pretrained` loads both model and tokenizer from.
-
-    Raises:
-        RuntimeError: If the build fails; the message ends with what it wrote last.
-    """
-    from filelock import FileLock
-
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    directory = root / f"warm_start-seed{seed}-{_recipe_hash(seed)}"
-    if (directory / COMPLETE_MARK).exists():
-        return directory
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{directory.name}.lock"):
-        if not (directory / COMPLETE_MARK).exists():
-            print(f"building warm start, about 35 s; cached in {directory}", file=sys.stderr, flush=True)
-            _build_into(directory, seed)
-    return directory
-
-
-def default_cache_dir() -> Path:
-    """`$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else `~/.cache/trl_entropy`."""
-    if path := os.environ.get("TRL_ENTROPY_CACHE"):
-        return Path(path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_entropy"
-
-
-def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
-    """Trains the embedded model by the recipe and saves model, tokenizer and the mark of completeness.
-
-    Args:
-        directory: Where to save; made if missing.
-        seed: Of the initial weights and of the demonstrations.
-    """
-    from datasets import concatenate_datasets, disable_progress_bars
-
-    disable_progress_bars()
-    recipe, directory = WARM_START_RECIPE, Path(directory)
-    tokenizer = embedded_model.build_tokenizer()
-    model = embedded_model.build_model(tokenizer, seed)
-    # First the skill, then the sloppiness: mixed from the start, flawed results cost twice the steps.
-    clean = word_problems.load_demonstrations(recipe["num_clean"], seed, flawed_share=0.0)
-    flawed = word_problems.load_demonstrations(recipe["num_flawed"], seed + 1_000_000, recipe["flawed_share"])
-    args = warm_start_config(directory, seed)
-    train_sft(model, tokenizer, concatenate_datasets([clean, flawed]), args)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    (directory / COMPLETE_MARK).write_text(json.dumps(_recipe(seed), indent=2) + "\n")
-
-
-def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
-    """The `SFTConfig` of the warm start: one pass in the order of the dataset, float32 on the CPU, nothing logged."""
-    from trl import SFTConfig
-
-    own = ("version", "num_clean", "num_flawed", "flawed_share")
-    return SFTConfig(
-        output_dir=os.fspath(output_dir),
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        seed=seed,
-        max_length=None,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **{name: value for name, value in WARM_START_RECIPE.items() if name not in own},
-    )
-
-
-def _recipe(seed: int) -> dict:
-    """All that determines the weights: recipe, seed, versions, the files that write the data and build the model."""
-    files = (r1_template, word_problems, embedded_model)
-    return {
-        "recipe": WARM_START_RECIPE,
-        "seed": seed,
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "trl")},
-        "files": {
-            module.__name__: hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in files
-        },
-    }
-
-
-def _recipe_hash(seed: int) -> str:
-    return hashlib.sha256(json.dumps(_recipe(seed), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _build_into(directory: Path, seed: int) -> None:
-    """Builds beside `directory` and moves the result there in one step; the caller holds the lock."""
-    for leftover in directory.parent.glob(f"{directory.name}.building-*"):
-        shutil.rmtree(leftover)
-    if directory.exists():  # without its mark: something deleted files in it
-        shutil.rmtree(directory)
-    building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
-    try:
-        _run_build(building, seed)
-        os.replace(building, directory)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _run_build(building: Path, seed: int) -> None:
-    code = "import sys; from trl_entropy.sft import build_warm_start; build_warm_start(sys.argv[1], int(sys.argv[2]))"
-    child = subprocess.run(
-        [sys.executable, "-c", code, os.fspath(building), str(seed)],
-        env=_single_process_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if child.returncode != 0:
-        raise RuntimeError(
-            f"building the warm start failed with exit status {child.returncode}:\n{child.stdout[-4000:]}"
-        )
-
-
-def _single_process_environment() -> dict[str, str]:
-    """The environment without what a launcher put there: the build would otherwise wait for ranks that wait for it."""
-    prefixes = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "OMPI_", "MV2_", "MASTER_", "GROUP_", "ROLE_")
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    kept = {name: value for name, value in os.environ.items() if name not in names and not name.startswith(prefixes)}
-    # Two threads suit this model. When something else wants their cores, threads that spin while they wait were up to
-    # 25 times slower than one thread; waiting asleep costs little on an idle machine. The weights are the same.
-    threads = {"OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)), "OMP_WAIT_POLICY": "passive"}
-    return {**threads, **kept, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+if __name__ == "__main__":
+    main()

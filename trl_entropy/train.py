@@ -8,20 +8,20 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_entropy.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
+from trl_entropy.models import EMBEDDED_MODEL, check_model, is_adapter, load_adapter, model_init_kwargs
 from trl_entropy.run_log import RunDirectory
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
     from trl_entropy.config import DrGRPOConfig
     from trl_entropy.trainer import DrGRPOTrainer
 
-EMBEDDED_MODEL = "embedded"
 TASKS = ("word_problems", "gsm8k")
 REWARDS = ("tag_pref", "tag_math_correct", "format_reward")
 
@@ -54,11 +54,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
     task, args, model = parser.parse_args_and_config(argv)
     if unknown := [name for name in task.reward_funcs if name not in REWARDS]:
         raise ValueError(f"reward_funcs: {unknown} not in trl_entropy.rewards; use any of {', '.join(REWARDS)}.")
-    if model.use_peft and model.lora_dropout:
-        raise ValueError(
-            f"lora_dropout is {model.lora_dropout}: with dropout the policy that is updated is not the one that "
-            "sampled, and old and new log-probabilities differ by noise. Set lora_dropout=0."
-        )
+    check_model(model)
     if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
         raise ValueError(
             f"{args.output_dir} already holds a run. Choose another --output_dir, continue it with "
@@ -87,32 +83,25 @@ def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase, seed: int
 
 def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> DrGRPOTrainer:
     """Model, data, rewards and trainer, as the settings say."""
-    from transformers import AutoTokenizer, ProgressCallback
+    from transformers import ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
     from trl_entropy import rewards
     from trl_entropy.callbacks import RunLogCallback
     from trl_entropy.trainer import DrGRPOTrainer
 
-    name = model.model_name_or_path
-    if name == EMBEDDED_MODEL:
-        from trl_entropy.sft import warm_start
-
-        name = str(warm_start(seed=args.seed))
-    else:
-        args.model_init_kwargs = {**(args.model_init_kwargs or {}), **_model_init_kwargs(model)}
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+    policy, tokenizer = load_policy(args, model)
     train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(RunDirectory(args.output_dir).tensorboard_path))
     trainer = DrGRPOTrainer(
-        model=name,
+        model=policy,
         reward_funcs=[getattr(rewards, function) for function in task.reward_funcs],
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
+        quantization_config=get_quantization_config(model) if isinstance(policy, str) else None,
     )
     run_log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunLogCallback))
     run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
@@ -121,13 +110,25 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     return trainer
 
 
-def _model_init_kwargs(model: ModelConfig) -> dict[str, Any]:
-    settings = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
+def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel | str, PreTrainedTokenizerBase]:
+    """What RL starts from, as TRL's trainer takes it: a name for TRL to load, or an adapter on its base model."""
+    from transformers import AutoTokenizer
+    from trl import get_quantization_config
+
+    name = str(model.model_name_or_path)
+    if name == EMBEDDED_MODEL:
+        from trl_entropy.warm_start import warm_start
+
+        name = str(warm_start(seed=args.seed))
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+    init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}
+    if is_adapter(name):
+        zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+        quantization = get_quantization_config(model)
+        args.model_init_kwargs = None
+        return load_adapter(name, quantization, keep_dtype=zero3 and quantization is None, **init_kwargs), tokenizer
+    args.model_init_kwargs = init_kwargs
+    return name, tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ Overrides only: every one calls `super()`, and was written against trl 1.16 and 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict, deque
 from typing import Any
@@ -26,6 +27,7 @@ from trl_entropy.probes.probe_batch import draw_prompts, own_randomness, pack_co
 from trl_entropy.rollouts import (
     RolloutBatch,
     answer_end,
+    generating_with_the_model,
     group_max_lengths,
     group_numbers,
     stopping_at,
@@ -195,7 +197,7 @@ class DrGRPOTrainer(GRPOTrainer):
 
     # ---- what probes need
 
-    def draw_probe_batch(self, num_prompts: int, source: str, step: int) -> Completions:
+    def draw_probe_batch(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
         """
         This process's share of a probe batch drawn from the policy as it is, one completion a prompt.
 
@@ -205,6 +207,8 @@ class DrGRPOTrainer(GRPOTrainer):
             num_prompts: over all processes.
             source: `"held_out"`: training prompts that are not among this step's; `"eval"`: `eval_dataset`.
             step: seeds the draw, with the run's seed.
+            sampler: `"model"`: the model's own `generate`; `"vllm"`: what generates the rollouts, whose
+                log-probabilities then come along. vLLM's random state is its own: it does move on.
         """
         dataset = self.train_dataset if source == "held_out" else self.eval_dataset
         exclude: set[str] = set().union(*self._step_prompts) if source == "held_out" else set()
@@ -212,12 +216,12 @@ class DrGRPOTrainer(GRPOTrainer):
         prompts = draw_prompts(dataset, num_prompts, exclude, (self.args.seed, step))[
             rank * share : (rank + 1) * share
         ]
-        with own_randomness((self.args.seed, step, rank), self.accelerator.device):
+        own_sampler = generating_with_the_model(self) if sampler == "model" else contextlib.nullcontext()
+        with own_randomness((self.args.seed, step, rank), self.accelerator.device), own_sampler:
             prompt_ids, images, fields = self._tokenize_prompts(prompts)
-            completion_ids, _ = self._generate_single_turn(prompt_ids, images, fields, 1)
-        return pack_completions(
-            prompt_ids, completion_ids, rank * share, self._tokenizer.pad_token_id, self.accelerator.device
-        )
+            completion_ids, logps = self._generate_single_turn(prompt_ids, images, fields, 1)
+        pad_token_id, device = self._tokenizer.pad_token_id, self.accelerator.device
+        return pack_completions(prompt_ids, completion_ids, rank * share, pad_token_id, device, logps)
 
     def write_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
         """Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective."""
@@ -233,7 +237,7 @@ class DrGRPOTrainer(GRPOTrainer):
             metadata = {
                 "temperature": self.temperature,
                 "learning_rate": self._get_learning_rate(),
-                "sampler": "policy",
+                "sampler": "vllm" if "sampling_logps" in tensors else "policy",
             }
             run = RunDirectory(self.args.output_dir)
             run.write_probe_file(probe, step, gathered, metadata, self.args.probe_files_keep)

@@ -25,7 +25,7 @@ from trl_entropy import DrGRPOConfig, DrGRPOTrainer, rewards
 from trl_entropy.console import quiet_libraries
 from trl_entropy.data.word_problems import load_word_problems
 from trl_entropy.estimators.estimate import student_t_quantile
-from trl_entropy.sft import warm_start
+from trl_entropy.warm_start import warm_start
 
 QUICKSTART = {
     "num_generations": 8,

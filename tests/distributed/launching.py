@@ -16,20 +16,23 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def launch(engine: str, script: Path, *args: str, scratch: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+def launch(
+    engine: str, script: Path, *args: str, scratch: Path, timeout: float, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Runs `script` under `launch/<engine>.yaml`; kills the whole group of processes at the deadline.
 
     Args:
         engine: `cpu`, `ddp-cpu`, `zero2-cpu`, ..., or the path of another accelerate YAML.
         scratch: for DeepSpeed's compiled ops, so that no lock of another run is waited for.
         timeout: seconds.
+        options: of `accelerate launch`, behind those given here.
 
     Raises:
         subprocess.TimeoutExpired: with what it had written.
     """
     config = engine if engine.endswith(".yaml") else str(REPOSITORY / "launch" / f"{engine}.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    command += ["--main_process_port", str(free_port()), str(script), *args]
+    command += ["--main_process_port", str(free_port()), *options, str(script), *args]
     # Nothing that an outer launcher or another test set may choose the engine.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(scratch), "HF_HUB_OFFLINE": "1"}

@@ -77,7 +77,9 @@ def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, replay_model,
     model = AutoModelForCausalLM.from_pretrained(replay_model)
     for step, row in enumerate(rows, start=1):
         file = load_file(run / "probes" / "entropy" / f"step_{step:06d}.safetensors")
-        completions = Completions(*(file[name] for name in Completions.__dataclass_fields__))
+        completions = Completions(
+            *(file[name] for name in ("input_ids", "attention_mask", "completion_mask", "prompt_index"))
+        )
         parameters = load_file(run / f"parameters_{step}.safetensors")
         before, after = (
             {name: parameters[f"{when}.{name}"] for name, _ in model.named_parameters()}

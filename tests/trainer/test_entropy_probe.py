@@ -6,9 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
+from trl.trainer.utils import pad
 
+from trl_entropy import DrGRPOTrainer
+from trl_entropy.embedded_model import build_model
 from trl_entropy.precision import float64_reference
+from trl_entropy.probes import EntropyProbe
 from trl_entropy.run_log import RunDirectory
 
 PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}
@@ -194,3 +198,66 @@ def test_a_broken_step_is_said_and_training_goes_on(make_trainer, problems):
     for row in RunDirectory(trainer.args.output_dir).metrics():
         assert row["grad_norm"] == 0
         assert row["entropy/delta_linear"] == 0 and row["entropy/delta_measured"] == 0
+
+
+class WithSampler(DrGRPOTrainer):
+    """In vLLM's place: samples at another temperature, and says with which log-probabilities."""
+
+    temperature_of_sampler = 0.7
+
+    def _generate_single_turn(self, prompt_ids, *args):
+        if not self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, *args)
+        ids = pad([torch.tensor(row) for row in prompt_ids], -1, "left")
+        output = self.model.generate(
+            input_ids=ids.clamp(min=0),
+            attention_mask=(ids >= 0).long(),
+            generation_config=GenerationConfig(
+                max_new_tokens=self.max_completion_length, do_sample=True, temperature=self.temperature_of_sampler,
+                top_k=0, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+            ),
+        )  # fmt: skip
+        drawn = output.sequences[:, ids.shape[1] :]
+        log_probs = (torch.stack(output.logits, 1) / self.temperature_of_sampler).log_softmax(-1)
+        return drawn.tolist(), log_probs.gather(2, drawn[:, :, None]).squeeze(2).tolist()
+
+
+@pytest.fixture(scope="module")
+def sharp_model_path(tmp_path_factory, tokenizer):
+    """A random policy whose next token is far from uniform, so that temperatures differ."""
+    path = tmp_path_factory.mktemp("sharp_policy")
+    model = build_model(tokenizer, seed=0)
+    model.model.norm.weight.data *= 4
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_a_batch_from_another_sampler_is_weighted(make_trainer, sharp_model_path):
+    """vLLM and the model's own generate tell the same entropy and the same change; unweighted they would not."""
+    prompts = Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(40) for j in range(40)]})
+    rows, files = {}, {}
+    for sampler in ("vllm", "model"):
+        probe = EntropyProbe(num_prompts=1024, batch_size=256, sampler=sampler)
+        trainer = make_trainer(
+            WithSampler,
+            model=sharp_model_path,
+            max_steps=1,
+            dataset=prompts,
+            max_completion_length=4,
+            callbacks=[probe],
+        )
+        trainer.use_vllm = True
+        trainer.train()
+        rows[sampler] = RunDirectory(trainer.args.output_dir).metrics()[0]
+        files[sampler], metadata = probe_file(RunDirectory(trainer.args.output_dir), 1)
+        assert trainer.use_vllm and metadata["sampler"] == {"vllm": "vllm", "model": "policy"}[sampler]
+    for name in ("entropy/probe", "entropy/delta_linear", "entropy/delta_measured"):
+        stderr = math.hypot(*(rows[sampler][f"{name}_stderr"] for sampler in rows))
+        assert abs(rows["vllm"][name] - rows["model"][name]) < 4 * stderr, name
+    mask = files["vllm"]["completion_mask"]
+    unweighted = (files["vllm"]["entropy_before"].double().sum() / mask.sum()).item()
+    assert abs(unweighted - rows["model"]["entropy/probe"]) > 8 * rows["vllm"]["entropy/probe_stderr"]
+    assert 100 < rows["vllm"]["entropy/sampler_ess"] < 1000 and "entropy/sampler_ess" not in rows["model"]
+    assert rows["vllm"]["sampling/importance_sampling_ratio/mean"] != 1  # TRL's factor in the loss is at work

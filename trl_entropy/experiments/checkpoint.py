@@ -83,7 +83,7 @@ class Checkpoint:
 
     def at_start(self) -> Checkpoint:
         """The policy that the run began with, under the run's settings; it has no optimizer's state."""
-        from trl_entropy.sft import warm_start
+        from trl_entropy.warm_start import warm_start
 
         return replace(self, path=warm_start(seed=self.config["seed"]))
 

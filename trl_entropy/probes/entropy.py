@@ -15,7 +15,7 @@ from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.estimators.adamw import AdamWSettings, adamw_update
 from trl_entropy.estimators.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
 from trl_entropy.estimators.estimate import Estimate, Linearization
-from trl_entropy.estimators.importance import importance_weights
+from trl_entropy.estimators.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.rivals import (
     CovarianceTerms,
     delta_covariance,
@@ -55,6 +55,7 @@ class EntropyProbe(Probe):
         second_order: predict to second order *before* the step, along AdamW's equation (T4).
         placebo: also predict this step's change from an earlier step's update, whose slope must be 0.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
+        sampler: `"model"` (its own `generate`) or `"vllm"`, corrected by vLLM's log-probabilities (T6).
         draw: stand-in for the policy's sampling, `(step, rank) -> Completions`; as many rows on every rank.
     """
 
@@ -68,11 +69,12 @@ class EntropyProbe(Probe):
         second_order: bool = False,
         placebo: bool = False,
         source: str = "held_out",
+        sampler: str = "model",
         draw: Callable[[int, int], Completions] | None = None,
     ) -> None:
         super().__init__(every)
         self.num_prompts, self.batch_size, self.source = num_prompts, batch_size, source
-        self.second_order, self.placebo, self.draw = second_order, placebo, draw
+        self.second_order, self.placebo, self.sampler, self.draw = second_order, placebo, sampler, draw
         self.agreement = RunningAgreement()
         self._num_probed = 0
         self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
@@ -89,6 +91,7 @@ class EntropyProbe(Probe):
             second_order=args.entropy_second_order,
             placebo=args.entropy_placebo,
             source=args.entropy_probe_source,
+            sampler=args.entropy_probe_sampler,
         )
 
     # ---- events
@@ -99,9 +102,10 @@ class EntropyProbe(Probe):
 
     def on_before_update(self, args, state, control, *, metrics, update, engine, trainer, **kwargs: Any) -> None:
         step, rank, start = state.global_step + 1, engine.accelerator.process_index, time.perf_counter()
-        self._completions = (
-            self.draw(step, rank) if self.draw else trainer.draw_probe_batch(self.num_prompts, self.source, step)
+        draw = self.draw or (
+            lambda step, _: trainer.draw_probe_batch(self.num_prompts, self.source, step, self.sampler)
         )
+        self._completions = draw(step, rank)
         metrics["time/entropy_draw"] = time.perf_counter() - start
         params = update.params_before
         self._second_order: PointTerms | None = None
@@ -144,8 +148,19 @@ class EntropyProbe(Probe):
     ) -> PointTerms:
         """Per-completion terms of all ranks' completions, in rank order. Collective."""
         mask = self._completions.completion_mask
-        terms = point_terms(scores.entropy, scores.logps, drawn_by.logps[0], mask, form)
+        terms = point_terms(scores.entropy, scores.logps, self._sampling_logps(drawn_by), mask, form)
         return unstacked(accelerator.gather(stacked(terms)))
+
+    def _sampling_logps(self, policy: TokenScores) -> Tensor:
+        """Log-probabilities of E under what drew it: the policy, unless the sampler said otherwise."""
+        own = self._completions.sampling_logps
+        return policy.logps[0] if own is None else own
+
+    def _sampler_weights(self, policy: TokenScores) -> Tensor:
+        """Mean weight of each completion that another sampler drew."""
+        mask = self._completions.completion_mask
+        weights = importance_weights(policy.logps[0], self._sampling_logps(policy), mask)
+        return weights.where(mask.bool(), 0.0).sum(1) / mask.sum(1)
 
     def _changes(self, before: TokenScores, after: TokenScores, accelerator: Accelerator) -> dict[str, float]:
         """Everything about the step from E, and its pairs for the running agreement."""
@@ -155,6 +170,9 @@ class EntropyProbe(Probe):
         logged = _changes_logged(changes, prompts)
         logged |= _with_stderr("entropy/probe", policy_entropy(points[0].terms).estimate(prompts))
         logged["entropy/importance_ess"] = importance_sample_size(*points)
+        if self._completions.sampling_logps is not None:
+            mean_weights = accelerator.gather(self._sampler_weights(before))
+            logged["entropy/sampler_ess"] = effective_sample_size(mean_weights).item()
         logged["entropy/num_completions"] = len(prompts)
         sequence = step_changes(
             self._terms(before, before, accelerator, "sequence"), self._terms(after, before, accelerator, "sequence")
@@ -213,7 +231,7 @@ class EntropyProbe(Probe):
     def _entropy(self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator) -> float:
         """(T6) on E. Collective."""
         mask = self._completions.completion_mask
-        weights = importance_weights(scores.logps[0], drawn_by.logps[0], mask)
+        weights = importance_weights(scores.logps[0], self._sampling_logps(drawn_by), mask)
         terms = entropy_terms(scores.entropy[0], weights, mask)
         return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()
 
@@ -248,7 +266,7 @@ class EntropyProbe(Probe):
         self, trainer: Any, step: int, before: TokenScores, after: TokenScores, accelerator: Accelerator
     ) -> None:
         """`probes/entropy/step_*.safetensors`: with checkpoints s-1 and s anyone can recompute every number."""
-        tensors = {name: getattr(self._completions, name) for name in Completions.__dataclass_fields__}
+        tensors = self._completions.tensors()
         tensors |= {"logps_before": before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": before.entropy[0], "entropy_after": after.entropy[0]}
         trainer.write_probe_file(self.name, step, tensors)

@@ -43,12 +43,17 @@ def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], s
 
 
 def pack_completions(
-    prompt_ids: list[list[int]], completion_ids: list[list[int]], first_prompt: int, pad_token_id: int, device: Any
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    first_prompt: int,
+    pad_token_id: int,
+    device: Any,
+    sampling_logps: list[list[float]] | None = None,
 ) -> Completions:
     """One completion per prompt as padded tensors; rows are numbered from `first_prompt`."""
 
-    def padded(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
-        return pad([torch.tensor(ids, dtype=torch.long) for ids in rows], padding_value=value, padding_side=side)
+    def padded(rows: list, value: float, side: str, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return pad([torch.tensor(row, dtype=dtype) for row in rows], padding_value=value, padding_side=side).to(device)
 
     def ones(rows: list[list[int]]) -> list[list[int]]:
         return [[1] * len(ids) for ids in rows]
@@ -56,10 +61,11 @@ def pack_completions(
     prompts, completions = padded(prompt_ids, pad_token_id, "left"), padded(completion_ids, pad_token_id, "right")
     prompt_mask, completion_mask = padded(ones(prompt_ids), 0, "left"), padded(ones(completion_ids), 0, "right")
     return Completions(
-        input_ids=torch.cat([prompts, completions], dim=1).to(device),
-        attention_mask=torch.cat([prompt_mask, completion_mask], dim=1).to(device),
-        completion_mask=completion_mask.to(device),
+        input_ids=torch.cat([prompts, completions], dim=1),
+        attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
+        completion_mask=completion_mask,
         prompt_index=torch.arange(first_prompt, first_prompt + len(prompt_ids), device=device),
+        sampling_logps=None if sampling_logps is None else padded(sampling_logps, 0.0, "right", torch.float32),
     )
 
 

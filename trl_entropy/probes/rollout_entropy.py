@@ -151,7 +151,7 @@ class RolloutEntropyProbe(Probe):
 
     def _write(self, trainer: Any, step: int, after: TokenScores) -> None:
         """`probes/entropy/step_*.safetensors`, as from held-out prompts; the completions are the update batch."""
-        tensors = {name: getattr(self._completions, name) for name in Completions.__dataclass_fields__}
+        tensors = self._completions.tensors()
         tensors |= {"logps_before": self._before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": self._before.entropy[0], "entropy_after": after.entropy[0]}
         trainer.write_probe_file(self.name, step, tensors)
