@@ -8,6 +8,14 @@ EXTRAS=dev,deepspeed
 selection="not slow and not gpu"
 if [ "${1:-}" = "--slow" ]; then selection="not gpu"; shift; fi
 export OMP_NUM_THREADS=1
+# The tests of launch/sync.sh need rsync and sshd; where they cannot be installed, those tests skip and say why.
+tools() { command -v rsync && PATH="$PATH:/usr/sbin" command -v sshd && [ -d /run/sshd ]; }
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! tools >/dev/null; then
+    echo "== Installing rsync and sshd for the tests of launch/sync.sh"
+    mkdir -p /run/sshd
+    { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 180 apt-get -qq install \
+        --no-install-recommends rsync openssh-client openssh-server; } >/dev/null 2>&1 || echo "   not possible here"
+fi
 echo "== ruff, import-linter, mypy"
 ruff check . && ruff format --check .
 lint-imports
