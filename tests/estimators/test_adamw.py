@@ -9,6 +9,7 @@ from trl_entropy.estimators.adamw import (
     adamw_update,
     adamw_update_parts,
     gradient_coefficient,
+    live_preconditioner,
     preconditioner,
 )
 
@@ -90,3 +91,13 @@ def test_arguments_are_left_alone():
         copies = [t.clone() for t in inputs[:4]]
         adamw_update(*inputs)
         assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, inputs, strict=False))
+
+
+def test_coordinates_that_never_moved_have_no_metric():
+    """1/eps is left out, a broken moment is not; nothing that moves is touched."""
+    exp_avg_sq = torch.tensor([0.0, 1e-30, 0.5, float("nan")], dtype=torch.float64)
+    live, plain = live_preconditioner(exp_avg_sq, 2, 0.9, EPS), preconditioner(exp_avg_sq, 2, 0.9, EPS)
+    assert float(live[0]) == 0.0
+    assert float(plain[0]) == 1 / EPS
+    assert torch.equal(live[1:3], plain[1:3])
+    assert live[3].isnan()

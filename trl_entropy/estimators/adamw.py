@@ -52,6 +52,17 @@ def preconditioner(
     return (exp_avg_sq / torch.tensor(1 - beta2**step, dtype=exp_avg_sq.dtype)).sqrt().add(eps).reciprocal()
 
 
+def live_preconditioner(
+    exp_avg_sq: Float[Tensor, "*shape"], step: int, beta2: float, eps: float
+) -> Float[Tensor, "*shape"]:
+    """(T13): `preconditioner`, but 0 where `exp_avg_sq` is: never had a gradient, 1/eps means nothing.
+
+    With `exp_avg_sq` from after the step this leaves momentum and gradient parts as they are, since both are 0 there
+    (up to an underflow of squares). The number left out is that of the zeros, as M > 0 elsewhere; a nan stays visible.
+    """
+    return preconditioner(exp_avg_sq, step, beta2, eps).where(exp_avg_sq != 0, 0.0)
+
+
 def gradient_coefficient(settings: AdamWSettings, step: int, clip_factor: float = 1.0) -> float:
     """(T5), (T9): lr c (1-b1) / (1-b1^t), by which -M g enters the update; `step` = t counts this step."""
     return settings.lr * clip_factor * (1 - settings.betas[0]) / (1 - settings.betas[0] ** step)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trl_entropy.estimators.adamw import AdamWSettings, gradient_coefficient, preconditioner
+from trl_entropy.estimators.adamw import AdamWSettings, gradient_coefficient, live_preconditioner
 from trl_entropy.estimators.estimate import Estimate
 from trl_entropy.estimators.surrogate import entropy_surrogate
 from trl_entropy.estimators.u_statistic import (
@@ -75,9 +75,8 @@ def update_metric(
     With it for M, -U is an entropy change. Coordinates that never had a gradient have no M (1/eps means nothing, T13):
     they are left out, a choice that the sample has no part in. `step` = t counts this step; 1: nan, undefined.
     """
-    metric = preconditioner(exp_avg_sq, step - 1, settings.betas[1], settings.eps)
-    # nan is not 0: a broken moment stays visible.
-    return (gradient_coefficient(settings, step, clip_factor) * metric).where(exp_avg_sq != 0, 0.0)
+    metric = live_preconditioner(exp_avg_sq, step - 1, settings.betas[1], settings.eps)
+    return gradient_coefficient(settings, step, clip_factor) * metric
 
 
 def cross_prompt_change(gram: Float[Tensor, "P P"]) -> CrossPromptChange:

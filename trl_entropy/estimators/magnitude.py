@@ -21,7 +21,8 @@ def magnitude_counts(tensors: Iterable[Float[Tensor, "..."]]) -> Int[Tensor, "bi
     for tensor in tensors:
         magnitudes = tensor.detach().abs()
         decades = magnitudes[magnitudes > 0].float().log10()
-        index = ((decades - _SMALLEST) * _BINS_PER_DECADE).long().clamp(0, _NUM_BINS - 1)
+        # clamped before the cast, in which an infinity would become the smallest integer
+        index = ((decades - _SMALLEST) * _BINS_PER_DECADE).clamp(0, _NUM_BINS - 1).long()
         counts += torch.bincount(index, minlength=_NUM_BINS).cpu()
     return counts
 

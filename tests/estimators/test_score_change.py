@@ -1,0 +1,109 @@
+"""The kernel's prediction adds up to grad S_i . dtheta of torch's own AdamW step, part by part (T12)."""
+
+import functools
+
+import pytest
+import torch
+from tiny_groups import TinyGroups, score_gradients
+from tiny_policy import TinyPolicy, multisets
+from tiny_step import DEAD, TinyStep
+
+from trl_entropy.estimators.fisher_kernel import kernel_block
+from trl_entropy.estimators.score_change import (
+    score_change_parts,
+    score_change_shares,
+    score_change_sums,
+    score_form_coefficients,
+)
+
+
+@functools.cache
+def tiny_step():
+    return TinyStep()
+
+
+def parts_of(step, rows):
+    """The prediction for some of the completions, whole prompts, from the Gram of those alone."""
+    scores = step.scores[rows]
+    products = kernel_block(scores, step.metric).gram * step.alpha[rows, 0]
+    return score_change_parts(
+        products,
+        step.prompt_index[rows],
+        step.coefficient,
+        (scores * step.metric) @ step.gradient,
+        scores @ step.parts.momentum,
+        scores @ step.parts.weight_decay,
+    )
+
+
+@pytest.mark.parametrize("num_rows", [16, 8, 4])
+def test_parts_sum_to_the_change(num_rows):
+    step = tiny_step()
+    assert step.clip < 0.9
+    assert float(step.metric[DEAD]) == 0.0
+    rows = torch.arange(num_rows)
+    parts = parts_of(step, rows)
+    assert all(float(part.abs().max()) > 1e-6 for part in parts)
+    torch.testing.assert_close(sum(parts), step.scores[rows] @ step.update, rtol=0, atol=1e-12)
+
+
+def test_rows_of_part_of_the_batch_lose_nothing():
+    step = tiny_step()
+    whole, part = parts_of(step, torch.arange(16)), parts_of(step, torch.arange(4, 12))
+    for of_all, of_some in zip(whole, part, strict=True):
+        torch.testing.assert_close(of_all[4:12], of_some, rtol=0, atol=1e-14)
+
+
+def test_parts_against_loops():
+    step = tiny_step()
+    parts = parts_of(step, torch.arange(16))
+    for i in range(16):
+        acts = [-step.coefficient * float((step.scores[i] * step.metric) @ step.gradients[j]) for j in range(16)]
+        mates = [j for j in range(16) if step.prompt_index[j] == step.prompt_index[i] and j != i]
+        others = [j for j in range(16) if step.prompt_index[j] != step.prompt_index[i]]
+        assert float(parts.own[i]) == pytest.approx(acts[i], abs=1e-14)
+        assert float(parts.same_prompt[i]) == pytest.approx(sum(acts[j] for j in mates), abs=1e-14)
+        assert float(parts.other_prompts[i]) == pytest.approx(sum(acts[j] for j in others), abs=1e-14)
+
+
+def test_shares_of_the_change():
+    step = tiny_step()
+    parts = parts_of(step, torch.arange(16))
+    sums = score_change_sums(parts, step.prompt_index)
+    shares = score_change_shares(sums)
+    whole = step.scores @ step.update
+    assert sum(share.value for share in shares.values()) == pytest.approx(1)
+    for name, part in parts._asdict().items():
+        assert shares[name].value == pytest.approx(float(part @ whole / whole.square().sum()))
+        # delete one prompt, linearized: the infinitesimal jackknife of the ratio
+        own, total = sums[:, list(shares).index(name)], sums.sum(1)
+        influence = (own - shares[name].value * total) / total.sum()
+        assert shares[name].stderr == pytest.approx(
+            float((4 / 3 * (influence - influence.mean()).square().sum()).sqrt())
+        )
+        assert (shares[name].dof, shares[name].num_samples) == (3.0, 4)
+
+
+def test_score_form_of_the_entropy_gradient():
+    """Its rows give grad h in expectation, with h and E[T] put in, and not sample by sample."""
+    policy = TinyPolicy()
+    p, h = policy.probabilities(policy.theta), float(policy.policy_entropy(policy.theta))
+    scores, logps = score_gradients(policy, policy.theta), policy.score(policy.theta)[1].sum(1)
+    # S here is log pi(o | prompt): what `sequence_logps` is
+    weights = score_form_coefficients(logps, policy.num_tokens, h) * policy.num_tokens.sum()
+    mean = (p * weights) @ scores / policy.mean_length(policy.theta)
+    torch.testing.assert_close(mean, policy.policy_entropy_gradient(policy.theta), rtol=1e-11, atol=1e-13)
+
+
+def test_own_influence_is_not_that_of_fresh_completions():
+    """On its own completions a step raises sum A_i S_i by what each group does to itself, too."""
+    policy = TinyPolicy(max_length=1)
+    groups = TinyGroups(policy)
+    y, p = groups.gradients(), groups.probability
+    advantages = groups.rewards - groups.rewards.mean(1, keepdim=True)
+    per_group = (advantages[..., None] * groups.scores).mean(1)
+    own = sum(q * float(-(per_group[rows] @ y[rows].T).diagonal().mean()) for rows, q in multisets(p.tolist(), 2)) / 2
+    cross = float(-(p @ per_group) @ (p @ y)) / 2
+    both = sum(q * float(-per_group[rows].mean(0) @ y[rows].mean(0)) for rows, q in multisets(p.tolist(), 2))
+    assert both == pytest.approx(own + cross)
+    assert own > 3 * cross > 0
