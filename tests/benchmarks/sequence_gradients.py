@@ -1,0 +1,173 @@
+"""
+Cost of every sequence's LoRA gradient, as a ratio to one plain forward and backward of the same batch.
+
+    python tests/benchmarks/sequence_gradients.py [--hidden 128 512] [--rounds 8]
+
+Qwen2 with 8 layers and LoRA of rank 16 on all linear layers, 32 sequences of about 60 tokens, float32 on the CPU:
+
+- instead:  hooks write all rows into a buffer, autograd makes no weight gradients;
+- beside:   the same beside autograd's own weight gradients, as in training;
+- norms:    as instead, but squared norms only, nothing kept;
+- loop:     a forward and a backward per sequence;
+- vmap:     torch.func.vmap over torch.func.grad.
+
+In each round every way runs once, in random order, beside its own plain pass, so that a change of the machine's speed
+hits both. Times are the process's CPU seconds, which a busy machine stretches less than the clock's. Ratios are of
+paired times, with Student's t interval over rounds. Memory is that of torch's allocations at their peak above what
+stood before, in the first, untimed round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from trl_entropy.engine import trainable_parameters
+from trl_entropy.estimators.estimate import student_t_quantile
+from trl_entropy.sequence_gradients import Consumer, Rows, SequenceGradients, SquaredNorms
+
+NUM_SEQUENCES, LENGTH, VOCAB, RANK = 32, 60, 512, 16
+
+
+def build(hidden: int) -> nn.Module:
+    """LoRA with B off its start at 0, where A would have no gradient."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=8,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        tie_word_embeddings=True,
+    )
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(Qwen2ForCausalLM(config), lora)
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param, std=0.02)
+    return model
+
+
+def batch() -> Tensor:
+    return torch.randint(VOCAB, (NUM_SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Minus the log-probability of each sequence."""
+    return nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").sum(1)
+
+
+class Ways:
+    """The ways to have the rows, each as a function without arguments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.ids = model, batch()
+        self.parameters = trainable_parameters(model)
+        num_parameters = sum(param.numel() for param in self.parameters.values())
+        self.buffer = torch.zeros(NUM_SEQUENCES, num_parameters)
+
+    def plain(self) -> None:
+        torch.autograd.grad(self._losses(self.ids).sum(), list(self.parameters.values()))
+
+    def instead(self) -> None:
+        self._collect(Rows(NUM_SEQUENCES, out=self.buffer), weight_gradients=False)
+
+    def beside(self) -> None:
+        self._collect(Rows(NUM_SEQUENCES, out=self.buffer), weight_gradients=True)
+
+    def norms(self) -> None:
+        self._collect(SquaredNorms(NUM_SEQUENCES), weight_gradients=False)
+
+    def loop(self) -> None:
+        params = list(self.parameters.values())
+        for row, ids in zip(self.buffer, self.ids.split(1), strict=True):
+            grads = torch.autograd.grad(self._losses(ids).sum(), params)
+            torch.cat([grad.flatten() for grad in grads], out=row)
+
+    def vmap(self) -> None:
+        params = {name: param.detach() for name, param in self.parameters.items()}
+        grads = torch.func.vmap(torch.func.grad(self._loss_of_one), in_dims=(None, 0))(params, self.ids)
+        torch.cat([grads[name].flatten(1) for name in params], dim=1, out=self.buffer)
+
+    def _losses(self, ids: Tensor) -> Tensor:
+        return losses(self.model(input_ids=ids, use_cache=False).logits, ids)
+
+    def _loss_of_one(self, params: dict[str, Tensor], ids: Tensor) -> Tensor:
+        inputs = {"input_ids": ids[None], "use_cache": False}
+        return losses(torch.func.functional_call(self.model, params, (), inputs).logits, ids[None]).sum()
+
+    def _collect(self, consumer: Consumer, weight_gradients: bool) -> None:
+        with SequenceGradients(self.model, consumer, weight_gradients=weight_gradients) as collector:
+            values = self._losses(self.ids).sum()
+            with collector.batch(torch.arange(NUM_SEQUENCES)):
+                if weight_gradients:
+                    torch.autograd.grad(values, list(self.parameters.values()))
+                else:
+                    values.backward()
+
+
+def peak_memory(function: Callable[[], None]) -> float:
+    """MiB that torch had allocated at the peak, above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    allocated = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak / 2**20
+
+
+def cpu_seconds(function: Callable[[], None]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def report(name: str, pairs: list[tuple[float, float]], memory: float) -> None:
+    ratios = [way / plain for way, plain in pairs]
+    margin = student_t_quantile(0.975, len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
+    print(
+        f"  {name:8} {statistics.mean(ratios):7.3f} +- {margin:.3f} of a plain pass "
+        f"(median {statistics.median(way for way, _ in pairs) * 1e3:.0f} ms against "
+        f"{statistics.median(plain for _, plain in pairs) * 1e3:.0f} ms), peak {memory:.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--ways", nargs="+", default=["plain", "instead", "beside", "norms", "loop", "vmap"])
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for hidden in options.hidden:
+        ways = Ways(build(hidden))
+        functions = {name: getattr(ways, name) for name in options.ways}
+        memory = {name: peak_memory(function) for name, function in functions.items()}
+        pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+        for _ in range(options.rounds):
+            for name in random.sample(list(functions), len(functions)):
+                first = random.random() < 0.5
+                before = cpu_seconds(ways.plain) if first else 0.0
+                taken = cpu_seconds(functions[name])
+                pairs[name].append((taken, before if first else cpu_seconds(ways.plain)))
+        sizes = f"{NUM_SEQUENCES} x {ways.buffer.shape[1]} numbers, {ways.buffer.nbytes / 2**20:.0f} MiB of rows"
+        print(f"hidden {hidden}: {sizes}; {options.rounds} rounds; {torch.get_num_threads()} thread(s)")
+        for name in functions:
+            report(name, pairs[name], memory[name])
+
+
+if __name__ == "__main__":
+    main()
