@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.training_state import restore_log_window
 
 if TYPE_CHECKING:
     from trl_entropy.trainer import DrGRPOTrainer
@@ -67,6 +69,7 @@ class UpdateEvents(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.start_engine()
+        restore_log_window(self.trainer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,6 +88,14 @@ class UpdateEvents(TrainerCallback):
         if self.trainer.engine is not None:
             self.trainer.engine.close()
             self.trainer.engine = None
+
+
+def continue_tensorboard(trainer: DrGRPOTrainer, step: int) -> None:
+    """Have TensorBoard go on after `step` in the folder of the run: what an earlier attempt wrote later is hidden."""
+    folder = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and folder and trainer.is_world_process_zero():
+            callback.tb_writer = callback._SummaryWriter(log_dir=folder, purge_step=step + 1)
 
 
 class StopOnSignal(TrainerCallback):

@@ -75,6 +75,12 @@ class DrGRPOConfig(GRPOConfig):
         "Steps between measurements of the KL to the start policy when beta=0; 0: never.", default=0
     )
 
+    additional_steps: int = _toggle(
+        "With resume_from_checkpoint: steps to train beyond the checkpoint, in place of max_steps. A decaying "
+        "schedule is then that of a run of the new length.",
+        default=0,
+    )
+
     entropy_probe: bool = _toggle("Measure and predict the entropy change of a step (T6)-(T11), nats per token.")
     entropy_probe_every: int = _toggle("Steps between two measurements.", default=1)
     entropy_probe_prompts: int = _toggle(
@@ -87,8 +93,8 @@ class DrGRPOConfig(GRPOConfig):
         choices=list(ENTROPY_PROBE_SOURCES),
     )
     entropy_probe_sampler: str = _toggle(
-        "What draws the probe batch: 'model' (its own generate) or 'vllm' (fast; weighted by vLLM's log-probabilities; "
-        "vLLM's own random state moves on).",
+        "What draws the probe batch: 'model' (its own generate) or 'vllm' (fast; weighted by vLLM's log-"
+        "probabilities; vLLM's own random state moves on).",
         default="model",
         choices=list(ENTROPY_PROBE_SAMPLERS),
     )
@@ -117,6 +123,11 @@ class DrGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"WORLD_SIZE is {world_size} but {self.world_size} processes take part; batch sizes were checked for "
                 "the former. Start with `accelerate launch` or `torchrun`."
+            )
+        if self.additional_steps < 0 or (self.additional_steps and not self.resume_from_checkpoint):
+            raise ValueError(
+                f"additional_steps is {self.additional_steps}: it counts steps beyond a checkpoint. Set "
+                "resume_from_checkpoint='latest' with it, or max_steps instead of it."
             )
         self._check_loss()
         self._check_sampler()

@@ -63,7 +63,11 @@ class RunDirectory:
 
     def append_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Put one row into `evaluation/metrics.csv`, in place of an older one of the same step."""
-        rows = [row for row in self.evaluation() if row["step"] != step] + [{"step": step, **_plain(scalars)}]
+        self._write_evaluation(
+            [row for row in self.evaluation() if row["step"] != step] + [{"step": step, **_plain(scalars)}]
+        )
+
+    def _write_evaluation(self, rows: list[dict[str, Any]]) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row))
         self.evaluation_path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.evaluation_path.with_suffix(".tmp")
@@ -95,6 +99,17 @@ class RunDirectory:
             for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
                 old.unlink()
         return target
+
+    def cut_after(self, step: int) -> None:
+        """Drop what is of later steps, before a run goes on after `step`: no step is logged twice."""
+        if self.metrics_path.exists():
+            lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+            self._replace(self.metrics_path.name, "".join(lines))
+        if self.evaluation_path.exists():
+            self._write_evaluation([row for row in self.evaluation() if row["step"] <= step])
+        for file in [*self.path.glob("probes/*/step_*.safetensors"), *self.path.glob("completions/*.parquet")]:
+            if int(file.stem.rsplit("_", 1)[1]) > step:
+                file.unlink()
 
     def _end_last_line(self) -> None:
         """A run killed inside a write leaves half a line: end it, so that the next line stands alone."""

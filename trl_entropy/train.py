@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trl_entropy import checkpoints
 from trl_entropy.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.models import EMBEDDED_MODEL, check_model, is_adapter, load_adapter, model_init_kwargs
 from trl_entropy.run_log import RunDirectory
@@ -138,15 +139,26 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         task, args, model = parse(argv)
+        checkpoints.check_before_loading(args)
     except ValueError as error:
         sys.exit(f"Error in the settings: {error}")
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger("trl_entropy").setLevel(logging.WARNING)
+    else:
+        _say_preflight(task, args, model)
     trainer = build_trainer(task, args, model)
     _say_start(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         _say_end(trainer)
+
+
+def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> None:
+    """The doctor's short form: the plan, what it takes, and what may go wrong; nothing is stopped."""
+    from trl_entropy.preflight import short_report
+
+    for line in short_report(task, args, model):
+        logging.getLogger("trl_entropy").info(line)
 
 
 def _say_start(trainer: DrGRPOTrainer) -> None:

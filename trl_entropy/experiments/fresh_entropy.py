@@ -21,7 +21,8 @@ def entropy_fall(run: Path, num_completions: int, seed: int = 0) -> tuple[Estima
     """
     Policy entropy (T6) before the first and after the last step, nats per token, on completions of their own each.
 
-    Prompts are the run's training problems, drawn with replacement, one completion each.
+    Prompts are held-out problems, drawn with replacement: the steps' changes, whose sum is compared with this fall,
+    are measured on prompts that the step was not made from; those that a run has trained on fall somewhat further.
 
     Raises:
         ValueError: when the run has no checkpoint of its last step.
@@ -34,15 +35,17 @@ def entropy_fall(run: Path, num_completions: int, seed: int = 0) -> tuple[Estima
 
 
 def fresh_entropy(checkpoint: Checkpoint, num_completions: int, seed: tuple[int, ...]) -> Estimate:
-    """Policy entropy (T6) of a checkpoint from `num_completions` independent completions."""
-    parts = []
+    """Policy entropy (T6) of a checkpoint from `num_completions` completions, clustered by problem."""
+    parts, prompts = [], []
     with tempfile.TemporaryDirectory() as folder:
-        policy = Policy(checkpoint, Path(folder))
+        policy = Policy(checkpoint, Path(folder), held_out=True)
         for start in range(0, num_completions, ROWS_PER_CHUNK):
             seeds, size = (*seed, start), min(ROWS_PER_CHUNK, num_completions - start)
-            completions = policy.draw(policy.draw_problems(size, seeds), seeds)
+            problems = policy.draw_problems(size, seeds)
+            completions = policy.draw(problems, seeds)
+            prompts.append(torch.from_numpy(problems))
             scores = score(policy.model, completions, policy.args.temperature, batch_size=128)
             mask = completions.completion_mask
             parts.append(entropy_terms(scores.entropy[0], mask.double(), mask))
     terms = RatioTerms(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return policy_entropy(terms).estimate(torch.arange(num_completions))
+    return policy_entropy(terms).estimate(torch.cat(prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _KEPT_SETTINGS = (
     "top_p", "use_cpu", "weight_decay",
 )
 # fmt: on
+_NUM_HELD_OUT = 1500  # as many as word_problems can draw
 
 
 class Policy:
@@ -35,20 +37,22 @@ class Policy:
     Args:
         checkpoint: what to load.
         output_dir: where the trainer may write; nothing is written into the run.
+        held_out: draw from problems that no run trains on, not from the training problems.
     """
 
-    def __init__(self, checkpoint: Checkpoint, output_dir: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, output_dir: Path, held_out: bool = False) -> None:
         self.trainer = _build_trainer(checkpoint, output_dir)
         self.args, self.model = self.trainer.args, self.trainer.model
-        self.num_problems = len(self.trainer.train_dataset)
+        self.problems = self.trainer.eval_dataset if held_out else self.trainer.train_dataset
+        self.num_problems = len(self.problems)
 
     def draw_problems(self, num: int, seed: tuple[int, ...]) -> np.ndarray:
-        """Rows of the training problems, independent of one another: with replacement."""
+        """Rows of the problems, independent of one another: with replacement."""
         return np.random.default_rng(seed).integers(self.num_problems, size=num)
 
     def draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> Completions:
         """One completion of each problem."""
-        prompts = [self.trainer.train_dataset[int(row)]["prompt"] for row in problems]
+        prompts = [self.problems[int(row)]["prompt"] for row in problems]
         with own_randomness(seed, self.trainer.accelerator.device):
             prompt_ids, images, extra = self.trainer._tokenize_prompts(prompts)
             completion_ids, _ = self.trainer._generate_single_turn(prompt_ids, images, extra, 1)
@@ -57,7 +61,7 @@ class Policy:
 
     def draw_rollouts(self, problems: np.ndarray, num_generations: int, seed: tuple[int, ...]) -> dict[str, Any]:
         """TRL's batch of a group of completions for each problem, rewarded; groups follow one another."""
-        inputs = [self.trainer.train_dataset[int(row)] for row in problems.repeat(num_generations)]
+        inputs = [self.problems[int(row)] for row in problems.repeat(num_generations)]
         self.trainer.num_generations = num_generations
         with own_randomness(seed, self.trainer.accelerator.device):
             return self.trainer._generate_and_score_completions(inputs)
@@ -123,12 +127,14 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> Any:
             f"{checkpoint.path.parent} sampled with {narrowed}; the estimators need the full distribution"
         )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
-    train_dataset, _ = load_task(checkpoint.task, tokenizer, args.seed)
+    task = replace(checkpoint.task, num_eval_problems=_NUM_HELD_OUT)
+    train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
     trainer = DrGRPOTrainer(
         model=str(checkpoint.path),
         reward_funcs=[getattr(rewards, name) for name in checkpoint.task.reward_funcs],
         args=args,
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
     trainer.model.train()  # what TRL takes for training, and gives training's group size and loss

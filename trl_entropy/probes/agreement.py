@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from trl_entropy.estimators.estimate import Estimate
 from trl_entropy.estimators.moments import PairMoments, error_covariance
@@ -47,3 +48,12 @@ class RunningAgreement:
                 logged[f"entropy/{kind}_{statistic}"] = estimate.value
                 logged[f"entropy/{kind}_{statistic}_stderr"] = estimate.stderr
         return logged
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
+        return {"pairs": {kind: moments.sums for kind, moments in self._pairs.items()}, "integrals": self._integrals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from sums that `state_dict` gave."""
+        self._pairs = {kind: PairMoments(sums) for kind, sums in state["pairs"].items()}
+        self._integrals = dict(state["integrals"])

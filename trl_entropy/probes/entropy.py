@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
@@ -129,6 +130,19 @@ class EntropyProbe(Probe):
         metrics |= self.agreement.metrics()
         self._num_probed += 1
         self._write(trainer, state.global_step + 1, before, after, engine.accelerator)
+
+    # ---- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "agreement": self.agreement.state_dict(),
+            "num_probed": self._num_probed,
+            "earlier_update": self._earlier_update,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.agreement.load_state_dict(state["agreement"])
+        self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
 
     # ---- measuring
 
@@ -252,7 +266,10 @@ class EntropyProbe(Probe):
         """Predict this step's change from an earlier update, kept with a chance of 1/n: any of them alike."""
         logged: dict[str, float] = {}
         if self._earlier_update is not None:
-            scores = self._score(engine, args, update.params_before, self._earlier_update)
+            direction = send_to_device(
+                self._earlier_update, engine.accelerator.device
+            )  # from a checkpoint: on the CPU
+            scores = self._score(engine, args, update.params_before, direction)
             terms = self._terms(scores, before, engine.accelerator)
             prompts = engine.accelerator.gather(self._completions.prompt_index)
             predicted = delta_linear(terms.terms, terms.tangents).estimate(prompts)

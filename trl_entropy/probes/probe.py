@@ -61,6 +61,13 @@ class Probe(TrainerCallback):
     ) -> None:
         """Once a step, after the optimizer stepped: the same `update` (`UpdateContext`), `engine`, `rollouts`."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the probe must remember when the run is resumed: tensors, numbers, strings, containers of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+
     def watches_updates(self) -> bool:
         """Whether one of the two events of the update is overridden; without any, no engine is built."""
         kind = type(self)

@@ -20,6 +20,12 @@ def prompt_key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
 
 
+def prompts_of(dataset: Any) -> Iterator[str]:
+    """Keys of all prompts in order; none of a dataset that is streamed."""
+    if isinstance(dataset, Dataset):
+        yield from map(prompt_key, dataset["prompt"])
+
+
 def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]) -> list[Any]:
     """
     Distinct rows of `dataset` without the prompts of `exclude`, by a generator of their own; equal on all ranks.

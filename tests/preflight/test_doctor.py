@@ -1,0 +1,265 @@
+"""`trl-entropy doctor` on every shipped config, and every problem that it knows, with its remedy."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_entropy import doctor, train
+from trl_entropy.checkpoints import seal
+from trl_entropy.preflight import short_report
+from trl_entropy.preflight.finding import Finding
+from trl_entropy.preflight.launch import launch_from_environment, read_accelerate_config
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = [
+    path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if "-m trl_entropy.train" in path.read_text()
+]
+ON_CPU = ["--task", "word_problems", "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"]
+PROBED = ["--entropy_probe", "true", "--entropy_probe_prompts", "8"]
+GPUS = ["--hardware", "2xH100-80GB", "--model_name_or_path", "Qwen/Qwen2.5-1.5B", "--dtype", "bfloat16"]
+LORA = ["--use_peft", "true"]
+ROLLOUTS = ["--entropy_probe_source", "rollouts", "--num_prompts_per_step", "64"]
+REENTRANT = ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}', "--num_prompts_per_step", "64"]
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture
+def diagnose(tmp_path):
+    """diagnose(*arguments): (report, findings) for a run into an empty directory."""
+
+    def diagnose(*arguments: str) -> tuple[str, list[Finding]]:
+        options, settings = doctor._options().parse_known_args([str(a) for a in arguments])
+        if "--output_dir" not in settings:
+            settings += ["--output_dir", str(tmp_path / "run")]
+        report, found = doctor.diagnose(options, settings)
+        assert all(len(line) <= 100 for line in report), max(report, key=len)
+        return "\n".join(report), found
+
+    return diagnose
+
+
+def problems(found: list[Finding]) -> list[Finding]:
+    return [finding for finding in found if finding.is_problem]
+
+
+def accelerate_yaml(folder: Path, **settings) -> Path:
+    base = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "use_cpu": False, "mixed_precision": "no"}
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump({**base, **settings}))
+    return path
+
+
+def hardware_of(text: str) -> list[str]:
+    """`--hardware` as the comment `# Hardware:` says; nothing for a run on the CPU."""
+    line = re.search(r"# Hardware: (.*)", text)[1]
+    if found := re.search(r"(\d+) ?x ?(\w+)[ -](\d+) ?GB", line):
+        return ["--hardware", f"{found[1]}x{found[2]}-{found[3]}GB"]
+    if found := re.search(r"(\d+) GPUs? with (\d+) ?GB", line):
+        return ["--hardware", f"{found[1]}xGPU-{found[2]}GB"]
+    assert "CPU" in line, f"the Hardware line names neither '2 x H100 80 GB' nor CPU cores: {line}"
+    return []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_passes_on_its_hardware(path, diagnose):
+    text = path.read_text()
+    launch = re.search(r"--config_file (\S+)", text)[1]
+    report, found = diagnose("--config", path, "--accelerate_config", launch, *hardware_of(text))
+    if not hardware_of(text) and "gsm8k" in path.stem and not (REPOSITORY / "../shared/data/gsm8k").is_dir():
+        pytest.skip("its dataset is not part of the repository")
+    assert problems(found) == []
+    assert "Batch plan" in report and "PROBLEM" not in report
+
+
+def test_reference_run_is_estimated_from_the_built_in_shape(diagnose):
+    config = REPOSITORY / "configs" / "qwen2.5-1.5b-gsm8k.yaml"
+    arguments = ["--config", config, "--accelerate_config", "launch/zero2.yaml", *GPUS, *LORA, "--lora_r", "64"]
+    report, found = diagnose(*arguments)
+    assert "1,543,714,304 parameters, adapter" in report and "built-in table" in " ".join(report.split())
+    assert re.search(r"weights +2\.88 +2\.88 +2\.88 +2\.88 +1\.44", report)  # bf16: 2 x 1.54e9 bytes; ZeRO-3 halves
+    assert "*zero2" in report and "2 process(es) x 64 micro-batch(es) of 16" in report
+    assert problems(found) == []
+
+
+def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
+    for more, status in (([], 0), (["--entropy_probe", "true", "--top_k", "5"], 1)):
+        with pytest.raises(SystemExit) as end:
+            doctor.main([*ON_CPU, "--output_dir", str(tmp_path), *more])
+        assert end.value.code == status
+        printed = capsys.readouterr().out
+        assert ("PROBLEM" in printed) == bool(status) and f"{status} problem(s)" in printed
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*ON_CPU, *PROBED, "--top_p", "0.9"], "top_p=0.9 changes it. Set top_k=0"),
+        ([*ON_CPU, "--num_generations", "1"], "num_generations is 1.*Set num_generations to 2"),
+        ([*ON_CPU, "--use_transformers_continuous_batching", "true", "--bf16", "true"], "to bfloat16 in place"),
+        ([*ON_CPU, "--use_vllm", "true"], "package vllm.*trl_entropy.vllm"),
+        ([*ON_CPU, "--model_name_or_path", "nobody/nothing"], "no folder here.*Give a folder"),
+        ([*ON_CPU, "--model_name_or_path", "Qwen/Qwen2.5-0.5B"], "weights of Qwen.*HF_HUB_OFFLINE=1.*Download"),
+        ([*ON_CPU, *LORA, "--lora_dropout", "0", "--lora_target_modules", "nothing"], "cannot be built.*nothing"),
+        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing"], "there is no missing.*train.jsonl"),
+        ([*ON_CPU, "--resume_from_checkpoint", "./missing"], "missing is no checkpoint"),
+        ([*ON_CPU, "--cpu", "--num_processes", "2"], "asks for 2 processes and starts ONE.*MULTI_GPU"),
+        ([*ON_CPU, "--optimizer_state_probe", "true", "--optim", "sgd"], "reads Adam's moments, optim is sgd"),
+        ([*ON_CPU, "--accelerate_config", "launch/missing.yaml"], "missing.yaml"),
+        ([*ON_CPU, "--hardware", "H100"], "H100.*write 2xH100-80GB"),
+        ([*ON_CPU, "--config", "missing.yaml"], "missing.yaml.*Correct the path"),
+        ([*GPUS, *PROBED, "--accelerate_config", "launch/zero3.yaml"], "entropy_probe does not.*zero3.*zero_stage: 2"),
+        ([*GPUS, *PROBED, "--attn_implementation", "flash_attention_2"], "attention flash.*attn_implementation: sdpa"),
+        ([*GPUS, *PROBED, *LORA, "--load_in_4bit", "true"], "quantisation 4bit.*dtype: bfloat16"),
+        ([*GPUS, *PROBED, "--bf16", "false", "--fp16", "true"], "loss scaling changes gradients.*bf16: true"),
+        ([*GPUS, "--num_processes", "8"], r"8 processes on a machine with 2 GPU\(s\). Set num_processes: 2"),
+        ([*GPUS, "--hardware", "1xT4-16GB", *PROBED], "peak.*and has 14.9 GiB. Lower"),
+        ([*GPUS, *PROBED, *ROLLOUTS], "two float32 gradients"),
+        ([*GPUS, *LORA, *REENTRANT], "marked ready only once.*use_reentrant: false"),
+    ],
+)  # fmt: skip
+def test_problem_is_named_with_its_remedy(diagnose, arguments, message):
+    _, found = diagnose(*arguments)
+    assert any(re.search(message, str(finding)) for finding in problems(found)), found
+
+
+@pytest.mark.parametrize(("launch", "more", "notes"), [
+    ("launch/ddp.yaml", [], 1), ("launch/zero2.yaml", [], 0), ("launch/ddp.yaml", LORA, 0),
+    ("launch/ddp.yaml", ["--dtype", "float32"], 0), ("launch/ddp.yaml", [*LORA, "--load_in_4bit", "true"], 1),
+])  # fmt: skip
+def test_training_without_float32_values_is_noted(diagnose, launch, more, notes):
+    found = diagnose(*GPUS, "--accelerate_config", launch, *more)[1]
+    assert sum("no float32 copy" in finding.text for finding in found) == notes
+
+
+def test_bf16_without_gpu_says_how_to_go_on(diagnose):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (found,) = problems(diagnose("--bf16", "true")[1])
+    assert "bf16: false and use_cpu: true" in found.remedy and "--hardware" in found.remedy
+    (found,) = problems(diagnose("--bf16", "false")[1])
+    assert "No GPU is here" in found.text and "launch/cpu.yaml" in found.remedy
+
+
+@pytest.mark.parametrize("settings", [{"distributed_type": "MULTI_CPU"}, {"distributed_type": "NO"}])
+def test_launchers_that_start_one_process(settings, tmp_path, diagnose):
+    path = accelerate_yaml(tmp_path, **settings, num_processes=2, use_cpu=True)
+    report, found = diagnose(*ON_CPU, "--accelerate_config", path)
+    assert "1 process(es), engine plain" in report
+    assert ["starts ONE" in finding.text for finding in problems(found)] == [True]
+
+
+def test_deepspeed_that_is_configured_twice(tmp_path, diagnose):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    deepspeed = {"deepspeed_config_file": str(tmp_path / "ds.json"), "zero_stage": 2}
+    path = accelerate_yaml(tmp_path, distributed_type="DEEPSPEED", num_processes=2, deepspeed_config=deepspeed)
+    report, found = diagnose(*GPUS, "--accelerate_config", path)
+    assert "engine zero2" in report
+    assert "sets zero_stage, mixed_precision" in problems(found)[0].text
+
+
+def test_missing_deepspeed_is_a_problem_here_and_a_note_elsewhere(monkeypatch, diagnose):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    zero2 = ["--accelerate_config", "launch/zero2-cpu.yaml"]
+    assert any("package deepspeed" in finding.text for finding in problems(diagnose(*ON_CPU, *zero2)[1]))
+    found = diagnose(*GPUS, "--accelerate_config", "launch/zero2.yaml")[1]
+    assert [finding.is_problem for finding in found if "package deepspeed" in finding.text] == [False]
+
+
+def test_disk_that_is_too_small(monkeypatch, diagnose):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(GIB, GIB, 2**20))
+    saves = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "10"]
+    _, found = diagnose(*ON_CPU, *saves)
+    assert any("save_total_limit" in finding.remedy for finding in problems(found))
+    # A checkpoint has 459,904 parameters of 4 bytes, and two moments: one is above the MiB that is free.
+    assert problems(diagnose(*ON_CPU, "--save_strategy", "no")[1]) == []
+
+
+def write_run(folder: Path, num_processes: int = 1) -> None:
+    for step in (9, 10):
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+        seal(checkpoint, {"step": step, "settings": {"world_size": num_processes}})
+    (folder / "metrics.jsonl").write_text('{"step": 10}\n')
+    (folder / "environment.json").write_text(json.dumps({"num_processes": num_processes}))
+
+
+def test_directory_in_use_hides_no_other_problem(tmp_path, diagnose):
+    write_run(tmp_path / "run")
+    report, found = diagnose(*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing")
+    assert re.search("already holds a run.*--resume_from_checkpoint", str(found[0]))
+    assert len(problems(found)) == 2
+    assert "holds a run of 10 steps, newest checkpoint" in " ".join(report.split())
+
+
+def test_what_is_resumed(tmp_path, diagnose):
+    write_run(tmp_path / "run")
+    settings = tmp_path / "resume.yaml"
+    settings.write_text("resume_from_checkpoint: true\n")
+    report, found = diagnose("--config", settings, *ON_CPU)
+    assert "checkpoint-10" in report.split("Resuming")[1] and problems(found) == []
+
+
+def test_resuming_with_another_number_of_processes(tmp_path, diagnose):
+    write_run(tmp_path / "run", num_processes=4)
+    _, found = diagnose(*ON_CPU, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-10")
+    assert "world_size was 4 and is 1" in str(problems(found)[0])
+
+
+def test_local_model_without_tokenizer(tmp_path, diagnose):
+    from transformers import Qwen2Config
+
+    Qwen2Config(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path / "model")  # fmt: skip
+    _, found = diagnose(*ON_CPU, "--model_name_or_path", tmp_path / "model")
+    assert any("holds no tokenizer. Save it there" in str(finding) for finding in problems(found))
+    from trl_entropy.embedded_model import build_tokenizer
+
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    _, found = diagnose(*ON_CPU, "--model_name_or_path", tmp_path / "model")
+    assert any("entries, the model 32 embeddings" in str(finding) for finding in problems(found))
+
+
+def test_sequences_beyond_the_models_positions_are_noted(diagnose):
+    _, found = diagnose(*ON_CPU, "--max_completion_length", "100")
+    assert ["300 tokens, the model was made for 256" in finding.text for finding in found] == [True]
+    assert not found[0].is_problem
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_launcher_is_understood(path):
+    if "distributed_type" not in path.read_text():
+        pytest.skip("no accelerate YAML")
+    launch = read_accelerate_config(path)
+    expected = path.stem.removesuffix("-cpu").replace("cpu", "plain")
+    assert launch.engine == expected
+    assert launch.num_processes == launch.num_asked and not launch.duplicates
+
+
+def test_launch_from_the_environment_of_accelerate():
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1", "LOCAL_WORLD_SIZE": "2"}
+    launch = launch_from_environment(4, zero)
+    assert (launch.engine, launch.num_processes, launch.num_machines) == ("zero1", 4, 2)
+    assert launch_from_environment(2, {}).engine == "ddp" and launch_from_environment(1, {}).engine == "plain"
+
+
+def test_short_report_at_the_start_of_training(tmp_path):
+    task, args, model = train.parse([*ON_CPU, "--output_dir", str(tmp_path), "--num_prompts_per_step", "1"])
+    lines = short_report(task, args, model)
+    assert lines[0].startswith("a step: 1 prompts x 8 completions = 8, as 1 process(es)")
+    assert re.match(r"memory: about 0\.\d GiB a process at the peak", lines[1])
+    assert len(lines) <= 3

@@ -1,0 +1,230 @@
+"""Interrupted and resumed is uninterrupted, bit for bit: weights and every logged number that is not a clock."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+
+from trl_entropy import checkpoints
+from trl_entropy.checkpoints import CheckpointError
+from trl_entropy.run_log import RunDirectory
+
+EVERY_PROBE = {
+    "entropy_probe": True,
+    "entropy_probe_prompts": 8,
+    "entropy_second_order": True,
+    "entropy_placebo": True,
+    "effective_sample_size_probe": True,
+    "optimizer_state_probe": True,
+    "kl_every": 2,
+}
+STEPS = 5
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return Dataset.from_dict({"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben") for i in range(8)]})
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def without_clocks(rows):
+    return [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
+
+
+def train(make_trainer, folder, stop_after=None, resume=None, lora=False, **settings):
+    from peft import LoraConfig
+
+    peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    defaults = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 2}
+    trainer = make_trainer(
+        output_dir=str(folder),
+        callbacks=[StopAfter(stop_after)],
+        peft_config=peft_config if lora else None,
+        resume_from_checkpoint=resume,
+        **(defaults | settings),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+CASES = {
+    "plain": {},
+    "every probe": EVERY_PROBE,
+    "lora": {"lora": True, **EVERY_PROBE},
+    "inside a generation window": {"steps_per_generation": 3, "dataset_factor": 4},
+    "two iterations": {"num_iterations": 2, "gradient_accumulation_steps": 2},
+    "second epoch": {"per_device_train_batch_size": 32},
+    "log lines of two steps": {"logging_steps": 2},
+    "decaying schedule": {"lr_scheduler_type": "cosine"},
+    "rollouts source": {"entropy_probe": True, "entropy_probe_source": "rollouts"},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2},
+    "completions": {"log_completions": True, "num_completions_to_print": 0, "steps_per_generation": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_is_uninterrupted(make_trainer, problems, tmp_path, case):
+    settings = dict(CASES[case])
+    rows = list(problems["prompt"]) * settings.pop("dataset_factor", 1)
+    settings["dataset"] = Dataset.from_dict({"prompt": rows})
+    if case == "evaluation":
+        settings["eval_dataset"] = settings["dataset"].select(range(4))
+    straight = train(make_trainer, tmp_path / "straight", **settings)
+    run = tmp_path / "interrupted"
+    for stop_after in (1, 3, None):  # twice, once in the second half
+        resumed = train(make_trainer, run, stop_after=stop_after, resume="latest", **settings)
+        if stop_after == 3:  # killed somewhat later than the checkpoint
+            RunDirectory(run).append_metrics(4, {"loss": 1e9})
+    assert torch.equal(flat(straight.model), flat(resumed.model))
+    expected, got = RunDirectory(tmp_path / "straight"), RunDirectory(run)
+    assert without_clocks(got.metrics()) == without_clocks(expected.metrics())
+    lines = [json.loads(line)["step"] for line in got.metrics_path.read_text().splitlines()]
+    assert lines == sorted(set(lines)) and lines[-1] >= STEPS - 1
+    assert without_clocks(got.evaluation()) == without_clocks(expected.evaluation())
+    files = {path.relative_to(run) for path in run.glob("probes/*/*")} | {
+        p.relative_to(run) for p in run.glob("comp*/*")
+    }
+    assert files == {
+        p.relative_to(expected.path) for p in [*expected.path.glob("probes/*/*"), *expected.path.glob("comp*/*")]
+    }
+    if case == "second epoch":
+        assert got.metrics()[-1]["epoch"] > 2
+
+
+def test_additional_steps_follow_the_schedule_of_the_longer_run(make_trainer, tmp_path):
+    settings = {"lr_scheduler_type": "linear"}
+    train(make_trainer, tmp_path / "run", max_steps=3, **settings)
+    train(make_trainer, tmp_path / "run", max_steps=3, resume="latest", additional_steps=2, **settings)
+    rates = [row["learning_rate"] for row in RunDirectory(tmp_path / "run").metrics()]
+    train(make_trainer, tmp_path / "longer", max_steps=5, **settings)
+    longer = [row["learning_rate"] for row in RunDirectory(tmp_path / "longer").metrics()]
+    assert len(rates) == 5 and rates[3:] == longer[3:]
+    with pytest.raises(ValueError, match="additional_steps is 2: it counts steps beyond a checkpoint"):
+        train(make_trainer, tmp_path / "other", additional_steps=2)
+
+
+@pytest.fixture
+def run(make_trainer, tmp_path):
+    train(make_trainer, tmp_path / "run", max_steps=3)
+    return tmp_path / "run"
+
+
+def half_written(path: Path):
+    (path / checkpoints.SEAL).unlink()
+
+
+def truncated(path: Path):
+    with open(path / "optimizer.pt", "r+b") as file:
+        file.truncate(100)
+
+
+def damaged(path: Path):
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def missing(path: Path):
+    (path / "training_state_0.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (half_written, "its writing was cut off"),
+        (truncated, "optimizer.pt has 100 bytes"),
+        (damaged, "model.safetensors is damaged"),
+        (missing, "training_state_0.pt is missing"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_and_passed_over(make_trainer, run, harm, message, caplog):
+    harm(run / "checkpoint-3")
+    with pytest.raises(CheckpointError, match=message):
+        train(make_trainer, run, max_steps=3, resume=str(run / "checkpoint-3"))
+    trainer = train(make_trainer, run, max_steps=3, resume="latest")
+    assert f"passing over a checkpoint: {run / 'checkpoint-3'}" in caplog.text and message in caplog.text
+    assert trainer.state.global_step == 3
+    checkpoints.check_files(run / "checkpoint-3")  # written anew
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed was 42 and is 1"),
+        ({"learning_rate": 5e-4}, "learning_rate was 0.001 and is 0.0005"),
+        ({"max_steps": 9}, "max_steps was 3 and is 9.*use additional_steps"),
+        ({"dataset": Dataset.from_dict({"prompt": ["other"] * 8})}, "data was"),
+        ({"lora": True}, "model was"),
+    ],
+    ids=str,
+)
+def test_another_run_is_refused_with_what_differs(make_trainer, run, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        train(make_trainer, run, resume="latest", **({"max_steps": 3} | change))
+    assert len(RunDirectory(run).metrics()) == 3  # nothing is lost
+
+
+def test_latest_without_a_checkpoint_starts_from_the_beginning(make_trainer, tmp_path, caplog):
+    RunDirectory(tmp_path / "run").append_metrics(1, {"loss": 5.0})  # killed before its first checkpoint
+    trainer = train(make_trainer, tmp_path / "run", max_steps=2, resume="latest")
+    assert trainer.state.global_step == 2 and "no complete checkpoint: starting from the beginning" in caplog.text
+    assert [row["step"] for row in RunDirectory(tmp_path / "run").metrics()] == [1, 2]
+
+
+def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_trainer, tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr("trl_entropy.checkpoints.seal", look(checkpoints.seal, tmp_path, left))
+    train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=1)
+    assert left == [None, "checkpoint-1", "checkpoint-2", "checkpoint-3"]  # just before each seal
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4"]
+
+
+def look(seal, tmp_path, left):
+    def sealing(path, contract):
+        whole = checkpoints.newest_complete(tmp_path / "run")
+        left.append(whole.name if whole else None)
+        seal(path, contract)
+
+    return sealing
+
+
+def test_a_disk_that_is_full_gives_one_clear_error(make_trainer, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    train(make_trainer, tmp_path / "run", max_steps=2)
+    monkeypatch.setattr("trl_entropy.training_state.save", full)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=r"No space left.*Make room.*resume from .*checkpoint-1"):
+        train(make_trainer, tmp_path / "run", max_steps=2, resume="latest")
+    checkpoints.check_files(tmp_path / "run" / "checkpoint-1")
+
+
+def test_tensorboard_shows_each_step_once(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    for stop_after in (3, None):
+        if stop_after is None:
+            shutil.rmtree(tmp_path / "run" / "checkpoint-3")  # so that step 3 is made twice
+        resume = None if stop_after else "latest"
+        train(make_trainer, tmp_path / "run", stop_after, resume, max_steps=5, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/reward")] == [1, 2, 3, 4, 5]

@@ -1,0 +1,222 @@
+"""A plan's memory: the formulas of `memory.py` put together for a run, per process, in the phases of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from trl_entropy.preflight import memory
+from trl_entropy.preflight.plan import Plan
+from trl_entropy.preflight.shapes import ModelShape
+
+ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    Bytes of one process, by item. What is always there, and what is there besides in each phase of a step: phases
+    follow one another, so their largest counts.
+    """
+
+    always: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        return sum(self.always.values()) + sum(self.phases[self.peak_phase].values())
+
+
+def estimate(plan: Plan) -> Estimate:
+    """What a process of `plan` needs. Requires `plan.shape`."""
+    gradients = _gradients(plan)
+    return Estimate(
+        always=_always(plan),
+        phases={
+            "generation": _generation(plan),
+            "loss and backward": gradients | _loss(plan),
+            "probes": gradients | probe_items(plan),
+        },
+    )
+
+
+def estimates_by_engine(plan: Plan) -> dict[str, Estimate]:
+    """The same run under each engine, with the plan's number of processes (2 where it has one)."""
+    world_size = max(2, plan.world_size)
+    launches = {
+        engine: replace(plan.launch, engine=engine, num_processes=1 if engine == "plain" else world_size)
+        for engine in ENGINES
+    }
+    return {engine: estimate(replace(plan, launch=launch)) for engine, launch in launches.items()}
+
+
+def shape_of(plan: Plan) -> ModelShape:
+    assert plan.shape is not None, "a plan without a shape has no estimate"
+    return plan.shape
+
+
+def base_bytes(plan: Plan) -> int:
+    """Bytes of a number of the base model: DeepSpeed casts it to bf16 when training is in bf16."""
+    if plan.launch.zero_stage is not None and plan.args.bf16:
+        return 2
+    return memory.DTYPE_BYTES[plan.model.dtype or "float32"]
+
+
+def trained_bytes(plan: Plan) -> int:
+    """Bytes of a number that is trained: peft keeps adapters in float32, TRL those of a quantised model in bf16."""
+    if not plan.has_adapter or plan.launch.zero_stage is not None:
+        return base_bytes(plan)
+    return 4 if plan.quantisation == "none" else 2
+
+
+def _mixed(plan: Plan) -> bool:
+    """Whether autocast computes in bf16 with float32 weights."""
+    return bool(plan.args.bf16) and base_bytes(plan) == 4
+
+
+def _compute_bytes(plan: Plan) -> int:
+    return 2 if plan.args.bf16 else base_bytes(plan)
+
+
+def optimizer_bytes(plan: Plan) -> int:
+    """Of one process."""
+    optim = str(getattr(plan.args.optim, "value", plan.args.optim))
+    trained = shape_of(plan).num_trainable
+    return memory.optimizer(trained, trained_bytes(plan), optim, plan.engine, plan.world_size)
+
+
+def _always(plan: Plan) -> dict[str, int]:
+    shape = shape_of(plan)
+    base = memory.weights(shape, base_bytes(plan), plan.quantisation)
+    shards = memory.shards(plan.engine, "weights", plan.world_size)
+    items = {
+        "weights": base // shards,
+        "adapter": shape.num_adapter * trained_bytes(plan) // shards,
+        "optimizer": optimizer_bytes(plan),
+        "reference model (beta)": base // shards if plan.args.beta and not plan.has_adapter else 0,
+    }
+    if plan.args.kl_every and plan.args.beta == 0:
+        items["start parameters (kl_every)"] = shape.num_trainable * trained_bytes(plan)
+    if plan.args.entropy_probe and plan.args.entropy_placebo:
+        items["earlier update (entropy_placebo)"] = 4 * shape.num_trainable
+    return {name: size for name, size in items.items() if size}
+
+
+def _gradients(plan: Plan) -> dict[str, int]:
+    trained, each = shape_of(plan).num_trainable, trained_bytes(plan)
+    items = {
+        "gradients": memory.gradients(trained, each, plan.engine, plan.world_size),
+        "communication buffers": memory.communication(trained, each, plan.engine, plan.hardware.has_gpu),
+    }
+    return {name: size for name, size in items.items() if size}
+
+
+def _generation(plan: Plan) -> dict[str, int]:
+    if plan.args.use_vllm:
+        return {}  # vLLM reserves its own share: vllm_gpu_memory_utilization
+    shape, rows = shape_of(plan), plan.generation_rows
+    gathered = memory.weights(shape, base_bytes(plan), plan.quantisation)
+    return {
+        "KV cache": memory.kv_cache(shape, rows, plan.sequence_length, _compute_bytes(plan)),
+        "logits of a token": memory.generation_logits(shape, rows),
+        **({"weights gathered (ZeRO-3)": gathered} if plan.engine == "zero3" else {}),
+    }
+
+
+def _loss(plan: Plan) -> dict[str, int]:
+    shape, rows, args = shape_of(plan), plan.args.per_device_train_batch_size, plan.args
+    items = {
+        "activations (estimate)": memory.activations(
+            shape,
+            rows,
+            plan.sequence_length,
+            _mixed(plan),
+            _compute_bytes(plan),
+            plan.attention,
+            bool(args.gradient_checkpointing),
+        ),
+        "logits in the loss": memory.loss_head(shape, rows, args.max_completion_length, not plan.has_adapter),
+        "bf16 copies (autocast)": memory.autocast_copies(shape, _mixed(plan), base_bytes(plan)),
+    }
+    return {name: size for name, size in items.items() if size}
+
+
+def probe_items(plan: Plan) -> dict[str, int]:
+    """Each enabled probe's own: full float32 copies of what is trained, on every process, and its scoring."""
+    args, copy = plan.args, 4 * shape_of(plan).num_trainable
+    items: dict[str, int] = {}
+    if args.entropy_probe and args.entropy_probe_source == "rollouts":
+        items |= _rollouts_probe(plan, copy)
+    elif args.entropy_probe:
+        items |= _entropy_probe(plan, copy)
+    if args.optimizer_state_probe:
+        items["optimizer_state_probe"] = copy
+    if items and (plan.engine.startswith("zero") or not args.entropy_probe):  # else it is one of the copies above
+        items["own share of the parameters"] = copy // memory.shards(plan.engine, "optimizer", plan.world_size)
+    return items
+
+
+def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
+    """Copies before and after, the update; gradient, moments besides for the second order."""
+    args, shape = plan.args, shape_of(plan)
+    order = 2 if args.entropy_second_order else 1
+    rows = min(args.probe_batch_size, max(1, args.entropy_probe_prompts // plan.world_size))
+    scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order)
+    return {
+        "entropy_probe: parameters": copy * (6 if args.entropy_second_order else 3),
+        "entropy_probe: scoring (estimate)": scored + memory.float32_base(shape, base_bytes(plan)),
+    }
+
+
+def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
+    """Copies before and after, gradient, second moment and metric; two rows a prompt group; a graph in float32."""
+    args, shape = plan.args, shape_of(plan)
+    groups = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations)
+    rows = min(args.probe_batch_size, args.num_generations)
+    graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
+    scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order=0)
+    return {
+        "entropy_probe: parameters": 5 * copy,
+        "entropy_probe: rows of (T17)": 2 * groups * copy,
+        "entropy_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+    }
+
+
+# ---- disk
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """One checkpoint; `save_only_model` leaves the optimizer out."""
+    base = memory.weights(shape_of(plan), base_bytes(plan), plan.quantisation)
+    of_all_processes = optimizer_bytes(plan) * memory.shards(plan.engine, "optimizer", plan.world_size)
+    return memory.checkpoint(
+        base,
+        shape_of(plan).num_trainable,
+        trained_bytes(plan),
+        plan.has_adapter,
+        0 if plan.args.save_only_model else of_all_processes,
+    )
+
+
+def num_checkpoints(plan: Plan) -> int:
+    """Checkpoints on the disk at a time: one more than `save_total_limit` while the new one is written."""
+    strategy = str(getattr(plan.args.save_strategy, "value", plan.args.save_strategy))
+    if strategy == "no":
+        return 0
+    saves = -(-plan.num_steps // plan.every(plan.args.save_steps)) if strategy == "steps" else 1
+    return min(saves, plan.args.save_total_limit + 1) if plan.args.save_total_limit else saves
+
+
+def probe_file_bytes(plan: Plan) -> int:
+    """All files of the entropy probe: 16 L + 24 T bytes a completion, of the probe batch and of the step's own."""
+    args = plan.args
+    if not args.entropy_probe or args.probe_files_keep == 0:
+        return 0
+    probed = plan.num_steps // args.entropy_probe_every
+    kept = probed if args.probe_files_keep is None else min(probed, args.probe_files_keep)
+    held_out = 0 if args.entropy_probe_source == "rollouts" else args.entropy_probe_prompts
+    completion = 16 * plan.sequence_length + 24 * args.max_completion_length
+    return kept * (held_out + plan.completions_per_step) * completion

@@ -1,0 +1,93 @@
+"""What a run reads, and what it resumes from: is it there? Only looks; nothing is downloaded or written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from trl_entropy.checkpoints import CheckpointError, check_before_loading
+from trl_entropy.models import EMBEDDED_MODEL
+from trl_entropy.preflight.finding import Finding, Findings
+from trl_entropy.preflight.plan import Plan
+
+
+def model_files(plan: Plan) -> Findings:
+    """Weights and tokenizer, as far as looking is cheap: nothing is downloaded."""
+    name, here = str(plan.model.model_name_or_path), plan.hardware.is_this_machine
+    if plan.shape is None or name == EMBEDDED_MODEL:
+        return
+    if Path(name).is_dir():
+        yield from _local_tokenizer(Path(name), plan.shape.vocab_size)
+    elif plan.shape.source.startswith("built-in"):
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
+        yield Finding(
+            f"The weights of {name} are not on this machine"
+            + (", and HF_HUB_OFFLINE=1 keeps them away." if offline else "; they will be downloaded."),
+            "Download the model first, or name a folder that has it." if offline else "",
+            is_problem=here and offline,
+        )
+
+
+def positions(plan: Plan) -> Findings:
+    """Rotary embeddings go on beyond what a model was trained for; its quality need not."""
+    if plan.shape is not None and 0 < plan.shape.max_positions < plan.sequence_length:
+        yield Finding(
+            f"Prompt and completion may take {plan.sequence_length} tokens, the model was made for "
+            f"{plan.shape.max_positions}.",
+            "Lower max_completion_length or max_prompt_length.",
+            is_problem=False,
+        )
+
+
+def _local_tokenizer(folder: Path, vocab_size: int) -> Findings:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        yield Finding(f"{folder} holds no tokenizer.", "Save it there: tokenizer.save_pretrained(folder).")
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        yield Finding(f"The tokenizer of {folder} has no end-of-text token: no completion ends.", "Set eos_token.")
+    if len(tokenizer) > vocab_size:
+        yield Finding(
+            f"The tokenizer of {folder} has {len(tokenizer)} entries, the model {vocab_size} embeddings.",
+            "Use the model's own tokenizer.",
+        )
+
+
+def dataset(plan: Plan) -> Findings:
+    """The file that `load_gsm8k` would read; elsewhere it may be there, so only a note."""
+    if plan.task.task != "gsm8k":
+        return
+    name = plan.task.dataset_path
+    path = Path(name) / "train.jsonl" if Path(name).is_dir() else Path(name)
+    looks_local = path.suffix == ".jsonl" or path.is_absolute() or name.startswith(".")
+    if looks_local and not path.is_file():
+        yield Finding(
+            f"dataset_path: there is no {path} (from {Path.cwd()}).",
+            "Correct the path; it needs train.jsonl and test.jsonl.",
+            plan.hardware.is_this_machine,
+        )
+    elif not path.is_file() and os.environ.get("HF_HUB_OFFLINE", "0") == "1":
+        yield Finding(
+            f"dataset_path {name} is on the hub, and HF_HUB_OFFLINE=1: it must be in the local cache.",
+            "Or name a local folder with train.jsonl and test.jsonl.",
+            is_problem=False,
+        )
+
+
+def resume(plan: Plan) -> Findings:
+    try:
+        resumed_checkpoint(plan)
+    except CheckpointError as error:
+        yield Finding(str(error))
+
+
+def resumed_checkpoint(plan: Plan) -> Path | None:
+    """
+    The folder that training would continue from; None: the beginning.
+
+    Raises:
+        CheckpointError: when it is not whole, or another run's.
+    """
+    return check_before_loading(plan.args, world_size=plan.world_size, engine=None)

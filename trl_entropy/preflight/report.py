@@ -1,0 +1,231 @@
+"""A plan in words: the sections of `trl-entropy doctor`, and the few lines at the start of training."""
+
+from __future__ import annotations
+
+import textwrap
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_entropy.checkpoints import CheckpointError, checkpoints_of
+from trl_entropy.preflight import estimate, support
+from trl_entropy.preflight.checks import findings
+from trl_entropy.preflight.files import resumed_checkpoint
+from trl_entropy.preflight.finding import Finding
+from trl_entropy.preflight.hardware import GIB, this_machine
+from trl_entropy.preflight.launch import launch_from_environment
+from trl_entropy.preflight.plan import Plan
+from trl_entropy.preflight.shapes import UnknownShape, model_shape
+from trl_entropy.run_log import RunDirectory
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from trl_entropy.config import DrGRPOConfig
+
+WIDTH = 100
+_PACKAGES = ("trl_entropy", "torch", "trl", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "vllm")
+
+
+def short_report(task: Any, args: DrGRPOConfig, model: ModelConfig) -> list[str]:
+    """
+    A few lines on the run that is about to start, for the main process: batch plan, memory, problems and notes.
+
+    Nothing is stopped by it. Call it with what `parse` returned, before the model is loaded.
+    """
+    try:
+        shape = model_shape(model)
+    except UnknownShape:
+        shape = None  # training itself says what is wrong with the model
+    plan = Plan(task, args, model, launch_from_environment(args.world_size), this_machine(args.use_cpu), shape)
+    lines = [_batch_line(plan)] + ([_memory_line(plan)] if shape is not None else [])
+    return lines + [f"{'problem' if found.is_problem else 'note'}: {found}" for found in findings(plan)]
+
+
+def full_report(plan: Plan) -> list[str]:
+    """All sections but the problems; lines of at most 100 columns."""
+    sections = {
+        "Versions": versions(),
+        "Machine and processes": _machine(plan),
+        "Batch plan": _batches(plan),
+        "Memory of a process, GiB": _memory(plan),
+        "Disk": _disk(plan),
+        "Probes: what they work with": _support(plan),
+        "Resuming": _resuming(plan),
+    }
+    return [line for title, lines in sections.items() for line in section(title, lines)]
+
+
+def section(title: str, lines: list[str]) -> list[str]:
+    """A titled block, indented and folded."""
+    return [title, *(part for line in lines for part in fold(line)), ""]
+
+
+def fold(line: str, indent: str = "  ") -> list[str]:
+    """`line` in lines of at most 100 columns; what fits is left as it is."""
+    if len(indent + line) <= WIDTH:
+        return [indent + line]
+    return textwrap.wrap(line, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
+
+
+def problem_lines(found: list[Finding]) -> list[str]:
+    """Problems and notes, each with its remedy on a line of its own."""
+    lines: list[str] = []
+    for finding in found:
+        lines += fold(f"{'PROBLEM' if finding.is_problem else 'note   '}  {finding.text}")
+        if finding.remedy:
+            lines += fold(f"-> {finding.remedy}", indent=" " * 11)
+    return lines
+
+
+# ---- sections
+
+
+def versions() -> list[str]:
+    found = [f"{name} {_version(name)}" for name in _PACKAGES]
+    return [", ".join(found)]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _machine(plan: Plan) -> list[str]:
+    launch = plan.launch
+    machines = f" on {launch.num_machines} machines" if launch.num_machines > 1 else ""
+    return [
+        f"{plan.hardware}; torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s) here",
+        f"{launch.num_processes} process(es){machines}, engine {launch.engine} ({launch.source})",
+        f"model {plan.model.model_name_or_path}: {_model_line(plan)}",
+    ]
+
+
+def _model_line(plan: Plan) -> str:
+    shape = plan.shape
+    if shape is None:
+        return "shape unknown"
+    adapter = f", adapter {shape.num_adapter:,}" if shape.num_adapter else ""
+    return (
+        f"{shape.num_parameters:,} parameters{adapter}, {shape.num_trainable:,} trainable; shape: {shape.source}; "
+        f"dtype {plan.model.dtype}, attention {plan.attention}, quantisation {plan.quantisation}"
+    )
+
+
+def _batches(plan: Plan) -> list[str]:
+    args = plan.args
+    assumed = "at most" if plan.task.task == "gsm8k" else "an assumed"
+    evaluation = [
+        f"evaluation: {plan.task.num_eval_problems} problems x {args.num_generations_eval or args.num_generations} "
+        f"completions, {args.per_device_eval_batch_size} at a time a process"
+    ]
+    return [
+        _batch_line(plan),
+        f"a process draws {args.per_device_train_batch_size * args.steps_per_generation} completions at once; prompts "
+        f"of {assumed} {plan.prompt_length} tokens, completions of at most {args.max_completion_length}",
+        f"{plan.num_steps} steps{'' if args.max_steps > 0 else ' (from num_train_epochs and num_train_problems)'}",
+        *(evaluation if args.eval_strategy != "no" else []),
+    ]
+
+
+def _batch_line(plan: Plan) -> str:
+    args = plan.args
+    return (
+        f"a step: {plan.prompts_per_step:g} prompts x {args.num_generations} completions = "
+        f"{plan.completions_per_step}, as {plan.world_size} process(es) x {args.gradient_accumulation_steps} "
+        f"micro-batch(es) of {args.per_device_train_batch_size}"
+    )
+
+
+def _memory_line(plan: Plan) -> str:
+    needed = estimate.estimate(plan)
+    available = plan.hardware.memory_per_process(plan.launch.num_local_processes)
+    return (
+        f"memory: about {needed.peak / GIB:.1f} GiB a process at the peak ({needed.peak_phase}, estimate), of "
+        f"{available / GIB:.1f} GiB; engine {plan.engine}"
+    )
+
+
+def _memory(plan: Plan) -> list[str]:
+    if plan.shape is None:
+        return ["not estimated: the model's shape is unknown"]
+    estimates = estimate.estimates_by_engine(plan)
+    if plan.engine in estimates:
+        estimates[plan.engine] = estimate.estimate(plan)
+    world_size = max(2, plan.world_size)
+    headers = [f"{'*' if engine == plan.engine else ''}{engine}" for engine in estimates]
+    lines = [f"{'':<36}" + "".join(f"{header:>10}" for header in headers)]
+    columns = list(estimates.values())
+    lines += _rows("always", [column.always for column in columns])
+    for phase in columns[0].phases:
+        lines += _rows(phase, [column.phases[phase] for column in columns])
+    lines.append(_row("PEAK: always and the largest phase", [column.peak for column in columns]))
+    return [
+        *lines,
+        f"* this run. plain has 1 process, the others {world_size}. Phases follow one another: the largest counts.",
+        "(estimate): within a factor of 1.5 on tiny models on a CPU. Logits and buffers: as upstream's code",
+        "says, not measured. CUDA takes 1-2 GiB more.",
+    ]
+
+
+def _rows(title: str, columns: list[dict[str, int]]) -> list[str]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [f"{title}:"] + [_row(f"  {name}", [column.get(name, 0) for column in columns]) for name in names]
+
+
+def _row(name: str, sizes: list[int]) -> str:
+    return f"{name:<36}" + "".join(f"{_gib(size):>10}" for size in sizes)
+
+
+def _gib(size: int) -> str:
+    return "-" if not size else f"{size / GIB:.2f}" if size >= 0.005 * GIB else "< 0.01"
+
+
+def _disk(plan: Plan) -> list[str]:
+    if plan.shape is None:
+        return ["not estimated: the model's shape is unknown"]
+    each, number = estimate.checkpoint_bytes(plan), estimate.num_checkpoints(plan)
+    return [
+        f"checkpoints: {number} x {each / GIB:.2f} GiB = {number * each / GIB:.2f} GiB "
+        f"(save_strategy {getattr(plan.args.save_strategy, 'value', plan.args.save_strategy)}, "
+        f"save_total_limit {plan.args.save_total_limit})",
+        f"probe files: at most {estimate.probe_file_bytes(plan) / GIB:.2f} GiB "
+        f"(probe_files_keep {plan.args.probe_files_keep})",
+    ]
+
+
+def _support(plan: Plan) -> list[str]:
+    """A row a probe, a column a value; `*` marks this run's values."""
+    ours = {plan.engine, plan.attention, plan.quantisation}
+    values = [(axis, value) for axis, options in support.AXES.items() for value in options]
+    rare = {"zero0", "fsdp", "megatron", "xla", "flex_attention", "8bit"} - ours
+    values = [(axis, value) for axis, value in values if value not in rare]
+    short = {"flash_attention_2": "flash", "flex_attention": "flex"}
+    enabled = support.probe_names(plan)
+    headers = [f"{'*' if value in ours else ''}{short.get(value, value)}" for _, value in values]
+    lines = [" " * 28 + "".join(f"{header:>7}" for header in headers)]
+    for probe in dict.fromkeys([*support.DEPENDS_ON, *enabled]):
+        cells = ["no" if support.remedy(probe, axis, value) else "yes" for axis, value in values]
+        lines.append(f"{'*' if probe in enabled else ' '}{probe:<27}" + "".join(f"{cell:>7}" for cell in cells))
+    return [
+        *lines,
+        "* on in this run, or its value. Engine, attention and quantisation must all say yes.",
+    ]
+
+
+def _resuming(plan: Plan) -> list[str]:
+    folder = plan.args.output_dir
+    try:
+        found = resumed_checkpoint(plan)
+    except CheckpointError:
+        return [f"nothing from {plan.args.resume_from_checkpoint}, see the problems below"]
+    if found is not None:
+        return [f"from {found}"]
+    rows = RunDirectory(folder).metrics()
+    there = f"{folder} holds a run of {rows[-1]['step']} steps" if rows else f"{folder} holds no run"
+    newest = checkpoints_of(Path(folder))[:1]
+    return [f"nothing; {there}" + (f", newest checkpoint {newest[0]}" if newest else "")]

@@ -1,0 +1,167 @@
+"""How large a model is, from its `config.json` alone: built on torch's meta device, where tensors have no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trl_entropy.models import EMBEDDED_MODEL, base_model_of, is_adapter
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from trl import ModelConfig
+
+
+def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        **more,
+    }
+
+
+# What the config.json of these models says, for a machine that does not reach the hub. "-Instruct" has the same shape.
+KNOWN_SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-0.5B": _qwen2(896, 4864, 24, 14, 2),
+    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2),
+    "Qwen/Qwen2.5-3B": _qwen2(2048, 11008, 36, 16, 2),
+    "Qwen/Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
+    "HuggingFaceTB/SmolLM2-135M": _qwen2(
+        576, 1536, 30, 9, 3, model_type="llama", vocab_size=49152, max_position_embeddings=8192
+    ),
+}
+
+
+class UnknownShape(ValueError):
+    """No `config.json` of the model was found, and its shape is not built in."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """
+    Sizes of a model with its adapter; counts are of numbers, tied ones counted once.
+
+    Attributes:
+        module: the model on the meta device, adapter included: names, shapes and `requires_grad`, no data.
+        source: where the shape comes from.
+        num_parameters: of the model without adapter.
+        num_quantised: weights of Linear layers, without the language-model head: what bitsandbytes quantises.
+        kv_size: numbers that a token's key takes in one layer.
+    """
+
+    module: nn.Module
+    source: str
+    num_parameters: int
+    num_adapter: int
+    num_trainable: int
+    num_quantised: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    kv_size: int
+    vocab_size: int
+    max_positions: int
+
+
+def model_shape(model: ModelConfig) -> ModelShape:
+    """
+    The shape of the model that `model` names, with the adapter that it asks for.
+
+    Raises:
+        UnknownShape: when it is neither local, nor in the hub's cache, nor built in, and the hub is not reached.
+        ValueError: from peft, when the adapter does not fit the model.
+    """
+    name = str(model.model_name_or_path)
+    module, source = _build(base_model_of(name) if is_adapter(name) else name)
+    num_parameters = _numel(module.parameters())
+    num_quantised = sum(
+        layer.weight.numel()
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and not name.endswith("lm_head")
+    )
+    config: Any = module.config
+    module = _with_adapter(module, model)
+    config = config.get_text_config()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        module=module,
+        source=source,
+        num_parameters=num_parameters,
+        num_adapter=_numel(module.parameters()) - num_parameters,
+        num_trainable=_numel(param for param in module.parameters() if param.requires_grad),
+        num_quantised=num_quantised,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        num_heads=config.num_attention_heads,
+        kv_size=head_size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", 0),
+    )
+
+
+def _with_adapter(module: Any, model: ModelConfig) -> nn.Module:
+    """With the adapter of the folder that is named, or the new one that is asked for, or none."""
+    from peft import PeftConfig, get_peft_model
+    from trl import get_peft_config
+
+    name = str(model.model_name_or_path)
+    config = PeftConfig.from_pretrained(name) if is_adapter(name) else get_peft_config(model)
+    if config is None:
+        return module
+    config.inference_mode = False  # as saved it is True, and would freeze the adapter
+    with torch.device("meta"):
+        return get_peft_model(module, config)
+
+
+def _numel(params: Any) -> int:
+    return sum(param.numel() for param in params)
+
+
+def _build(name: str) -> tuple[Any, str]:
+    """The model on the meta device, and where its shape comes from."""
+    from transformers import AutoModelForCausalLM
+
+    if name == EMBEDDED_MODEL:
+        from trl_entropy.embedded_model import build_model, build_tokenizer
+
+        tokenizer = build_tokenizer()
+        with torch.device("meta"):
+            return build_model(tokenizer), "built from code"
+    config, source = read_config(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config), source
+
+
+def read_config(name: str) -> tuple[PretrainedConfig, str]:
+    """A model's config: of a folder, the hub's cache, the table above, the hub; in this order, and which it was."""
+    from transformers import AutoConfig
+
+    if Path(name).is_dir():
+        return AutoConfig.from_pretrained(name), f"config.json of {name}"
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True), "config.json in the hub's local cache"
+    except OSError:  # not in the cache; asking is the only way to know
+        pass
+    if (known := KNOWN_SHAPES.get(name.removesuffix("-Instruct"))) is not None:
+        return AutoConfig.for_model(**known), "built-in table; the model's config.json is not on this machine"
+    try:
+        return AutoConfig.from_pretrained(name), "config.json from the hub"
+    except OSError as error:
+        raise UnknownShape(
+            f"model_name_or_path={name} is no folder here, not in the hub's cache, and the hub is not reached. "
+            "Give a folder with the model, or download it first. "
+            f"Shapes built in: {', '.join(KNOWN_SHAPES)}."
+        ) from error

@@ -1,0 +1,86 @@
+"""
+What each probe works with: engine, attention, quantisation. Tested against the code's own refusals
+(`trl_entropy.engine.build_engine`, `swapped_parameters`, `score`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl_entropy.preflight.plan import Plan
+
+_USE_ZERO2 = "set zero_stage: 2 (or 1)"
+_USE_DDP = "use distributed_type: MULTI_GPU (DDP) or DeepSpeed with zero_stage: 2"
+_USE_SDPA = "set attn_implementation: sdpa (or eager)"
+_USE_BF16 = "load the base model with dtype: bfloat16 instead of quantised"
+
+# Value -> what to set instead; None: supported.
+ENGINES: dict[str, str | None] = {
+    "plain": None,
+    "ddp": None,
+    "zero1": None,
+    "zero2": None,
+    "zero0": _USE_ZERO2,
+    "zero3": _USE_ZERO2,
+    "fsdp": _USE_DDP,
+    "megatron": _USE_DDP,
+    "xla": _USE_DDP,
+}
+ATTENTIONS: dict[str, str | None] = {
+    "eager": None,
+    "sdpa": None,
+    "flash_attention_2": _USE_SDPA,
+    "flex_attention": _USE_SDPA,
+}
+QUANTISATIONS: dict[str, str | None] = {"none": None, "8bit": _USE_BF16, "4bit": _USE_BF16}
+
+AXES: dict[str, Mapping[str, str | None]] = {
+    "engine": ENGINES,
+    "attention": ATTENTIONS,
+    "quantisation": QUANTISATIONS,
+}
+
+# Probe -> the axes that it depends on; on the others it takes everything. A probe that reads the update needs an
+# engine that can be read; one that scores in float32 needs parameters that have a float32 value, and kernels for it.
+DEPENDS_ON: dict[str, tuple[str, ...]] = {
+    "entropy_probe": ("engine", "attention", "quantisation"),
+    "entropy_probe (rollouts)": ("engine", "attention", "quantisation"),
+    "optimizer_state_probe": ("engine",),
+    "effective_sample_size_probe": (),
+    "kl_every": ("engine",),
+}
+# The KL builds no engine, but it swaps parameters, which must be whole on every process.
+KL_ENGINES: dict[str, str | None] = {**ENGINES, "zero0": None}
+_EVERY_AXIS = tuple(AXES)
+
+
+def remedy(probe: str, axis: str, value: str) -> str | None:
+    """What to set instead where `probe` is refused with `value`; None where it is supported."""
+    if axis not in DEPENDS_ON.get(probe, _EVERY_AXIS):
+        return None
+    if (probe, axis) == ("kl_every", "engine"):
+        return KL_ENGINES.get(value, _USE_DDP)
+    default = {"engine": _USE_DDP, "attention": _USE_SDPA, "quantisation": _USE_BF16}[axis]
+    return AXES[axis].get(value, default)
+
+
+def cell(probe: str, engine: str, attention: str, quantisation: str) -> str:
+    """`supported`, or `refused: ` and all that has to be set."""
+    values = {"engine": engine, "attention": attention, "quantisation": quantisation}
+    remedies = [text for axis, value in values.items() if (text := remedy(probe, axis, value))]
+    return f"refused: {', '.join(remedies)}" if remedies else "supported"
+
+
+def probe_names(plan: Plan) -> list[str]:
+    """Rows of the table that the plan turns on; a toggle that the table does not know keeps its name."""
+    names = list(plan.args.enabled_probes())
+    if plan.args.entropy_probe and plan.args.entropy_probe_source == "rollouts":
+        names[names.index("entropy_probe")] = "entropy_probe (rollouts)"
+    return names + (["kl_every"] if plan.args.kl_every and plan.args.beta == 0 else [])
+
+
+def reads_updates(plan: Plan) -> list[str]:
+    """Enabled probes for which an engine is built."""
+    return [name for name in probe_names(plan) if name != "kl_every" and "engine" in DEPENDS_ON.get(name, _EVERY_AXIS)]
