@@ -1,0 +1,64 @@
+"""
+Coverage of the noise scale's 95 % intervals at planted noise scales: the table of docs/theory.md, (T14).
+
+    python tests/benchmarks/noise_scale_coverage.py [--repeats 300] [--prompts 16] [--steps 8]
+
+Group gradients are a fixed direction plus isotropic Gaussian noise in 64 dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trl_entropy.estimators.noise_scale import NoiseScaleRecord, jackknifed_parts, unbiased_parts
+from trl_entropy.estimators.pooled import StepParts
+
+DIMENSIONS = 64
+PLANTED = (0.1, 1.0, 10.0, 100.0, 1000.0, math.inf)
+ERRORS: dict[str, Callable[[Tensor], StepParts]] = {
+    "jackknife": lambda rows: jackknifed_parts(rows.square().sum(1), rows @ rows.mean(0)),
+    "with pairs": lambda rows: unbiased_parts(rows @ rows.T),
+}
+
+
+def group_gradients(noise_scale: float, num_prompts: int, generator: torch.Generator) -> Tensor:
+    """Rows Y_n with |G|^2 = 1 and tr(Sigma) = `noise_scale`; for an infinite one G = 0 and tr(Sigma) = 1."""
+    noise = torch.randn(num_prompts, DIMENSIONS, generator=generator, dtype=torch.float64) / math.sqrt(DIMENSIONS)
+    if math.isinf(noise_scale):
+        return noise
+    rows = math.sqrt(noise_scale) * noise
+    rows[:, 0] += 1
+    return rows
+
+
+def coverage(noise_scale: float, error: str, options: argparse.Namespace) -> tuple[float, float]:
+    """Share of intervals that hold the planted noise scale, and of those without an upper end."""
+    generator, covered, unbounded = torch.Generator().manual_seed(options.seed), 0, 0
+    for _ in range(options.repeats):
+        record = NoiseScaleRecord.empty()
+        for _ in range(options.steps):
+            record = record.update(ERRORS[error](group_gradients(noise_scale, options.prompts, generator)))
+        low, high = record.interval()
+        covered += low <= noise_scale <= high
+        unbounded += math.isinf(high)
+    return covered / options.repeats, unbounded / options.repeats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("repeats", 300), ("prompts", 16), ("steps", 8), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    for error in ERRORS:
+        for planted in PLANTED:
+            covered, unbounded = coverage(planted, error, options)
+            print(f"{error:<10} noise scale {planted:>6}: covered {covered:.3f}, unbounded above {unbounded:.3f}")
+
+
+if __name__ == "__main__":
+    main()
