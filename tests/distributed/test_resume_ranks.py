@@ -1,0 +1,65 @@
+"""Interrupted in one process group and resumed in another is uninterrupted, bit for bit: DDP, ZeRO-1, ZeRO-2."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+from trl_entropy.embedded_model import build_model, build_tokenizer
+from trl_entropy.run_log import RunDirectory
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+CASES = {
+    "full": {},
+    "lora": {"lora": True},
+    "generation window": {"steps_per_generation": 3, "num_iterations": 1},
+    "two iterations": {"num_iterations": 2},
+    "second epoch": {"num_prompts_per_step": 16},  # two steps an epoch
+}
+
+
+def without_clocks(rows):
+    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, seed=3).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def run(engine: str, directory: Path, runs: list[dict]) -> dict[str, str]:
+    """The runs in one process group; their weights' hashes by name."""
+    result = launch(engine, WORKER, str(directory), *map(json.dumps, runs), scratch=directory / "ops", timeout=400)
+    assert result.returncode == 0, result.stdout[-6000:]
+    return {run["name"]: (directory / run["name"] / "weights.txt").read_text() for run in runs}
+
+
+@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero1-cpu", "zero2-cpu"])
+def test_resumed_is_uninterrupted(engine, model_path, tmp_path):
+    cases = [settings | {"model_path": model_path} for settings in CASES.values()]
+    straight = [case | {"name": f"{name} straight"} for name, case in zip(CASES, cases, strict=True)]
+    resumed = [case | {"name": f"{name} resumed", "resume": "latest"} for name, case in zip(CASES, cases, strict=True)]
+    first = run(engine, tmp_path, straight + [case | {"stop_after": 3} for case in resumed])
+    second = run(engine, tmp_path, resumed)
+    for name in CASES:
+        assert second[f"{name} resumed"] == first[f"{name} straight"] != first[f"{name} resumed"], name
+        expected, got = (RunDirectory(tmp_path / f"{name} {kind}").metrics() for kind in ("straight", "resumed"))
+        assert without_clocks(got) == without_clocks(expected) and len(got) == 5
+        print(f"| {engine} | {name} | {first[f'{name} straight']} | {second[f'{name} resumed']} |")
+    processes = json.loads((tmp_path / "full resumed" / "environment.json").read_text())["num_processes"]
+    assert processes == (1 if engine == "cpu" else 2)
+
+
+def test_another_number_of_processes_is_refused(model_path, tmp_path):
+    settings = {"name": "run", "model_path": model_path, "resume": "latest"}
+    run("cpu", tmp_path, [settings | {"stop_after": 2, "per_device_train_batch_size": 8}])
+    result = launch("ddp-cpu", WORKER, str(tmp_path), json.dumps(settings), scratch=tmp_path / "ops", timeout=100)
+    assert result.returncode != 0 and "world_size was 1 and is 2" in result.stdout
+    assert len(RunDirectory(tmp_path / "run").metrics()) == 2

@@ -1,0 +1,86 @@
+"""pass@k by enumeration of all subsets and of all outcomes; the bootstrap by enumeration of all resamples."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from trl_entropy.estimators.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(num_samples):
+    for k in range(1, num_samples + 1):
+        for num_correct in range(num_samples + 1):
+            outcomes = [1] * num_correct + [0] * (num_samples - num_correct)
+            subsets = list(itertools.combinations(outcomes, k))
+            expected = sum(any(subset) for subset in subsets) / len(subsets)
+            (found,) = pass_at_k(torch.tensor([num_correct]), num_samples, k).tolist()
+            assert found == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.6])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_pass_at_k_is_unbiased_over_all_outcomes(chance, k):
+    num_samples, mean = 6, 0.0
+    for outcome in itertools.product((0, 1), repeat=num_samples):
+        probability = math.prod(chance if correct else 1 - chance for correct in outcome)
+        mean += probability * float(pass_at_k(torch.tensor([sum(outcome)]), num_samples, k))
+    assert mean == pytest.approx(1 - (1 - chance) ** k, abs=1e-13)
+
+
+def test_the_plug_in_of_the_mean_would_be_biased():
+    # what the unbiased form is for: 1 - (1 - c/n)^k is too low, here by 0.14
+    correct = torch.tensor([1])
+    assert 1 - (1 - 1 / 4) ** 4 == pytest.approx(float(pass_at_k(correct, 4, 4)) - 0.3164, abs=1e-4)
+
+
+def test_it_varies_less_than_the_first_k_and_agrees_with_it_on_average():
+    num_samples, k = 6, 2
+    for num_correct in range(num_samples + 1):
+        orders = set(itertools.permutations([1] * num_correct + [0] * (num_samples - num_correct)))
+        first_k = [float(any(order[:k])) for order in orders]
+        assert sum(first_k) / len(first_k) == pytest.approx(float(pass_at_k(torch.tensor([num_correct]), 6, k)))
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="k=5 of 4 samples"):
+        pass_at_k(torch.tensor([1]), 4, 5)
+    with pytest.raises(ValueError, match="0 to 4"):
+        pass_at_k(torch.tensor([5]), 4, 1)
+
+
+def test_powers_of_two():
+    assert [powers_of_two_up_to(n) for n in (1, 2, 3, 4, 7, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4], [1, 2, 4],
+                                                                    [1, 2, 4, 8]]  # fmt: skip
+
+
+def test_bootstrap_against_all_resamples():
+    numerators = torch.tensor([[0.3, 0.3], [2.0, 2.0], [0.1, 0.1], [1.7, 1.7]])
+    denominators = torch.tensor([[1.0, 1.0], [1.0, 4.0], [1.0, 2.0], [1.0, 3.0]])
+    drawn = torch.tensor(list(itertools.product(range(4), repeat=4)))
+    exact = torch.quantile(
+        (numerators[drawn].sum(1) / denominators[drawn].sum(1)).double(), torch.tensor([0.1, 0.9]).double(), dim=0
+    ).T
+    found = bootstrap_intervals(numerators, denominators, confidence=0.8, num_resamples=40_000)
+    assert torch.allclose(found, exact, atol=0.03)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    sample = (torch.rand(60, 300, generator=torch.Generator().manual_seed(1)) < 0.4).double()
+    low, high = bootstrap_intervals(sample, torch.ones_like(sample), confidence=0.9, num_resamples=400).T
+    covered = float(((low <= 0.4) & (0.4 <= high)).double().mean())
+    assert 0.84 <= covered <= 0.95  # 0.9 within three binomial standard errors
+
+
+def test_bootstrap_of_one_prompt_of_equal_ones_and_of_none():
+    assert bootstrap_intervals(torch.ones(1, 2), torch.ones(1, 2)).isnan().all()
+    assert bootstrap_intervals(torch.ones(5, 1), torch.ones(5, 1)).tolist() == [[1.0, 1.0]]
+    assert bootstrap_intervals(torch.zeros(3, 1), torch.zeros(3, 1)).isnan().all()
+
+
+def test_bootstrap_draws_the_same_prompts_for_every_checkpoint():
+    values = torch.rand(20, 1)
+    before, after = (bootstrap_intervals(v, torch.ones(20, 1)) for v in (values, values + 1))
+    assert torch.allclose(after, before + 1)

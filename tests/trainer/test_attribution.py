@@ -1,0 +1,195 @@
+"""(T9) in training: parts sum to the whole, against float64, no trace in training, resumed, refused by name."""
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trl_entropy import DrGRPOConfig
+from trl_entropy.estimators.adamw import AdamWSettings, adamw_update_parts, gradient_metric
+from trl_entropy.estimators.attribution import Attribution, UpdateProducts, token_contributions, update_products
+from trl_entropy.estimators.delta_entropy import delta_linear
+from trl_entropy.estimators.step_change import point_terms
+from trl_entropy.precision import float64_reference
+from trl_entropy.probes.attribution import CATEGORIES
+from trl_entropy.run_log import RunDirectory
+from trl_entropy.scores import Completions, score
+from trl_entropy.sequence_passes import entropy_gradient, gradient_products
+
+PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return Dataset.from_dict(
+        {"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben", "Cem", "Dia") for i in range(8)]}
+    )
+
+
+def files(run, probe):
+    return [load_file(path) for path in sorted((run.path / "probes" / probe).glob("*"))]
+
+
+def trained(make_trainer, problems, mode, **settings):
+    trainer = make_trainer(
+        max_steps=settings.pop("max_steps", 3),
+        dataset=problems,
+        lr_scheduler_type="constant",
+        weight_decay=settings.pop("weight_decay", 0.1),
+        # With 1e-8 the first step moves coordinates whose gradient is rounding, by lr like all others.
+        adam_epsilon=1e-4,
+        **({"entropy_attribution": mode} | PROBE | settings),
+    )
+    trainer.train()
+    return trainer, RunDirectory(trainer.args.output_dir)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        {"loss_type": "dapo", "num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2},
+        {"length_normalizer": "group_max", "lora": True},
+    ],
+    ids=str,
+)
+def test_parts_sum_to_the_whole(make_trainer, problems, settings):
+    """By sequence and by token alike, for clipped and off-policy losses too; the whole is forward mode's number."""
+    from peft import LoraConfig
+
+    settings = dict(settings)
+    if settings.pop("lora", False):
+        settings["peft_config"] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    (_, by_sequence), (_, by_token) = (
+        trained(make_trainer, problems, mode, max_grad_norm=0.1, **settings) for mode in ("sequence", "token")
+    )
+    contributions = [[file["attribution"] for file in files(run, "attribution")] for run in (by_sequence, by_token)]
+    for step, (row, other) in enumerate(zip(by_sequence.metrics(), by_token.metrics(), strict=True)):
+        assert abs(row["entropy/attribution_rounding"]) < 1e-5 and abs(other["entropy/attribution_rounding"]) < 1e-5
+        shares = sum(row[f"entropy/share_{name}"] for name in ("momentum", "weight_decay", "gradient"))
+        assert shares == pytest.approx(1, rel=1e-3)
+        assert (row["entropy/delta_momentum"] == 0) == (step == 0) and row["entropy/delta_weight_decay"] != 0
+        sequences, tokens = (some[step] for some in contributions)
+        assert torch.allclose(tokens.sum(1), sequences, rtol=1e-3, atol=1e-5 * float(sequences.abs().sum()))
+        assert float(sequences.sum()) == pytest.approx(row["entropy/delta_gradient"])
+        assert sum(other[f"entropy/share_{name}"] for name in CATEGORIES["token"]) == pytest.approx(1)
+        incorrect = other["entropy/share_incorrect_rare"] + other["entropy/share_incorrect_common"]
+        assert incorrect == pytest.approx(row["entropy/share_incorrect"], rel=1e-3)
+        assert row["entropy/share_correct_low"] <= row["entropy/share_correct"] <= row["entropy/share_correct_high"]
+
+
+def test_on_policy_coefficients_are_those_of_the_equation(make_trainer, problems):
+    _, run = trained(make_trainer, problems, "sequence", gradient_accumulation_steps=2, max_steps=1)
+    (file,), (rollouts,) = files(run, "attribution"), files(run, "rollouts")
+    expected = rollouts["advantages"][:, None] * rollouts["completion_mask"] / (32 * 12)
+    assert torch.allclose(file["loss_coefficients"], expected, rtol=1e-5, atol=1e-9)
+    assert torch.equal(file["prompt_index"], rollouts["prompt_index"])
+
+
+def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems):
+    points = []
+    for settings in ({"entropy_probe": False}, {"entropy_attribution": "sequence"}, {"entropy_attribution": "token"}):
+        trainer, run = trained(make_trainer, problems, "none", **settings)
+        points.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        logged = "entropy/share_momentum" in run.metrics()[-1]
+        assert logged == ("entropy_attribution" in settings)
+    assert torch.equal(points[0], points[1]) and torch.equal(points[0], points[2])
+
+
+def test_the_record_survives_a_resume(make_trainer, problems, tmp_path):
+    rows = []
+    for name, stops in (("straight", [4]), ("resumed", [2, 4])):
+        for stop in stops:
+            settings = {"output_dir": str(tmp_path / name), "save_strategy": "steps", "save_steps": 2}
+            trainer = make_trainer(
+                max_steps=stop, dataset=problems, lr_scheduler_type="constant",
+                **(PROBE | {"entropy_attribution": "token"} | settings),
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint="latest" if stop > stops[0] else None)
+        rows.append(RunDirectory(tmp_path / name).metrics()[-1])
+    keys = [key for key in rows[0] if "share" in key]
+    assert len(keys) == 3 + 4 * len(CATEGORIES["token"])
+    assert {key: rows[0][key] for key in keys} == {key: rows[1][key] for key in keys}
+
+
+def test_a_zero_gradient_has_no_shares(make_trainer, problems):
+    _, run = trained(
+        make_trainer, problems, "token", max_steps=1, weight_decay=0.0,
+        reward_funcs=lambda completion_ids, **kwargs: [1.0] * len(completion_ids),
+    )  # fmt: skip
+    (row,) = run.metrics()
+    assert row["entropy/delta_gradient"] == row["entropy/delta_momentum"] == 0
+    assert row["entropy/share_momentum"] != row["entropy/share_momentum"]  # nan: 0/0, not 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"beta": 0.1, "loss_type": "grpo"}, "beta=0"),
+        ({"entropy_coef": 0.1}, "entropy_coef=0"),
+        ({"entropy_attribution": "tokens"}, "use one of"),
+        ({"entropy_probe_source": "rollouts", "num_prompts_per_step": 4}, "entropy_attribution='none'"),
+    ],
+    ids=str,
+)
+def test_what_is_not_covered_is_refused(settings, message, tmp_path):
+    defaults = {"output_dir": str(tmp_path), "entropy_probe": True, "entropy_attribution": "token", "use_cpu": True}
+    sizes = {"bf16": False, "num_generations": 4, "per_device_train_batch_size": 16}
+    with pytest.raises(ValueError, match=message):
+        DrGRPOConfig(**(defaults | sizes | settings))
+
+
+def test_parts_sum_in_float64(model_path):
+    """A third step of torch's AdamW on random coefficients: the parts miss the whole by 1e-12 of their sum."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    lr, betas, eps, decay = 1e-3, (0.9, 0.99), 1e-8, 0.1
+    ids, mask = torch.randint(2, 300, (6, 14)), torch.ones(6, 14, dtype=torch.long)
+    update_batch, probe_batch = (Completions(x, mask, mask[:, :8], torch.arange(6)) for x in (ids, ids.flip(0, 1)))
+    coefficients = torch.randn(6, 8, dtype=torch.float64) / 50
+    with float64_reference(model):
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(params.values(), lr, betas, eps, decay)
+        for _ in range(3):
+            before = {name: p.detach().clone() for name, p in params.items()}
+            state = [optimizer.state.get(p, {}) for p in params.values()]
+            moments = {
+                name: tuple(
+                    s[key].clone() if s else torch.zeros_like(params[name]) for key in ("exp_avg", "exp_avg_sq")
+                )
+                for name, s in zip(params, state, strict=True)
+            }
+            scores = score(model, update_batch, 1.0, 4, before, before, order=0)
+            step = 1 + int(state[0]["step"] if state[0] else 0)
+            optimizer.zero_grad()
+            logits = model(input_ids=ids).logits[:, 5:-1].log_softmax(-1)
+            logps = logits.gather(2, ids[:, 6:, None]).squeeze(2)
+            assert torch.allclose(logps.detach(), scores.logps[0])
+            (-(coefficients * logps).sum()).backward()
+            gradient = {name: p.grad.clone() for name, p in params.items()}
+            optimizer.step()
+        dtheta = {name: p.detach() - before[name] for name, p in params.items()}
+        for name, p in params.items():
+            p.data.copy_(before[name])
+        settings = AdamWSettings(lr, betas, eps, decay)
+        scores = score(model, probe_batch, 1.0, 4, before, dtheta, order=1)
+        terms = point_terms(scores.entropy, scores.logps, scores.logps[0], mask[:, :8])
+        whole = float(delta_linear(terms.terms, terms.tangents).value)
+        entropy = float(terms.terms.numerator.sum() / terms.terms.denominator.sum())
+        grad_h = entropy_gradient(model, probe_batch, 1.0, 4, entropy, 48)
+        products, direction = UpdateProducts(0.0, 0.0, 0.0), {}
+        for name, g in gradient.items():
+            parts = adamw_update_parts(before[name], g, *moments[name], step, settings)
+            products = update_products(grad_h[name], parts, products)
+            direction[name] = gradient_metric(g, moments[name][1], step, settings) * grad_h[name]
+        by_sequence = -gradient_products(model, update_batch, -coefficients, direction, 1.0, 4)
+        derivatives = score(model, update_batch, 1.0, 4, before, direction, order=1).logps[1]
+    by_token = token_contributions(coefficients, derivatives, mask[:, :8], 1.0)
+    assert torch.allclose(by_token.sum(1), by_sequence, rtol=1e-9)
+    for contributions in (by_sequence, by_token):
+        found = Attribution(whole, products.momentum, products.weight_decay, contributions)
+        assert abs(found.relative_rounding) < 1e-12
+    assert abs(products.momentum) > 1e-6 < by_sequence.abs().min()

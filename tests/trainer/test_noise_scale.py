@@ -1,0 +1,254 @@
+"""The noise scale probe: prompt groups' gradients against slow recomputations, training untouched, refusals."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from trl_entropy import DrGRPOConfig
+from trl_entropy.engine import trainable_parameters
+from trl_entropy.estimators.noise_scale import NoiseScaleRecord, jackknifed_parts, noise_parts
+from trl_entropy.metrics import METRICS
+from trl_entropy.precision import float64_reference
+from trl_entropy.probes import PROBES, NoiseScaleProbe
+from trl_entropy.probes import noise_scale as noise_scale_probe
+from trl_entropy.run_log import RunDirectory
+
+PROBE = {"noise_scale_probe": True, "probe_batch_size": 16}
+LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+RAW = ("grad_sq_norm", "grad_variance_trace")
+
+
+class Keep(NoiseScaleProbe):
+    """Keeps what the last step was made of."""
+
+    def on_before_update(self, args, state, control, *, update, engine, rollouts, **kwargs):
+        super().on_before_update(args, state, control, update=update, engine=engine, rollouts=rollouts, **kwargs)
+        names = list(trainable_parameters(engine.module))
+        self.rollouts, self.step, self.by_extra_pass = rollouts, update.optimizer_step, self._by_extra_pass
+        self.params = {name: update.params_before[name].clone() for name in names}
+        self.gradient, self.exp_avg_sq = (
+            torch.cat([values[name].flatten() for name in names]).double()
+            for values in (update.gradient, update.exp_avg_sq)
+        )
+
+
+@pytest.fixture
+def trained(make_trainer, monkeypatch):
+    """trained(**settings): 2 steps on completions of 1 to 12 random tokens; what the probe saw last, all metrics."""
+
+    def train(lora=False, **settings):
+        keep, draw = Keep(batch_size=settings.pop("probe_batch_size", 16)), random.Random(0)
+        trainer = make_trainer(callbacks=[keep], peft_config=LORA if lora else None, **settings)
+
+        def completions(prompt_ids, *args):
+            return [[draw.randrange(2, 400) for _ in range(draw.randint(1, 12))] for _ in prompt_ids], None
+
+        monkeypatch.setattr(trainer, "_generate_single_turn", completions)
+        trainer.train()
+        return keep, trainer, RunDirectory(trainer.args.output_dir)
+
+    return train
+
+
+def rows_float64(model, keep):
+    """Y_n by loops over completions, one at a time and unpadded, in float64."""
+    u, rows = keep.rollouts, []
+    with float64_reference(model):
+        params = trainable_parameters(model)
+        for name, parameter in params.items():
+            parameter.data.copy_(keep.params[name])
+        for group in u.prompt_index.unique().tolist():
+            members = (u.prompt_index == group).nonzero().flatten().tolist()
+            y = 0.0
+            for i in members:
+                length = int(u.lengths[i])
+                prompt, completion = u.prompt_ids[i][u.prompt_mask[i].bool()], u.completion_ids[i, :length]
+                logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+                logps = logits.log_softmax(-1)[torch.arange(length), completion]
+                y = y - u.advantages[i].double() * logps.sum() / (len(members) * 12)
+            gradients = torch.autograd.grad(y, list(params.values()))
+            rows.append(torch.cat([part.flatten() for part in gradients]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": True},
+        {"lora": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 6, "num_generations": 3},
+        {"lora": True, "gradient_accumulation_steps": 2, "length_normalizer": "group_max", "max_grad_norm": 0.01},
+        {"gradient_accumulation_steps": 2, "probe_batch_size": 9},
+        {"length_normalizer": "group_max", "max_grad_norm": 0.01},
+    ],
+    ids=str,
+)
+def test_numbers_are_those_of_float64_loops(trained, settings):
+    keep, trainer, run = trained(**settings)
+    assert keep.by_extra_pass == (not settings.get("lora", False))
+    rows, row, args = rows_float64(trainer.model, keep), run.metrics()[-1], trainer.args
+    mean = rows.mean(0)
+    assert (mean - keep.gradient).norm() < 1e-4 * keep.gradient.norm() and row["noise_scale/gradient_error"] < 1e-5
+    file = load_file(run.path / "probes" / "noise_scale" / "step_000002.safetensors")
+    assert torch.equal(file["prompt_index"].sort().values, keep.rollouts.prompt_index.unique())
+    order = file["prompt_index"].argsort()
+    assert row["noise_scale/num_prompts"] == len(rows)
+    known = keep.exp_avg_sq > 0
+    metric = torch.zeros_like(keep.exp_avg_sq)
+    v_hat = keep.exp_avg_sq[known] / (1 - args.adam_beta2 ** (keep.step - 1))
+    metric[known] = 1 / (v_hat.sqrt() + args.adam_epsilon)
+    assert row["noise_scale/num_coordinates_without_metric"] == (~known).sum()
+    for suffix, prefix, m, rel in (("", "", torch.ones_like(metric), 1e-4), ("_adam", "adam_", metric, 1e-2)):
+        norms = (rows.square() * m).sum(1)
+        assert torch.allclose(file[f"group_sq_norms{suffix}"][order], norms, rtol=rel)
+        batch_sq_norm = float(mean.square() @ m)
+        assert file[f"batch_sq_norm{suffix}"].item() == pytest.approx(batch_sq_norm, rel=rel)
+        num_prompts, mean_norm = len(rows), norms.mean().item()
+        signal = (num_prompts * batch_sq_norm - mean_norm) / (num_prompts - 1)
+        noise = num_prompts / (num_prompts - 1) * (mean_norm - batch_sq_norm)
+        assert row[f"noise_scale/{prefix}grad_sq_norm"] == pytest.approx(signal, rel=rel, abs=rel * batch_sq_norm)
+        assert row[f"noise_scale/{prefix}grad_variance_trace"] == pytest.approx(noise, rel=rel)
+        assert row[f"noise_scale/{prefix}grad_sq_norm_stderr"] > 0
+
+
+def test_pool_is_that_of_the_files(trained):
+    _, _, run = trained(lora=True, max_steps=4, gradient_accumulation_steps=2)
+    record = NoiseScaleRecord.empty()
+    for step, row in enumerate(run.metrics(), start=1):
+        file = load_file(run.path / "probes" / "noise_scale" / f"step_{step:06d}.safetensors")
+        parts = noise_parts(file["group_sq_norms"], file["batch_sq_norm"].item())
+        for name, value in zip(RAW, parts, strict=True):
+            assert row[f"noise_scale/{name}"] == pytest.approx(value, rel=1e-9)
+        record = record.update(jackknifed_parts(file["group_sq_norms"], file["group_dot_batch"]))
+        ratio = record.parts.values[1] / record.parts.values[0]
+        assert row["noise_scale/simple"] == pytest.approx(ratio.item(), rel=1e-9)
+        assert row["noise_scale/signal_to_noise"] == pytest.approx(8 / ratio.item(), rel=1e-9)
+        lower, upper = record.interval()
+        assert row["noise_scale/simple_lower"] == pytest.approx(lower)
+        assert row["noise_scale/suggested_prompts_lower"] == pytest.approx(lower)
+        assert row["noise_scale/simple_upper"] == (pytest.approx(upper) if upper < float("inf") else None)
+        assert ("noise_scale/adam" in row) == (step > 1)
+        assert {key for key in row if key.startswith("noise_scale/")} <= METRICS.keys() | {
+            f"{key}_stderr" for key in METRICS
+        }
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_micro_batches_do_not_matter(trained, lora):
+    one, two, parts = (
+        trained(lora=lora, per_device_train_batch_size=size, gradient_accumulation_steps=32 // size)[2].metrics()
+        for size in (32, 16, 8)
+    )
+    keys = {key for key in one[0] if key.startswith("noise_scale/")} - {"noise_scale/gradient_error"}
+    assert len(keys) > 8
+    for key in keys:  # the first step: later ones start from parameters that differ by rounding
+        assert one[0][key] == pytest.approx(two[0][key], rel=1e-5) == pytest.approx(parts[0][key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_groups_without_gradient_stay(trained, lora):
+    def reward(prompts, completion_ids, **kwargs):
+        odd = [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+        return [0.5 if prompt[0] in "ABCD" else value for prompt, value in zip(prompts, odd, strict=True)]
+
+    _, _, run = trained(lora=lora, reward_funcs=reward, gradient_accumulation_steps=2)
+    file = load_file(run.path / "probes" / "noise_scale" / "step_000001.safetensors")
+    assert len(file["group_sq_norms"]) == 8 and (file["group_sq_norms"] == 0).sum() == 4
+    assert run.metrics()[0]["noise_scale/gradient_error"] < 1e-5
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_zero_gradient_is_no_error_and_has_no_ratio(trained, lora):
+    _, _, run = trained(lora=lora, reward_funcs=lambda completion_ids, **kwargs: [1.0] * len(completion_ids))
+    row = run.metrics()[-1]
+    assert row["noise_scale/grad_sq_norm"] == row["noise_scale/grad_variance_trace"] == 0
+    assert row["noise_scale/simple"] is None and row["noise_scale/gradient_error"] is None  # nan: 0/0
+
+
+def test_a_large_adapter_takes_the_extra_pass_with_the_same_numbers(trained, monkeypatch):
+    from_training = trained(lora=True)[2].metrics()
+    monkeypatch.setattr(noise_scale_probe, "MAX_ROWS_BYTES", 1000)
+    keep, _, run = trained(lora=True)
+    assert keep.by_extra_pass
+    for one, other in zip(from_training, run.metrics(), strict=True):
+        for name in RAW:
+            assert other[f"noise_scale/{name}"] == pytest.approx(one[f"noise_scale/{name}"], rel=1e-4)
+
+
+def test_without_adam_there_is_no_metric(trained):
+    _, _, run = trained(lora=True, optim="sgd")
+    row = run.metrics()[-1]
+    assert "noise_scale/grad_sq_norm" in row and not any("adam" in key for key in row)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_probe_every": 2},
+        {"lora": True, "disable_dropout": False},
+        {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
+    settings = dict(settings)
+    lora, every = settings.pop("lora", False), settings.pop("noise_scale_probe_every", 1)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM") if lora else None
+    runs = []
+    for probes in ({}, PROBE | {"noise_scale_probe_every": every}):
+        trainer = make_trainer(peft_config=config, max_steps=3, **probes, **settings)
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+        rows = RunDirectory(trainer.args.output_dir).metrics()
+        runs.append((weights, [{k: v for k, v in row.items() if "time" not in k} for row in rows]))
+    (off, off_rows), (on, on_rows) = runs
+    assert torch.equal(off, on)
+    for step, (off_row, on_row) in enumerate(zip(off_rows, on_rows, strict=True), start=1):
+        assert off_row.items() <= on_row.items()
+        assert ("noise_scale/simple" in on_row) == (step % every == 0)
+        if step % every == 0:  # training's own backward, dropout and all; the extra pass is without
+            assert on_row["noise_scale/gradient_error"] < 1e-5
+
+
+def config(tmp_path, **settings):
+    defaults = {"output_dir": str(tmp_path), "num_generations": 4, "per_device_train_batch_size": 16}
+    return DrGRPOConfig(**(defaults | {"bf16": False, "use_cpu": True} | PROBE | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"loss_type": "dapo"}, "loss_type='dr_grpo'"),
+        ({"scale_rewards": "batch"}, "scale_rewards='none'"),
+        ({"num_iterations": 2}, "num_iterations=1"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=1"),
+        ({"per_device_train_batch_size": 12}, "num_prompts_per_step=4"),
+        ({"per_device_train_batch_size": 6, "steps_per_generation": 2}, "per_device_train_batch_size=8"),
+        ({"noise_scale_probe_every": 0}, "use 1 or more steps"),
+    ],
+    ids=str,
+)
+def test_refused_settings_say_what_to_change(tmp_path, settings, remedy):
+    with pytest.raises(ValueError, match="noise_scale_probe") as error:
+        config(tmp_path, **settings)
+    assert remedy in str(error.value)
+
+
+def test_what_the_equation_allows_is_not_refused(tmp_path):
+    config(tmp_path, loss_type="grpo", beta=0.1, scale_rewards="group", top_p=0.9, optim="sgd")
+
+
+def test_the_extra_pass_knows_the_dr_grpo_loss_only(make_trainer):
+    with pytest.raises(ValueError, match=r"the language-model head is trained.*beta=0"):
+        make_trainer(beta=0.1, **PROBE).train()
+    assert type(PROBES["noise_scale_probe"].from_config(make_trainer(**PROBE).args)) is NoiseScaleProbe
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": "grpo"}, {"beta": 0.1}, {"steps_per_generation": 2}], ids=str)
+def test_trainings_own_backward_serves_other_losses(trained, settings):
+    _, _, run = trained(lora=True, **settings)
+    assert all(row["noise_scale/gradient_error"] < 1e-5 for row in run.metrics())
