@@ -19,17 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_entropy import rewards
-from trl_entropy.answer_checker import (
+from trl_entropy.answers import (
     AnswerChecker,
     Verdict,
-    _SizeBound,
     clean_answer,
-    math_verify_equal,
     plain_number,
     quick_verdict,
     reject_reason,
     shared_checker,
 )
+from trl_entropy.answers.limits import _SizeBound
+from trl_entropy.answers.worker import math_verify_equal
 from trl_entropy.rewards import (
     extract_answer,
     format_reward,
@@ -606,7 +606,7 @@ def run_script(tmp_path: Path, source: str) -> subprocess.Popen:
 
 CHECK_IN_A_SCRIPT = """
     import sys
-    from trl_entropy.answer_checker import shared_checker
+    from trl_entropy.answers import shared_checker
     from trl_entropy.rewards import tag_pref
     print("started", tag_pref(None, ["<answer>x+1</answer>"], answer=["1+x"]), "torch" in sys.modules)
     print(*[worker.pid for worker in shared_checker()._workers if worker.pid], flush=True)

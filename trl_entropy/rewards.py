@@ -4,7 +4,7 @@ The gold answer stands in the dataset column `answer`. Several rewards may be su
 
     DrGRPOTrainer(..., reward_funcs=[tag_pref, format_reward])
 
-No text of a model makes a reward raise or hang: `trl_entropy.answer_checker` compares the answers within bounds.
+No text of a model makes a reward raise or hang: `trl_entropy.answers` compares the answers within bounds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_entropy.answer_checker import Verdict, clean_answer, plain_number, reject_reason, shared_checker
+from trl_entropy.answers import Verdict, clean_answer, plain_number, reject_reason, shared_checker
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _warn_of_unusable(gold: str) -> None:
         logger.warning("a gold answer is empty: no completion of its prompt can earn a reward")
     elif plain_number(gold) is None and (reason := reject_reason(gold)):
         logger.warning(
-            "the gold answer %.80r is outside the limits of trl_entropy.answer_checker (%s): only a completion that "
+            "the gold answer %.80r is outside the limits of trl_entropy.answers (%s): only a completion that "
             "repeats it literally earns the reward",
             gold,
             reason,

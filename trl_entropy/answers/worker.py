@@ -1,0 +1,97 @@
+"""
+The program of a worker: answers comparisons by math-verify, one line each, within limits on CPU time and memory.
+
+It is started by path in a fresh interpreter: `multiprocessing` would import the training script a second time, and
+torch with it. It ends when its standard input closes, whatever became of the process that started it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import re
+import resource
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+
+_MATH_ENVIRONMENT = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
+_PROSE = re.compile(r"(?<!\S)(?!(?:and|sqrt|sin|cos|tan|cot|sec|csc|log|exp|inf)\b)[A-Za-z]{3,}(?![^\s.,:;!?])")
+
+
+def math_verify_equal(gold: str, answer: str) -> bool:
+    """Whether math-verify finds two cleaned answers equal. Without bounds on time and memory: for the worker."""
+    from math_verify import verify
+    from sympy.core.random import seed
+
+    seed(0)  # simplify tests some identities at random points
+    return verify(_parse(gold), _parse(answer), timeout_seconds=None)
+
+
+def _parse(text: str) -> list:
+    """What math-verify extracts from an answer.
+
+    It looks for LaTeX only inside of a math environment, and elsewhere for numbers: of a bare `2x+3` it reads the 2.
+    So an answer is put into one, unless it brings its own or is prose, where the last number counts (`72 dollars`).
+    """
+    from math_verify import parse
+
+    read = functools.partial(parse, fallback_mode="no_fallback", parsing_timeout=None)
+    if _MATH_ENVIRONMENT.search(text):
+        return read(text)
+    if "\\" not in text and _PROSE.search(text):
+        return read(text) or read(f"${text}$")
+    return read(f"${text}$")
+
+
+def _load_verify(path: str | None) -> Callable[[str, str], bool]:
+    if path is None:
+        import math_verify  # noqa: F401  before the first deadline runs
+
+        logging.disable(logging.CRITICAL)
+        return math_verify_equal
+    file, _, name = path.rpartition(":")
+    return runpy.run_path(file)[name]
+
+
+def _limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _limit_cpu_time(seconds: float) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + seconds))
+
+
+def _serve(deadline: str, memory_limit: str, verify_path: str | None = None) -> None:
+    """Answer each line `[gold, answer]` by one byte, `1` or `0`, until the standard input closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; this process ends with its input
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a library prints is no reply
+    try:
+        _limit(resource.RLIMIT_CORE, 0)
+        if sys.platform == "linux":  # macOS refuses to set it
+            _limit(resource.RLIMIT_AS, int(memory_limit))
+        verify = _load_verify(verify_path)
+    except Exception as error:
+        replies.write(repr(error).encode())
+        return
+    replies.write(b"r")
+    for line in sys.stdin.buffer:
+        _limit_cpu_time(float(deadline))
+        try:
+            equal = verify(*json.loads(line))
+        except MemoryError:
+            os._exit(1)  # the parent tries once more in a fresh process
+        except Exception:  # an answer that cannot be read equals nothing
+            equal = False
+        replies.write(b"1" if equal else b"0")
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
