@@ -11,16 +11,21 @@ import contextlib
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from trl_entropy import sft
 from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import quiet_libraries
 from trl_entropy.preflight import Plan, full_report
 from trl_entropy.preflight.checks import findings
 from trl_entropy.preflight.finding import Finding
+from trl_entropy.preflight.fine_tuning import fine_tuning_findings, fine_tuning_report
 from trl_entropy.preflight.hardware import Hardware, named_hardware, this_machine
 from trl_entropy.preflight.launch import Launch, launch_from_options, read_accelerate_config
 from trl_entropy.preflight.report import problem_lines, section, versions
@@ -48,6 +53,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--accelerate_config", type=Path, help="the YAML that `accelerate launch --config_file` gets")
     parser.add_argument("--num_processes", type=int, help="as given to `accelerate launch`, over the YAML's")
     parser.add_argument("--cpu", action="store_true", help="as given to `accelerate launch`")
+    parser.add_argument("--sft", action="store_true", help="the settings are those of `trl-entropy sft`")
     parser.add_argument("--hardware", help="the machine that it will run on, if not this one: 2xH100-80GB, cpu-16GB")
     return parser
 
@@ -60,13 +66,15 @@ def diagnose(options: argparse.Namespace, settings: list[str]) -> tuple[list[str
     except (ValueError, FileNotFoundError) as error:
         return section("Versions", versions()), [Finding(str(error), "Correct the option.")]
     found: list[Finding] = []
-    parsed = _parsed(settings, launch, hardware, found)
+    parsed = _parsed(sft.parse if options.sft else parse, settings, launch, hardware, found)
     if parsed is None:
         return section("Versions", versions()), found
     task, args, model = parsed
     if args.use_cpu and hardware.is_this_machine:
         hardware = this_machine(use_cpu=True)
     plan = Plan(task, args, model, launch, hardware, _shape(model, hardware, found))
+    if options.sft:
+        return fine_tuning_report(plan), found + fine_tuning_findings(plan)
     return full_report(plan), found + findings(plan)
 
 
@@ -78,16 +86,18 @@ def _launch(options: argparse.Namespace, hardware: Hardware) -> Launch:
     return launch_from_options(devices, options.num_processes, options.cpu)
 
 
-def _parsed(settings: list[str], launch: Launch, hardware: Hardware, found: list[Finding]) -> Any:
+def _parsed(
+    read: Callable[[list[str]], Any], settings: list[str], launch: Launch, hardware: Hardware, found: list[Finding]
+) -> Any:
     """(task, args, model), or None; errors in the settings become problems."""
     with planned(launch, hardware):
         try:
-            return parse(settings)
+            return read(settings)
         except (ValueError, ImportError, FileNotFoundError) as error:
             found.append(Finding(str(error), _advice(error, hardware)))
         # A directory that is in use hides nothing else: go on as if its run were to be resumed.
         try:
-            task, args, model = parse([*settings, "--resume_from_checkpoint", "unset"])
+            task, args, model = read([*settings, "--resume_from_checkpoint", "unset"])
         except (ValueError, ImportError, FileNotFoundError):
             return None  # said above
         args.resume_from_checkpoint = None
@@ -117,13 +127,13 @@ def _shape(model: Any, hardware: Hardware, found: list[Finding]) -> ModelShape |
 @contextlib.contextmanager
 def planned(launch: Launch, hardware: Hardware) -> Iterator[None]:
     """
-    Inside, `DrGRPOConfig` sees the processes and the device of the plan, not those of this process.
+    Inside, `DrGRPOConfig` and `SFTConfig` see the processes and the device of the plan, not those of this process.
 
     transformers sets devices up in `_setup_devices`, which would wait for processes that nobody starts, and asks the
     GPU that is here whether it knows bf16.
     """
 
-    def setup_devices(self: DrGRPOConfig) -> Any:
+    def setup_devices(self: TrainingArguments) -> Any:
         import torch
 
         self.distributed_state = types.SimpleNamespace(num_processes=launch.num_processes, process_index=0)
@@ -131,7 +141,10 @@ def planned(launch: Launch, hardware: Hardware) -> Iterator[None]:
         return torch.device("cpu")
 
     patches: list[Any] = [
-        mock.patch.object(DrGRPOConfig, "_setup_devices", property(setup_devices)),
+        *(
+            mock.patch.object(config, "_setup_devices", property(setup_devices))
+            for config in (DrGRPOConfig, SFTConfig)
+        ),
         mock.patch.dict(os.environ, {"WORLD_SIZE": str(launch.num_processes)}),
     ]
     if not hardware.is_this_machine:

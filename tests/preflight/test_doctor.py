@@ -81,6 +81,15 @@ def test_every_shipped_config_passes_on_its_hardware(path, diagnose):
     assert "Batch plan" in report and "PROBLEM" not in report
 
 
+def test_the_fine_tuning_config_passes_on_its_hardware(diagnose):
+    config = REPOSITORY / "configs" / "sft-qwen2.5-1.5b-gsm8k.yaml"
+    launch = ["--accelerate_config", "launch/ddp.yaml"]
+    report, found = diagnose("--sft", "--config", config, *launch, "--hardware", "2xH100-80GB")
+    assert problems(found) == [] and "a step: 48 demonstrations" in report and "1,543,714,304 parameters" in report
+    _, found = diagnose("--sft", "--config", config)
+    assert any("bf16" in str(finding) for finding in problems(found))
+
+
 def test_reference_run_is_estimated_from_the_built_in_shape(diagnose):
     config = REPOSITORY / "configs" / "qwen2.5-1.5b-gsm8k.yaml"
     arguments = ["--config", config, "--accelerate_config", "launch/zero2.yaml", *GPUS, *LORA, "--lora_r", "64"]

@@ -48,7 +48,7 @@ def full_report(plan: Plan) -> list[str]:
     """All sections but the problems; lines of at most 100 columns."""
     sections = {
         "Versions": versions(),
-        "Machine and processes": _machine(plan),
+        "Machine and processes": machine_lines(plan),
         "Batch plan": _batches(plan),
         "Memory of a process, GiB": _memory(plan),
         "Disk": _disk(plan),
@@ -95,7 +95,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _machine(plan: Plan) -> list[str]:
+def machine_lines(plan: Plan) -> list[str]:
     launch = plan.launch
     machines = f" on {launch.num_machines} machines" if launch.num_machines > 1 else ""
     return [

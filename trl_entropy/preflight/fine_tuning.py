@@ -1,0 +1,27 @@
+"""The doctor on a supervised fine-tuning run: what it will do and what is missing; its memory is not estimated."""
+
+from __future__ import annotations
+
+from trl_entropy.preflight.checks import devices, processes
+from trl_entropy.preflight.files import dataset, model_files
+from trl_entropy.preflight.finding import Finding
+from trl_entropy.preflight.plan import Plan
+from trl_entropy.preflight.report import machine_lines, section, versions
+
+
+def fine_tuning_report(plan: Plan) -> list[str]:
+    """Versions, machine and batch plan."""
+    args = plan.args
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * plan.world_size
+    length = f"{args.num_train_epochs:g} epoch(s)" if args.max_steps <= 0 else f"{args.max_steps} steps"
+    batches = [
+        f"a step: {rows} demonstrations, as {plan.world_size} process(es) x {args.gradient_accumulation_steps} "
+        f"micro-batch(es) of {args.per_device_train_batch_size}; {length}",
+    ]
+    sections = {"Versions": versions(), "Machine and processes": machine_lines(plan), "Batch plan": batches}
+    return [line for title, lines in sections.items() for line in section(title, lines)]
+
+
+def fine_tuning_findings(plan: Plan) -> list[Finding]:
+    """What the checks that do not depend on RL have found."""
+    return [finding for check in (processes, devices, model_files, dataset) for finding in check(plan)]
