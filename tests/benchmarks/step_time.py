@@ -111,13 +111,19 @@ def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[s
     return results
 
 
-def report(name: str, results: list[tuple[float, float]], num_completions: str) -> None:
-    ratios = [a / b for a, b in results[1:]]  # the first round warms up
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """Mean of independent ratios, and its 95 % interval by Student's t."""
     mean, error = statistics.mean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
     margin = student_t_quantile(0.975, len(ratios) - 1) * error
+    return mean, mean - margin, mean + margin
+
+
+def report(name: str, results: list[tuple[float, float]], num_completions: str) -> None:
+    ratios = [a / b for a, b in results[1:]]  # the first round warms up
+    mean, low, high = interval(ratios)
     seconds = [statistics.median(side) for side in zip(*results[1:], strict=True)]
     print(
-        f"{name}: ratio {mean:.4f}, 95 % interval {mean - margin:.4f} to {mean + margin:.4f}, {len(ratios)} rounds; "
+        f"{name}: ratio {mean:.4f}, 95 % interval {low:.4f} to {high:.4f}, {len(ratios)} rounds; "
         f"median step {seconds[0] * 1e3:.0f} ms against {seconds[1] * 1e3:.0f} ms; {num_completions}; "
         f"{torch.get_num_threads()} thread(s)"
     )

@@ -1,0 +1,51 @@
+"""
+What derivatives of scores cost, as a ratio to scoring alone: orders 1 and 2 of `scores.score`, interleaved.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/score_cost.py [--rounds 20]
+
+The embedded model after its warm start, on 64 of its completions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from step_time import build, interval
+
+from trl_entropy import DrGRPOConfig, DrGRPOTrainer
+from trl_entropy.console import quiet_libraries
+from trl_entropy.scores import score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = build(DrGRPOTrainer, DrGRPOConfig, Path(folder), steps=1)
+        trainer._step_prompts.append(set())
+        completions = trainer.draw_probe_batch(64, "held_out", step=1)
+    params = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    direction = {name: 1e-3 * torch.randn(p.shape, generator=generator) for name, p in params.items()}
+    seconds: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for _ in range(options.rounds + 1):
+        for order, times in seconds.items():
+            start = time.perf_counter()
+            score(trainer.model, completions, 1.0, 64, params, direction, order)
+            times.append(time.perf_counter() - start)
+    for order in (1, 2):
+        ratios = [slow / fast for slow, fast in zip(seconds[order][1:], seconds[0][1:], strict=True)]
+        mean, low, high = interval(ratios)
+        print(f"order {order}: {mean:.2f} times scoring, 95 % interval {low:.2f} to {high:.2f}, {len(ratios)} rounds")
+    print(f"scoring alone: {1e3 * statistics.median(seconds[0]):.0f} ms; {torch.get_num_threads()} thread(s)")
+
+
+if __name__ == "__main__":
+    main()
