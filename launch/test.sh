@@ -5,8 +5,8 @@ set -euo pipefail
 EXTRAS=dev,deepspeed
 . "$(dirname "$0")/environment.sh"
 
-selection="not slow and not gpu"
-if [ "${1:-}" = "--slow" ]; then selection="not gpu"; shift; fi
+slow=
+if [ "${1:-}" = "--slow" ]; then slow=1; shift; fi
 export OMP_NUM_THREADS=1
 # The tests of launch/sync.sh need rsync and sshd; where they cannot be installed, those tests skip and say why.
 tools() { command -v rsync && PATH="$PATH:/usr/sbin" command -v sshd && [ -d /run/sshd ]; }
@@ -20,5 +20,9 @@ echo "== ruff, import-linter, mypy"
 ruff check . && ruff format --check .
 lint-imports
 mypy
-echo "== pytest -m '$selection'"
-python -m pytest -m "$selection" "$@"
+echo "== pytest, two processes"
+python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile "$@"
+if [ -n "$slow" ]; then
+    echo "== pytest, the long ones, one after another: they start processes of their own"
+    python -m pytest -m "slow and not gpu" "$@"
+fi

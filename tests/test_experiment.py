@@ -14,8 +14,9 @@ from trl_entropy.estimators.step_change import point_terms
 from trl_entropy.experiment import main
 from trl_entropy.experiments.calibration import LABELS
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.redraws import redrawn_rows
+from trl_entropy.experiments.redraws import pool_completions, redrawn_rows
 from trl_entropy.experiments.state import FixedState
+from trl_entropy.probes.adamw_step import metric_of_step
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions, score
 from trl_entropy.train import build_trainer, parse
@@ -119,6 +120,63 @@ def test_calibration_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trl_entropy.experiments.redraws.redrawn_rows", lambda *a: pytest.fail("they are kept"))
     main(arguments)
     assert json.loads((tmp_path / "calibration.json").read_text())["quantities"] == rows
+
+
+def run_small(name, checkpoint, tmp_path, *options) -> dict:
+    """One of the experiments at a checkpoint, from end to end."""
+    arguments = [name, "--checkpoint", str(checkpoint), "--output", str(tmp_path), *map(str, options)]
+    main(arguments)
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    return json.loads((tmp_path / f"{name}.json").read_text())
+
+
+def test_linearity_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
+    result = run_small("linearity", checkpoint, tmp_path, "--num-completions", 64)
+    assert "eta*" in capsys.readouterr().out
+    rows = {row["factor"]: row for row in result["rows"]}
+    shortest = rows[1 / 16]
+    assert shortest["linear"]["value"] == pytest.approx(shortest["measured"]["value"], rel=0.1)
+    # What first order leaves over is of second order in the length, and second order's rest is smaller.
+    ratio = rows[1.0]["error_linear"]["value"] / rows[0.5]["error_linear"]["value"]
+    assert ratio == pytest.approx(4, rel=0.3)
+    assert abs(rows[1.0]["error_second_order"]["value"]) < abs(rows[1.0]["error_linear"]["value"]) / 2
+    assert result["log_log_slope"]["low"] < result["log_log_slope"]["value"] < result["log_log_slope"]["high"]
+    curvature = 2 * (rows[1.0]["second_order"]["value"] - rows[1.0]["linear"]["value"])
+    expected = 2 * abs(rows[1.0]["linear"]["value"] / curvature)
+    assert result["end_of_linearity"]["value"] == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr("trl_entropy.experiments.linearity.pool_completions", lambda *a: pytest.fail("it is kept"))
+    assert run_small("linearity", checkpoint, tmp_path, "--num-completions", 64)["rows"] == result["rows"]
+
+
+def test_conditioning_from_end_to_end(checkpoint, tmp_path):
+    rows = {row["rule"]: row for row in run_small(
+        "conditioning", checkpoint, tmp_path, "--num-completions", 64)["rows"]}  # fmt: skip
+    for row in rows.values():
+        assert sum(row[f"share_{name}"] for name in ("momentum", "weight_decay", "gradient")) == pytest.approx(1)
+        equal_lr, equal_length = row["equal_lr"], row["equal_length"]
+        assert equal_length["scale"] * row["length"] == pytest.approx(rows["AdamW"]["length"])
+        scaled = equal_length["scale"] * equal_lr["linear"]["value"]
+        assert equal_length["linear"]["value"] == pytest.approx(scaled, rel=0.05)
+    assert rows["SGD"]["share_gradient"] == 1 and rows["AdamW"]["share_momentum"] != 0
+    assert rows["AdamW"]["equal_lr"]["measured"] == rows["AdamW"]["equal_length"]["measured"]
+
+
+def test_influence_from_end_to_end(checkpoint, state, tmp_path):
+    result = run_small("influence", checkpoint, tmp_path, "--num-completions", 12, "--check", 4)
+    assert set(result["process_seconds"]) == {"forward_backward", "sequence", "token"}
+    assert result["row_sum_error"] < 1e-5 and len(result["completions"]) == 32
+    held, free = result["check"]["held"], result["check"]["free"]
+    assert held["correlation"] > 0.99 and held["slope"] == pytest.approx(1, abs=0.05)
+    # At the third step M is half made of this gradient: free, it turns with each completion, and (T9) holds it.
+    assert abs(free["slope"] - 1) > 2 * abs(held["slope"] - 1)
+    # One column: what the whole step does to the log-probability of a probe completion.
+    matrices = torch.load(result["matrices"], weights_only=True)
+    probe = pool_completions(state, 12, 0, 0)
+    metric = metric_of_step(state.context)
+    gradient_step = {name: -metric[name] * gradient for name, gradient in state.context.gradient.items()}
+    with state.engine.scoring_model(state.before) as model:
+        logps = score(model, probe, 1.0, 12, state.before, gradient_step, order=1).logps[1]
+    torch.testing.assert_close(matrices[1].sum(0), logps.sum(1), rtol=1e-3, atol=1e-4 * float(logps.abs().max()))
 
 
 def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -> Path:

@@ -9,7 +9,8 @@ COMMANDS = {
     "sft": "fine-tune on demonstrations: what RL starts from",
     "train": "train as a config file says (under accelerate launch for more than one process)",
     "doctor": "check a run before it starts: batch plan, memory, disk, problems with their remedies",
-    "report": "draw the figures of a run",
+    "evaluate": "evaluate a run's checkpoints: pass@k, greedy accuracy, lengths, entropy, with intervals",
+    "report": "draw the figures of a run and its page",
     "archive": "copy a run to s3:// or any other store, and verify it there",
     "experiment": "test the estimators on a checkpoint of a run",
 }

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from trl_entropy.layer_gradients import parameter_shape
 from trl_entropy.run_log import RunDirectory
 from trl_entropy.training_state import restore_log_window
 
@@ -44,8 +45,8 @@ class RunLogCallback(TrainerCallback):
             num_processes=args.world_size,
             device=str(args.device),
             num_torch_threads=torch.get_num_threads(),
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            num_trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            num_parameters=sum(parameter_shape(p).numel() for p in model.parameters()),
+            num_trainable_parameters=sum(parameter_shape(p).numel() for p in model.parameters() if p.requires_grad),
         )
 
     def on_log(
@@ -92,10 +93,9 @@ class UpdateEvents(TrainerCallback):
 
 def continue_tensorboard(trainer: DrGRPOTrainer, step: int) -> None:
     """Have TensorBoard go on after `step` in the folder of the run: what an earlier attempt wrote later is hidden."""
-    folder = os.environ.get("TENSORBOARD_LOGGING_DIR")
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and folder and trainer.is_world_process_zero():
-            callback.tb_writer = callback._SummaryWriter(log_dir=folder, purge_step=step + 1)
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir and trainer.is_world_process_zero():
+            callback.tb_writer = callback._SummaryWriter(log_dir=callback.logging_dir, purge_step=step + 1)
 
 
 class StopOnSignal(TrainerCallback):

@@ -30,7 +30,9 @@ SETTINGS = (
     "top_p", "min_p", "repetition_penalty", "stop_at_answer", "use_vllm", "shuffle_dataset", "loss_type",
     "scale_rewards", "length_normalizer", "beta", "epsilon", "epsilon_high", "mask_truncated_completions",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "weight_decay", "max_grad_norm", "bf16", "fp16", "disable_dropout", "max_steps",
+    "weight_decay", "max_grad_norm", "bf16", "fp16", "disable_dropout", "max_steps", "curriculum",
+    "curriculum_hard_below", "curriculum_easy_above", "curriculum_hard_weight", "curriculum_normal_weight",
+    "curriculum_easy_weight", "curriculum_ema", "curriculum_pass_reward",
 )
 # fmt: on
 _CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
@@ -46,7 +48,7 @@ def settings_of(args: Any) -> dict[str, Any]:
     derived = {"engine": f"ZeRO-{plugin.zero_stage}" if plugin else "plain or DDP", "world_size": args.world_size}
     values = {name: derived[name] if name in derived else getattr(args, name, None) for name in SETTINGS}
     if values["lr_scheduler_type"] in _CONSTANT_SCHEDULES or args.additional_steps:
-        values["max_steps"] = None  # the length of the run changes nothing before its end, or is to change
+        del values["max_steps"]  # the length of the run changes nothing before its end, or is to change
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
 
 

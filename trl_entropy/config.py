@@ -17,9 +17,13 @@ logger = logging.getLogger(__name__)
 LENGTH_NORMALIZERS = ("max_completion_length", "group_max")
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
-FULL_SUPPORT_PROBES = ("entropy_probe",)
+FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
+# Losses that are the same sum over completions whatever the others are: no division by the batch's tokens.
+SEPARABLE_LOSSES = ("dr_grpo", "grpo", "sapo")
+CURRICULA = ("none", "pass_rate")
 ENTROPY_PROBE_SAMPLERS = ("model", "vllm")
 ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
+ENTROPY_ATTRIBUTIONS = ("none", "sequence", "token")
 
 
 def _toggle(help: str, default: Any = False, **metadata: Any) -> Any:
@@ -45,9 +49,9 @@ class DrGRPOConfig(GRPOConfig):
             End a completion with its closing answer tag; what the sampler drew after it is dropped.
         kl_every (`int`, *optional*, defaults to `0`):
             Steps between measurements of the KL divergence to the start policy when `beta=0`; 0 turns it off.
-        entropy_probe, effective_sample_size_probe, optimizer_state_probe (`bool`, *optional*, defaults to `False`):
-            Probes; each has its cadence in steps, `<probe>_every`. The entropy probe's own settings begin with
-            `entropy_`; `probe_batch_size` and `probe_files_keep` hold for all probes.
+        entropy_probe, noise_scale_probe, fisher_probe, effective_sample_size_probe, optimizer_state_probe (`bool`):
+            Probes, off by default; each has its cadence in steps, `<probe>_every`. The entropy probe's own settings
+            begin with `entropy_`; `probe_batch_size` and `probe_files_keep` hold for all probes.
 
     Raises:
         ValueError: for sizes that do not divide, fewer than 2 generations, sampling or masking that a probe's
@@ -75,6 +79,19 @@ class DrGRPOConfig(GRPOConfig):
         "Steps between measurements of the KL to the start policy when beta=0; 0: never.", default=0
     )
 
+    curriculum: str = _toggle(
+        "Which prompts come next: 'none' (TRL's order) or 'pass_rate' (buckets of how often a prompt's completions "
+        "passed).",
+        default="none",
+        choices=list(CURRICULA),
+    )
+    curriculum_hard_below: float = _toggle("Pass rate below which a prompt is hard.", default=0.2)
+    curriculum_easy_above: float = _toggle("Pass rate above which a prompt is easy.", default=0.8)
+    curriculum_hard_weight: float = _toggle("Weight of the hard bucket in a draw.", default=1.0)
+    curriculum_normal_weight: float = _toggle("Weight of the bucket between the bounds.", default=2.0)
+    curriculum_easy_weight: float = _toggle("Weight of the easy bucket.", default=0.5)
+    curriculum_ema: float = _toggle("Weight of a prompt's newest group in its pass rate, in (0, 1].", default=0.5)
+    curriculum_pass_reward: float = _toggle("A completion passes with this total reward or more.", default=1.0)
     additional_steps: int = _toggle(
         "With resume_from_checkpoint: steps to train beyond the checkpoint, in place of max_steps. A decaying "
         "schedule is then that of a run of the new length.",
@@ -100,6 +117,12 @@ class DrGRPOConfig(GRPOConfig):
     )
     entropy_second_order: bool = _toggle("Also predict to second order before the step (T10); AdamW only.")
     entropy_placebo: bool = _toggle("Also predict from an earlier step's update: its slope must be 0.")
+    entropy_attribution: str = _toggle(
+        "Split the predicted change over momentum, weight decay and the step's completions (T9): 'sequence', or each "
+        "'token'; AdamW only.",
+        default="none",
+        choices=list(ENTROPY_ATTRIBUTIONS),
+    )
     probe_batch_size: int = _toggle("Completions that a probe scores at a time; halved on out-of-memory.", default=64)
     probe_files_keep: int | None = _toggle(
         "Newest probe files to keep of each probe; 0: none, unset: all.", default=None
@@ -107,6 +130,28 @@ class DrGRPOConfig(GRPOConfig):
 
     effective_sample_size_probe: bool = _toggle("Log the effective sample size of the loss weights (T3).")
     effective_sample_size_probe_every: int = _toggle("Steps between two measurements.", default=1)
+    noise_scale_probe: bool = _toggle(
+        "Measure the gradient noise scale (T14), (T16), in prompts, from each step's own prompt groups; the suggested "
+        "range is that of prompts a step."
+    )
+    noise_scale_probe_every: int = _toggle("Steps between two measurements.", default=1)
+    noise_scale_halves: bool = _toggle(
+        "Also split the noise into within and between prompts, by an extra pass with each group's halves; 4 "
+        "completions a prompt or more."
+    )
+    fisher_probe: bool = _toggle(
+        "Measure how completions act on one another: the Fisher kernel (T12), and each completion's predicted and "
+        "measured change of log-probability, nats; AdamW only."
+    )
+    fisher_probe_every: int = _toggle("Steps between two measurements.", default=1)
+    fisher_num_sequences: int = _toggle(
+        "Completions of the step in the kernel, over all processes, in whole prompt groups.", default=32
+    )
+    fisher_sketch_dim: int = _toggle(
+        "Numbers that sketch each completion's gradient (T13); 0: exact. An entry's error is sqrt(2/dim) of the "
+        "diagonal: 800 for 5 %; the spectrum needs many times its effective rank.",
+        default=0,
+    )
     optimizer_state_probe: bool = _toggle("Log percentiles and counts of tiny values of the optimizer's moments.")
     optimizer_state_probe_every: int = _toggle("Steps between two measurements.", default=1)
 
@@ -131,6 +176,7 @@ class DrGRPOConfig(GRPOConfig):
             )
         self._check_loss()
         self._check_sampler()
+        self._check_curriculum()
         self._check_probes()
 
     def _check_group_size(self) -> None:
@@ -193,6 +239,29 @@ class DrGRPOConfig(GRPOConfig):
         if self.kl_every < 0:
             raise ValueError(f"kl_every is {self.kl_every}; use 0 (off) or a number of steps.")
 
+    def _check_curriculum(self) -> None:
+        weights = self.curriculum_settings()["weights"]
+        remedies = {
+            f"curriculum to one of {CURRICULA}": self.curriculum in CURRICULA,
+            "0 <= curriculum_hard_below <= curriculum_easy_above <= 1": (
+                0 <= self.curriculum_hard_below <= self.curriculum_easy_above <= 1
+            ),
+            "curriculum_ema in (0, 1]": 0 < self.curriculum_ema <= 1,
+            "the three curriculum weights to 0 or more, one of them above 0": min(weights) >= 0 < max(weights),
+        }
+        if needed := [remedy for remedy, holds in remedies.items() if not holds]:
+            raise ValueError(f"curriculum={self.curriculum!r}: set {'; '.join(needed)}.")
+
+    def curriculum_settings(self) -> dict[str, Any]:
+        """Arguments of `PassRateSampler` that are settings."""
+        return {
+            "hard_below": self.curriculum_hard_below,
+            "easy_above": self.curriculum_easy_above,
+            "weights": (self.curriculum_hard_weight, self.curriculum_normal_weight, self.curriculum_easy_weight),
+            "ema": self.curriculum_ema,
+            "seed": self.seed,
+        }
+
     def _check_sampler(self) -> None:
         if self.use_transformers_continuous_batching and self.bf16:
             raise ValueError(
@@ -212,6 +281,12 @@ class DrGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}_every is {getattr(self, f'{name}_every')}; use 1 or more steps.")
         if self.entropy_probe:
             self._check_entropy_probe()
+        if self.noise_scale_probe:
+            self.check_noise_scale_probe()
+            if self.noise_scale_halves:
+                self.check_noise_scale_halves()
+        if self.fisher_probe:
+            self.check_fisher_probe(self.fisher_num_sequences)
         sensitive = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
         if not sensitive:
             return
@@ -238,8 +313,14 @@ class DrGRPOConfig(GRPOConfig):
             )
         if self.entropy_probe_sampler == "vllm" and not self.use_vllm:
             raise ValueError("entropy_probe_sampler='vllm' needs use_vllm=True. Set that, or leave it at 'model'.")
+        if self.entropy_attribution not in ENTROPY_ATTRIBUTIONS:
+            raise ValueError(
+                f"entropy_attribution is {self.entropy_attribution!r}; use one of {ENTROPY_ATTRIBUTIONS}."
+            )
         if self.entropy_probe_source == "rollouts":
             return self.check_rollouts_source()
+        if self.entropy_attribution != "none":
+            self.check_attribution()
         prompts, world = self.entropy_probe_prompts, self.world_size
         if prompts < 4 * world or prompts % world:
             fitting = max(4, round(prompts / world)) * world
@@ -254,11 +335,100 @@ class DrGRPOConfig(GRPOConfig):
                 "optim='adamw_torch_fused', or entropy_second_order=False."
             )
 
-    def check_rollouts_source(self) -> None:
-        """Raises `ValueError` unless (T17) holds on the step's own completions: see `RolloutEntropyProbe`."""
-        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+    def check_attribution(self) -> None:
+        """Raises `ValueError` unless the step is AdamW's and its loss one of the completions' log-probabilities."""
         optimizer = str(getattr(self.optim, "value", self.optim))
         remedies = {
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "beta=0": self.beta == 0,
+            "entropy_coef=0": self.entropy_coef == 0,
+            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
+        }
+        if needed := [setting for setting, holds in remedies.items() if not holds]:
+            raise ValueError(
+                "entropy_attribution splits AdamW's step (T9) by the completions' policy loss; a KL term or entropy "
+                f"bonus is not told apart from it. Set {', '.join(needed)}, or entropy_attribution='none'."
+            )
+
+    def check_rollouts_source(self) -> None:
+        """Raises `ValueError` unless (T17) holds on the step's own completions: see `RolloutEntropyProbe`."""
+        what, optimizer = "entropy_probe_source='rollouts'", str(getattr(self.optim, "value", self.optim))
+        remedies = {
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "entropy_second_order=False": not self.entropy_second_order,
+            "entropy_placebo=False": not self.entropy_placebo,
+            "entropy_attribution='none'": self.entropy_attribution == "none",
+        }
+        self._check_settings(
+            remedies | self._on_policy_dr_grpo(),
+            f"{what} needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone, and has no other prediction than "
+            "(T17)",
+            "entropy_probe_source='held_out'",
+        )
+        self._check_groups_of_a_step(what, "entropy_probe_source='held_out'")
+
+    def check_dr_grpo_step(self, what: str) -> None:
+        """Raises `ValueError` unless a step's gradient is that of the on-policy Dr-GRPO loss (T2) alone."""
+        needs = f"{what} needs a step of the on-policy Dr-GRPO loss (T2) alone"
+        self._check_settings(self._on_policy_dr_grpo(), needs, "turn the probe off")
+
+    def check_noise_scale_probe(self) -> None:
+        """Raises `ValueError` unless the gradient is a sum over prompt groups that are independent: (T14)."""
+        remedies = {
+            "loss_type='dr_grpo'": self.loss_type in SEPARABLE_LOSSES,
+            "scale_rewards='none'": self.scale_rewards in ("none", "group"),
+            "num_iterations=1": self.num_iterations == 1,
+            "entropy_coef=0": self.entropy_coef == 0,
+            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
+            "top_entropy_quantile=1": self.top_entropy_quantile == 1,
+            "use_liger_kernel=False": not self.use_liger_kernel,
+        }
+        needs = "noise_scale_probe needs a gradient that is a sum over prompt groups, each seen once"
+        self._check_settings(remedies, needs, "turn the probe off")
+        self._check_groups_of_a_step("noise_scale_probe", "turn the probe off")
+
+    def check_noise_scale_halves(self) -> None:
+        """Raises `ValueError` unless the halves of a group can have advantages of their own: (T14), last line."""
+        remedies = {
+            "scale_rewards='none'": self.scale_rewards == "none",
+            "length_normalizer='max_completion_length'": self.length_normalizer == "max_completion_length",
+            "num_generations=4": (self.num_generations or 0) >= 4,
+            **self._on_policy_dr_grpo(),
+        }
+        needs = "noise_scale_halves needs centred, unscaled advantages in the on-policy Dr-GRPO loss (T2)"
+        self._check_settings(remedies, needs, "noise_scale_halves=False")
+
+    def check_fisher_probe(self, number: int) -> None:
+        """Raises `ValueError` unless (T12) is that of an on-policy step of AdamW, on `number` rows of whole groups."""
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        remedies = {"optim='adamw_torch_fused'": "adamw" in optimizer, **self._on_policy_dr_grpo()}
+        needs = "fisher_probe needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone"
+        self._check_settings(remedies, needs, "turn the probe off")
+        self._check_groups_of_a_step("fisher_probe", "turn the probe off")
+        if self.fisher_sketch_dim < 0:
+            raise ValueError(
+                f"fisher_sketch_dim is {self.fisher_sketch_dim}; use 0 (exact) or a number of dimensions."
+            )
+        unit = self.world_size * self.num_generations
+        largest = self.world_size * self.per_device_train_batch_size * self.gradient_accumulation_steps // unit * unit
+        if number % unit or not 3 * self.num_generations <= number <= largest:
+            least = -(-3 // self.world_size) * unit
+            fitting = min(max(number // unit * unit, least), largest)
+            raise ValueError(
+                f"fisher_num_sequences is {number}: it must be a multiple of {unit} ({self.world_size} process(es) x "
+                f"num_generations={self.num_generations}) of at least 3 prompt groups and at most the {largest} "
+                f"completions of a step. Try fisher_num_sequences={fitting}."
+            )
+
+    @staticmethod
+    def _check_settings(remedies: dict[str, bool], needs: str, otherwise: str) -> None:
+        if needed := [setting for setting, holds in remedies.items() if not holds]:
+            raise ValueError(f"{needs}. Set {', '.join(needed)}, or {otherwise}.")
+
+    def _on_policy_dr_grpo(self) -> dict[str, bool]:
+        """What makes the step's loss (T2) at ratio 1 and nothing else: setting -> whether it holds."""
+        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+        return {
             "loss_type='dr_grpo'": self.loss_type == "dr_grpo",
             "beta=0": self.beta == 0,
             "num_iterations=1": self.num_iterations == 1,
@@ -270,34 +440,25 @@ class DrGRPOConfig(GRPOConfig):
             ),
             "top_entropy_quantile=1": self.top_entropy_quantile == 1,
             "off_policy_mask_threshold=None": self.off_policy_mask_threshold is None,
-            "optim='adamw_torch_fused'": "adamw" in optimizer,
-            "entropy_second_order=False": not self.entropy_second_order,
-            "entropy_placebo=False": not self.entropy_placebo,
         }
-        if needed := [setting for setting, holds in remedies.items() if not holds]:
-            raise ValueError(
-                "entropy_probe_source='rollouts' needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone, and "
-                f"has no other prediction than (T17). Set {', '.join(needed)}, or entropy_probe_source='held_out'."
-            )
-        self._check_groups_of_a_step()
 
-    def _check_groups_of_a_step(self) -> None:
-        """Whole prompt groups on every process, and enough of them for the variance of (T17)."""
-        rows = self.per_device_train_batch_size * self.steps_per_generation
-        if rows % self.num_generations:
-            below = self.per_device_train_batch_size // self.num_generations * self.num_generations
-            raise ValueError(
-                f"entropy_probe_source='rollouts' needs each prompt group on one process, but "
-                f"per_device_train_batch_size={self.per_device_train_batch_size} x {self.steps_per_generation} "
-                f"step(s) splits groups of num_generations={self.num_generations}. Try per_device_train_batch_size="
-                f"{below + self.num_generations}, a multiple of num_generations."
-            )
+    def _check_groups_of_a_step(self, what: str, otherwise: str) -> None:
+        """Whole prompt groups in every process's part of a step, and enough of them for standard errors."""
+        for steps in (self.steps_per_generation, self.gradient_accumulation_steps):
+            if self.per_device_train_batch_size * steps % self.num_generations:
+                below = self.per_device_train_batch_size // self.num_generations * self.num_generations
+                raise ValueError(
+                    f"{what} needs each prompt group on one process and in one step, but "
+                    f"per_device_train_batch_size={self.per_device_train_batch_size} x {steps} "
+                    f"step(s) splits groups of num_generations={self.num_generations}. Try "
+                    f"per_device_train_batch_size={below + self.num_generations}, a multiple of num_generations."
+                )
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         num_prompts = self.world_size * rows // self.num_generations
         if num_prompts < 4:
             raise ValueError(
-                f"entropy_probe_source='rollouts' needs at least 4 prompts a step for the standard error of (T17), "
-                f"this step has {num_prompts}. Set num_prompts_per_step=4 or more, or entropy_probe_source='held_out'."
+                f"{what} needs at least 4 prompts a step for its standard error, this step has {num_prompts}. "
+                f"Set num_prompts_per_step=4 or more, or {otherwise}."
             )
 
     def enabled_probes(self) -> list[str]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 class Metric:
     """
     One key of `metrics.jsonl`. `reduce` says what crosses ranks and micro-batches before the one division: sums, a
-    maximum, a histogram, (`"E"`) the per-completion sums of the probe batch, or (`"U"`) products of prompt groups of
-    the step's own completions (`entropy_probe_source="rollouts"`).
+    maximum, a histogram, (`"E"`) the per-completion sums of the probe batch, (`"U"`) products of prompt groups of the
+    step's own completions (`entropy_probe_source="rollouts"`), (`"groups"`) two products of each prompt group with the
+    gradient and itself, or (`"pairs"`) products of all pairs of completions.
     """
 
     name: str
@@ -77,6 +78,11 @@ _CHANGES = {
     "second_order": "second-order prediction before the step (T10)",
     "trapezoid": "trapezoid after the step (T10)",
 }
+_CURRICULUM = [
+    Metric(f"curriculum/num_{name}", "prompts", f"training prompts whose pass rate is {text}", "none")
+    for name, text in (("hard", "low"), ("normal", "between the bounds"), ("easy", "high"))
+]
+
 _ENTROPY = (
     [
         Metric("entropy/probe", "nats/token", "entropy of the probe batch E before the step", "E"),
@@ -128,8 +134,152 @@ _ENTROPY_OF_ROLLOUTS = [
     Metric("entropy/num_coordinates_without_metric", "parameters", "coordinates left out: exp_avg_sq = 0", "none"),
 ]
 
+_PARTS = {
+    "momentum": "what the momentum of earlier steps makes",
+    "weight_decay": "what weight decay makes",
+    "gradient": "what this step's own completions make",
+}
+_CATEGORIES = {
+    "correct": "completions with an advantage above 0",
+    "incorrect": "completions with an advantage below 0",
+    "correct_rare": "tokens of less than probability 0.1 in completions with an advantage above 0",
+    "correct_common": "the other tokens of completions with an advantage above 0",
+    "incorrect_rare": "tokens of less than probability 0.1 in completions with an advantage below 0",
+    "incorrect_common": "the other tokens of completions with an advantage below 0",
+}
+_ATTRIBUTION = (
+    [
+        Metric(f"entropy/delta_{name}", "nats/token", f"{text} of entropy/delta_linear (T9)")
+        for name, text in _PARTS.items()
+    ]
+    + [
+        Metric(f"entropy/share_{name}", "1", f"{text}, over entropy/delta_linear (T9)")
+        for name, text in _PARTS.items()
+    ]
+    + [Metric("entropy/attribution_rounding", "1", "what no part explains / sum of absolute values of all parts (T9)")]
+    + [
+        Metric(f"entropy/{key}", "1", f"{what}: {text}, over the run so far")
+        for name, text in _CATEGORIES.items()
+        for key, what in {
+            f"share_{name}": "share of delta_gradient (T9)",
+            f"share_{name}_low": "lower end of its 95 % interval (Fieller)",
+            f"share_{name}_high": "upper end of its 95 % interval (Fieller)",
+            f"token_share_{name}": "share of tokens (of completions, by sequence)",
+        }.items()
+    ]
+)
+
+_NOISE_SCALE = [
+    Metric("noise_scale/num_prompts", "prompts", "prompt groups of the step", "groups"),
+    Metric("noise_scale/gradient_error", "1", "|mean_n Y_n . g / |g|^2 - 1|", "groups"),
+    Metric(
+        "noise_scale/between_prompt_trace", "1", "tr(Sigma) that more completions a prompt leave, pooled", "groups"
+    ),
+    Metric("noise_scale/within_prompt_trace", "1", "the rest of tr(Sigma), which falls as 1/G, pooled", "groups"),
+    Metric("noise_scale/between_prompt_share", "1", "share of tr(Sigma) between prompts, pooled", "groups"),
+    Metric("noise_scale/num_coordinates_without_metric", "parameters", "left out of (T16): exp_avg_sq = 0", "none"),
+] + [
+    Metric(name.format(*names), unit, f"{text}{where}", "groups")
+    for names, where in ((("simple", ""), ""), (("adam", "adam_"), ", in AdamW's metric before the step (T16)"))
+    for name, unit, text in (
+        ("noise_scale/{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14)"),
+        ("noise_scale/{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14)"),
+        ("noise_scale/{0}", "prompts", "tr(Sigma) / |G|^2, both pooled over the steps so far"),
+        ("noise_scale/{0}_lower", "prompts", "lower end of its 95 % interval (Fieller)"),
+        ("noise_scale/{0}_upper", "prompts", "upper end; none where |G|^2 is consistent with 0"),
+        ("noise_scale/{1}signal_to_noise", "1", "|G|^2 / (tr(Sigma) / P) of a step, over the steps so far"),
+        ("noise_scale/{1}suggested_prompts_lower", "prompts", "prompts for half of a noise-free step's progress"),
+        ("noise_scale/{1}suggested_prompts_upper", "prompts", "the same at the interval's upper end"),
+    )
+]
+
+_PAIRS = {"same_prompt": "pairs of one prompt", "cross_prompt": "pairs of two prompts"}
+_PAIRS_BY_REWARD = _PAIRS | {
+    f"{pairs}_{reward}": f"{text}, {reward.replace('_', ' ')}"
+    for pairs, text in _PAIRS.items()
+    for reward in ("equal_reward", "unequal_reward")
+}
+_FISHER = (
+    [
+        Metric("fisher/num_completions", "completions", "completions in the kernel (T12)", "pairs"),
+        Metric("fisher/diagonal", "nats^2", "mean of K_ii", "pairs"),
+        Metric("fisher/num_coordinates_without_metric", "parameters", "left out of M: exp_avg_sq = 0", "none"),
+        Metric("fisher/effective_rank", "1", "exp(entropy of the normalised spectrum of K)", "pairs"),
+        Metric("fisher/participation_ratio", "1", "(sum l)^2 / sum l^2 over the eigenvalues l of K", "pairs"),
+        Metric("fisher/length_correlation", "1", "of cosines with T_i T_j, pairs of two prompts", "pairs"),
+        Metric("fisher/cosine_prompt_difference", "1", "mean cosine of one prompt less that of two", "pairs"),
+        Metric("fisher/cosine_prompt_difference_null_stddev", "1", "its spread when prompts are permuted", "pairs"),
+        Metric("fisher/cosine_prompt_difference_p_value", "1", "share of permutations at least as large", "pairs"),
+        Metric("fisher/change_predicted_rms", "nats", "predicted change of S_i by the step (T12), rms", "pairs"),
+        Metric("fisher/change_measured_rms", "nats", "measured change of S_i, rms", "pairs"),
+        Metric("fisher/change_slope", "1", "measured on predicted change, through the origin", "pairs"),
+        Metric("fisher/change_correlation", "1", "of measured and predicted change", "pairs"),
+    ]
+    + [
+        Metric(f"fisher/eigenvalue_{i}", "nats^2", f"eigenvalue {i} of K, from the largest", "pairs")
+        for i in (1, 2, 3)
+    ]
+    + [Metric(f"fisher/{name}", "nats^2", f"mean of K_ij, {text}", "pairs") for name, text in _PAIRS.items()]
+    + [
+        Metric(f"fisher/{form}_{name}", "1", f"mean {text}, {pairs}", "pairs")
+        for form, text in (("cosine", "cosine"), ("cosine_sq", "squared cosine"))
+        for name, pairs in _PAIRS_BY_REWARD.items()
+    ]
+    + [
+        Metric(f"fisher/change_share_{part}", "1", f"share of the predicted change: {text}", "pairs")
+        for part, text in (
+            ("own", "of the completion itself"),
+            ("same_prompt", "of the others of its prompt"),
+            ("other_prompts", "of other prompts"),
+            ("momentum", "of earlier gradients"),
+            ("weight_decay", "of the decay"),
+        )
+    ]
+    + [
+        Metric(f"fisher/trace_share_lora_{letter}", "1", f"share of LoRA's {letter} matrices in the trace of K", "sum")
+        for letter in "AB"
+    ]
+)
+
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in _TRL + _STEP + _PROBES + _OPTIMIZER_STATE + _ENTROPY + _ENTROPY_OF_ROLLOUTS
+    metric.name: metric
+    for metric in _TRL
+    + _CURRICULUM
+    + _STEP
+    + _PROBES
+    + _OPTIMIZER_STATE
+    + _ENTROPY
+    + _ENTROPY_OF_ROLLOUTS
+    + _NOISE_SCALE
+    + _FISHER
+    + _ATTRIBUTION
+}
+
+# What `trl-entropy evaluate` measures, each `_low` and `_high` where it has an interval; `pass@k` for k = 2, 4, ..
+EVALUATION: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("pass@1", "1", "chance that one sample is right; pass@k: that one of k is, unbiased"),
+        Metric("greedy_accuracy", "1", "share of prompts whose greedy completion is right"),
+        Metric("answer_tags", "1", "share of samples with exactly one closed answer tag"),
+        Metric("answer_tags_any", "1", "share of prompts with such a sample"),
+        Metric("well_formed", "1", "share of samples of the form that the prompt asks for"),
+        Metric("clipped", "1", "share of samples that did not end within the limit"),
+        Metric("length_mean", "tokens", "mean length of samples, the end token counted"),
+        Metric("length_std", "tokens", "standard deviation of the length over samples"),
+        Metric("length_min", "tokens", "shortest sample"),
+        Metric("length_max", "tokens", "longest sample"),
+        Metric("max_correct_length", "tokens", "longest right sample"),
+        Metric("entropy_mean", "nats/token", "entropy of the next-token distribution, sum over tokens / tokens"),
+        Metric("entropy_std", "nats/token", "its standard deviation over tokens"),
+        Metric("entropy_max", "nats/token", "its maximum over tokens"),
+        Metric("entropy_p95", "nats/token", "its 95th percentile over tokens"),
+        Metric("surprisal_mean", "nats/token", "-log pi of the sampled tokens, sum over tokens / tokens"),
+        Metric("surprisal_std", "nats/token", "its standard deviation over tokens"),
+        Metric("surprisal_max", "nats/token", "its maximum over tokens"),
+        Metric("surprisal_p95", "nats/token", "its 95th percentile over tokens"),
+        Metric("distinct_answers", "answers", "different answers among a prompt's samples, mean over prompts"),
+    )
 }
 
 
@@ -138,4 +288,6 @@ def unit(key: str) -> str:
     key = key.removeprefix("eval_").removesuffix("_stderr")
     if key.startswith("time/"):
         return "s"
+    if key in EVALUATION or key.startswith("pass@"):
+        return EVALUATION.get(key, EVALUATION["pass@1"]).unit
     return METRICS[key].unit if key in METRICS else ""

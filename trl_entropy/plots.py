@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 
+from trl_entropy.analysis import cosines_of, over_runs
 from trl_entropy.metrics import PASS_AT_1, unit
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+_SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 
 Rows = Sequence[dict[str, Any]]
 
@@ -103,6 +109,129 @@ def plot_integral(axes: Axes, integral: dict[str, Any]) -> Axes:
     axes.set(xlabel="optimizer step", ylabel=unit("entropy/probe"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    return axes
+
+
+def plot_checkpoints(axes: Axes, evaluation: pd.DataFrame, metrics: Sequence[str], run: str = "") -> Axes:
+    """
+    Numbers of evaluated checkpoints over steps, with 95 % intervals over prompts where they have one.
+
+    Args:
+        evaluation: `Run.evaluation`.
+        metrics: names, of one unit.
+        run: put before each name in the legend.
+    """
+    for metric, (color, marker) in zip(metrics, _SERIES, strict=False):
+        rows = evaluation[evaluation["metric"] == metric].sort_values("step")
+        values = rows["value"].astype(float)
+        errors = [(values - rows["low"]).fillna(0), (rows["high"] - values).fillna(0)]
+        label = f"{run} {metric}".strip()
+        axes.errorbar(rows["step"], values, errors, color=color, marker=marker, ms=5, lw=1.3, capsize=3, label=label)
+    axes.set(
+        xlabel="optimizer step of the checkpoint", ylabel="share" if unit(metrics[0]) == "1" else unit(metrics[0])
+    )
+    return _finished(axes)
+
+
+def plot_positions(axes: Axes, positions: pd.DataFrame, column: str = "entropy", min_tokens: int = 10) -> Axes:
+    """
+    Entropy or surprisal by token position, a line a checkpoint, 95 % bands over prompts.
+
+    Args:
+        positions: `Run.positions`.
+        column: `entropy` or `surprisal`.
+        min_tokens: leave positions out that fewer samples reach.
+    """
+    steps = sorted(positions["step"].unique())
+    for place, step in enumerate(steps):
+        rows = positions[(positions["step"] == step) & (positions["num_tokens"] >= min_tokens)]
+        color = colormaps["cividis"](0.9 * place / max(1, len(steps) - 1))
+        axes.plot(rows["position"], rows[column], color=color, lw=1.3, label=f"step {step}")
+        axes.fill_between(
+            rows["position"], rows[f"{column}_low"], rows[f"{column}_high"], color=color, alpha=0.2, lw=0
+        )
+    axes.set(xlabel="token position in the completion", ylabel=f"{column}, nats/token")
+    return _finished(axes)
+
+
+def plot_runs(axes: Axes, steps: pd.DataFrame, key: str) -> Axes:
+    """
+    One key of several runs, a thin line each, with the mean and its 95 % Student interval over runs.
+
+    Args:
+        steps: of `analysis.compare_runs`.
+        key: a column.
+    """
+    given = steps[steps[key].notna()]
+    for (run, rows), (color, marker) in zip(given.groupby("run"), itertools.cycle(_SERIES)):
+        axes.plot(rows["step"], rows[key], color=color, marker=marker, ms=2, lw=0.7, alpha=0.7, label=str(run))
+    mean = over_runs(given, key)
+    if given["run"].nunique() > 1:
+        axes.plot(mean.index, mean["mean"], color="black", lw=1.6, label="mean, 95 % over runs")
+        axes.fill_between(mean.index, mean["low"], mean["high"], color="black", alpha=0.12, lw=0)
+    axes.set(xlabel="optimizer step", ylabel=_with_unit(key))
+    return _finished(axes)
+
+
+def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
+    """
+    Gradient noise scale over the steps so far, with its 95 % interval, beside the prompts that a step has.
+
+    Args:
+        rows: `Run.rows("noise_scale/simple")`.
+        metric: `simple`, or `adam` for AdamW's metric.
+    """
+    key = f"noise_scale/{metric}"
+    rows = [row for row in rows if row.get(key) is not None]
+    plot_key(axes, rows, key, f"noise scale ({metric})", BLUE, lw=1.4)
+    closed = [row for row in rows if all(_is_finite(row.get(f"{key}_{end}")) for end in ("lower", "upper"))]
+    if closed:
+        low, high = ([row[f"{key}_{end}"] for row in closed] for end in ("lower", "upper"))
+        axes.fill_between([row["step"] for row in closed], low, high, color=BLUE, alpha=0.2, lw=0, label="95 %")
+    plot_key(axes, rows, "noise_scale/num_prompts", "prompts of a step", ORANGE, ls="--")
+    axes.set(ylabel="prompts", yscale="symlog")
+    return _finished(axes)
+
+
+def plot_kernel(axes: Axes, kernel: pd.DataFrame) -> Axes:
+    """
+    Cosines of a Fisher kernel's completions, prompt by prompt; lines part the prompts.
+
+    Args:
+        kernel: `Run.kernel(step)`.
+    """
+    prompts = kernel.index.get_level_values("prompt_index").to_numpy()
+    image = axes.imshow(cosines_of(kernel), cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+    for place in (prompts[1:] != prompts[:-1]).nonzero()[0]:
+        axes.axhline(place + 0.5, color=GREY, lw=0.6)
+        axes.axvline(place + 0.5, color=GREY, lw=0.6)
+    axes.figure.colorbar(image, ax=axes, label="cosine")
+    axes.set(xlabel="completion", ylabel="completion")
+    return axes
+
+
+def plot_tokens(axes: Axes, tokens: pd.DataFrame, column: str = "entropy") -> Axes:
+    """One completion token by token: a bar a token, in nats."""
+    axes.bar(range(len(tokens)), tokens[column], color=BLUE)
+    labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens["token"]]
+    axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
+    axes.set(xlabel="token", ylabel=f"{column}, nats")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _with_unit(key: str) -> str:
+    return f"{key}, {unit(key)}" if unit(key) not in ("", "1", key) else key
+
+
+def _finished(axes: Axes) -> Axes:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
     return axes
 
 

@@ -1,8 +1,15 @@
-"""Figures of a run: `trl-entropy report RUN` writes `RUN/report/training.png`."""
+"""
+The page and the figures of a run: `trl-entropy report RUN [RUN...]`.
+
+Writes `RUN/report/index.html`, one file that opens without network, and the figures on it as PNG; several runs are
+laid over one another on one page.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trl_entropy.run_log import RunDirectory
@@ -10,13 +17,13 @@ from trl_entropy.run_log import RunDirectory
 
 def write_report(path: Path) -> Path:
     """
-    Draw reward, held-out pass@1, entropy, and its change in single steps where it was probed.
+    Draw reward, held-out pass@1, entropy, and its change in single steps where it was probed; write the page too.
 
     Args:
         path: the run directory.
 
     Returns:
-        Path of the figure.
+        Path of the figure; the page is `index.html` beside it.
 
     Raises:
         ValueError: when the directory holds no metrics.
@@ -46,15 +53,52 @@ def write_report(path: Path) -> Path:
     target = run.report_path / "training.png"
     figure.savefig(target, dpi=150)
     plt.close(figure)
+    write_page([path], run.report_path / "index.html")
     return target
 
 
+def write_page(paths: Sequence[Path], target: Path) -> Path:
+    """
+    Write the page of one or several runs, and its figures as PNG beside it.
+
+    Args:
+        paths: run directories of different names.
+        target: the HTML file.
+
+    Raises:
+        ValueError: when a directory holds no metrics, or two have the same name.
+    """
+    from trl_entropy.report_page import render
+
+    names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs are told apart by their directories' names, and these are not all different: {names}")
+    page, figures = render(paths)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        (target.parent / f"{figure.name}.png").write_bytes(figure.png)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    return temporary.replace(target)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Draw the figures of the runs named on the command line."""
-    parser = argparse.ArgumentParser(prog="trl-entropy report", description="Draw the figures of a run.")
+    """Draw the figures and write the page of the runs named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="trl-entropy report", description="Draw the figures of a run, and write its page."
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    for path in parser.parse_args(argv).runs:
-        print(write_report(path))
+    parser.add_argument(
+        "--output", type=Path, help="the page; else RUN/report/index.html, and comparison.html for several runs"
+    )
+    args = parser.parse_args(argv)
+    try:
+        for path in args.runs:
+            print(write_report(path))
+        name = "index.html" if len(args.runs) == 1 else "comparison.html"
+        print(write_page(args.runs, args.output or RunDirectory(args.runs[0]).report_path / name))
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

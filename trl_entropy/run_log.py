@@ -2,7 +2,9 @@
 The run directory: the only writer, and the reader.
 
     runs/<name>/  config.yaml  environment.json  metrics.jsonl (one line a step)  tensorboard/  checkpoint-N/
-                  completions/  probes/<probe>/step_000012.safetensors  evaluation/metrics.csv  report/
+                  completions/  probes/<probe>/step_000012.safetensors  report/
+                  evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
+                                prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
 
 Every write is a whole line or a whole file moved into place, so a run killed at any moment stays readable. Imports no
 torch and no transformers: a laptop without either opens any run.
@@ -15,6 +17,7 @@ import enum
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +26,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from trl_entropy.metrics import unit
+
 _PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
+CHECKPOINT_SUMMARY = "summary.json"  # of an evaluated checkpoint; a folder without it is not finished
 _ENVIRONMENT_PREFIXES = ("ACCELERATE_", "CUDA_", "HF_HUB_", "OMP_NUM_", "TORCH_", "NCCL_", "WORLD_SIZE")
 
 
@@ -68,14 +74,39 @@ class RunDirectory:
         )
 
     def _write_evaluation(self, rows: list[dict[str, Any]]) -> None:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        self.evaluation_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.evaluation_path.with_suffix(".tmp")
+        self._write_csv(self.evaluation_path, rows)
+
+    def write_checkpoint_tables(self) -> None:
+        """
+        Put what the folders of `trl-entropy evaluate` say into `evaluation/checkpoints.csv`, one row a checkpoint, and
+        into `evaluation/consolidated_metrics.csv`, one row a number, beside what training evaluated.
+        """
+        rows, numbers = [], []
+        for row in self.evaluation():
+            named = {name: value for name, value in row.items() if name != "step"}
+            numbers += [{"step": row["step"], "source": "training", "metric": n, "value": v} for n, v in named.items()]
+        for summary in self.checkpoint_summaries():
+            about = {"step": summary["step"], "num_prompts": summary["num_prompts"]}
+            rows.append({**about, "num_samples": summary["settings"]["num_samples"], **_with_ends(summary["metrics"])})
+            numbers += [
+                {"step": summary["step"], "source": "evaluate", "metric": name, "unit": unit(name), **entry}
+                for name, entry in summary["metrics"].items()
+            ]
+        folder = self.evaluation_path.parent
+        self._write_csv(folder / "checkpoints.csv", rows)
+        self._write_csv(
+            folder / "consolidated_metrics.csv", numbers, ["step", "source", "metric", "value", "low", "high", "unit"]
+        )
+
+    def _write_csv(self, path: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+        columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(self.evaluation_path)
+        temporary.replace(path)
 
     def write_probe_file(
         self, probe: str, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, Any], keep: int | None
@@ -107,6 +138,9 @@ class RunDirectory:
             self._replace(self.metrics_path.name, "".join(lines))
         if self.evaluation_path.exists():
             self._write_evaluation([row for row in self.evaluation() if row["step"] <= step])
+        for folder in self.path.glob("evaluation/step_*"):
+            if int(folder.name.rsplit("_", 1)[1]) > step:
+                shutil.rmtree(folder)
         for file in [*self.path.glob("probes/*/step_*.safetensors"), *self.path.glob("completions/*.parquet")]:
             if int(file.stem.rsplit("_", 1)[1]) > step:
                 file.unlink()
@@ -148,6 +182,30 @@ class RunDirectory:
         with open(self.evaluation_path, newline="", encoding="utf-8") as file:
             rows = [{name: _number(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
         return sorted(rows, key=lambda row: row["step"])
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Where `trl-entropy evaluate` puts what it found of the checkpoint of `step`."""
+        return self.evaluation_path.parent / f"step_{step:06d}"
+
+    def checkpoint_summary(self, step: int) -> dict[str, Any] | None:
+        """The settings and metrics of an evaluated checkpoint; None when it is not evaluated."""
+        path = self.checkpoint_folder(step) / CHECKPOINT_SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def checkpoint_summaries(self) -> list[dict[str, Any]]:
+        """Those of all evaluated checkpoints in order of step."""
+        paths = sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _with_ends(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A column a metric, with `_low` and `_high` where it has an interval."""
+    columns = {}
+    for name, entry in metrics.items():
+        columns[name] = entry["value"]
+        if entry["low"] is not None:
+            columns |= {f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+    return columns
 
 
 def describe_environment() -> dict[str, Any]:

@@ -85,6 +85,7 @@ def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase, seed: int
 def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> DrGRPOTrainer:
     """Model, data, rewards and trainer, as the settings say."""
     from transformers import ProgressCallback
+    from transformers.integrations import TensorBoardCallback
     from trl import get_peft_config, get_quantization_config
 
     from trl_entropy import rewards
@@ -93,7 +94,6 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
 
     policy, tokenizer = load_policy(args, model)
     train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(RunDirectory(args.output_dir).tensorboard_path))
     trainer = DrGRPOTrainer(
         model=policy,
         reward_funcs=[getattr(rewards, function) for function in task.reward_funcs],
@@ -106,6 +106,9 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     )
     run_log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunLogCallback))
     run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
+    tensorboard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)), None)
+    if tensorboard is not None and tensorboard.logging_dir is None:  # else TENSORBOARD_LOGGING_DIR says where
+        tensorboard.logging_dir = str(RunDirectory(args.output_dir).tensorboard_path)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ConsoleProgress)
     return trainer

@@ -6,36 +6,33 @@ Overrides only: every one calls `super()`, and was written against trl 1.16 and 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections import defaultdict, deque
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from datasets import IterableDataset
 from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
-from trl_entropy import checkpoints, training_state
-from trl_entropy.callbacks import RunLogCallback, StopOnSignal, UpdateEvents, continue_tensorboard
+from trl_entropy.callbacks import RunLogCallback, StopOnSignal, UpdateEvents
 from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import printing_plain_text
+from trl_entropy.data.curriculum import PassRateSampler
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.engine import (
     Engine,
     UpdateContext,
     build_engine,
-    rank_symmetric,
     snapshot_parameters,
     swapped_parameters,
 )
 from trl_entropy.probes import PROBES, Probe
 from trl_entropy.probes.probe_batch import draw_prompts, own_randomness, pack_completions, prompt_key, prompts_of
+from trl_entropy.resumable_trainer import ResumableTrainer
 from trl_entropy.rollouts import (
     RolloutBatch,
     answer_end,
@@ -50,7 +47,7 @@ from trl_entropy.scores import Completions
 from trl_entropy.step_statistics import StepStatistics
 
 
-class DrGRPOTrainer(GRPOTrainer):
+class DrGRPOTrainer(ResumableTrainer):
     """
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
@@ -75,6 +72,10 @@ class DrGRPOTrainer(GRPOTrainer):
         if args is not None and not isinstance(args, DrGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; DrGRPOTrainer needs a DrGRPOConfig.")
         args = args or DrGRPOConfig(output_dir="DrGRPO")
+        if args.curriculum != "none" and isinstance(kwargs.get("train_dataset"), IterableDataset):
+            raise ValueError(
+                "curriculum='pass_rate' draws rows by number; a streamed dataset has none. Load it whole."
+            )
         toggled = [PROBES[name].from_config(args) for name in args.enabled_probes()]
         super().__init__(
             model,
@@ -93,10 +94,8 @@ class DrGRPOTrainer(GRPOTrainer):
         self._step_prompts: deque[set[str]] = deque(maxlen=num_generations_of_step)
         self._micro_batches: list[dict[str, Any]] = []
         self._scored: tuple[Tensor, Tensor]
+        self._around_micro_batch: contextlib.ExitStack
         self._statistics = StepStatistics(self.accelerator.device)
-        self._train_sampler: Any = None
-        self._data_fingerprint: str | None = None
-        self._log_window: dict[str, Any] | None = None
         # Empty when the KL is not asked for, or TRL logs it itself.
         self._start_parameters = snapshot_parameters(self.model) if args.kl_every and self.beta == 0 else {}
 
@@ -138,112 +137,6 @@ class DrGRPOTrainer(GRPOTrainer):
         """The probes by a name that is the same when the run is resumed."""
         return {f"{number}-{probe.name}": probe for number, probe in enumerate(self._probes())}
 
-    # ---- checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        As [`~transformers.Trainer.train`]; a resumed run is the uninterrupted one, bit for bit on a CPU.
-
-        Args:
-            resume_from_checkpoint: a complete checkpoint's path; `"latest"` or True: the newest one in `output_dir`,
-                or from the beginning when there is none.
-
-        Raises:
-            CheckpointError: when the checkpoint is incomplete, damaged, or another run's.
-        """
-        checkpoint = self._checked_checkpoint(resume_from_checkpoint)
-        step = 0 if checkpoint is None else checkpoints.read_seal(checkpoint)["step"]
-        if self.args.additional_steps:
-            self.args.max_steps = step + self.args.additional_steps
-        if resume_from_checkpoint and self.is_world_process_zero():
-            RunDirectory(self.args.output_dir).cut_after(step)
-        if checkpoint is None:
-            return super().train(None, *args, **kwargs)
-        self.args.eval_on_start = False  # done before the first step; a second one would be another sample
-        continue_tensorboard(self, step)
-        return super().train(str(checkpoint), *args, **kwargs)
-
-    def _checked_checkpoint(self, resume_from: str | bool | None) -> Path | None:
-        """What to resume from, the same on all ranks, and of this run."""
-        found: list[str | None] = [None]
-        with rank_symmetric(self.accelerator, "reading the checkpoint"):
-            if self.is_world_process_zero():
-                path = checkpoints.resolve(resume_from, Path(self.args.output_dir))
-                if path is not None:
-                    checkpoints.check_contract(path, self._contract())
-                    found = [str(path)]
-        broadcast_object_list(found)
-        return None if found[0] is None else Path(found[0])
-
-    def _contract(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote its checkpoint."""
-        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
-        if self._data_fingerprint is None:
-            self._data_fingerprint = checkpoints.fingerprint(prompts_of(self.train_dataset))
-        return {
-            "settings": checkpoints.settings_of(self.args),
-            "model": checkpoints.fingerprint(
-                f"{name} {list(getattr(p, 'ds_shape', p.shape))} {p.requires_grad}" for name, p in parameters
-            ),
-            "data": self._data_fingerprint,
-        }
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
-        return self._train_sampler
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs_trained, steps_in_epoch = super()._init_training_state(*args, **kwargs)
-        # The sampler draws one permutation an epoch from a generator of its own, whose state nobody saves.
-        if self._train_sampler is not None and self._train_sampler.shuffle:
-            for _ in range(epochs_trained):
-                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
-        return epochs_trained, steps_in_epoch
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        training_state.load(self, Path(checkpoint))
-        if self.args.additional_steps:  # the loaded rate is that of the shorter run's schedule
-            scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-            scheduler.last_epoch -= 1
-            scheduler.step()
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        path = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        try:
-            self._write_checkpoint(path, model, trial)
-        except Exception as error:
-            whole = [str(p) for p in checkpoints.checkpoints_of(path.parent) if (p / checkpoints.SEAL).exists()]
-            go_on = f"resume from {whole[0]}" if whole else "no complete checkpoint is there yet"
-            raise checkpoints.CheckpointError(
-                f"writing {path} failed: {error}. Make room, or set save_total_limit; then {go_on}."
-            ) from error
-
-    def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
-        """All files, then the seal, then the retention: what is deleted is never the last complete checkpoint."""
-        if self.args.should_save and path.exists():  # of a run that was resumed from an earlier step, or cut off
-            shutil.rmtree(path)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.save_only_model:
-            return
-        training_state.save(self, path)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
-            rotate_checkpoints(
-                output_dir=str(path.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
     # ---- the update
 
     def start_engine(self) -> None:
@@ -266,7 +159,8 @@ class DrGRPOTrainer(GRPOTrainer):
         self._probe_seconds.clear()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with contextlib.ExitStack() as self._around_micro_batch:
+            loss = super().training_step(*args, **kwargs)
         if self.engine is not None and self.accelerator.sync_gradients:
             self.engine.gradients_ready()
         return loss
@@ -276,6 +170,33 @@ class DrGRPOTrainer(GRPOTrainer):
             super().log(logs, start_time)
 
     # ---- rollouts
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.curriculum == "none":
+            return super()._get_train_sampler(*args, **kwargs)
+        self._rows_of_prompt: dict[str, list[int]] = defaultdict(list)
+        for row, prompt in enumerate(prompts_of(self.train_dataset)):
+            self._rows_of_prompt[prompt].append(row)
+        self._train_sampler = PassRateSampler(
+            num_prompts=len(self.train_dataset),
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            mini_repeat_count=self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            **self.args.curriculum_settings(),
+        )
+        return self._train_sampler
+
+    def _learn_pass_rates(self) -> None:
+        """Tell the curriculum how the generation's groups did, those of all ranks, and log its buckets."""
+        if not isinstance(self._train_sampler, PassRateSampler):
+            return
+        passed = (self._rewards >= self.args.curriculum_pass_reward).double()
+        rates = passed.view(-1, self.num_generations).mean(dim=1).tolist()
+        prompts = list(self._logs["prompt"])[-len(passed) :: self.num_generations]
+        for prompt, rate in zip(map(prompt_key, prompts), rates, strict=True):
+            self._train_sampler.update(dict.fromkeys(self._rows_of_prompt[prompt], rate))
+        sizes = self._train_sampler.bucket_sizes()
+        self.record({f"curriculum/num_{name}": size for name, size in sizes.items()})
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         with whole_group_shuffling():
@@ -298,6 +219,7 @@ class DrGRPOTrainer(GRPOTrainer):
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
             batch["advantages"] = batch["advantages"] * batch["length_scale"]
         if training:
+            self._learn_pass_rates()
             self._step_prompts.append({prompt_key(prompt) for prompt in self._logs["prompt"]})  # those of all ranks
             self._num_groups += num_rows * self.accelerator.num_processes // num_generations
         return batch
@@ -358,6 +280,10 @@ class DrGRPOTrainer(GRPOTrainer):
                 rows = torch.nn.functional.pad(rows, (0, missing))
                 rows = self.accelerator.pad_across_processes(rows, dim=1, pad_first=True)
             gathered[name] = self.accelerator.gather(rows)
+        self.write_gathered_probe_file(probe, step, gathered)
+
+    def write_gathered_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write `probes/<probe>/step_*.safetensors` on the main process, from tensors of all processes. Local."""
         if self.is_world_process_zero() and self.args.probe_files_keep != 0:
             metadata = {
                 "temperature": self.temperature,
@@ -365,7 +291,7 @@ class DrGRPOTrainer(GRPOTrainer):
                 "sampler": "vllm" if "sampling_logps" in tensors else "policy",
             }
             run = RunDirectory(self.args.output_dir)
-            run.write_probe_file(probe, step, gathered, metadata, self.args.probe_files_keep)
+            run.write_probe_file(probe, step, tensors, metadata, self.args.probe_files_keep)
 
     def write_rollouts(self, step: int) -> None:
         """Write the step's own completions, once however many probes ask for them. Collective."""
@@ -416,7 +342,7 @@ class DrGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if kwargs.get("compute_entropy"):  # only the loss asks for the entropy
-            self._scored = output[0].detach(), output[1].detach()
+            self._scored = output[0], output[1]
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -424,13 +350,23 @@ class DrGRPOTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         # Scored before the policy: its parameters are swapped, and the loss keeps the policy's for backward.
         start_logps = self._score_start_policy(inputs) if self._wants_kl() else None
+        self._enter_probes(inputs)
         loss = super()._compute_loss(model, inputs)
         self._observe(inputs, start_logps)
         return loss
 
+    def _enter_probes(self, inputs: dict[str, Any]) -> None:
+        """Put this micro-batch's forward and backward inside what probes that want this step have around them."""
+        for probe in self._probes():
+            if probe.wants(self.step):
+                around = probe.around_micro_batch(self.args, self.state, self.control, inputs=inputs, trainer=self)
+                self._around_micro_batch.enter_context(around)
+
     def _observe(self, inputs: dict[str, Any], start_logps: Float[Tensor, "B T"] | None) -> None:
         """Sum what the loss computed; after the step's last micro-batch, log the sums and hand out the rollouts."""
-        per_token_logps, token_entropy = self._scored
+        loss_logps = self._scored[0]
+        per_token_logps, token_entropy = (scores.detach() for scores in self._scored)
+        del self._scored  # the graph is the loss's
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         old_logps = inputs.get("old_per_token_logps")
         log_ratio = None if old_logps is None else per_token_logps - old_logps
@@ -438,7 +374,7 @@ class DrGRPOTrainer(GRPOTrainer):
         if start_logps is not None:
             self._statistics.add_kl(per_token_logps, start_logps, mask)
         scored = {"per_token_logps": per_token_logps, "token_entropy": token_entropy, "log_ratio": log_ratio}
-        self._send("on_micro_batch", inputs=inputs, mask=mask, **scored)
+        self._send("on_micro_batch", inputs=inputs, mask=mask, loss_logps=loss_logps, **scored)
         self._micro_batches.append(inputs)
         if self.accelerator.sync_gradients:
             self.record(self._statistics.reduce(self.accelerator))

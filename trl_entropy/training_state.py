@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 
+from trl_entropy.data.curriculum import PassRateSampler
+
 if TYPE_CHECKING:
     from trl_entropy.trainer import DrGRPOTrainer
 
@@ -37,7 +39,7 @@ def load(trainer: DrGRPOTrainer, checkpoint: Path) -> None:
 def collect(trainer: DrGRPOTrainer) -> dict[str, Any]:
     """Everything, as tensors, numbers, strings and containers of them."""
     window = trainer.args.steps_per_generation * trainer.num_iterations
-    inside_window = trainer._step % window != 0
+    inside_window, sampler = trainer._step % window != 0, trainer._train_sampler
     return {
         "step": trainer._step,
         "buffered_inputs": trainer._buffered_inputs if inside_window else None,
@@ -49,6 +51,7 @@ def collect(trainer: DrGRPOTrainer) -> dict[str, Any]:
         },
         "num_groups": trainer._num_groups,
         "step_prompts": [sorted(prompts) for prompts in trainer._step_prompts],
+        "curriculum": sampler.state_dict() if isinstance(sampler, PassRateSampler) else None,
         "probes": {name: probe.state_dict() for name, probe in trainer.named_probes().items()},
     }
 
@@ -62,6 +65,8 @@ def restore(trainer: DrGRPOTrainer, state: dict[str, Any]) -> None:
     trainer._num_groups = state["num_groups"]
     trainer._step_prompts = deque(map(set, state["step_prompts"]), maxlen=trainer._step_prompts.maxlen)
     trainer._log_window = state["log_window"]
+    if state["curriculum"] is not None:
+        trainer._train_sampler.load_state_dict(state["curriculum"], trainer.resumed_within_epoch)
     for name, probe in trainer.named_probes().items():
         if name in state["probes"]:  # a probe may be turned on later
             probe.load_state_dict(state["probes"][name])

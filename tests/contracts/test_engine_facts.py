@@ -185,7 +185,8 @@ def deepspeed():
 def test_deepspeed_engine_answers(deepspeed) -> None:
     asked = ["step", "is_gradient_accumulation_boundary", "was_step_applied", "gradient_clipping", "fp16_enabled"]
     asked += ["zero_optimization_stage", "zero_offload_optimizer", "zero_round_robin_gradients", "autotp_size"]
-    asked += ["torch_autocast_enabled"]
+    asked += ["torch_autocast_enabled", "zero_offload_param", "zero_hpz_partition_size", "zero_quantized_weights"]
+    asked += ["zero_quantized_nontrainable_weights", "is_deepcompile_enabled"]
     missing = [name for name in asked if not callable(getattr(deepspeed.DeepSpeedEngine, name, None))]
     assert not missing, f"DeepSpeedEngine has lost {missing}, which build_engine and ZeroEngine ask"
     source = inspect.getsource(deepspeed.DeepSpeedEngine)
@@ -257,6 +258,80 @@ def test_deepspeed_lays_slices_out_in_round_robin_order(deepspeed) -> None:
     source = inspect.getsource(DeepSpeedZeroOptimizer._link_all_hp_params)
     assert "lp_param_list=self.bit16_groups[i]" in source, (
         "deepspeed may now link parameters in round-robin order: check whether build_engine can accept it"
+    )
+
+
+# ---- DeepSpeed ZeRO-3
+
+
+def test_zero3_readers_of_the_local_slice_do_not_communicate(deepspeed) -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+
+    param = SimpleNamespace(ds_id=0, _z3_optimizer=Mock())
+    safe_get_local_fp32_param(param), safe_get_local_grad(param), safe_get_local_optimizer_state(param, "exp_avg")
+    assert param._z3_optimizer.mock_calls == [
+        call.get_local_fp32_param(param),
+        call.get_local_fp32_grad_for_param(param),
+        call.get_local_fp32_param(param, "exp_avg"),
+    ], "deepspeed's safe_get_local_* read something else; Zero3Engine reads master, gradient and moments by them"
+    for name in ("_get_fp32_opt_state_partition", "_get_fp32_grad_state_partition"):
+        assert "dist." not in inspect.getsource(getattr(Stage3, name)), (
+            f"{name} communicates now: Zero3Engine.theta, local_gradient and local_moment must stay local"
+        )
+
+
+def test_zero3_cuts_every_parameter_into_equal_slices(deepspeed) -> None:
+    """Three numbers for two ranks, in slices of two: rank 1 owns the last, and padding."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    source = inspect.getsource(Init)
+    for line in ("start = partition_size * self._partition_rank(param)", "param.ds_tensor.ds_numel = partition_size"):
+        assert line in source, f"deepspeed no longer says `{line}`: Zero3Engine finds its slice of a parameter by it"
+    init = SimpleNamespace(_partition_world_size=lambda param: 2)
+    init._padding_size = lambda param: Init._padding_size(init, param)
+    assert Init._aligned_size(init, SimpleNamespace(ds_numel=3)) == 4, "deepspeed pads by another rule"
+
+
+def test_zero3_optimizer_has_what_is_read(deepspeed) -> None:
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    source = inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+    attributes = ["fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "parameter_offload"]
+    missing = [name for name in [*attributes, "optimizer", "dp_process_group"] if f"self.{name} = " not in source]
+    missing = [name for name in missing if f"self.{name}: " not in source]
+    assert not missing, f"DeepSpeedZeroOptimizer_Stage3 no longer sets {missing}, which Zero3Engine reads"
+    assert "self.optimizer.param_groups[param_group_id]['params'] = [fp32_param]" in source, (
+        "ZeRO-3 no longer steps each flat partition in the parameter group of `sub_group_to_group_id`"
+    )
+    source = inspect.getsource(DeepSpeedZeRoOffload)
+    for line in ("self.forward_hooks.append(", "self.backward_hooks.append(", "self.fwd_pre_hook = "):
+        assert line in source, f"DeepSpeedZeRoOffload no longer says `{line}`: scoring takes its hooks out by it"
+
+
+def test_a_module_hook_can_be_taken_out_by_its_handle() -> None:
+    module = nn.Linear(1, 1)
+    handle = module.register_forward_hook(lambda *unused: None)
+    assert handle.hooks_dict_ref() is module._forward_hooks, "torch's RemovableHandle has changed"
+    assert handle.id in module._forward_hooks, "torch's RemovableHandle has changed"
+
+
+def test_zero3_replaces_linear_by_one_without_forward_mode(deepspeed) -> None:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Context
+
+    source = inspect.getsource(Context._enable_mem_efficient_linear)
+    assert "InsertPostInitMethodToModuleSubClasses.linear_bk = torch.nn.functional.linear" in source, (
+        "deepspeed no longer keeps torch's linear as `linear_bk`: Zero3Engine puts it back for scoring"
+    )
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 8, 8), torch.randn(8, 8), torch.randn(8)
+    with pytest.raises(RuntimeError, match="forward"):
+        torch.func.jvp(lambda w: zero3_linear_wrap(x, w), (weight,), (weight,))
+    x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+    assert torch.equal(zero3_linear_wrap(x, weight, bias), x @ weight.t() + bias), (
+        "ZeRO-3's linear no longer rounds before the bias: the tests' oracle in bf16 does"
     )
 
 

@@ -169,9 +169,16 @@ def engine_trainer_class() -> type:
 
 
 def snapshot(trainer) -> dict[str, torch.Tensor]:
-    from trl_entropy.engine import snapshot_parameters
+    from trl_entropy.engine import snapshot_parameters, trainable_parameters
 
-    return snapshot_parameters(trainer.accelerator.unwrap_model(trainer.model_wrapped))
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    trainable = trainable_parameters(model)
+    if not all(hasattr(param, "ds_id") for param in trainable.values()):
+        return snapshot_parameters(model)
+    from deepspeed import zero
+
+    with zero.GatheredParameters(list(trainable.values())):
+        return {name: param.detach().clone() for name, param in trainable.items()}
 
 
 def train(case: Case, output_dir: Path, resume: bool = False) -> dict:

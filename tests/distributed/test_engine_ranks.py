@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from engine_worker import (
     token_batches,
 )
 from launching import REPOSITORY, launch
+from torch import nn
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 CLIPPED = {"max_grad_norm": 0.05}  # far below the norms met
@@ -50,12 +52,13 @@ SGD = Case(lora=False, bf16=False, accumulation=2, optim="sgd")
 NO_MASTER = Case(lora=False, bf16=False, accumulation=1, load_in_bf16=True)
 
 # Number of processes. "plain" runs in pytest's own process, the others are launch/<engine>.yaml.
-QUICK_ENGINES = {"plain": 1, "ddp-cpu": 2, "zero2-cpu": 2}
+QUICK_ENGINES = {"plain": 1, "ddp-cpu": 2, "zero2-cpu": 2, "zero3-cpu": 2}
 NUM_PROCESSES = QUICK_ENGINES | {
     "cpu": 1,
     "zero1": 2,
     "zero1-float32-sums": 2,
     "zero2-float32-sums": 2,
+    "zero3-float32-sums": 2,
 }
 
 
@@ -125,15 +128,15 @@ def load(directory: Path, name: str, num_processes: int) -> list[dict]:
 
 
 def quick_cases(engine: str) -> list[Case]:
-    extra = {"plain": [SGD], "ddp-cpu": [NO_MASTER], "zero2-cpu": []}[engine]
-    compared = COMPARED if engine == "zero2-cpu" else COMPARED[:1]
+    extra = {"plain": [SGD], "ddp-cpu": [NO_MASTER]}.get(engine, [])
+    compared = COMPARED if engine.startswith("zero") else COMPARED[:1]
     return [*QUICK, *map(unwatched, compared), *extra]
 
 
 # ---- the one-process oracle
 
 
-def oracle_model(case: Case, params: dict, dtype: torch.dtype) -> torch.nn.Module:
+def oracle_model(case: Case, params: dict, dtype: torch.dtype) -> nn.Module:
     """`params` in the model of the case, rounded to `dtype`, and the frozen parameters too; buffers stay float32."""
     model = build_model(case.lora)
     for name, param in model.named_parameters():
@@ -141,7 +144,7 @@ def oracle_model(case: Case, params: dict, dtype: torch.dtype) -> torch.nn.Modul
     return model
 
 
-def oracle_gradient(case: Case, records: list[dict], step: int, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def oracle_gradient(case: Case, records: list[dict], step: int, model: nn.Module) -> dict[str, torch.Tensor]:
     """The mean over ranks of the mean over micro-batches, in one process: no DDP, no DeepSpeed, no Trainer."""
     total: dict[str, torch.Tensor] = {}
     micro_batches = [batch for record in records for batch in record["batches"][step]]
@@ -196,11 +199,18 @@ def check_equal_on_all_ranks(records: list[dict]) -> None:
                     assert value == other_step[key], key
 
 
-def check_gradient(case: Case, records: list[dict], rounded: bool) -> None:
+def rounding_before_the_bias(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What DeepSpeed puts in the place of torch's `linear` under ZeRO-3."""
+    return x @ weight.t() if bias is None else x @ weight.t() + bias
+
+
+def check_gradient(engine: str, case: Case, records: list[dict], rounded: bool) -> None:
     """`rounded`: the engine itself computes and sums gradients in bf16, so only bf16's precision can be asked for."""
+    linear = rounding_before_the_bias if engine.startswith("zero3") else nn.functional.linear
     for number, step in enumerate(records[0]["steps"]):
-        dtype = torch.bfloat16 if rounded else torch.float32
-        expected = oracle_gradient(case, records, number, oracle_model(case, step["params_before"], dtype))
+        model = oracle_model(case, step["params_before"], torch.bfloat16 if rounded else torch.float32)
+        with mock.patch.object(nn.functional, "linear", linear):
+            expected = oracle_gradient(case, records, number, model)
         assert relative_error(step["gradient"], expected) <= (2**-7 if rounded else 1e-6)
         assert all(g.dtype == torch.float32 for g in step["gradient"].values())
         assert not step["without_gradient"]
@@ -290,14 +300,15 @@ def check_scoring(case: Case, records: list[dict], frozen_dtype: torch.dtype) ->
 
 def check_all(engine: str, case: Case, records: list[dict]) -> None:
     zero = engine.startswith("zero")
-    assert {record["engine"] for record in records} == {"ZeroEngine" if zero else "PlainEngine"}
+    name = "Zero3Engine" if engine.startswith("zero3") else "ZeroEngine" if zero else "PlainEngine"
+    assert {record["engine"] for record in records} == {name}
     assert {record["num_processes"] for record in records} == {NUM_PROCESSES[engine]}
     assert len(records[0]["steps"]) == NUM_STEPS
     assert sum(len(micro_batches) for micro_batches in records[0]["batches"]) == NUM_STEPS * case.accumulation
     assert all(step["has_float32_master"] for step in records[0]["steps"])
     computes_in = torch.bfloat16 if zero and case.bf16 else torch.float32
     check_equal_on_all_ranks(records)
-    check_gradient(case, records, rounded=computes_in == torch.bfloat16)
+    check_gradient(engine, case, records, rounded=computes_in == torch.bfloat16)
     check_clipping(case, records)
     check_update_is_adamw(records)
     check_settings(case, records)
@@ -317,7 +328,7 @@ def test_every_quantity(trained, engine: str, case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: case.name)
-@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu"])
+@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu", "zero3-cpu"])
 def test_every_quantity_in_the_other_cases(trained, engine: str, case: Case) -> None:
     check_all(engine, case, trained(engine, SLOW)[case])
 
@@ -330,7 +341,7 @@ def test_every_quantity_under_zero1(trained, case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [QUICK[1], SLOW[3]], ids=lambda case: case.name)
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_quantity_where_deepspeed_accumulates_in_float32(trained, stage: int, case: Case) -> None:
     """Other code in DeepSpeed: BF16_Optimizer for ZeRO-1, other gradient buffers for ZeRO-2."""
     engine = f"zero{stage}-float32-sums"
@@ -339,7 +350,7 @@ def test_every_quantity_where_deepspeed_accumulates_in_float32(trained, stage: i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", POISONED, ids=lambda case: case.name)
-@pytest.mark.parametrize("engine", ["cpu", "zero2-cpu", "zero1"])
+@pytest.mark.parametrize("engine", ["cpu", "zero2-cpu", "zero1", "zero3-cpu"])
 def test_a_step_that_is_not_finite(trained, engine: str, case: Case) -> None:
     """torch makes it, DeepSpeed drops it. Either is said, and nothing hangs."""
     for record in trained(engine, POISONED)[case]:
@@ -389,7 +400,7 @@ def test_model_in_bf16_without_a_master(trained) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu", "zero1"])
+@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu", "zero1", "zero3-cpu"])
 def test_resumed_step_is_the_same_step(trained, engine: str) -> None:
     """Moments, step count and master come from the checkpoint."""
     records = trained(engine, RESUMED)
@@ -409,7 +420,7 @@ def test_one_rank_fails_and_all_say_so(trained) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp-cpu", "zero2-cpu"])
+@pytest.mark.parametrize("engine", ["ddp-cpu", "zero2-cpu", "zero3-cpu"])
 def test_one_rank_fails_in_an_event_and_all_end(tmp_path: Path, engine: str) -> None:
     case = Case(lora=False, bf16=False, accumulation=1, fails=True)
     run = launch(engine, WORKER, str(tmp_path), json.dumps([dataclasses.asdict(case)]), scratch=tmp_path, timeout=120)

@@ -17,6 +17,7 @@ CASES = {
     "lora": {"lora": True},
     "generation window": {"steps_per_generation": 3, "num_iterations": 1},
     "two iterations": {"num_iterations": 2},
+    "curriculum": {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_pass_reward": 0.9},
     "second epoch": {"num_prompts_per_step": 16},  # two steps an epoch
 }
 

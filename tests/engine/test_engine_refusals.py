@@ -45,10 +45,15 @@ def fake_deepspeed(**changes) -> types.SimpleNamespace:
     answers = {
         "zero_optimization_stage": 2,
         "zero_offload_optimizer": None,
+        "zero_offload_param": None,
         "fp16_enabled": False,
         "torch_autocast_enabled": False,
         "autotp_size": 0,
         "zero_round_robin_gradients": False,
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_weights": False,
+        "zero_quantized_nontrainable_weights": False,
+        "is_deepcompile_enabled": False,
     }
     attributes = {
         "sequence_parallel_size": 1,
@@ -56,9 +61,13 @@ def fake_deepspeed(**changes) -> types.SimpleNamespace:
         "pipeline_parallelism": False,
         "basic_optimizer": torch.optim.AdamW([torch.ones(1)]),
         "optimizer": type("DeepSpeedZeroOptimizer", (), {})(),
+        "module": nn.Linear(1, 1),
     }
     methods = {name: Mock(return_value=changes.get(name, value)) for name, value in answers.items()}
     return types.SimpleNamespace(**methods, **{name: changes.get(name, value) for name, value in attributes.items()})
+
+
+QUANTISED = nn.Parameter(torch.ones(1, dtype=torch.uint8), requires_grad=False)
 
 
 def offload(device: str) -> types.SimpleNamespace:
@@ -68,9 +77,22 @@ def offload(device: str) -> types.SimpleNamespace:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"zero_optimization_stage": 3}, NotImplementedError, "stage 3 is not supported; set zero_stage: 2"),
         ({"zero_optimization_stage": 0}, NotImplementedError, "stage 0 is not supported; set zero_stage: 2"),
         ({"zero_offload_optimizer": offload("cpu")}, NotImplementedError, "offload_optimizer_device: none"),
+        ({"zero_offload_param": offload("cpu")}, NotImplementedError, "offload_param_device: none"),
+        ({"zero_hpz_partition_size": 2}, NotImplementedError, "zero_hpz_partition_size above 1 is not supported"),
+        ({"zero_quantized_weights": True}, NotImplementedError, "zero_quantized_weights is not supported"),
+        (
+            {"zero_quantized_nontrainable_weights": True},
+            NotImplementedError,
+            "zero_quantized_nontrainable_weights is not supported",
+        ),
+        ({"is_deepcompile_enabled": True}, NotImplementedError, "deepcompile is not supported"),
+        (
+            {"zero_optimization_stage": 3, "module": nn.ParameterDict({"w": QUANTISED})},
+            NotImplementedError,
+            "quantised 'w'; load bfloat16, or set zero_stage: 2",
+        ),
         ({"fp16_enabled": True}, ValueError, "use bf16=True or float32"),
         ({"torch_autocast_enabled": True}, NotImplementedError, "torch_autocast is not supported; turn it off"),
         ({"zero_round_robin_gradients": True}, NotImplementedError, "round_robin_gradients is not supported"),

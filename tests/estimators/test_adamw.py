@@ -9,6 +9,7 @@ from trl_entropy.estimators.adamw import (
     adamw_update,
     adamw_update_parts,
     gradient_coefficient,
+    gradient_metric,
     live_preconditioner,
     preconditioner,
 )
@@ -101,3 +102,17 @@ def test_coordinates_that_never_moved_have_no_metric():
     assert float(plain[0]) == 1 / EPS
     assert torch.equal(live[1:3], plain[1:3])
     assert live[3].isnan()
+
+
+def test_gradient_metric_is_what_multiplies_the_gradient():
+    """-metric g is the gradient part of (T5); 0 where nothing ever had a gradient, which changes no update."""
+    generator = torch.Generator().manual_seed(1)
+    param, grad, exp_avg = (torch.randn(4, generator=generator, dtype=torch.float64) for _ in range(3))
+    exp_avg_sq = torch.rand(4, generator=generator, dtype=torch.float64)
+    for quantity in (grad, exp_avg, exp_avg_sq):
+        quantity[0] = 0.0
+    settings = AdamWSettings(0.05, BETAS, EPS, 0.1)
+    parts = adamw_update_parts(param, grad, exp_avg, exp_avg_sq, 3, settings, clip_factor=0.7)
+    metric = gradient_metric(grad, exp_avg_sq, 3, settings, clip_factor=0.7)
+    torch.testing.assert_close(-metric * grad, parts.gradient, rtol=1e-12, atol=0)
+    assert metric[0] == 0 and bool((metric[1:] > 0).all())

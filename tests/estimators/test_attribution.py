@@ -62,6 +62,9 @@ def test_what_is_not_named_is_rounding():
     completions = torch.tensor([0.25, -1.0])
     assert Attribution(1.0, 0.5, -0.25, completions).rounding == 1.5
     assert Attribution(1.0, 0.5, -0.25, completions, {"bonus": 1.5}).rounding == 0.0
+    found = Attribution(1.0, 0.5, -0.25, completions)
+    assert found.relative_rounding == pytest.approx(1.5 / (0.75 + float(completions.abs().sum())))
+    assert found.share(found.momentum) == 0.5 and math.isnan(Attribution(0.0, 0.0, 0.0, completions).share(0.0))
 
 
 def test_products_add_over_parameters():

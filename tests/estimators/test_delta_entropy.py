@@ -10,6 +10,7 @@ from tiny_policy import TinyPolicy, loglog_slope, multisets
 
 from trl_entropy.estimators.delta_entropy import (
     RatioTerms,
+    critical_length,
     critical_step,
     curvature_from_hessian_vector_product,
     delta_linear,
@@ -221,6 +222,20 @@ def test_critical_step_is_where_second_order_equals_first():
     eta = float(critical_step(linear, curvature))
     assert abs(eta * -0.3) == pytest.approx(abs(eta**2 * 0.2 / 2))
     assert math.isinf(critical_step(linear, torch.tensor(0.0)))
+
+
+def test_critical_length_is_the_critical_step_of_the_means():
+    """Its value from first and second order; its influence by differences in one completion's weight."""
+    generator = torch.Generator().manual_seed(2)
+    columns = torch.rand(6, 5, generator=generator, dtype=torch.float64) + 0.5
+    pairs = [RatioTerms(*pair) for pair in columns.view(3, 2, 5)]
+    found = critical_length(*pairs)
+    first = delta_linear(*pairs[:2]).value
+    second = delta_second_order(*pairs).value - first
+    assert float(found.value) == pytest.approx(float((first / second).abs()))
+    many = [RatioTerms(*(torch.cat([column.repeat(10000), column[:1]]) for column in pair)) for pair in pairs]
+    slope = (float(critical_length(*many).value) - float(found.value)) * 50001
+    assert slope == pytest.approx(float(found.influence[0]), rel=1e-3)
 
 
 @pytest.mark.parametrize("estimand", ["entropy", "linear"])

@@ -13,10 +13,12 @@ from tiny_policy import TinyPolicy, multisets
 from trl_entropy.estimators.group_gradients import group_loss_surrogate
 from trl_entropy.estimators.noise_scale import (
     NoiseScaleRecord,
+    group_products,
     half_advantages,
     jackknifed_parts,
     noise_parts,
     noise_parts_two_sizes,
+    relative_product_error,
     unbiased_parts,
 )
 
@@ -305,3 +307,21 @@ def test_negative_parts_are_data():
     assert tuple(parts_of(y)) == pytest.approx((-1 / 3, 4 / 3))
     assert NoiseScaleRecord.empty().update(step_of(y)).interval()[1] == math.inf
     assert tuple(parts_of(torch.ones(3, 1))) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("columns", [2**24, 7])
+def test_products_of_rows_are_those_of_loops(columns, monkeypatch):
+    monkeypatch.setattr("trl_entropy.estimators.noise_scale._CHUNK", columns)
+    generator = torch.Generator().manual_seed(0)
+    rows, metric = torch.randn(3, 50, generator=generator), torch.rand(50, generator=generator)
+    g = rows.mean(0)
+    for m in (None, metric):
+        products = group_products(rows, g, m)
+        weights = torch.ones(50) if m is None else m
+        for n in range(3):
+            assert products.sq_norms[n] == pytest.approx(
+                sum(float(w * y) * float(y) for w, y in zip(weights, rows[n], strict=True)), rel=1e-5
+            )
+            assert products.dot_batch[n] == pytest.approx(float((weights * rows[n]) @ g), rel=1e-4, abs=1e-5)
+    assert relative_product_error(group_products(rows, g), float(g.square().sum())) < 1e-5
+    assert relative_product_error(group_products(2 * rows, g), float(g.square().sum())) == pytest.approx(1, rel=1e-5)

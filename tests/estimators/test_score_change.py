@@ -10,6 +10,7 @@ from tiny_step import DEAD, TinyStep
 
 from trl_entropy.estimators.fisher_kernel import kernel_block
 from trl_entropy.estimators.score_change import (
+    change_agreement,
     score_change_parts,
     score_change_shares,
     score_change_sums,
@@ -107,3 +108,16 @@ def test_own_influence_is_not_that_of_fresh_completions():
     both = sum(q * float(-per_group[rows].mean(0) @ y[rows].mean(0)) for rows, q in multisets(p.tolist(), 2))
     assert both == pytest.approx(own + cross)
     assert own > 3 * cross > 0
+
+
+def test_agreement_is_the_slope_through_the_origin_with_a_jackknife_error():
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.arange(5).repeat_interleave(3)
+    predicted = torch.randn(15, generator=generator, dtype=torch.float64)
+    measured = 1.2 * predicted + 0.1 * torch.randn(15, generator=generator, dtype=torch.float64)
+    slope, correlation = change_agreement(predicted, measured, prompts)
+    assert slope.value == pytest.approx(float(predicted @ measured / (predicted @ predicted)))
+    x, y = predicted - predicted.mean(), measured - measured.mean()
+    assert correlation == pytest.approx(float(x @ y / (x.norm() * y.norm())))
+    assert 0 < slope.stderr < 0.2 and slope.dof == 4
+    assert change_agreement(predicted, 2 * predicted, prompts)[0].stderr == pytest.approx(0, abs=1e-7)

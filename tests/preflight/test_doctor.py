@@ -23,6 +23,7 @@ ON_CPU = ["--task", "word_problems", "--use_cpu", "true", "--bf16", "false", "--
 PROBED = ["--entropy_probe", "true", "--entropy_probe_prompts", "8"]
 GPUS = ["--hardware", "2xH100-80GB", "--model_name_or_path", "Qwen/Qwen2.5-1.5B", "--dtype", "bfloat16"]
 LORA = ["--use_peft", "true"]
+KL = ["--kl_every", "1"]
 ROLLOUTS = ["--entropy_probe_source", "rollouts", "--num_prompts_per_step", "64"]
 REENTRANT = ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}', "--num_prompts_per_step", "64"]
 GIB = 2**30
@@ -127,7 +128,7 @@ def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
         ([*ON_CPU, "--accelerate_config", "launch/missing.yaml"], "missing.yaml"),
         ([*ON_CPU, "--hardware", "H100"], "H100.*write 2xH100-80GB"),
         ([*ON_CPU, "--config", "missing.yaml"], "missing.yaml.*Correct the path"),
-        ([*GPUS, *PROBED, "--accelerate_config", "launch/zero3.yaml"], "entropy_probe does not.*zero3.*zero_stage: 2"),
+        ([*GPUS, *KL, "--accelerate_config", "launch/zero3.yaml"], "kl_every does not.*zero3.*zero_stage: 2"),
         ([*GPUS, *PROBED, "--attn_implementation", "flash_attention_2"], "attention flash.*attn_implementation: sdpa"),
         ([*GPUS, *PROBED, *LORA, "--load_in_4bit", "true"], "quantisation 4bit.*dtype: bfloat16"),
         ([*GPUS, *PROBED, "--bf16", "false", "--fp16", "true"], "loss scaling changes gradients.*bf16: true"),

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from trl_entropy import DrGRPOConfig
-from trl_entropy.engine import swapped_parameters
+from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.engine.build import _refuse_common, _refuse_deepspeed
 from trl_entropy.preflight import support
 from trl_entropy.probes import PROBES
@@ -45,12 +45,12 @@ def test_probes_that_read_updates_depend_on_the_engine():
 
 @pytest.mark.parametrize("engine", support.ENGINES)
 def test_engines_are_refused_as_build_engine_does(engine):
-    with refusal(engine in ("plain", "ddp", "zero1", "zero2")):
+    with refusal(engine in ("plain", "ddp", "zero1", "zero2", "zero3")):
         if engine.startswith("zero"):
             _refuse_deepspeed(fake_deepspeed(zero_optimization_stage=int(engine[-1])))
         kind = DistributedType(SHARDED.get(engine, "NO"))
         _refuse_common(fake_accelerator(distributed_type=kind), nn.Linear(1, 1), torch.optim.AdamW([torch.ones(1)]))
-    assert (support.ENGINES[engine] is None) == (engine in ("plain", "ddp", "zero1", "zero2"))
+    assert (support.ENGINES[engine] is None) == (engine in ("plain", "ddp", "zero1", "zero2", "zero3"))
     assert support.cell("effective_sample_size_probe", engine, "sdpa", "none") == "supported"
 
 
@@ -86,11 +86,13 @@ def test_kl_refuses_parameters_that_are_not_whole():
     model.weight.ds_id = 0
     with pytest.raises(ValueError, match="ZeRO-3"), swapped_parameters(model, {"weight": torch.ones(2, 2)}):
         pass
-    assert support.remedy("kl_every", "engine", "zero3") == support.remedy("entropy_probe", "engine", "zero3")
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        snapshot_parameters(model)
+    assert "zero_stage: 2" in support.remedy("kl_every", "engine", "zero3")
 
 
 def test_a_cell_names_everything_that_must_change():
-    text = support.cell("entropy_probe", "zero3", "flash_attention_2", "4bit")
+    text = support.cell("entropy_probe", "zero0", "flash_attention_2", "4bit")
     assert all(part in text for part in ("refused: ", "zero_stage: 2", "attn_implementation: sdpa", "bfloat16"))
     assert support.cell("entropy_probe", "zero2", "sdpa", "none") == "supported"
-    assert support.cell("a_new_probe", "zero3", "sdpa", "none").startswith("refused")  # unknown: the strictest row
+    assert support.cell("a_new_probe", "zero0", "sdpa", "none").startswith("refused")  # unknown: the strictest row

@@ -50,7 +50,7 @@ def train(make_trainer, folder, dies_at=None):
     elif dies_at == "seal":
         checkpoints.seal = dies(None)
     elif dies_at == "rotate":
-        import trl_entropy.trainer as module
+        import trl_entropy.resumable_trainer as module
 
         module.rotate_checkpoints = dies(None)
     trainer.train(resume_from_checkpoint="latest")

@@ -73,8 +73,12 @@ CASES = {
     "second epoch": {"per_device_train_batch_size": 32},
     "log lines of two steps": {"logging_steps": 2},
     "decaying schedule": {"lr_scheduler_type": "cosine"},
+    "noise scale, kernel": {"noise_scale_probe": True, "fisher_probe": True, "fisher_num_sequences": 12},
+    "noise scale of an adapter": {"noise_scale_probe": True, "lora": True, "steps_per_generation": 2},
     "rollouts source": {"entropy_probe": True, "entropy_probe_source": "rollouts"},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2},
+    "curriculum": {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_pass_reward": 0.5},
+    "curriculum in the second epoch": {"curriculum": "pass_rate", "per_device_train_batch_size": 32},
     "completions": {"log_completions": True, "num_completions_to_print": 0, "steps_per_generation": 2},
 }
 

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -107,7 +108,8 @@ def test_every_step_logs_what_is_promised(make_trainer):
     )
     trainer.train()
     not_here = {"completions/think_length"}  # a random policy may close no think tag
-    promised = {name for name in METRICS if not name.startswith(("entropy/", "answer_check/"))} - not_here
+    of_other_probes = ("entropy/", "answer_check/", "noise_scale/", "fisher/", "curriculum/")
+    promised = {name for name in METRICS if not name.startswith(of_other_probes)} - not_here
     promised |= {"entropy/policy", "entropy/surprisal", "clip_ratio/region_mean", "reward_std"}
     for row in RunDirectory(trainer.args.output_dir).metrics():
         assert promised <= row.keys(), promised - row.keys()
@@ -269,3 +271,32 @@ def test_sigterm_writes_a_checkpoint_and_ends(make_trainer):
 def test_a_plain_grpo_config_is_refused(make_trainer):
     with pytest.raises(TypeError, match="GRPOConfig; DrGRPOTrainer needs a DrGRPOConfig"):
         make_trainer(DrGRPOTrainer, GRPOConfig)
+
+
+def test_the_curriculum_learns_from_every_scored_group(make_trainer, tmp_path):
+    """Prompts of "Ann" always pass, others never: with no weight on the easy ones they are not drawn again."""
+    prompts = [f"{name} has {i} apples." for name in ("Ann", "Ben") for i in range(8)]
+
+    def reward(prompts, **kwargs):
+        return [float(prompt.startswith("Ann")) for prompt in prompts]
+
+    recorder = Recorder()
+    settings = {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_easy_weight": 0.0}
+    trainer = make_trainer(
+        dataset=Dataset.from_dict({"prompt": prompts}),
+        reward_funcs=reward,
+        callbacks=[recorder],
+        max_steps=8,
+        **settings,
+    )
+    trainer.train()
+    rates = trainer._train_sampler.rates.tolist()
+    drawn = [trainer._tokenizer.decode(ids[mask.bool()]) for batch in recorder.rollouts for ids, mask in zip(
+        batch.prompt_ids, batch.prompt_mask, strict=True)][::4]  # fmt: skip
+    for row, prompt in enumerate(prompts):
+        seen = prompt in drawn
+        assert rates[row] == (float(prompt.startswith("Ann")) if seen else 0.5)
+        assert not prompt.startswith("Ann") or drawn.count(prompt) <= 2  # one more may be fetched ahead
+    row = RunDirectory(trainer.args.output_dir).metrics()[-1]
+    assert row["curriculum/num_easy"] == sum(rate == 1 for rate in rates) > 0
+    assert row["curriculum/num_hard"] == sum(rate == 0 for rate in rates) > 0

@@ -99,8 +99,11 @@ class Engine(abc.ABC):
     ) -> Iterator[nn.Module]:
         """The unwrapped model with `params` in it and in evaluation mode, for scoring; afterwards all is as it was.
 
-        Local. Differentiate with `torch.autograd.grad`, by `trainable_parameters(model)` looked up inside: `backward`
-        would leave its gradients on parameters that are gone afterwards.
+        Local, except that under ZeRO-3 *entering* is collective (frozen parameters are gathered): in `rank_symmetric`
+        enter it first, and as often on every rank.
+
+        Differentiate with `torch.autograd.grad`, by `trainable_parameters(model)` looked up inside: `backward` would
+        leave its gradients on parameters that are gone afterwards.
 
         Args:
             params: `context.params_before`, `context.params_after`, or any other values of theta.

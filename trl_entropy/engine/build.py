@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_entropy.engine.base import Engine, torch_optimizer
-from trl_entropy.engine.deepspeed import ZeroEngine
+from trl_entropy.engine.deepspeed import DeepSpeedEngine, ZeroEngine
 from trl_entropy.engine.plain import PlainEngine
 
 _WORKS = "use one process, DDP (distributed_type: MULTI_GPU), or DeepSpeed with zero_stage: 2"
-_ZERO_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer")
+_ZERO_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3")
 
 
 def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float | None) -> Engine:
@@ -28,16 +28,25 @@ def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any, max
             `gradient_clipping` counts (transformers sets it from the arguments, and refuses a config that differs).
 
     Raises:
-        NotImplementedError: for FSDP, Megatron-LM, XLA, ZeRO-3, ZeRO-0, optimizer offload, and other ways of training
-            that no engine reads; says which setting works.
+        NotImplementedError: for FSDP, Megatron-LM, XLA, ZeRO-0, offload, and other ways of training that no engine
+            reads; says which setting works.
         ValueError: for settings that would make gradient or update wrong: float16 loss scaling, `DataParallel`.
     """
     _refuse_common(accelerator, model, optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _refuse_deepspeed(accelerator.deepspeed_engine_wrapped.engine)
-        return ZeroEngine(accelerator, model)
+        deepspeed = accelerator.deepspeed_engine_wrapped.engine
+        _refuse_deepspeed(deepspeed)
+        return _zero_engine(int(deepspeed.zero_optimization_stage()))(accelerator, model)
     _refuse_plain(accelerator, model)
     return PlainEngine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
+
+
+def _zero_engine(stage: int) -> type[DeepSpeedEngine]:
+    if stage < 3:
+        return ZeroEngine
+    from trl_entropy.engine.zero3 import Zero3Engine  # imports deepspeed, which is there only if it trains
+
+    return Zero3Engine
 
 
 def _refuse_common(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
@@ -75,11 +84,12 @@ def _refuse_plain(accelerator: Accelerator, model: nn.Module) -> None:
 
 def _refuse_deepspeed(engine: Any) -> None:
     stage = int(engine.zero_optimization_stage())
-    if stage not in (1, 2):
-        raise NotImplementedError(f"DeepSpeed ZeRO stage {stage} is not supported; set zero_stage: 2 (or 1)")
-    offload = engine.zero_offload_optimizer()
-    if offload is not None and str(getattr(offload.device, "value", offload.device)) != "none":
+    if stage not in (1, 2, 3):
+        raise NotImplementedError(f"DeepSpeed ZeRO stage {stage} is not supported; set zero_stage: 2 (or 1, 3)")
+    if _is_offloaded(engine.zero_offload_optimizer()):
         raise NotImplementedError("the optimizer is offloaded; set offload_optimizer_device: none")
+    if _is_offloaded(engine.zero_offload_param()):
+        raise NotImplementedError("the parameters are offloaded; set offload_param_device: none")
     if engine.fp16_enabled():
         raise ValueError("DeepSpeed trains in float16 with loss scaling; use bf16=True or float32")
     refused = {
@@ -91,6 +101,11 @@ def _refuse_deepspeed(engine: Any) -> None:
         "the optimizer Muon of DeepSpeed": "muon" in type(engine.basic_optimizer).__name__.lower(),
         # Slices are laid out in the shuffled order, but `_hp_mapping` is built in the unshuffled one.
         "round_robin_gradients": engine.zero_round_robin_gradients(),
+        # Slices on other ranks than the optimizer's, or of other numbers than the parameter's.
+        "zero_hpz_partition_size above 1": engine.zero_hpz_partition_size() > 1,
+        "zero_quantized_weights": engine.zero_quantized_weights(),
+        "zero_quantized_nontrainable_weights": engine.zero_quantized_nontrainable_weights(),
+        "deepcompile": engine.is_deepcompile_enabled(),
     }
     for what in (what for what, found in refused.items() if found):
         raise NotImplementedError(f"DeepSpeed with {what} is not supported; turn it off in the DeepSpeed config")
@@ -98,3 +113,12 @@ def _refuse_deepspeed(engine: Any) -> None:
         raise NotImplementedError(
             f"DeepSpeed's optimizer is a {type(engine.optimizer).__name__}; set zero_stage: 2 and no zenflow"
         )
+    quantised = [name for name, param in engine.module.named_parameters() if not param.is_floating_point()]
+    if stage == 3 and quantised:
+        raise NotImplementedError(
+            f"ZeRO-3 has partitioned the quantised {quantised[0]!r}; load bfloat16, or set zero_stage: 2"
+        )
+
+
+def _is_offloaded(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) != "none"

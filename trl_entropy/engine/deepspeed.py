@@ -1,14 +1,15 @@
-"""DeepSpeed ZeRO-1 and ZeRO-2: each rank owns a slice of every group's flat float32 master, moments and gradient.
+"""DeepSpeed ZeRO: each rank owns a slice of master, moments and gradient. Here ZeRO-1 and ZeRO-2; ZeRO-3 in `zero3`.
 
 Written against accelerate 1.15 and deepspeed 0.19.8. Upstream privates, each with a contract test: `engine.step` is
-called inside `accelerator.backward`; a parameter's `_hp_mapping` names the slice this rank owns, with its master
-(`hp_fragment`), its place in the parameter (`lp_fragment_address`) and in the flat partition (`hp_fragment_address`),
-and its reduced gradient (`get_lp_grad_fragment(param._index_in_param_group)`).
+called inside `accelerator.backward`; under ZeRO-1 and ZeRO-2 a parameter's `_hp_mapping` names the slice this rank
+owns, with its master (`hp_fragment`), its place in the parameter (`lp_fragment_address`) and in the group's flat
+partition (`hp_fragment_address`), and its reduced gradient (`get_lp_grad_fragment(param._index_in_param_group)`).
 
 deepspeed's own `safe_get_full_*` are not used: with more than one parameter group they raise on the ranks that own a
 slice and leave the others waiting.
 """
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +24,17 @@ from torch import Tensor, nn
 from trl_entropy.engine.base import Engine, group_settings
 from trl_entropy.engine.plain import names_by_group
 from trl_entropy.engine.symmetry import rank_symmetric
+from trl_entropy.layer_gradients import parameter_shape
 
 _BUCKET_NUMEL = 2**26  # elements of one all_reduce: 256 MiB of float32
 
 
-class ZeroEngine(Engine):
-    """ZeRO-1 and ZeRO-2. theta is the float32 master, also where the model computes in bf16."""
+class DeepSpeedEngine(Engine):
+    """What every ZeRO stage shares: when it steps, and whole tensors from slices.
+
+    theta is the float32 master, also where the model computes in bf16. A subclass also says which parameters are in
+    which group of the base optimizer, and where in a parameter this rank's slice begins.
+    """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self._deepspeed: Any = accelerator.deepspeed_engine_wrapped.engine
@@ -75,10 +81,68 @@ class ZeroEngine(Engine):
 
     # ---- this rank's slices
 
+    @abc.abstractmethod
     def _lp_groups(self) -> list[list[nn.Parameter]]:
-        """The model's parameters by parameter group; the base optimizer itself has one flat partition per group."""
+        """The model's parameters by parameter group of the base optimizer, which itself has flat partitions."""
+
+    @abc.abstractmethod
+    def _start(self, param: nn.Parameter) -> int:
+        """Where in the flat parameter this rank's slice begins."""
+
+    # ---- whole tensors
+
+    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
+        return self._assembled(self.parameters, shares)
+
+    def _assembled(self, parameters: Mapping[str, nn.Parameter], shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole float32 tensors of `parameters`. Collective."""
+        with rank_symmetric(self.accelerator, "laying out its slices of the optimizer's state"):
+            buckets = [self._bucket(bucket, shares) for bucket in buckets_of(parameters)]
+        whole: dict[str, Tensor] = {}
+        for flat, views in buckets:
+            # Every element is owned by one rank and 0 on the others, so the sum is exact.
+            dist.all_reduce(flat, group=self._zero.dp_process_group)
+            whole |= views
+        return whole
+
+    def _bucket(
+        self, parameters: Mapping[str, nn.Parameter], shares: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One flat tensor with this rank's shares in their places, and its views by parameter."""
+        shapes = [parameter_shape(param) for param in parameters.values()]
+        sizes = [shape.numel() for shape in shapes]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.accelerator.device)
+        pieces = dict(zip(parameters, flat.split(sizes), strict=True))
+        for name in parameters.keys() & shares.keys():
+            share = shares[name]
+            pieces[name].narrow(0, self._start(parameters[name]), share.numel()).copy_(share)
+        return flat, {name: piece.view(shape) for (name, piece), shape in zip(pieces.items(), shapes, strict=True)}
+
+    def grad_norm(self) -> float:
+        with rank_symmetric(self.accelerator, "taking the norm of its slices of the gradient"):
+            squares = [torch.linalg.vector_norm(g.double()).square() for g in self.local_gradient().values()]
+            total = sum(squares, torch.zeros((), dtype=torch.float64, device=self.accelerator.device))
+        dist.all_reduce(total, group=self._zero.dp_process_group)
+        return math.sqrt(float(total))
+
+    # ---- the optimizer
+
+    def param_groups(self) -> dict[str, dict[str, Any]]:
+        return group_settings(self.optimizer.param_groups, self._names_by_group)
+
+    def step_skipped(self) -> bool:
+        return not self._deepspeed.was_step_applied()
+
+
+class ZeroEngine(DeepSpeedEngine):
+    """ZeRO-1 and ZeRO-2: one flat partition per parameter group, whose borders cut through parameters."""
+
+    def _lp_groups(self) -> list[list[nn.Parameter]]:
         zero = self._zero
         return zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+
+    def _start(self, param: nn.Parameter) -> int:
+        return param._hp_mapping.lp_fragment_address.start  # type: ignore[attr-defined]
 
     def _slices(self, read: Callable[[nn.Parameter, Any], Tensor]) -> dict[str, Tensor]:
         """`read(param, mapping)`, flat, for every parameter of which this rank owns a slice."""
@@ -100,55 +164,6 @@ class ZeroEngine(Engine):
 
         return self._slices(read) if any(self.optimizer.state.values()) else {}
 
-    # ---- whole tensors
-
-    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
-        with rank_symmetric(self.accelerator, "laying out its slices of the optimizer's state"):
-            buckets = [self._bucket(names, shares) for names in self._bucketed_names()]
-        whole: dict[str, Tensor] = {}
-        for flat, views in buckets:
-            # Every element is owned by one rank and 0 on the others, so the sum is exact.
-            dist.all_reduce(flat, group=self._zero.dp_process_group)
-            whole |= views
-        return whole
-
-    def _bucketed_names(self) -> Iterator[list[str]]:
-        names: list[str] = []
-        numel = 0
-        for name, param in self.parameters.items():
-            if names and numel + param.numel() > _BUCKET_NUMEL:
-                yield names
-                names, numel = [], 0
-            names.append(name)
-            numel += param.numel()
-        if names:
-            yield names
-
-    def _bucket(self, names: list[str], shares: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One flat tensor with this rank's shares in their places, and its views by parameter."""
-        sizes = [self.parameters[name].numel() for name in names]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.accelerator.device)
-        views = {}
-        for name, piece in zip(names, flat.split(sizes), strict=True):
-            param = self.parameters[name]
-            if name in shares:
-                address = param._hp_mapping.lp_fragment_address
-                piece.narrow(0, address.start, address.numel).copy_(shares[name])
-            views[name] = piece.view(param.shape)
-        return flat, views
-
-    def grad_norm(self) -> float:
-        with rank_symmetric(self.accelerator, "taking the norm of its slices of the gradient"):
-            squares = [torch.linalg.vector_norm(g.double()).square() for g in self.local_gradient().values()]
-            total = sum(squares, torch.zeros((), dtype=torch.float64, device=self.accelerator.device))
-        dist.all_reduce(total, group=self._zero.dp_process_group)
-        return math.sqrt(float(total))
-
-    # ---- the optimizer
-
-    def param_groups(self) -> dict[str, dict[str, Any]]:
-        return group_settings(self.optimizer.param_groups, self._names_by_group)
-
     def step_counts(self) -> dict[str, int]:
         counts: dict[str, int] = {}
         for group, names in zip(self.optimizer.param_groups, self._names_by_group, strict=True):
@@ -156,9 +171,6 @@ class ZeroEngine(Engine):
             step = self.optimizer.state.get(partition, {}).get("step", 0)
             counts |= dict.fromkeys(names, int(step))
         return counts
-
-    def step_skipped(self) -> bool:
-        return not self._deepspeed.was_step_applied()
 
 
 def _gradient_slice(param: nn.Parameter, mapping: Any) -> Tensor:
@@ -168,3 +180,18 @@ def _gradient_slice(param: nn.Parameter, mapping: Any) -> Tensor:
     """
     gradient, address = mapping.get_lp_grad_fragment(param._index_in_param_group).view(-1), mapping.lp_fragment_address
     return gradient if gradient.numel() == address.numel else gradient.narrow(0, address.start, address.numel)
+
+
+def buckets_of(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+    """`parameters` in their order, in parts that one `all_reduce` takes."""
+    bucket: dict[str, nn.Parameter] = {}
+    numel = 0
+    for name, param in parameters.items():
+        size = parameter_shape(param).numel()
+        if bucket and numel + size > _BUCKET_NUMEL:
+            yield bucket
+            bucket, numel = {}, 0
+        bucket[name] = param
+        numel += size
+    if bucket:
+        yield bucket

@@ -19,7 +19,12 @@ def snapshot_parameters(model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
 
     These are what the model computes with. Where an engine trains in bf16 that is the rounded image of the float32
     master, which `UpdateContext.params_before` and `params_after` have.
+
+    Raises:
+        ValueError: if parameters are partitioned (ZeRO-3).
     """
+    for name, param in trainable_parameters(model).items():
+        _refuse_partitioned(name, param)
     return {name: param.detach().clone() for name, param in trainable_parameters(model).items()}
 
 
@@ -55,7 +60,7 @@ def swapped_parameters(
             if id(frozen) not in replacements:
                 replacements[id(frozen)] = _converted(name, frozen, dtype)
         replacements |= {id(buffer): _cast_if_floating(buffer, dtype) for buffer in model.buffers()}
-    with _replaced(model, replacements):
+    with replaced_tensors(model, replacements):
         yield model
 
 
@@ -80,10 +85,16 @@ def _check_values(trainable: Mapping[str, nn.Parameter], values: Mapping[str, Te
     if unknown := sorted(values.keys() - trainable.keys()):
         raise ValueError(f"values for {len(unknown)} names that are no trainable parameters: {unknown[0]!r}, ...")
     for name, param in trainable.items():
-        if hasattr(param, "ds_id"):
-            raise ValueError(f"{name!r} is partitioned by ZeRO-3; gather it first, or train with zero_stage: 2")
+        _refuse_partitioned(name, param)
         if values[name].shape != param.shape:
             raise ValueError(f"{name!r} has shape {tuple(param.shape)}, its value {tuple(values[name].shape)}")
+
+
+def _refuse_partitioned(name: str, param: nn.Parameter) -> None:
+    if hasattr(param, "ds_id"):
+        raise ValueError(
+            f"{name!r} is partitioned by ZeRO-3; gather it first, or train with zero_stage: 2, as kl_every needs"
+        )
 
 
 def _replacement(param: nn.Parameter, value: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
@@ -101,7 +112,7 @@ def _cast_if_floating(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _replaced(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[None]:
+def replaced_tensors(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[None]:
     """Puts `replacements[id(tensor)]` in the place of every parameter and buffer of every submodule, and back."""
     places: list[tuple[dict[str, Any], str, Tensor]] = [
         (table, key, tensor)

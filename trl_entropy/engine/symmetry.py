@@ -20,7 +20,8 @@ def rank_symmetric(accelerator: Accelerator, what: str) -> Iterator[None]:
         total = engine.accelerator.reduce(logps.sum())  # collective: outside
 
     The discipline: *no collective inside* (nothing of `accelerator.reduce`, no forward through a DDP or DeepSpeed
-    wrapper, no collective property of `UpdateContext`), every rank enters every section in the same order, and no
+    wrapper, no collective property of `UpdateContext`; only `scoring_model` may be entered, before anything else, as
+    it fails on all ranks or on none), every rank enters every section in the same order, and no
     `return`, `break` or `continue` leaves one on some ranks only. Exceptions that end the process anyway
     (`KeyboardInterrupt`, `SystemExit`) pass at once; the launcher then ends the other ranks.
 

@@ -108,3 +108,21 @@ def adamw_update(
     so compare with that within a unit in the last place of theta.
     """
     return sum(adamw_update_parts(param, grad, exp_avg, exp_avg_sq, step, settings, clip_factor))
+
+
+def gradient_metric(
+    grad: Float[Tensor, "*shape"],
+    exp_avg_sq: Float[Tensor, "*shape"],
+    step: int,
+    settings: AdamWSettings,
+    clip_factor: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    """(T5), (T9): lr c (1-b1)/(1-b1^t) M of (T4), by which the share -g_i of each completion enters the update.
+
+    This step's `grad` is in M; arguments as in `adamw_update_parts`. 0 where no gradient ever was: see
+    `live_preconditioner`.
+    """
+    clipped = grad * clip_factor
+    exp_avg_sq_after = exp_avg_sq * settings.betas[1] + (1 - settings.betas[1]) * clipped.square()
+    metric = live_preconditioner(exp_avg_sq_after, step, settings.betas[1], settings.eps)
+    return gradient_coefficient(settings, step, clip_factor) * metric

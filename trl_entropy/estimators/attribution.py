@@ -45,7 +45,22 @@ class Attribution:
     def rounding(self) -> float:
         """The whole less all named parts."""
         named = self.momentum + self.weight_decay + sum(self.other.values())
-        return self.whole - named - float(self.completions.double().sum())
+        return self.whole - named - self.gradient
+
+    @property
+    def gradient(self) -> float:
+        """What this step's completions make together."""
+        return float(self.completions.double().sum())
+
+    @property
+    def relative_rounding(self) -> float:
+        """Rounding over the sum of the absolute values of all parts, completion by completion; 0/0: nan."""
+        parts = torch.tensor([self.momentum, self.weight_decay, *self.other.values()], dtype=torch.float64)
+        return float(self.rounding / (parts.abs().sum() + self.completions.double().abs().sum().cpu()))
+
+    def share(self, part: float) -> float:
+        """A part over the whole; beyond [0, 1] where parts pull apart, nan or inf where the whole is 0."""
+        return float(torch.tensor(part, dtype=torch.float64) / self.whole)
 
 
 def update_products(

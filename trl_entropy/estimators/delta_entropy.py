@@ -163,6 +163,12 @@ def critical_step(delta_linear: Float[Tensor, ""], curvature: Float[Tensor, ""])
     return 2 * delta_linear.double().abs() / curvature.double().abs()
 
 
+def critical_length(terms: RatioTerms, tangents: RatioTerms, second_tangents: RatioTerms) -> Linearization:
+    """(T10): eta* of `critical_step` along the direction of the tangents, with its influence. Otherwise as (T8)."""
+    columns = torch.stack([*terms, *tangents, *second_tangents], 1)
+    return delta_method(lambda m: critical_step(_slope(m), _curvature(m)), columns)
+
+
 def _slope(means: Float[Tensor, "columns"]) -> Float[Tensor, ""]:
     """R' from the means of N, D, N', D'."""
     numerator, denominator, numerator_1, denominator_1 = means[:4]

@@ -25,6 +25,8 @@ from trl_entropy.estimators.u_statistic import (
     u_statistic_variance,
 )
 
+_CHUNK = 2**24  # numbers cast to float64 at a time
+
 
 class NoiseParts(NamedTuple):
     """(T14)-(T16): |G|^2, the squared norm of the expected gradient, and tr(Sigma), the variance of one group's Y_n.
@@ -35,6 +37,35 @@ class NoiseParts(NamedTuple):
 
     grad_sq_norm: float
     variance_trace: float
+
+
+class GroupProducts(NamedTuple):
+    """(T14), (T16): what the parts need of every group, |Y_n|^2 and Y_n . g, or the same in the metric; float64."""
+
+    sq_norms: Float[Tensor, "P"]
+    dot_batch: Float[Tensor, "P"]
+
+
+def group_products(
+    rows: Float[Tensor, "P D"], batch_gradient: Float[Tensor, "D"], preconditioner: Float[Tensor, "D"] | None = None
+) -> GroupProducts:
+    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n, summed in float64; M = 1 by default. Cost O(P D)."""
+    metric = torch.ones_like(batch_gradient) if preconditioner is None else preconditioner
+    products = rows.new_zeros(2, len(rows), dtype=torch.float64)
+    columns = _CHUNK // len(rows) + 1
+    for part, gradient, weights in zip(
+        *(x.split(columns, dim=-1) for x in (rows, batch_gradient, metric)), strict=True
+    ):
+        part = part.double()
+        products[0] += part.square() @ weights.double()
+        products[1] += part @ (weights.double() * gradient.double())
+    return GroupProducts(*products)
+
+
+def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> float:
+    """|mean_n Y_n . g / |g|^2 - 1| with the gradient that the optimizer got: rounding, if the rows are its shares."""
+    ratio = products.dot_batch.mean() / torch.tensor(batch_sq_norm, dtype=torch.float64)
+    return float((ratio - 1).abs())
 
 
 def noise_parts(group_sq_norms: Float[Tensor, "P"], batch_sq_norm: float) -> NoiseParts:

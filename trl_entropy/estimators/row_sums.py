@@ -4,12 +4,14 @@ A *row* is what the caller numbers: a sequence, or a group of sequences whose gr
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.row_gradients import RowGradients
+from trl_entropy.estimators.sketch import CountSketch
 
 ByName = Mapping[str, Float[Tensor, "..."]]
 
@@ -176,6 +178,91 @@ class Blocks(Consumer):
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         self.function(name, gradients.whole, rows)
+
+
+class HalfProducts(Consumer):
+    """
+    (T14): G_2n . G_2n+1 of every pair of rows, float64, in `values` (N,), for halves of a group. Local.
+
+    Both rows of a pair must come in one micro-batch.
+    """
+
+    values: Float[Tensor, " N"]
+
+    def __init__(self, num_pairs: int) -> None:
+        self.num_pairs = num_pairs
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        self.values = torch.zeros(self.num_pairs, dtype=torch.float64, device=device)
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        if rows.tolist() != [number for pair in (rows // 2).unique().tolist() for number in (2 * pair, 2 * pair + 1)]:
+            raise ValueError(f"rows {rows.tolist()} are no whole pairs of halves 2n, 2n + 1")
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        whole = gradients.whole
+        products = (whole[0::2] * whole[1::2]).flatten(1).sum(dim=1)
+        self.values.index_add_(0, (rows[0::2] // 2).to(self.values.device), products.to(self.values))
+
+
+class SketchedRows(Consumer):
+    """
+    (T13): every row's gradient as a CountSketch of R sqrt(M) G, float64, in `values` (N, dim). Local.
+
+    Args:
+        num_rows: N.
+        sketch: dimension and seed.
+        metric: the diagonal of M by parameter name.
+    """
+
+    values: Float[Tensor, "N dim"]
+
+    def __init__(self, num_rows: int, sketch: CountSketch, metric: ByName) -> None:
+        self.num_rows, self.sketch, self.metric = num_rows, sketch, metric
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        self.values = torch.zeros(self.num_rows, self.sketch.dim, dtype=torch.float64, device=device)
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        metric = self.metric[name].flatten()
+        for part, grads in gradients.chunks():
+            sketched = self.sketch.block(grads.flatten(1), name, metric)
+            self.values.index_add_(0, rows[part].to(self.values.device), sketched)
+
+
+class ParameterTraces(Consumer):
+    """The sum over rows of G' M G, one number a parameter (in their order), float64, in `values`. Local."""
+
+    values: Float[Tensor, " K"]
+
+    def __init__(self, metric: ByName) -> None:
+        self.metric = metric
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        self._numbers = {name: number for number, name in enumerate(shapes)}
+        self.values = torch.zeros(len(shapes), dtype=torch.float64, device=device)
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        self.values[self._numbers[name]] += gradients.squared_norms(self.metric[name]).double().sum()
+
+
+class Several(Consumer):
+    """Hands everything to each of its `consumers`, of one pass."""
+
+    def __init__(self, *consumers: Consumer) -> None:
+        self.consumers: tuple[Any, ...] = consumers
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        for consumer in self.consumers:
+            consumer.bind(shapes, device)
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        for consumer in self.consumers:
+            consumer.begin(rows)
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        for consumer in self.consumers:
+            consumer.add(name, gradients, rows)
 
 
 def _check_numbers(rows: Int[Tensor, " R"], num_rows: int) -> None:

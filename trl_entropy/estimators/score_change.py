@@ -69,6 +69,21 @@ def score_change_shares(prompt_sums: Float[Tensor, "P parts"]) -> dict[str, Esti
     return {name: pooled.ratio(unit[i], unit.sum(0)) for i, name in enumerate(ScoreChangeParts._fields)}
 
 
+def change_agreement(
+    predicted: Float[Tensor, "N"], measured: Float[Tensor, "N"], prompt_index: Int[Tensor, "N"]
+) -> tuple[Estimate, float]:
+    """(T12): slope through the origin of measured on predicted changes, sum p m / sum p^2, and their correlation.
+
+    The slope with its jackknife error over prompts, bias O(1/P); 1 where the step is linear. No change: nan (0/0).
+    """
+    predicted, measured = predicted.double(), measured.double()
+    products = torch.stack([predicted * measured, predicted.square()])
+    sums = torch.stack([cluster_sums(product, prompt_index) for product in products], 1)
+    pooled = PooledParts.empty(2).update(sum_over_prompts(sums))
+    top, bottom = torch.eye(2, dtype=torch.float64)
+    return pooled.ratio(top, bottom), float(torch.corrcoef(torch.stack([predicted, measured]))[0, 1])
+
+
 def score_form_coefficients(
     sequence_logps: Float[Tensor, "B"], num_tokens: Int[Tensor, "B"] | Float[Tensor, "B"], policy_entropy: float
 ) -> Float[Tensor, "B"]:

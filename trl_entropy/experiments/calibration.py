@@ -34,6 +34,7 @@ from trl_entropy.estimators.u_statistic import (
     u_statistic_variance,
 )
 from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.command import without_nan
 from trl_entropy.experiments.redraws import Cache, probe_pool, rollout_redraws
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.run_log import describe_environment
@@ -287,13 +288,6 @@ def _bare(axes: Axes) -> Axes:
     return axes
 
 
-def _without_nan(value: Any) -> Any:
-    """nan as null: JSON has no nan."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-entropy experiment calibration", description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoint-N with optimizer.pt")
@@ -327,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     output = options.output or checkpoint.path.parent / "experiments" / f"calibration-{checkpoint.step}"
     output.mkdir(parents=True, exist_ok=True)
     result = run(options, checkpoint, output)
-    (output / "calibration.json").write_text(json.dumps(_without_nan(result), indent=2) + "\n", encoding="utf-8")
+    (output / "calibration.json").write_text(json.dumps(without_nan(result), indent=2) + "\n", encoding="utf-8")
     draw_figure(result, output / "calibration.png")
     print(table(result))
     print(f"numbers {output / 'calibration.json'}\nfigure  {output / 'calibration.png'}")

@@ -17,7 +17,7 @@ from trl_entropy.estimators.importance import WeightForm
 from trl_entropy.estimators.step_change import point_terms, stacked
 from trl_entropy.estimators.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.state import FixedState
+from trl_entropy.experiments.state import FixedState, Policy
 from trl_entropy.group_rows import GroupRows, group_rows
 from trl_entropy.probes.rollout_entropy import flat, metric_of
 from trl_entropy.rollouts import RolloutBatch
@@ -62,6 +62,12 @@ class Cache:
         return value
 
 
+def pool_completions(policy: Policy, size: int, seed: int, index: int) -> Completions:
+    """Chunk `index` of the pool: one completion each of prompts drawn with replacement."""
+    seeds = (seed, _POOL, index)
+    return policy.draw(policy.draw_problems(size, seeds), seeds)
+
+
 def probe_pool(
     state: FixedState, cache: Cache, num_completions: int, seed: int, batch_size: int
 ) -> Float[Tensor, "B columns"]:
@@ -76,8 +82,7 @@ def probe_pool(
     size = min(ROWS_PER_CHUNK, num_completions)
 
     def chunk(index: int) -> Tensor:
-        seeds = (seed, _POOL, index)
-        completions = state.draw(state.draw_problems(size, seeds), seeds)
+        completions = pool_completions(state, size, seed, index)
         before, after = (_score(state, completions, params, batch_size) for params in (state.before, state.after))
         terms = [
             stacked(point_terms(scores.entropy, scores.logps, before.logps[0], completions.completion_mask, form))
@@ -86,7 +91,7 @@ def probe_pool(
         ]
         return torch.cat(terms, dim=1).cpu()
 
-    return _in_chunks(cache, "probe", num_completions, size, chunk)
+    return in_chunks(cache, "probe", num_completions, size, chunk)
 
 
 def rollout_redraws(
@@ -110,7 +115,7 @@ def rollout_redraws(
         rows = (redrawn_rows(state, rollouts, index) for index in redraws)
         return torch.stack([cross_gram(x, y, metric) for x, y in rows]).cpu()
 
-    return _in_chunks(cache, f"rollouts-{num_prompts}x{num_generations}", num_redraws, size, chunk)
+    return in_chunks(cache, f"rollouts-{num_prompts}x{num_generations}", num_redraws, size, chunk)
 
 
 def redrawn_rows(state: FixedState, rollouts: RolloutBatch, index: Int[Tensor, " n"]) -> GroupRows:
@@ -136,7 +141,7 @@ def _score(state: FixedState, completions: Completions, params: dict[str, Tensor
         return score(model, completions, state.args.temperature, batch_size, params, state.update, order=1)
 
 
-def _in_chunks(cache: Cache, name: str, num: int, size: int, chunk: Callable[[int], Tensor]) -> Tensor:
+def in_chunks(cache: Cache, name: str, num: int, size: int, chunk: Callable[[int], Tensor]) -> Tensor:
     """The first `num` rows of whole chunks of `size`, each computed once; a larger number later uses what is there."""
     indices = tqdm(range(-(-num // size)), desc=name, unit="chunk", mininterval=1.0)
     parts = [cache.get(f"{name}-{size}-{index:05d}", partial(chunk, index)) for index in indices]

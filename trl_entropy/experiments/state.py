@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
 from trl_entropy.engine import UpdateContext
 from trl_entropy.engine.plain import PlainEngine
+from trl_entropy.estimators.attribution import on_policy_coefficients
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.probes.entropy import predicted_update
+from trl_entropy.probes.adamw_step import predicted_update
 from trl_entropy.probes.probe_batch import own_randomness, pack_completions
+from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions
 from trl_entropy.train import load_task
 
@@ -77,6 +81,7 @@ class FixedState(Policy):
 
     Attributes:
         context: the `UpdateContext` before that step.
+        rollouts: U, the completions of that step, on-policy under the loss (T2).
         before, after, update: theta before and after it, and their difference in float32, by parameter name.
     """
 
@@ -93,12 +98,22 @@ class FixedState(Policy):
         # What float32 makes of the step, so that the direction is that from `before` to `after`.
         self.update = {name: self.after[name] - value for name, value in self.before.items()}
 
+    @property
+    def loss_coefficients(self) -> Float[Tensor, "B T"]:
+        """alpha_ik of (T9), of U."""
+        batch = self.rollouts
+        return on_policy_coefficients(
+            batch.advantages, batch.completion_mask, len(batch.rewards), self.args.max_completion_length
+        )
+
     def _take_gradient(self, num_prompts: int, seed: tuple[int, ...]) -> None:
         """Draw U without replacement and leave the gradient of TRL's own loss in `.grad`, a group at a time."""
         problems = np.random.default_rng(seed).permutation(self.num_problems)[:num_prompts]
         batch = self.draw_rollouts(problems, self.args.num_generations, seed)
         self.trainer.current_gradient_accumulation_steps = num_prompts
-        for group in split_tensor_dict(batch, num_prompts):
+        groups = split_tensor_dict(batch, num_prompts)
+        self.rollouts = RolloutBatch.from_micro_batches(groups)
+        for group in groups:
             self.trainer.compute_loss(self.model, group).backward()
 
 

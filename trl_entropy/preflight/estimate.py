@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from trl_entropy.preflight import memory
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.shapes import ModelShape
+from trl_entropy.probes.noise_scale import MAX_ROWS_BYTES
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 
@@ -152,6 +153,10 @@ def probe_items(plan: Plan) -> dict[str, int]:
         items |= _rollouts_probe(plan, copy)
     elif args.entropy_probe:
         items |= _entropy_probe(plan, copy)
+    if args.noise_scale_probe:
+        items |= _noise_scale_probe(plan, copy)
+    if args.fisher_probe:
+        items |= _fisher_probe(plan, copy)
     if args.optimizer_state_probe:
         items["optimizer_state_probe"] = copy
     if items and (plan.engine.startswith("zero") or not args.entropy_probe):  # else it is one of the copies above
@@ -160,13 +165,18 @@ def probe_items(plan: Plan) -> dict[str, int]:
 
 
 def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
-    """Copies before and after, the update; gradient, moments besides for the second order."""
+    """Copies before and after, the update; gradient, moments besides for the second order; three more for (T9)."""
     args, shape = plan.args, shape_of(plan)
     order = 2 if args.entropy_second_order else 1
     rows = min(args.probe_batch_size, max(1, args.entropy_probe_prompts // plan.world_size))
     scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order)
+    attributed = args.entropy_attribution != "none"
+    if attributed:  # grad h, and g_i by sequence, are reverse passes
+        graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
+        scored = max(scored, graph)
+    copies = 9 if attributed else 6 if args.entropy_second_order else 3
     return {
-        "entropy_probe: parameters": copy * (6 if args.entropy_second_order else 3),
+        "entropy_probe: parameters": copy * copies,
         "entropy_probe: scoring (estimate)": scored + memory.float32_base(shape, base_bytes(plan)),
     }
 
@@ -182,6 +192,39 @@ def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
         "entropy_probe: parameters": 5 * copy,
         "entropy_probe: rows of (T17)": 2 * groups * copy,
         "entropy_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+    }
+
+
+def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
+    """Gradient, second moment, metric; a row a prompt group, or by an extra pass M g; a float32 graph for such."""
+    args, shape = plan.args, shape_of(plan)
+    rows = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations) * copy
+    from_training = plan.has_adapter and rows <= MAX_ROWS_BYTES
+    items = {"noise_scale_probe: rows of (T14)": rows} if from_training else {}
+    if from_training and not args.noise_scale_halves:
+        return {"noise_scale_probe: copies": 3 * copy, **items}
+    at_once = max(args.num_generations, min(args.probe_batch_size, args.per_device_train_batch_size))
+    graph = memory.activations(shape, at_once, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
+    scored = memory.scoring(shape, at_once, plan.sequence_length, args.max_completion_length, order=0)
+    return {
+        "noise_scale_probe: copies": 5 * copy,
+        **items,
+        "noise_scale_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+    }
+
+
+def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
+    """Copies before and after, gradient, moments, M, three directions; a row a completion; a float32 graph."""
+    args, shape = plan.args, shape_of(plan)
+    number = args.fisher_num_sequences // plan.world_size
+    row = 8 * args.fisher_sketch_dim or copy
+    at_once = min(args.probe_batch_size, number)
+    graph = memory.activations(shape, at_once, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
+    scored = memory.scoring(shape, at_once, plan.sequence_length, args.max_completion_length, order=0)
+    return {
+        "fisher_probe: parameters": 9 * copy,
+        "fisher_probe: rows of (T12)": number * row * (2 if plan.world_size > 1 else 1),
+        "fisher_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
     }
 
 
@@ -211,7 +254,10 @@ def num_checkpoints(plan: Plan) -> int:
 
 
 def probe_file_bytes(plan: Plan) -> int:
-    """All files of the entropy probe: 16 L + 24 T bytes a completion, of the probe batch and of the step's own."""
+    """
+    All files of the entropy probe: 16 L + 24 T bytes a completion, of the probe batch and of the step's own; 20 T more
+    for the latter's attribution.
+    """
     args = plan.args
     if not args.entropy_probe or args.probe_files_keep == 0:
         return 0
@@ -219,4 +265,5 @@ def probe_file_bytes(plan: Plan) -> int:
     kept = probed if args.probe_files_keep is None else min(probed, args.probe_files_keep)
     held_out = 0 if args.entropy_probe_source == "rollouts" else args.entropy_probe_prompts
     completion = 16 * plan.sequence_length + 24 * args.max_completion_length
-    return kept * (held_out + plan.completions_per_step) * completion
+    attributed = 0 if args.entropy_attribution == "none" else 20 * args.max_completion_length + 16
+    return kept * ((held_out + plan.completions_per_step) * completion + plan.completions_per_step * attributed)

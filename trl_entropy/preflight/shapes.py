@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,8 +143,21 @@ def _build(name: str) -> tuple[Any, str]:
         with torch.device("meta"):
             return build_model(tokenizer), "built from code"
     config, source = read_config(name)
-    with torch.device("meta"):
+    with torch.device("meta"), _without_zero3():
         return AutoModelForCausalLM.from_config(config), source
+
+
+@contextlib.contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Outside of what transformers does under ZeRO-3, where building a model is collective; this is one rank's."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def read_config(name: str) -> tuple[PretrainedConfig, str]:

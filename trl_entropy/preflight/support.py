@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trl_entropy.preflight.plan import Plan
 
+_USE_ZERO = "set zero_stage: 2 (or 1, 3)"
 _USE_ZERO2 = "set zero_stage: 2 (or 1)"
 _USE_DDP = "use distributed_type: MULTI_GPU (DDP) or DeepSpeed with zero_stage: 2"
 _USE_SDPA = "set attn_implementation: sdpa (or eager)"
@@ -22,8 +23,8 @@ ENGINES: dict[str, str | None] = {
     "ddp": None,
     "zero1": None,
     "zero2": None,
-    "zero0": _USE_ZERO2,
-    "zero3": _USE_ZERO2,
+    "zero3": None,
+    "zero0": _USE_ZERO,
     "fsdp": _USE_DDP,
     "megatron": _USE_DDP,
     "xla": _USE_DDP,
@@ -47,12 +48,15 @@ AXES: dict[str, Mapping[str, str | None]] = {
 DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "entropy_probe": ("engine", "attention", "quantisation"),
     "entropy_probe (rollouts)": ("engine", "attention", "quantisation"),
+    "entropy_attribution": ("engine", "attention", "quantisation"),
+    "noise_scale_probe": ("engine",),
+    "fisher_probe": ("engine", "attention", "quantisation"),
     "optimizer_state_probe": ("engine",),
     "effective_sample_size_probe": (),
     "kl_every": ("engine",),
 }
 # The KL builds no engine, but it swaps parameters, which must be whole on every process.
-KL_ENGINES: dict[str, str | None] = {**ENGINES, "zero0": None}
+KL_ENGINES: dict[str, str | None] = {**ENGINES, "zero0": None, "zero3": _USE_ZERO2}
 _EVERY_AXIS = tuple(AXES)
 
 
@@ -78,6 +82,8 @@ def probe_names(plan: Plan) -> list[str]:
     names = list(plan.args.enabled_probes())
     if plan.args.entropy_probe and plan.args.entropy_probe_source == "rollouts":
         names[names.index("entropy_probe")] = "entropy_probe (rollouts)"
+    if plan.args.entropy_probe and plan.args.entropy_attribution != "none":
+        names.append("entropy_attribution")
     return names + (["kl_every"] if plan.args.kl_every and plan.args.beta == 0 else [])
 
 

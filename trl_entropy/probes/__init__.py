@@ -2,6 +2,8 @@
 
 from trl_entropy.probes.effective_sample_size import EffectiveSampleSizeProbe
 from trl_entropy.probes.entropy import EntropyProbe
+from trl_entropy.probes.fisher import FisherProbe
+from trl_entropy.probes.noise_scale import NoiseScaleProbe
 from trl_entropy.probes.optimizer_state import OptimizerStateProbe
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
@@ -10,6 +12,8 @@ from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
 PROBES: dict[str, type[Probe]] = {
     "entropy_probe": EntropyProbe,
     "effective_sample_size_probe": EffectiveSampleSizeProbe,
+    "noise_scale_probe": NoiseScaleProbe,
+    "fisher_probe": FisherProbe,
     "optimizer_state_probe": OptimizerStateProbe,
 }
 
@@ -17,6 +21,8 @@ __all__ = [
     "PROBES",
     "EffectiveSampleSizeProbe",
     "EntropyProbe",
+    "FisherProbe",
+    "NoiseScaleProbe",
     "OptimizerStateProbe",
     "Probe",
     "RolloutEntropyProbe",

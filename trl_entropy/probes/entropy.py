@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
-from trl_entropy.estimators.adamw import AdamWSettings, adamw_update
 from trl_entropy.estimators.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
-from trl_entropy.estimators.estimate import Estimate, Linearization
+from trl_entropy.estimators.estimate import Linearization
 from trl_entropy.estimators.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.rivals import (
     CovarianceTerms,
@@ -32,7 +31,10 @@ from trl_entropy.estimators.step_change import (
     step_changes,
     unstacked,
 )
+from trl_entropy.probes.adamw_step import predicted_update
 from trl_entropy.probes.agreement import RunningAgreement
+from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
+from trl_entropy.probes.logged import changes_logged, with_stderr
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
 from trl_entropy.scores import Completions, TokenScores, score
@@ -55,6 +57,8 @@ class EntropyProbe(Probe):
         batch_size: completions scored at a time; halved on out-of-memory.
         second_order: predict to second order *before* the step, along AdamW's equation (T4).
         placebo: also predict this step's change from an earlier step's update, whose slope must be 0.
+        attribution: split the first order (T9) over momentum, decay and each completion (`"sequence"`) or `"token"`;
+            `"none"`: do not.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
         sampler: `"model"` (its own `generate`) or `"vllm"`, corrected by vLLM's log-probabilities (T6).
         draw: stand-in for the policy's sampling, `(step, rank) -> Completions`; as many rows on every rank.
@@ -72,10 +76,12 @@ class EntropyProbe(Probe):
         source: str = "held_out",
         sampler: str = "model",
         draw: Callable[[int, int], Completions] | None = None,
+        attribution: str = "none",
     ) -> None:
         super().__init__(every)
         self.num_prompts, self.batch_size, self.source = num_prompts, batch_size, source
         self.second_order, self.placebo, self.sampler, self.draw = second_order, placebo, sampler, draw
+        self.attribution = None if attribution == "none" else StepAttribution(attribution, batch_size)
         self.agreement = RunningAgreement()
         self._num_probed = 0
         self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
@@ -93,11 +99,20 @@ class EntropyProbe(Probe):
             placebo=args.entropy_placebo,
             source=args.entropy_probe_source,
             sampler=args.entropy_probe_sampler,
+            attribution=args.entropy_attribution,
         )
 
     # ---- events
 
-    def on_micro_batch(self, args, state, control, *, metrics, inputs, per_token_logps, mask, **kwargs: Any) -> None:
+    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+        if self.attribution is not None:
+            self.attribution.check(args, model)
+
+    def on_micro_batch(
+        self, args, state, control, *, metrics, inputs, per_token_logps, loss_logps, mask, **kwargs: Any
+    ) -> None:
+        if self.attribution is not None:
+            self.attribution.watch(loss_logps)
         for name, terms in _RIVALS.items():
             self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
 
@@ -113,6 +128,8 @@ class EntropyProbe(Probe):
         if self.second_order:
             scores = self._score(engine, args, params, predicted_update(update), order=2)
             self._second_order = self._terms(scores, scores, engine.accelerator)
+        if self.attribution is not None:
+            self.attribution.before_update(update)
 
     def on_after_update(
         self, args, state, control, *, metrics, update, engine, rollouts, trainer, **kwargs: Any
@@ -121,6 +138,9 @@ class EntropyProbe(Probe):
         after = self._score(engine, args, update.params_after, update.update)
         metrics |= self._changes(before, after, engine.accelerator)
         metrics |= self._rival_changes(engine.accelerator)
+        if self.attribution is not None:
+            probe = self._batch_before(before, metrics["entropy/delta_linear"], engine.accelerator)
+            metrics |= self.attribution.after_update(trainer, update, engine, rollouts, probe)
         if self._num_probed % _NOISE_FLOOR_EVERY == 0:
             metrics |= self._noise_floor(before, args, update, engine)
         if computes_below_float32(engine):
@@ -138,11 +158,14 @@ class EntropyProbe(Probe):
             "agreement": self.agreement.state_dict(),
             "num_probed": self._num_probed,
             "earlier_update": self._earlier_update,
+            "attribution": self.attribution and self.attribution.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.agreement.load_state_dict(state["agreement"])
         self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
+        if self.attribution is not None and state.get("attribution"):  # it may be turned on later
+            self.attribution.load_state_dict(state["attribution"])
 
     # ---- measuring
 
@@ -181,8 +204,8 @@ class EntropyProbe(Probe):
         prompts = accelerator.gather(self._completions.prompt_index)
         points = self._terms(before, before, accelerator), self._terms(after, before, accelerator)
         changes = step_changes(*points, self._second_order)
-        logged = _changes_logged(changes, prompts)
-        logged |= _with_stderr("entropy/probe", policy_entropy(points[0].terms).estimate(prompts))
+        logged = changes_logged(changes, prompts)
+        logged |= with_stderr("entropy/probe", policy_entropy(points[0].terms).estimate(prompts))
         logged["entropy/importance_ess"] = importance_sample_size(*points)
         if self._completions.sampling_logps is not None:
             mean_weights = accelerator.gather(self._sampler_weights(before))
@@ -192,7 +215,7 @@ class EntropyProbe(Probe):
             self._terms(before, before, accelerator, "sequence"), self._terms(after, before, accelerator, "sequence")
         )
         for name in ("measured", "linear"):
-            logged |= _with_stderr(f"entropy/delta_{name}_sequence", sequence[name].estimate(prompts))
+            logged |= with_stderr(f"entropy/delta_{name}_sequence", sequence[name].estimate(prompts))
         self._measured = changes["measured"].estimate(prompts)
         self._add_to_agreement(changes, points, prompts)
         return logged | self._halves(points, prompts)
@@ -222,7 +245,7 @@ class EntropyProbe(Probe):
         logged: dict[str, float] = {}
         for label, half in zip("ab", halves, strict=True):
             for name, estimate in half.items():
-                logged |= _with_stderr(f"entropy/half_{label}_{name}", estimate)
+                logged |= with_stderr(f"entropy/half_{label}_{name}", estimate)
         return logged
 
     def _rival_changes(self, accelerator: Accelerator) -> dict[str, float]:
@@ -232,6 +255,12 @@ class EntropyProbe(Probe):
             logged[f"entropy/delta_{name}"] = delta_covariance(CovarianceTerms(*columns)).value.item()
             parts.clear()
         return logged
+
+    def _batch_before(self, before: TokenScores, delta_linear: float, accelerator: Accelerator) -> ProbeBatch:
+        """What the attribution needs to know of E. Collective."""
+        batch = self._completions
+        weights = importance_weights(before.logps[0], self._sampling_logps(before), batch.completion_mask)
+        return ProbeBatch(batch, weights, self._terms(before, before, accelerator).terms, delta_linear)
 
     def _noise_floor(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
         """What scoring in other chunks changes while nothing moved: rounding."""
@@ -274,7 +303,7 @@ class EntropyProbe(Probe):
             prompts = engine.accelerator.gather(self._completions.prompt_index)
             predicted = delta_linear(terms.terms, terms.tangents).estimate(prompts)
             self.agreement.add_pair("placebo", predicted, self._measured)
-            logged = _with_stderr("entropy/delta_placebo", predicted)
+            logged = with_stderr("entropy/delta_placebo", predicted)
         if random.Random(self._num_probed).random() < 1 / (self._num_probed + 1):
             self._earlier_update = {name: value.clone() for name, value in update.update.items()}
         return logged
@@ -290,38 +319,7 @@ class EntropyProbe(Probe):
         trainer.write_rollouts(step)
 
 
-def predicted_update(update: UpdateContext) -> dict[str, Tensor]:
-    """dtheta by equation (T4), before the optimizer makes it. Collective."""
-    update.check_adamw()
-    gradient, exp_avg, exp_avg_sq = update.gradient, update.exp_avg, update.exp_avg_sq
-    settings = {
-        name: AdamWSettings(
-            update.learning_rate[name], update.betas[name], update.eps[name], update.weight_decay[name]
-        )
-        for name in gradient
-    }
-    clip, step, params = update.clip_factor, update.optimizer_step, update.params_before
-    return {
-        name: adamw_update(params[name], gradient[name], exp_avg[name], exp_avg_sq[name], step, settings[name], clip)
-        for name in gradient
-    }
-
-
 def computes_below_float32(engine: Engine) -> bool:
     """Whether the model that training runs is not the float32 one: autocast, or parameters of a narrower dtype."""
     narrow = any(param.is_floating_point() and param.itemsize < 4 for param in engine.module.parameters())
     return narrow or engine.accelerator.mixed_precision != "no"
-
-
-def _changes_logged(changes: dict[str, Linearization], prompts: Tensor) -> dict[str, float]:
-    """Each change, and each prediction's error (predicted - measured), with standard errors."""
-    logged: dict[str, float] = {}
-    for name, change in changes.items():
-        logged |= _with_stderr(f"entropy/delta_{name}", change.estimate(prompts))
-        if name != "measured":
-            logged |= _with_stderr(f"entropy/error_{name}", (change - changes["measured"]).estimate(prompts))
-    return logged
-
-
-def _with_stderr(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_stderr": estimate.stderr}

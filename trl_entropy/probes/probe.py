@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -41,10 +42,22 @@ class Probe(TrainerCallback):
         """Whether step `step` (1, 2, ...) is measured; the trainer sends the events below on these steps only."""
         return step % self.every == 0
 
+    def around_micro_batch(
+        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> AbstractContextManager[Any]:
+        """
+        Entered before a micro-batch's forward and left after its backward: `inputs` (TRL's dict), `trainer`. Under
+        DeepSpeed the update comes inside the last micro-batch's backward.
+        """
+        return nullcontext()
+
     def on_micro_batch(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
-        """After the loss of a micro-batch: `inputs` (TRL's dict), `per_token_logps`, `token_entropy` (B, T)."""
+        """
+        After the loss of a micro-batch, before its backward: `inputs` (TRL's dict), `per_token_logps`, `token_entropy`
+        (B, T); `loss_logps`: the former with the loss's graph, for a hook on its gradient.
+        """
 
     def on_rollouts(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any

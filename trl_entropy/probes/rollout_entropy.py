@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
-from trl_entropy.estimators.adamw import AdamWSettings
 from trl_entropy.estimators.delta_entropy import RatioTerms, delta_measured, entropy_terms, policy_entropy
 from trl_entropy.estimators.group_gradients import cross_prompt_change, relative_gradient_error, update_metric
 from trl_entropy.estimators.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.u_statistic import cross_gram
 from trl_entropy.group_rows import GroupRows, group_rows
+from trl_entropy.probes.adamw_step import adamw_settings
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions, TokenScores, score
@@ -172,9 +172,7 @@ def check_memory(num_groups: int, model: nn.Module) -> None:
 def metric_of(update: UpdateContext) -> dict[str, Tensor]:
     """lr c (1-b1)/(1-b1^t) M before the step, by parameter. Collective."""
     step, clip, moments = update.optimizer_step, update.clip_factor, update.exp_avg_sq
-    settings = {
-        name: AdamWSettings(update.learning_rate[name], update.betas[name], update.eps[name], 0.0) for name in moments
-    }
+    settings = adamw_settings(update)
     return {name: update_metric(v, settings[name], step, clip) for name, v in moments.items()}
 
 

@@ -1,0 +1,47 @@
+"""Three real steps of the quickstart, every step probed, with notebook 05's probe; its checkpoint evaluated."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = {
+    "max_steps": 3, "num_prompts_per_step": 4, "per_device_train_batch_size": 16, "num_generations": 4,
+    "num_train_problems": 64, "num_eval_problems": 8, "per_device_eval_batch_size": 8, "num_generations_eval": 1,
+    "entropy_probe_every": 1, "entropy_probe_prompts": 8, "report_to": "none", "save_strategy": "steps",
+    "noise_scale_probe": True, "fisher_probe": True, "fisher_num_sequences": 12, "entropy_attribution": "sequence",
+    "save_steps": 3, "save_only_model": True, "disable_tqdm": True,
+}  # fmt: skip
+
+
+def probe_of_notebook():
+    """The class that notebook 05 shows."""
+    cells = json.loads((REPOSITORY / "notebooks" / "05_comparing_runs.ipynb").read_text())["cells"]
+    text = next("".join(cell["source"]) for cell in cells if "class LengthSpread" in "".join(cell["source"]))
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].split("\n\nDrGRPOTrainer(...")[0]
+    scope = {}
+    exec(code, scope)
+    return scope["LengthSpread"]
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory, warm_start_dir) -> Path:
+    from trl_entropy.evaluation.plan import PROFILES, Job, read_config, settings_of, targets_of
+    from trl_entropy.evaluation.worker import evaluate
+    from trl_entropy.run_log import RunDirectory
+    from trl_entropy.train import build_trainer, parse
+
+    path = tmp_path_factory.mktemp("real") / "three-steps"
+    given = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    task, args, model = parse(["--config", f"{REPOSITORY}/configs/quickstart.yaml", "--output_dir", str(path), *given])
+    trainer = build_trainer(task, args, model)
+    trainer.add_callback(probe_of_notebook()(every=1))
+    trainer.train()
+    config = read_config(path)
+    settings = settings_of(config, PROFILES["quick"], subset_frac=0.004, num_samples=2)
+    for target in targets_of(path, config, "all"):
+        evaluate(Job(target, settings, str(RunDirectory(path).checkpoint_folder(target.step)), 32, "cpu"))
+    RunDirectory(path).write_checkpoint_tables()
+    return path

@@ -1,0 +1,96 @@
+"""`trl-entropy evaluate` as a user starts it: full checkpoint, adapter, start policy, a failure, a timeout, again."""
+
+import csv
+import json
+
+import pandas as pd
+import pytest
+import yaml
+from small_evaluation import CONFIG
+
+from trl_entropy import rewards
+from trl_entropy.evaluate import main
+from trl_entropy.run_log import RunDirectory
+
+SMALL = ["--subset-frac", "0.004", "--num-samples", "4"]  # 6 problems
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer, warm_start_dir):
+    """Checkpoints of step 2 (all weights), 4 (an adapter on the start policy) and 6 (nothing in it)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("run")
+    (path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"max_completion_length": 32, "temperature": 1.0}))
+    RunDirectory(path).append_evaluation(0, {"reward": 0.5})
+    model = AutoModelForCausalLM.from_pretrained(warm_start_dir)
+    model.save_pretrained(path / "checkpoint-2")
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(path / "checkpoint-4")
+    # an adapter that begins at zero, on a base that lay in another machine's cache
+    adapter = path / "checkpoint-4" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": "/gone/base"}))
+    (path / "checkpoint-6").mkdir()
+    for step in (2, 4):
+        tokenizer.save_pretrained(path / f"checkpoint-{step}")
+    return path
+
+
+@pytest.mark.slow
+def test_evaluate_again_and_after_a_failure(run, capsys):
+    with pytest.raises(SystemExit, match=r"1 of 4 failed \(steps 6\); call again"):
+        main(["--run", str(run), *SMALL])
+    said = capsys.readouterr().out
+    assert "step     6  failed: exit status 1" in said and "step     2  pass@1" in said
+    folders = [RunDirectory(run).checkpoint_folder(step) for step in (0, 2, 4)]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    # the start policy, its copy and an adapter that changes nothing are one policy, and draw the same
+    assert summaries[0]["metrics"] == summaries[1]["metrics"] == summaries[2]["metrics"]
+    assert 0.1 < summaries[0]["metrics"]["pass@1"]["value"] < 0.8
+    check_records(pd.read_parquet(folders[1] / "records.parquet"))
+    check_tables(run, summaries)
+    times = [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
+    main(["--run", str(run), "--checkpoints", "0,2,4", *SMALL])
+    assert "0 checkpoints to evaluate, 3 already done" in capsys.readouterr().out
+    assert times == [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
+
+
+def check_records(records):
+    assert len(records) == 6 * 5 and records["greedy"].sum() == 6 and records["prompt_id"].nunique() == 6
+    assert records.groupby("prompt_id")["sample"].apply(sorted).map(list).tolist() == [[0, 0, 1, 2, 3]] * 6
+    judged = rewards.tag_pref(None, records["completion"].tolist(), answer=records["answer"].tolist())
+    assert judged == records["correct"].astype(float).tolist() == records["tag_pref"].tolist()
+    assert (records["entropies"].map(len) == records["length"]).all()
+
+
+def check_tables(run, summaries):
+    with open(run / "evaluation" / "checkpoints.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
+    assert float(rows[1]["pass@4_low"]) == summaries[1]["metrics"]["pass@4"]["low"]
+    consolidated = pd.read_csv(run / "evaluation" / "consolidated_metrics.csv")
+    trained = consolidated[consolidated["source"] == "training"]
+    assert trained[["step", "metric", "value"]].values.tolist() == [[0, "reward", 0.5]]
+    assert set(consolidated["unit"].dropna()) == {"1", "tokens", "nats/token", "answers"}
+
+
+def test_a_timeout_is_said_and_leaves_nothing_half(run, capsys):
+    with pytest.raises(SystemExit, match="1 of 1 failed"):
+        main(["--run", str(run), "--checkpoints", "2", "--timeout", "0.2", "--seed", "7"])
+    assert "failed: not done after 0 s; raise --timeout" in capsys.readouterr().out
+    assert not list((run / "evaluation").glob(".step*"))
+
+
+def test_a_wrong_step_is_refused_before_anything_starts(run):
+    with pytest.raises(SystemExit, match="no checkpoint of step 3; it has 0, 2, 4, 6"):
+        main(["--run", str(run), "--checkpoints", "3"])
+
+
+def test_resuming_a_run_drops_evaluations_of_later_steps(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for step in (10, 20):
+        directory.checkpoint_folder(step).mkdir(parents=True)
+        summary = {"step": step, "num_prompts": 1, "settings": {"num_samples": 1}, "metrics": {}}
+        (directory.checkpoint_folder(step) / "summary.json").write_text(json.dumps(summary))
+    directory.cut_after(15)
+    assert [summary["step"] for summary in directory.checkpoint_summaries()] == [10]

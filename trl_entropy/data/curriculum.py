@@ -1,0 +1,129 @@
+"""Which prompts to learn from: a sampler that draws by how often each prompt's completions have passed so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Sampler
+
+BUCKETS = ("hard", "normal", "easy")
+START_RATE = 0.5
+
+
+class PassRateSampler(Sampler[int]):
+    """
+    Draws prompts from buckets of their pass rate, in place of TRL's `RepeatSampler` and with its layout and length.
+
+    A prompt's pass rate is an exponential moving average over its groups, 0.5 before the first: hard below
+    `hard_below`, easy above `easy_above`, normal between. For every prompt of a generation a bucket is drawn by weight
+    among those that have a prompt left, and in it the prompt that was drawn longest ago. Prompts of a generation are
+    distinct. All ranks draw the same, if all are given the same rates.
+
+    Args:
+        num_prompts: rows of the dataset.
+        batch_size: prompts of one generation, over all processes.
+        mini_repeat_count, repeat_count: as `RepeatSampler`: completions of a prompt; uses of a generation.
+        weights: of hard, normal, easy.
+        ema: weight of a prompt's newest group in its pass rate.
+        seed: of the order in which prompts come that were drawn equally long ago, and of the buckets.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        batch_size: int,
+        mini_repeat_count: int,
+        repeat_count: int,
+        hard_below: float = 0.2,
+        easy_above: float = 0.8,
+        weights: Sequence[float] = (1.0, 2.0, 0.5),
+        ema: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if num_prompts < batch_size:
+            raise ValueError(f"the dataset has {num_prompts} prompts, a generation takes {batch_size} distinct ones.")
+        self.num_prompts, self.batch_size = num_prompts, batch_size
+        self.mini_repeat_count, self.repeat_count = mini_repeat_count, repeat_count
+        self.bounds, self.ema = (hard_below, easy_above), ema
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rates = torch.full((num_prompts,), START_RATE, dtype=torch.float64)
+        # Drawn in increasing order of this; the first pass is a permutation.
+        self._turn = torch.randperm(num_prompts, generator=self.generator) - num_prompts
+        self._next_turn = 0
+        self._drawn: list[list[int]] = []  # the generations of this epoch
+        self._to_replay: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return (self.num_prompts // self.batch_size) * self.batch_size * self.mini_repeat_count * self.repeat_count
+
+    def __iter__(self) -> Iterator[int]:
+        self._drawn, replay = [], self._to_replay
+        self._to_replay = []
+        for number in range(self.num_prompts // self.batch_size):
+            self._drawn.append(replay[number] if number < len(replay) else self._draw())
+            for _ in range(self.repeat_count):
+                for index in self._drawn[-1]:
+                    yield from [index] * self.mini_repeat_count
+
+    def update(self, rates: Mapping[int, float]) -> None:
+        """Put the pass rates of newly scored groups, by row of the dataset, into the averages."""
+        for index, rate in rates.items():
+            self.rates[index] += self.ema * (rate - self.rates[index])
+
+    def bucket_sizes(self) -> dict[str, int]:
+        """Prompts in each bucket."""
+        counts = torch.bincount(self._buckets(), minlength=len(BUCKETS)).tolist()
+        return dict(zip(BUCKETS, counts, strict=True))
+
+    def _buckets(self) -> Tensor:
+        return (self.rates >= self.bounds[0]).long() + (self.rates > self.bounds[1]).long()
+
+    def _draw(self) -> list[int]:
+        """The prompts of one generation."""
+        buckets, chosen = self._buckets(), []
+        waiting = [self._by_turn(buckets == number) for number in range(len(BUCKETS))]
+        for _ in range(self.batch_size):
+            number = self._draw_bucket([bool(queue) for queue in waiting])
+            chosen.append(waiting[number].pop())
+            self._turn[chosen[-1]] = self._next_turn
+            self._next_turn += 1
+        return chosen
+
+    def _by_turn(self, members: Tensor) -> list[int]:
+        """Rows of a bucket, the one that was drawn longest ago last."""
+        rows = members.nonzero().squeeze(1)
+        return rows[self._turn[rows].argsort(descending=True)].tolist()
+
+    def _draw_bucket(self, filled: list[bool]) -> int:
+        weights: Float[Tensor, " buckets"] = self.weights * torch.tensor(filled)
+        if not weights.any():  # only buckets of weight 0 have prompts left
+            weights = torch.tensor(filled, dtype=torch.float64)
+        return int(torch.multinomial(weights, 1, generator=self.generator))
+
+    # ---- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later draws depend on, and what this epoch has drawn, the generation fetched ahead too."""
+        return {
+            "rates": self.rates,
+            "turn": self._turn,
+            "next_turn": self._next_turn,
+            "generator": self.generator.get_state(),
+            "drawn": self._drawn,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], within_epoch: bool) -> None:
+        """
+        Go on from a state.
+
+        Args:
+            within_epoch: whether the next iteration is that of the same epoch, whose draws it then repeats first.
+        """
+        self.rates, self._turn, self._next_turn = state["rates"], state["turn"], state["next_turn"]
+        self.generator.set_state(state["generator"])
+        self._to_replay = state["drawn"] if within_epoch else []

@@ -1,0 +1,130 @@
+"""DeepSpeed ZeRO-3: each rank owns one slice of every parameter, frozen ones included, and of its optimizer state.
+
+Written against deepspeed 0.19.8. `safe_get_local_*` are its public readers of this rank's slice. Upstream privates,
+each with a contract test: `param.ds_tensor` is this rank's slice of what the model computes with, `ds_tensor.ds_numel`
+numbers on every rank, padded behind the parameter's end (`ds_numel`, `ds_shape`); `fp16_groups` are the parameters of
+each flat partition of `fp32_partitioned_groups_flat`, `sub_group_to_group_id` its parameter group; module hooks fetch
+and release parameters around every layer (`parameter_offload`'s `forward_hooks`, `backward_hooks`, `fwd_pre_hook`);
+`torch.nn.functional.linear` is replaced by a function that has no forward mode and rounds before it adds the bias.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trl_entropy.engine.deepspeed import DeepSpeedEngine, buckets_of
+from trl_entropy.engine.parameters import replaced_tensors
+from trl_entropy.engine.symmetry import rank_symmetric
+from trl_entropy.layer_gradients import parameter_shape
+
+
+class Zero3Engine(DeepSpeedEngine):
+    """ZeRO-3. Outside `scoring_model` the model's own parameters are empty; `parameter_shape` has their shapes."""
+
+    # ---- this rank's slices
+
+    def _lp_groups(self) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+        for number, params in enumerate(self._zero.fp16_groups):
+            groups[self._zero.sub_group_to_group_id[number]] += params
+        return groups
+
+    def _start(self, param: Any) -> int:
+        return min(dist.get_rank(self._zero.dp_process_group) * param.ds_tensor.ds_numel, param.ds_numel)
+
+    def _own(self, param: Any, padded: Tensor) -> Tensor:
+        """A slice without what lies behind the parameter's end; empty where that is all of it."""
+        return padded.detach().view(-1)[: param.ds_numel - self._start(param)]
+
+    def theta(self) -> dict[str, Tensor]:
+        return {name: self._own(param, safe_get_local_fp32_param(param)) for name, param in self.parameters.items()}
+
+    def local_gradient(self) -> dict[str, Tensor]:
+        return {name: self._own(param, safe_get_local_grad(param)) for name, param in self.parameters.items()}
+
+    def local_moment(self, key: str) -> dict[str, Tensor]:
+        if not any(self.optimizer.state.values()):
+            return {}
+        read = safe_get_local_optimizer_state
+        return {name: self._own(param, read(param, key)) for name, param in self.parameters.items()}
+
+    def step_counts(self) -> dict[str, int]:
+        name_of = {id(param): name for name, param in self.parameters.items()}
+        counts: dict[str, int] = {}
+        for params, partition in zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True):
+            step = int(self.optimizer.state.get(partition, {}).get("step", 0))
+            counts |= dict.fromkeys((name_of[id(param)] for param in params), step)
+        return counts
+
+    # ---- scoring
+
+    @contextmanager
+    def scoring_model(
+        self, params: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = torch.float32
+    ) -> Iterator[nn.Module]:
+        """As [`Engine.scoring_model`]; the whole model is on every rank meanwhile, and DeepSpeed out of its way.
+
+        *Entering is collective* where parameters are frozen (LoRA's base), which are gathered; everything after is
+        local. Inside `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
+        """
+        whole = self._whole_parameters()
+        offload = self._zero.parameter_offload
+        hooks = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+        # In its own dtype the model is the one that training runs, with DeepSpeed's linear.
+        linear = nullcontext() if dtype is None else _torch_linear()
+        with (
+            _without_hooks(hooks),
+            linear,
+            replaced_tensors(self.module, whole),
+            super().scoring_model(params, dtype) as model,
+        ):
+            yield model
+
+    def _whole_parameters(self) -> dict[int, nn.Parameter]:
+        """Plain parameters for DeepSpeed's, by their `id`; trainable ones are stand-ins that take no memory."""
+        whole: dict[int, nn.Parameter] = {}
+        for param in self.parameters.values():
+            zero = torch.zeros((), dtype=param.dtype, device=self.accelerator.device)
+            whole[id(param)] = nn.Parameter(zero.expand(parameter_shape(param)))
+        frozen = {name: param for name, param in self.module.named_parameters() if not param.requires_grad}
+        for bucket in buckets_of(frozen):  # one at a time: gathered in float32, kept in its own dtype
+            shares = {name: self._own(param, param.ds_tensor) for name, param in bucket.items()}  # type: ignore[attr-defined]
+            values = self._assembled(bucket, shares)
+            with rank_symmetric(self.accelerator, "gathering the frozen parameters"):
+                for name, param in bucket.items():
+                    whole[id(param)] = nn.Parameter(values[name].to(param.dtype), requires_grad=False)
+        return whole
+
+
+@contextmanager
+def _without_hooks(handles: list[Any]) -> Iterator[None]:
+    """Takes module hooks out for a while.
+
+    Not by TRL's `remove_hooks` and `add_hooks`: they throw away DeepSpeed's trace of the order in which layers fetch
+    their parameters, and leave the hook at the root, in which the ranks wait for one another.
+    """
+    tables = [(handle.hooks_dict_ref() or {}, handle.id) for handle in handles]
+    taken = [(hooks, key, hooks.pop(key)) for hooks, key in tables if key in hooks]
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
+
+
+@contextmanager
+def _torch_linear() -> Iterator[None]:
+    """torch's own `linear`, which has a forward mode."""
+    current = nn.functional.linear
+    nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", current)
+    try:
+        yield
+    finally:
+        nn.functional.linear = current

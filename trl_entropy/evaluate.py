@@ -1,0 +1,209 @@
+"""
+Evaluate a run's checkpoints: `trl-entropy evaluate --run RUN`.
+
+Each checkpoint is evaluated in a process of its own, so its memory is given back and its failure stops no other. What
+is done (same weights, same settings) is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trl_entropy.evaluation.plan import (
+    ALL,
+    PROFILES,
+    Job,
+    Settings,
+    Target,
+    is_done,
+    read_config,
+    settings_of,
+    targets_of,
+)
+from trl_entropy.run_log import RunDirectory
+
+_TAIL = 12  # lines of a failed process's messages that are shown
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="trl-entropy evaluate", description="Evaluate the checkpoints of a run.")
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument(
+        "--checkpoints", default=ALL, help="all (from the start policy, step 0), latest, or steps such as 20,40"
+    )
+    quick, full = PROFILES["quick"], PROFILES["full"]
+    parser.add_argument(
+        "--profile",
+        choices=list(PROFILES),
+        default="quick",
+        help=f"quick: {quick.num_problems} held-out problems x {quick.num_samples} samples; full: all x "
+        f"{full.num_samples}; both and a greedy completion of each",
+    )
+    parser.add_argument("--subset-frac", type=float, help="share of the held-out problems, in place of the profile's")
+    parser.add_argument("--num-samples", type=int, help="samples a problem, in place of the profile's")
+    parser.add_argument("--batch-size", type=int, default=256, help="completions at a time; halved on out-of-memory")
+    parser.add_argument("--timeout", type=float, help="seconds for a checkpoint, in place of the profile's")
+    parser.add_argument("--seed", type=int, help="of the choice of problems and of the samples (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    if args.subset_frac is not None and not 0 < args.subset_frac <= 1:
+        parser.error(f"--subset-frac is {args.subset_frac}; it is a share, above 0 and at most 1")
+    for name in ("num_samples", "batch_size", "timeout"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate what is not evaluated yet; exits with 1 if a checkpoint failed."""
+    args = parse(argv)
+    profile = PROFILES[args.profile]
+    chosen = {name: getattr(args, name) for name in ("subset_frac", "num_samples", "seed")}
+    try:
+        config = read_config(args.run)
+        settings, targets = settings_of(config, profile, **chosen), targets_of(args.run, config, args.checkpoints)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    device = "cpu" if config.get("use_cpu") and args.device == "auto" else args.device
+    todo = [target for target in targets if not is_done(args.run, target, settings)]
+    _say_plan(args.run, settings, targets, todo)
+    progress = Progress(len(todo))
+    failed = []
+    for target in todo:
+        output = RunDirectory(args.run).checkpoint_folder(target.step)
+        job = Job(target, settings, str(output), args.batch_size, device)
+        problem = run_job(job, args.timeout or profile.timeout, progress)
+        RunDirectory(args.run).write_checkpoint_tables()
+        if problem is None:
+            summary = RunDirectory(args.run).checkpoint_summary(target.step)
+            print(f"step {target.step:>5}  {describe(summary)}{progress.left_after()}", flush=True)
+        else:
+            failed.append(target.step)
+            print(f"step {target.step:>5}  failed: {problem}", flush=True)
+    print(f"numbers {args.run / 'evaluation' / 'checkpoints.csv'}")
+    if failed:
+        sys.exit(
+            f"{len(failed)} of {len(todo)} failed (steps {', '.join(map(str, failed))}); call again to retry them"
+        )
+
+
+class Progress:
+    """
+    One line in the terminal that says how far all checkpoints are and what time is left; nothing when not a terminal.
+
+    Args:
+        num_jobs: checkpoints to do.
+    """
+
+    def __init__(self, num_jobs: int) -> None:
+        self.num_jobs, self.num_done, self.start = num_jobs, 0, time.monotonic()
+
+    def show(self, step: int, done: int, total: int) -> None:
+        """`done` of `total` completions of the checkpoint of `step`."""
+        if sys.stdout.isatty():
+            print(f"\r\x1b[Kstep {step:>5}  {done}/{total} completions, {self.left(done / total)}", end="", flush=True)
+
+    def left(self, share: float) -> str:
+        """The time left, as the completions so far took; `share` of the current checkpoint is done."""
+        finished = self.num_done + share
+        seconds = (time.monotonic() - self.start) / finished * (self.num_jobs - finished)
+        return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
+
+    def left_after(self) -> str:
+        """The same between two checkpoints; empty after the last."""
+        return "" if self.num_done == self.num_jobs else f"; {self.left(0.0)}"
+
+    def end_job(self) -> None:
+        """A checkpoint is done or has failed."""
+        self.num_done += 1
+        if sys.stdout.isatty():
+            print("\r\x1b[K", end="")
+
+
+def run_job(job: Job, timeout: float, progress: Progress) -> str | None:
+    """
+    Evaluate in a process of its own, killed after `timeout` seconds or when this one is interrupted.
+
+    Returns:
+        None, or why it failed. All that the process says goes to `evaluation/step_N.log`, which a success removes.
+    """
+    log = Path(f"{job.output}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "trl_entropy.evaluation.worker", job.to_json()]
+    with open(log, "w", encoding="utf-8") as messages:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True)
+        expired = threading.Event()
+        timer = threading.Timer(timeout, _expire, (process, expired))
+        timer.start()
+        try:
+            _follow(process, lambda done, total: progress.show(job.target.step, done, total))
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            progress.end_job()
+    return _outcome(process.returncode, expired.is_set(), timeout, log)
+
+
+def _expire(process: subprocess.Popen[str], expired: threading.Event) -> None:
+    expired.set()
+    process.kill()
+
+
+def _follow(process: subprocess.Popen[str], show: Callable[[int, int], Any]) -> None:
+    """Read the progress that the process writes, to its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        match line.split():
+            case ["progress", done, total]:
+                show(int(done), int(total))
+    process.wait()
+
+
+def _outcome(returncode: int, expired: bool, timeout: float, log: Path) -> str | None:
+    if expired:
+        return f"not done after {timeout:.0f} s; raise --timeout"
+    if returncode == 0:
+        log.unlink()
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return "\n".join([f"exit status {returncode}; its last lines, all in {log}:", *lines[-_TAIL:]])
+
+
+def _say_plan(run: Path, settings: Settings, targets: list[Target], todo: list[Target]) -> None:
+    num = "all" if settings.num_problems is None else settings.num_problems
+    problems = num if settings.subset_frac is None else f"{settings.subset_frac:.3g} of the"
+    done = f", {len(targets) - len(todo)} already done" if len(todo) < len(targets) else ""
+    print(
+        f"{run}: {len(todo)} checkpoints to evaluate{done}; {problems} held-out problems, {settings.num_samples} "
+        "samples and one greedy completion of each; intervals: 95 %, over problems",
+        flush=True,
+    )
+
+
+def describe(summary: dict[str, Any] | None) -> str:
+    """A checkpoint's numbers in a line, with 95 % intervals over prompts."""
+    assert summary is not None
+    metrics = summary["metrics"]
+
+    def shown(name: str) -> str:
+        entry = metrics[name]
+        interval = "" if entry["low"] is None else f" ({entry['low']:.3f}-{entry['high']:.3f})"
+        return f"{entry['value']:.3f}{interval}"
+
+    last = max((name for name in metrics if name.startswith("pass@")), key=lambda name: int(name.split("@")[1]))
+    parts = [f"pass@1 {shown('pass@1')}"] + ([f"{last} {shown(last)}"] if last != "pass@1" else [])
+    parts += [f"greedy {shown('greedy_accuracy')}", f"entropy {shown('entropy_mean')} nats/token"]
+    return ", ".join([*parts, f"{summary['seconds']:.0f} s"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Completions of held-out prompts and their token scores: batched, left-padded, batches halved on out-of-memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_entropy.data.r1_template import ANSWER_CLOSE
+from trl_entropy.evaluation.plan import Settings
+from trl_entropy.models import EMBEDDED_MODEL, base_model_of, is_adapter
+from trl_entropy.probes.probe_batch import own_randomness, pack_completions
+from trl_entropy.rollouts import answer_end
+from trl_entropy.scores import halved_on_out_of_memory, score
+
+_LOGITS_AT_ONCE = 2**28  # a GiB in float32
+Row = dict[str, Any]
+
+
+def load_policy(model: str, settings: Settings, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint, an adapter's folder, a name, or the embedded start policy."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = _start_policy(settings) if model == EMBEDDED_MODEL else model
+    base = name
+    if is_adapter(name):
+        base = base_model_of(name)
+        if settings.task["task"] == "word_problems" and Path(base).is_absolute() and not Path(base).exists():
+            base = _start_policy(settings)  # the run began from another machine's cache
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype))
+    if is_adapter(name):
+        policy = PeftModel.from_pretrained(policy, name)
+    return policy.to(device).eval(), tokenizer
+
+
+def _start_policy(settings: Settings) -> str:
+    from trl_entropy.warm_start import warm_start
+
+    return str(warm_start(seed=settings.model_seed))
+
+
+@dataclass
+class Sampler:
+    """
+    Draws completions and scores them; `batch_size` is halved, for good, when memory does not suffice.
+
+    Attributes:
+        settings: how to draw.
+        batch_size: completions at a time.
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: Settings
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        from transformers import GenerationConfig
+
+        self._ends = end_token_ids(self.model, self.tokenizer)
+        self.model.generation_config = GenerationConfig()  # its defaults, such as a top_k, would narrow the sampler
+
+    def draw(self, prompts: list[str], greedy: bool) -> Iterator[tuple[int, Row]]:
+        """
+        One completion of each prompt, the longest prompts first: (place of the prompt, its row).
+
+        A row has `completion`, `completion_ids`, `logps` and `entropies` of its tokens in nats (at the sampling
+        temperature, over the full vocabulary; greedy ones too), `length` and `clipped`: no end within the limit.
+        """
+        prompt_ids = self.tokenizer(prompts)["input_ids"]
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompt_ids[place]))
+        start = 0
+        while start < len(order):
+            places = order[start : start + self.batch_size]
+            rows = self._within_memory(self._draw_batch, [prompt_ids[place] for place in places], greedy, start)
+            yield from zip(places, rows, strict=False)
+            start += len(rows)
+
+    def _within_memory(self, draw: Callable[..., list[Row]], prompt_ids: list, greedy: bool, start: int) -> list[Row]:
+        def attempt(size: int) -> list[Row]:
+            self.batch_size = size
+            return draw(prompt_ids[:size], greedy, start)
+
+        return halved_on_out_of_memory(attempt, self.batch_size)
+
+    def _draw_batch(self, prompt_ids: list[list[int]], greedy: bool, start: int) -> list[Row]:
+        device = self.model.device
+        pad_token_id = _pad_token_id(self.tokenizer)
+        width = max(map(len, prompt_ids))
+        input_ids = torch.tensor([[pad_token_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+        with own_randomness((self.settings.seed, int(greedy), start), device), torch.no_grad():
+            output = self.model.generate(
+                input_ids=input_ids, attention_mask=mask, generation_config=self._generation_config(greedy),
+                **({"tokenizer": self.tokenizer} if self.settings.stop_at_answer else {}),
+            )  # fmt: skip
+        ended = [self._cut(ids) for ids in output[:, width:].tolist()]
+        return self._scored(prompt_ids, ended)
+
+    def _generation_config(self, greedy: bool) -> Any:
+        from transformers import GenerationConfig
+
+        how: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, **self.settings.sampling}
+        if self.settings.stop_at_answer:
+            how["stop_strings"] = ANSWER_CLOSE
+        return GenerationConfig(
+            max_new_tokens=self.settings.max_completion_length,
+            pad_token_id=_pad_token_id(self.tokenizer),
+            eos_token_id=sorted(self._ends),
+            **how,
+        )
+
+    def _cut(self, ids: list[int]) -> tuple[list[int], bool]:
+        """The completion with its end token and nothing after it; whether it was clipped at the limit."""
+        cut, ended = first_end(ids, self._ends)
+        if self.settings.stop_at_answer and (answered := answer_end(self.tokenizer, cut, ANSWER_CLOSE)) is not None:
+            return cut[:answered], False
+        return cut, not ended
+
+    def _scored(self, prompt_ids: list[list[int]], ended: list[tuple[list[int], bool]]) -> list[Row]:
+        pad_token_id, vocabulary = _pad_token_id(self.tokenizer), self.model.config.vocab_size
+        completion_ids = [ids for ids, _ in ended]
+        packed = pack_completions(prompt_ids, completion_ids, 0, pad_token_id, self.model.device)
+        at_once = max(1, _LOGITS_AT_ONCE // (vocabulary * (max(map(len, completion_ids)) + 1)))
+        temperature = float(self.settings.sampling["temperature"])
+        scores = score(self.model, packed, temperature, min(at_once, len(ended)))
+        logps, entropies = scores.logps[0].float().tolist(), scores.entropy[0].float().tolist()
+        return [
+            {
+                "completion": self.tokenizer.decode(ids, skip_special_tokens=True),
+                "completion_ids": ids,
+                "logps": logps[row][: len(ids)],
+                "entropies": entropies[row][: len(ids)],
+                "length": len(ids),
+                "clipped": clipped,
+            }
+            for row, (ids, clipped) in enumerate(ended)
+        ]
+
+
+def first_end(ids: list[int], ends: set[int]) -> tuple[list[int], bool]:
+    """Tokens up to the first end token, which counts, and whether there is one."""
+    place = next((place for place, token in enumerate(ids) if token in ends), None)
+    return (ids, False) if place is None else (ids[: place + 1], True)
+
+
+def end_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """The tokens that end a completion: the tokenizer's and the generation config's."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,0 +1,129 @@
+"""From the records of one checkpoint to its numbers: per prompt, per token position, and over all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from trl_entropy.estimators.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
+
+Metrics = dict[str, dict[str, float | None]]
+
+
+def prompt_table(records: pd.DataFrame) -> pd.DataFrame:
+    """
+    One row a prompt: counts and sums over its samples, the greedy completion's verdict, pass@k.
+
+    Args:
+        records: one row a completion, as the worker writes them; every prompt has the same number of samples.
+    """
+    sampled = records[~records["greedy"]].assign(
+        entropy_sum=lambda rows: rows["entropies"].map(np.sum),
+        surprisal_sum=lambda rows: -rows["logps"].map(np.sum),
+        correct_length=lambda rows: rows["length"].where(rows["correct"]),
+    )
+    groups = sampled.groupby("prompt_id", sort=False)
+    table = groups.agg(
+        num_samples=("sample", "size"),
+        num_correct=("correct", "sum"),
+        num_answer_tags=("answer_tags", "sum"),
+        num_well_formed=("well_formed", "sum"),
+        num_clipped=("clipped", "sum"),
+        num_tokens=("length", "sum"),
+        entropy_sum=("entropy_sum", "sum"),
+        surprisal_sum=("surprisal_sum", "sum"),
+        distinct_answers=("extracted", "nunique"),
+        max_correct_length=("correct_length", "max"),
+    )
+    greedy = records[records["greedy"]].set_index("prompt_id")["correct"]
+    table["greedy_correct"] = greedy.reindex(table.index).astype(bool)
+    num_samples = _equal(table["num_samples"])
+    for k in powers_of_two_up_to(num_samples):
+        correct = torch.tensor(table["num_correct"].to_numpy())
+        table[f"pass@{k}"] = pass_at_k(correct, num_samples, k).numpy()
+    return table.reset_index()
+
+
+def _equal(counts: pd.Series) -> int:
+    if counts.nunique() != 1:
+        raise ValueError(f"prompts have different numbers of samples: {sorted(counts.unique())}")
+    return int(counts.iloc[0])
+
+
+def position_table(records: pd.DataFrame) -> pd.DataFrame:
+    """
+    One row a token position (0: a completion's first token): mean entropy and surprisal of the samples that reach it.
+
+    Columns `position`, `num_tokens`, and `entropy`, `surprisal` with the ends of their 95 % bootstrap intervals.
+    """
+    sampled = records[~records["greedy"]]
+    codes, _ = pd.factorize(sampled["prompt_id"])
+    sums = {name: np.zeros((codes.max() + 1, int(sampled["length"].max()))) for name in ("tokens", "entropy", "logps")}
+    for prompt, entropies, logps in zip(codes, sampled["entropies"], sampled["logps"], strict=True):
+        sums["tokens"][prompt, : len(logps)] += 1
+        sums["entropy"][prompt, : len(logps)] += entropies
+        sums["logps"][prompt, : len(logps)] += logps
+    num_tokens = sums["tokens"].sum(0)
+    table = pd.DataFrame({"position": np.arange(len(num_tokens)), "num_tokens": num_tokens.astype(int)})
+    for name, total in {"entropy": sums["entropy"], "surprisal": -sums["logps"]}.items():
+        table[name] = total.sum(0) / num_tokens
+        ends = bootstrap_intervals(torch.tensor(total), torch.tensor(sums["tokens"]))
+        table[f"{name}_low"], table[f"{name}_high"] = ends.T.numpy()
+    return table
+
+
+def metrics_of(records: pd.DataFrame, prompts: pd.DataFrame) -> Metrics:
+    """
+    All of `trl_entropy.metrics.EVALUATION`, each `{"value", "low", "high"}`; the ends of a 95 % bootstrap interval
+    over prompts are None where a number has none.
+    """
+    return _means(prompts) | _spreads(records[~records["greedy"]])
+
+
+def _means(prompts: pd.DataFrame) -> Metrics:
+    """Ratios of sums over prompts."""
+    one, samples, tokens = np.ones(len(prompts)), prompts["num_samples"], prompts["num_tokens"]
+    ratios: dict[str, tuple[Any, Any]] = {name: (prompts[name], one) for name in prompts if name.startswith("pass@")}
+    ratios |= {
+        "greedy_accuracy": (prompts["greedy_correct"], one),
+        "answer_tags": (prompts["num_answer_tags"], samples),
+        "answer_tags_any": (prompts["num_answer_tags"] > 0, one),
+        "well_formed": (prompts["num_well_formed"], samples),
+        "clipped": (prompts["num_clipped"], samples),
+        "length_mean": (tokens, samples),
+        "entropy_mean": (prompts["entropy_sum"], tokens),
+        "surprisal_mean": (prompts["surprisal_sum"], tokens),
+        "distinct_answers": (prompts["distinct_answers"], one),
+    }
+    numerators, denominators = (np.column_stack(column).astype(float) for column in zip(*ratios.values(), strict=True))
+    values = numerators.sum(0) / denominators.sum(0)
+    ends = bootstrap_intervals(torch.tensor(numerators), torch.tensor(denominators)).tolist()
+    return {
+        name: {"value": float(value), "low": _known(low), "high": _known(high)}
+        for name, value, (low, high) in zip(ratios, values, ends, strict=True)
+    }
+
+
+def _known(end: float) -> float | None:
+    return None if np.isnan(end) else end
+
+
+def _spreads(sampled: pd.DataFrame) -> Metrics:
+    """Extremes, spreads and percentiles over samples or tokens; without interval."""
+    lengths, right = sampled["length"], sampled.loc[sampled["correct"], "length"]
+    values: dict[str, float | None] = {
+        "length_std": lengths.std(ddof=0),
+        "length_min": lengths.min(),
+        "length_max": lengths.max(),
+        "max_correct_length": right.max() if len(right) else None,
+    }
+    entropies, surprisals = np.concatenate([*sampled["entropies"]]), -np.concatenate([*sampled["logps"]])
+    for name, tokens in {"entropy": entropies, "surprisal": surprisals}.items():
+        values |= {f"{name}_std": tokens.std(), f"{name}_max": tokens.max(), f"{name}_p95": np.quantile(tokens, 0.95)}
+    return {
+        name: {"value": None if value is None else float(value), "low": None, "high": None}
+        for name, value in values.items()
+    }

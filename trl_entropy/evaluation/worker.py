@@ -1,0 +1,120 @@
+"""One checkpoint's evaluation in a process of its own: `python -m trl_entropy.evaluation.worker JOB` (JSON)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from trl_entropy import rewards
+from trl_entropy.answers import clean_answer
+from trl_entropy.console import quiet_libraries
+from trl_entropy.evaluation.plan import Job, Settings
+from trl_entropy.evaluation.sampling import Row, Sampler, load_policy
+from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
+from trl_entropy.run_log import CHECKPOINT_SUMMARY
+from trl_entropy.train import TaskArguments, load_task
+
+PROGRESS = "progress"
+_EVERY_HELD_OUT = {"word_problems": 1500, "gsm8k": 10**9}
+
+
+def evaluate(job: Job) -> None:
+    """Draw, score, judge and summarize; the output folder appears at the end, whole."""
+    start = time.monotonic()
+    device = _device(job.device)
+    model, tokenizer = load_policy(job.target.model, job.settings, device)
+    problems = held_out_problems(job.settings, tokenizer)
+    sampler = Sampler(model, tokenizer, job.settings, job.batch_size)
+    records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), job.settings))
+    prompts = prompt_table(records)
+    summary = {
+        "step": job.target.step,
+        "model": Path(job.target.model).name,
+        "fingerprint": job.target.fingerprint(),
+        "settings": asdict(job.settings),
+        "device": device,
+        "batch_size": sampler.batch_size,
+        "num_prompts": len(prompts),
+        "seconds": time.monotonic() - start,
+        "metrics": metrics_of(records, prompts),
+    }
+    _write(Path(job.output), records, prompts, summary)
+
+
+def held_out_problems(settings: Settings, tokenizer: Any) -> list[dict[str, Any]]:
+    """The chosen held-out problems; a smaller choice of the same seed is part of a larger one."""
+    task = TaskArguments(**{**settings.task, "num_train_problems": 1})
+    task.num_eval_problems = _EVERY_HELD_OUT[task.task]
+    _, problems = load_task(task, tokenizer, seed=0)
+    chosen = np.random.default_rng(settings.seed).permutation(len(problems))[: settings.num_of(len(problems))]
+    return [problems[int(row)] for row in chosen]
+
+
+def _drawn(sampler: Sampler, problems: list[dict[str, Any]]) -> Iterator[Row]:
+    """A greedy completion and the samples of each problem, with the problem's own columns; says how far it is."""
+    num_samples = sampler.settings.num_samples
+    total, done = len(problems) * (num_samples + 1), 0
+    for greedy, copies in ((True, 1), (False, num_samples)):
+        prompts = [problem["prompt"] for problem in problems for _ in range(copies)]
+        for place, row in sampler.draw(prompts, greedy):
+            problem = problems[place // copies]
+            own = {name: problem[name] for name in ("prompt_id", "prompt", "answer")}
+            yield {**own, "greedy": greedy, "sample": place % copies, **row}
+            done += 1
+            if done % sampler.batch_size == 0 or done == total:
+                print(PROGRESS, done, total, flush=True)
+
+
+def _judged(rows: list[Row], settings: Settings) -> list[Row]:
+    """Rows with their rewards, one column a reward function, and what the metrics count."""
+    texts, answers = [row["completion"] for row in rows], [row["answer"] for row in rows]
+    names = settings.task.get("reward_funcs", ["tag_pref"])
+    right = next((name for name in names if name != "format_reward"), "tag_pref")
+    given = {
+        name: getattr(rewards, name)([row["prompt"] for row in rows], texts, answer=answers)
+        for name in dict.fromkeys([*names, right])
+    }
+    for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        answer = rewards.extract_answer(text)
+        row |= {
+            "extracted": None if answer is None else clean_answer(answer),
+            "answer_tags": text.count(rewards.ANSWER_OPEN) == 1 == text.count(rewards.ANSWER_CLOSE)
+            and answer is not None,
+            "well_formed": rewards.is_well_formed(text),
+            "correct": bool(given[right][place]),
+            **{name: values[place] for name, values in given.items()},
+        }
+    return rows
+
+
+def _write(output: Path, records: pd.DataFrame, prompts: pd.DataFrame, summary: dict[str, Any]) -> None:
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    records.to_parquet(temporary / "records.parquet", index=False)
+    prompts.to_parquet(temporary / "prompts.parquet", index=False)
+    position_table(records).to_csv(temporary / "positions.csv", index=False)
+    (temporary / CHECKPOINT_SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(temporary, output)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    evaluate(Job.from_json(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""The entropy of a state's policy along one direction: derivatives at theta, and the true change at some lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_entropy.estimators.delta_entropy import (
+    RatioTerms,
+    delta_linear,
+    delta_measured,
+    delta_second_order,
+    entropy_terms,
+)
+from trl_entropy.estimators.estimate import Linearization
+from trl_entropy.estimators.importance import effective_sample_size, importance_weights
+from trl_entropy.estimators.step_change import PointTerms, point_terms, stacked, unstacked
+from trl_entropy.experiments.state import FixedState
+from trl_entropy.scores import Completions, Params, score
+
+
+def columns_along(
+    state: FixedState,
+    completions: Completions,
+    direction: Params,
+    factors: Sequence[float],
+    order: int,
+    batch_size: int,
+) -> Float[Tensor, "B columns"]:
+    """
+    Per-completion terms, for [`points_of`].
+
+    Returns:
+        Columns: `stacked` terms at theta with `order` derivatives, then numerator and denominator of (T6) at theta
+        plus each factor times `direction`.
+    """
+    mask, temperature = completions.completion_mask, state.args.temperature
+    with state.engine.scoring_model(state.before) as model:
+        at = score(model, completions, temperature, batch_size, state.before, direction, order)
+    columns = [stacked(point_terms(at.entropy, at.logps, at.logps[0], mask))]
+    for factor in factors:
+        params = {name: value + factor * direction[name] for name, value in state.before.items()}
+        with state.engine.scoring_model(params) as model:
+            there = score(model, completions, temperature, batch_size, params)
+        weights = importance_weights(there.logps[0], at.logps[0], mask)
+        columns.append(torch.stack(entropy_terms(there.entropy[0], weights, mask), dim=1))
+    return torch.cat(columns, dim=1).cpu()
+
+
+def points_of(columns: Float[Tensor, "B columns"], num_factors: int) -> tuple[PointTerms, list[RatioTerms]]:
+    """Terms at theta, and those at each factor."""
+    width = columns.shape[1] - 2 * num_factors
+    return unstacked(columns[:, :width]), [RatioTerms(*pair.unbind(1)) for pair in columns[:, width:].split(2, dim=1)]
+
+
+def changes_at(start: PointTerms, there: RatioTerms, factor: float) -> dict[str, Linearization]:
+    """True change at `factor` times the direction, its prediction from derivatives at 0, and the latter's errors."""
+
+    def scaled(terms: RatioTerms, by: float) -> RatioTerms:
+        return RatioTerms(*(by * column for column in terms))
+
+    tangents = scaled(start.tangents, factor)
+    changes = {"measured": delta_measured(start.terms, there), "linear": delta_linear(start.terms, tangents)}
+    if start.second_tangents is not None:
+        second = scaled(start.second_tangents, factor**2)
+        changes["second_order"] = delta_second_order(start.terms, tangents, second)
+    errors = {f"error_{n}": c - changes["measured"] for n, c in changes.items() if n != "measured"}
+    return changes | errors
+
+
+def sample_size_at(start: PointTerms, there: RatioTerms) -> float:
+    """(T3): effective number of completions there."""
+    return float(effective_sample_size(there.denominator / start.terms.denominator))

@@ -1,0 +1,230 @@
+"""
+Which completion of the step moves which completion of a probe batch? At one fixed state.
+
+    trl-entropy experiment influence --checkpoint RUN/checkpoint-N [--check 64]
+
+One pass over the update batch U and two over the probe batch E give two matrices: the change that update completion u
+makes in probe completion e's share of the entropy and in its log-probability, to first order (T9), (T12). Summed over
+E, the first is u's attribution. `--check` leaves completions out of the step and measures what that changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_entropy.estimators.attribution import UpdateProducts, update_products
+from trl_entropy.estimators.row_sums import Rows
+from trl_entropy.experiments.command import Command
+from trl_entropy.experiments.influence_check import check_by_leaving_out
+from trl_entropy.experiments.redraws import Cache, pool_completions
+from trl_entropy.experiments.state import FixedState
+from trl_entropy.probes.adamw_step import metric_of_step, update_parts
+from trl_entropy.probes.rollout_entropy import flat
+from trl_entropy.scores import Completions, score
+from trl_entropy.sequence_passes import consumed, entropy_gradient, entropy_shares, gradient_products, weighted_logps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MODES = ("sequence", "token")
+_ROWS_AT_ONCE = 64  # probe completions whose gradients are held
+
+
+def influence_matrices(
+    state: FixedState, probe: Completions, entropy: float, batch_size: int
+) -> Float[Tensor, "2 U E"]:
+    """
+    What each completion of U changes in each of E: in its share of the entropy (nats per token), in its
+    log-probability (nats).
+
+    Args:
+        probe: E, independent of U.
+        entropy: h on E.
+    """
+    temperature, names = state.args.temperature, list(state.engine.parameters)
+    update_batch, metric = Completions.of(state.rollouts), flat(metric_of_step(state.context), names)
+    num_tokens = float(probe.lengths.sum())
+    values = entropy_shares(entropy, num_tokens), weighted_logps(probe.completion_mask.float())
+
+    def rows(model: Any, completions: Completions, value: Any) -> Float[Tensor, "n D"]:
+        make = partial(Rows, len(completions))
+        return consumed(model, completions, value, make, temperature, batch_size).values
+
+    columns = []
+    with state.engine.scoring_model(state.before) as model:
+        steps = -metric * rows(model, update_batch, weighted_logps(-state.loss_coefficients))
+        for index in torch.arange(len(probe)).split(_ROWS_AT_ONCE):
+            part = probe.rows(index)
+            columns.append(torch.stack([steps @ rows(model, part, value).T for value in values]))
+    return torch.cat(columns, dim=2).cpu()
+
+
+def attribution(
+    state: FixedState, probe: Completions, entropy: float, batch_size: int
+) -> tuple[UpdateProducts, Float[Tensor, " U"]]:
+    """(T9) with grad h of E: momentum, decay, gradient; and the latter by completion, streamed."""
+    temperature, num_tokens = state.args.temperature, float(probe.lengths.sum())
+    with state.engine.scoring_model(state.before) as model:
+        gradient = entropy_gradient(model, probe, temperature, batch_size, entropy, num_tokens)
+        products = UpdateProducts(0.0, 0.0, 0.0)
+        for name, parts in update_parts(state.context):
+            products = update_products(gradient[name], parts, products)
+        direction = {name: metric * gradient[name] for name, metric in metric_of_step(state.context).items()}
+        completions, coefficients = Completions.of(state.rollouts), state.loss_coefficients
+        found = gradient_products(model, completions, -coefficients, direction, temperature, batch_size)
+    return products, -found.cpu()
+
+
+def process_seconds(state: FixedState, batch_size: int) -> dict[str, float]:
+    """CPU seconds of one pass over U: training's forward and backward, attribution by sequence and by token."""
+    completions, coefficients = Completions.of(state.rollouts), state.loss_coefficients
+    temperature, direction = state.args.temperature, metric_of_step(state.context)
+    entropy, number = 0.0, float(len(completions))
+
+    def seconds(work: Callable[[Any], Any]) -> float:
+        with state.engine.scoring_model(state.before) as model:
+            start = time.process_time()
+            work(model)
+            return time.process_time() - start
+
+    return {
+        "forward_backward": seconds(
+            lambda model: entropy_gradient(model, completions, temperature, batch_size, entropy, number)
+        ),
+        "sequence": seconds(
+            lambda model: gradient_products(model, completions, coefficients, direction, temperature, batch_size)
+        ),
+        "token": seconds(
+            lambda model: score(model, completions, temperature, batch_size, state.before, direction, order=1)
+        ),
+    }
+
+
+def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything but the output; the matrices stay in the cache."""
+    num_probe, batch_size = options.num_completions, options.batch_size
+    probe = pool_completions(state, num_probe, options.seed, 0)
+    with state.engine.scoring_model(state.before) as model:
+        scores = score(model, probe, state.args.temperature, batch_size)
+    entropy = float(scores.entropy[0].double().sum() / probe.lengths.sum())
+    name = f"influence-{num_probe}"
+    matrices = cache.get(name, lambda: influence_matrices(state, probe, entropy, batch_size))
+    products, by_completion = attribution(state, probe, entropy, batch_size)
+    result = {
+        "num_probe_completions": num_probe,
+        "policy_entropy": entropy,
+        "parts": products._asdict(),
+        "matrices": str(cache.folder / f"{name}.pt"),
+        "row_sum_error": float((matrices[0].double().sum(1) - by_completion).abs().max() / by_completion.abs().sum()),
+        "rank_one_share": [_rank_one_share(matrix) for matrix in matrices],
+        "process_seconds": process_seconds(state, batch_size),
+        "completions": _completions(state, matrices, by_completion),
+    }
+    if options.check:
+        result["check"] = check_by_leaving_out(state, cache, probe, options.check, batch_size)
+    return result
+
+
+def _rank_one_share(matrix: Float[Tensor, "U E"]) -> float:
+    """Share of the sum of squares that one direction makes: 1 if all of E is moved alike."""
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    return float(squares[0] / squares.sum())
+
+
+def _completions(state: FixedState, matrices: Tensor, by_completion: Tensor) -> list[dict[str, Any]]:
+    """One row a completion of U, those that move the entropy most first."""
+    batch, tokenizer = state.rollouts, state.trainer._tokenizer
+    rows = []
+    for u in by_completion.abs().argsort(descending=True).tolist():
+        ids = batch.completion_ids[u][batch.completion_mask[u].bool()]
+        rows.append({
+            "completion": u, "prompt": int(batch.prompt_index[u]), "attribution": float(by_completion[u]),
+            "mean_logp_change": float(matrices[1, u].mean()), "reward": float(batch.rewards[u]),
+            "advantage": float(batch.raw_advantages[u]), "length": len(ids), "text": tokenizer.decode(ids),
+        })  # fmt: skip
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text; changes in units of 1e-3 nats per token."""
+    parts, rows = result["parts"], result["completions"]
+    whole = sum(parts.values())
+    lines = ["| part | x 1e-3 nats/token | share |", "|---|---|---|"]
+    groups = {
+        "right": [row for row in rows if row["advantage"] > 0],
+        "wrong": [row for row in rows if row["advantage"] < 0],
+    }
+    values = parts | {name: sum(row["attribution"] for row in group) for name, group in groups.items()}
+    labels = {"right": "gradient, advantage > 0", "wrong": "gradient, advantage < 0"}
+    lines += [f"| {labels.get(n, n)} | {1e3 * value:.4f} | {value / whole:.3f} |" for n, value in values.items()]
+    absolute = [abs(row["attribution"]) for row in rows]
+    tenth = sum(absolute[: max(1, len(rows) // 10)]) / sum(absolute)
+    lines += [
+        f"\nrow sums of the matrix against the streamed attribution: {result['row_sum_error']:.1e} of its sum of |.|",
+        f"a tenth of the completions make {tenth:.0%} of the sum of |attribution|",
+        "one direction makes {:.0%} (entropy) and {:.0%} (log-probability) of the squares".format(
+            *result["rank_one_share"]
+        ),
+        "cost / that of a forward and backward pass of U: by sequence {:.2f}, by token {:.2f}".format(
+            *(result["process_seconds"][name] / result["process_seconds"]["forward_backward"] for name in _MODES)
+        ),
+        "\nmost moving:",
+    ]
+    lines += [
+        f"{1e3 * row['attribution']:+.4f}  advantage {row['advantage']:+.3f}  {' '.join(row['text'].split())[:90]}"
+        for row in rows[:8]
+    ]
+    return "\n".join([*lines, *_check_lines(result.get("check"))])
+
+
+def _check_lines(check: dict[str, Any] | None) -> list[str]:
+    if check is None:
+        return []
+    lines = [f"\n{check['num_left_out']} completions left out, {check['scale']:g} of the learning rate, float64:"]
+    for name in ("held", "free"):
+        found = check[name]
+        lines.append(f"M {name}: correlation {found['correlation']:.5f}, slope {found['slope']:.4f}")
+    return lines
+
+
+def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
+    """Attribution against advantage; the check, or how few completions make most of the change."""
+    from trl_entropy.plots import BLUE, GREY, ORANGE
+
+    rows = result["completions"]
+    left.axhline(0, color=GREY, lw=0.8)
+    left.plot([row["advantage"] for row in rows], [1e3 * row["attribution"] for row in rows], ".", color=BLUE)
+    left.set(xlabel="advantage", ylabel="attribution, 1e-3 nats/token")
+    check = result.get("check")
+    if check is None:
+        total = torch.tensor([abs(row["attribution"]) for row in rows]).cumsum(0)
+        right.plot(range(1, len(rows) + 1), (total / total[-1]).tolist(), color=BLUE)
+        right.set(xlabel="completions, most moving first", ylabel="share of the sum of |attribution|", ylim=(0, 1))
+        return
+    for name, color in (("free", ORANGE), ("held", BLUE)):
+        right.plot(check["attribution"], check[name]["true"], ".", color=color, label=f"M {name}")
+    right.plot(check["attribution"], check["attribution"], color=GREY, lw=0.8)
+    right.set(xlabel="attribution, nats/token", ylabel="true change by leaving it out, nats/token")
+    right.legend(frameon=False)
+
+
+COMMAND = Command(
+    "influence",
+    "Which completion of the step moves which completion of a probe batch? At one fixed state.",
+    {
+        "num_completions": (256, 4, "probe completions"),
+        "check": (0, 0, "completions to leave out of the step, one at a time, in float64; 0: none"),
+    },
+    compute,
+    table,
+    draw,
+)
+main = COMMAND.main

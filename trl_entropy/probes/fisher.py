@@ -1,0 +1,260 @@
+"""How a step's completions act on one another: their Fisher kernel, and each one's predicted and measured change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
+from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.fisher_kernel import (
+    cosine_kernel,
+    kernel_means,
+    length_correlation,
+    permuted_prompts,
+    spectrum,
+)
+from trl_entropy.estimators.row_sums import DotProducts, ParameterTraces, Rows, Several, SketchedRows
+from trl_entropy.estimators.score_change import (
+    ScoreChangeParts,
+    change_agreement,
+    score_change_parts,
+    score_change_shares,
+    score_change_sums,
+)
+from trl_entropy.estimators.sketch import CountSketch
+from trl_entropy.estimators.u_statistic import cross_gram
+from trl_entropy.probes.adamw_step import coefficient_of_step, preconditioner_of_step, read_before_step, update_parts
+from trl_entropy.probes.probe import Probe
+from trl_entropy.rollouts import RolloutBatch
+from trl_entropy.scores import Completions, score
+from trl_entropy.sequence_passes import consumed, weighted_logps
+
+# Bytes of the completions' gradients that one process may hold, those of another that come by included.
+MAX_ROWS_BYTES = 16 * 2**30
+_NUM_PERMUTATIONS = 200
+_NUM_EIGENVALUES = 3
+
+
+class FisherProbe(Probe):
+    """
+    (T12): the kernel K_ij = grad S_i' M grad S_j of `num_sequences` of the step's own completions in whole prompt
+    groups, and the change of each S_i that the step is predicted to make, by its parts, against the measured one.
+
+    M is that of the step, its gradient included; coordinates that never had a gradient are left out and counted.
+    Gradients are of the float32 model without dropout, of the on-policy Dr-GRPO loss (T2). The prediction is exact to
+    first order; what is measured beyond it is curvature (and rounding, where changes are tiny).
+    Cost: a forward and a backward pass of these completions before the step, a forward pass after it, and a float32
+    row of all trainable parameters for each of a process's completions, twice with more than one process.
+
+    Args:
+        every: cadence in steps.
+        num_sequences: completions in the kernel over all processes: the first groups of each.
+        sketch_dim: numbers that sketch each row (T13), with errors of sqrt(2/dim) of the diagonal; 0: exact rows.
+        batch_size: completions differentiated at a time; halved on out-of-memory.
+        seed: of the sketch and of the permuted prompt labels.
+    """
+
+    name = "fisher"
+
+    def __init__(
+        self, every: int = 1, num_sequences: int = 32, sketch_dim: int = 0, batch_size: int = 64, seed: int = 0
+    ) -> None:
+        super().__init__(every)
+        self.num_sequences, self.sketch_dim, self.batch_size, self.seed = num_sequences, sketch_dim, batch_size, seed
+
+    @classmethod
+    def from_config(cls, args: Any) -> FisherProbe:
+        return cls(
+            every=args.fisher_probe_every,
+            num_sequences=args.fisher_num_sequences,
+            sketch_dim=args.fisher_sketch_dim,
+            batch_size=args.probe_batch_size,
+            seed=args.seed,
+        )
+
+    # ---- events
+
+    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+        args.check_fisher_probe(self.num_sequences)
+        if not self.sketch_dim:
+            check_memory(self.num_sequences // args.world_size * (2 if args.world_size > 1 else 1), model)
+
+    def on_before_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
+    ) -> None:
+        if rollouts.advantages.ndim > 1:
+            raise ValueError("fisher_probe needs one advantage a completion, got one a token; turn the probe off")
+        read_before_step(update)
+        accelerator = engine.accelerator
+        self._index = first_groups(rollouts.prompt_index, self.num_sequences // args.world_size)
+        self._completions = Completions.of(rollouts).rows(self._index)
+        self._gather_what_is_known(rollouts, accelerator)
+        metric = preconditioner_of_step(update)
+        gradients, traces, dots = self._differentiate(args, engine, update, metric)
+        self._kernel = gram_of_all_rows(gradients, accelerator)
+        self._parts = self._predict(args, update, accelerator.gather(dots.mT))
+        metrics["fisher/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
+        metrics |= self._kernel_logged() | _shares_logged(self._parts, self._prompts)
+        metrics |= _adapter_shares(accelerator.reduce(traces), list(engine.parameters))
+
+    def on_after_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, **kwargs: Any
+    ) -> None:
+        before, after = (self._score(engine, args, params) for params in (update.params_before, update.params_after))
+        measured = engine.accelerator.gather(after - before)
+        predicted = torch.stack(self._parts).sum(0)
+        slope, correlation = change_agreement(predicted, measured, self._prompts)
+        metrics |= _with_stderr("fisher/change_slope", slope)
+        metrics["fisher/change_correlation"] = correlation
+        metrics["fisher/change_measured_rms"] = measured.square().mean().sqrt().item()
+        self._write(trainer, state.global_step + 1, predicted, measured)
+
+    # ---- measuring
+
+    def _gather_what_is_known(self, rollouts: RolloutBatch, accelerator: Accelerator) -> None:
+        """Of all ranks' completions, in rank order. Collective."""
+        index, first = self._index, accelerator.process_index * len(rollouts.prompt_index)
+        self._rows, self._prompts, self._lengths = (
+            accelerator.gather(x) for x in (first + index, rollouts.prompt_index[index], rollouts.lengths[index])
+        )
+        self._rewards, self._advantages = (
+            accelerator.gather(x) for x in (rollouts.rewards[index], rollouts.advantages[index])
+        )
+
+    def _differentiate(
+        self, args: Any, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, " K"], Float[Tensor, "3 N"]]:
+        """Rows phi_i of this rank, their trace by parameter, and grad S_i with M g, momentum and decay. Collective."""
+        params, vectors, number = update.params_before, _directions(update, metric), len(self._completions)
+
+        def consumers() -> Several:
+            if self.sketch_dim:
+                rows: Any = SketchedRows(number, CountSketch(self.sketch_dim, self.seed), metric)
+            else:
+                rows = Rows(number, scale={name: m.sqrt() for name, m in metric.items()})
+            return Several(rows, ParameterTraces(metric), DotProducts(number, vectors))
+
+        with (
+            rank_symmetric(engine.accelerator, "differentiating completions for the Fisher kernel"),
+            engine.scoring_model(params) as model,
+        ):
+            scores = weighted_logps(self._completions.completion_mask.double())
+            made = consumed(model, self._completions, scores, consumers, args.temperature, self.batch_size)
+        rows, traces, dots = (consumer.values for consumer in made.consumers)
+        return rows, traces, dots
+
+    def _predict(self, args: Any, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
+        """(T12) from the kernel: alpha_j = A_j / (P G L)."""
+        num_completions = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        alphas = self._advantages.double() / (num_completions * args.max_completion_length)
+        with_gradient, with_momentum, with_decay = dots.unbind(1)
+        return score_change_parts(
+            self._kernel * alphas, self._prompts, coefficient_of_step(update), with_gradient, with_momentum, with_decay
+        )
+
+    def _score(self, engine: Engine, args: Any, params: Any) -> Float[Tensor, " N"]:
+        """S_i in float32 with `params` in the model. Local inside; all ranks fail together."""
+        with (
+            rank_symmetric(engine.accelerator, "scoring completions for the Fisher probe"),
+            engine.scoring_model(params) as model,
+        ):
+            scores = score(model, self._completions, args.temperature, self.batch_size, params)
+        return scores.logps[0].double().sum(1)
+
+    def _kernel_logged(self) -> dict[str, float]:
+        cosine, prompts = cosine_kernel(self._kernel), self._prompts
+        logged: dict[str, float] = {"fisher/num_completions": len(prompts)}
+        for name, estimate in kernel_means(self._kernel, prompts).items():
+            logged |= _with_stderr(f"fisher/{name}", estimate)
+        for prefix, values in (("cosine", cosine), ("cosine_sq", cosine.square())):
+            means = kernel_means(values, prompts, self._rewards)
+            for name in means.keys() - {"diagonal"}:
+                logged |= _with_stderr(f"fisher/{prefix}_{name}", means[name])
+        eigenvalues, participation_ratio, effective_rank = spectrum(self._kernel)
+        logged |= {"fisher/participation_ratio": participation_ratio, "fisher/effective_rank": effective_rank}
+        logged |= {f"fisher/eigenvalue_{i + 1}": eigenvalues[i].item() for i in range(_NUM_EIGENVALUES)}
+        logged |= _with_stderr("fisher/length_correlation", length_correlation(cosine, self._lengths, prompts))
+        return logged | self._null_logged(cosine)
+
+    def _null_logged(self, cosine: Float[Tensor, "N N"]) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(self.seed)
+        null = permuted_prompts(cosine, self._prompts, _NUM_PERMUTATIONS, generator)
+        return {
+            "fisher/cosine_prompt_difference": null.difference,
+            "fisher/cosine_prompt_difference_null_stddev": null.null_stddev,
+            "fisher/cosine_prompt_difference_p_value": null.p_value,
+        }
+
+    def _write(self, trainer: Any, step: int, predicted: Tensor, measured: Tensor) -> None:
+        """`probes/fisher/step_*.safetensors`; `rows` are indices into the step's file of rollouts."""
+        tensors = {"kernel": self._kernel, "rows": self._rows, "prompt_index": self._prompts}
+        tensors |= {"rewards": self._rewards, "advantages": self._advantages, "lengths": self._lengths}
+        tensors |= {"logps_change_predicted": predicted, "logps_change_measured": measured}
+        tensors |= {f"logps_change_{name}": part for name, part in self._parts._asdict().items()}
+        trainer.write_gathered_probe_file(self.name, step, tensors)
+        trainer.write_rollouts(step)
+
+
+def check_memory(num_rows: int, model: nn.Module) -> None:
+    """Raises `ValueError` if so many rows exceed `MAX_ROWS_BYTES`."""
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_parameters(model).values())
+    num_bytes = 4 * num_rows * num_parameters
+    if num_bytes > MAX_ROWS_BYTES:
+        raise ValueError(
+            f"fisher_probe keeps {num_rows} float32 gradients of {num_parameters} trainable parameters: "
+            f"{num_bytes / 2**30:.1f} GiB, the limit is {MAX_ROWS_BYTES / 2**30:.0f} GiB. Set fisher_sketch_dim=4096, "
+            "a smaller fisher_num_sequences, or use LoRA."
+        )
+
+
+def first_groups(prompt_index: Int[Tensor, " B"], num_rows: int) -> Int[Tensor, " N"]:
+    """Rows of the prompt groups with the smallest numbers, group by group."""
+    return prompt_index.argsort(stable=True)[:num_rows]
+
+
+def gram_of_all_rows(rows: Float[Tensor, "N D"], accelerator: Accelerator) -> Float[Tensor, "N N"]:
+    """phi_i . phi_j over the rows of all ranks, in rank order; rows travel, one rank's at a time. Collective."""
+    columns = []
+    for rank in range(accelerator.num_processes):
+        of_rank = rows if rank == accelerator.process_index else torch.empty_like(rows)
+        columns.append(cross_gram(rows, broadcast(of_rank, rank)))
+    return accelerator.gather(torch.cat(columns, dim=1))
+
+
+def _directions(update: UpdateContext, metric: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """M g, and what momentum and decay add to the parameters (T5), by parameter. Collective."""
+    parts, gradient = dict(update_parts(update)), update.gradient
+    directions: list[dict[str, Tensor]] = [{}, {}, {}]
+    for name, m in metric.items():
+        nothing = torch.zeros_like(m)
+        momentum, decay = parts[name][:2] if name in parts else (nothing, nothing)
+        for direction, value in zip(directions, (m * gradient[name], momentum, decay), strict=True):
+            direction[name] = value
+    return directions
+
+
+def _shares_logged(parts: ScoreChangeParts, prompts: Int[Tensor, " N"]) -> dict[str, float]:
+    logged = {"fisher/change_predicted_rms": torch.stack(parts).sum(0).square().mean().sqrt().item()}
+    for name, estimate in score_change_shares(score_change_sums(parts, prompts)).items():
+        logged |= _with_stderr(f"fisher/change_share_{name}", estimate)
+    return logged
+
+
+def _adapter_shares(traces: Float[Tensor, " K"], names: list[str]) -> dict[str, float]:
+    """Shares of LoRA's A and B matrices in the kernel's trace; nothing where there is no adapter."""
+    shares = {}
+    for letter in "AB":
+        chosen = torch.tensor([f".lora_{letter}." in name for name in names], device=traces.device)
+        if chosen.any():
+            shares[f"fisher/trace_share_lora_{letter}"] = (traces[chosen].sum() / traces.sum()).item()
+    return shares
+
+
+def _with_stderr(key: str, estimate: Estimate) -> dict[str, float]:
+    return {key: estimate.value, f"{key}_stderr": estimate.stderr}

@@ -1,0 +1,21 @@
+"""Estimates as metrics: `name` and `name_stderr`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trl_entropy.estimators.estimate import Estimate, Linearization
+
+
+def changes_logged(changes: dict[str, Linearization], prompts: Tensor) -> dict[str, float]:
+    """Each change, and each prediction's error (predicted - measured), with standard errors."""
+    logged: dict[str, float] = {}
+    for name, change in changes.items():
+        logged |= with_stderr(f"entropy/delta_{name}", change.estimate(prompts))
+        if name != "measured":
+            logged |= with_stderr(f"entropy/error_{name}", (change - changes["measured"]).estimate(prompts))
+    return logged
+
+
+def with_stderr(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_stderr": estimate.stderr}

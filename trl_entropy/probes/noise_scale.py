@@ -1,0 +1,254 @@
+"""How noisy a step's gradient is, in prompts: the gradient noise scale from the step's own prompt groups."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
+from trl_entropy.estimators.adamw import live_preconditioner
+from trl_entropy.estimators.noise_scale import (
+    GroupProducts,
+    NoiseScaleRecord,
+    group_products,
+    jackknifed_parts,
+    relative_product_error,
+)
+from trl_entropy.estimators.pooled import PooledParts, StepParts
+from trl_entropy.group_shares import TrainingShares, half_products, products_by_extra_pass
+from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.rollout_entropy import flat
+from trl_entropy.rollouts import RolloutBatch
+from trl_entropy.scores import Completions
+
+logger = logging.getLogger(__name__)
+
+# Bytes of the groups' gradients that one process may hold; beyond it an extra pass reduces them as they come.
+MAX_ROWS_BYTES = 8 * 2**30
+
+# In the plain norm (T14), and in the optimizer's metric of before the step (T16).
+_METRICS = ("simple", "adam")
+
+
+class NoiseScaleProbe(Probe):
+    """
+    (T14): |G|^2 and tr(Sigma) of every step from its prompt groups, before clipping, and the noise scale
+    tr(Sigma)/|G|^2 of the steps so far, in prompts, with Fieller's interval; the same in AdamW's metric (T16).
+
+    Where the head is frozen (LoRA), Y_n come from training's own backward, whatever it computes in: no extra pass, P D
+    float32 numbers for the P groups of a process. TRL's loss does not call a head that is trained, so there (full
+    fine-tuning), and where these numbers exceed `MAX_ROWS_BYTES`, an extra forward and backward pass of the float32
+    model follows, before the update: for the on-policy Dr-GRPO loss (T2) only. The log says which of the two it is,
+    and `noise_scale/gradient_error` how far Y_n are from the gradient that the optimizer got.
+
+    (T16) begins with the optimizer's second step: at the first there is no M, and other optimizers have none. Errors
+    are those of the jackknife over prompts, hence conservative. Completions of a prompt never count as independent.
+
+    With `halves` tr(Sigma) is split into what prompts differ in and what completions of a prompt do, by a further
+    extra pass of the float32 model in which each half of a group has advantages of its own.
+
+    Args:
+        every: cadence in steps.
+        batch_size: completions of an extra pass at a time; halved on out-of-memory.
+        halves: split the noise within and between prompts.
+    """
+
+    name = "noise_scale"
+
+    def __init__(self, every: int = 1, batch_size: int = 64, halves: bool = False) -> None:
+        super().__init__(every)
+        self.batch_size, self.halves = batch_size, halves
+        self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
+        self._shares: TrainingShares | None = None
+
+    @classmethod
+    def from_config(cls, args: Any) -> NoiseScaleProbe:
+        return cls(args.noise_scale_probe_every, args.probe_batch_size, args.noise_scale_halves)
+
+    # ---- events
+
+    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+        args.check_noise_scale_probe()
+        if self.halves:
+            args.check_noise_scale_halves()
+        self._num_groups = args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations
+        reason = why_extra_pass(model, self._num_groups)
+        self._by_extra_pass = reason is not None
+        if reason is not None:
+            args.check_dr_grpo_step(f"noise_scale_probe, as {reason},")
+        way = f"an extra pass before the update, as {reason}" if reason else "training's own backward"
+        if state.is_world_process_zero:
+            logger.info("noise scale: gradients of prompt groups come from %s", way)
+
+    def around_micro_batch(
+        self, args, state, control, *, inputs: dict[str, Any], trainer: Any, **kwargs: Any
+    ) -> AbstractContextManager[None]:
+        if self._by_extra_pass:
+            return contextlib.nullcontext()
+        if self._shares is None:
+            self._shares = TrainingShares(trainer.accelerator.unwrap_model(trainer.model), self._num_groups)
+        return self._shares.micro_batch(inputs["prompt_index"])
+
+    def on_before_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, trainer, **kwargs: Any
+    ) -> None:
+        metric = None
+        if isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1:
+            metric = metric_before(update)
+            metrics["noise_scale/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
+        if self._by_extra_pass:
+            local = self._from_extra_pass(args, engine, update, rollouts, metric)
+            prompts = rollouts.prompt_index.unique()
+        else:
+            local, prompts = self._from_training(engine, update, metric)
+        products = [_gathered(one, engine.accelerator) for one in local]
+        metrics["noise_scale/gradient_error"] = relative_product_error(products[0], update.grad_norm**2)
+        metrics["noise_scale/num_prompts"] = len(products[0].sq_norms)
+        halves = self._half_products(args, engine, update, rollouts) if self.halves else None
+        for name, one in zip(_METRICS, products, strict=False):  # the metric's are not there at the first step
+            metrics |= self._measured(name, one, halves if name == "simple" else None)
+        self._write(trainer, state.global_step + 1, engine.accelerator.gather(prompts), products)
+
+    # ---- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: dataclasses.asdict(record.parts) for name, record in self.records.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.records = {name: NoiseScaleRecord(PooledParts(**parts)) for name, parts in state.items()}
+
+    # ---- measuring
+
+    def _from_training(
+        self, engine: Engine, update: UpdateContext, metric: dict[str, Tensor] | None
+    ) -> tuple[list[GroupProducts], Tensor]:
+        """From the rows of this process's groups, and the groups' numbers. Collective."""
+        shares, self._shares = self._shares, None
+        assert shares is not None, "around_micro_batch comes before on_before_update"
+        names, gradient = list(engine.parameters), update.gradient
+        with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"):
+            rows = shares.finish()
+            # Ranks are averaged: group n's share of g is its row over their number, and Y_n is P times that.
+            rows *= len(rows)
+            vector = flat(gradient, names)
+            metrics = [None] if metric is None else [None, flat(metric, names)]
+            products = [group_products(rows, vector, one) for one in metrics]
+        prompts, order = shares.prompt_index.to(rows.device).sort()
+        return [GroupProducts(*(values[order] for values in one)) for one in products], prompts
+
+    def _from_extra_pass(
+        self,
+        args: Any,
+        engine: Engine,
+        update: UpdateContext,
+        rollouts: RolloutBatch,
+        metric: dict[str, Tensor] | None,
+    ) -> list[GroupProducts]:
+        """From the float32 model. Collective."""
+        params, gradient = update.params_before, update.gradient
+        with (
+            rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
+            engine.scoring_model(params) as model,
+        ):
+            completions = Completions.of(rollouts)
+            return products_by_extra_pass(
+                model, completions, rollouts.advantages, args, gradient, metric, self.batch_size
+            )
+
+    def _half_products(self, args: Any, engine: Engine, update: UpdateContext, rollouts: RolloutBatch) -> Tensor:
+        """Y_a . Y_b of all ranks' groups. Collective."""
+        params = update.params_before
+        with (
+            rank_symmetric(engine.accelerator, "differentiating halves of prompt groups"),
+            engine.scoring_model(params) as model,
+        ):
+            completions = Completions.of(rollouts)
+            local = half_products(model, completions, rollouts.rewards, args, self.batch_size)
+        return engine.accelerator.gather(local)
+
+    def _measured(self, name: str, products: GroupProducts, halves: Tensor | None) -> dict[str, float]:
+        """The step's parts, and what the steps so far say."""
+        parts = jackknifed_parts(*products, halves)
+        if parts.values.isfinite().all() and parts.covariance.isfinite().all():
+            self.records[name] = self.records[name].update(parts)
+        return _step_logged(_prefix(name), parts) | _pool_logged(name, self.records[name], parts.num_prompts)
+
+    def _write(self, trainer: Any, step: int, prompts: Tensor, products: list[GroupProducts]) -> None:
+        """`probes/noise_scale/step_*.safetensors`: with it every number can be pooled anew."""
+        tensors = {"prompt_index": prompts}
+        for suffix, one in zip(("", "_adam"), products, strict=False):
+            tensors |= {
+                f"group_sq_norms{suffix}": one.sq_norms,
+                f"group_dot_batch{suffix}": one.dot_batch,
+                f"batch_sq_norm{suffix}": one.dot_batch.mean(),
+            }
+        trainer.write_gathered_probe_file(self.name, step, tensors)
+        trainer.write_rollouts(step)
+
+
+def why_extra_pass(model: nn.Module, num_groups: int) -> str | None:
+    """Why training's backward does not do; None where it does."""
+    head = model.get_output_embeddings()
+    if head is not None and any(param.requires_grad for param in head.parameters()):
+        return "the language-model head is trained"
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_parameters(model).values())
+    if 4 * num_groups * num_parameters > MAX_ROWS_BYTES:
+        return f"{num_groups} gradients of {num_parameters} numbers exceed {MAX_ROWS_BYTES / 2**30:.0f} GiB"
+    return None
+
+
+def metric_before(update: UpdateContext) -> dict[str, Tensor]:
+    """M of (T16), from the second moment before the step; 0 where there never was a gradient. Collective."""
+    return {
+        name: live_preconditioner(v, update.optimizer_step - 1, update.betas[name][1], update.eps[name])
+        for name, v in update.exp_avg_sq.items()
+    }
+
+
+def _gathered(products: GroupProducts, accelerator: Accelerator) -> GroupProducts:
+    """Those of all ranks' groups, in rank order. Collective."""
+    return GroupProducts(*accelerator.gather(torch.stack(products, dim=1)).unbind(1))
+
+
+def _prefix(name: str) -> str:
+    return "noise_scale/" if name == "simple" else f"noise_scale/{name}_"
+
+
+def _step_logged(prefix: str, parts: StepParts) -> dict[str, float]:
+    signal, noise = parts.values.tolist()[:2]
+    stderrs = parts.covariance.diagonal().sqrt().tolist()
+    return {
+        f"{prefix}grad_sq_norm": signal,
+        f"{prefix}grad_sq_norm_stderr": stderrs[0],
+        f"{prefix}grad_variance_trace": noise,
+        f"{prefix}grad_variance_trace_stderr": stderrs[1],
+    }
+
+
+def _pool_logged(name: str, record: NoiseScaleRecord, num_prompts: int) -> dict[str, float]:
+    """Of the steps so far; nothing before there is one."""
+    if not record.parts.num_steps:
+        return {}
+    ratio, (lower, upper) = record.signal_to_noise(num_prompts), record.interval()
+    suggested = record.suggested_num_prompts()
+    halves: dict[str, float] = {}
+    if len(record.parts.values) == 3:
+        for key in ("between_prompt_trace", "within_prompt_trace", "between_prompt_share"):
+            estimate = getattr(record, key)()
+            halves |= {f"noise_scale/{key}": estimate.value, f"noise_scale/{key}_stderr": estimate.stderr}
+    return halves | {
+        f"noise_scale/{name}": record.noise_scale().value,
+        f"noise_scale/{name}_lower": lower,
+        f"noise_scale/{name}_upper": upper,
+        f"{_prefix(name)}signal_to_noise": ratio.value,
+        f"{_prefix(name)}signal_to_noise_stderr": ratio.stderr,
+        f"{_prefix(name)}suggested_prompts_lower": suggested[0],
+        f"{_prefix(name)}suggested_prompts_upper": suggested[1],
+    }
