@@ -64,6 +64,26 @@ def test_a_run_is_not_written_over(tmp_path):
         main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path))
 
 
+def test_a_disk_that_is_full_while_logging_is_one_clear_line(tmp_path, warm_start_dir, monkeypatch):
+    monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
+    append = RunDirectory.append_metrics
+
+    def full(self, step, scalars):
+        if step == 3:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        append(self, step, scalars)
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", full)
+    more = ["--max_steps", "4", "--save_steps", "1", "--entropy_probe", "False", "--eval_strategy", "no"]
+    more += ["--eval_on_start", "False", "--disable_tqdm", "True"]
+    with pytest.raises(SystemExit) as stop:
+        main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
+    message = str(stop.value)
+    assert "No space left on device: 'metrics.jsonl'" in message and "\n" not in message
+    assert f"{tmp_path / 'checkpoint-2'} is complete: make room, then --resume_from_checkpoint latest" in message
+    assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [1, 2]
+
+
 def launch(arguments: list[str], warm_start_dir: Path) -> subprocess.Popen:
     environment = os.environ | {"TRL_ENTROPY_CACHE": str(warm_start_dir.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml"]

@@ -151,9 +151,21 @@ def main(argv: list[str] | None = None) -> None:
         _say_preflight(task, args, model)
     trainer = build_trainer(task, args, model)
     _say_start(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except OSError as error:  # a full disk while logging, most of all; while saving it is a CheckpointError
+        sys.exit(_advice_on(error, Path(args.output_dir)))
+    except checkpoints.CheckpointError as error:
+        sys.exit(f"Error: {error}")
     if trainer.is_world_process_zero():
         _say_end(trainer)
+
+
+def _advice_on(error: OSError, run: Path) -> str:
+    """What to do when a file could not be written or read: one line."""
+    newest = checkpoints.newest_complete(run, checksums=False)
+    go_on = f"{newest} is complete: make room, then --resume_from_checkpoint latest" if newest else "make room"
+    return f"Error: {error}. Training stopped; {go_on}."
 
 
 def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> None:
