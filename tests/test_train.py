@@ -139,6 +139,6 @@ def test_sigterm_ends_a_launched_run_with_a_checkpoint(tmp_path, warm_start_dir)
     while not RunDirectory(tmp_path).metrics() and time.monotonic() < deadline:
         time.sleep(0.5)
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does
-    process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     steps = [row["step"] for row in RunDirectory(tmp_path).metrics()]
-    assert (tmp_path / f"checkpoint-{steps[-1]}" / "trainer_state.json").exists()
+    assert (tmp_path / f"checkpoint-{steps[-1]}" / "trainer_state.json").exists(), output

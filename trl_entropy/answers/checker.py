@@ -39,6 +39,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
+            start_new_session=True,  # a scheduler's SIGTERM to the group is for the trainer, which ends its workers
             env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sets must not reach a verdict
         )
         assert self._process.stdin is not None and self._process.stdout is not None
