@@ -1,7 +1,6 @@
 """`trl-entropy experiment calibration`: its errors, the step it makes, its gradients, a small run from end to end."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -51,7 +50,6 @@ def checkpoint(tmp_path_factory, warm_start_dir) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments])  # the run directory records it
         patch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
-        patch.setenv("TENSORBOARD_LOGGING_DIR", os.environ.get("TENSORBOARD_LOGGING_DIR", str(run)))
         build_trainer(*parse(arguments)).train()
     return run / "checkpoint-2"
 
@@ -203,7 +201,7 @@ def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -
     ({"beta": 0.04}, "ran with beta=0.04"),
 ])  # fmt: skip
 def test_errors_name_what_is_missing(tmp_path, settings, message, monkeypatch):
-    monkeypatch.setattr("trl_entropy.experiments.calibration.FixedState", lambda *a: pytest.fail("loading"))
+    monkeypatch.setattr("trl_entropy.experiments.command.FixedState", lambda *a: pytest.fail("loading"))
     with pytest.raises(SystemExit, match=message):
         main(["calibration", "--checkpoint", str(fake(tmp_path, **settings))])
     assert not (tmp_path / "experiments").exists()

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from trl_entropy.layer_gradients import parameter_shape
+from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.run_log import RunDirectory
 from trl_entropy.training_state import restore_log_window
 
@@ -46,7 +46,7 @@ class RunLogCallback(TrainerCallback):
             device=str(args.device),
             num_torch_threads=torch.get_num_threads(),
             num_parameters=sum(parameter_shape(p).numel() for p in model.parameters()),
-            num_trainable_parameters=sum(parameter_shape(p).numel() for p in model.parameters() if p.requires_grad),
+            num_trainable_parameters=num_trainable(model),
         )
 
     def on_log(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.engine import trainable_parameters
 from trl_entropy.estimators.entropy import entropy_and_logps
 from trl_entropy.estimators.group_gradients import group_entropy_surrogate, group_loss_surrogate
+from trl_entropy.estimators.u_statistic import cross_gram
 from trl_entropy.scores import Completions, halved_on_out_of_memory
 
 if TYPE_CHECKING:
@@ -84,6 +88,25 @@ def group_rows(
 
     with torch.enable_grad():
         return halved_on_out_of_memory(all_rows, batch_size)
+
+
+def flat(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Float[Tensor, " D"]:
+    """One vector in the order of `names`."""
+    return torch.cat([tensors[name].flatten() for name in names])
+
+
+def gram_of_all_rows(
+    x: Float[Tensor, "N D"],
+    y: Float[Tensor, "N D"],
+    accelerator: Accelerator,
+    metric: Float[Tensor, " D"] | None = None,
+) -> Float[Tensor, "M M"]:
+    """x_n' M y_m over the rows of all ranks, in rank order; y travel, one rank's at a time. Collective."""
+    columns = []
+    for rank in range(accelerator.num_processes):
+        of_rank = y if rank == accelerator.process_index else torch.empty_like(y)
+        columns.append(cross_gram(x, broadcast(of_rank, rank), metric))
+    return accelerator.gather(torch.cat(columns, dim=1))
 
 
 def _add_gradient(row: Float[Tensor, " D"], value: Tensor, params: list[nn.Parameter], keep_graph: bool) -> None:

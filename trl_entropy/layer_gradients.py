@@ -71,11 +71,6 @@ class Layer:
     is_reused: bool = False
 
 
-def parameter_shape(param: nn.Parameter) -> torch.Size:
-    """Also of a parameter that ZeRO-3 has partitioned."""
-    return torch.Size(getattr(param, "ds_shape", param.shape))
-
-
 def known_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Layer]:
     names = {id(param): name for name, param in parameters.items()}
     if not names:

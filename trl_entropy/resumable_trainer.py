@@ -18,7 +18,7 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_entropy import checkpoints, training_state
 from trl_entropy.callbacks import continue_tensorboard
-from trl_entropy.engine import rank_symmetric
+from trl_entropy.engine import parameter_shape, rank_symmetric
 from trl_entropy.probes.probe_batch import prompts_of
 from trl_entropy.run_log import RunDirectory
 
@@ -73,7 +73,7 @@ class ResumableTrainer(GRPOTrainer):
         return {
             "settings": checkpoints.settings_of(self.args),
             "model": checkpoints.fingerprint(
-                f"{name} {list(getattr(p, 'ds_shape', p.shape))} {p.requires_grad}" for name, p in parameters
+                f"{name} {list(parameter_shape(p))} {p.requires_grad}" for name, p in parameters
             ),
             "data": self._data_fingerprint,
         }

@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_entropy.engine import trainable_parameters
+from trl_entropy.engine import parameter_shape, trainable_parameters
 from trl_entropy.estimators.row_gradients import Grouping, OuterProducts, RowGradients, Sum, WrittenOut
 from trl_entropy.estimators.row_sums import Blocks, Consumer, DotProducts, Rows, SquaredNorms
-from trl_entropy.layer_gradients import Layer, known_layers, parameter_shape
+from trl_entropy.layer_gradients import Layer, known_layers
 
 __all__ = ["Blocks", "Consumer", "DotProducts", "RowGradients", "Rows", "SequenceGradients", "SquaredNorms"]
 

@@ -18,6 +18,8 @@ from trl_entropy.engine.build import build_engine
 from trl_entropy.engine.context import UpdateContext
 from trl_entropy.engine.parameters import (
     evaluation_mode,
+    num_trainable,
+    parameter_shape,
     snapshot_parameters,
     swapped_parameters,
     trainable_parameters,
@@ -29,6 +31,8 @@ __all__ = [
     "UpdateContext",
     "build_engine",
     "evaluation_mode",
+    "num_trainable",
+    "parameter_shape",
     "rank_symmetric",
     "snapshot_parameters",
     "swapped_parameters",

@@ -14,6 +14,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
+def parameter_shape(param: nn.Parameter) -> torch.Size:
+    """Also of a parameter that ZeRO-3 has partitioned, whose own shape is empty."""
+    return torch.Size(getattr(param, "ds_shape", param.shape))
+
+
+def num_trainable(model: nn.Module) -> int:
+    """Numbers that training changes, over all of its parameters."""
+    return sum(parameter_shape(param).numel() for param in trainable_parameters(model).values())
+
+
 def snapshot_parameters(model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
     """Copies of the trainable parameters, in their own dtype and on their own device.
 

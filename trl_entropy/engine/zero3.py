@@ -20,9 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.engine.deepspeed import DeepSpeedEngine, buckets_of
-from trl_entropy.engine.parameters import replaced_tensors
+from trl_entropy.engine.parameters import parameter_shape, replaced_tensors
 from trl_entropy.engine.symmetry import rank_symmetric
-from trl_entropy.layer_gradients import parameter_shape
 
 
 class Zero3Engine(DeepSpeedEngine):

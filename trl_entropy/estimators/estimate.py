@@ -29,6 +29,11 @@ class Estimate:
         margin = student_t_quantile(0.5 + confidence / 2, self.dof) * self.stderr
         return self.value - margin, self.value + margin
 
+    def as_dict(self) -> dict[str, float]:
+        """`value`, `stderr`, and `low`, `high` of the 95 % interval."""
+        low, high = self.interval()
+        return {"value": self.value, "stderr": self.stderr, "low": low, "high": high}
+
 
 @dataclass(frozen=True)
 class Linearization:

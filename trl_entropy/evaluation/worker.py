@@ -18,6 +18,7 @@ import pandas as pd
 from trl_entropy import rewards
 from trl_entropy.answers import clean_answer
 from trl_entropy.console import quiet_libraries
+from trl_entropy.data.word_problems import MAX_PROBLEMS
 from trl_entropy.evaluation.plan import Job, Settings
 from trl_entropy.evaluation.sampling import Row, Sampler, load_policy
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
@@ -25,7 +26,7 @@ from trl_entropy.run_log import CHECKPOINT_SUMMARY
 from trl_entropy.train import TaskArguments, load_task
 
 PROGRESS = "progress"
-_EVERY_HELD_OUT = {"word_problems": 1500, "gsm8k": 10**9}
+_EVERY_HELD_OUT = {"word_problems": MAX_PROBLEMS["test"], "gsm8k": 10**9}
 
 
 def evaluate(job: Job) -> None:

@@ -144,7 +144,7 @@ def end_point(rows: Rows, fall: tuple[Estimate, Estimate]) -> dict[str, Any]:
     """
     start, end = fall
     change, variance = end.value - start.value, start.stderr**2 + end.stderr**2
-    result: dict[str, Any] = {"start": _plain(start), "end": _plain(end), "change": change}
+    result: dict[str, Any] = {"start": start.as_dict(), "end": end.as_dict(), "change": change}
     for name in PREDICTORS:
         if f"entropy/delta_{name}" in rows[0]:
             total = sum(row[f"entropy/delta_{name}"] for row in rows)
@@ -169,25 +169,20 @@ def analyse(path: Path, num_fresh: int = 0) -> dict[str, Any]:
         "num_steps": len(rows),
         "num_completions": last["entropy/num_completions"],
         "across_halves": {
-            part: {k: {n: _plain(e) for n, e in v.items()} for k, v in agreement(some).items()}
+            part: {k: {n: e.as_dict() for n, e in v.items()} for k, v in agreement(some).items()}
             for part, some in thirds(rows).items()
         },
         "rivals": {
-            part: {k: _plain(e) for k, e in rival_correlations(some).items()} for part, some in thirds(rows).items()
+            part: {k: e.as_dict() for k, e in rival_correlations(some).items()} for part, some in thirds(rows).items()
         },
         "placebo": {
-            part: {k: _plain(e) for k, e in found.items()}
+            part: {k: e.as_dict() for k, e in found.items()}
             for part, some in thirds(rows).items()
             if (found := placebo(some))
         },
         "same_sample": {name: _running(last, f"same_sample_{name}_slope") for name in PREDICTORS[:3]},
         "integral": integrals(rows),
     }
-
-
-def _plain(estimate: Estimate) -> dict[str, float]:
-    low, high = estimate.interval()
-    return {"value": estimate.value, "stderr": estimate.stderr, "low": low, "high": high}
 
 
 def _running(row: dict[str, Any], name: str) -> dict[str, float] | None:

@@ -11,19 +11,14 @@ truth is the same quantity on all redraws together.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.console import quiet_libraries
 from trl_entropy.estimators.calibration import Coverage, coverage, kurtosis
 from trl_entropy.estimators.estimate import Estimate, Linearization
 from trl_entropy.estimators.step_change import step_changes, unstacked
@@ -33,11 +28,9 @@ from trl_entropy.estimators.u_statistic import (
     u_statistic_jackknife_estimate,
     u_statistic_variance,
 )
-from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.command import without_nan
+from trl_entropy.experiments.command import Command
 from trl_entropy.experiments.redraws import Cache, probe_pool, rollout_redraws
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.run_log import describe_environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,11 +125,8 @@ def variance_ratio(grams: Float[Tensor, "R P P"]) -> float:
     return float(torch.tensor([u_statistic_variance(gram) for gram in grams]).mean() / values.var())
 
 
-def run(options: argparse.Namespace, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
+def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dict[str, Any]:
     """Everything but the output: draw, score, compare."""
-    start = time.perf_counter()
-    cache = Cache.of(output, checkpoint, options.seed)
-    state = FixedState(checkpoint, output, options.seed)
     num_redraws, num_prompts = options.num_redraws, options.num_prompts
     pool = probe_pool(state, cache, num_redraws * num_prompts, options.seed, options.batch_size)
     quantities = calibrate_probe(pool, num_prompts)
@@ -148,9 +138,6 @@ def run(options: argparse.Namespace, checkpoint: Checkpoint, output: Path) -> di
         quantities |= calibrate_u_statistic(grams)
         result["u_statistic_variance_ratio"] = variance_ratio(grams)
     return {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "checkpoint": str(checkpoint.path),
-        "task": asdict(checkpoint.task),
         "state": describe_state(state, pool),
         "quantities": _as_dicts(quantities),
         "larger_batches": {
@@ -159,8 +146,6 @@ def run(options: argparse.Namespace, checkpoint: Checkpoint, output: Path) -> di
             if len(pool) // size >= _FEWEST_REDRAWS
         },
         **result,
-        "seconds": time.perf_counter() - start,
-        "environment": describe_environment(),
     }
 
 
@@ -230,19 +215,13 @@ def _notes(result: dict[str, Any]) -> list[str]:
     return notes
 
 
-def draw_figure(result: dict[str, Any], target: Path) -> None:
+def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
     """Coverage with its binomial interval, and stated error against scatter, one row a quantity."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = result["quantities"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.42 * len(rows) + 1.6), sharey=True, layout="constrained")
+    right.sharey(left)
     plot_coverage(left, rows)
     plot_stderr_ratio(right, rows)
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
+    right.tick_params(labelleft=False)
 
 
 def plot_coverage(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
@@ -288,44 +267,18 @@ def _bare(axes: Axes) -> Axes:
     return axes
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trl-entropy experiment calibration", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoint-N with optimizer.pt")
-    parser.add_argument("--num-redraws", type=int, default=2000, help="independent probe batches")
-    parser.add_argument("--num-prompts", type=int, default=32, help="completions in each, one a prompt")
-    parser.add_argument("--num-u-redraws", type=int, default=500, help="independent rollouts for (T17); 0: none")
-    parser.add_argument("--u-prompts", type=int, default=8, help="prompts in each")
-    parser.add_argument("--u-generations", type=int, default=4, help="completions of a prompt")
-    parser.add_argument("--batch-size", type=int, default=128, help="completions scored at a time")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="default: RUN/experiments/calibration-N")
-    return parser
-
-
-def _check(options: argparse.Namespace) -> None:
-    least = {"num_redraws": 2, "num_prompts": 2, "num_u_redraws": 0, "u_prompts": 4, "u_generations": 2}
-    for name, minimum in {**least, "batch_size": 1, "seed": 0}.items():
-        if getattr(options, name) < minimum:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; use {minimum} or more")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the experiment, print the table, write `calibration.json` and `calibration.png`."""
-    options = _parser().parse_args(argv)
-    quiet_libraries()
-    try:
-        _check(options)
-        checkpoint = Checkpoint.read(options.checkpoint)
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
-    output = options.output or checkpoint.path.parent / "experiments" / f"calibration-{checkpoint.step}"
-    output.mkdir(parents=True, exist_ok=True)
-    result = run(options, checkpoint, output)
-    (output / "calibration.json").write_text(json.dumps(without_nan(result), indent=2) + "\n", encoding="utf-8")
-    draw_figure(result, output / "calibration.png")
-    print(table(result))
-    print(f"numbers {output / 'calibration.json'}\nfigure  {output / 'calibration.png'}")
-
-
-if __name__ == "__main__":
-    main()
+COMMAND = Command(
+    "calibration",
+    "Are the stated error bars right? Coverage of the 95 % intervals over many redraws at one fixed state.",
+    {
+        "num_redraws": (2000, 2, "independent probe batches"),
+        "num_prompts": (32, 2, "completions in each, one a prompt"),
+        "num_u_redraws": (500, 0, "independent rollouts for (T17); 0: none"),
+        "u_prompts": (8, 4, "prompts in each"),
+        "u_generations": (4, 2, "completions of a prompt"),
+    },
+    compute,
+    table,
+    draw,
+)
+main = COMMAND.main

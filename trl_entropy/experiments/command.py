@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_entropy.console import quiet_libraries
-from trl_entropy.estimators.estimate import Estimate
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.redraws import Cache
 from trl_entropy.experiments.state import FixedState
@@ -106,12 +105,6 @@ class Command:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def plain(estimate: Estimate) -> dict[str, float]:
-    """Value, standard error and 95 % interval."""
-    low, high = estimate.interval()
-    return {"value": estimate.value, "stderr": estimate.stderr, "low": low, "high": high}
 
 
 def with_interval(entry: Mapping[str, float], scale: float = 1.0) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trl_entropy.estimators.adamw import AdamWSettings, UpdateParts, adamw_moments, adamw_update_parts
 from trl_entropy.experiments.along import changes_at, columns_along, points_of, sample_size_at
-from trl_entropy.experiments.command import Command, plain, with_interval
+from trl_entropy.experiments.command import Command, with_interval
 from trl_entropy.experiments.redraws import Cache, pool_completions
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.probes.adamw_step import adamw_settings, metric_of_step
@@ -152,7 +152,7 @@ def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dic
         columns = cache.get(key, partial(columns_along, state, probe, direction, factors, 1, batch_size))
         start, points = points_of(columns, len(factors))
         for at, factor, there in zip(("equal_lr", "equal_length"), factors, points, strict=True):
-            found = {n: plain(c.estimate(prompts)) for n, c in changes_at(start, there, factor).items()}
+            found = {n: c.estimate(prompts).as_dict() for n, c in changes_at(start, there, factor).items()}
             row[at] = {"scale": factor, "importance_ess": sample_size_at(start, there), **found}
         rows.append(row)
     return {"num_completions": number, "policy_entropy": entropy, "rows": rows}

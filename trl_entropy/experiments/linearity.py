@@ -20,7 +20,7 @@ from torch import Tensor
 from trl_entropy.estimators.delta_entropy import critical_length, delta_measured
 from trl_entropy.estimators.estimate import Estimate
 from trl_entropy.experiments.along import changes_at, columns_along, points_of, sample_size_at
-from trl_entropy.experiments.command import Command, plain, with_interval
+from trl_entropy.experiments.command import Command, with_interval
 from trl_entropy.experiments.redraws import ROWS_PER_CHUNK, Cache, in_chunks, pool_completions
 from trl_entropy.experiments.state import FixedState
 
@@ -74,15 +74,15 @@ def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dic
     rows = []
     for factor, there in zip(FACTORS, points, strict=True):
         changes = changes_at(start, there, factor)
-        row = {name: plain(change.estimate(prompts)) for name, change in changes.items()}
+        row = {name: change.estimate(prompts).as_dict() for name, change in changes.items()}
         rows.append({"factor": factor, "importance_ess": sample_size_at(start, there), **row})
     return {
         "learning_rate": max(state.context.learning_rate.values()),
         "num_completions": len(columns),
         "rows": rows,
-        "log_log_slope": plain(slope_estimate(columns, longest=1.0)),
-        "log_log_slope_all": plain(slope_estimate(columns, longest=FACTORS[-1])),
-        "end_of_linearity": plain(eta_star.estimate(prompts)),
+        "log_log_slope": slope_estimate(columns, longest=1.0).as_dict(),
+        "log_log_slope_all": slope_estimate(columns, longest=FACTORS[-1]).as_dict(),
+        "end_of_linearity": eta_star.estimate(prompts).as_dict(),
     }
 
 

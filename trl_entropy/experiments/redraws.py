@@ -18,8 +18,8 @@ from trl_entropy.estimators.step_change import point_terms, stacked
 from trl_entropy.estimators.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.state import FixedState, Policy
-from trl_entropy.group_rows import GroupRows, group_rows
-from trl_entropy.probes.rollout_entropy import flat, metric_of
+from trl_entropy.group_rows import GroupRows, flat, group_rows
+from trl_entropy.probes.rollout_entropy import metric_of
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions, TokenScores, score
 

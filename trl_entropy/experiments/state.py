@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
+from trl_entropy.data.word_problems import MAX_PROBLEMS
 from trl_entropy.engine import UpdateContext
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.estimators.attribution import on_policy_coefficients
@@ -31,7 +32,6 @@ _KEPT_SETTINGS = (
     "top_p", "use_cpu", "weight_decay",
 )
 # fmt: on
-_NUM_HELD_OUT = 1500  # as many as word_problems can draw
 
 
 class Policy:
@@ -142,7 +142,7 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> Any:
             f"{checkpoint.path.parent} sampled with {narrowed}; the estimators need the full distribution"
         )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
-    task = replace(checkpoint.task, num_eval_problems=_NUM_HELD_OUT)
+    task = replace(checkpoint.task, num_eval_problems=MAX_PROBLEMS["test"])
     train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
     trainer = DrGRPOTrainer(
         model=str(checkpoint.path),

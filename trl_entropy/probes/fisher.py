@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
-from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.estimators.fisher_kernel import (
     cosine_kernel,
     kernel_means,
@@ -28,8 +26,9 @@ from trl_entropy.estimators.score_change import (
     score_change_sums,
 )
 from trl_entropy.estimators.sketch import CountSketch
-from trl_entropy.estimators.u_statistic import cross_gram
+from trl_entropy.group_rows import gram_of_all_rows
 from trl_entropy.probes.adamw_step import coefficient_of_step, preconditioner_of_step, read_before_step, update_parts
+from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions, score
@@ -97,7 +96,7 @@ class FisherProbe(Probe):
         self._gather_what_is_known(rollouts, accelerator)
         metric = preconditioner_of_step(update)
         gradients, traces, dots = self._differentiate(args, engine, update, metric)
-        self._kernel = gram_of_all_rows(gradients, accelerator)
+        self._kernel = gram_of_all_rows(gradients, gradients, accelerator)
         self._parts = self._predict(args, update, accelerator.gather(dots.mT))
         metrics["fisher/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
         metrics |= self._kernel_logged() | _shares_logged(self._parts, self._prompts)
@@ -110,7 +109,7 @@ class FisherProbe(Probe):
         measured = engine.accelerator.gather(after - before)
         predicted = torch.stack(self._parts).sum(0)
         slope, correlation = change_agreement(predicted, measured, self._prompts)
-        metrics |= _with_stderr("fisher/change_slope", slope)
+        metrics |= with_stderr("fisher/change_slope", slope)
         metrics["fisher/change_correlation"] = correlation
         metrics["fisher/change_measured_rms"] = measured.square().mean().sqrt().item()
         self._write(trainer, state.global_step + 1, predicted, measured)
@@ -171,15 +170,15 @@ class FisherProbe(Probe):
         cosine, prompts = cosine_kernel(self._kernel), self._prompts
         logged: dict[str, float] = {"fisher/num_completions": len(prompts)}
         for name, estimate in kernel_means(self._kernel, prompts).items():
-            logged |= _with_stderr(f"fisher/{name}", estimate)
+            logged |= with_stderr(f"fisher/{name}", estimate)
         for prefix, values in (("cosine", cosine), ("cosine_sq", cosine.square())):
             means = kernel_means(values, prompts, self._rewards)
             for name in means.keys() - {"diagonal"}:
-                logged |= _with_stderr(f"fisher/{prefix}_{name}", means[name])
+                logged |= with_stderr(f"fisher/{prefix}_{name}", means[name])
         eigenvalues, participation_ratio, effective_rank = spectrum(self._kernel)
         logged |= {"fisher/participation_ratio": participation_ratio, "fisher/effective_rank": effective_rank}
         logged |= {f"fisher/eigenvalue_{i + 1}": eigenvalues[i].item() for i in range(_NUM_EIGENVALUES)}
-        logged |= _with_stderr("fisher/length_correlation", length_correlation(cosine, self._lengths, prompts))
+        logged |= with_stderr("fisher/length_correlation", length_correlation(cosine, self._lengths, prompts))
         return logged | self._null_logged(cosine)
 
     def _null_logged(self, cosine: Float[Tensor, "N N"]) -> dict[str, float]:
@@ -203,7 +202,7 @@ class FisherProbe(Probe):
 
 def check_memory(num_rows: int, model: nn.Module) -> None:
     """Raises `ValueError` if so many rows exceed `MAX_ROWS_BYTES`."""
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_parameters(model).values())
+    num_parameters = num_trainable(model)
     num_bytes = 4 * num_rows * num_parameters
     if num_bytes > MAX_ROWS_BYTES:
         raise ValueError(
@@ -216,15 +215,6 @@ def check_memory(num_rows: int, model: nn.Module) -> None:
 def first_groups(prompt_index: Int[Tensor, " B"], num_rows: int) -> Int[Tensor, " N"]:
     """Rows of the prompt groups with the smallest numbers, group by group."""
     return prompt_index.argsort(stable=True)[:num_rows]
-
-
-def gram_of_all_rows(rows: Float[Tensor, "N D"], accelerator: Accelerator) -> Float[Tensor, "N N"]:
-    """phi_i . phi_j over the rows of all ranks, in rank order; rows travel, one rank's at a time. Collective."""
-    columns = []
-    for rank in range(accelerator.num_processes):
-        of_rank = rows if rank == accelerator.process_index else torch.empty_like(rows)
-        columns.append(cross_gram(rows, broadcast(of_rank, rank)))
-    return accelerator.gather(torch.cat(columns, dim=1))
 
 
 def _directions(update: UpdateContext, metric: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -242,7 +232,7 @@ def _directions(update: UpdateContext, metric: dict[str, Tensor]) -> list[dict[s
 def _shares_logged(parts: ScoreChangeParts, prompts: Int[Tensor, " N"]) -> dict[str, float]:
     logged = {"fisher/change_predicted_rms": torch.stack(parts).sum(0).square().mean().sqrt().item()}
     for name, estimate in score_change_shares(score_change_sums(parts, prompts)).items():
-        logged |= _with_stderr(f"fisher/change_share_{name}", estimate)
+        logged |= with_stderr(f"fisher/change_share_{name}", estimate)
     return logged
 
 
@@ -254,7 +244,3 @@ def _adapter_shares(traces: Float[Tensor, " K"], names: list[str]) -> dict[str, 
         if chosen.any():
             shares[f"fisher/trace_share_lora_{letter}"] = (traces[chosen].sum() / traces.sum()).item()
     return shares
-
-
-def _with_stderr(key: str, estimate: Estimate) -> dict[str, float]:
-    return {key: estimate.value, f"{key}_stderr": estimate.stderr}

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
+from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.estimators.adamw import live_preconditioner
 from trl_entropy.estimators.noise_scale import (
     GroupProducts,
@@ -22,9 +22,9 @@ from trl_entropy.estimators.noise_scale import (
     relative_product_error,
 )
 from trl_entropy.estimators.pooled import PooledParts, StepParts
+from trl_entropy.group_rows import flat
 from trl_entropy.group_shares import TrainingShares, half_products, products_by_extra_pass
 from trl_entropy.probes.probe import Probe
-from trl_entropy.probes.rollout_entropy import flat
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions
 
@@ -198,7 +198,7 @@ def why_extra_pass(model: nn.Module, num_groups: int) -> str | None:
     head = model.get_output_embeddings()
     if head is not None and any(param.requires_grad for param in head.parameters()):
         return "the language-model head is trained"
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_parameters(model).values())
+    num_parameters = num_trainable(model)
     if 4 * num_groups * num_parameters > MAX_ROWS_BYTES:
         return f"{num_groups} gradients of {num_parameters} numbers exceed {MAX_ROWS_BYTES / 2**30:.0f} GiB"
     return None

@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from trl_entropy.engine import Engine, UpdateContext, rank_symmetric, trainable_parameters
+from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.estimators.delta_entropy import RatioTerms, delta_measured, entropy_terms, policy_entropy
 from trl_entropy.estimators.group_gradients import cross_prompt_change, relative_gradient_error, update_metric
 from trl_entropy.estimators.importance import effective_sample_size, importance_weights
-from trl_entropy.estimators.u_statistic import cross_gram
-from trl_entropy.group_rows import GroupRows, group_rows
+from trl_entropy.group_rows import GroupRows, flat, gram_of_all_rows, group_rows
 from trl_entropy.probes.adamw_step import adamw_settings
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
@@ -125,7 +122,7 @@ class RolloutEntropyProbe(Probe):
         num_prompts = len(self._prompts.unique())
         rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_prompts)
         names = list(engine.parameters)
-        gram = gram_of_all_groups(rows, flat(metric_of(update), names), accelerator)
+        gram = gram_of_all_rows(*rows, accelerator, flat(metric_of(update), names))
         change = cross_prompt_change(gram)
         row_sum, gradient = accelerator.reduce(rows.loss.sum(0)), flat(update.gradient, names)
         return {
@@ -159,7 +156,7 @@ class RolloutEntropyProbe(Probe):
 
 def check_memory(num_groups: int, model: nn.Module) -> None:
     """Raises `ValueError` if the rows of one process's groups exceed `MAX_ROWS_BYTES`."""
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_parameters(model).values())
+    num_parameters = num_trainable(model)
     num_bytes = 2 * num_groups * num_parameters * 4
     if num_bytes > MAX_ROWS_BYTES:
         raise ValueError(
@@ -174,16 +171,3 @@ def metric_of(update: UpdateContext) -> dict[str, Tensor]:
     step, clip, moments = update.optimizer_step, update.clip_factor, update.exp_avg_sq
     settings = adamw_settings(update)
     return {name: update_metric(v, settings[name], step, clip) for name, v in moments.items()}
-
-
-def flat(tensors: dict[str, Tensor], names: list[str]) -> Float[Tensor, " D"]:
-    return torch.cat([tensors[name].flatten() for name in names])
-
-
-def gram_of_all_groups(rows: GroupRows, metric: Float[Tensor, " D"], accelerator: Accelerator) -> Float[Tensor, "P P"]:
-    """X_n' M Y_m over the groups of all ranks, in rank order; Y_m travel, one rank's at a time. Collective."""
-    columns = []
-    for rank in range(accelerator.num_processes):
-        loss = rows.loss if rank == accelerator.process_index else torch.empty_like(rows.loss)
-        columns.append(cross_gram(rows.entropy, broadcast(loss, rank), metric))
-    return accelerator.gather(torch.cat(columns, dim=1))

@@ -1,0 +1,221 @@
+"""What the settings of a run must be for a probe's equation to hold; each refusal says what to change."""
+
+from __future__ import annotations
+
+from trl import GRPOConfig
+
+# Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
+FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
+# Losses that are the same sum over completions whatever the others are: no division by the batch's tokens.
+SEPARABLE_LOSSES = ("dr_grpo", "grpo", "sapo")
+ENTROPY_PROBE_SAMPLERS = ("model", "vllm")
+ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
+ENTROPY_ATTRIBUTIONS = ("none", "sequence", "token")
+
+
+class ProbeRequirements(GRPOConfig):
+    """
+    The part of [`~trl_entropy.DrGRPOConfig`] that checks its probes, before any model is loaded.
+
+    A probe that is passed in `callbacks` calls the public ones when training begins.
+    """
+
+    def _check_probes(self) -> None:
+        for name in self.enabled_probes():
+            if getattr(self, f"{name}_every") < 1:
+                raise ValueError(f"{name}_every is {getattr(self, f'{name}_every')}; use 1 or more steps.")
+        if self.entropy_probe:
+            self._check_entropy_probe()
+        if self.noise_scale_probe:
+            self.check_noise_scale_probe()
+            if self.noise_scale_halves:
+                self.check_noise_scale_halves()
+        if self.fisher_probe:
+            self.check_fisher_probe(self.fisher_num_sequences)
+        sensitive = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
+        if not sensitive:
+            return
+        if truncation := self.truncated_sampling():
+            raise ValueError(
+                f"{', '.join(sensitive)}: the estimators hold for completions drawn from the policy's full "
+                f"distribution, but {truncation} changes it. Set top_k=0, top_p=1, min_p=None, repetition_penalty=1, "
+                "or turn the probe off."
+            )
+        if self.mask_truncated_completions:
+            raise ValueError(
+                f"{', '.join(sensitive)}: mask_truncated_completions=True drops completions by their outcome, which "
+                "biases every estimator. Set mask_truncated_completions=False, or turn the probe off."
+            )
+
+    def _check_entropy_probe(self) -> None:
+        if self.entropy_probe_source not in ENTROPY_PROBE_SOURCES:
+            raise ValueError(
+                f"entropy_probe_source is {self.entropy_probe_source!r}; use one of {ENTROPY_PROBE_SOURCES}."
+            )
+        if self.entropy_probe_sampler not in ENTROPY_PROBE_SAMPLERS:
+            raise ValueError(
+                f"entropy_probe_sampler is {self.entropy_probe_sampler!r}; use one of {ENTROPY_PROBE_SAMPLERS}."
+            )
+        if self.entropy_probe_sampler == "vllm" and not self.use_vllm:
+            raise ValueError("entropy_probe_sampler='vllm' needs use_vllm=True. Set that, or leave it at 'model'.")
+        if self.entropy_attribution not in ENTROPY_ATTRIBUTIONS:
+            raise ValueError(
+                f"entropy_attribution is {self.entropy_attribution!r}; use one of {ENTROPY_ATTRIBUTIONS}."
+            )
+        if self.entropy_probe_source == "rollouts":
+            return self.check_rollouts_source()
+        if self.entropy_attribution != "none":
+            self.check_attribution()
+        prompts, world = self.entropy_probe_prompts, self.world_size
+        if prompts < 4 * world or prompts % world:
+            fitting = max(4, round(prompts / world)) * world
+            raise ValueError(
+                f"entropy_probe_prompts is {prompts}: it must be a multiple of the {world} process(es), at least 4 "
+                f"each, for a standard error on each half. Try entropy_probe_prompts={fitting}."
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.entropy_second_order and "adamw" not in optimizer:
+            raise ValueError(
+                f"entropy_second_order plans the step by AdamW's equation (T4), optim is {optimizer}. Set "
+                "optim='adamw_torch_fused', or entropy_second_order=False."
+            )
+
+    def check_attribution(self) -> None:
+        """Raises `ValueError` unless the step is AdamW's and its loss one of the completions' log-probabilities."""
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        remedies = {
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "beta=0": self.beta == 0,
+            "entropy_coef=0": self.entropy_coef == 0,
+            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
+        }
+        if needed := [setting for setting, holds in remedies.items() if not holds]:
+            raise ValueError(
+                "entropy_attribution splits AdamW's step (T9) by the completions' policy loss; a KL term or entropy "
+                f"bonus is not told apart from it. Set {', '.join(needed)}, or entropy_attribution='none'."
+            )
+
+    def check_rollouts_source(self) -> None:
+        """Raises `ValueError` unless (T17) holds on the step's own completions: see `RolloutEntropyProbe`."""
+        what, optimizer = "entropy_probe_source='rollouts'", str(getattr(self.optim, "value", self.optim))
+        remedies = {
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "entropy_second_order=False": not self.entropy_second_order,
+            "entropy_placebo=False": not self.entropy_placebo,
+            "entropy_attribution='none'": self.entropy_attribution == "none",
+        }
+        self._check_settings(
+            remedies | self._on_policy_dr_grpo(),
+            f"{what} needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone, and has no other prediction than "
+            "(T17)",
+            "entropy_probe_source='held_out'",
+        )
+        self._check_groups_of_a_step(what, "entropy_probe_source='held_out'")
+
+    def check_dr_grpo_step(self, what: str) -> None:
+        """Raises `ValueError` unless a step's gradient is that of the on-policy Dr-GRPO loss (T2) alone."""
+        needs = f"{what} needs a step of the on-policy Dr-GRPO loss (T2) alone"
+        self._check_settings(self._on_policy_dr_grpo(), needs, "turn the probe off")
+
+    def check_noise_scale_probe(self) -> None:
+        """Raises `ValueError` unless the gradient is a sum over prompt groups that are independent: (T14)."""
+        remedies = {
+            "loss_type='dr_grpo'": self.loss_type in SEPARABLE_LOSSES,
+            "scale_rewards='none'": self.scale_rewards in ("none", "group"),
+            "num_iterations=1": self.num_iterations == 1,
+            "entropy_coef=0": self.entropy_coef == 0,
+            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
+            "top_entropy_quantile=1": self.top_entropy_quantile == 1,
+            "use_liger_kernel=False": not self.use_liger_kernel,
+        }
+        needs = "noise_scale_probe needs a gradient that is a sum over prompt groups, each seen once"
+        self._check_settings(remedies, needs, "turn the probe off")
+        self._check_groups_of_a_step("noise_scale_probe", "turn the probe off")
+
+    def check_noise_scale_halves(self) -> None:
+        """Raises `ValueError` unless the halves of a group can have advantages of their own: (T14), last line."""
+        remedies = {
+            "scale_rewards='none'": self.scale_rewards == "none",
+            "length_normalizer='max_completion_length'": self.length_normalizer == "max_completion_length",
+            "num_generations=4": (self.num_generations or 0) >= 4,
+            **self._on_policy_dr_grpo(),
+        }
+        needs = "noise_scale_halves needs centred, unscaled advantages in the on-policy Dr-GRPO loss (T2)"
+        self._check_settings(remedies, needs, "noise_scale_halves=False")
+
+    def check_fisher_probe(self, number: int) -> None:
+        """Raises `ValueError` unless (T12) is that of an on-policy step of AdamW, on `number` rows of whole groups."""
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        remedies = {"optim='adamw_torch_fused'": "adamw" in optimizer, **self._on_policy_dr_grpo()}
+        needs = "fisher_probe needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone"
+        self._check_settings(remedies, needs, "turn the probe off")
+        self._check_groups_of_a_step("fisher_probe", "turn the probe off")
+        if self.fisher_sketch_dim < 0:
+            raise ValueError(
+                f"fisher_sketch_dim is {self.fisher_sketch_dim}; use 0 (exact) or a number of dimensions."
+            )
+        unit = self.world_size * self.num_generations
+        largest = self.world_size * self.per_device_train_batch_size * self.gradient_accumulation_steps // unit * unit
+        if number % unit or not 3 * self.num_generations <= number <= largest:
+            least = -(-3 // self.world_size) * unit
+            fitting = min(max(number // unit * unit, least), largest)
+            raise ValueError(
+                f"fisher_num_sequences is {number}: it must be a multiple of {unit} ({self.world_size} process(es) x "
+                f"num_generations={self.num_generations}) of at least 3 prompt groups and at most the {largest} "
+                f"completions of a step. Try fisher_num_sequences={fitting}."
+            )
+
+    @staticmethod
+    def _check_settings(remedies: dict[str, bool], needs: str, otherwise: str) -> None:
+        if needed := [setting for setting, holds in remedies.items() if not holds]:
+            raise ValueError(f"{needs}. Set {', '.join(needed)}, or {otherwise}.")
+
+    def _on_policy_dr_grpo(self) -> dict[str, bool]:
+        """What makes the step's loss (T2) at ratio 1 and nothing else: setting -> whether it holds."""
+        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+        return {
+            "loss_type='dr_grpo'": self.loss_type == "dr_grpo",
+            "beta=0": self.beta == 0,
+            "num_iterations=1": self.num_iterations == 1,
+            f"steps_per_generation={accumulation} (a step uses whole generations)": accumulation % generation == 0,
+            "entropy_coef=0": self.entropy_coef == 0,
+            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
+            "vllm_importance_sampling_correction=False": not (
+                self.use_vllm and self.vllm_importance_sampling_correction
+            ),
+            "top_entropy_quantile=1": self.top_entropy_quantile == 1,
+            "off_policy_mask_threshold=None": self.off_policy_mask_threshold is None,
+        }
+
+    def _check_groups_of_a_step(self, what: str, otherwise: str) -> None:
+        """Whole prompt groups in every process's part of a step, and enough of them for standard errors."""
+        for steps in (self.steps_per_generation, self.gradient_accumulation_steps):
+            if self.per_device_train_batch_size * steps % self.num_generations:
+                below = self.per_device_train_batch_size // self.num_generations * self.num_generations
+                raise ValueError(
+                    f"{what} needs each prompt group on one process and in one step, but "
+                    f"per_device_train_batch_size={self.per_device_train_batch_size} x {steps} "
+                    f"step(s) splits groups of num_generations={self.num_generations}. Try "
+                    f"per_device_train_batch_size={below + self.num_generations}, a multiple of num_generations."
+                )
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        num_prompts = self.world_size * rows // self.num_generations
+        if num_prompts < 4:
+            raise ValueError(
+                f"{what} needs at least 4 prompts a step for its standard error, this step has {num_prompts}. "
+                f"Set num_prompts_per_step=4 or more, or {otherwise}."
+            )
+
+    def enabled_probes(self) -> list[str]:
+        """Names of the probes that are turned on."""
+        return [name for name in self.__dataclass_fields__ if name.endswith("_probe") and getattr(self, name)]
+
+    def truncated_sampling(self) -> str:
+        """The sampling settings that keep tokens from being drawn with the policy's probability; empty if none."""
+        full = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0, None)}
+        extra = self.generation_kwargs or {}
+        found = {name: extra.get(name, getattr(self, name)) for name in full}
+        narrowed = {name: value for name, value in found.items() if value not in full[name]}
+        known = {*full, "stop", "stop_strings", "include_stop_str_in_output", "max_tokens", "seed"}
+        narrowed |= {name: value for name, value in extra.items() if name not in known}
+        return ", ".join(f"{name}={value}" for name, value in narrowed.items())
