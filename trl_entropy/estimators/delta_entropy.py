@@ -169,13 +169,13 @@ def critical_length(terms: RatioTerms, tangents: RatioTerms, second_tangents: Ra
     return delta_method(lambda m: critical_step(_slope(m), _curvature(m)), columns)
 
 
-def _slope(means: Float[Tensor, "columns"]) -> Float[Tensor, ""]:
+def _slope(means: Float[Tensor, " columns"]) -> Float[Tensor, ""]:
     """R' from the means of N, D, N', D'."""
     numerator, denominator, numerator_1, denominator_1 = means[:4]
     return (numerator_1 - numerator / denominator * denominator_1) / denominator
 
 
-def _curvature(means: Float[Tensor, "columns"]) -> Float[Tensor, ""]:
+def _curvature(means: Float[Tensor, " columns"]) -> Float[Tensor, ""]:
     """R'' from the means of N, D, N', D', N'', D''."""
     numerator, denominator, _, denominator_1, numerator_2, denominator_2 = means
     surrogate = (numerator_2 - numerator / denominator * denominator_2) / denominator

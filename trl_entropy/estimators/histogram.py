@@ -15,7 +15,7 @@ _NAN_BIN = 2 * _ZERO_BIN + 1
 NUM_BINS = _NAN_BIN + 1
 
 
-def _edges(device: torch.device | None = None) -> Float[Tensor, "edges"]:
+def _edges(device: torch.device | None = None) -> Float[Tensor, " edges"]:
     return torch.logspace(_SMALLEST, _LARGEST, _NUM_EDGES, dtype=torch.float64, device=device)
 
 
@@ -30,7 +30,7 @@ class LogRatioHistogram:
     1e-8 <= |x| <= 1e2, below 1e-8 at most 1e-8; exact at zero and at both extremes.
     """
 
-    counts: Int[Tensor, "bins"]
+    counts: Int[Tensor, " bins"]
     total: Float[Tensor, ""]
     maximum: Float[Tensor, ""]
     minimum: Float[Tensor, ""]

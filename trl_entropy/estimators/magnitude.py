@@ -11,7 +11,7 @@ _SMALLEST, _LARGEST, _BINS_PER_DECADE = -46, 10, 32  # decades of |x|: the whole
 _NUM_BINS = (_LARGEST - _SMALLEST) * _BINS_PER_DECADE
 
 
-def magnitude_counts(tensors: Iterable[Float[Tensor, "..."]]) -> Int[Tensor, "bins"]:
+def magnitude_counts(tensors: Iterable[Float[Tensor, "..."]]) -> Int[Tensor, " bins"]:
     """
     Counts of |x| over all tensors on fixed logarithmic bins, zeros left out; ranks merge by addition.
 
@@ -27,7 +27,7 @@ def magnitude_counts(tensors: Iterable[Float[Tensor, "..."]]) -> Int[Tensor, "bi
     return counts
 
 
-def magnitude_quantile(counts: Int[Tensor, "bins"], q: float) -> float:
+def magnitude_quantile(counts: Int[Tensor, " bins"], q: float) -> float:
     """The q-quantile of the counted |x|, the geometric middle of its bin: within 3.7 %. No value: nan."""
     total = int(counts.sum())
     if total == 0:

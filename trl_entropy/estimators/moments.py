@@ -133,7 +133,7 @@ def error_covariance(predicted_stderr: float, measured_stderr: float, difference
     return (predicted_stderr**2 + measured_stderr**2 - difference_stderr**2) / 2
 
 
-def _variances(means: Float[Tensor, "features"], count: int) -> _Variances:
+def _variances(means: Float[Tensor, " features"], count: int) -> _Variances:
     """Unbiased sample variances and covariance of x and y, and the mean error variances and covariance."""
     _, x, y, xx, xy, yy, *errors = means
     bessel = count / torch.tensor(count - 1, dtype=torch.float64)

@@ -74,7 +74,7 @@ def importance_sample_size(before: PointTerms, after: PointTerms) -> float:
     return effective_sample_size(after.terms.denominator / before.terms.denominator).item()
 
 
-def rows(terms: PointTerms, index: Bool[Tensor, "B"] | Int[Tensor, "n"]) -> PointTerms:
+def rows(terms: PointTerms, index: Bool[Tensor, "B"] | Int[Tensor, " n"]) -> PointTerms:
     """The terms of some of the completions: (T6) on a part of the probe batch."""
     parts = [RatioTerms(*(column[index] for column in part)) for part in terms if part is not None]
     return PointTerms(*parts)
