@@ -137,7 +137,9 @@ _ENTROPY_OF_ROLLOUTS = [
 _PARTS = {
     "momentum": "what the momentum of earlier steps makes",
     "weight_decay": "what weight decay makes",
-    "gradient": "what this step's own completions make",
+    "gradient": "what this step's own completions make by the policy loss",
+    "kl": "what the KL to the reference makes (beta)",
+    "entropy_bonus": "what TRL's entropy bonus makes (entropy_coef)",
 }
 _CATEGORIES = {
     "correct": "completions with an advantage above 0",

@@ -101,6 +101,15 @@ def weighted_logps(coefficients: Float[Tensor, "B T"]) -> Value:
     return value
 
 
+def weighted_entropies(coefficients: Float[Tensor, "B T"]) -> Value:
+    """sum_ik c_ik H_ik, as [`weighted_logps`]: an entropy bonus."""
+
+    def value(entropy: Tensor, logps: Tensor, rows: Completions, index: Tensor) -> Tensor:
+        return weighted_logps(coefficients)(logps, entropy, rows, index)
+
+    return value
+
+
 def entropy_shares(policy_entropy: float, num_tokens: float) -> Value:
     """Completions' shares of grad h (T8), for [`consumed`]."""
 
@@ -113,13 +122,12 @@ def entropy_shares(policy_entropy: float, num_tokens: float) -> Value:
 def gradient_products(
     model: nn.Module,
     completions: Completions,
-    coefficients: Float[Tensor, "B T"],
+    value: Value,
     direction: Params,
     temperature: float,
     batch_size: int,
 ) -> Float[Tensor, " B"]:
-    """(T9): g_i' v of each completion, g_i = sum_k c_ik grad S_ik; streamed, no gradient is kept. As [`consumed`]."""
-    value = weighted_logps(coefficients)
+    """(T9): g_i' v of each completion, g_i the gradient of its share of `value`; streamed, none is kept."""
     num_rows = len(completions)
     dots = consumed(model, completions, value, lambda: DotProducts(num_rows, [direction]), temperature, batch_size)
     return dots.values[0]

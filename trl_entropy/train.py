@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"Error: {error}")
     if trainer.is_world_process_zero():
         _say_end(trainer)
+    trainer.accelerator.end_training()  # else threads of the process group may abort the interpreter as it ends
 
 
 def _advice_on(error: OSError, run: Path) -> str:

@@ -364,8 +364,8 @@ class DrGRPOTrainer(ResumableTrainer):
 
     def _observe(self, inputs: dict[str, Any], start_logps: Float[Tensor, "B T"] | None) -> None:
         """Sum what the loss computed; after the step's last micro-batch, log the sums and hand out the rollouts."""
-        loss_logps = self._scored[0]
-        per_token_logps, token_entropy = (scores.detach() for scores in self._scored)
+        loss_logps, loss_entropy = self._scored
+        per_token_logps, token_entropy = loss_logps.detach(), loss_entropy.detach()
         del self._scored  # the graph is the loss's
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         old_logps = inputs.get("old_per_token_logps")
@@ -374,7 +374,8 @@ class DrGRPOTrainer(ResumableTrainer):
         if start_logps is not None:
             self._statistics.add_kl(per_token_logps, start_logps, mask)
         scored = {"per_token_logps": per_token_logps, "token_entropy": token_entropy, "log_ratio": log_ratio}
-        self._send("on_micro_batch", inputs=inputs, mask=mask, loss_logps=loss_logps, **scored)
+        graphs = {"loss_logps": loss_logps, "loss_entropy": loss_entropy}
+        self._send("on_micro_batch", inputs=inputs, mask=mask, **graphs, **scored)
         self._micro_batches.append(inputs)
         if self.accelerator.sync_gradients:
             self.record(self._statistics.reduce(self.accelerator))

@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 STEPS = 5
 
 
@@ -79,3 +81,5 @@ if __name__ == "__main__":
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     for text in sys.argv[2:]:
         train(Path(sys.argv[1]), **json.loads(text))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -18,6 +18,7 @@ from trl_entropy.estimators.attribution import (
     category_sums,
     completion_contributions,
     crossed,
+    kl_coefficients,
     on_policy_coefficients,
     token_contributions,
     update_products,
@@ -61,7 +62,7 @@ def test_what_is_not_named_is_rounding():
     """A bonus in the loss belongs to no completion: named it is a part, unnamed it shows in the remainder."""
     completions = torch.tensor([0.25, -1.0])
     assert Attribution(1.0, 0.5, -0.25, completions).rounding == 1.5
-    assert Attribution(1.0, 0.5, -0.25, completions, {"bonus": 1.5}).rounding == 0.0
+    assert Attribution(1.0, 0.5, -0.25, completions, {"bonus": torch.tensor([2.0, -0.5])}).rounding == 0.0
     found = Attribution(1.0, 0.5, -0.25, completions)
     assert found.relative_rounding == pytest.approx(1.5 / (0.75 + float(completions.abs().sum())))
     assert found.share(found.momentum) == 0.5 and math.isnan(Attribution(0.0, 0.0, 0.0, completions).share(0.0))
@@ -201,3 +202,25 @@ def test_micro_batches_and_order_do_not_matter(order, cut):
     pieces = [category_sums(*(c[list(part)] for c in columns), 4, 4) for part in (order[:cut], order[cut:])]
     torch.testing.assert_close(pieces[0][0] + pieces[1][0], whole)
     assert torch.equal(pieces[0][1] + pieces[1][1], counts)
+
+
+@pytest.mark.parametrize("correction", [None, "token", "sequence"])
+@given(data=st.data())
+def test_kl_coefficients_are_the_gradient_of_the_term(correction, data):
+    """Against autograd by the log-probabilities; the estimator sees only the gradient by the reference."""
+    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    weights, logps, old, reference = torch.randn(4, rows, width, generator=generator, dtype=torch.float64)
+    mask = torch.arange(width) < torch.randint(0, width + 1, (rows, 1), generator=generator)
+    if data.draw(st.booleans()):
+        reference = logps.clone()  # the first step of a run
+    logps.requires_grad_(), reference.requires_grad_()
+    term = torch.exp(reference - logps) - (reference - logps) - 1
+    ratio = (logps - old).where(mask, 0.0)
+    if correction == "token":
+        term = term * ratio.exp()
+    elif correction == "sequence":
+        term = term * (ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()
+    expected, by_reference = torch.autograd.grad((weights * term)[mask].sum(), [logps, reference])
+    found = kl_coefficients(by_reference, (reference - logps).detach(), mask, correction)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)

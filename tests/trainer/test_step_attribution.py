@@ -16,8 +16,9 @@ from trl_entropy.precision import float64_reference
 from trl_entropy.probes.attribution import CATEGORIES
 from trl_entropy.run_log import RunDirectory
 from trl_entropy.scores import Completions, score
-from trl_entropy.sequence_passes import entropy_gradient, gradient_products
+from trl_entropy.sequence_passes import entropy_gradient, gradient_products, weighted_logps
 
+PARTS = ("momentum", "weight_decay", "gradient", "kl", "entropy_bonus")
 PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}
 
 
@@ -46,7 +47,7 @@ def files(run, probe):
     return [load_file(path) for path in sorted((run.path / "probes" / probe).glob("*"))]
 
 
-def trained(make_trainer, problems, mode, **settings):
+def trained(make_trainer, problems, mode, off_reference=0.0, **settings):
     trainer = make_trainer(
         max_steps=settings.pop("max_steps", 3),
         dataset=problems,
@@ -54,6 +55,10 @@ def trained(make_trainer, problems, mode, **settings):
         weight_decay=settings.pop("weight_decay", 0.1),
         **({"entropy_attribution": mode} | PROBE | settings),
     )
+    generator = torch.Generator().manual_seed(0)
+    for param in trainer.model.parameters():
+        if param.requires_grad and off_reference:
+            param.data += off_reference * torch.randn(param.shape, generator=generator)
     trainer.train()
     return trainer, RunDirectory(trainer.args.output_dir)
 
@@ -65,6 +70,16 @@ def trained(make_trainer, problems, mode, **settings):
         {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
         {"loss_type": "dapo", "num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2},
         {"length_normalizer": "group_max", "lora": True},
+        {"beta": 0.1, "gradient_accumulation_steps": 2},
+        {
+            "beta": 0.1,
+            "importance_sampling_level": "sequence",
+            "num_iterations": 2,
+            "loss_type": "grpo",
+            "lora": True,
+            "learning_rate": 1e-2,
+        },  # the larger the step, the less of it float32 parameters round away
+        {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 9.0, "top_entropy_quantile": 0.5},
     ],
     ids=str,
 )
@@ -81,7 +96,13 @@ def test_parts_sum_to_the_whole(make_trainer, problems, settings):
     contributions = [[file["attribution"] for file in files(run, "attribution")] for run in (by_sequence, by_token)]
     for step, (row, other) in enumerate(zip(by_sequence.metrics(), by_token.metrics(), strict=True)):
         assert abs(row["entropy/attribution_rounding"]) < 1e-5 and abs(other["entropy/attribution_rounding"]) < 1e-5
-        shares = sum(row[f"entropy/share_{name}"] for name in ("momentum", "weight_decay", "gradient"))
+        parts = [name for name in PARTS if f"entropy/delta_{name}" in row]
+        assert ("kl" in parts, "entropy_bonus" in parts) == ("beta" in settings, "entropy_coef" in settings)
+        shares = sum(row[f"entropy/share_{name}"] for name in parts)
+        assert all(
+            row[f"entropy/delta_{name}"] == pytest.approx(other[f"entropy/delta_{name}"], rel=1e-3, abs=1e-9)
+            for name in parts
+        )
         assert shares == pytest.approx(1, rel=1e-3)
         assert (row["entropy/delta_momentum"] == 0) == (step == 0)
         assert step == 0 or row["entropy/delta_weight_decay"] != 0  # LoRA's B is 0 at first
@@ -102,10 +123,11 @@ def test_on_policy_coefficients_are_those_of_the_equation(make_trainer, problems
     assert torch.equal(file["prompt_index"], rollouts["prompt_index"])
 
 
-def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems):
+@pytest.mark.parametrize("terms", [{}, {"beta": 0.1, "entropy_coef": 0.1, "num_iterations": 2}], ids=str)
+def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, terms):
     points = []
     for settings in ({"entropy_probe": False}, {"entropy_attribution": "sequence"}, {"entropy_attribution": "token"}):
-        trainer, run = trained(make_trainer, problems, "none", **settings)
+        trainer, run = trained(make_trainer, problems, "none", **terms, **settings)
         points.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
         logged = "entropy/share_momentum" in run.metrics()[-1]
         assert logged == ("entropy_attribution" in settings)
@@ -139,11 +161,32 @@ def test_a_zero_gradient_has_no_shares(make_trainer, problems):
 
 
 @pytest.mark.parametrize(
+    "mode, settings",
+    [
+        ("token", {"beta": 0.1}),
+        ("token", {"beta": 0.1, "num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"}),
+        ("token", {"beta": 0.1, "use_bias_correction_kl": False, "loss_type": "cispo"}),
+        ("token", {"entropy_coef": 0.1, "loss_type": "grpo"}),
+        ("sequence", {"beta": 0.1, "loss_type": "bnpo"}),
+        ("sequence", {"entropy_coef": 0.1}),
+    ],
+    ids=str,
+)
+def test_without_advantages_all_is_kl_or_bonus(make_trainer, problems, mode, settings):
+    """Equal rewards leave TRL's loss nothing else, whatever its type and its correction of the KL."""
+    start = {"reward_funcs": lambda completion_ids, **kwargs: [1.0] * len(completion_ids)}
+    _, run = trained(make_trainer, problems, mode, off_reference=0.01, learning_rate=1e-2, **start, **settings)
+    name = "kl" if "beta" in settings else "entropy_bonus"
+    for row in run.metrics():
+        assert abs(row["entropy/delta_gradient"]) < 1e-5 * abs(row[f"entropy/delta_{name}"])
+        assert abs(row["entropy/attribution_rounding"]) < 1e-5
+    assert name == "kl" or row["entropy/delta_entropy_bonus"] > 0
+
+
+@pytest.mark.parametrize(
     "settings, message",
     [
         ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
-        ({"beta": 0.1, "loss_type": "grpo"}, "beta=0"),
-        ({"entropy_coef": 0.1}, "entropy_coef=0"),
         ({"entropy_attribution": "tokens"}, "use one of"),
         ({"entropy_probe_source": "rollouts", "num_prompts_per_step": 4}, "entropy_attribution='none'"),
     ],
@@ -199,7 +242,7 @@ def test_parts_sum_in_float64(model_path):
             parts = adamw_update_parts(before[name], g, *moments[name], step, settings)
             products = update_products(grad_h[name], parts, products)
             direction[name] = gradient_metric(g, moments[name][1], step, settings) * grad_h[name]
-        by_sequence = -gradient_products(model, update_batch, -coefficients, direction, 1.0, 4)
+        by_sequence = -gradient_products(model, update_batch, weighted_logps(-coefficients), direction, 1.0, 4)
         derivatives = score(model, update_batch, 1.0, 4, before, direction, order=1).logps[1]
     by_token = token_contributions(coefficients, derivatives, mask[:, :8], 1.0)
     assert torch.allclose(by_token.sum(1), by_sequence, rtol=1e-9)

@@ -5,7 +5,8 @@ batch E that is independent of the update batch U; on U itself the completions' 
 self-influence (T17).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,22 +31,22 @@ class UpdateProducts(NamedTuple):
 class Attribution:
     """(T9): delta_linear = momentum + weight decay + other terms + sum of completions + rounding, in nats per token.
 
-    `completions` are delta_i, or delta_ik summed over tokens. `other` are named gradients that belong to no
-    completion, such as a bonus. `rounding` is the remainder: float32 parameters, and whatever else was not named. It
-    is a check.
+    `completions` are delta_i, or delta_ik summed over tokens. `other` are named terms of the loss beside
+    the policy's, such as a bonus, completion by completion too. `rounding` is the remainder: float32 parameters, and
+    whatever else was not named. It is a check.
     """
 
     whole: float
     momentum: float
     weight_decay: float
     completions: Float[Tensor, "B"]
-    other: Mapping[str, float] = field(default_factory=dict)
+    other: dict[str, Float[Tensor, "B"]] = field(default_factory=dict)
 
     @property
     def rounding(self) -> float:
         """The whole less all named parts."""
-        named = self.momentum + self.weight_decay + sum(self.other.values())
-        return self.whole - named - self.gradient
+        others = sum(float(part.double().sum()) for part in self.other.values())
+        return self.whole - self.momentum - self.weight_decay - others - self.gradient
 
     @property
     def gradient(self) -> float:
@@ -55,8 +56,9 @@ class Attribution:
     @property
     def relative_rounding(self) -> float:
         """Rounding over the sum of the absolute values of all parts, completion by completion; 0/0: nan."""
-        parts = torch.tensor([self.momentum, self.weight_decay, *self.other.values()], dtype=torch.float64)
-        return float(self.rounding / (parts.abs().sum() + self.completions.double().abs().sum().cpu()))
+        by_completion = sum(float(part.double().abs().sum()) for part in (self.completions, *self.other.values()))
+        whole = abs(self.momentum) + abs(self.weight_decay) + by_completion
+        return self.rounding / whole if whole else math.nan
 
     def share(self, part: float) -> float:
         """A part over the whole; beyond [0, 1] where parts pull apart, nan or inf where the whole is 0."""
@@ -114,6 +116,29 @@ def on_policy_coefficients(
     mask = completion_mask.bool()
     per_token = advantages.double().reshape(len(advantages), -1).expand(mask.shape)
     return (per_token / (num_completions * max_completion_length)).where(mask, 0.0)
+
+
+def kl_coefficients(
+    reference_gradient: Float[Tensor, "B T"],
+    log_ratio: Float[Tensor, "B T"],
+    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    correction: str | None,
+) -> Float[Tensor, "B T"]:
+    """(T9): dLoss/dS_ik of TRL's KL term alone, per nat, from what one backward pass gives the reference.
+
+    The term is sum_ik w_ik c_i(k) KL_ik with KL_ik = e^r - r - 1, r = `log_ratio` = S^ref_ik - S_ik, c the importance
+    ratio or 1. `reference_gradient` is its derivative by S^ref, w c (e^r - 1); by S it is the negative of that, and c,
+    where it is there, adds w c KL_ik: at its own token (`correction="token"`), or spread over the completion's tokens
+    ("sequence"). None: no ratio (`use_bias_correction_kl=False`).
+    """
+    mask, by_reference, r = completion_mask.bool(), reference_gradient.double(), log_ratio.double()
+    by_ratio = (by_reference * (1 - torch.where(r == 0, 1.0, r / torch.expm1(r)))).where(mask, 0.0)  # w c KL_ik
+    if correction is None:
+        by_ratio = torch.zeros_like(by_ratio)
+    elif correction == "sequence":
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        by_ratio = (by_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(by_ratio)
+    return (by_ratio - by_reference).where(mask, 0.0)
 
 
 def bin_index(values: Float[Tensor, "*shape"], edges: Sequence[float]) -> Int[Tensor, "*shape"]:

@@ -79,7 +79,9 @@ def attribution(
             products = update_products(gradient[name], parts, products)
         direction = {name: metric * gradient[name] for name, metric in metric_of_step(state.context).items()}
         completions, coefficients = Completions.of(state.rollouts), state.loss_coefficients
-        found = gradient_products(model, completions, -coefficients, direction, temperature, batch_size)
+        found = gradient_products(
+            model, completions, weighted_logps(-coefficients), direction, temperature, batch_size
+        )
     return products, -found.cpu()
 
 
@@ -100,7 +102,9 @@ def process_seconds(state: FixedState, batch_size: int) -> dict[str, float]:
             lambda model: entropy_gradient(model, completions, temperature, batch_size, entropy, number)
         ),
         "sequence": seconds(
-            lambda model: gradient_products(model, completions, coefficients, direction, temperature, batch_size)
+            lambda model: gradient_products(
+                model, completions, weighted_logps(coefficients), direction, temperature, batch_size
+            )
         ),
         "token": seconds(
             lambda model: score(model, completions, temperature, batch_size, state.before, direction, order=1)

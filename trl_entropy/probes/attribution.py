@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,11 @@ from trl_entropy.estimators.attribution import (
 from trl_entropy.estimators.delta_entropy import RatioTerms, policy_entropy
 from trl_entropy.estimators.pooled import PooledParts
 from trl_entropy.probes.adamw_step import metric_of_step, read_before_step, update_parts
+from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder, LossCoefficients
 from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, score
+from trl_entropy.scores import Completions, TokenScores, score
 from trl_entropy.sequence_gradients import SequenceGradients
-from trl_entropy.sequence_passes import entropy_gradient, gradient_products
+from trl_entropy.sequence_passes import Value, entropy_gradient, gradient_products, weighted_entropies, weighted_logps
 
 # Mode -> what the contributions are pooled by. A token is rare if the policy gave it less than RARE.
 CATEGORIES = {
@@ -47,13 +49,30 @@ class ProbeBatch(NamedTuple):
     delta_linear: float
 
 
+class Contributions(NamedTuple):
+    """
+    What a step's completions made, nats per token: this rank's delta_i (K = 1) or delta_ik of the policy loss.
+
+    Attributes:
+        policy: of the loss less its KL and bonus.
+        other: by completion that of the KL and the entropy bonus, where the loss has them.
+        scores: of U before the step, by token.
+    """
+
+    policy: Float[Tensor, "B K"]
+    other: dict[str, Float[Tensor, " B"]]
+    scores: TokenScores | None = None
+
+
 class StepAttribution:
     """
     (T9) for the entropy probe: the parts of `entropy/delta_linear`, of AdamW's step under any loss of per-token
-    log-probabilities. alpha_ik comes from the backward pass of training itself.
+    log-probabilities and entropies. alpha_ik comes from the backward pass of training itself; the KL to the reference
+    and the entropy bonus are parts of their own.
 
     Correct is an advantage above 0: with a reward of 0 or 1, a right answer in a group that is not all right.
-    Cost: grad h is a forward and backward pass of E; `"sequence"` adds one of U, `"token"` a forward-mode pass of U.
+    Cost: grad h is a forward and backward pass of E; `"sequence"` adds one of U, and one each for KL and bonus;
+    `"token"` a forward-mode pass of U.
     Memory: three vectors of all trainable parameters, beside the moments and the gradient.
 
     Args:
@@ -66,7 +85,7 @@ class StepAttribution:
     def __init__(self, mode: str, batch_size: int) -> None:
         self.mode, self.batch_size = mode, batch_size
         self.record = CategoryRecord.empty(CATEGORIES[mode])
-        self._loss_gradients: list[Float[Tensor, "b T"]] = []
+        self.loss = LossCoefficientRecorder()
 
     # ---- what the probe calls, in this order
 
@@ -75,10 +94,6 @@ class StepAttribution:
         args.check_attribution()
         if self.mode == "sequence":
             SequenceGradients(model)
-
-    def watch(self, loss_logps: Float[Tensor, "b T"]) -> None:
-        """Keep dLoss/dS_ik of this micro-batch when its backward pass comes by."""
-        loss_logps.register_hook(self._loss_gradients.append)
 
     def before_update(self, update: UpdateContext) -> None:
         """Have the step's ingredients kept. Collective."""
@@ -94,11 +109,13 @@ class StepAttribution:
         for name, parts in update_parts(update):
             products = update_products(gradient[name], parts, products)
         direction = {name: metric * gradient[name] for name, metric in metric_of_step(update).items()}
-        coefficients = self._loss_coefficients(rollouts, accelerator)
-        contributions, common = self._contributions(update, engine, rollouts, coefficients, direction, temperature)
-        completions = accelerator.gather(contributions.sum(1))
-        attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions)
-        self._add_to_record(contributions, common, rollouts, accelerator)
+        correction = trainer.args.importance_sampling_level if trainer.args.use_bias_correction_kl else None
+        coefficients = self.loss.of_step(rollouts, accelerator.num_processes, correction)
+        contributions = self._contributions(update, engine, rollouts, coefficients, direction, temperature)
+        completions = accelerator.gather(contributions.policy.sum(1))
+        other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
+        attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions, other)
+        self._add_to_record(contributions, rollouts, accelerator)
         self._write(trainer, rollouts, contributions, coefficients)
         return _logged(attribution) | self._pooled()
 
@@ -125,44 +142,33 @@ class StepAttribution:
             share = entropy_gradient(model, probe.completions, temperature, size, entropy, num_tokens, probe.weights)
         return {name: engine.accelerator.reduce(share[name], reduction="sum") for name in params}
 
-    def _loss_coefficients(self, rollouts: RolloutBatch, accelerator: Accelerator) -> Float[Tensor, "B T"]:
-        """alpha_ik = -dLoss/dS_ik of the loss averaged over ranks, in the order of `rollouts`."""
-        width, parts = rollouts.completion_mask.shape[1], self._loss_gradients
-        padded = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
-        parts.clear()
-        return torch.cat(padded) / -accelerator.num_processes
-
     def _contributions(
         self,
         update: UpdateContext,
         engine: Engine,
         rollouts: RolloutBatch,
-        coefficients: Float[Tensor, "B T"],
+        coefficients: LossCoefficients,
         direction: dict[str, Tensor],
         temperature: float,
-    ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"] | None]:
-        """delta_i (K = 1) or delta_ik, and with the latter which tokens are common (1) and not rare (0). Local."""
+    ) -> Contributions:
+        """By completion or by token. Local."""
         completions, params = Completions.of(rollouts), update.params_before
         with (
             rank_symmetric(engine.accelerator, "attributing the entropy change to the step's completions"),
             engine.scoring_model(params) as model,
         ):
-            if self.mode == "sequence":
-                products = gradient_products(
-                    model, completions, -coefficients, direction, temperature, self.batch_size
-                )
-                result = completion_contributions(products, 1.0).unsqueeze(1), None
-            else:
+            if self.mode == "token":
                 scores = score(model, completions, temperature, self.batch_size, params, direction, order=1)
-                mask = completions.completion_mask
-                contributions = token_contributions(coefficients, scores.logps[1], mask, 1.0)
-                result = contributions, bin_index(scores.logps[0], [math.log(RARE)])
-        return result
+                return _by_token(scores, coefficients, completions.completion_mask)
+
+            def products(value: Value) -> Float[Tensor, " B"]:
+                return gradient_products(model, completions, value, direction, temperature, self.batch_size)
+
+            return _by_completion(products, coefficients)
 
     def _add_to_record(
         self,
-        contributions: Float[Tensor, "B K"],
-        common: Int[Tensor, "B K"] | None,
+        contributions: Contributions,
         rollouts: RolloutBatch,
         accelerator: Accelerator,
     ) -> None:
@@ -170,11 +176,13 @@ class StepAttribution:
         prompts = accelerator.gather(rollouts.prompt_index).unique()
         position = torch.searchsorted(prompts, rollouts.prompt_index)
         advantages = rollouts.raw_advantages.unsqueeze(1)
-        categories, mask = (advantages <= 0).long().expand(contributions.shape), advantages != 0
-        if common is not None:
+        shape = contributions.policy.shape
+        categories, mask = (advantages <= 0).long().expand(shape), advantages != 0
+        if contributions.scores is not None:
+            common = bin_index(contributions.scores.logps[0], [math.log(RARE)])
             categories, mask = crossed(categories, common, 2), mask & rollouts.completion_mask.bool()
         sums, counts = category_sums(
-            contributions, categories, mask.expand(contributions.shape), position, len(prompts), len(self.record.names)
+            contributions.policy, categories, mask.expand(shape), position, len(prompts), len(self.record.names)
         )
         sums, counts = (accelerator.reduce(part, reduction="sum") for part in (sums, counts))
         self.record = self.record.update(sums, counts)
@@ -189,19 +197,55 @@ class StepAttribution:
             logged[f"entropy/token_share_{name}"] = self.record.token_share(name)
         return logged
 
-    def _write(self, trainer: Any, rollouts: RolloutBatch, contributions: Tensor, coefficients: Tensor) -> None:
+    def _write(
+        self, trainer: Any, rollouts: RolloutBatch, contributions: Contributions, coefficients: LossCoefficients
+    ) -> None:
         """`probes/attribution/step_*.safetensors`, rows and columns as in that of the rollouts."""
         tensors = {
             "completion_mask": rollouts.completion_mask,
             "prompt_index": rollouts.prompt_index,
-            "loss_coefficients": coefficients,
-            "attribution": contributions if self.mode == "token" else contributions.squeeze(1),
+            "raw_advantages": rollouts.raw_advantages,
+            "loss_coefficients": coefficients.policy.float(),
+            "attribution": contributions.policy if self.mode == "token" else contributions.policy.squeeze(1),
         }
+        if contributions.scores is not None:
+            tensors |= {"logps": contributions.scores.logps[0], "entropy": contributions.scores.entropy[0]}
         trainer.write_probe_file(self.name, trainer.step, tensors)
+
+
+def _by_token(
+    scores: TokenScores, coefficients: LossCoefficients, completion_mask: Int[Tensor, "B T"]
+) -> Contributions:
+    """delta_ik from derivatives along lr c (1-b1)/(1-b1^t) M grad h."""
+    derivatives = {"kl": scores.logps[1], "entropy_bonus": scores.entropy[1]}
+    other = {
+        name: token_contributions(given, derivatives[name], completion_mask, 1.0).sum(1)
+        for name, given in _others(coefficients).items()
+    }
+    policy = token_contributions(coefficients.policy, scores.logps[1], completion_mask, 1.0)
+    return Contributions(policy, other, scores)
+
+
+def _by_completion(products: Callable[[Value], Float[Tensor, " B"]], coefficients: LossCoefficients) -> Contributions:
+    """delta_i from the completions' gradients; `products` gives g_i' v of a value's gradients g_i."""
+    weighted = {"kl": weighted_logps, "entropy_bonus": weighted_entropies}
+    other = {
+        name: completion_contributions(products(weighted[name](-given)), 1.0)
+        for name, given in _others(coefficients).items()
+    }
+    policy = completion_contributions(products(weighted_logps(-coefficients.policy)), 1.0)
+    return Contributions(policy.unsqueeze(1), other)
+
+
+def _others(coefficients: LossCoefficients) -> dict[str, Float[Tensor, "B T"]]:
+    """Those beside the policy's that the loss has."""
+    named = {"kl": coefficients.kl, "entropy_bonus": coefficients.entropy_bonus}
+    return {name: given for name, given in named.items() if given is not None}
 
 
 def _logged(attribution: Attribution) -> dict[str, float]:
     parts = {name: getattr(attribution, name) for name in ("momentum", "weight_decay", "gradient")}
+    parts |= {name: float(part.sum()) for name, part in attribution.other.items()}
     return {
         **{f"entropy/delta_{name}": value for name, value in parts.items()},
         **{f"entropy/share_{name}": attribution.share(value) for name, value in parts.items()},

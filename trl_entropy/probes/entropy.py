@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -108,11 +109,14 @@ class EntropyProbe(Probe):
         if self.attribution is not None:
             self.attribution.check(args, model)
 
+    def around_micro_batch(self, args, state, control, *, inputs, **kwargs: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if self.attribution is None else self.attribution.loss.around(inputs)
+
     def on_micro_batch(
-        self, args, state, control, *, metrics, inputs, per_token_logps, loss_logps, mask, **kwargs: Any
+        self, args, state, control, *, metrics, inputs, per_token_logps, loss_logps, loss_entropy, mask, **kwargs: Any
     ) -> None:
         if self.attribution is not None:
-            self.attribution.watch(loss_logps)
+            self.attribution.loss.watch(inputs, loss_logps, loss_entropy)
         for name, terms in _RIVALS.items():
             self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
 

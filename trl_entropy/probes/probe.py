@@ -56,7 +56,7 @@ class Probe(TrainerCallback):
     ) -> None:
         """
         After the loss of a micro-batch, before its backward: `inputs` (TRL's dict), `per_token_logps`, `token_entropy`
-        (B, T); `loss_logps`: the former with the loss's graph, for a hook on its gradient.
+        (B, T); `loss_logps`, `loss_entropy`: the same with the loss's graph, for hooks on their gradients.
         """
 
     def on_rollouts(
