@@ -117,10 +117,23 @@ class Run:
 
     def tokens_of(self, probe: str, step: int) -> pd.DataFrame:
         """The same of one step's file of any probe that has a `completion_mask`; cheaper than all of them."""
-        table = token_table(self.probe_file(probe, step))
+        table = self.tokens_in(self.probe_file(probe, step))
         table.insert(0, "step", step)
-        table.insert(5, "token", self._texts(table["token_id"]))
         return table
+
+    def tokens_in(self, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        """[`token_table`] of a probe file's arrays, with each token's text."""
+        table = token_table(arrays)
+        table.insert(4, "token", self._texts(table["token_id"]))
+        return table
+
+    def prompt_text(self, step: int, prompt_index: int) -> str:
+        """Text of a prompt of the step's own completions (`probes/rollouts`)."""
+        arrays = self.probe_file("rollouts", step)
+        row = int(np.flatnonzero(arrays["prompt_index"] == prompt_index)[0])
+        width = arrays["input_ids"].shape[1] - arrays["completion_mask"].shape[1]
+        kept: np.ndarray = arrays["attention_mask"][row, :width].astype(bool)
+        return "".join(self._texts(pd.Series(arrays["input_ids"][row, :width][kept])))
 
     @functools.cached_property
     def groups(self) -> pd.DataFrame:
@@ -258,7 +271,7 @@ def over_runs(steps: pd.DataFrame, key: str) -> pd.DataFrame:
         By step: `mean`, `low`, `high`, `num_runs`; a step that only one run has reached has no interval.
     """
     table = steps.groupby("step")[key].agg(["mean", "std", "count"])
-    margin = table["std"] / np.sqrt(table["count"]) * table["count"].map(lambda count: _student_t(count - 1))
+    margin = table["std"] / np.sqrt(table["count"]) * table["count"].map(lambda count: student_t(count - 1))
     ends = {"low": table["mean"] - margin, "high": table["mean"] + margin, "num_runs": table["count"]}
     return table[["mean"]].assign(**ends)
 
@@ -343,7 +356,7 @@ def _first(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return table[[*names, *(name for name in table if name not in names)]]
 
 
-def _student_t(dof: int) -> float:
+def student_t(dof: int) -> float:
     """97.5 % quantile of Student's t; nan without degrees of freedom, within 2e-4 above 10 (Cornish-Fisher)."""
     if dof < 1:
         return float("nan")

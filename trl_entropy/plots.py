@@ -243,3 +243,26 @@ def plot_entropy(axes: Axes, metrics: Rows, evaluation: Rows) -> Axes:
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return axes
+
+
+def plot_shares(axes: Axes, shares: pd.DataFrame, title: str = "") -> Axes:
+    """
+    Shares of an entropy change by category with 95 % intervals, beside the categories' shares of tokens.
+
+    Args:
+        shares: of `attribution_shares.shares`; ends that are infinite are drawn to the edge.
+        title: what the categories are of.
+    """
+    places = range(len(shares))
+    axes.barh(places, shares["share"], height=0.55, color=BLUE, label="of the change")
+    edge = 1.5 * max(1.0, shares["share"].abs().max())
+    low, high = shares["low"].clip(lower=-edge), shares["high"].clip(upper=edge)
+    errors = [(shares["share"] - low).clip(lower=0), (high - shares["share"]).clip(lower=0)]
+    axes.errorbar(shares["share"], places, xerr=errors, fmt="none", ecolor="black", lw=1, capsize=3, label="95 %")
+    axes.plot(shares["token_share"], places, ls="", marker="D", ms=5, color=ORANGE, label="of the tokens")
+    axes.axvline(0, color=GREY, lw=0.8)
+    axes.set_yticks(places, [str(name).replace("_", ", ") for name in shares.index])
+    axes.invert_yaxis()
+    axes.set(xlabel="share", title=title)
+    _finished(axes).legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
+    return axes

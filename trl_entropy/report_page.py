@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_entropy.analysis import Run, load_run
-from trl_entropy.report_sections import Figure, sections_of
+from trl_entropy.report_figures import Figure
+from trl_entropy.report_sections import sections_of
 from trl_entropy.report_tables import glance_table
+from trl_entropy.report_tokens import who_moved_it
 from trl_entropy.report_warnings import warnings_of
 
 _NUM_SAMPLES, _NUM_TEXT = 4, 4000
@@ -33,17 +35,21 @@ def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
         if run.steps.empty:
             raise ValueError(f"{run.path} holds no metrics.jsonl with a line in it; is it a run directory?")
     sections = sections_of(runs)
+    movers = [mover for run in runs if (mover := who_moved_it(run)) is not None]
     environment = Environment(loader=PackageLoader("trl_entropy"), autoescape=True)
+    environment.filters["plain"] = plain
     page = environment.get_template("report.html").render(
         runs=[_about(run) for run in runs],
         glance=glance_table(runs),
         warned=[(run.name, found) for run in runs if (found := warnings_of(run.rows()))],
         sections=sections,
+        movers=movers,
         dumps=[dump for run in runs for dump in _dumps(run)],
         samples=[sample for run in runs for sample in _samples(run)],
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
-    return page, [figure for section in sections for figure in section.figures]
+    figures = [figure for section in sections for figure in section.figures]
+    return page, [*figures, *(mover.figure for mover in movers)]
 
 
 def _dumps(run: Run) -> list[dict[str, Any]]:

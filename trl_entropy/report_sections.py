@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trl_entropy import plots
 from trl_entropy.analysis import Run, compare_runs
+from trl_entropy.report_figures import Figure, draw
 from trl_entropy.report_tables import Table, agreement_table, checkpoint_table
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure."""
-
-    name: str
-    caption: str
-    png: bytes
-
-    @property
-    def base64(self) -> str:
-        return base64.b64encode(self.png).decode()
 
 
 @dataclass(frozen=True)
@@ -43,7 +29,7 @@ def sections_of(runs: list[Run]) -> list[Section]:
 def _training(runs: list[Run]) -> Section:
     steps = compare_runs([run.path for run in runs])
     keys = [key for key in ("reward", "entropy/policy") if key in steps]
-    figure = _draw("training-overview", "Reward and entropy of each step's own completions.",
+    figure = draw("training-overview", "Reward and entropy of each step's own completions.",
                    [lambda axes, key=key: plots.plot_runs(axes, steps, key) for key in keys])  # fmt: skip
     return Section("Reward and entropy", "What training did, step by step.", [figure])
 
@@ -58,7 +44,7 @@ def _prediction(runs: list[Run]) -> Section | None:
         if halves := [row for row in rows if row.get("entropy/half_b_measured") is not None]:
             panels.append(lambda axes, halves=halves: plots.plot_prediction(axes, halves, "second_order"))
         caption = f"{run.name}: each probed step's change of entropy, and prediction against measurement."
-        figures.append(_draw(f"entropy-change-{run.name}", caption, panels))
+        figures.append(draw(f"entropy-change-{run.name}", caption, panels))
     text = (
         "How much each probed step changed the policy's entropy, measured on completions of their own, and what the "
         "update predicted. On the right one half of the prompts predicts and the other measures: points on the line "
@@ -84,7 +70,7 @@ def _evaluation(runs: list[Run]) -> Section | None:
             lambda axes, run=run: plots.plot_positions(axes, run.positions),
         ]
         caption = f"{run.name}: held-out problems, 95 % intervals over problems."
-        figures.append(_draw(f"evaluation-{run.name}", caption, panels))
+        figures.append(draw(f"evaluation-{run.name}", caption, panels))
     text = (
         "Held-out problems, drawn by trl-entropy evaluate. pass@k is the chance that at least one of k samples is "
         "right. Intervals come from drawing problems again; where all problems agree they have no width."
@@ -94,7 +80,7 @@ def _evaluation(runs: list[Run]) -> Section | None:
 
 def _noise_scale(runs: list[Run]) -> Section | None:
     figures = [
-        _draw(
+        draw(
             f"noise-scale-{run.name}",
             f"{run.name}: noise scale of the steps so far, 95 % interval, and the prompts that a step has.",
             [
@@ -119,7 +105,7 @@ def _kernel(runs: list[Run]) -> Section | None:
         for step in run.probe_steps("fisher")[-1:]:
             caption = f"{run.name}, step {step}: cosines of the Fisher kernel, completions prompt by prompt."
             figures.append(
-                _draw(f"kernel-{run.name}", caption, [lambda a, r=run, s=step: plots.plot_kernel(a, r.kernel(s))])
+                draw(f"kernel-{run.name}", caption, [lambda a, r=run, s=step: plots.plot_kernel(a, r.kernel(s))])
             )
     text = (
         "How completions act on one another: a step along one's score raises the log-probability of those with a "
@@ -135,19 +121,3 @@ _SECTIONS: tuple[Callable[[list[Run]], Section | None], ...] = (
     _kernel,
     _evaluation,
 )
-
-
-def _draw(name: str, caption: str, panels: list[Callable]) -> Figure:
-    """A row of panels as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.5), layout="constrained", squeeze=False)
-    for draw, panel in zip(panels, axes[0], strict=True):
-        draw(panel)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    plt.close(figure)
-    return Figure(name, caption, stream.getvalue())

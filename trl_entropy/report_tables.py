@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from trl_entropy.analysis import Run
+from trl_entropy.attribution_shares import OUTCOMES, OUTCOMES_BY_PROBABILITY
 from trl_entropy.metrics import PASS_AT_1, unit
 
+SHARES = (*OUTCOMES, *OUTCOMES_BY_PROBABILITY)
 _GLANCE = ("reward", "entropy/policy", "entropy/surprisal", "completions/mean_length")
 _AGREEMENT = ("cross_linear", "cross_second_order", "same_sample_linear", "placebo")
 _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared")
@@ -73,6 +75,22 @@ def agreement_table(run: Run) -> Table | None:
         if any(cells):
             rows.append((kind.replace("_", " "), cells))
     return Table(["measured on predicted", *_STATISTICS], rows, run.name) if rows else None
+
+
+def share_table(run: Run) -> Table | None:
+    """Shares of the change that completions made over the run so far (T9), as its last attributed step logged them."""
+    rows = []
+    for name in SHARES:
+        share, tokens = (
+            _ends(run, "metrics.jsonl", run.steps, f"entropy/{key}_{name}")[1] for key in ("share", "token_share")
+        )
+        if share is not None:
+            ends = [
+                _ends(run, "metrics.jsonl", run.steps, f"entropy/share_{name}_{end}")[1] for end in ("low", "high")
+            ]
+            rows.append((name.replace("_", ", "), [replace(share, ends=tuple(end for end in ends if end)), tokens]))
+    heads = ["over the run", "share of the change, 95 %", "share of tokens"]
+    return Table(heads, rows, run.name) if rows else None
 
 
 def checkpoint_table(run: Run) -> Table:

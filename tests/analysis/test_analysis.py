@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from trl_entropy.analysis import (
-    _student_t,
     compare_runs,
     cosines_of,
     high_entropy_tokens,
     load_run,
     over_runs,
     spectrum_of,
+    student_t,
     token_dump,
     token_table,
 )
@@ -136,8 +136,8 @@ def test_student_t_is_the_estimators():
     from trl_entropy.estimators.estimate import student_t_quantile
 
     for dof in (1, 2, 5, 10, 11, 20, 100):
-        assert _student_t(dof) == pytest.approx(student_t_quantile(0.975, float(dof)), abs=2.5e-4)
-    assert np.isnan(_student_t(0))
+        assert student_t(dof) == pytest.approx(student_t_quantile(0.975, float(dof)), abs=2.5e-4)
+    assert np.isnan(student_t(0))
 
 
 def test_token_table_leaves_padding_out():

@@ -1,0 +1,37 @@
+"""Figures of a run's page: drawn once, as PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure."""
+
+    name: str
+    caption: str
+    png: bytes
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.png).decode()
+
+
+def draw(name: str, caption: str, panels: list[Callable]) -> Figure:
+    """A row of panels as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.5), layout="constrained", squeeze=False)
+    for draw, panel in zip(panels, axes[0], strict=True):
+        draw(panel)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130)
+    plt.close(figure)
+    return Figure(name, caption, stream.getvalue())
