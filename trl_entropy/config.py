@@ -11,6 +11,8 @@ from typing import Any
 from trl_entropy.data.r1_template import ANSWER_CLOSE
 from trl_entropy.probe_requirements import (
     ENTROPY_ATTRIBUTIONS,
+    ENTROPY_BUDGET_SOURCES,
+    ENTROPY_BUDGETS,
     ENTROPY_PROBE_SAMPLERS,
     ENTROPY_PROBE_SOURCES,
     ProbeRequirements,
@@ -122,6 +124,37 @@ class DrGRPOConfig(ProbeRequirements):
     probe_batch_size: int = _toggle("Completions that a probe scores at a time; halved on out-of-memory.", default=64)
     probe_files_keep: int | None = _toggle(
         "Newest probe files to keep of each probe; 0: none, unset: all.", default=None
+    )
+
+    entropy_budget: str = _toggle(
+        "Correct each step, after the optimizer, so that the entropy changes by what it is to (T18): 'hold' it, keep "
+        "it from falling below ('floor'), only 'report' what would be done, or 'none'; AdamW only.",
+        default="none",
+        choices=list(ENTROPY_BUDGETS),
+    )
+    entropy_budget_target: float | None = _toggle("Entropy to go to, nats per token.", default=None)
+    entropy_budget_per_step: float | None = _toggle(
+        "Without a target: change of a step, nats per token; 'floor': at least that.", default=None
+    )
+    entropy_budget_gain: float = _toggle("Share of the way to the target that a step goes.", default=0.2)
+    entropy_budget_integral_gain: float = _toggle(
+        "Weight of a step in the running mean of realised less predicted change, which later steps make up for.",
+        default=0.1,
+    )
+    entropy_budget_max_change: float = _toggle("Largest change asked of a step, nats per token.", default=0.02)
+    entropy_budget_cap: float = _toggle(
+        "Longest correction, in lengths of the optimizer's step, both in its metric.", default=1.0
+    )
+    entropy_budget_metric_floor: float = _toggle(
+        "Least sqrt(v) of a coordinate in the correction's metric, in means over all coordinates.", default=0.1
+    )
+    entropy_budget_source: str = _toggle(
+        "Completions that the entropy's gradient comes from: a 'probe' batch of its own, or the step's 'rollouts'.",
+        default="probe",
+        choices=list(ENTROPY_BUDGET_SOURCES),
+    )
+    entropy_budget_prompts: int = _toggle(
+        "Prompts of the control's probe batch over all processes, one completion each.", default=64
     )
 
     effective_sample_size_probe: bool = _toggle("Log the effective sample size of the loss weights (T3).")

@@ -140,6 +140,7 @@ _PARTS = {
     "gradient": "what this step's own completions make by the policy loss",
     "kl": "what the KL to the reference makes (beta)",
     "entropy_bonus": "what TRL's entropy bonus makes (entropy_coef)",
+    "entropy_budget": "what the correction by entropy_budget makes",
 }
 _CATEGORIES = {
     "correct": "completions with an advantage above 0",
@@ -243,6 +244,29 @@ _FISHER = (
     ]
 )
 
+_ENTROPY_BUDGET = [
+    Metric(f"entropy_budget/{name}", unit_, text, "E")
+    for name, unit_, text in (
+        ("entropy", "nats/token", "entropy before the step, on the control's own completions"),
+        ("budget", "nats/token", "change that the step was to make (T18)"),
+        ("delta_optimizer", "nats/token", "first-order change by the optimizer's step alone"),
+        ("delta_predicted", "nats/token", "first-order change by the step with its correction"),
+        (
+            "realised_previous",
+            "nats/token",
+            "change by the step before, between independent batches",
+        ),
+        ("slope", "1", "realised on predicted over the last 20 steps"),
+        ("lambda", "1", "coefficient of the correction, made or only reported"),
+        ("lambda_over_lr", "1", "the same over the learning rate: an entropy bonus's coefficient"),
+        ("relative_size", "1", "length of the correction over that of the optimizer's step, in its metric"),
+        ("infeasible", "1", "1 where the cap kept the correction below what the budget takes"),
+        ("noise_share", "1", "part of <g, g> that is noise of the estimate of grad h"),
+        ("price", "loss per nat/token", "loss that a nat per token costs, to first order"),
+        ("active", "1", "whether steps are corrected"),
+    )
+]
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in _TRL
@@ -255,6 +279,7 @@ METRICS: dict[str, Metric] = {
     + _NOISE_SCALE
     + _FISHER
     + _ATTRIBUTION
+    + _ENTROPY_BUDGET
 }
 
 # What `trl-entropy evaluate` measures, each `_low` and `_high` where it has an interval; `pass@k` for k = 2, 4, ..

@@ -11,6 +11,8 @@ SEPARABLE_LOSSES = ("dr_grpo", "grpo", "sapo")
 ENTROPY_PROBE_SAMPLERS = ("model", "vllm")
 ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
 ENTROPY_ATTRIBUTIONS = ("none", "sequence", "token")
+ENTROPY_BUDGETS = ("none", "report", "floor", "hold")
+ENTROPY_BUDGET_SOURCES = ("probe", "rollouts")
 
 
 class ProbeRequirements(GRPOConfig):
@@ -33,6 +35,9 @@ class ProbeRequirements(GRPOConfig):
         if self.fisher_probe:
             self.check_fisher_probe(self.fisher_num_sequences)
         sensitive = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
+        if self.entropy_budget != "none":
+            self._check_entropy_budget()
+            sensitive.append("entropy_budget")
         if not sensitive:
             return
         if truncation := self.truncated_sampling():
@@ -79,6 +84,43 @@ class ProbeRequirements(GRPOConfig):
                 f"entropy_second_order plans the step by AdamW's equation (T4), optim is {optimizer}. Set "
                 "optim='adamw_torch_fused', or entropy_second_order=False."
             )
+
+    def _check_entropy_budget(self) -> None:
+        """Raises `ValueError` unless there is one thing to hold, by one metric."""
+        what, prompts, world = f"entropy_budget={self.entropy_budget!r}", self.entropy_budget_prompts, self.world_size
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        given = [value is not None for value in (self.entropy_budget_target, self.entropy_budget_per_step)]
+        positive = ("gain", "max_change", "cap")
+        remedies = {
+            f"entropy_budget to one of {ENTROPY_BUDGETS}": self.entropy_budget in ENTROPY_BUDGETS,
+            f"entropy_budget_source to one of {ENTROPY_BUDGET_SOURCES}": (
+                self.entropy_budget_source in ENTROPY_BUDGET_SOURCES
+            ),
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "either entropy_budget_target or entropy_budget_per_step, nats per token": (
+                sum(given) == 1 or (self.entropy_budget == "report" and sum(given) < 2)
+            ),
+            "entropy_budget_target above 0": (self.entropy_budget_target or 1) > 0,
+            "entropy_budget_gain, _max_change and _cap above 0, _integral_gain and _metric_floor 0 or more": (
+                all(getattr(self, f"entropy_budget_{name}") > 0 for name in positive)
+                and min(self.entropy_budget_integral_gain, self.entropy_budget_metric_floor) >= 0
+            ),
+            f"entropy_budget_prompts to a multiple of 2 x {world} process(es), 4 each or more": (
+                self.entropy_budget_source == "rollouts" or (prompts >= 4 * world and prompts % (2 * world) == 0)
+            ),
+        }
+        if self.entropy_budget in ("floor", "hold"):  # these predict from the optimizer's step alone
+            remedies["entropy_second_order=False"] = not self.entropy_second_order
+            remedies["fisher_probe=False"] = not self.fisher_probe
+        if self.entropy_budget_source == "rollouts":
+            on_policy = self._on_policy_dr_grpo()
+            remedies |= {
+                name: on_policy[name] for name in on_policy if name.startswith(("num_iter", "steps_per", "vllm"))
+            }
+        if needed := [remedy for remedy, holds in remedies.items() if not holds]:
+            raise ValueError(f"{what}: set {'; '.join(needed)}.")
+        if self.entropy_budget_source == "rollouts":
+            self._check_groups_of_a_step(what, "entropy_budget_source='probe'")
 
     def check_attribution(self) -> None:
         """Raises `ValueError` unless the step is AdamW's."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trl_entropy.engine import trainable_parameters
 from trl_entropy.estimators.row_sums import Consumer, DotProducts
-from trl_entropy.estimators.surrogate import entropy_surrogate, surrogate_terms
+from trl_entropy.estimators.surrogate import surrogate_terms
 from trl_entropy.group_rows import token_scores
 from trl_entropy.scores import Completions, Params, halved_on_out_of_memory
 from trl_entropy.sequence_gradients import SequenceGradients
@@ -41,22 +41,37 @@ def entropy_gradient(
         policy_entropy, num_tokens: h and the sum of all weights over E, all processes together.
         weights: of (T6), if another sampler drew E.
     """
+    return gradient_of(
+        model, completions, entropy_shares(policy_entropy, num_tokens, weights), temperature, batch_size
+    )
+
+
+def gradient_of(
+    model: nn.Module, completions: Completions, value: Value, temperature: float, batch_size: int
+) -> dict[str, Float[Tensor, "..."]]:
+    """
+    The gradient of a value that is a sum over completions, by parameter name; 0 for none. Local; leaves no `.grad`.
+
+    Args:
+        model: unwrapped, in evaluation mode, with the parameters it is to be differentiated at.
+        completions: may be none.
+        value: of some of them; the sum over all is differentiated.
+        temperature, batch_size: as in [`entropy_gradient`].
+    """
     params = trainable_parameters(model)
 
     def summed(rows_at_once: int) -> dict[str, Tensor]:
         total = {name: torch.zeros_like(param) for name, param in params.items()}
         for index, rows in _chunks(completions, rows_at_once):
-            own = None if weights is None else weights[index, : rows.completion_mask.shape[1]]
-            scores = token_scores(model, rows, temperature)
-            value = entropy_surrogate(*scores, rows.completion_mask, policy_entropy, num_tokens, weights=own)
-            gradients = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+            share = value(*token_scores(model, rows, temperature), rows, index)
+            gradients = torch.autograd.grad(share, list(params.values()), allow_unused=True)
             for name, gradient in zip(params, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient
         return total
 
     with torch.enable_grad():
-        return halved_on_out_of_memory(summed, min(batch_size, len(completions)))
+        return halved_on_out_of_memory(summed, max(1, min(batch_size, len(completions))))
 
 
 def consumed(
@@ -110,11 +125,12 @@ def weighted_entropies(coefficients: Float[Tensor, "B T"]) -> Value:
     return value
 
 
-def entropy_shares(policy_entropy: float, num_tokens: float) -> Value:
-    """Completions' shares of grad h (T8), for [`consumed`]."""
+def entropy_shares(policy_entropy: float, num_tokens: float, weights: Float[Tensor, "B T"] | None = None) -> Value:
+    """Completions' shares of grad h (T8); `weights` of (T6), if another sampler drew them."""
 
     def value(entropy: Tensor, logps: Tensor, rows: Completions, index: Tensor) -> Tensor:
-        return surrogate_terms(entropy, logps, rows.completion_mask, policy_entropy).sum() / num_tokens
+        own = None if weights is None else weights[index, : rows.completion_mask.shape[1]]
+        return surrogate_terms(entropy, logps, rows.completion_mask, policy_entropy, weights=own).sum() / num_tokens
 
     return value
 
@@ -134,6 +150,8 @@ def gradient_products(
 
 
 def _chunks(completions: Completions, rows_at_once: int) -> Iterator[tuple[Int[Tensor, " n"], Completions]]:
-    """Completions of about one length at a time: their numbers, and they without empty columns."""
+    """Completions of about one length at a time: their numbers, and they without empty columns; of none: nothing."""
+    if not len(completions):
+        return
     for index in completions.lengths.argsort(descending=True, stable=True).split(rows_at_once):
         yield index, completions.rows(index).trimmed()

@@ -21,6 +21,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl_entropy.callbacks import RunLogCallback, StopOnSignal, UpdateEvents
 from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import printing_plain_text
+from trl_entropy.control import controls
 from trl_entropy.data.curriculum import PassRateSampler
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.engine import (
@@ -76,7 +77,7 @@ class DrGRPOTrainer(ResumableTrainer):
             raise ValueError(
                 "curriculum='pass_rate' draws rows by number; a streamed dataset has none. Load it whole."
             )
-        toggled = [PROBES[name].from_config(args) for name in args.enabled_probes()]
+        toggled = controls(args) + [PROBES[name].from_config(args) for name in args.enabled_probes()]
         super().__init__(
             model,
             reward_funcs,

@@ -150,6 +150,13 @@ class Engine(abc.ABC):
     def step_counts(self) -> dict[str, int]:
         """Steps made, for every tensor that has state and a gradient now. Local."""
 
+    @abc.abstractmethod
+    def add_to_theta(self, change: Mapping[str, Float[Tensor, "..."]]) -> None:
+        """Adds whole tensors, equal on all ranks, to theta and to the model that computes with it. Collective.
+
+        The optimizer's state is left alone.
+        """
+
     @property
     def has_float32_master(self) -> bool:
         """Whether theta is float32 or wider."""

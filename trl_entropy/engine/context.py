@@ -58,6 +58,7 @@ class UpdateContext:
         # Only what this rank holds of theta: under ZeRO a share, assembled if somebody asks.
         self._theta_before = {name: theta.detach().clone() for name, theta in engine.theta().items()}
         self._groups = engine.param_groups()
+        self._correction: dict[str, Tensor] = {}
 
     # ---- before the step
 
@@ -173,6 +174,38 @@ class UpdateContext:
         """
         return self._engine.step_skipped()
 
+    # ---- a change of one's own
+
+    @property
+    def correction(self) -> Mapping[str, Float[Tensor, "..."]]:
+        """What `correct` added to the optimizer's step; empty if nothing."""
+        return self._correction
+
+    def correct(self, change: Mapping[str, Float[Tensor, "..."]]) -> None:
+        """Add to theta behind the optimizer's back, once, in `after_update`. Collective.
+
+        `update` and `params_after` are from then on those of step and correction together; the optimizer's moments
+        never see it.
+
+        Args:
+            change: by parameter name, all trainable ones, equal on all ranks.
+
+        Raises:
+            RuntimeError: at another time, or a second time.
+            ValueError: if theta is not float32, which would round most of it away.
+        """
+        if self._phase != "after" or self._correction:
+            raise RuntimeError("`correct` is called once for a step, in `after_update`")
+        if not self.has_float32_master:
+            raise ValueError(
+                "a correction of the step needs float32 parameters, and these are of a narrower type: load the model "
+                "with dtype='float32' (bf16=True computes in bf16 all the same), or use DeepSpeed"
+            )
+        self._engine.add_to_theta(change)
+        self._correction = dict(change)
+        for name in ("update", "params_after"):
+            self._values.pop(name, None)
+
     # ---- bookkeeping
 
     def _theta(self) -> Any:
@@ -198,7 +231,7 @@ class UpdateContext:
 
     def _close(self) -> None:
         self._phase = "closed"
-        self._theta_before = {}
+        self._theta_before, self._correction = {}, {}
 
 
 def _wide(tensor: Tensor) -> Tensor:

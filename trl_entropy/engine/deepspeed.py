@@ -118,6 +118,21 @@ class DeepSpeedEngine(Engine):
             pieces[name].narrow(0, self._start(parameters[name]), share.numel()).copy_(share)
         return flat, {name: piece.view(shape) for (name, piece), shape in zip(pieces.items(), shapes, strict=True)}
 
+    def add_to_theta(self, change: Mapping[str, Float[Tensor, "..."]]) -> None:
+        with rank_symmetric(self.accelerator, "adding to its slices of the parameters"):
+            for name, share in self.theta().items():
+                start = self._start(self.parameters[name])
+                share += change[name].reshape(-1)[start : start + share.numel()].to(share.device)
+                self._set_share(name, share)
+        self._theta_to_model()
+
+    def _set_share(self, name: str, share: Tensor) -> None:
+        """Makes `share` this rank's slice of theta, where `theta` does not hand out the live one."""
+
+    @abc.abstractmethod
+    def _theta_to_model(self) -> None:
+        """Has the model compute with theta as it is, as after a step of DeepSpeed's. Collective."""
+
     def grad_norm(self) -> float:
         with rank_symmetric(self.accelerator, "taking the norm of its slices of the gradient"):
             squares = [torch.linalg.vector_norm(g.double()).square() for g in self.local_gradient().values()]
@@ -151,6 +166,10 @@ class ZeroEngine(DeepSpeedEngine):
 
     def theta(self) -> dict[str, Tensor]:
         return self._slices(lambda param, mapping: mapping.hp_fragment.detach())
+
+    def _theta_to_model(self) -> None:
+        for name, value in self.assemble(self.theta()).items():
+            self.parameters[name].data.copy_(value)
 
     def local_gradient(self) -> dict[str, Tensor]:
         return self._slices(_gradient_slice)

@@ -51,6 +51,10 @@ class PlainEngine(Engine):
             whole[name] = torch.zeros_like(param, dtype=dtype) if share is None else share.to(dtype, copy=copy)
         return whole
 
+    def add_to_theta(self, change: Mapping[str, Float[Tensor, "..."]]) -> None:
+        for name, param in self.parameters.items():
+            param.data.add_(change[name])
+
     def grad_norm(self) -> float:
         # torch's own function on the gradients' own dtype, so that the norm is the one clipping uses, to the bit.
         return float(torch.nn.utils.get_total_norm(list(self.local_gradient().values())))

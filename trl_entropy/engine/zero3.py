@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+)
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -44,6 +49,18 @@ class Zero3Engine(DeepSpeedEngine):
 
     def theta(self) -> dict[str, Tensor]:
         return {name: self._own(param, safe_get_local_fp32_param(param)) for name, param in self.parameters.items()}
+
+    def _set_share(self, name: str, share: Tensor) -> None:
+        param: Any = self.parameters[name]
+        safe_set_local_fp32_param(param, torch.nn.functional.pad(share, (0, param.ds_tensor.numel() - share.numel())))
+
+    def _theta_to_model(self) -> None:
+        for name, value in self.theta().items():
+            param: Any = self.parameters[name]
+            self._own(param, param.ds_tensor).copy_(value)
+        if persistent := self._zero.persistent_parameters:  # small ones, which stay whole on every rank
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
 
     def local_gradient(self) -> dict[str, Tensor]:
         return {name: self._own(param, safe_get_local_grad(param)) for name, param in self.parameters.items()}

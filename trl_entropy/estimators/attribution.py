@@ -32,7 +32,7 @@ class Attribution:
     """(T9): delta_linear = momentum + weight decay + other terms + sum of completions + rounding, in nats per token.
 
     `completions` are delta_i, or delta_ik summed over tokens. `other` are named terms of the loss beside
-    the policy's, such as a bonus, completion by completion too. `rounding` is the remainder: float32 parameters, and
+    the policy's, such as a bonus, in any pieces. `rounding` is the remainder: float32 parameters, and
     whatever else was not named. It is a check.
     """
 
@@ -40,7 +40,7 @@ class Attribution:
     momentum: float
     weight_decay: float
     completions: Float[Tensor, "B"]
-    other: dict[str, Float[Tensor, "B"]] = field(default_factory=dict)
+    other: dict[str, Float[Tensor, "..."]] = field(default_factory=dict)
 
     @property
     def rounding(self) -> float:

@@ -43,8 +43,8 @@ def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], s
         if len(chosen) == num_prompts:
             return chosen
     raise ValueError(
-        f"the dataset has only {len(chosen)} distinct prompts beside those of this step, entropy_probe_prompts is "
-        f"{num_prompts}. Lower entropy_probe_prompts, or use more training problems."
+        f"the dataset has only {len(chosen)} distinct prompts beside those of this step, a probe batch takes "
+        f"{num_prompts}. Lower entropy_probe_prompts (entropy_budget_prompts), or use more training problems."
     )
 
 

@@ -1,0 +1,142 @@
+"""The entropy budget in training: steps follow it, moments do not see it, off is off, resumed, refused by name."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_entropy import DrGRPOConfig
+from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.run_log import RunDirectory
+
+CONTROL = {"entropy_budget": "hold", "entropy_budget_per_step": 0.01, "entropy_budget_prompts": 16}
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return Dataset.from_dict(
+        {"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben", "Cem", "Dia") for i in range(12)]}
+    )
+
+
+def trained(make_trainer, problems, callbacks=None, **settings):
+    trainer = make_trainer(dataset=problems, callbacks=callbacks, **({"lr_scheduler_type": "constant"} | settings))
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    return trainer, RunDirectory(trainer.args.output_dir).metrics()
+
+
+def flat(trainer):
+    return torch.cat([param.detach().flatten() for param in trainer.model.parameters()])
+
+
+def moments(trainer):
+    return [state["exp_avg"] for state in trainer.optimizer.state.values()]
+
+
+@pytest.mark.parametrize("source", ["probe", "rollouts"])
+def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
+    """Measured by the entropy probe, on completions of its own: 32 a step, 5 steps."""
+    _, rows = trained(
+        make_trainer, problems, max_steps=5, entropy_probe=True, entropy_probe_prompts=32, learning_rate=3e-4,
+        entropy_attribution="sequence", entropy_budget_source=source,
+        **(CONTROL | {"entropy_budget_per_step": -0.01}),
+    )  # fmt: skip
+    for row in rows:
+        assert row["entropy_budget/budget"] == -0.01 and row["entropy_budget/active"] == 1
+        if row["entropy_budget/infeasible"] == 0:
+            assert row["entropy_budget/delta_predicted"] == pytest.approx(-0.01)
+        assert row["entropy_budget/lambda"] < 0 < row["entropy_budget/relative_size"] <= 1 + 1e-6
+        assert abs(row["entropy/attribution_rounding"]) < 1e-3  # float32 parameters: small steps, rounded twice
+    assert sum(row["entropy/delta_entropy_budget"] for row in rows) < -0.03
+    predicted = sum(row["entropy_budget/delta_predicted"] for row in rows)
+    measured = sum(row["entropy/delta_measured"] for row in rows)
+    alone = sum(row["entropy_budget/delta_optimizer"] for row in rows)
+    assert measured == pytest.approx(predicted, rel=0.35) and abs(alone) < 0.3 * abs(predicted)
+
+
+def test_the_moments_never_see_it(make_trainer, problems):
+    """After one step they are those of plain training; theta is not."""
+    (plain, _), (controlled, _) = (
+        trained(make_trainer, problems, max_steps=1, **settings) for settings in ({}, CONTROL)
+    )
+    assert all(torch.equal(one, two) for one, two in zip(moments(plain), moments(controlled), strict=True))
+    assert not torch.equal(flat(plain), flat(controlled))
+
+
+@pytest.mark.parametrize("source", ["probe", "rollouts"])
+def test_report_leaves_training_bit_identical(make_trainer, problems, source):
+    (plain, _), (reported, rows) = (
+        trained(make_trainer, problems, max_steps=3, beta=0.1, **settings)
+        for settings in (
+            {},
+            {"entropy_budget": "report", "entropy_budget_source": source, "entropy_budget_prompts": 16},
+        )
+    )
+    assert torch.equal(flat(plain), flat(reported))
+    assert all(row["entropy_budget/active"] == 0 and row["entropy_budget/lambda"] != 0 for row in rows)
+    assert rows[-1]["entropy_budget/price"] is not None and rows[-1]["entropy_budget/noise_share"] > 0
+
+
+def test_a_resumed_run_is_the_unbroken_one(make_trainer, problems, tmp_path):
+    points = []
+    for name, stops in (("straight", [4]), ("resumed", [2, 4])):
+        for stop in stops:
+            trainer, rows = trained(
+                make_trainer, problems, max_steps=stop, output_dir=str(tmp_path / name), save_strategy="steps",
+                save_steps=2, entropy_budget="hold", entropy_budget_target=6.0, entropy_budget_prompts=16,
+                resume_from_checkpoint="latest" if stop > stops[0] else None,
+            )  # fmt: skip
+        points.append(
+            (flat(trainer), [{k: v for k, v in row.items() if k.startswith("entropy_budget")} for row in rows])
+        )
+    assert torch.equal(points[0][0], points[1][0]) and points[0][1] == points[1][1]
+    assert "entropy_budget/slope" in points[0][1][-1]
+
+
+def test_composes_with_lora_losses_and_off_policy_steps(make_trainer, problems):
+    from peft import LoraConfig
+
+    peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    settings = {"loss_type": "dapo", "num_iterations": 2, "beta": 0.04, "gradient_accumulation_steps": 2}
+    _, rows = trained(
+        make_trainer, problems, peft_config=peft_config, max_steps=3, learning_rate=3e-3, **settings, **CONTROL
+    )
+    assert all(row["entropy_budget/lambda"] > 0 for row in rows)
+
+
+def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, caplog):
+    trainer = make_trainer(dataset=problems, max_steps=2, lr_scheduler_type="constant", **CONTROL)
+    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_budget"))
+    for _ in range(20):
+        control.check.add(0.01, Estimate(-0.01, 0.001, 30.0, 16))
+    control.load_state_dict(control.state_dict() | {"before": [0.01, 0.0, 9.0, 0.001, 30.0, 16]})
+    with caplog.at_level(logging.WARNING, logger="trl_entropy"):
+        trainer.train()
+    (message,) = (record.getMessage() for record in caplog.records if "entropy_budget" in record.getMessage())
+    assert "off from step 1 on" in message and "entropy_budget_cap" in message
+    rows = RunDirectory(trainer.args.output_dir).metrics()
+    assert [row["entropy_budget/active"] for row in rows] == [0, 0]
+    assert rows[0]["entropy_budget/delta_predicted"] == rows[0]["entropy_budget/delta_optimizer"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"entropy_budget": "keep"}, "entropy_budget to one of"),
+        ({"entropy_budget_source": "probes"}, "entropy_budget_source to one of"),
+        ({"entropy_budget_per_step": None}, "either entropy_budget_target or entropy_budget_per_step"),
+        ({"entropy_budget_target": 0.3}, "either entropy_budget_target or entropy_budget_per_step"),
+        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"entropy_budget_gain": 0.0}, "entropy_budget_gain"),
+        ({"entropy_budget_prompts": 5}, "entropy_budget_prompts to a multiple of 2"),
+        ({"fisher_probe": True, "fisher_num_sequences": 12}, "fisher_probe=False"),
+        ({"entropy_budget_source": "rollouts", "num_iterations": 2}, "num_iterations=1"),
+        ({"top_k": 5}, "top_k=5"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(settings, message, tmp_path):
+    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "num_generations": 4}
+    with pytest.raises(ValueError, match=message):
+        DrGRPOConfig(**(defaults | {"per_device_train_batch_size": 16} | CONTROL | settings))

@@ -1,0 +1,14 @@
+"""Entropy control: opt-in changes of the step itself; all else in the package only measures."""
+
+from typing import Any
+
+from trl_entropy.control.entropy_budget import EntropyBudget
+from trl_entropy.probes import Probe
+
+
+def controls(args: Any) -> list[Probe]:
+    """Those that the config turns on. They come before the probes, which then see the corrected step."""
+    return [] if args.entropy_budget == "none" else [EntropyBudget.from_config(args)]
+
+
+__all__ = ["EntropyBudget", "controls"]

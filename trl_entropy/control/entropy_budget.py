@@ -1,0 +1,285 @@
+"""Hold the policy's entropy, or give each step its change of it: (T18), after the optimizer's step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor
+
+from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
+from trl_entropy.estimators.delta_entropy import RatioTerms, entropy_terms, policy_entropy
+from trl_entropy.estimators.entropy_budget import (
+    BudgetProducts,
+    Correction,
+    PredictionCheck,
+    SetPoint,
+    Vector,
+    budget_products,
+    correction,
+    difference,
+    floored_metric,
+    mean_of,
+)
+from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.importance import importance_weights
+from trl_entropy.probes.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
+from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
+from trl_entropy.probes.probe import Probe
+from trl_entropy.rollouts import RolloutBatch
+from trl_entropy.scores import Completions, score
+from trl_entropy.sequence_passes import entropy_gradient, gradient_of, weighted_logps
+
+logger = logging.getLogger(__name__)
+
+# Added to the step that seeds the draw of E: completions other than those that the entropy probe measures on.
+_OTHER_DRAW = 1_000_000_000
+
+
+class Halves(NamedTuple):
+    """Completions of even and odd prompts, with each half's own entropy and number of tokens over all ranks."""
+
+    rows: tuple[Completions, Completions]
+    entropies: tuple[float, float]
+    num_tokens: tuple[float, float]
+    entropy: Estimate
+
+
+class EntropyBudget(Probe):
+    """
+    Corrects every optimizer step so that the policy's entropy changes by what it is to change by, to first order: the
+    smallest correction in AdamW's metric (T18), applied to the float32 parameters when the optimizer is done. The
+    moments never see it.
+
+    Without target and budget, or with mode `"report"`, nothing is corrected; logged is what would be.
+
+    Cost: a probe batch of its own and a forward and backward pass of it (`"probe"`), or one and a half of the step's
+    own completions (`"rollouts"`); three vectors of all trainable parameters.
+
+    Args:
+        mode: `"hold"` the entropy, or only keep it from falling below (`"floor"`), or `"report"`.
+        set_point: what asks for the change of each step; None: `per_step` always.
+        per_step: nats per token and step.
+        cap: bound on the correction's length, in that of the optimizer's step, both in M^-1.
+        metric_floor: see [`floored_metric`].
+        source: where grad h comes from: `"probe"` or `"rollouts"`.
+        num_prompts: of the probe batch, over all processes.
+        batch_size: completions differentiated at a time; halved on out-of-memory.
+        draw: stand-in for the policy's sampling, `(step, rank) -> Completions`.
+    """
+
+    name = "entropy_budget"
+
+    def __init__(
+        self,
+        mode: str = "report",
+        set_point: SetPoint | None = None,
+        per_step: float = 0.0,
+        cap: float = 1.0,
+        metric_floor: float = 0.1,
+        source: str = "probe",
+        num_prompts: int = 64,
+        batch_size: int = 64,
+        draw: Any = None,
+    ) -> None:
+        super().__init__(every=1)
+        self.mode, self.set_point, self.per_step, self.cap = mode, set_point, per_step, cap
+        self.metric_floor, self.source, self.num_prompts = metric_floor, source, num_prompts
+        self.batch_size, self.draw = batch_size, draw
+        self.check = PredictionCheck()
+        self.active = mode != "report"
+        # Of the last step: predicted change, covariance of its error with that of the entropy, the entropy before.
+        self._before: tuple[float, float, Estimate] | None = None
+        self._loss = LossCoefficientRecorder()
+
+    @classmethod
+    def from_config(cls, args: Any) -> EntropyBudget:
+        target = args.entropy_budget_target
+        gains = args.entropy_budget_gain, args.entropy_budget_integral_gain, args.entropy_budget_max_change
+        return cls(
+            mode=args.entropy_budget,
+            set_point=None if target is None else SetPoint(target, *gains),
+            per_step=args.entropy_budget_per_step or 0.0,
+            cap=args.entropy_budget_cap,
+            metric_floor=args.entropy_budget_metric_floor,
+            source=args.entropy_budget_source,
+            num_prompts=args.entropy_budget_prompts,
+            batch_size=args.probe_batch_size,
+        )
+
+    # ---- events
+
+    def around_micro_batch(self, args, state, control, *, inputs, **kwargs: Any) -> AbstractContextManager[Any]:
+        return self._loss.around(inputs) if self.source == "rollouts" else nullcontext()
+
+    def on_micro_batch(
+        self, args, state, control, *, metrics, inputs, loss_logps, loss_entropy, **kwargs: Any
+    ) -> None:
+        if self.source == "rollouts":
+            self._loss.watch(inputs, loss_logps, loss_entropy)
+
+    def on_before_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, rollouts, **kwargs: Any
+    ) -> None:
+        step, rank = state.global_step + 1, engine.accelerator.process_index
+        if self.source == "rollouts":
+            self._completions = Completions.of(rollouts)
+        elif self.draw is not None:
+            self._completions = self.draw(step, rank)
+        else:
+            self._completions = trainer.draw_probe_batch(self.num_prompts, "held_out", step + _OTHER_DRAW)
+        read_before_step(update)
+
+    def on_after_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, **kwargs: Any
+    ) -> None:
+        if update.step_skipped:
+            return
+        halves = self._halves(args, update, engine)
+        self._learn_realised(halves.entropy, metrics, state)
+        gradients = self._gradients(args, update, engine, halves)
+        metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
+        products = budget_products(gradients, update.update, metric, update.gradient)
+        if self.source == "rollouts":
+            change = self._change_across_halves(args, update, engine, rollouts, gradients)
+            products = products._replace(change=change)
+        budget = self.per_step if self.set_point is None else self.set_point.budget(halves.entropy.value)
+        asked = correction(products, budget, self.mode == "floor", self.cap)
+        if self.active:
+            g = mean_of(gradients)
+            update.correct({name: (asked.multiplier * m * g[name]).to(m.dtype) for name, m in metric.items()})
+        follows = self.active and not asked.infeasible and self.set_point is not None
+        sensitivity = self.set_point.sensitivity(halves.entropy.value) if follows and self.set_point else 0.0
+        predicted = asked.predicted if self.active else products.change
+        self._before = predicted, sensitivity * halves.entropy.stderr**2, halves.entropy
+        metrics |= self._logged(products, asked, budget, update)
+
+    # ---- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        before = None if self._before is None else [*self._before[:2], *vars(self._before[2]).values()]
+        bias = None if self.set_point is None else self.set_point.bias
+        return {"pairs": self.check.pairs, "active": self.active, "before": before, "bias": bias}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check.pairs = [tuple(pair) for pair in state["pairs"]]
+        self.active = state["active"] and self.mode != "report"
+        if state["before"] is not None:
+            predicted, shared, *entropy = state["before"]
+            self._before = predicted, shared, Estimate(*entropy)
+        if self.set_point is not None and state["bias"] is not None:
+            self.set_point.bias = state["bias"]
+
+    # ---- its steps
+
+    def _halves(self, args: Any, update: UpdateContext, engine: Engine) -> Halves:
+        """E or U, scored before the step, split by prompt. Collective."""
+        batch, accelerator = self._completions, engine.accelerator
+        with (
+            rank_symmetric(accelerator, "scoring the completions of the entropy budget"),
+            engine.scoring_model(update.params_before) as model,
+        ):
+            scores = score(model, batch, args.temperature, self.batch_size, update.params_before)
+        weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
+        local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
+        terms = RatioTerms(*gather(torch.stack(local, dim=1)).unbind(1))
+        prompts = gather(batch.prompt_index)
+        parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]
+        return Halves(
+            tuple(batch.rows(batch.prompt_index % 2 == parity) for parity in (0, 1)),  # type: ignore[arg-type]
+            tuple(float(policy_entropy(part).value) for part in parts),  # type: ignore[arg-type]
+            tuple(float(part.denominator.sum()) for part in parts),  # type: ignore[arg-type]
+            policy_entropy(terms).estimate(prompts),
+        )
+
+    def _gradients(self, args: Any, update: UpdateContext, engine: Engine, halves: Halves) -> tuple[Vector, Vector]:
+        """grad h of each half, over all ranks. Collective."""
+        with (
+            rank_symmetric(engine.accelerator, "differentiating the entropy for its budget"),
+            engine.scoring_model(update.params_before) as model,
+        ):
+            shares = [
+                entropy_gradient(model, rows, args.temperature, self.batch_size, entropy, num_tokens)
+                for rows, entropy, num_tokens in zip(*halves[:3], strict=True)
+            ]
+        return _summed(shares[0], engine), _summed(shares[1], engine)
+
+    def _change_across_halves(
+        self,
+        args: Any,
+        update: UpdateContext,
+        engine: Engine,
+        rollouts: RolloutBatch,
+        gradients: tuple[Vector, Vector],
+    ) -> float:
+        """
+        g . d with this step's gradient in d crossed over halves: on the step's own completions the plain product also
+        holds each prompt's effect on itself. Collective.
+        """
+        correction = args.importance_sampling_level if args.use_bias_correction_kl else None
+        found = self._loss.of_step(rollouts, engine.accelerator.num_processes, correction)
+        coefficients = found.policy if found.kl is None else found.policy + found.kl
+        even = rollouts.prompt_index % 2 == 0
+        with (
+            rank_symmetric(engine.accelerator, "differentiating half of the step's loss"),
+            engine.scoring_model(update.params_before) as model,
+        ):
+            rows, value = Completions.of(rollouts).rows(even), weighted_logps(-coefficients[even])
+            share = gradient_of(model, rows, value, args.temperature, self.batch_size)
+        loss_a, metric = _summed(share, engine), metric_of_step(update)
+        change, (g_a, g_b) = 0.0, gradients
+        for name, whole in update.gradient.items():
+            m, a, b, whole = (x.double() for x in (metric[name], g_a[name], g_b[name], whole))
+            half = loss_a[name].double()
+            others = (a + b) / 2 * (update.update[name].double() + m * whole)
+            change += float((others - m * (a * (whole - half) + b * half)).sum())
+        return change
+
+    def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: Any) -> None:
+        """Compare the last step's predicted change with what came; switch off where the predictions fail."""
+        metrics |= {"entropy_budget/entropy": entropy.value, "entropy_budget/entropy_stderr": entropy.stderr}
+        if self._before is None:
+            return
+        predicted, shared, before = self._before
+        realised = difference(entropy, before)
+        self.check.add(predicted, realised, shared)
+        if self.set_point is not None:
+            self.set_point.learn(predicted, realised.value)
+        slope, error = self.check.slope()
+        metrics |= {"entropy_budget/realised_previous": realised.value, "entropy_budget/slope": slope}
+        metrics["entropy_budget/slope_stderr"] = error
+        if self.active and self.check.failed:
+            self.active = False
+            if state.is_world_process_zero:
+                logger.warning(
+                    "entropy_budget is off from step %d on: over %d steps the entropy changed by %.2f +- %.2f of what "
+                    "was predicted. Lower entropy_budget_cap or the learning rate, or raise entropy_budget_prompts.",
+                    state.global_step + 1, self.check.window, slope, 1.96 * error,
+                )  # fmt: skip
+
+    def _logged(
+        self, products: BudgetProducts, asked: Correction, budget: float, update: UpdateContext
+    ) -> dict[str, float]:
+        lr = max(update.learning_rate.values())
+        made = {
+            "delta_optimizer": products.change,
+            "delta_predicted": asked.predicted if self.active else products.change,
+            "budget": budget,
+            "lambda": asked.multiplier,
+            "lambda_over_lr": asked.multiplier / lr if lr else float("nan"),
+            "relative_size": asked.relative_size,
+            "infeasible": float(asked.infeasible),
+            "noise_share": products.noise_share,
+            "price": products.price,
+            "active": float(self.active),
+        }
+        return {f"entropy_budget/{name}": value for name, value in made.items()}
+
+
+def _summed(share: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+    """Over ranks. Collective."""
+    return {name: engine.accelerator.reduce(share[name], reduction="sum") for name in engine.parameters}
