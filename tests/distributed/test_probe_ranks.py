@@ -16,12 +16,16 @@ from trl_entropy.scores import Completions, score
 WORKER = Path(__file__).with_name("probe_worker.py")
 SECOND_ORDER = {"entropy_second_order": True, "entropy_placebo": True}
 GRADIENTS = {"noise_scale_probe": True, "noise_scale_halves": True, "fisher_probe": True, "fisher_num_sequences": 16}
+SPARSE = {"resample_uninformative_groups": True, "equal_often": True, "num_prompts_per_step": 6,
+          "per_device_train_batch_size": 12}  # fmt: skip
 RUNS = [
     SECOND_ORDER | GRADIENTS | {"name": "full", "entropy_attribution": "token"},
     SECOND_ORDER
     | GRADIENTS
     | {"name": "lora", "lora": True, "entropy_attribution": "sequence", "gradient_accumulation_steps": 1},
     {"name": "rollouts", "entropy_probe_source": "rollouts"},
+    SPARSE | {"name": "resampling", "noise_scale_probe": True, "noise_scale_halves": True, "max_resample_rounds": 1},
+    SPARSE | {"name": "resampling, rollouts", "entropy_probe_source": "rollouts", "curriculum": "pass_rate"},
 ]
 # bf16: gradients are rounded by their place in the batch, so two ranks make another update than one process.
 BF16 = {"name": "bf16", "bf16": True, "keeps_parameters": True, "learning_rate": 1e-4}

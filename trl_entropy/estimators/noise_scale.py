@@ -67,12 +67,12 @@ def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> G
     """(T14a): the products of the N accepted groups alone, of P; the others have no gradient.
 
     Their mean Y_n is P/N times the step's gradient. Given N the accepted groups are independent, so (T14) of these
-    products is unbiased for one accepted group's |G|^2 and tr(Sigma), N >= 2. With the others left in it is not: their
-    number depends on the rest.
+    products is unbiased for one accepted group's |G|^2 and tr(Sigma); N < 2: nan. With the others left in it is not:
+    their number depends on the rest.
     """
-    num_accepted = accepted.sum().double()
+    num_accepted = int(accepted.sum())
     sq_norms, dot_batch = (values[accepted] for values in products)
-    return GroupProducts(sq_norms, dot_batch * (len(accepted) / num_accepted))
+    return GroupProducts(sq_norms, dot_batch * (len(accepted) / num_accepted if num_accepted > 1 else math.nan))
 
 
 def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> float:

@@ -1,0 +1,167 @@
+"""
+Do curriculum and resampling pay? Held-out pass@1 and entropy per generated completion on the embedded task.
+
+    python tests/benchmarks/prompt_selection.py --output runs/prompt-selection
+
+Trains every arm (curriculum off/on x resampling off/on) with every seed, one run after the other, from the same warm
+start and on the same problems; a run that is complete is not made again, so the command goes on where it was cut off.
+Arms are compared with neither toggle, pair by pair of runs of one seed: Student's t over seeds. Evaluations come every
+few steps; between two of them values are interpolated in the number of completions generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trl_entropy.estimators.estimate import student_t_quantile
+from trl_entropy.run_log import RunDirectory
+
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+ARMS = {
+    "neither": (),
+    "curriculum": ("--curriculum", "pass_rate"),
+    "resampling": ("--resample_uninformative_groups", "true"),
+    "both": ("--curriculum", "pass_rate", "--resample_uninformative_groups", "true"),
+}
+# 960 prompts are drawn in 60 steps: of 4096 problems hardly one comes twice, and no pass rate would ever be used.
+SETTINGS = (
+    *("--num_train_problems", "256", "--eval_steps", "10", "--save_strategy", "no", "--log_completions", "false"),
+    *("--report_to", "none", "--entropy_probe", "false", "--effective_sample_size_probe", "false"),
+    *("--optimizer_state_probe", "false", "--kl_every", "0"),
+)
+QUANTITIES = {"pass@1": "eval_rewards/tag_pref/mean", "entropy": "eval_entropy"}
+
+
+class Curve(NamedTuple):
+    """One run: completions generated, and what was measured there, at each evaluation."""
+
+    completions: np.ndarray
+    values: dict[str, np.ndarray]
+    steps: np.ndarray
+    cost: float  # completions generated for each informative group trained on
+    kept: float  # share of groups trained on that have no gradient
+
+    def at(self, quantity: str, completions: float) -> float:
+        return float(np.interp(completions, self.completions, self.values[quantity]))
+
+    def mean(self, quantity: str, completions: float) -> float:
+        """Over the completions generated so far."""
+        grid = np.linspace(0, completions, 200)
+        return float(np.interp(grid, self.completions, self.values[quantity]).mean())
+
+
+def train(folder: Path, arm: str, seed: int, steps: int) -> None:
+    """One run, unless it is there."""
+    if is_complete(folder, steps):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "trl_entropy.train", "--config", str(CONFIG), "--output_dir", str(folder)]
+    command += ["--seed", str(seed), "--max_steps", str(steps), *SETTINGS, *ARMS[arm]]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def is_complete(folder: Path, steps: int) -> bool:
+    return any(row["step"] == steps for row in RunDirectory(folder).evaluation())
+
+
+def curve_of(folder: Path, prompts: int = 16, generations: int = 8) -> Curve:
+    run = RunDirectory(folder)
+    rows, evaluation = run.metrics(), run.evaluation()
+    informative, generated = [], []
+    for row in rows:
+        kept = row.get("resampling/num_kept_uninformative", prompts * row["frac_reward_zero_std"])
+        informative.append(prompts - kept)
+        generated.append(row.get("resampling/num_completions", prompts * generations))
+    totals = np.concatenate([[0], np.cumsum(generated)])
+    steps = np.array([row["step"] for row in evaluation])
+    values = {name: np.array([row[key] for row in evaluation]) for name, key in QUANTITIES.items()}
+    cost, kept = sum(generated) / sum(informative), 1 - sum(informative) / (prompts * len(rows))
+    return Curve(totals[steps], values, steps, cost, kept)
+
+
+def interval(values: Iterable[float]) -> str:
+    values = list(values)
+    half = student_t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.mean(values)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def table(curves: dict[str, list[Curve]], budget: float) -> str:
+    lines = [
+        f"at {budget:.0f} completions; differences from `neither`, mean over seeds [95 %]",
+        "| arm | completions per informative group | groups without gradient | steps made | "
+        + " | ".join(f"{name} | its difference | mean {name} until there, difference" for name in QUANTITIES)
+        + " |",
+        "|---" * (4 + 3 * len(QUANTITIES)) + "|",
+    ]
+    for arm, own in curves.items():
+        cells = [arm, f"{statistics.mean(c.cost for c in own):.1f}", f"{statistics.mean(c.kept for c in own):.1%}"]
+        cells.append(f"{statistics.mean(np.interp(budget, c.completions, c.steps) for c in own):.0f}")
+        for name in QUANTITIES:
+            pairs = list(zip(own, curves["neither"], strict=True))
+            cells.append(f"{statistics.mean(c.at(name, budget) for c in own):.3f}")
+            cells.append(interval(c.at(name, budget) - o.at(name, budget) for c, o in pairs))
+            cells.append(interval(c.mean(name, budget) - o.mean(name, budget) for c, o in pairs))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def equal_steps(curves: dict[str, list[Curve]]) -> str:
+    """Differences after the last step, whatever was generated for it."""
+    lines = ["after the last step of all arms, whatever was generated", "| arm | " + " | ".join(QUANTITIES) + " |"]
+    lines.append("|---" * (1 + len(QUANTITIES)) + "|")
+    for arm, own in curves.items():
+        pairs = list(zip(own, curves["neither"], strict=True))
+        cells = [interval(c.values[name][-1] - o.values[name][-1] for c, o in pairs) for name in QUANTITIES]
+        lines.append("| " + " | ".join([arm, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def draw(curves: dict[str, list[Curve]], budget: float, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    grid = np.linspace(0, budget, 7)
+    for axis, name in zip(axes, QUANTITIES, strict=True):
+        for arm, own in curves.items():
+            values = np.array([[c.at(name, x) for x in grid] for c in own])
+            axis.errorbar(grid, values.mean(0), values.std(0, ddof=1) / len(own) ** 0.5, label=arm, capsize=2)
+        axis.set(xlabel="completions generated", ylabel=f"held-out {name}" + (", nats/token" * (name == "entropy")))
+    axes[0].legend()
+    figure.savefig(target, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--output", type=Path, default=Path("runs/prompt-selection"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--figure", type=Path, help="where to draw to; output/prompt-selection.png if not given")
+    options = parser.parse_args()
+    pairs = itertools.product(range(options.seeds), ARMS)
+    cells = {(arm, seed): options.output / f"{arm}-seed{seed}" for seed, arm in pairs}
+    for (arm, seed), folder in cells.items():
+        train(folder, arm, seed, options.steps)
+    curves = {arm: [curve_of(cells[arm, seed]) for seed in range(options.seeds)] for arm in ARMS}
+    budget = min(curve.completions[-1] for own in curves.values() for curve in own)
+    for share in (1 / 3, 2 / 3, 1):
+        print(table(curves, share * budget), end="\n\n")
+    print(equal_steps(curves))
+    draw(curves, budget, options.figure or options.output / "prompt-selection.png")
+
+
+if __name__ == "__main__":
+    main()
