@@ -41,6 +41,13 @@ class DrGRPOConfig(ProbeRequirements):
         num_prompts_per_step (`int`, *optional*):
             Prompts of one optimizer step over all processes. Sets `gradient_accumulation_steps` from the number of
             processes and the micro-batch.
+        curriculum (`str`, *optional*, defaults to `"none"`):
+            `"pass_rate"`: prompts are drawn by how often their completions passed; its settings begin with
+            `curriculum_`.
+        resample_uninformative_groups (`bool`, *optional*, defaults to `False`):
+            Replace prompt groups whose rewards are all equal by groups of other prompts, in at most
+            `max_resample_rounds` rounds of generation. Probes on the step's own completions then measure accepted
+            groups (T14a).
         stop_at_answer (`bool`, *optional*, defaults to `False`):
             End a completion with its closing answer tag; what the sampler drew after it is dropped.
         kl_every (`int`, *optional*, defaults to `0`):

@@ -208,10 +208,8 @@ class ProbeRequirements(GRPOConfig):
                 f"Set num_prompts_per_step=4 or more, or {otherwise}."
             )
 
-    def distribution_of(self, probe: str) -> str:
-        """Which prompts, and which of their groups, the numbers of a probe are about, in words for its files."""
-        if probe == "entropy" and self.entropy_probe_source != "rollouts":
-            return "all prompts"
+    def distribution_of_rollouts(self) -> str:
+        """Which prompts, and which of their groups, a step's completions are of, in words for the probes' files."""
         groups = "accepted groups" if self.resample_uninformative_groups else "all prompts"
         return groups if self.curriculum == "none" else f"{groups}, drawn by {self.curriculum}"
 

@@ -234,8 +234,15 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         pad_token_id, device = self._tokenizer.pad_token_id, self.accelerator.device
         return pack_completions(prompt_ids, completion_ids, rank * share, pad_token_id, device, logps)
 
-    def write_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
-        """Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective."""
+    def write_probe_file(
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None
+    ) -> None:
+        """
+        Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective.
+
+        Args:
+            distribution: what prompts and groups the numbers are about, where it is not the step's own.
+        """
         width = torch.tensor([tensors["completion_mask"].shape[1]], device=self.accelerator.device)
         missing = int(self.accelerator.gather(width).max() - width)  # columns of completion that other ranks have more
         gathered = {}
@@ -244,16 +251,18 @@ class DrGRPOTrainer(PromptSelectingTrainer):
                 rows = torch.nn.functional.pad(rows, (0, missing))
                 rows = self.accelerator.pad_across_processes(rows, dim=1, pad_first=True)
             gathered[name] = self.accelerator.gather(rows)
-        self.write_gathered_probe_file(probe, step, gathered)
+        self.write_gathered_probe_file(probe, step, gathered, distribution)
 
-    def write_gathered_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
+    def write_gathered_probe_file(
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None
+    ) -> None:
         """Write `probes/<probe>/step_*.safetensors` on the main process, from tensors of all processes. Local."""
         if self.is_world_process_zero() and self.args.probe_files_keep != 0:
             metadata = {
                 "temperature": self.temperature,
                 "learning_rate": self._get_learning_rate(),
                 "sampler": "vllm" if "sampling_logps" in tensors else "policy",
-                "distribution": self.args.distribution_of(probe),
+                "distribution": distribution or self.args.distribution_of_rollouts(),
             }
             run = RunDirectory(self.args.output_dir)
             run.write_probe_file(probe, step, tensors, metadata, self.args.probe_files_keep)
