@@ -39,7 +39,7 @@ SETTINGS = (
     *("--report_to", "none", "--entropy_probe", "false", "--effective_sample_size_probe", "false"),
     *("--optimizer_state_probe", "false", "--kl_every", "0"),
 )
-QUANTITIES = {"pass@1": "eval_rewards/tag_pref/mean", "entropy": "eval_entropy"}
+QUANTITIES = {"pass@1": "rewards/tag_pref/mean", "entropy": "entropy"}
 
 
 class Curve(NamedTuple):
@@ -50,6 +50,9 @@ class Curve(NamedTuple):
     steps: np.ndarray
     cost: float  # completions generated for each informative group trained on
     kept: float  # share of groups trained on that have no gradient
+    rounds: float  # of generation beyond the first, a step
+    unused: float  # share of informative groups that were drawn beyond need
+    seconds: float  # share of the time of steps that replacing takes
 
     def at(self, quantity: str, completions: float) -> float:
         return float(np.interp(completions, self.completions, self.values[quantity]))
@@ -86,7 +89,14 @@ def curve_of(folder: Path, prompts: int = 16, generations: int = 8) -> Curve:
     steps = np.array([row["step"] for row in evaluation])
     values = {name: np.array([row[key] for row in evaluation]) for name, key in QUANTITIES.items()}
     cost, kept = sum(generated) / sum(informative), 1 - sum(informative) / (prompts * len(rows))
-    return Curve(totals[steps], values, steps, cost, kept)
+    unused = total(rows, "resampling/num_unused")
+    rounds, seconds = total(rows, "resampling/num_rounds") / len(rows), total(rows, "time/resampling")
+    of_step = seconds / total(rows, "step_time")
+    return Curve(totals[steps], values, steps, cost, kept, rounds, unused / (unused + sum(informative)), of_step)
+
+
+def total(rows: list[dict], key: str) -> float:
+    return sum(row.get(key, 0.0) for row in rows)
 
 
 def interval(values: Iterable[float]) -> str:
@@ -99,20 +109,35 @@ def interval(values: Iterable[float]) -> str:
 def table(curves: dict[str, list[Curve]], budget: float) -> str:
     lines = [
         f"at {budget:.0f} completions; differences from `neither`, mean over seeds [95 %]",
-        "| arm | completions per informative group | groups without gradient | steps made | "
+        "| arm | steps made | "
         + " | ".join(f"{name} | its difference | mean {name} until there, difference" for name in QUANTITIES)
         + " |",
-        "|---" * (4 + 3 * len(QUANTITIES)) + "|",
+        "|---" * (2 + 3 * len(QUANTITIES)) + "|",
     ]
     for arm, own in curves.items():
-        cells = [arm, f"{statistics.mean(c.cost for c in own):.1f}", f"{statistics.mean(c.kept for c in own):.1%}"]
-        cells.append(f"{statistics.mean(np.interp(budget, c.completions, c.steps) for c in own):.0f}")
+        cells = [arm, f"{statistics.mean(np.interp(budget, c.completions, c.steps) for c in own):.0f}"]
         for name in QUANTITIES:
             pairs = list(zip(own, curves["neither"], strict=True))
             cells.append(f"{statistics.mean(c.at(name, budget) for c in own):.3f}")
             cells.append(interval(c.at(name, budget) - o.at(name, budget) for c, o in pairs))
             cells.append(interval(c.mean(name, budget) - o.mean(name, budget) for c, o in pairs))
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def costs(curves: dict[str, list[Curve]]) -> str:
+    """What the arms cost over all of their steps."""
+    columns = {
+        "completions per informative group": ("cost", ".1f"),
+        "groups without gradient": ("kept", ".1%"),
+        "further rounds a step": ("rounds", ".2f"),
+        "informative groups not used": ("unused", ".1%"),
+        "time of a step for replacing": ("seconds", ".0%"),
+    }
+    lines = ["over all steps", "| arm | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for arm, own in curves.items():
+        cells = [format(statistics.mean(getattr(c, name) for c in own), form) for name, form in columns.values()]
+        lines.append("| " + " | ".join([arm, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -159,7 +184,7 @@ def main() -> None:
     budget = min(curve.completions[-1] for own in curves.values() for curve in own)
     for share in (1 / 3, 2 / 3, 1):
         print(table(curves, share * budget), end="\n\n")
-    print(equal_steps(curves))
+    print(equal_steps(curves), costs(curves), sep="\n\n")
     draw(curves, budget, options.figure or options.output / "prompt-selection.png")
 
 
