@@ -33,7 +33,7 @@ ARMS = {
     "resampling": ("--resample_uninformative_groups", "true"),
     "both": ("--curriculum", "pass_rate", "--resample_uninformative_groups", "true"),
 }
-# 960 prompts are drawn in 60 steps: of 4096 problems hardly one comes twice, and no pass rate would ever be used.
+# 640 prompts are drawn in 40 steps: of 4096 problems hardly one comes twice, and no pass rate would ever be used.
 SETTINGS = (
     *("--num_train_problems", "256", "--eval_steps", "10", "--save_strategy", "no", "--log_completions", "false"),
     *("--report_to", "none", "--entropy_probe", "false", "--effective_sample_size_probe", "false"),
@@ -77,9 +77,9 @@ def is_complete(folder: Path, steps: int) -> bool:
     return any(row["step"] == steps for row in RunDirectory(folder).evaluation())
 
 
-def curve_of(folder: Path, prompts: int = 16, generations: int = 8) -> Curve:
+def curve_of(folder: Path, last_step: int, prompts: int = 16, generations: int = 8) -> Curve:
     run = RunDirectory(folder)
-    rows, evaluation = run.metrics(), run.evaluation()
+    rows, evaluation = ([row for row in of if row["step"] <= last_step] for of in (run.metrics(), run.evaluation()))
     informative, generated = [], []
     for row in rows:
         kept = row.get("resampling/num_kept_uninformative", prompts * row["frac_reward_zero_std"])
@@ -173,14 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("runs/prompt-selection"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40, help="multiple of 10")
     parser.add_argument("--figure", type=Path, help="where to draw to; output/prompt-selection.png if not given")
     options = parser.parse_args()
     pairs = itertools.product(range(options.seeds), ARMS)
     cells = {(arm, seed): options.output / f"{arm}-seed{seed}" for seed, arm in pairs}
     for (arm, seed), folder in cells.items():
         train(folder, arm, seed, options.steps)
-    curves = {arm: [curve_of(cells[arm, seed]) for seed in range(options.seeds)] for arm in ARMS}
+    curves = {arm: [curve_of(cells[arm, seed], options.steps) for seed in range(options.seeds)] for arm in ARMS}
     budget = min(curve.completions[-1] for own in curves.values() for curve in own)
     for share in (1 / 3, 2 / 3, 1):
         print(table(curves, share * budget), end="\n\n")
