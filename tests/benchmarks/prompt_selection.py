@@ -6,8 +6,8 @@ Do curriculum and resampling pay? Held-out pass@1 and entropy per generated comp
 Trains every arm (curriculum off/on x resampling off/on) with every seed, one run after the other, from the same warm
 start and on the same problems; a run that is complete is not made again, so the command goes on where it was cut off.
 Arms are compared with neither toggle, pair by pair of runs of one seed: Student's t over seeds. Evaluations come every
-few steps; between two of them values are interpolated in the number of completions generated, which understates what an
-arm has reached where its curve bends, the more the further apart its evaluations are: read the late budgets.
+few steps; between two of them values are interpolated in the number of completions generated. Where a curve bends that
+understates what an arm has reached, the more the further apart its evaluations are: read the late budgets.
 """
 
 from __future__ import annotations
