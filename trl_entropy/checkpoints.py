@@ -33,6 +33,7 @@ SETTINGS = (
     "weight_decay", "max_grad_norm", "bf16", "fp16", "disable_dropout", "max_steps", "curriculum",
     "curriculum_hard_below", "curriculum_easy_above", "curriculum_hard_weight", "curriculum_normal_weight",
     "curriculum_easy_weight", "curriculum_ema", "curriculum_pass_reward",
+    "resample_uninformative_groups", "max_resample_rounds",
 )
 # fmt: on
 _CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")

@@ -43,6 +43,13 @@ class DrGRPOConfig(ProbeRequirements):
         num_prompts_per_step (`int`, *optional*):
             Prompts of one optimizer step over all processes. Sets `gradient_accumulation_steps` from the number of
             processes and the micro-batch.
+        curriculum (`str`, *optional*, defaults to `"none"`):
+            `"pass_rate"`: prompts are drawn by how often their completions passed; its settings begin with
+            `curriculum_`.
+        resample_uninformative_groups (`bool`, *optional*, defaults to `False`):
+            Replace prompt groups whose rewards are all equal by groups of other prompts, in at most
+            `max_resample_rounds` rounds of generation. Probes on the step's own completions then measure accepted
+            groups (T14a).
         stop_at_answer (`bool`, *optional*, defaults to `False`):
             End a completion with its closing answer tag; what the sampler drew after it is dropped.
         kl_every (`int`, *optional*, defaults to `0`):
@@ -90,6 +97,15 @@ class DrGRPOConfig(ProbeRequirements):
     curriculum_easy_weight: float = _toggle("Weight of the easy bucket.", default=0.5)
     curriculum_ema: float = _toggle("Weight of a prompt's newest group in its pass rate, in (0, 1].", default=0.5)
     curriculum_pass_reward: float = _toggle("A completion passes with this total reward or more.", default=1.0)
+    resample_uninformative_groups: bool = _toggle(
+        "Replace prompt groups whose rewards are all equal by groups of other prompts, before the step. Probes on the "
+        "step's own completions then measure accepted groups, not all prompts."
+    )
+    max_resample_rounds: int = _toggle(
+        "Rounds of generation that replace uninformative groups, at most; a round draws as many prompts as are "
+        "expected to do, and what is uninformative after the last one is kept and counted.",
+        default=3,
+    )
     additional_steps: int = _toggle(
         "With resume_from_checkpoint: steps to train beyond the checkpoint, in place of max_steps. A decaying "
         "schedule is then that of a run of the new length.",
@@ -206,6 +222,7 @@ class DrGRPOConfig(ProbeRequirements):
         self._check_loss()
         self._check_sampler()
         self._check_curriculum()
+        self._check_resampling()
         self._check_probes()
 
     def _check_group_size(self) -> None:
@@ -280,6 +297,22 @@ class DrGRPOConfig(ProbeRequirements):
         }
         if needed := [remedy for remedy, holds in remedies.items() if not holds]:
             raise ValueError(f"curriculum={self.curriculum!r}: set {'; '.join(needed)}.")
+
+    def _check_resampling(self) -> None:
+        if not self.resample_uninformative_groups:
+            return
+        remedies = {
+            "max_resample_rounds=1 or more": self.max_resample_rounds >= 1,
+            "scale_rewards='none' or 'group'": self.scale_rewards != "batch",
+            "multi_objective_aggregation='sum_then_normalize'": (
+                self.multi_objective_aggregation == "sum_then_normalize"
+            ),
+        }
+        if needed := [remedy for remedy, holds in remedies.items() if not holds]:
+            raise ValueError(
+                "resample_uninformative_groups puts groups of several rounds into one batch, so that advantages must "
+                f"not depend on the rest of a round: set {', '.join(needed)}, or resample_uninformative_groups=False."
+            )
 
     def curriculum_settings(self) -> dict[str, Any]:
         """Arguments of `PassRateSampler` that are settings."""

@@ -17,6 +17,12 @@ class Metric:
     maximum, a histogram, (`"E"`) the per-completion sums of the probe batch, (`"U"`) products of prompt groups of the
     step's own completions (`entropy_probe_source="rollouts"`), (`"groups"`) two products of each prompt group with the
     gradient and itself, or (`"pairs"`) products of all pairs of completions.
+
+    What a number is about: `"E"` is all prompts, or those of `eval_dataset`. TRL's keys on rewards and completions are
+    of the prompts as drawn. What comes of the step's own completions (`"U"`, `"groups"`, `"pairs"`, `entropy/policy`,
+    ...) is of those prompts too, but with `resample_uninformative_groups` of accepted groups: `"U"` and `"groups"` of
+    those alone, the rest of the step as it is, with groups that were kept uninformative in it. With `curriculum`
+    prompts are drawn by it. Probe files say which in their metadata (`distribution`).
     """
 
     name: str
@@ -81,6 +87,21 @@ _CHANGES = {
 _CURRICULUM = [
     Metric(f"curriculum/num_{name}", "prompts", f"training prompts whose pass rate is {text}", "none")
     for name, text in (("hard", "low"), ("normal", "between the bounds"), ("easy", "high"))
+]
+
+_RESAMPLING = [
+    Metric("resampling/num_rounds", "rounds", "rounds of generation beyond the first draw", "none"),
+    Metric("resampling/num_uninformative", "groups", "groups of the first draw whose rewards are all equal", "none"),
+    Metric(
+        "resampling/num_kept_uninformative", "groups", "of the groups trained on, those without a gradient", "none"
+    ),
+    Metric("resampling/num_unused", "groups", "informative groups that were drawn beyond need", "none"),
+    Metric("resampling/num_completions", "completions", "generated in all rounds", "none"),
+    Metric("resampling/informative_share", "1", "informative share of the groups of all rounds", "none"),
+    Metric(
+        "resampling/completions_per_accepted_group", "completions", "generated / informative groups trained on", "none"
+    ),
+    Metric("resampling/tokens_per_accepted_group", "tokens", "the same in tokens of completions"),
 ]
 
 _ENTROPY = (
@@ -271,6 +292,7 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in _TRL
     + _CURRICULUM
+    + _RESAMPLING
     + _STEP
     + _PROBES
     + _OPTIMIZER_STATE

@@ -163,6 +163,8 @@ class ProbeRequirements(GRPOConfig):
             "use_adaptive_entropy=False": not self.use_adaptive_entropy,
             "top_entropy_quantile=1": self.top_entropy_quantile == 1,
             "use_liger_kernel=False": not self.use_liger_kernel,
+            # Groups that were kept though uninformative are left out, which holds where they have no gradient.
+            "beta=0": self.beta == 0 or not self.resample_uninformative_groups,
         }
         needs = "noise_scale_probe needs a gradient that is a sum over prompt groups, each seen once"
         self._check_settings(remedies, needs, "turn the probe off")
@@ -241,6 +243,11 @@ class ProbeRequirements(GRPOConfig):
                 f"{what} needs at least 4 prompts a step for its standard error, this step has {num_prompts}. "
                 f"Set num_prompts_per_step=4 or more, or {otherwise}."
             )
+
+    def distribution_of_rollouts(self) -> str:
+        """Which prompts, and which of their groups, a step's completions are of, in words for the probes' files."""
+        groups = "accepted groups" if self.resample_uninformative_groups else "all prompts"
+        return groups if self.curriculum == "none" else f"{groups}, drawn by {self.curriculum}"
 
     def enabled_probes(self) -> list[str]:
         """Names of the probes that are turned on."""

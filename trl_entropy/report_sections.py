@@ -96,6 +96,8 @@ def _noise_scale(runs: list[Run]) -> Section | None:
         "The noise scale says, in prompts, at which batch size the gradient's noise equals its signal: a step with "
         "far fewer prompts follows noise, one with far more gains little by them."
     )
+    if any(run.rows("resampling/num_rounds") for run in runs):
+        text += " Where uninformative groups were replaced, it is that of accepted groups, not of all prompts."
     return Section("How noisy the gradient is", text, figures) if figures else None
 
 

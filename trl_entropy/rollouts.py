@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 from trl.trainer import grpo_trainer
@@ -44,7 +44,7 @@ class RolloutBatch:
     def from_micro_batches(cls, micro_batches: list[dict[str, Any]]) -> RolloutBatch:
         """Join the micro-batches of one optimizer step; those of one generation are padded alike by TRL."""
         return cls(
-            **{name: _join([batch[name] for batch in micro_batches], name) for name in cls.__dataclass_fields__}
+            **{name: join_rows([batch[name] for batch in micro_batches], name) for name in cls.__dataclass_fields__}
         )
 
     @property
@@ -59,21 +59,44 @@ class RolloutBatch:
     def lengths(self) -> Int[Tensor, " B"]:
         return self.completion_mask.sum(dim=1)
 
+    @property
+    def accepted(self) -> Bool[Tensor, " P"]:
+        """By group, in the order of their number: whether its rewards differ (`resample_uninformative_groups`)."""
+        _, groups = self.prompt_index.unique(return_inverse=True)
+        return groups_with_different_rewards(self.rewards, groups)
 
-def _join(parts: list[Tensor], name: str) -> Tensor:
-    """Concatenate along rows; pad to the widest part, prompts on the left, the rest on the right, with zeros."""
+
+def join_rows(parts: list[Tensor], name: str, fill: int = 0) -> Tensor:
+    """Concatenate along rows; pad to the widest part with `fill`, prompts on the left, the rest on the right."""
     if parts[0].ndim == 1:
         return torch.cat(parts)
     width = max(part.shape[1] for part in parts)
     missing = [width - part.shape[1] for part in parts]
     sides = [(gap, 0) if name.startswith("prompt") else (0, gap) for gap in missing]
-    return torch.cat([torch.nn.functional.pad(part, side) for part, side in zip(parts, sides, strict=True)])
+    return torch.cat(
+        [torch.nn.functional.pad(part, side, value=fill) for part, side in zip(parts, sides, strict=True)]
+    )
 
 
 def group_numbers(num_rows: int, num_generations: int, process_index: int, device: torch.device) -> Int[Tensor, " B"]:
     """Number of each local row's prompt group: TRL hands rows out in order, G after G, over the processes."""
     first = process_index * num_rows
     return torch.arange(first, first + num_rows, device=device) // num_generations
+
+
+def groups_with_different_rewards(rewards: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> Bool[Tensor, " P"]:
+    """
+    Which groups have two completions of different rewards: only those have an advantage that is not 0.
+
+    Args:
+        rewards: NaN where no function scored the completion; it then is no evidence.
+        groups: number of each completion's group, 0 to P - 1.
+    """
+    scored, num_groups = ~rewards.isnan(), int(groups.max()) + 1
+    highest, lowest = (rewards.new_full((num_groups,), sign * torch.inf) for sign in (-1, 1))
+    highest.scatter_reduce_(0, groups[scored], rewards[scored], "amax")
+    lowest.scatter_reduce_(0, groups[scored], rewards[scored], "amin")
+    return highest > lowest
 
 
 def shuffle_groups(rows: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections import defaultdict, deque
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback
@@ -22,7 +21,6 @@ from trl_entropy.callbacks import RunLogCallback, StopOnSignal, UpdateEvents
 from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import printing_plain_text
 from trl_entropy.control import controls
-from trl_entropy.data.curriculum import PassRateSampler
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.engine import (
     Engine,
@@ -32,8 +30,8 @@ from trl_entropy.engine import (
     swapped_parameters,
 )
 from trl_entropy.probes import PROBES, Probe
-from trl_entropy.probes.probe_batch import draw_prompts, own_randomness, pack_completions, prompt_key, prompts_of
-from trl_entropy.resumable_trainer import ResumableTrainer
+from trl_entropy.probes.probe_batch import draw_prompts, own_randomness, pack_completions, prompt_key
+from trl_entropy.prompt_selection import PromptSelectingTrainer, check_selection
 from trl_entropy.rollouts import (
     RolloutBatch,
     answer_end,
@@ -48,7 +46,7 @@ from trl_entropy.scores import Completions
 from trl_entropy.step_statistics import StepStatistics
 
 
-class DrGRPOTrainer(ResumableTrainer):
+class DrGRPOTrainer(PromptSelectingTrainer):
     """
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
@@ -73,10 +71,7 @@ class DrGRPOTrainer(ResumableTrainer):
         if args is not None and not isinstance(args, DrGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; DrGRPOTrainer needs a DrGRPOConfig.")
         args = args or DrGRPOConfig(output_dir="DrGRPO")
-        if args.curriculum != "none" and isinstance(kwargs.get("train_dataset"), IterableDataset):
-            raise ValueError(
-                "curriculum='pass_rate' draws rows by number; a streamed dataset has none. Load it whole."
-            )
+        check_selection(args, kwargs.get("train_dataset"))
         toggled = controls(args) + [PROBES[name].from_config(args) for name in args.enabled_probes()]
         super().__init__(
             model,
@@ -172,33 +167,6 @@ class DrGRPOTrainer(ResumableTrainer):
 
     # ---- rollouts
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.curriculum == "none":
-            return super()._get_train_sampler(*args, **kwargs)
-        self._rows_of_prompt: dict[str, list[int]] = defaultdict(list)
-        for row, prompt in enumerate(prompts_of(self.train_dataset)):
-            self._rows_of_prompt[prompt].append(row)
-        self._train_sampler = PassRateSampler(
-            num_prompts=len(self.train_dataset),
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            mini_repeat_count=self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            **self.args.curriculum_settings(),
-        )
-        return self._train_sampler
-
-    def _learn_pass_rates(self) -> None:
-        """Tell the curriculum how the generation's groups did, those of all ranks, and log its buckets."""
-        if not isinstance(self._train_sampler, PassRateSampler):
-            return
-        passed = (self._rewards >= self.args.curriculum_pass_reward).double()
-        rates = passed.view(-1, self.num_generations).mean(dim=1).tolist()
-        prompts = list(self._logs["prompt"])[-len(passed) :: self.num_generations]
-        for prompt, rate in zip(map(prompt_key, prompts), rates, strict=True):
-            self._train_sampler.update(dict.fromkeys(self._rows_of_prompt[prompt], rate))
-        sizes = self._train_sampler.bucket_sizes()
-        self.record({f"curriculum/num_{name}": size for name, size in sizes.items()})
-
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         with whole_group_shuffling():
             return super()._prepare_inputs(generation_batch)
@@ -220,16 +188,12 @@ class DrGRPOTrainer(ResumableTrainer):
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
             batch["advantages"] = batch["advantages"] * batch["length_scale"]
         if training:
-            self._learn_pass_rates()
             self._step_prompts.append({prompt_key(prompt) for prompt in self._logs["prompt"]})  # those of all ranks
             self._num_groups += num_rows * self.accelerator.num_processes // num_generations
         return batch
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
-        unscored = rewards_per_func.isnan().all(dim=1)  # as TRL has it: no function returned a reward
-        self._rewards = weighted.nansum(dim=1).masked_fill(unscored, torch.nan)
         self._record_think_length(completions)
         return rewards_per_func
 
@@ -271,8 +235,15 @@ class DrGRPOTrainer(ResumableTrainer):
         pad_token_id, device = self._tokenizer.pad_token_id, self.accelerator.device
         return pack_completions(prompt_ids, completion_ids, rank * share, pad_token_id, device, logps)
 
-    def write_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
-        """Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective."""
+    def write_probe_file(
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None
+    ) -> None:
+        """
+        Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective.
+
+        Args:
+            distribution: what prompts and groups the numbers are about, where it is not the step's own.
+        """
         width = torch.tensor([tensors["completion_mask"].shape[1]], device=self.accelerator.device)
         missing = int(self.accelerator.gather(width).max() - width)  # columns of completion that other ranks have more
         gathered = {}
@@ -281,15 +252,18 @@ class DrGRPOTrainer(ResumableTrainer):
                 rows = torch.nn.functional.pad(rows, (0, missing))
                 rows = self.accelerator.pad_across_processes(rows, dim=1, pad_first=True)
             gathered[name] = self.accelerator.gather(rows)
-        self.write_gathered_probe_file(probe, step, gathered)
+        self.write_gathered_probe_file(probe, step, gathered, distribution)
 
-    def write_gathered_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
+    def write_gathered_probe_file(
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None
+    ) -> None:
         """Write `probes/<probe>/step_*.safetensors` on the main process, from tensors of all processes. Local."""
         if self.is_world_process_zero() and self.args.probe_files_keep != 0:
             metadata = {
                 "temperature": self.temperature,
                 "learning_rate": self._get_learning_rate(),
                 "sampler": "vllm" if "sampling_logps" in tensors else "policy",
+                "distribution": distribution or self.args.distribution_of_rollouts(),
             }
             run = RunDirectory(self.args.output_dir)
             run.write_probe_file(probe, step, tensors, metadata, self.args.probe_files_keep)

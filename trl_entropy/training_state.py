@@ -43,7 +43,7 @@ def collect(trainer: DrGRPOTrainer) -> dict[str, Any]:
     return {
         "step": trainer._step,
         "buffered_inputs": trainer._buffered_inputs if inside_window else None,
-        "logs": _plain_logs(trainer._logs) if inside_window else None,
+        "logs": plain_logs(trainer._logs) if inside_window else None,
         "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
         "log_window": {
             "tr_loss": trainer._tr_loss.detach().clone(),
@@ -52,6 +52,7 @@ def collect(trainer: DrGRPOTrainer) -> dict[str, Any]:
         "num_groups": trainer._num_groups,
         "step_prompts": [sorted(prompts) for prompts in trainer._step_prompts],
         "curriculum": sampler.state_dict() if isinstance(sampler, PassRateSampler) else None,
+        "replacements": None if trainer._replacements is None else trainer._replacements.state_dict(),
         "probes": {name: probe.state_dict() for name, probe in trainer.named_probes().items()},
     }
 
@@ -60,13 +61,15 @@ def restore(trainer: DrGRPOTrainer, state: dict[str, Any]) -> None:
     trainer._step = state["step"]
     trainer._buffered_inputs = send_to_device(state["buffered_inputs"], trainer.accelerator.device)
     if state["logs"] is not None:
-        _restore_logs(trainer._logs, state["logs"])
+        restore_logs(trainer._logs, state["logs"])
     trainer._metrics["train"] = defaultdict(list, state["metrics"])
     trainer._num_groups = state["num_groups"]
     trainer._step_prompts = deque(map(set, state["step_prompts"]), maxlen=trainer._step_prompts.maxlen)
     trainer._log_window = state["log_window"]
     if state["curriculum"] is not None:
         trainer._train_sampler.load_state_dict(state["curriculum"], trainer.resumed_within_epoch)
+    if trainer._replacements is not None:
+        trainer._replacements.load_state_dict(state["replacements"], within_epoch=False)
     for name, probe in trainer.named_probes().items():
         if name in state["probes"]:  # a probe may be turned on later
             probe.load_state_dict(state["probes"][name])
@@ -81,16 +84,19 @@ def restore_log_window(trainer: DrGRPOTrainer) -> None:
         trainer._log_window = None
 
 
-def _plain_logs(logs: dict[str, Any]) -> dict[str, Any]:
-    """TRL's tables of the last completions without images, deques as lists."""
+def plain_logs(logs: dict[str, Any], last: int = 0) -> dict[str, Any]:
+    """TRL's tables of the last completions without images, deques as lists; of the `last` rows only, 0: all."""
     return {
-        name: {key: list(column) for key, column in value.items()} if isinstance(value, dict) else list(value)
+        name: {key: list(column)[-last:] for key, column in value.items()}
+        if isinstance(value, dict)
+        else list(value)[-last:]
         for name, value in logs.items()
         if name != "images"
     }
 
 
-def _restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
+def restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Put what [`plain_logs`] took in place of the tables' rows."""
     for name, value in saved.items():
         columns = value.items() if isinstance(value, dict) else [(None, value)]
         for key, rows in columns:

@@ -62,3 +62,14 @@ def test_sync_gradients_is_set_before_the_micro_batch():
 
 def test_the_hook_for_checkpointed_embeddings_has_its_name():
     assert f"def {scores.INPUT_GRAD_HOOK}(" in inspect.getsource(PreTrainedModel), "scores takes this hook out"
+
+
+def test_a_generation_can_be_made_in_rounds():
+    text = source(GRPOTrainer._generate_and_score_completions)
+    assert "num_items_in_batch = self.accelerator.gather(loss_mask.sum()).sum()" in text, "a filled batch counts anew"
+    assert 'self._metrics[mode]["reward"].append(' in text, "PromptSelectingTrainer keeps the first round's values"
+    assert '["num_tokens"] = [self.state.num_input_tokens_seen]' in source(GRPOTrainer._generate)
+    assert '"prompt": deque(maxlen=args.generation_batch_size)' in source(GRPOTrainer.__init__), (
+        "a round's rows are last"
+    )
+    assert "self._generate_and_score_completions(generation_batch)" in source(GRPOTrainer._prepare_inputs)

@@ -52,6 +52,15 @@ def test_round_robin_inside_a_bucket():
     assert rows[2] == rows[0]
 
 
+def test_what_is_excluded_is_not_drawn_and_keeps_its_turn():
+    source = sampler(num_prompts=10, batch_size=5)
+    first = source.draw(4, exclude={0, 1, 2})
+    assert len(set(first)) == 4 and not {0, 1, 2} & set(first)
+    rest = source.draw(9, exclude=first)
+    assert sorted(first + rest) == list(range(10))  # six were left, and those came in their order
+    assert source.draw(2) == first[:2]
+
+
 def test_buckets_without_weight_are_drawn_when_nothing_else_is_left():
     source = sampler(num_prompts=8, batch_size=8, weights=(1.0, 0.0, 0.0))
     assert sorted(source) == list(range(8))

@@ -31,6 +31,11 @@ def reward(completion_ids, **kwargs) -> list[float]:
     return [sum(token % 3 for token in ids) / len(ids) for ids in completion_ids]
 
 
+def sparse_reward(prompts, completion_ids, **kwargs) -> list[float]:
+    """Equal in many groups; no prompt with a 4 is ever right."""
+    return [float(sum(ids) % 3 == 0 and "4" not in p) for p, ids in zip(prompts, completion_ids, strict=True)]
+
+
 def train(
     output_dir: Path,
     name: str,
@@ -38,8 +43,10 @@ def train(
     lora: bool = False,
     fails: bool = False,
     keeps_parameters: bool = False,
+    equal_often: bool = False,
     **settings,
 ) -> None:
+    from accelerate.utils import gather_object
     from datasets import Dataset
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -49,7 +56,9 @@ def train(
 
     class ReplayTrainer(DrGRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            return replayed(prompt_ids, 300), None
+            everywhere = gather_object(prompt_ids)  # a group may lie on two ranks
+            begin = self.accelerator.process_index * len(prompt_ids)
+            return replayed(everywhere, 300)[begin : begin + len(prompt_ids)], None
 
     class Failing(Probe):
         def on_after_update(self, args, state, control, *, engine, **kwargs):
@@ -93,7 +102,7 @@ def train(
     peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None
     trainer = ReplayTrainer(
         model=model_path,
-        reward_funcs=reward,
+        reward_funcs=sparse_reward if equal_often else reward,
         args=DrGRPOConfig(output_dir=str(output_dir / name), **(defaults | settings)),
         train_dataset=Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(6) for j in range(6)]}),
         processing_class=tokenizer,

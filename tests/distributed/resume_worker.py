@@ -21,7 +21,20 @@ def reward(completion_ids, **kwargs) -> list[float]:
     return [sum(token % 3 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def train(output_dir: Path, name: str, model_path: str, stop_after=None, resume=None, lora=False, **settings) -> None:
+def sparse_reward(completion_ids, **kwargs) -> list[float]:
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+
+
+def train(
+    output_dir: Path,
+    name: str,
+    model_path: str,
+    stop_after=None,
+    resume=None,
+    lora=False,
+    equal_often=False,
+    **settings,
+) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
@@ -57,7 +70,7 @@ def train(output_dir: Path, name: str, model_path: str, stop_after=None, resume=
     }
     trainer = DrGRPOTrainer(
         model=model_path,
-        reward_funcs=reward,
+        reward_funcs=sparse_reward if equal_often else reward,
         args=DrGRPOConfig(output_dir=str(output_dir / name), **(defaults | settings)),
         train_dataset=Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(4) for j in range(8)]}),
         processing_class=AutoTokenizer.from_pretrained(model_path),

@@ -16,12 +16,16 @@ from trl_entropy.scores import Completions, score
 WORKER = Path(__file__).with_name("probe_worker.py")
 SECOND_ORDER = {"entropy_second_order": True, "entropy_placebo": True}
 GRADIENTS = {"noise_scale_probe": True, "noise_scale_halves": True, "fisher_probe": True, "fisher_num_sequences": 16}
+SPARSE = {"resample_uninformative_groups": True, "equal_often": True, "num_prompts_per_step": 6,
+          "per_device_train_batch_size": 12}  # fmt: skip
 RUNS = [
     SECOND_ORDER | GRADIENTS | {"name": "full", "entropy_attribution": "token"},
     SECOND_ORDER
     | GRADIENTS
     | {"name": "lora", "lora": True, "entropy_attribution": "sequence", "gradient_accumulation_steps": 1},
     {"name": "rollouts", "entropy_probe_source": "rollouts"},
+    SPARSE | {"name": "resampling", "noise_scale_probe": True, "noise_scale_halves": True, "max_resample_rounds": 1},
+    SPARSE | {"name": "resampling, rollouts", "entropy_probe_source": "rollouts", "curriculum": "pass_rate"},
 ]
 # bf16: gradients are rounded by their place in the batch, so two ranks make another update than one process.
 BF16 = {"name": "bf16", "bf16": True, "keeps_parameters": True, "learning_rate": 1e-4}
@@ -84,8 +88,10 @@ def test_numbers_are_those_of_one_process(rows_of, engine, run):
                 assert max(value, two[key]) < 1e-4
                 continue  # nothing but rounding
             assert two[key] == pytest.approx(value, rel=1e-3, abs=rounding), key
-        change = "entropy/delta_in_sample" if run == "rollouts" else "entropy/delta_measured"
+        change = "entropy/delta_in_sample" if "rollouts" in run else "entropy/delta_measured"
         assert one[f"{change}_stderr"] > 100 * rounding
+    if "resampling" in run:
+        assert sum(row["resampling/num_rounds"] for row in expected) >= 2
 
 
 @pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu", "zero3-cpu"])

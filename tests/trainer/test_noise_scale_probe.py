@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trl_entropy import DrGRPOConfig
@@ -184,13 +185,35 @@ def test_micro_batches_do_not_matter(trained, lora):
         assert one[0][key] == pytest.approx(two[0][key], rel=1e-5) == pytest.approx(parts[0][key], rel=1e-5), key
 
 
+def half_equal(prompts, completion_ids, **kwargs):
+    odd = [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+    return [0.5 if prompt[0] in "ABCD" else value for prompt, value in zip(prompts, odd, strict=True)]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_kept_groups_are_left_out(trained, lora):
+    """The step has all eight prompts, so nothing can replace four of them; (T14a) on the others, by pairs."""
+    settings = {"gradient_accumulation_steps": 2, "resample_uninformative_groups": True, "reward_funcs": half_equal}
+    keep, trainer, run = trained(lora=lora, halves=True, probe_batch_size=12, **settings)
+    row, accepted = run.metrics()[-1], keep.rollouts.accepted
+    assert row["resampling/num_kept_uninformative"] == 4 == row["noise_scale/num_prompts"] == accepted.sum()
+    rows = rows_float64(trainer.model, keep)[accepted]
+    gram = rows @ rows.T
+    signal = (gram.sum() - gram.trace()).item() / 12
+    mean_norm = gram.trace().item() / 4
+    assert row["noise_scale/grad_sq_norm"] == pytest.approx(signal, rel=1e-3, abs=1e-4 * mean_norm)
+    assert row["noise_scale/grad_variance_trace"] == pytest.approx(mean_norm - signal, rel=1e-4)
+    assert row["noise_scale/gradient_error"] < 5e-5 and row["noise_scale/between_prompt_trace_stderr"] > 0
+    path = run.path / "probes" / "noise_scale" / "step_000002.safetensors"
+    assert torch.equal(load_file(path)["prompt_index"], keep.rollouts.prompt_index.unique()[accepted])
+    assert torch.allclose(load_file(path)["group_sq_norms"], gram.diagonal(), rtol=1e-4)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["distribution"] == "accepted groups"
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_groups_without_gradient_stay(trained, lora):
-    def reward(prompts, completion_ids, **kwargs):
-        odd = [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
-        return [0.5 if prompt[0] in "ABCD" else value for prompt, value in zip(prompts, odd, strict=True)]
-
-    _, _, run = trained(lora=lora, reward_funcs=reward, gradient_accumulation_steps=2)
+    _, _, run = trained(lora=lora, reward_funcs=half_equal, gradient_accumulation_steps=2)
     file = load_file(run.path / "probes" / "noise_scale" / "step_000001.safetensors")
     assert len(file["group_sq_norms"]) == 8 and (file["group_sq_norms"] == 0).sum() == 4
     assert run.metrics()[0]["noise_scale/gradient_error"] < 5e-5

@@ -26,6 +26,11 @@ EVERY_PROBE = {
 STEPS = 5
 
 
+def sparse_reward(completion_ids, **kwargs):
+    """Equal in every fifth group of four."""
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -79,6 +84,15 @@ CASES = {
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2},
     "curriculum": {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_pass_reward": 0.5},
     "curriculum in the second epoch": {"curriculum": "pass_rate", "per_device_train_batch_size": 32},
+    "resampling": {"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "dataset_factor": 2},
+    "resampling by pass rate": {
+        **{"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "curriculum": "pass_rate"},
+        **{"curriculum_ema": 1.0, "noise_scale_probe": True, "lora": True},
+    },
+    "resampling inside a generation window": {
+        **{"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "max_resample_rounds": 1},
+        **{"steps_per_generation": 3, "dataset_factor": 6, "log_completions": True, "num_completions_to_print": 0},
+    },
     "completions": {"log_completions": True, "num_completions_to_print": 0, "steps_per_generation": 2},
 }
 
@@ -108,6 +122,8 @@ def test_resumed_is_uninterrupted(make_trainer, problems, tmp_path, case):
     assert files == {
         p.relative_to(expected.path) for p in [*expected.path.glob("probes/*/*"), *expected.path.glob("comp*/*")]
     }
+    if "resampling" in case:
+        assert sum(row.get("resampling/num_rounds", 0) for row in got.metrics()) >= 2
     if case == "second epoch":
         assert got.metrics()[-1]["epoch"] > 2
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trl_entropy import DrGRPOConfig
@@ -13,6 +14,7 @@ from trl_entropy.estimators.step_change import point_terms
 from trl_entropy.precision import float64_reference
 from trl_entropy.probes import PROBES, RolloutEntropyProbe
 from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
+from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.run_log import RunDirectory
 from trl_entropy.scores import halved_on_out_of_memory, score
 
@@ -167,6 +169,16 @@ def variance_by_components(pairs, num_prompts):
     return variance, (p - 1) / p * sum((value - mean) ** 2 for value in left_out)
 
 
+def metric_at_rate(learning_rate, keep, args):
+    """lr c (1-b1)/(1-b1^t) M of before the step, 0 where there never was a gradient."""
+    known = keep.exp_avg_sq > 0
+    metric = torch.zeros_like(keep.exp_avg_sq)
+    v_hat = keep.exp_avg_sq[known] / (1 - args.adam_beta2 ** (keep.step - 1))
+    coefficient = learning_rate * keep.clip * (1 - args.adam_beta1) / (1 - args.adam_beta1**keep.step)
+    metric[known] = coefficient / (v_hat.sqrt() + args.adam_epsilon)
+    return metric
+
+
 def test_change_is_that_of_float64_loops(trained):
     keep, trainer, logged = trained(gradient_accumulation_steps=2, learning_rate=1e-4, probe_batch_size=64)
     row, args = logged[-1], trainer.args
@@ -174,12 +186,8 @@ def test_change_is_that_of_float64_loops(trained):
     x, y = rows_float64(trainer.model, keep)
     assert relative(keep.rows.entropy.double() - x, x) < 1e-4
     assert relative(keep.rows.loss.double() - y, y) < 1e-4
-    known = keep.exp_avg_sq > 0
-    metric = torch.zeros_like(keep.exp_avg_sq)
-    v_hat = keep.exp_avg_sq[known] / (1 - args.adam_beta2 ** (keep.step - 1))
-    coefficient = 1e-4 / 2 * keep.clip * (1 - args.adam_beta1) / (1 - args.adam_beta1**keep.step)
-    metric[known] = coefficient / (v_hat.sqrt() + args.adam_epsilon)
-    assert row["entropy/num_coordinates_without_metric"] == (~known).sum()
+    metric = metric_at_rate(1e-4 / 2, keep, args)
+    assert row["entropy/num_coordinates_without_metric"] == (metric == 0).sum()
     assert keep.update.learning_rate[next(iter(keep.params))] == pytest.approx(1e-4 / 2)
     for rows, tolerance in ((keep.rows, 1e-6), ((x, y), 1e-2)):
         u, plain, pairs = u_by_loops(rows[0].double(), rows[1].double(), metric)
@@ -207,12 +215,37 @@ def check_in_sample_change(run, rows):
         assert row["entropy/delta_in_sample_stderr"] > 0
 
 
-def test_groups_without_gradient_stay(trained):
-    def reward(prompts, completion_ids, **kwargs):
-        odd = [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
-        return [0.5 if prompt[0] in "ABCD" else value for prompt, value in zip(prompts, odd, strict=True)]
+def half_equal(prompts, completion_ids, **kwargs):
+    odd = [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+    return [0.5 if prompt[0] in "ABCD" else value for prompt, value in zip(prompts, odd, strict=True)]
 
-    keep, _, rows = trained(reward_funcs=reward, gradient_accumulation_steps=2)
+
+def test_kept_groups_are_left_out(trained):
+    """The step has all eight prompts, so nothing can replace four of them; (T14a) on the others, by loops."""
+    keep, trainer, logged = trained(
+        reward_funcs=half_equal, gradient_accumulation_steps=2, learning_rate=1e-4, resample_uninformative_groups=True
+    )
+    row, u, args = logged[-1], keep.rollouts, trainer.args
+    assert row["resampling/num_kept_uninformative"] == 4 == u.accepted.sum() and len(u.accepted) == 8
+    accepted = torch.isin(u.prompt_index, u.prompt_index.unique()[u.accepted])
+    keep.rollouts = RolloutBatch(**{name: getattr(u, name)[accepted] for name in RolloutBatch.__dataclass_fields__})
+    x, y = rows_float64(trainer.model, keep)
+    cross, plain, _ = u_by_loops(x, y, metric_at_rate(1e-4 / 2, keep, args))
+    assert row["entropy/delta_cross_prompt"] == pytest.approx(-cross / 2, rel=1e-2, abs=1e-2 * abs(plain))
+    assert row["entropy/delta_same_sample"] == pytest.approx(-plain / 2, rel=1e-2)
+    assert row["entropy/rollouts_gradient_error"] < 1e-5 and row["entropy/num_completions"] == 16
+    path = RunDirectory(args.output_dir).path / "probes" / "entropy" / "step_000002.safetensors"
+    file, mask = load_file(path), accepted.double()
+    weights = mask[:, None] * file["completion_mask"].double()
+    assert torch.equal(file["accepted"], accepted)
+    entropy = (weights * file["entropy_before"]).sum() / weights.sum()
+    assert row["entropy/probe"] == pytest.approx(entropy.item(), rel=1e-6) != row["entropy/policy"]
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata()["distribution"] == "accepted groups"
+
+
+def test_groups_without_gradient_stay(trained):
+    keep, _, rows = trained(reward_funcs=half_equal, gradient_accumulation_steps=2)
     is_zero = (keep.rows.loss == 0).all(1)
     assert len(is_zero) == 8 and is_zero.sum() == 4
     assert relative(keep.rows.loss.double().sum(0) / 8 - keep.gradient, keep.gradient) < 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class PassRateSampler(Sampler[int]):
         self._drawn, replay = [], self._to_replay
         self._to_replay = []
         for number in range(self.num_prompts // self.batch_size):
-            self._drawn.append(replay[number] if number < len(replay) else self._draw())
+            self._drawn.append(replay[number] if number < len(replay) else self.draw(self.batch_size))
             for _ in range(self.repeat_count):
                 for index in self._drawn[-1]:
                     yield from [index] * self.mini_repeat_count
@@ -83,21 +83,22 @@ class PassRateSampler(Sampler[int]):
     def _buckets(self) -> Tensor:
         return (self.rates >= self.bounds[0]).long() + (self.rates > self.bounds[1]).long()
 
-    def _draw(self) -> list[int]:
-        """The prompts of one generation."""
-        buckets, chosen = self._buckets(), []
-        waiting = [self._by_turn(buckets == number) for number in range(len(BUCKETS))]
-        for _ in range(self.batch_size):
+    def draw(self, num_prompts: int, exclude: Collection[int] = ()) -> list[int]:
+        """Distinct rows that are not in `exclude`, in the order in which they come: fewer when there are no more."""
+        buckets, chosen = self._buckets(), list[int]()
+        waiting = [self._by_turn(buckets == number, exclude) for number in range(len(BUCKETS))]
+        while len(chosen) < num_prompts and any(waiting):
             number = self._draw_bucket([bool(queue) for queue in waiting])
             chosen.append(waiting[number].pop())
             self._turn[chosen[-1]] = self._next_turn
             self._next_turn += 1
         return chosen
 
-    def _by_turn(self, members: Tensor) -> list[int]:
+    def _by_turn(self, members: Tensor, exclude: Collection[int]) -> list[int]:
         """Rows of a bucket, the one that was drawn longest ago last."""
         rows = members.nonzero().squeeze(1)
-        return rows[self._turn[rows].argsort(descending=True)].tolist()
+        ordered = rows[self._turn[rows].argsort(descending=True)].tolist()
+        return [row for row in ordered if row not in exclude] if exclude else ordered
 
     def _draw_bucket(self, filled: list[bool]) -> int:
         weights: Float[Tensor, " buckets"] = self.weights * torch.tensor(filled)

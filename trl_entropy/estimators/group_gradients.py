@@ -90,6 +90,16 @@ def cross_prompt_change(gram: Float[Tensor, "P P"]) -> CrossPromptChange:
     return CrossPromptChange(negative, math.sqrt(jackknife_variance(row_means(gram))), -float(gram.double().mean()))
 
 
+def accepted_gram(gram: Float[Tensor, "P P"], accepted: Bool[Tensor, "P"]) -> Float[Tensor, "N N"]:
+    """(T14a), (T17): X_n' M Y_m of the N accepted groups alone, where N of them make the step's gradient of P groups.
+
+    X_n are of the entropy of accepted groups: with their h, sum(T) and N for P. Y_m are N times the group's share of
+    the loss gradient, N/P times what `gram` has, so that their mean is the step's gradient. Given N, U is unbiased for
+    what the expected step does to that entropy.
+    """
+    return gram[accepted][:, accepted] * (float(accepted.sum()) / len(accepted))
+
+
 def relative_gradient_error(
     loss_row_sum: Float[Tensor, "D"], num_prompts: int, gradient: Float[Tensor, "D"]
 ) -> Float[Tensor, ""]:

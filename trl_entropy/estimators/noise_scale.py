@@ -2,7 +2,8 @@
 
 The independent unit is the prompt group: its completions share a prompt and their advantages sum to zero. Rows Y_n are
 P times group n's share of the loss gradient, before clipping, so that g = mean_n Y_n. A group with zero gradient is a
-group: it stays in P. If groups were filtered or resampled, it is the noise of the accepted distribution that is read.
+group: it stays in P. If groups were resampled, it is the noise of the accepted distribution that is read, and groups
+that were kept only because the bound was reached must be left out (`accepted_products`).
 
 |x|^2 and x . y below may be the optimizer's, x' M x and x' M y with M from *before* the step (T16): the same functions
 on other numbers. With this step's own gradient in M, M depends on the sample and nothing is unbiased.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trl_entropy.estimators.estimate import Estimate
@@ -60,6 +61,18 @@ def group_products(
         products[0] += part.square() @ weights.double()
         products[1] += part @ (weights.double() * gradient.double())
     return GroupProducts(*products)
+
+
+def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> GroupProducts:
+    """(T14a): the products of the N accepted groups alone, of P; the others have no gradient.
+
+    Their mean Y_n is P/N times the step's gradient. Given N the accepted groups are independent, so (T14) of these
+    products is unbiased for one accepted group's |G|^2 and tr(Sigma); N < 2: nan. With the others left in it is not:
+    their number depends on the rest.
+    """
+    num_accepted = int(accepted.sum())
+    sq_norms, dot_batch = (values[accepted] for values in products)
+    return GroupProducts(sq_norms, dot_batch * (len(accepted) / num_accepted if num_accepted > 1 else math.nan))
 
 
 def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> float:

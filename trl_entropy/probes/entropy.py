@@ -319,7 +319,7 @@ class EntropyProbe(Probe):
         tensors = self._completions.tensors()
         tensors |= {"logps_before": before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": before.entropy[0], "entropy_after": after.entropy[0]}
-        trainer.write_probe_file(self.name, step, tensors)
+        trainer.write_probe_file(self.name, step, tensors, distribution="all prompts")
         trainer.write_rollouts(step)
 
 

@@ -17,6 +17,7 @@ from trl_entropy.estimators.adamw import live_preconditioner
 from trl_entropy.estimators.noise_scale import (
     GroupProducts,
     NoiseScaleRecord,
+    accepted_products,
     group_products,
     jackknifed_parts,
     relative_product_error,
@@ -50,6 +51,9 @@ class NoiseScaleProbe(Probe):
 
     (T16) begins with the optimizer's second step: at the first there is no M, and other optimizers have none. Errors
     are those of the jackknife over prompts, hence conservative. Completions of a prompt never count as independent.
+
+    With `resample_uninformative_groups` all of it is of accepted groups (T14a): P counts them, and those that were
+    kept uninformative are left out; without, of all prompts as they are drawn.
 
     With `halves` tr(Sigma) is split into what prompts differ in and what completions of a prompt do, by a further
     extra pass of the float32 model in which each half of a group has advantages of its own.
@@ -110,11 +114,16 @@ class NoiseScaleProbe(Probe):
             local, prompts = self._from_training(engine, update, metric)
         products = [_gathered(one, engine.accelerator) for one in local]
         metrics["noise_scale/gradient_error"] = relative_product_error(products[0], update.grad_norm**2)
-        metrics["noise_scale/num_prompts"] = len(products[0].sq_norms)
+        prompts = engine.accelerator.gather(prompts)
         halves = self._half_products(args, engine, update, rollouts) if self.halves else None
+        if args.resample_uninformative_groups:
+            accepted = engine.accelerator.gather(rollouts.accepted)
+            products, prompts = [accepted_products(one, accepted) for one in products], prompts[accepted]
+            halves = None if halves is None else halves[accepted]
+        metrics["noise_scale/num_prompts"] = len(prompts)
         for name, one in zip(_METRICS, products, strict=False):  # the metric's are not there at the first step
             metrics |= self._measured(name, one, halves if name == "simple" else None)
-        self._write(trainer, state.global_step + 1, engine.accelerator.gather(prompts), products)
+        self._write(trainer, state.global_step + 1, prompts, products)
 
     # ---- resuming
 

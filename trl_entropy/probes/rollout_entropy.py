@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.estimators.delta_entropy import RatioTerms, delta_measured, entropy_terms, policy_entropy
-from trl_entropy.estimators.group_gradients import cross_prompt_change, relative_gradient_error, update_metric
+from trl_entropy.estimators.group_gradients import (
+    accepted_gram,
+    cross_prompt_change,
+    relative_gradient_error,
+    update_metric,
+)
 from trl_entropy.estimators.importance import effective_sample_size, importance_weights
 from trl_entropy.group_rows import GroupRows, flat, gram_of_all_rows, group_rows
 from trl_entropy.probes.adamw_step import adamw_settings
@@ -25,6 +31,14 @@ logger = logging.getLogger(__name__)
 MAX_ROWS_BYTES = 8 * 2**30
 
 
+class Accepted(NamedTuple):
+    """Which groups and completions of all ranks are measured, and which completions of this one."""
+
+    of_groups: Bool[Tensor, " P"]
+    of_rows: Bool[Tensor, " N"]
+    here: Bool[Tensor, " B"]
+
+
 class RolloutEntropyProbe(Probe):
     """
     Entropy change of a step on its own rollouts U, without any generation: `entropy_probe_source="rollouts"`.
@@ -34,6 +48,9 @@ class RolloutEntropyProbe(Probe):
     (`entropy/delta_same_sample`). M is that before the step, so there is neither at the optimizer's first step.
     After the update, (T7) on U (`entropy/delta_in_sample`): it carries the self-influence, momentum and decay, and is
     never to be compared with (T17).
+
+    With `resample_uninformative_groups` all of it is of accepted groups: the entropy is theirs, pairs are of them
+    alone (T14a), and groups that were kept uninformative count in nothing but the step's P; without, of all prompts.
 
     Needs the on-policy Dr-GRPO loss (T2) and AdamW; what else it refuses, `DrGRPOConfig.check_rollouts_source` says.
     Gradients are of the float32 model without dropout; `entropy/rollouts_gradient_error` says how far their sum is
@@ -70,9 +87,11 @@ class RolloutEntropyProbe(Probe):
         update.check_adamw()
         accelerator = engine.accelerator
         self._completions = Completions.of(rollouts)
+        self._accepted = accepted_of(args, rollouts, accelerator)
         self._before = self._score(engine, args, update.params_before)
         self._terms = self._entropy_terms(self._before, accelerator)
-        self._prompts = accelerator.gather(self._completions.prompt_index)
+        prompts = accelerator.gather(self._completions.prompt_index)
+        self._prompts = prompts[self._accepted.of_rows]
         entropy = policy_entropy(self._terms).estimate(self._prompts)
         metrics |= {"entropy/probe": entropy.value, "entropy/probe_stderr": entropy.stderr}
         metrics["entropy/num_completions"] = entropy.num_samples
@@ -108,22 +127,22 @@ class RolloutEntropyProbe(Probe):
             return score(model, self._completions, args.temperature, self.batch_size, params)
 
     def _entropy_terms(self, scores: TokenScores, accelerator: Accelerator) -> RatioTerms:
-        """The terms of (T6) of all ranks' completions, in rank order. Collective."""
+        """The terms of (T6) of all ranks' accepted completions, in rank order. Collective."""
         mask = self._completions.completion_mask
         weights = importance_weights(scores.logps[0], self._before.logps[0], mask)
         terms = torch.stack(entropy_terms(scores.entropy[0], weights, mask), dim=1)
-        return RatioTerms(*accelerator.gather(terms).unbind(1))
+        return RatioTerms(*accelerator.gather(terms)[self._accepted.of_rows].unbind(1))
 
     def _predicted_changes(
         self, args: Any, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
     ) -> dict[str, float]:
         """(T17) from the groups of all ranks. Collective."""
         accelerator = engine.accelerator
-        num_prompts = len(self._prompts.unique())
-        rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_prompts)
+        num_prompts, num_accepted = len(self._accepted.of_groups), int(self._accepted.of_groups.sum())
+        rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_accepted)
         names = list(engine.parameters)
         gram = gram_of_all_rows(*rows, accelerator, flat(metric_of(update), names))
-        change = cross_prompt_change(gram)
+        change = cross_prompt_change(accepted_gram(gram, self._accepted.of_groups))
         row_sum, gradient = accelerator.reduce(rows.loss.sum(0)), flat(update.gradient, names)
         return {
             "entropy/delta_cross_prompt": change.cross_prompt.value,
@@ -151,7 +170,16 @@ class RolloutEntropyProbe(Probe):
         tensors = self._completions.tensors()
         tensors |= {"logps_before": self._before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": self._before.entropy[0], "entropy_after": after.entropy[0]}
+        if trainer.args.resample_uninformative_groups:
+            tensors["accepted"] = self._accepted.here
         trainer.write_probe_file(self.name, step, tensors)
+
+
+def accepted_of(args: Any, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
+    """All, unless uninformative groups were replaced: then those that are informative. Collective."""
+    prompts, numbers = rollouts.prompt_index.unique(return_inverse=True)
+    groups = rollouts.accepted if args.resample_uninformative_groups else torch.ones_like(prompts, dtype=torch.bool)
+    return Accepted(accelerator.gather(groups), accelerator.gather(groups[numbers]), groups[numbers])
 
 
 def check_memory(num_groups: int, model: nn.Module) -> None:
