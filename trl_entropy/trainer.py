@@ -282,13 +282,14 @@ class DrGRPOTrainer(ResumableTrainer):
             gathered[name] = self.accelerator.gather(rows)
         self.write_gathered_probe_file(probe, step, gathered)
 
-    def write_gathered_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor]) -> None:
+    def write_gathered_probe_file(self, probe: str, step: int, tensors: dict[str, Tensor], **more: str) -> None:
         """Write `probes/<probe>/step_*.safetensors` on the main process, from tensors of all processes. Local."""
         if self.is_world_process_zero() and self.args.probe_files_keep != 0:
             metadata = {
                 "temperature": self.temperature,
                 "learning_rate": self._get_learning_rate(),
                 "sampler": "vllm" if "sampling_logps" in tensors else "policy",
+                **more,
             }
             run = RunDirectory(self.args.output_dir)
             run.write_probe_file(probe, step, tensors, metadata, self.args.probe_files_keep)
