@@ -123,8 +123,8 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def measure(kernels: Kernels, rounds: int) -> None:
-    functions = kernels.functions()
+def measure(kernels: Kernels, rounds: int, ways: list[str] | None) -> None:
+    functions = {name: f for name, f in kernels.functions().items() if ways is None or name in ["plain", *ways]}
     memory = {name: peak_memory(function) for name, function in functions.items()}  # warms up too
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 512, 1024])
     parser.add_argument("--num-sequences", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--ways", nargs="+", help="leave the others out, `plain` apart")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     for hidden in options.hidden:
@@ -156,7 +157,7 @@ def main() -> None:
                 f"hidden {hidden}, N = {number}: {kernels.buffer.shape[1]} trainable numbers, {rows:.0f} MiB of rows; "
                 f"{options.rounds} rounds; {torch.get_num_threads()} thread(s)"
             )
-            measure(kernels, options.rounds)
+            measure(kernels, options.rounds, options.ways)
 
 
 if __name__ == "__main__":
