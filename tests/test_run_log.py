@@ -20,6 +20,35 @@ def test_metrics_round_trip_in_order_of_step(tmp_path):
     assert rows[1] == {"step": 2, "reward": 0.5, "num_tokens": 7, "missing": None}
 
 
+def strict_rows(path):
+    """The lines as a reader sees them whose JSON has no nan and no infinity."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_any_reader_opens_the_file_and_ours_restores_what_is_not_finite(tmp_path):
+    run, given = RunDirectory(tmp_path), {"loss": math.nan, "upper": math.inf, "lower": -np.float32("inf"), "kl": 0.5}
+    run.append_metrics(1, given)
+    run.append_metrics(2, {"kl": 0.25, "given": None})
+    expected = {"step": 1, "loss": None, "upper": None, "lower": None, "kl": 0.5}
+    names = {"not_finite": {"loss": "nan", "upper": "inf", "lower": "-inf"}}
+    assert strict_rows(run.metrics_path) == [expected | names, {"step": 2, "kl": 0.25, "given": None}]
+    run.cut_after(1)
+    assert strict_rows(run.metrics_path) == [expected | names]
+    (row,) = run.metrics()
+    assert math.isnan(row.pop("loss"))
+    assert row == {"step": 1, "upper": math.inf, "lower": -math.inf, "kl": 0.5}
+
+
+def test_lines_of_older_runs_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "upper": Infinity, "loss": NaN}\n')
+    (row,) = RunDirectory(tmp_path).metrics()
+    assert row["upper"] == math.inf and math.isnan(row["loss"])
+
+
 def test_a_repeated_step_counts_once_and_the_last_wins(tmp_path):
     run = RunDirectory(tmp_path)
     for step, reward in ((1, 0.1), (2, 0.2), (2, 0.3)):

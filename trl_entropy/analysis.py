@@ -151,6 +151,19 @@ class Run:
         names = pd.MultiIndex.from_arrays([arrays["prompt_index"], arrays["rows"]], names=["prompt_index", "row"])
         return pd.DataFrame(arrays["kernel"], index=names, columns=names).sort_index().sort_index(axis=1)
 
+    def kernel_shares(self, step: int) -> pd.DataFrame:
+        """
+        What of the trace of a step's Fisher kernel each parameter makes, in their order: `parameter`, `layer` (nan
+        outside of numbered layers), `matrix` (the name within the layer, LoRA's A and B too), `share`; they sum to 1.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self.path / "probes" / "fisher" / f"step_{step:06d}.safetensors", "np") as file:
+            names, norms = json.loads(file.metadata()["parameters"]), file.get_tensor("parameter_norms").sum(axis=1)
+        table = pd.DataFrame({"parameter": names})
+        parts = table["parameter"].str.extract(r"(?:.*\.layers\.(?P<layer>\d+)\.)?(?P<matrix>.*)")
+        return table.assign(layer=parts["layer"].astype(float), matrix=parts["matrix"], share=norms / norms.sum())
+
     # ---- `trl-entropy evaluate`
 
     @functools.cached_property

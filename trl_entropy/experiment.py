@@ -7,6 +7,7 @@ import sys
 
 EXPERIMENTS = {
     "agreement": "predicted against measured over runs with every step probed, by thirds; reads metrics only",
+    "kernel": "Fisher kernels and spectra of single steps, noise scale, predicted against measured; reads files only",
     "linearity": "how far does first order hold? The step that AdamW would make, shorter and longer",
     "conditioning": "SGD, RMSprop, AdamW with and without momentum: entropy change, alignment, shares",
     "influence": "which update completion moves which probe completion; row sums are the attribution",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -99,13 +99,13 @@ def gram_of_all_rows(
     x: Float[Tensor, "N D"],
     y: Float[Tensor, "N D"],
     accelerator: Accelerator,
-    metric: Float[Tensor, " D"] | None = None,
+    product: Callable[[Tensor, Tensor], Float[Tensor, "N N"]] = cross_gram,
 ) -> Float[Tensor, "M M"]:
-    """x_n' M y_m over the rows of all ranks, in rank order; y travel, one rank's at a time. Collective."""
+    """`product` of x and y, over the rows of all ranks in rank order; y travel, one rank's at a time. Collective."""
     columns = []
     for rank in range(accelerator.num_processes):
         of_rank = y if rank == accelerator.process_index else torch.empty_like(y)
-        columns.append(cross_gram(x, broadcast(of_rank, rank), metric))
+        columns.append(product(x, broadcast(of_rank, rank)))
     return accelerator.gather(torch.cat(columns, dim=1))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
-from trl_entropy.analysis import cosines_of, over_runs
+from trl_entropy.analysis import cosines_of, over_runs, spectrum_of
 from trl_entropy.metrics import PASS_AT_1, unit
 
 # Okabe and Ito's palette.
@@ -208,6 +208,36 @@ def plot_kernel(axes: Axes, kernel: pd.DataFrame) -> Axes:
     axes.figure.colorbar(image, ax=axes, label="cosine")
     axes.set(xlabel="completion", ylabel="completion")
     return axes
+
+
+def plot_spectrum(axes: Axes, kernels: Mapping[str, pd.DataFrame]) -> Axes:
+    """
+    Eigenvalues of Fisher kernels as shares of their sum, from the largest.
+
+    Args:
+        kernels: `Run.kernel(step)` by the label that it gets.
+    """
+    for (label, kernel), (color, marker) in zip(kernels.items(), itertools.cycle(_SERIES)):
+        values = spectrum_of(kernel)
+        axes.plot(values.index, values / values.sum(), color=color, marker=marker, ms=3, lw=1, label=label)
+    axes.set(xlabel="eigenvalue", ylabel="share of the trace", yscale="log")
+    axes.set_ylim(1e-7, 2)  # below is rounding
+    return _finished(axes)
+
+
+def plot_change_slope(axes: Axes, rows: Rows) -> Axes:
+    """
+    Measured on predicted change of the completions' log-probabilities at each step, 95 % over prompts; 1: linear.
+
+    Args:
+        rows: `Run.rows("fisher/change_slope")`.
+    """
+    steps, slopes = series(rows, "fisher/change_slope")
+    errors = [1.96 * row["fisher/change_slope_stderr"] for row in rows]
+    axes.axhline(1, color=GREY, lw=0.8)
+    axes.errorbar(steps, slopes, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label="a step, 95 %")
+    axes.set(xlabel="optimizer step", ylabel="slope, measured on predicted")
+    return _finished(axes)
 
 
 def plot_tokens(axes: Axes, tokens: pd.DataFrame, column: str = "entropy") -> Axes:

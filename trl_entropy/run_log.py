@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_entropy.metrics import unit
+from trl_entropy.strict_json import from_line, to_line
 
 _PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
 CHECKPOINT_SUMMARY = "summary.json"  # of an evaluated checkpoint; a folder without it is not finished
@@ -61,11 +62,15 @@ class RunDirectory:
         self._replace("environment.json", json.dumps(_plain({**describe_environment(), **extra}), indent=2))
 
     def append_metrics(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`; a step is the update from theta_(s-1) to theta_s."""
+        """
+        Append one line to `metrics.jsonl`; a step is the update from theta_(s-1) to theta_s.
+
+        JSON has no nan and no infinity: they are null, and the line's `not_finite` says by name what they were.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self._end_last_line()
         with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **_plain(scalars)}) + "\n")
+            file.write(to_line({"step": step, **_plain(scalars)}) + "\n")
 
     def append_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Put one row into `evaluation/metrics.csv`, in place of an older one of the same step."""
@@ -134,7 +139,7 @@ class RunDirectory:
     def cut_after(self, step: int) -> None:
         """Drop what is of later steps, before a run goes on after `step`: no step is logged twice."""
         if self.metrics_path.exists():
-            lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+            lines = [to_line(row) + "\n" for row in self.metrics() if row["step"] <= step]
             self._replace(self.metrics_path.name, "".join(lines))
         if self.evaluation_path.exists():
             self._write_evaluation([row for row in self.evaluation() if row["step"] <= step])
@@ -163,13 +168,16 @@ class RunDirectory:
     # ---- reader
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Lines of `metrics.jsonl` in order of step; half a line is passed over, of equal steps the last wins."""
+        """
+        Lines of `metrics.jsonl` in order of step, nan and infinities as they were logged; half a line is passed over,
+        of equal steps the last wins.
+        """
         if not self.metrics_path.exists():
             return []
         rows: dict[int, dict[str, Any]] = {}
         for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
             try:
-                row = json.loads(line)
+                row = from_line(line)
             except json.JSONDecodeError:
                 continue  # the run was killed inside this line, or is writing it now
             rows[row["step"]] = row

@@ -255,7 +255,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.write_gathered_probe_file(probe, step, gathered, distribution)
 
     def write_gathered_probe_file(
-        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None, **more: str
     ) -> None:
         """Write `probes/<probe>/step_*.safetensors` on the main process, from tensors of all processes. Local."""
         if self.is_world_process_zero() and self.args.probe_files_keep != 0:
@@ -264,6 +264,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
                 "learning_rate": self._get_learning_rate(),
                 "sampler": "vllm" if "sampling_logps" in tensors else "policy",
                 "distribution": distribution or self.args.distribution_of_rollouts(),
+                **more,
             }
             run = RunDirectory(self.args.output_dir)
             run.write_probe_file(probe, step, tensors, metadata, self.args.probe_files_keep)

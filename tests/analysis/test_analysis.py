@@ -174,6 +174,19 @@ def test_no_file_of_the_package_names_this_machine():
         assert str(Path.home()) not in path.read_text()
 
 
+def test_shares_of_the_kernel_by_layer_and_matrix(real_run):
+    run = load_run(real_run)
+    (*_, step) = run.probe_steps("fisher")
+    shares, arrays = run.kernel_shares(step), run.probe_file("fisher", step)
+    assert shares["share"].sum() == pytest.approx(1) and (shares["share"] >= 0).all()
+    assert sorted(shares["layer"].dropna().unique()) == [0, 1]
+    by_name = shares.set_index("parameter")
+    assert by_name.loc["model.layers.1.self_attn.q_proj.weight", "matrix"] == "self_attn.q_proj.weight"
+    assert by_name.loc["model.norm.weight", "matrix"] == "model.norm.weight"
+    # What the parameters add to K_ii is K_ii
+    assert arrays["parameter_norms"].sum(0) == pytest.approx(np.diag(arrays["kernel"]), rel=1e-5)
+
+
 def test_kernels_by_prompt_and_their_cosines(real_run):
     run = load_run(real_run)
     (*_, step) = run.probe_steps("fisher")

@@ -59,8 +59,8 @@ def build(hidden: int) -> nn.Module:
     return model
 
 
-def batch() -> Tensor:
-    return torch.randint(VOCAB, (NUM_SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+def batch(num_sequences: int) -> Tensor:
+    return torch.randint(VOCAB, (num_sequences, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
 def losses(logits: Tensor, ids: Tensor) -> Tensor:
@@ -71,23 +71,23 @@ def losses(logits: Tensor, ids: Tensor) -> Tensor:
 class Ways:
     """The ways to have the rows, each as a function without arguments."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.ids = model, batch()
+    def __init__(self, model: nn.Module, num_sequences: int = NUM_SEQUENCES) -> None:
+        self.model, self.ids = model, batch(num_sequences)
         self.parameters = trainable_parameters(model)
         num_parameters = sum(param.numel() for param in self.parameters.values())
-        self.buffer = torch.zeros(NUM_SEQUENCES, num_parameters)
+        self.buffer = torch.zeros(num_sequences, num_parameters)
 
     def plain(self) -> None:
         torch.autograd.grad(self._losses(self.ids).sum(), list(self.parameters.values()))
 
     def instead(self) -> None:
-        self._collect(Rows(NUM_SEQUENCES, out=self.buffer), weight_gradients=False)
+        self._collect(Rows(len(self.ids), out=self.buffer), weight_gradients=False)
 
     def beside(self) -> None:
-        self._collect(Rows(NUM_SEQUENCES, out=self.buffer), weight_gradients=True)
+        self._collect(Rows(len(self.ids), out=self.buffer), weight_gradients=True)
 
     def norms(self) -> None:
-        self._collect(SquaredNorms(NUM_SEQUENCES), weight_gradients=False)
+        self._collect(SquaredNorms(len(self.ids)), weight_gradients=False)
 
     def loop(self) -> None:
         params = list(self.parameters.values())
@@ -110,7 +110,7 @@ class Ways:
     def _collect(self, consumer: Consumer, weight_gradients: bool) -> None:
         with SequenceGradients(self.model, consumer, weight_gradients=weight_gradients) as collector:
             values = self._losses(self.ids).sum()
-            with collector.batch(torch.arange(NUM_SEQUENCES)):
+            with collector.batch(torch.arange(len(self.ids))):
                 if weight_gradients:
                     torch.autograd.grad(values, list(self.parameters.values()))
                 else:

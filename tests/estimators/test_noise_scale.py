@@ -135,6 +135,24 @@ def test_a_window_of_past_gradients_is_wrong():
     assert drift > 0.2 * signal
 
 
+def test_a_window_reads_its_own_length_where_noise_dominates():
+    """The plug-in ratio of W past batch gradients reads (W - 1) P prompts at most, whatever the noise scale is."""
+    num_prompts, window, planted = 8, 5, 1000.0
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(window * num_prompts, 20_000, generator=generator, dtype=torch.float64) / 20_000**0.5
+    rows = planted**0.5 * noise
+    rows[:, 0] += 1
+    past = rows.view(window, num_prompts, -1).mean(1)
+    mean_sq, sq_mean = float(past.square().sum(1).mean()), float(past.mean(0).square().sum())
+    read = num_prompts * (mean_sq - sq_mean) / sq_mean
+    assert read == pytest.approx((window - 1) * num_prompts, rel=0.1) and read < planted / 20
+    record = NoiseScaleRecord.empty()
+    for batch in rows.view(window, num_prompts, -1):
+        record = record.update(step_of(batch))
+    low, high = record.interval()
+    assert low < planted < high
+
+
 def test_this_steps_gradient_in_the_metric_is_wrong():
     """(T16) with v_hat of after the step: off even from the mean of that metric over all batches."""
     y, before = GROUPS.gradients(), 1e-4

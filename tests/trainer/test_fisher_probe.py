@@ -4,16 +4,20 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
+from trl_entropy.group_rows import token_scores
 from trl_entropy.metrics import METRICS
 from trl_entropy.precision import float64_reference
 from trl_entropy.probes import PROBES, FisherProbe
 from trl_entropy.probes.fisher import MAX_ROWS_BYTES, check_memory
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.scores import Completions
+from trl_entropy.sequence_passes import entropy_gradient
 
 PROBE = {"fisher_probe": True, "fisher_num_sequences": 12, "probe_batch_size": 16}
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -91,6 +95,11 @@ def step_parts(keep, args):
     return flat(metric), *(flat(part) for part in zip(*parts, strict=True))
 
 
+def split_by_parameter(keep, gradients, metric):
+    sizes = [param.numel() for param in keep.params.values()]
+    return zip(gradients.split(sizes, dim=1), metric.split(sizes), strict=True)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -146,6 +155,8 @@ def test_numbers_are_those_of_float64_loops(trained, settings):
     assert (file["logps_change_measured"] - measured).abs().max() < 1e-3 * rms + 1e-5
     slope = (measured @ predicted / (predicted @ predicted)).item()
     assert row["fisher/change_slope"] == pytest.approx(slope, abs=5e-3)
+    by_parameter = [(part * m * part).sum(1) for part, m in split_by_parameter(keep, gradients, metric)]
+    assert torch.allclose(file["parameter_norms"], torch.stack(by_parameter), rtol=1e-3)
     assert row.keys() >= {f"fisher/trace_share_lora_{x}" for x in "AB" if settings.get("lora")}
     assert {key.removesuffix("_stderr") for key in row if key.startswith("fisher/")} <= METRICS.keys()
 
@@ -168,11 +179,39 @@ def test_other_prompts_are_the_cross_prompt_entries_of_the_kernel_of_all_complet
     assert torch.equal(u.lengths[file["rows"]], file["lengths"])
 
 
+def test_the_row_of_the_entropy_gradient_reproduces_the_attribution(trained):
+    """(T12): one more row of the Gram, (grad h)' M grad S_j, times alpha_j is what (T9) gives completion j."""
+    problems = Dataset.from_dict({"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben") for i in range(16)]})
+    settings = {"entropy_probe": True, "entropy_probe_prompts": 8, "entropy_attribution": "sequence"}
+    keep, trainer, _, _ = trained(num_sequences=16, dataset=problems, **settings)
+    folder = RunDirectory(trainer.args.output_dir).path / "probes"
+    of_probe, of_update = (load_file(folder / name / "step_000002.safetensors") for name in ("entropy", "attribution"))
+    masks = ("input_ids", "attention_mask", "completion_mask", "prompt_index")
+    probe = Completions(**{name: of_probe[name] for name in masks})
+    _, gradients = scores_float64(trainer.model, keep, keep.params, range(16))
+    with float64_reference(trainer.model):
+        for name, parameter in trainable_parameters(trainer.model).items():
+            parameter.data.copy_(keep.params[name])
+        entropy, _ = token_scores(trainer.model, probe, 1.0)
+        mask = probe.completion_mask
+        mean = ((entropy * mask).sum() / mask.sum()).item()
+        grad_h = flat(entropy_gradient(trainer.model, probe, 1.0, 8, mean, int(mask.sum())).values())
+    metric, *_ = step_parts(keep, trainer.args)
+    u, lr, b1 = keep.rollouts, next(iter(keep.lr.values())), trainer.args.adam_beta1
+    coefficient = lr * keep.clip * (1 - b1) / (1 - b1**keep.step)
+    expected = coefficient * u.advantages.double() / (16 * 12) * (gradients @ (metric * grad_h))
+    assert expected.abs().max() > 1e-6
+    assert (of_update["attribution"] - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_sketch_agrees_with_the_exact_kernel_within_its_error(trained, lora):
-    exact, sketched = (trained(lora=lora, sketch_dim=dim, max_steps=1)[3]["kernel"] for dim in (0, 4096))
+    files = [trained(lora=lora, sketch_dim=dim, max_steps=1)[3] for dim in (0, 4096)]
+    exact, sketched = (file["kernel"] for file in files)
+    torch.testing.assert_close(sketched.diagonal(), exact.diagonal(), rtol=1e-5, atol=0)  # exact beside the sketch
+    torch.testing.assert_close(files[1]["parameter_norms"].sum(0), exact.diagonal(), rtol=1e-5, atol=0)
     scale = exact.diagonal().sqrt().outer(exact.diagonal().sqrt())
-    error = ((sketched - exact) / scale).square().mean().sqrt()
+    error = ((sketched - exact) / scale)[~torch.eye(len(exact), dtype=torch.bool)].square().mean().sqrt()
     assert 1e-4 < error < 2 * (2 / 4096) ** 0.5
 
 

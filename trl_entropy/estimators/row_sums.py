@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.row_gradients import RowGradients
-from trl_entropy.estimators.sketch import CountSketch
 
 ByName = Mapping[str, Float[Tensor, "..."]]
 
@@ -203,47 +202,6 @@ class HalfProducts(Consumer):
         whole = gradients.whole
         products = (whole[0::2] * whole[1::2]).flatten(1).sum(dim=1)
         self.values.index_add_(0, (rows[0::2] // 2).to(self.values.device), products.to(self.values))
-
-
-class SketchedRows(Consumer):
-    """
-    (T13): every row's gradient as a CountSketch of R sqrt(M) G, float64, in `values` (N, dim). Local.
-
-    Args:
-        num_rows: N.
-        sketch: dimension and seed.
-        metric: the diagonal of M by parameter name.
-    """
-
-    values: Float[Tensor, "N dim"]
-
-    def __init__(self, num_rows: int, sketch: CountSketch, metric: ByName) -> None:
-        self.num_rows, self.sketch, self.metric = num_rows, sketch, metric
-
-    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-        self.values = torch.zeros(self.num_rows, self.sketch.dim, dtype=torch.float64, device=device)
-
-    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        metric = self.metric[name].flatten()
-        for part, grads in gradients.chunks():
-            sketched = self.sketch.block(grads.flatten(1), name, metric)
-            self.values.index_add_(0, rows[part].to(self.values.device), sketched)
-
-
-class ParameterTraces(Consumer):
-    """The sum over rows of G' M G, one number a parameter (in their order), float64, in `values`. Local."""
-
-    values: Float[Tensor, " K"]
-
-    def __init__(self, metric: ByName) -> None:
-        self.metric = metric
-
-    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-        self._numbers = {name: number for number, name in enumerate(shapes)}
-        self.values = torch.zeros(len(shapes), dtype=torch.float64, device=device)
-
-    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        self.values[self._numbers[name]] += gradients.squared_norms(self.metric[name]).double().sum()
 
 
 class Several(Consumer):

@@ -21,6 +21,7 @@ from trl_entropy.console import quiet_libraries
 from trl_entropy.estimators.estimate import Estimate
 from trl_entropy.estimators.moments import PairMoments, jackknife
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.strict_json import without_nan
 
 PREDICTORS = ("linear", "second_order", "trapezoid", "measured")
 RIVALS = ("cov_natural", "cov_policy_gradient")
@@ -292,7 +293,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"Error: {error}")
     output = options.output or RunDirectory(options.runs[0]).report_path
     output.mkdir(parents=True, exist_ok=True)
-    (output / "agreement.json").write_text(json.dumps(results, indent=1))
+    (output / "agreement.json").write_text(json.dumps(without_nan(results), indent=1))
     draw(options.runs, results, output / "agreement.png")
     print(markdown(results))
     print(f"\n{output / 'agreement.json'}\n{output / 'agreement.png'}")

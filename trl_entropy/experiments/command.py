@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.redraws import Cache
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.run_log import describe_environment
+from trl_entropy.strict_json import without_nan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,12 +110,3 @@ def _flag(name: str) -> str:
 def with_interval(entry: Mapping[str, float], scale: float = 1.0) -> str:
     """`value [low, high]`."""
     return f"{scale * entry['value']:.4g} [{scale * entry['low']:.4g}, {scale * entry['high']:.4g}]"
-
-
-def without_nan(value: Any) -> Any:
-    """nan and infinities as null: JSON has none."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from trl_entropy.estimators.fisher_kernel import (
     permuted_prompts,
     spectrum,
 )
-from trl_entropy.estimators.row_sums import DotProducts, ParameterTraces, Rows, Several, SketchedRows
+from trl_entropy.estimators.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
+from trl_entropy.estimators.row_sums import Consumer, DotProducts, Rows, Several
 from trl_entropy.estimators.score_change import (
     ScoreChangeParts,
     change_agreement,
@@ -27,6 +29,7 @@ from trl_entropy.estimators.score_change import (
 )
 from trl_entropy.estimators.sketch import CountSketch
 from trl_entropy.group_rows import gram_of_all_rows
+from trl_entropy.precision import fp32_strict
 from trl_entropy.probes.adamw_step import coefficient_of_step, preconditioner_of_step, read_before_step, update_parts
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
@@ -48,13 +51,15 @@ class FisherProbe(Probe):
     M is that of the step, its gradient included; coordinates that never had a gradient are left out and counted.
     Gradients are of the float32 model without dropout, of the on-policy Dr-GRPO loss (T2). The prediction is exact to
     first order; what is measured beyond it is curvature (and rounding, where changes are tiny).
-    Cost: a forward and a backward pass of these completions before the step, a forward pass after it, and a float32
-    row of all trainable parameters for each of a process's completions, twice with more than one process.
+    Cost: a forward and a backward pass of these completions before the step, a forward pass after it. Memory: where
+    one process has them all in one batch, that of the largest parameter's rows; else a float32 row of all trainable
+    parameters for each of a process's completions, twice with more than one process.
 
     Args:
         every: cadence in steps.
         num_sequences: completions in the kernel over all processes: the first groups of each.
-        sketch_dim: numbers that sketch each row (T13), with errors of sqrt(2/dim) of the diagonal; 0: exact rows.
+        sketch_dim: numbers that sketch each row (T13), with errors of sqrt((1 + cos^2)/dim) of sqrt(K_ii K_jj) off the
+            diagonal, which is exact; 0: exact rows.
         batch_size: completions differentiated at a time; halved on out-of-memory.
         seed: of the sketch and of the permuted prompt labels.
     """
@@ -95,12 +100,15 @@ class FisherProbe(Probe):
         self._completions = Completions.of(rollouts).rows(self._index)
         self._gather_what_is_known(rollouts, accelerator)
         metric = preconditioner_of_step(update)
-        gradients, traces, dots = self._differentiate(args, engine, update, metric)
-        self._kernel = gram_of_all_rows(gradients, gradients, accelerator)
-        self._parts = self._predict(args, update, accelerator.gather(dots.mT))
+        consumer, norms, dots = self._differentiate(args, engine, update, metric)
+        self._norms = accelerator.gather(norms.mT.contiguous()).mT
+        self._gram = self._gram_of(consumer, accelerator)
+        self._kernel = self._gram.diagonal_scatter(self._norms.sum(0)) if self.sketch_dim else self._gram
+        self._parts = self._predict(args, update, accelerator.gather(dots.mT.contiguous()))
         metrics["fisher/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
         metrics |= self._kernel_logged() | _shares_logged(self._parts, self._prompts)
-        metrics |= _adapter_shares(accelerator.reduce(traces), list(engine.parameters))
+        self._names = list(engine.parameters)
+        metrics |= _adapter_shares(self._norms.sum(1), self._names)
 
     def on_after_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, **kwargs: Any
@@ -128,16 +136,13 @@ class FisherProbe(Probe):
 
     def _differentiate(
         self, args: Any, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
-    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, " K"], Float[Tensor, "3 N"]]:
-        """Rows phi_i of this rank, their trace by parameter, and grad S_i with M g, momentum and decay. Collective."""
+    ) -> tuple[Consumer, Float[Tensor, "K N"], Float[Tensor, "3 N"]]:
+        """This rank's: what makes the kernel, K_ii by parameter, grad S_i with M g, momentum, decay. Collective."""
         params, vectors, number = update.params_before, _directions(update, metric), len(self._completions)
 
         def consumers() -> Several:
-            if self.sketch_dim:
-                rows: Any = SketchedRows(number, CountSketch(self.sketch_dim, self.seed), metric)
-            else:
-                rows = Rows(number, scale={name: m.sqrt() for name, m in metric.items()})
-            return Several(rows, ParameterTraces(metric), DotProducts(number, vectors))
+            kernel = self._kernel_consumer(number, metric, engine.accelerator.num_processes)
+            return Several(kernel, ParameterNorms(number, metric), DotProducts(number, vectors))
 
         with (
             rank_symmetric(engine.accelerator, "differentiating completions for the Fisher kernel"),
@@ -145,8 +150,22 @@ class FisherProbe(Probe):
         ):
             scores = weighted_logps(self._completions.completion_mask.double())
             made = consumed(model, self._completions, scores, consumers, args.temperature, self.batch_size)
-        rows, traces, dots = (consumer.values for consumer in made.consumers)
-        return rows, traces, dots
+        kernel, norms, dots = made.consumers
+        return kernel, norms.values, dots.values
+
+    def _kernel_consumer(self, number: int, metric: dict[str, Tensor], num_processes: int) -> Consumer:
+        if self.sketch_dim:
+            return SketchedRows(number, CountSketch(self.sketch_dim, self.seed), metric)
+        if num_processes == 1:
+            return Gram(number, metric)
+        return Rows(number, scale={name: m.sqrt() for name, m in metric.items()})  # they travel
+
+    def _gram_of(self, consumer: Any, accelerator: Accelerator) -> Float[Tensor, "N N"]:
+        """Of all ranks' completions. Collective."""
+        with fp32_strict():
+            if isinstance(consumer, Gram):
+                return consumer.values
+            return gram_of_all_rows(consumer.values, consumer.values, accelerator, blockwise_gram)
 
     def _predict(self, args: Any, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
         """(T12) from the kernel: alpha_j = A_j / (P G L)."""
@@ -175,7 +194,7 @@ class FisherProbe(Probe):
             means = kernel_means(values, prompts, self._rewards)
             for name in means.keys() - {"diagonal"}:
                 logged |= with_stderr(f"fisher/{prefix}_{name}", means[name])
-        eigenvalues, participation_ratio, effective_rank = spectrum(self._kernel)
+        eigenvalues, participation_ratio, effective_rank = spectrum(self._gram)
         logged |= {"fisher/participation_ratio": participation_ratio, "fisher/effective_rank": effective_rank}
         logged |= {f"fisher/eigenvalue_{i + 1}": eigenvalues[i].item() for i in range(_NUM_EIGENVALUES)}
         logged |= with_stderr("fisher/length_correlation", length_correlation(cosine, self._lengths, prompts))
@@ -191,12 +210,16 @@ class FisherProbe(Probe):
         }
 
     def _write(self, trainer: Any, step: int, predicted: Tensor, measured: Tensor) -> None:
-        """`probes/fisher/step_*.safetensors`; `rows` are indices into the step's file of rollouts."""
+        """
+        `probes/fisher/step_*.safetensors`; `rows` are indices into the step's file of rollouts, `parameter_norms`
+        (K, N) what each of the metadata's `parameters` adds to K_ii.
+        """
         tensors = {"kernel": self._kernel, "rows": self._rows, "prompt_index": self._prompts}
         tensors |= {"rewards": self._rewards, "advantages": self._advantages, "lengths": self._lengths}
         tensors |= {"logps_change_predicted": predicted, "logps_change_measured": measured}
         tensors |= {f"logps_change_{name}": part for name, part in self._parts._asdict().items()}
-        trainer.write_gathered_probe_file(self.name, step, tensors)
+        tensors["parameter_norms"] = self._norms
+        trainer.write_gathered_probe_file(self.name, step, tensors, parameters=json.dumps(self._names))
         trainer.write_rollouts(step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from trl_entropy.estimators.group_gradients import (
     update_metric,
 )
 from trl_entropy.estimators.importance import effective_sample_size, importance_weights
+from trl_entropy.estimators.u_statistic import cross_gram
 from trl_entropy.group_rows import GroupRows, flat, gram_of_all_rows, group_rows
 from trl_entropy.probes.adamw_step import adamw_settings
 from trl_entropy.probes.probe import Probe
@@ -141,7 +143,8 @@ class RolloutEntropyProbe(Probe):
         num_prompts, num_accepted = len(self._accepted.of_groups), int(self._accepted.of_groups.sum())
         rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_accepted)
         names = list(engine.parameters)
-        gram = gram_of_all_rows(*rows, accelerator, flat(metric_of(update), names))
+        metric = flat(metric_of(update), names)
+        gram = gram_of_all_rows(*rows, accelerator, functools.partial(cross_gram, preconditioner=metric))
         change = cross_prompt_change(accepted_gram(gram, self._accepted.of_groups))
         row_sum, gradient = accelerator.reduce(rows.loss.sum(0)), flat(update.gradient, names)
         return {

@@ -1,0 +1,155 @@
+"""
+Fisher kernels of single steps, their spectra, the noise scale, and whether the kernel predicts what a step does.
+
+Reads what `fisher_probe` (and `noise_scale_probe`, if it was on) left in a run directory; trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_entropy.analysis import Run, load_run
+from trl_entropy.console import quiet_libraries
+from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.score_change import change_agreement
+from trl_entropy.strict_json import without_nan
+
+_KERNEL_KEYS = (
+    "effective_rank", "participation_ratio", "cosine_same_prompt", "cosine_cross_prompt",
+    "cosine_same_prompt_equal_reward", "cosine_same_prompt_unequal_reward", "cosine_prompt_difference_p_value",
+    "length_correlation",
+)  # fmt: skip
+
+
+def analyse(run: Run, steps: list[int] | None) -> dict[str, Any]:
+    """
+    Slopes by part of the run, the kernel's numbers and shares at `steps`, the noise scale at the end.
+
+    Raises:
+        ValueError: when the run has no file of a step that is asked for.
+    """
+    probed = run.probe_steps("fisher")
+    if not probed:
+        raise ValueError(f"{run.path} has no probes/fisher; train with fisher_probe=True and keep its files")
+    steps = steps or sorted({probed[0], probed[len(probed) // 2], probed[-1]})
+    if missing := [step for step in steps if step not in probed]:
+        raise ValueError(f"{run.path} has no Fisher file of step {missing[0]}; there are {probed}")
+    return {
+        "run": str(run.path),
+        "slopes": {name: pooled_slope(run, part) for name, part in parts_of_run(probed).items()},
+        "kernels": {step: _of_kernel(run, step) for step in steps},
+        "noise_scale": _noise_scale(run),
+    }
+
+
+def parts_of_run(probed: list[int]) -> dict[str, list[int]]:
+    """All probed steps, and thirds of them."""
+    cut = [round(len(probed) * i / 3) for i in range(4)]
+    return {"all": probed, **{f"third {i + 1}": probed[cut[i] : cut[i + 1]] for i in range(3)}}
+
+
+def pooled_slope(run: Run, steps: Iterable[int]) -> dict[str, float]:
+    """(T12): measured on predicted changes of all completions of these steps, jackknife over their prompts."""
+    predicted, measured, prompts, num_prompts = [], [], [], 0
+    for step in steps:
+        arrays = run.probe_file("fisher", step)
+        predicted.append(torch.from_numpy(arrays["logps_change_predicted"]))
+        measured.append(torch.from_numpy(arrays["logps_change_measured"]))
+        _, own = torch.from_numpy(arrays["prompt_index"]).unique(return_inverse=True)
+        prompts.append(own + num_prompts)
+        num_prompts += int(own.max()) + 1
+    if not predicted:
+        return {**Estimate(math.nan, math.nan, 0, 0).as_dict(), "correlation": math.nan, "rms": math.nan}
+    slope, correlation = change_agreement(torch.cat(predicted), torch.cat(measured), torch.cat(prompts))
+    rms = float(torch.cat(predicted).square().mean().sqrt())
+    return {**slope.as_dict(), "correlation": correlation, "rms": rms}
+
+
+def _of_kernel(run: Run, step: int) -> dict[str, Any]:
+    row, shares = run.steps.loc[step], run.kernel_shares(step)
+    return {
+        "slope": pooled_slope(run, [step]),
+        "numbers": {key: float(row.get(f"fisher/{key}", math.nan)) for key in _KERNEL_KEYS},
+        "change_shares": {
+            key.removeprefix("fisher/change_share_"): float(value)
+            for key, value in row.items()
+            if key.startswith("fisher/change_share_") and not key.endswith("_stderr")
+        },
+        "layers": {str(int(layer)): share for layer, share in shares.groupby("layer")["share"].sum().items()},
+        "matrices": shares.groupby("matrix")["share"].sum().sort_values(ascending=False).to_dict(),
+    }
+
+
+def _noise_scale(run: Run) -> dict[str, float]:
+    """The whole run's, if it was measured."""
+    rows = run.rows("noise_scale/simple")
+    return {key: value for key, value in rows[-1].items() if key.startswith("noise_scale/")} if rows else {}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The slopes and the kernels' numbers in markdown."""
+    lines = ["| steps | slope [95 %] | correlation | rms of the change, nats |", "|---|---|---|---|"]
+    slopes = result["slopes"] | {f"step {step}": entry["slope"] for step, entry in result["kernels"].items()}
+    for name, slope in slopes.items():
+        interval = f"{slope['value']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]"
+        lines.append(f"| {name} | {interval} | {slope['correlation']:.4f} | {slope['rms']:.2e} |")
+    steps = list(result["kernels"])
+    lines += ["", f"| kernel | {' | '.join(f'step {step}' for step in steps)} |", "|---" * (len(steps) + 1) + "|"]
+    for group in ("numbers", "change_shares", "layers", "matrices"):
+        for key in result["kernels"][steps[0]][group]:
+            cells = (f"{result['kernels'][step][group].get(key, math.nan):.3g}" for step in steps)
+            name = {"numbers": key, "change_shares": f"share of the predicted change: {key}"}.get(
+                group, f"share of the trace: {'layer ' * (group == 'layers')}{key}"
+            )
+            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    lines += [""] + [f"{key} {value:.4g}" for key, value in result["noise_scale"].items()]
+    return "\n".join(lines)
+
+
+def draw(run: Run, steps: list[int], target: Path) -> None:
+    """Kernels above; below spectra, the noise scale over training, and the slope of each step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from trl_entropy import plots
+
+    figure = plt.figure(figsize=(13, 8), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    for axes, step in zip(above.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
+        plots.plot_kernel(axes, run.kernel(step)).set_title(f"Step {step}")
+    spectra, noise, slope = below.subplots(1, 3)
+    plots.plot_spectrum(spectra, {f"step {step}": run.kernel(step) for step in steps}).set_title("Spectrum")
+    plots.plot_noise_scale(noise, run.rows("noise_scale/simple")).set_title("Noise scale, steps so far")
+    plots.plot_change_slope(slope, run.rows("fisher/change_slope")).set_title("Change of log-probabilities")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    """Tables on the console; `kernel.json` and `kernel.png` in the run's report folder, or `--output`."""
+    parser = argparse.ArgumentParser(prog="trl-entropy experiment kernel", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory with Fisher files")
+    parser.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="kernels to show; first, middle, last")
+    parser.add_argument("--output", type=Path, help="folder for kernel.json and kernel.png")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        run = load_run(options.run)
+        result = analyse(run, options.steps)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    output = options.output or run.path / "report"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "kernel.json").write_text(json.dumps(without_nan(result), indent=1))
+    draw(run, list(result["kernels"]), output / "kernel.png")
+    print(f"{table(result)}\n\n{output / 'kernel.json'}\n{output / 'kernel.png'}")
