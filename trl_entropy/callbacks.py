@@ -98,6 +98,15 @@ def continue_tensorboard(trainer: DrGRPOTrainer, step: int) -> None:
             callback.tb_writer = callback._SummaryWriter(log_dir=callback.logging_dir, purge_step=step + 1)
 
 
+def any_rank(flag: bool, args: TrainingArguments) -> bool:
+    """Whether the flag of any process is set. Collective."""
+    if args.world_size == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=args.device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags)
+
+
 class StopOnSignal(TrainerCallback):
     """
     On SIGTERM: finish the step, write a checkpoint, end training. All ranks do so at the same step.
@@ -122,7 +131,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._any_rank(args):
+        if not any_rank(self.received, args):
             return
         self.received = True
         control.should_save = True
@@ -130,13 +139,6 @@ class StopOnSignal(TrainerCallback):
         if state.is_world_process_zero:
             path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             logger.warning("SIGTERM: stopping after step %d, writing %s", state.global_step, path)
-
-    def _any_rank(self, args: TrainingArguments) -> bool:
-        if args.world_size == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -8,13 +8,10 @@ is done (same weights, same settings) is not done again.
 from __future__ import annotations
 
 import argparse
-import subprocess
+import functools
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trl_entropy.evaluation.plan import (
     ALL,
@@ -27,9 +24,8 @@ from trl_entropy.evaluation.plan import (
     settings_of,
     targets_of,
 )
+from trl_entropy.evaluation.process import describe, run_job
 from trl_entropy.run_log import RunDirectory
-
-_TAIL = 12  # lines of a failed process's messages that are shown
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     for target in todo:
         output = RunDirectory(args.run).checkpoint_folder(target.step)
         job = Job(target, settings, str(output), args.batch_size, device)
-        problem = run_job(job, args.timeout or profile.timeout, progress)
+        problem = run_job(job, args.timeout or profile.timeout, functools.partial(progress.show, target.step))
+        progress.end_job()
         RunDirectory(args.run).write_checkpoint_tables()
         if problem is None:
             summary = RunDirectory(args.run).checkpoint_summary(target.step)
@@ -128,56 +125,6 @@ class Progress:
             print("\r\x1b[K", end="")
 
 
-def run_job(job: Job, timeout: float, progress: Progress) -> str | None:
-    """
-    Evaluate in a process of its own, killed after `timeout` seconds or when this one is interrupted.
-
-    Returns:
-        None, or why it failed. All that the process says goes to `evaluation/step_N.log`, which a success removes.
-    """
-    log = Path(f"{job.output}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "trl_entropy.evaluation.worker", job.to_json()]
-    with open(log, "w", encoding="utf-8") as messages:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True)
-        expired = threading.Event()
-        timer = threading.Timer(timeout, _expire, (process, expired))
-        timer.start()
-        try:
-            _follow(process, lambda done, total: progress.show(job.target.step, done, total))
-        finally:
-            timer.cancel()
-            process.kill()
-            process.wait()
-            progress.end_job()
-    return _outcome(process.returncode, expired.is_set(), timeout, log)
-
-
-def _expire(process: subprocess.Popen[str], expired: threading.Event) -> None:
-    expired.set()
-    process.kill()
-
-
-def _follow(process: subprocess.Popen[str], show: Callable[[int, int], Any]) -> None:
-    """Read the progress that the process writes, to its end."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        match line.split():
-            case ["progress", done, total]:
-                show(int(done), int(total))
-    process.wait()
-
-
-def _outcome(returncode: int, expired: bool, timeout: float, log: Path) -> str | None:
-    if expired:
-        return f"not done after {timeout:.0f} s; raise --timeout"
-    if returncode == 0:
-        log.unlink()
-        return None
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "\n".join([f"exit status {returncode}; its last lines, all in {log}:", *lines[-_TAIL:]])
-
-
 def _say_plan(run: Path, settings: Settings, targets: list[Target], todo: list[Target]) -> None:
     num = "all" if settings.num_problems is None else settings.num_problems
     problems = num if settings.subset_frac is None else f"{settings.subset_frac:.3g} of the"
@@ -187,22 +134,6 @@ def _say_plan(run: Path, settings: Settings, targets: list[Target], todo: list[T
         "samples and one greedy completion of each; intervals: 95 %, over problems",
         flush=True,
     )
-
-
-def describe(summary: dict[str, Any] | None) -> str:
-    """A checkpoint's numbers in a line, with 95 % intervals over prompts."""
-    assert summary is not None
-    metrics = summary["metrics"]
-
-    def shown(name: str) -> str:
-        entry = metrics[name]
-        interval = "" if entry["low"] is None else f" ({entry['low']:.3f}-{entry['high']:.3f})"
-        return f"{entry['value']:.3f}{interval}"
-
-    last = max((name for name in metrics if name.startswith("pass@")), key=lambda name: int(name.split("@")[1]))
-    parts = [f"pass@1 {shown('pass@1')}"] + ([f"{last} {shown(last)}"] if last != "pass@1" else [])
-    parts += [f"greedy {shown('greedy_accuracy')}", f"entropy {shown('entropy_mean')} nats/token"]
-    return ", ".join([*parts, f"{summary['seconds']:.0f} s"])
 
 
 if __name__ == "__main__":

@@ -23,13 +23,8 @@ from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import printing_plain_text
 from trl_entropy.data.curriculum import PassRateSampler
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
-from trl_entropy.engine import (
-    Engine,
-    UpdateContext,
-    build_engine,
-    snapshot_parameters,
-    swapped_parameters,
-)
+from trl_entropy.engine import Engine, UpdateContext, build_engine, snapshot_parameters, swapped_parameters
+from trl_entropy.evaluation.during_training import EvaluateCheckpoints
 from trl_entropy.probes import PROBES, Probe
 from trl_entropy.probes.probe_batch import draw_prompts, own_randomness, pack_completions, prompt_key, prompts_of
 from trl_entropy.resumable_trainer import ResumableTrainer
@@ -76,7 +71,9 @@ class DrGRPOTrainer(ResumableTrainer):
             raise ValueError(
                 "curriculum='pass_rate' draws rows by number; a streamed dataset has none. Load it whole."
             )
-        toggled = [PROBES[name].from_config(args) for name in args.enabled_probes()]
+        toggled: list[TrainerCallback] = [PROBES[name].from_config(args) for name in args.enabled_probes()]
+        if args.evaluate_checkpoints != "none":
+            toggled.append(EvaluateCheckpoints(args.evaluate_checkpoints, args.evaluate_profile))
         super().__init__(
             model,
             reward_funcs,
