@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 
 from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.tensorboard_layout import layout_of
 from trl_entropy.training_state import restore_log_window
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class UpdateEvents(TrainerCallback):
     ) -> None:
         self.trainer.start_engine()
         restore_log_window(self.trainer)
+        lay_out_tensorboard(self.trainer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,6 +98,14 @@ def continue_tensorboard(trainer: DrGRPOTrainer, step: int) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir and trainer.is_world_process_zero():
             callback.tb_writer = callback._SummaryWriter(log_dir=callback.logging_dir, purge_step=step + 1)
+
+
+def lay_out_tensorboard(trainer: DrGRPOTrainer) -> None:
+    """Have TensorBoard draw together what belongs together: its tab of custom scalars."""
+    layout = layout_of({probe.name for probe in trainer.named_probes().values()})
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_custom_scalars(layout)
 
 
 def any_rank(flag: bool, args: TrainingArguments) -> bool:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trl_entropy.console import quiet_libraries
+
 _TEXTS = ("<think> 3+4=7 </think> <answer>7</answer>", "Ana has 12 eggs.\n\tHow many?  2*31-4", "é ß 漢字 \U0001f95a")
 
 
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="the GGUF file")
     parser.add_argument("folder", type=Path, help="the folder to write")
     args = parser.parse_args(argv)
+    quiet_libraries()
     try:
         unpack(args.file, args.folder)
     except ValueError as error:
