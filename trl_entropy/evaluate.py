@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 from trl_entropy.evaluation.plan import (
     ALL,
     PROFILES,
+    TRANSFORMERS,
+    VLLM,
     Job,
     Settings,
     Target,
@@ -49,13 +52,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, help="seconds for a checkpoint, in place of the profile's")
     parser.add_argument("--seed", type=int, help="of the choice of problems and of the samples (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--sampler",
+        choices=["auto", TRANSFORMERS, VLLM],
+        default="auto",
+        help="what draws the completions; auto: vllm when it is installed and there is a GPU",
+    )
     args = parser.parse_args(argv)
     if args.subset_frac is not None and not 0 < args.subset_frac <= 1:
         parser.error(f"--subset-frac is {args.subset_frac}; it is a share, above 0 and at most 1")
     for name in ("num_samples", "batch_size", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+    if args.sampler == VLLM and not _is_installed(VLLM):
+        parser.error("--sampler is vllm, which is not installed: pip install 'trl_entropy[vllm]'")
     return args
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def sampler_for(wanted: str, device: str) -> str:
+    """`wanted`, or for `auto` the fastest that there is on the device."""
+    if wanted != "auto":
+        return wanted
+    if device == "cpu" or not _is_installed(VLLM):
+        return TRANSFORMERS
+    import torch
+
+    return VLLM if torch.cuda.is_available() else TRANSFORMERS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,10 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     chosen = {name: getattr(args, name) for name in ("subset_frac", "num_samples", "seed")}
     try:
         config = read_config(args.run)
+        device = "cpu" if config.get("use_cpu") and args.device == "auto" else args.device
+        chosen["sampler"] = sampler_for(args.sampler, device)
         settings, targets = settings_of(config, profile, **chosen), targets_of(args.run, config, args.checkpoints)
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    device = "cpu" if config.get("use_cpu") and args.device == "auto" else args.device
     todo = [target for target in targets if not is_done(args.run, target, settings)]
     _say_plan(args.run, settings, targets, todo)
     progress = Progress(len(todo))
