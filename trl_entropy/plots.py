@@ -189,7 +189,6 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
         low, high = ([row[f"{key}_{end}"] for row in closed] for end in ("lower", "upper"))
         axes.fill_between([row["step"] for row in closed], low, high, color=BLUE, alpha=0.2, lw=0, label="95 %")
     plot_key(axes, rows, "noise_scale/num_prompts", "prompts of a step", ORANGE, ls="--")
-    axes.axhline(0, color=GREY, lw=0.8)
     axes.set(ylabel="prompts")
     axes.set_yscale("symlog", linthresh=10)
     return _finished(axes)
