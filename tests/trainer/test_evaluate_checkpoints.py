@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -81,6 +82,19 @@ def test_in_the_background_training_goes_on(make_trainer, monkeypatch):
     steps = []
     trained(make_trainer, evaluator(steps, 1.0), monkeypatch, evaluate_checkpoints="background")
     assert steps[0][0] == 0 and steps[0][2] > steps[0][1]
+
+
+def test_training_twice_evaluates_each_checkpoint_once_and_leaves_no_thread(make_trainer, monkeypatch):
+    steps = []
+    trainer = trained(make_trainer, evaluator(steps), monkeypatch, evaluate_checkpoints="background")
+    trainer.args.max_steps = 6
+    monkeypatch.setattr(
+        during_training, "is_done", lambda run, target, settings: target.step in {s for s, *_ in steps}
+    )
+    trainer.train(resume_from_checkpoint="latest")
+    assert [step for step, _, _ in steps] == [0, 2, 4, 6]
+    time.sleep(0.3)
+    assert not [thread for thread in threading.enumerate() if "_work" in thread.name]
 
 
 def test_a_failure_is_said_and_stops_nothing(make_trainer, monkeypatch, caplog):

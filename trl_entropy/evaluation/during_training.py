@@ -41,19 +41,19 @@ class EvaluateCheckpoints(TrainerCallback):
         self.when, self.profile = when, PROFILES[profile]
         self._targets: queue.Queue[Target] = queue.Queue()
         self._cancel = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After [`RunLogCallback`], which writes `config.yaml`."""
         self._run = Path(args.output_dir)
-        self._cancel.clear()
         if state.is_world_process_zero:
             self._config = read_config(self._run)
+            self._start()
             for target in targets_of(self._run, self._config, ALL):
                 if target.step <= state.global_step:
                     self._targets.put(target)
-            threading.Thread(target=self._work, daemon=True).start()
         self._wait_if_asked(args)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -74,6 +74,16 @@ class EvaluateCheckpoints(TrainerCallback):
         elif left:
             logger.info("training is done; waiting for %d evaluations of its checkpoints", left)
         self._wait(args)
+        self._cancel.set()
+
+    def _start(self) -> None:
+        """The one thread that evaluates; that of an earlier training which raised goes on."""
+        if self._thread is not None and self._cancel.is_set():
+            self._thread.join()
+        if self._thread is None or not self._thread.is_alive():
+            self._cancel.clear()
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
 
     def _wait_if_asked(self, args: TrainingArguments) -> None:
         if self.when == WAIT:
