@@ -86,7 +86,8 @@ def test_in_the_background_training_goes_on(make_trainer, monkeypatch):
 
 def test_training_twice_evaluates_each_checkpoint_once_and_leaves_no_thread(make_trainer, monkeypatch):
     steps = []
-    trainer = trained(make_trainer, evaluator(steps), monkeypatch, evaluate_checkpoints="background")
+    settings = {"evaluate_checkpoints": "background", "lr_scheduler_type": "constant"}
+    trainer = trained(make_trainer, evaluator(steps), monkeypatch, **settings)
     trainer.args.max_steps = 6
     monkeypatch.setattr(
         during_training, "is_done", lambda run, target, settings: target.step in {s for s, *_ in steps}
