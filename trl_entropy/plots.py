@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from trl_entropy.analysis import cosines_of, over_runs
 from trl_entropy.metrics import PASS_AT_1, unit
@@ -130,6 +131,7 @@ def plot_checkpoints(axes: Axes, evaluation: pd.DataFrame, metrics: Sequence[str
     axes.set(
         xlabel="optimizer step of the checkpoint", ylabel="share" if unit(metrics[0]) == "1" else unit(metrics[0])
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _finished(axes)
 
 
@@ -236,6 +238,7 @@ def plot_high_entropy_tokens(axes: Axes, table: pd.DataFrame, num_tokens: int = 
     axes.set(xlabel="share of all entropy (times drawn beside the bar)", ylabel="token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     return axes
 
 
