@@ -78,3 +78,16 @@ def test_kernel_shows_cosines_and_parts_prompts(axes):
     assert plots.plot_kernel(axes, kernel) is axes
     assert np.allclose(axes.images[0].get_array(), [[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]])
     assert [line.get_ydata()[0] for line in axes.lines] == [1.5, 0.0]
+
+
+def test_high_entropy_tokens_the_largest_on_top(axes):
+    table = pd.DataFrame({"count": [7, 5, 9], "share_of_entropy": [0.5, 0.3, 0.1]}, index=["$a", "\x1b", "c"])
+    assert plots.plot_high_entropy_tokens(axes, table, num_tokens=2) is axes
+    assert [bar.get_width() for bar in axes.patches] == [0.3, 0.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [r"\x1b", r"\$a"]
+    assert [text.get_text() for text in axes.texts] == [" 5", " 7"]
+
+
+def test_no_token_was_drawn_often_enough(axes):
+    plots.plot_high_entropy_tokens(axes, pd.DataFrame({"count": [], "share_of_entropy": []}))
+    assert not axes.patches

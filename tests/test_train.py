@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,17 @@ def test_every_shipped_config_is_read(path, tmp_path):
     command = "trl_entropy.sft" if fine_tuning else "trl_entropy.train"
     assert f"-m {command} --config configs/{path.name}" in text
     assert fine_tuning or (model.lora_dropout == 0 and args.truncated_sampling() == "")
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "smollm2.sh"])
+def test_what_the_scripts_start_is_read(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    text = (REPOSITORY / "launch" / script).read_text().replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if "-m trl_entropy.train" in line)
+    _, arguments = line.split("-m trl_entropy.train")
+    _, args, _ = parse([*shlex.split(arguments.replace('"$@"', "")), "--output_dir", str(tmp_path)])
+    assert {"entropy_probe", "noise_scale_probe", "fisher_probe"} <= set(args.enabled_probes())
+    assert args.entropy_attribution != "none"
 
 
 @pytest.mark.parametrize("more, message", [

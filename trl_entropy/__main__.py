@@ -6,6 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "unpack": "turn a GGUF file into a folder that training can start from",
     "sft": "fine-tune on demonstrations: what RL starts from",
     "train": "train as a config file says (under accelerate launch for more than one process)",
     "doctor": "check a run before it starts: batch plan, memory, disk, problems with their remedies",

@@ -145,9 +145,20 @@ class Run:
             _groups_of(step, self.probe_file("rollouts", step)) for step in self.probe_steps("rollouts")
         )
 
-    def kernel(self, step: int) -> pd.DataFrame:
-        """The Fisher kernel K_ij of a step in nats^2, prompt by prompt: rows and columns by `prompt_index`, `row`."""
-        arrays = self.probe_file("fisher", step)
+    def kernel(self, step: int | None = None) -> pd.DataFrame:
+        """
+        The Fisher kernel K_ij of a step in nats^2, prompt by prompt: rows and columns by `prompt_index`, `row`.
+
+        Args:
+            step: a probed one; None: the last.
+
+        Raises:
+            ValueError: when no step has one.
+        """
+        steps = self.probe_steps("fisher")
+        if not steps:
+            raise ValueError(f"{self.path} holds no Fisher kernel; train with fisher_probe: true")
+        arrays = self.probe_file("fisher", steps[-1] if step is None else step)
         names = pd.MultiIndex.from_arrays([arrays["prompt_index"], arrays["rows"]], names=["prompt_index", "row"])
         return pd.DataFrame(arrays["kernel"], index=names, columns=names).sort_index().sort_index(axis=1)
 

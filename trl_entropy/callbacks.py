@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 
 from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.tensorboard_layout import layout_of
 from trl_entropy.training_state import restore_log_window
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class UpdateEvents(TrainerCallback):
     ) -> None:
         self.trainer.start_engine()
         restore_log_window(self.trainer)
+        lay_out_tensorboard(self.trainer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,6 +100,23 @@ def continue_tensorboard(trainer: DrGRPOTrainer, step: int) -> None:
             callback.tb_writer = callback._SummaryWriter(log_dir=callback.logging_dir, purge_step=step + 1)
 
 
+def lay_out_tensorboard(trainer: DrGRPOTrainer) -> None:
+    """Have TensorBoard draw together what belongs together: its tab of custom scalars."""
+    layout = layout_of({probe.name for probe in trainer.named_probes().values()})
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_custom_scalars(layout)
+
+
+def any_rank(flag: bool, args: TrainingArguments) -> bool:
+    """Whether the flag of any process is set. Collective."""
+    if args.world_size == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=args.device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags)
+
+
 class StopOnSignal(TrainerCallback):
     """
     On SIGTERM: finish the step, write a checkpoint, end training. All ranks do so at the same step.
@@ -122,7 +141,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._any_rank(args):
+        if not any_rank(self.received, args):
             return
         self.received = True
         control.should_save = True
@@ -130,13 +149,6 @@ class StopOnSignal(TrainerCallback):
         if state.is_world_process_zero:
             path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             logger.warning("SIGTERM: stopping after step %d, writing %s", state.global_step, path)
-
-    def _any_rank(self, args: TrainingArguments) -> bool:
-        if args.world_size == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

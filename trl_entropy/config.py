@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LENGTH_NORMALIZERS = ("max_completion_length", "group_max")
 CURRICULA = ("none", "pass_rate")
+EVALUATIONS = ("none", "background", "wait")
+EVALUATION_PROFILES = ("quick", "full")
 
 
 def _toggle(help: str, default: Any = False, **metadata: Any) -> Any:
@@ -52,6 +54,9 @@ class DrGRPOConfig(ProbeRequirements):
             groups (T14a).
         stop_at_answer (`bool`, *optional*, defaults to `False`):
             End a completion with its closing answer tag; what the sampler drew after it is dropped.
+        evaluate_checkpoints (`str`, *optional*, defaults to `"none"`):
+            Evaluate the start policy and each saved checkpoint on held-out problems during training, in the
+            `"background"` or with training at a `"wait"`; needs a task of `trl_entropy.train`.
         kl_every (`int`, *optional*, defaults to `0`):
             Steps between measurements of the KL divergence to the start policy when `beta=0`; 0 turns it off.
         entropy_probe, noise_scale_probe, fisher_probe, effective_sample_size_probe, optimizer_state_probe (`bool`):
@@ -105,6 +110,15 @@ class DrGRPOConfig(ProbeRequirements):
         "Rounds of generation that replace uninformative groups, at most; a round draws as many prompts as are "
         "expected to do, and what is uninformative after the last one is kept and counted.",
         default=3,
+    )
+    evaluate_checkpoints: str = _toggle(
+        "Evaluate the start policy and each saved checkpoint during training, as trl-entropy evaluate does, in a "
+        "process of its own: 'none', in the 'background', or with training at a halt ('wait').",
+        default="none",
+        choices=list(EVALUATIONS),
+    )
+    evaluate_profile: str = _toggle(
+        "How much that draws; see trl-entropy evaluate.", default="quick", choices=list(EVALUATION_PROFILES)
     )
     additional_steps: int = _toggle(
         "With resume_from_checkpoint: steps to train beyond the checkpoint, in place of max_steps. A decaying "
@@ -224,6 +238,7 @@ class DrGRPOConfig(ProbeRequirements):
         self._check_sampler()
         self._check_curriculum()
         self._check_resampling()
+        self._check_evaluation()
         self._check_probes()
 
     def _check_group_size(self) -> None:
@@ -285,6 +300,16 @@ class DrGRPOConfig(ProbeRequirements):
             )
         if self.kl_every < 0:
             raise ValueError(f"kl_every is {self.kl_every}; use 0 (off) or a number of steps.")
+
+    def _check_evaluation(self) -> None:
+        for name, choices in (("evaluate_checkpoints", EVALUATIONS), ("evaluate_profile", EVALUATION_PROFILES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}.")
+        if self.evaluate_checkpoints != "none" and self.save_strategy == "no":
+            raise ValueError(
+                f"evaluate_checkpoints={self.evaluate_checkpoints!r} evaluates what is saved, and save_strategy='no' "
+                "saves nothing. Set save_strategy='steps' and save_steps, or evaluate_checkpoints='none'."
+            )
 
     def _check_curriculum(self) -> None:
         weights = self.curriculum_settings()["weights"]

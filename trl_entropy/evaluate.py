@@ -8,17 +8,17 @@ is done (same weights, same settings) is not done again.
 from __future__ import annotations
 
 import argparse
-import subprocess
+import functools
+import importlib.util
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trl_entropy.evaluation.plan import (
     ALL,
     PROFILES,
+    TRANSFORMERS,
+    VLLM,
     Job,
     Settings,
     Target,
@@ -27,9 +27,8 @@ from trl_entropy.evaluation.plan import (
     settings_of,
     targets_of,
 )
+from trl_entropy.evaluation.process import describe, run_job
 from trl_entropy.run_log import RunDirectory
-
-_TAIL = 12  # lines of a failed process's messages that are shown
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,13 +52,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, help="seconds for a checkpoint, in place of the profile's")
     parser.add_argument("--seed", type=int, help="of the choice of problems and of the samples (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--sampler",
+        choices=["auto", TRANSFORMERS, VLLM],
+        default="auto",
+        help="what draws the completions; auto: vllm when it is installed and there is a GPU",
+    )
     args = parser.parse_args(argv)
     if args.subset_frac is not None and not 0 < args.subset_frac <= 1:
         parser.error(f"--subset-frac is {args.subset_frac}; it is a share, above 0 and at most 1")
     for name in ("num_samples", "batch_size", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+    if args.sampler == VLLM and not _is_installed(VLLM):
+        parser.error("--sampler is vllm, which is not installed: pip install 'trl_entropy[vllm]'")
     return args
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def sampler_for(wanted: str, device: str) -> str:
+    """`wanted`, or for `auto` the fastest that there is on the device."""
+    if wanted != "auto":
+        return wanted
+    if device == "cpu" or not _is_installed(VLLM):
+        return TRANSFORMERS
+    import torch
+
+    return VLLM if torch.cuda.is_available() else TRANSFORMERS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,10 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     chosen = {name: getattr(args, name) for name in ("subset_frac", "num_samples", "seed")}
     try:
         config = read_config(args.run)
+        device = "cpu" if config.get("use_cpu") and args.device == "auto" else args.device
+        chosen["sampler"] = sampler_for(args.sampler, device)
         settings, targets = settings_of(config, profile, **chosen), targets_of(args.run, config, args.checkpoints)
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    device = "cpu" if config.get("use_cpu") and args.device == "auto" else args.device
     todo = [target for target in targets if not is_done(args.run, target, settings)]
     _say_plan(args.run, settings, targets, todo)
     progress = Progress(len(todo))
@@ -80,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     for target in todo:
         output = RunDirectory(args.run).checkpoint_folder(target.step)
         job = Job(target, settings, str(output), args.batch_size, device)
-        problem = run_job(job, args.timeout or profile.timeout, progress)
+        problem = run_job(job, args.timeout or profile.timeout, functools.partial(progress.show, target.step))
+        progress.end_job()
         RunDirectory(args.run).write_checkpoint_tables()
         if problem is None:
             summary = RunDirectory(args.run).checkpoint_summary(target.step)
@@ -128,56 +152,6 @@ class Progress:
             print("\r\x1b[K", end="")
 
 
-def run_job(job: Job, timeout: float, progress: Progress) -> str | None:
-    """
-    Evaluate in a process of its own, killed after `timeout` seconds or when this one is interrupted.
-
-    Returns:
-        None, or why it failed. All that the process says goes to `evaluation/step_N.log`, which a success removes.
-    """
-    log = Path(f"{job.output}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "trl_entropy.evaluation.worker", job.to_json()]
-    with open(log, "w", encoding="utf-8") as messages:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True)
-        expired = threading.Event()
-        timer = threading.Timer(timeout, _expire, (process, expired))
-        timer.start()
-        try:
-            _follow(process, lambda done, total: progress.show(job.target.step, done, total))
-        finally:
-            timer.cancel()
-            process.kill()
-            process.wait()
-            progress.end_job()
-    return _outcome(process.returncode, expired.is_set(), timeout, log)
-
-
-def _expire(process: subprocess.Popen[str], expired: threading.Event) -> None:
-    expired.set()
-    process.kill()
-
-
-def _follow(process: subprocess.Popen[str], show: Callable[[int, int], Any]) -> None:
-    """Read the progress that the process writes, to its end."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        match line.split():
-            case ["progress", done, total]:
-                show(int(done), int(total))
-    process.wait()
-
-
-def _outcome(returncode: int, expired: bool, timeout: float, log: Path) -> str | None:
-    if expired:
-        return f"not done after {timeout:.0f} s; raise --timeout"
-    if returncode == 0:
-        log.unlink()
-        return None
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "\n".join([f"exit status {returncode}; its last lines, all in {log}:", *lines[-_TAIL:]])
-
-
 def _say_plan(run: Path, settings: Settings, targets: list[Target], todo: list[Target]) -> None:
     num = "all" if settings.num_problems is None else settings.num_problems
     problems = num if settings.subset_frac is None else f"{settings.subset_frac:.3g} of the"
@@ -187,22 +161,6 @@ def _say_plan(run: Path, settings: Settings, targets: list[Target], todo: list[T
         "samples and one greedy completion of each; intervals: 95 %, over problems",
         flush=True,
     )
-
-
-def describe(summary: dict[str, Any] | None) -> str:
-    """A checkpoint's numbers in a line, with 95 % intervals over prompts."""
-    assert summary is not None
-    metrics = summary["metrics"]
-
-    def shown(name: str) -> str:
-        entry = metrics[name]
-        interval = "" if entry["low"] is None else f" ({entry['low']:.3f}-{entry['high']:.3f})"
-        return f"{entry['value']:.3f}{interval}"
-
-    last = max((name for name in metrics if name.startswith("pass@")), key=lambda name: int(name.split("@")[1]))
-    parts = [f"pass@1 {shown('pass@1')}"] + ([f"{last} {shown(last)}"] if last != "pass@1" else [])
-    parts += [f"greedy {shown('greedy_accuracy')}", f"entropy {shown('entropy_mean')} nats/token"]
-    return ", ".join([*parts, f"{summary['seconds']:.0f} s"])
 
 
 if __name__ == "__main__":

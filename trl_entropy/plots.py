@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from trl_entropy.analysis import cosines_of, over_runs, spectrum_of
 from trl_entropy.metrics import PASS_AT_1, unit
@@ -130,6 +131,7 @@ def plot_checkpoints(axes: Axes, evaluation: pd.DataFrame, metrics: Sequence[str
     axes.set(
         xlabel="optimizer step of the checkpoint", ylabel="share" if unit(metrics[0]) == "1" else unit(metrics[0])
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _finished(axes)
 
 
@@ -189,7 +191,8 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
         low, high = ([row[f"{key}_{end}"] for row in closed] for end in ("lower", "upper"))
         axes.fill_between([row["step"] for row in closed], low, high, color=BLUE, alpha=0.2, lw=0, label="95 %")
     plot_key(axes, rows, "noise_scale/num_prompts", "prompts of a step", ORANGE, ls="--")
-    axes.set(ylabel="prompts", yscale="symlog")
+    axes.set(ylabel="prompts")
+    axes.set_yscale("symlog", linthresh=10)
     return _finished(axes)
 
 
@@ -243,11 +246,34 @@ def plot_change_slope(axes: Axes, rows: Rows) -> Axes:
 def plot_tokens(axes: Axes, tokens: pd.DataFrame, column: str = "entropy") -> Axes:
     """One completion token by token: a bar a token, in nats."""
     axes.bar(range(len(tokens)), tokens[column], color=BLUE)
-    labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens["token"]]
-    axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
+    axes.set_xticks(range(len(tokens)), _labels(tokens["token"]), rotation=90, fontsize=8)
     axes.set(xlabel="token", ylabel=f"{column}, nats")
     axes.spines[["top", "right"]].set_visible(False)
     return axes
+
+
+def plot_high_entropy_tokens(axes: Axes, table: pd.DataFrame, num_tokens: int = 12) -> Axes:
+    """
+    Tokens that hold most of the entropy, the largest on top: a bar a token, its count beside it.
+
+    Args:
+        table: of `analysis.high_entropy_tokens`.
+        num_tokens: how many, at most.
+    """
+    rows = table.head(num_tokens)[::-1]
+    axes.barh(range(len(rows)), rows["share_of_entropy"], color=BLUE)
+    for place, (share, count) in enumerate(zip(rows["share_of_entropy"], rows["count"], strict=True)):
+        axes.annotate(f" {count}", (share, place), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), _labels(rows.index), fontsize=8)
+    axes.set(xlabel="share of all entropy (times drawn beside the bar)", ylabel="token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    return axes
+
+
+def _labels(tokens: Iterable[str]) -> list[str]:
+    return [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
 
 
 def _is_finite(value: float | None) -> bool:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure."""
+    """A drawn figure of `num_panels` panels side by side."""
 
     name: str
     caption: str
     png: bytes
+    num_panels: int = 1
 
     @property
     def base64(self) -> str:
@@ -34,4 +35,4 @@ def draw(name: str, caption: str, panels: list[Callable]) -> Figure:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130)
     plt.close(figure)
-    return Figure(name, caption, stream.getvalue())
+    return Figure(name, caption, stream.getvalue(), len(panels))

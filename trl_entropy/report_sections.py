@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trl_entropy import plots
-from trl_entropy.analysis import Run, compare_runs
+from trl_entropy.analysis import Run, compare_runs, high_entropy_tokens
 from trl_entropy.report_figures import Figure, draw
 from trl_entropy.report_tables import Table, agreement_table, checkpoint_table
 
@@ -78,6 +78,27 @@ def _evaluation(runs: list[Run]) -> Section | None:
     return Section("Evaluation across checkpoints", text, figures, [checkpoint_table(run) for run in evaluated])
 
 
+def _undecided(runs: list[Run]) -> Section | None:
+    figures = []
+    for run in runs:
+        tokens = run.evaluation_tokens
+        steps = sorted(tokens["step"].unique()) if len(tokens) else []
+        panels = [
+            lambda axes, step=step, tokens=tokens: plots.plot_high_entropy_tokens(
+                axes, high_entropy_tokens(tokens[tokens["step"] == step])
+            ).set_title(f"step {step}")
+            for step in dict.fromkeys([*steps[:1], *steps[-1:]])
+        ]
+        if panels:
+            caption = f"{run.name}: tokens that hold most of the entropy, first and last evaluated checkpoint."
+            figures.append(draw(f"tokens-{run.name}", caption, panels))
+    text = (
+        "The entropy of the distribution that each token was drawn from, summed by token over all samples of a "
+        "checkpoint: tokens with a long bar are drawn where the policy is undecided."
+    )
+    return Section("Tokens that hold the entropy", text, figures) if figures else None
+
+
 def _noise_scale(runs: list[Run]) -> Section | None:
     figures = [
         draw(
@@ -122,4 +143,5 @@ _SECTIONS: tuple[Callable[[list[Run]], Section | None], ...] = (
     _noise_scale,
     _kernel,
     _evaluation,
+    _undecided,
 )

@@ -50,8 +50,8 @@ def glance_table(runs: list[Run]) -> Table:
     for key in (PASS_AT_1, "entropy"):
         cells = [c for run in runs for c in _ends(run, "evaluation/metrics.csv", run.training_evaluation, key)]
         rows.append((f"held out: {_named(key)}", cells))
-    return Table(["", *(f"{run.name}, {end}" for run in runs for end in ("first", "last"))],
-                 [row for row in rows if any(row[1])])  # fmt: skip
+    ends = [f"{run.name}, {end}" if len(runs) > 1 else end for run in runs for end in ("first", "last")]
+    return Table(["", *ends], [row for row in rows if any(row[1])])
 
 
 def _ends(run: Run, file: str, table: pd.DataFrame, key: str) -> list[Cell | None]:

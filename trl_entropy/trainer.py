@@ -22,13 +22,8 @@ from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import printing_plain_text
 from trl_entropy.control import controls
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
-from trl_entropy.engine import (
-    Engine,
-    UpdateContext,
-    build_engine,
-    snapshot_parameters,
-    swapped_parameters,
-)
+from trl_entropy.engine import Engine, UpdateContext, build_engine, snapshot_parameters, swapped_parameters
+from trl_entropy.evaluation.during_training import EvaluateCheckpoints
 from trl_entropy.probes import PROBES, Probe
 from trl_entropy.probes.probe_batch import draw_prompts, own_randomness, pack_completions, prompt_key
 from trl_entropy.prompt_selection import PromptSelectingTrainer, check_selection
@@ -72,7 +67,12 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             raise TypeError(f"args is a {type(args).__name__}; DrGRPOTrainer needs a DrGRPOConfig.")
         args = args or DrGRPOConfig(output_dir="DrGRPO")
         check_selection(args, kwargs.get("train_dataset"))
-        toggled = controls(args) + [PROBES[name].from_config(args) for name in args.enabled_probes()]
+        toggled: list[TrainerCallback] = [
+            *controls(args),
+            *(PROBES[name].from_config(args) for name in args.enabled_probes()),
+        ]
+        if args.evaluate_checkpoints != "none":
+            toggled.append(EvaluateCheckpoints(args.evaluate_checkpoints, args.evaluate_profile))
         super().__init__(
             model,
             reward_funcs,

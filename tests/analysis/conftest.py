@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {
@@ -26,6 +28,23 @@ def probe_of_notebook():
     return scope["LengthSpread"]
 
 
+class KillAfter(TrainerCallback):
+    """Keeps what `kill -9` inside the step after `step` would have left, half a line of it included."""
+
+    def __init__(self, step, path, copy):
+        self.step, self.path, self.copy = step, path, copy
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            shutil.copytree(self.path, self.copy)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.global_step == self.step + 1 and "loss" in logs:
+            line = (self.path / "metrics.jsonl").read_text().splitlines()[-1]
+            with open(self.copy / "metrics.jsonl", "a") as file:
+                file.write(line[: len(line) // 2])
+
+
 @pytest.fixture(scope="session")
 def real_run(tmp_path_factory, warm_start_dir) -> Path:
     from trl_entropy.evaluation.plan import PROFILES, Job, read_config, settings_of, targets_of
@@ -38,6 +57,7 @@ def real_run(tmp_path_factory, warm_start_dir) -> Path:
     task, args, model = parse(["--config", f"{REPOSITORY}/configs/quickstart.yaml", "--output_dir", str(path), *given])
     trainer = build_trainer(task, args, model)
     trainer.add_callback(probe_of_notebook()(every=1))
+    trainer.add_callback(KillAfter(2, path, path.parent / "killed" / path.name))
     trainer.train()
     config = read_config(path)
     settings = settings_of(config, PROFILES["quick"], subset_frac=0.004, num_samples=2)

@@ -100,6 +100,11 @@ def test_a_killed_run_shows_what_was_whole(real_run, tmp_path, caplog):
     assert set(run.evaluation["step"]) == {0}
 
 
+def test_a_run_without_a_kernel_says_so(tmp_path):
+    with pytest.raises(ValueError, match="holds no Fisher kernel; train with fisher_probe: true"):
+        load_run(tmp_path).kernel()
+
+
 def test_a_path_that_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="is no directory"):
         load_run(tmp_path / "none")
@@ -191,6 +196,7 @@ def test_kernels_by_prompt_and_their_cosines(real_run):
     run = load_run(real_run)
     (*_, step) = run.probe_steps("fisher")
     kernel, arrays = run.kernel(step), run.probe_file("fisher", step)
+    pd.testing.assert_frame_equal(run.kernel(), kernel)
     assert kernel.index.get_level_values("prompt_index").is_monotonic_increasing
     for i, j in ((0, 1), (2, 7)):
         names = [(arrays["prompt_index"][row], arrays["rows"][row]) for row in (i, j)]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from trl_entropy.report import main, write_page
-from trl_entropy.report_page import plain
+from trl_entropy.report_page import plain, render
 from trl_entropy.run_log import RunDirectory
 
 
@@ -134,3 +134,16 @@ def test_a_live_run_of_one_step_has_a_page(tmp_path):
 
 def test_plain_text_keeps_lines_and_letters():
     assert plain("a\tb\nc\x00\x9b\u2067d é") == "a\tb\ncd é"
+
+
+def test_a_killed_run_has_the_pictures_of_the_whole_one_up_to_that_step(real_run, tmp_path):
+    killed = real_run.parent / "killed" / real_run.name
+    whole = tmp_path / real_run.name
+    shutil.copytree(real_run, whole)
+    RunDirectory(whole).cut_after(2)
+    shutil.rmtree(whole / "evaluation" / "step_000000")  # made after training
+    (page, figures), (cut_page, cut_figures) = render([killed]), render([whole])
+    assert {figure.name: figure.png for figure in figures} == {figure.name: figure.png for figure in cut_figures}
+    assert len(figures) >= 4 and Page(page).numbers == Page(cut_page).numbers
+    full = {figure.name: figure.png for figure in render([real_run])[1]}
+    assert all(figure.png != full[figure.name] for figure in figures)

@@ -14,6 +14,7 @@ from trl_entropy.models import EMBEDDED_MODEL
 from trl_entropy.run_log import RunDirectory
 
 ALL, LATEST = "all", "latest"
+TRANSFORMERS, VLLM = "transformers", "vllm"
 _TASK_FIELDS = ("task", "dataset_path", "num_train_problems", "num_eval_problems", "max_prompt_length", "reward_funcs")
 _WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json")
 
@@ -53,6 +54,7 @@ class Settings:
         task: the run's task, data and reward functions.
         model_seed: the seed of the embedded model's warm start.
         dtype: of the weights while they are evaluated.
+        sampler: what draws, `"transformers"` or `"vllm"`; the scores are the model's own.
     """
 
     num_problems: int | None
@@ -65,6 +67,7 @@ class Settings:
     task: dict[str, Any]
     model_seed: int
     dtype: str
+    sampler: str = TRANSFORMERS
 
     def num_of(self, num_held_out: int) -> int:
         """How many of the held-out problems."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from trl_entropy.data.r1_template import ANSWER_CLOSE
-from trl_entropy.evaluation.plan import Settings
+from trl_entropy.evaluation.plan import VLLM, Settings
+from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.models import EMBEDDED_MODEL, base_model_of, is_adapter
 from trl_entropy.probes.probe_batch import own_randomness, pack_completions
 from trl_entropy.rollouts import answer_end
@@ -36,6 +37,8 @@ def load_policy(model: str, settings: Settings, device: str) -> tuple[Any, Any]:
     policy = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype))
     if is_adapter(name):
         policy = PeftModel.from_pretrained(policy, name)
+        if settings.sampler == VLLM:  # which takes whole weights: the ones drawn from and the ones scored are the same
+            policy = policy.merge_and_unload()
     return policy.to(device).eval(), tokenizer
 
 
@@ -53,12 +56,14 @@ class Sampler:
     Attributes:
         settings: how to draw.
         batch_size: completions at a time.
+        engine: what draws in place of the model's own `generate`; the model scores.
     """
 
     model: Any
     tokenizer: Any
     settings: Settings
     batch_size: int
+    engine: VllmEngine | None = None
 
     def __post_init__(self) -> None:
         from transformers import GenerationConfig
@@ -74,22 +79,30 @@ class Sampler:
         temperature, over the full vocabulary; greedy ones too), `length` and `clipped`: no end within the limit.
         """
         prompt_ids = self.tokenizer(prompts)["input_ids"]
+        drawn = None if self.engine is None else self.engine.draw(prompt_ids, greedy, self._ends)
         order = sorted(range(len(prompts)), key=lambda place: -len(prompt_ids[place]))
         start = 0
         while start < len(order):
             places = order[start : start + self.batch_size]
-            rows = self._within_memory(self._draw_batch, [prompt_ids[place] for place in places], greedy, start)
+            given = None if drawn is None else [drawn[place] for place in places]
+            rows = self._within_memory([prompt_ids[place] for place in places], given, greedy, start)
             yield from zip(places, rows, strict=False)
             start += len(rows)
 
-    def _within_memory(self, draw: Callable[..., list[Row]], prompt_ids: list, greedy: bool, start: int) -> list[Row]:
+    def _within_memory(
+        self, prompt_ids: list[list[int]], drawn: list[list[int]] | None, greedy: bool, start: int
+    ) -> list[Row]:
+        """Rows of the first of these prompts, as many as fit."""
+
         def attempt(size: int) -> list[Row]:
             self.batch_size = size
-            return draw(prompt_ids[:size], greedy, start)
+            some = prompt_ids[:size]
+            completion_ids = self._draw_batch(some, greedy, start) if drawn is None else drawn[:size]
+            return self._scored(some, [self._cut(ids) for ids in completion_ids])
 
         return halved_on_out_of_memory(attempt, self.batch_size)
 
-    def _draw_batch(self, prompt_ids: list[list[int]], greedy: bool, start: int) -> list[Row]:
+    def _draw_batch(self, prompt_ids: list[list[int]], greedy: bool, start: int) -> list[list[int]]:
         device = self.model.device
         pad_token_id = _pad_token_id(self.tokenizer)
         width = max(map(len, prompt_ids))
@@ -100,8 +113,7 @@ class Sampler:
                 input_ids=input_ids, attention_mask=mask, generation_config=self._generation_config(greedy),
                 **({"tokenizer": self.tokenizer} if self.settings.stop_at_answer else {}),
             )  # fmt: skip
-        ended = [self._cut(ids) for ids in output[:, width:].tolist()]
-        return self._scored(prompt_ids, ended)
+        return output[:, width:].tolist()
 
     def _generation_config(self, greedy: bool) -> Any:
         from transformers import GenerationConfig

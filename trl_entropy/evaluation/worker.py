@@ -19,9 +19,10 @@ from trl_entropy import rewards
 from trl_entropy.answers import clean_answer
 from trl_entropy.console import quiet_libraries
 from trl_entropy.data.word_problems import MAX_PROBLEMS
-from trl_entropy.evaluation.plan import Job, Settings
+from trl_entropy.evaluation.plan import VLLM, Job, Settings
 from trl_entropy.evaluation.sampling import Row, Sampler, load_policy
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
+from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.run_log import CHECKPOINT_SUMMARY
 from trl_entropy.train import TaskArguments, load_task
 
@@ -35,7 +36,8 @@ def evaluate(job: Job) -> None:
     device = _device(job.device)
     model, tokenizer = load_policy(job.target.model, job.settings, device)
     problems = held_out_problems(job.settings, tokenizer)
-    sampler = Sampler(model, tokenizer, job.settings, job.batch_size)
+    engine = VllmEngine(model, tokenizer, job.settings) if job.settings.sampler == VLLM else None
+    sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine)
     records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), job.settings))
     prompts = prompt_table(records)
     summary = {
