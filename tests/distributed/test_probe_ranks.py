@@ -1,6 +1,7 @@
 """The entropy probe's numbers on two ranks are those of one process: DDP, ZeRO-2, ZeRO-3, full and LoRA."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,11 @@ def test_probes_leave_training_bit_identical(rows_of, engine, run):
         assert all(row[key] == value for key, value in expected.items() if not key.startswith(CLOCKS))
 
 
-@pytest.mark.parametrize("engine", ["ddp-cpu"])
-def test_a_failure_on_one_rank_ends_all_with_one_message(tmp_path, replay_model, engine):
-    settings = json.dumps({"name": "failing", "fails": True, "model_path": replay_model})
-    result = launch(engine, WORKER, str(tmp_path), settings, scratch=tmp_path / "ops", timeout=90)
+def test_the_launcher_ends_with_one_message(tmp_path, replay_model):
+    """`test_failing_ranks.py` has every event and engine; here the launcher takes part."""
+    settings = json.dumps({"name": "failing", "fails_in": "on_after_update", "model_path": replay_model})
+    result = launch("ddp-cpu", WORKER, str(tmp_path), settings, scratch=tmp_path / "ops", timeout=60)
     assert result.returncode != 0
-    assert "rank 1 failed while testing: ValueError: injected on rank 1" in result.stdout
+    assert "[rank1]: ValueError: injected on rank 1" in result.stdout
+    assert "OtherRankFailed: rank 1 failed: ValueError: injected on rank 1" in result.stdout
+    assert time.time() - float((tmp_path / "failing.failed.txt").read_text()) < 30
