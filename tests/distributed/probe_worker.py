@@ -11,21 +11,30 @@ import os
 import random
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 NUM_GENERATIONS, MAX_LENGTH = 4, 9
 
 
-def replayed(prompt_ids: list[list[int]], vocab_size: int) -> list[list[int]]:
-    """One completion per row: equal prompts in a row of them get different ones; some end early."""
-    seen: dict[tuple, int] = {}
+def replayed_on_all_ranks(prompt_ids: list[list[int]], make: Callable[[list[int], int], list[int]]) -> list[list[int]]:
+    """`make(prompt, place)` for this rank's rows: equal prompts of all ranks get places 0, 1, ... Collective."""
+    from accelerate.utils import gather_object
+
+    seen: Counter = Counter()
     completions = []
-    for ids in prompt_ids:
-        place = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
-        draw = random.Random(f"{ids} {place}")
-        length = draw.randint(1, MAX_LENGTH)
-        completions.append([draw.randrange(2, vocab_size) for _ in range(length)])
-    return completions
+    for ids in gather_object(prompt_ids):
+        completions.append(make(ids, seen[tuple(ids)]))
+        seen[tuple(ids)] += 1
+    first = int(os.environ.get("RANK", "0")) * len(prompt_ids)
+    return completions[first : first + len(prompt_ids)]
+
+
+def random_tokens(ids: list[int], place: int) -> list[int]:
+    """Some end early."""
+    draw = random.Random(f"{ids} {place}")
+    return [draw.randrange(2, 300) for _ in range(draw.randint(1, MAX_LENGTH))]
 
 
 def reward(completion_ids, **kwargs) -> list[float]:
@@ -118,7 +127,7 @@ def train(
 
     class ReplayTrainer(DrGRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            return replayed(prompt_ids, 300), None
+            return replayed_on_all_ranks(prompt_ids, random_tokens), None
 
     class KeepParameters(Probe):
         """Writes theta before and after each step, as the engine gives it."""
