@@ -97,6 +97,7 @@ def rows_of(tmp_path_factory, model_path):
 
     def run(name: str) -> dict[str, list[dict]]:
         if name not in done:
+            done[name] = {}  # if the launch fails, the other tests of it fail at once
             directory = tmp_path_factory.mktemp("runs")
             train(name, directory, model_path)
             done[name] = {run: RunDirectory(directory / run).metrics() for run in RUNS}
@@ -109,7 +110,7 @@ def rows_of(tmp_path_factory, model_path):
 
 
 def train(name: str, directory: Path, model_path: Path) -> None:
-    """All runs, in one launch, or in one of each machine."""
+    """All runs, in one launch; two launchers on this machine stand for two, with the options of launch/README.md."""
     engine, num_processes, num_machines = LAUNCHES[name]
     command_lines = [json.dumps(command_line(name, run, directory, model_path)) for run in RUNS]
     processes = ("--num_processes", str(num_processes))
