@@ -1,6 +1,7 @@
 """Defaults, derived sizes, and errors that come before any model is loaded and say what to change."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,6 +87,17 @@ def test_proposed_number_of_prompts_divides():
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_kl_is_refused_under_zero3():
+    args = config(kl_every=1)
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    args._check_probes()
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    with pytest.raises(ValueError, match=r"kl_every.*ZeRO-3.*kl_every=0.*zero_stage: 2"):
+        args._check_probes()
+    args.beta = 0.1  # TRL's own KL, by its reference model
+    args._check_probes()
 
 
 @pytest.mark.parametrize(

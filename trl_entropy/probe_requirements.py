@@ -23,6 +23,11 @@ class ProbeRequirements(GRPOConfig):
     """
 
     def _check_probes(self) -> None:
+        if self.kl_every and self.beta == 0 and self.deepspeed_plugin and self.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "kl_every puts the start policy's parameters into the model, which ZeRO-3 keeps in parts. Set "
+                "kl_every=0, or train with zero_stage: 2 (launch/zero2.yaml)."
+            )
         for name in self.enabled_probes():
             if getattr(self, f"{name}_every") < 1:
                 raise ValueError(f"{name}_every is {getattr(self, f'{name}_every')}; use 1 or more steps.")

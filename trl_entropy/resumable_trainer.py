@@ -18,7 +18,7 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_entropy import checkpoints, training_state
 from trl_entropy.callbacks import continue_tensorboard
-from trl_entropy.engine import parameter_shape, rank_symmetric
+from trl_entropy.engine import ending_together, parameter_shape, rank_symmetric
 from trl_entropy.probes.probe_batch import prompts_of
 from trl_entropy.run_log import RunDirectory
 
@@ -40,18 +40,23 @@ class ResumableTrainer(GRPOTrainer):
 
         Raises:
             CheckpointError: when the checkpoint is incomplete, damaged, or another run's.
+            OtherRankFailed: when another process failed first; that one raises its own exception.
         """
-        checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+        with ending_together(self.accelerator):
+            checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+            self._prepare_run(checkpoint, resumes=bool(resume_from_checkpoint))
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _prepare_run(self, checkpoint: Path | None, resumes: bool) -> None:
+        """Have settings, metrics and TensorBoard go on after the checkpoint."""
         step = 0 if checkpoint is None else checkpoints.read_seal(checkpoint)["step"]
         if self.args.additional_steps:
             self.args.max_steps = step + self.args.additional_steps
-        if resume_from_checkpoint and self.is_world_process_zero():
+        if resumes and self.is_world_process_zero():
             RunDirectory(self.args.output_dir).cut_after(step)
-        if checkpoint is None:
-            return super().train(None, *args, **kwargs)
-        self.args.eval_on_start = False  # done before the first step; a second one would be another sample
-        continue_tensorboard(self, step)
-        return super().train(str(checkpoint), *args, **kwargs)
+        if checkpoint is not None:
+            self.args.eval_on_start = False  # done before the first step; a second one would be another sample
+            continue_tensorboard(self, step)
 
     def _checked_checkpoint(self, resume_from: str | bool | None) -> Path | None:
         """What to resume from, the same on all ranks, and of this run."""

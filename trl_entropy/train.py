@@ -150,12 +150,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         _say_preflight(task, args, model)
     trainer = build_trainer(task, args, model)
+    from trl_entropy.engine import OtherRankFailed
+
     _say_start(trainer)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except OSError as error:  # a full disk while logging, most of all; while saving it is a CheckpointError
         sys.exit(_advice_on(error, Path(args.output_dir)))
-    except checkpoints.CheckpointError as error:
+    except (checkpoints.CheckpointError, OtherRankFailed) as error:
         sys.exit(f"Error: {error}")
     if trainer.is_world_process_zero():
         _say_end(trainer)

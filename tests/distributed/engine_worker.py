@@ -36,7 +36,6 @@ class Case:
     checkpointing: str | None = None  # "reentrant" or "non-reentrant"
     resumes: bool = False  # saves before its last step, and makes that step a second time from the checkpoint
     poisoned: bool = False  # the loss of the second step is nan
-    fails: bool = False  # the last rank raises in the second `before_update`
     sequences: int = 8
 
     @property
@@ -134,8 +133,6 @@ def engine_trainer_class() -> type:
             with self.engine.scoring_model(context.params_before, dtype=None) as model:
                 record["probe_own_dtype"] = probe_score(model)
             self.steps.append(record)
-            if self.case.fails and len(self.steps) == 2:
-                fail_on_last_rank(self.accelerator)
 
         def after_update(self, context):
             self.steps[-1] |= {key: getattr(context, key) for key in ("params_after", "update", "step_skipped")}

@@ -10,24 +10,35 @@ import json
 import os
 import random
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 NUM_GENERATIONS, MAX_LENGTH = 4, 9
 
 
-def replayed(prompt_ids: list[list[int]], vocab_size: int) -> list[list[int]]:
-    """One completion per row: equal prompts in a row of them get different ones; some end early."""
-    seen: dict[tuple, int] = {}
+def replayed_on_all_ranks(prompt_ids: list[list[int]], make: Callable[[list[int], int], list[int]]) -> list[list[int]]:
+    """`make(prompt, place)` for this rank's rows: equal prompts of all ranks get places 0, 1, ... Collective."""
+    from accelerate.utils import gather_object
+
+    seen: Counter = Counter()
     completions = []
-    for ids in prompt_ids:
-        place = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
-        draw = random.Random(f"{ids} {place}")
-        length = draw.randint(1, MAX_LENGTH)
-        completions.append([draw.randrange(2, vocab_size) for _ in range(length)])
-    return completions
+    for ids in gather_object(prompt_ids):
+        completions.append(make(ids, seen[tuple(ids)]))
+        seen[tuple(ids)] += 1
+    first = int(os.environ.get("RANK", "0")) * len(prompt_ids)
+    return completions[first : first + len(prompt_ids)]
+
+
+def random_tokens(ids: list[int], place: int) -> list[int]:
+    """Some end early."""
+    draw = random.Random(f"{ids} {place}")
+    return [draw.randrange(2, 300) for _ in range(draw.randint(1, MAX_LENGTH))]
 
 
 def reward(completion_ids, **kwargs) -> list[float]:
+    """The mean of the tokens' remainders by 3."""
     return [sum(token % 3 for token in ids) / len(ids) for ids in completion_ids]
 
 
@@ -36,17 +47,83 @@ def sparse_reward(prompts, completion_ids, **kwargs) -> list[float]:
     return [float(sum(ids) % 3 == 0 and "4" not in p) for p, ids in zip(prompts, completion_ids, strict=True)]
 
 
+FAILING_EVENTS = (
+    "reward",
+    "around_micro_batch",
+    "on_micro_batch",
+    "on_rollouts",
+    "on_before_update",
+    "on_after_update",
+    "rank_symmetric",
+    "leaving_micro_batch",
+    "on_step_end",
+)
+
+
+def fail_on_rank_1(marker: Path) -> None:
+    """Writes into `marker` when."""
+    if os.environ["RANK"] == "1":
+        marker.write_text(str(time.time()))
+        raise ValueError("injected on rank 1")
+
+
+def failing_probe(event: str, marker: Path):
+    """A probe in which `event` fails on rank 1; the other ranks go on into the collectives of training."""
+    from contextlib import contextmanager
+
+    from trl_entropy import Probe
+    from trl_entropy.engine import rank_symmetric
+
+    class Failing(Probe):
+        @contextmanager
+        def around_micro_batch(self, *args, **kwargs):
+            self.maybe_fail("around_micro_batch")
+            yield
+            self.maybe_fail("leaving_micro_batch")
+
+        def on_micro_batch(self, *args, **kwargs):
+            self.maybe_fail("on_micro_batch")
+            self.maybe_fail("lives on")
+
+        def on_rollouts(self, *args, **kwargs):
+            self.maybe_fail("on_rollouts")
+
+        def on_before_update(self, *args, engine, **kwargs):
+            self.maybe_fail("on_before_update")
+            with rank_symmetric(engine.accelerator, "testing"):
+                self.maybe_fail("rank_symmetric")
+
+        def on_after_update(self, *args, **kwargs):
+            self.maybe_fail("on_after_update")
+
+        def on_step_end(self, *args, **kwargs):
+            self.maybe_fail("on_step_end")
+
+        def maybe_fail(self, current: str) -> None:
+            if current == event:
+                fail_on_rank_1(marker)
+
+    return Failing()
+
+
+def turn_off_compiled_ops() -> None:
+    """DeepSpeed would compile one for a minute or two on a CPU, for nothing that is tested here."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm  # noqa: F401
+
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
 def train(
     output_dir: Path,
     name: str,
     model_path: str,
     lora: bool = False,
-    fails: bool = False,
+    fails_in: str | None = None,
     keeps_parameters: bool = False,
     equal_often: bool = False,
     **settings,
 ) -> None:
-    from accelerate.utils import gather_object
     from datasets import Dataset
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -56,17 +133,7 @@ def train(
 
     class ReplayTrainer(DrGRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            everywhere = gather_object(prompt_ids)  # a group may lie on two ranks
-            begin = self.accelerator.process_index * len(prompt_ids)
-            return replayed(everywhere, 300)[begin : begin + len(prompt_ids)], None
-
-    class Failing(Probe):
-        def on_after_update(self, args, state, control, *, engine, **kwargs):
-            from trl_entropy.engine import rank_symmetric
-
-            with rank_symmetric(engine.accelerator, "testing"):
-                if engine.accelerator.process_index == 1:
-                    raise ValueError("injected on rank 1")
+            return replayed_on_all_ranks(prompt_ids, random_tokens), None
 
     class KeepParameters(Probe):
         """Writes theta before and after each step, as the engine gives it."""
@@ -77,6 +144,11 @@ def train(
             if engine.accelerator.is_main_process:
                 save_file(values, output_dir / name / f"parameters_{state.global_step + 1}.safetensors")
 
+    def failing_reward(**kwargs):
+        fail_on_rank_1(marker)
+        return reward(**kwargs)
+
+    marker = output_dir / f"{name}.failed.txt"
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     defaults = {
@@ -102,21 +174,17 @@ def train(
     peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None
     trainer = ReplayTrainer(
         model=model_path,
-        reward_funcs=sparse_reward if equal_often else reward,
+        reward_funcs=failing_reward if fails_in == "reward" else sparse_reward if equal_often else reward,
         args=DrGRPOConfig(output_dir=str(output_dir / name), **(defaults | settings)),
         train_dataset=Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(6) for j in range(6)]}),
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[Failing()] * fails + [KeepParameters()] * keeps_parameters,
+        callbacks=[failing_probe(fails_in, marker)] * bool(fails_in) + [KeepParameters()] * keeps_parameters,
     )
     trainer.train()
 
 
 if __name__ == "__main__":
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm  # noqa: F401
-
-        # DeepSpeed would compile it for a minute or two on a CPU, for nothing that is tested here.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    turn_off_compiled_ops()
     for text in sys.argv[2:]:
         train(Path(sys.argv[1]), **json.loads(text))

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from engine_toy import Tied
 from torch import nn
 
-from trl_entropy.engine import build_engine, trainable_parameters
+from trl_entropy.engine import build, build_engine, trainable_parameters
 
 
 def test_refuses_parameters_that_no_step_changes(accelerate_to, model: Tied) -> None:
@@ -144,6 +144,19 @@ def test_refuses_other_training_by_name(model: Tied, changes: dict, error: type,
     optimizer = torch.optim.AdamW(trainable_parameters(model).values())
     with pytest.raises(error, match=message):
         build_engine(fake_accelerator(**changes), model, optimizer, max_grad_norm=1.0)
+
+
+def test_refuses_sharded_parameters(model: Tied, monkeypatch) -> None:
+    """FSDP2, should it come without accelerate's knowing, leaves DTensors in the model."""
+
+    class Sharded(nn.Parameter):
+        pass
+
+    monkeypatch.setattr(build, "DTensor", Sharded)
+    model.norm.bias = Sharded(model.norm.bias.data)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(NotImplementedError, match=r"sharded parameters \(DTensor\); use one process, DDP"):
+        build_engine(fake_accelerator(), model, optimizer, max_grad_norm=1.0)
 
 
 def test_refuses_data_parallel(model: Tied) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from engine_toy import Tied, loss_of, make_step
 
-from trl_entropy.engine import UpdateContext, rank_symmetric
+from trl_entropy.engine import UpdateContext
 
 
 def test_unwanted_steps_make_no_context(built) -> None:
@@ -203,18 +203,3 @@ def test_moments_can_be_read_at_any_time(built) -> None:
     kept = moments["norm.bias"].clone()
     make_step(engine, wanted=False)
     assert torch.equal(moments["norm.bias"], kept)  # a copy
-
-
-# ---- failing together
-
-
-def test_one_process_raises_the_original(accelerate_to) -> None:
-    accelerator = accelerate_to()
-    with pytest.raises(KeyError, match="seven"), rank_symmetric(accelerator, "counting"):
-        raise KeyError("seven")
-
-    @rank_symmetric(accelerator, "counting")
-    def count() -> int:
-        return 7
-
-    assert count() == 7

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,24 +86,6 @@ def test_processes_that_start(engine, tmp_path):
     common = {"distributed_type": distributed_type, "zero_stage": stage, "device": "cpu"}
     expected = [common | {"num_processes": num_processes, "local_rank": rank} for rank in range(num_processes)]
     assert descriptions(tmp_path) == expected
-
-
-@pytest.mark.slow
-def test_two_machines_make_one_job(tmp_path):
-    """Two launchers on this machine stand for two machines, with the options that launch/README.md gives."""
-    options = ("--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1")
-    options += ("--main_process_port", str(free_port()))
-
-    def machine(rank: int):
-        own = (*options, "--machine_rank", str(rank))
-        return launch(
-            "ddp-cpu", HERE / "describe_process.py", str(tmp_path), scratch=tmp_path, timeout=120, options=own
-        )
-
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(machine, range(2)))
-    assert [result.returncode for result in results] == [0, 0], results
-    assert [(d["num_processes"], d["local_rank"]) for d in descriptions(tmp_path)] == [(2, 0), (2, 0)]
 
 
 @pytest.mark.slow

@@ -6,10 +6,13 @@ import signal
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_entropy import DrGRPOTrainer, Probe
+from trl_entropy.engine.plain import PlainEngine
+from trl_entropy.preflight import support
 from trl_entropy.run_log import RunDirectory
 
 
@@ -300,3 +303,23 @@ def test_the_curriculum_learns_from_every_scored_group(make_trainer, tmp_path):
     row = RunDirectory(trainer.args.output_dir).metrics()[-1]
     assert row["curriculum/num_easy"] == sum(rate == 1 for rate in rates) > 0
     assert row["curriculum/num_hard"] == sum(rate == 0 for rate in rates) > 0
+
+
+def test_probes_that_take_any_kernel_do_not_score(make_trainer, monkeypatch):
+    """What the doctor's table takes as independent of attention and quantisation puts no float32 model to use."""
+    independent = [name for name, axes in support.DEPENDS_ON.items() if "attention" not in axes]
+    assert independent == [name for name, axes in support.DEPENDS_ON.items() if "quantisation" not in axes]
+    *probes, kl = independent
+    assert kl == "kl_every"
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a float32 model was asked for")
+
+    monkeypatch.setattr(PlainEngine, "scoring_model", fail)
+    adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0)
+    trainer = make_trainer(peft_config=adapter, kl_every=1, **dict.fromkeys(probes, True))
+    trainer.train()
+    row = RunDirectory(trainer.args.output_dir).metrics()[-1]
+    prefixes = {"noise_scale_probe": "noise_scale/", "optimizer_state_probe": "optimizer_state/"}
+    prefixes |= {"effective_sample_size_probe": "ess/", "kl_every": "kl"}
+    assert all(any(key.startswith(prefixes[name]) for key in row) for name in independent)

@@ -24,12 +24,14 @@ from trl_entropy.engine.parameters import (
     swapped_parameters,
     trainable_parameters,
 )
-from trl_entropy.engine.symmetry import rank_symmetric
+from trl_entropy.engine.symmetry import OtherRankFailed, ending_together, rank_symmetric
 
 __all__ = [
     "Engine",
+    "OtherRankFailed",
     "UpdateContext",
     "build_engine",
+    "ending_together",
     "evaluation_mode",
     "num_trainable",
     "parameter_shape",

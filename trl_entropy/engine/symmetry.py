@@ -1,11 +1,17 @@
-"""Failing together: an exception on one rank becomes the same exception on all of them, instead of a hang."""
+"""Failing together: an exception on one rank becomes one message on all of them, instead of a hang."""
 
+import itertools
+import json
+import os
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.distributed_c10d import _get_default_store
 
 
 @contextmanager
@@ -60,3 +66,77 @@ def _message_of(rank: int, failure: Exception | None, what: str) -> str:
     text = [None if failure is None else f"rank {rank} failed while {what}: {type(failure).__name__}: {failure}"]
     dist.broadcast_object_list(text, src=rank)
     return str(text[0])
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank failed first; says which, and with what."""
+
+
+_SECONDS_TO_LEAVE = 15.0  # for a rank to notice by itself, through its backend, that another has left
+_num_sections = itertools.count()
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator) -> Iterator[None]:
+    """Runs work with collectives in it, training above all; when one rank leaves it by an exception, all end.
+
+    A rank that fails outside `rank_symmetric` leaves the others waiting for it. Here it says so in the process group's
+    store first, and raises its own exception on. The others' collectives then fail (gloo), and that error is replaced
+    by what was said; or they never return (NCCL), and after 15 s the process prints what was said and ends.
+
+    With one process nothing is done. All ranks must enter, as often.
+
+    Raises:
+        OtherRankFailed: on the ranks that did not fail first, with rank and exception of the one that did.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    notice = _Notice(accelerator.process_index)
+    try:
+        with notice.watched():
+            yield
+    except Exception as error:
+        what = notice.first_failure(f"{type(error).__name__}: {error}")
+        if what is None:
+            raise
+        raise OtherRankFailed(what) from error
+
+
+class _Notice:
+    """One line in the process group's store, that of the first rank that failed."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._store, self._key = _get_default_store(), f"trl_entropy/failure/{next(_num_sections)}"
+
+    def first_failure(self, text: str) -> str | None:
+        """Says that this rank failed with `text`; what another said before, unless that was the same."""
+        said = json.dumps([self._rank, text])
+        with suppress(dist.DistError):  # the store has gone with the process that kept it
+            said = self._store.compare_set(self._key, "", said).decode()
+        rank, first = json.loads(said)
+        return None if rank == self._rank or first == text else f"rank {rank} failed: {first}"
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Ends the process if it is still inside 15 s after another rank failed."""
+        left = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(left,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            left.set()
+            watcher.join(timeout=5.0)
+
+    def _watch(self, left: threading.Event) -> None:
+        with suppress(dist.DistError):
+            while not left.wait(1.0):
+                if self._store.check([self._key]):
+                    break
+            if left.wait(_SECONDS_TO_LEAVE):
+                return
+            rank, first = json.loads(self._store.get(self._key))
+            print(f"OtherRankFailed: rank {rank} failed: {first}", file=sys.stderr, flush=True)
+            os._exit(1)

@@ -45,11 +45,13 @@ AXES: dict[str, Mapping[str, str | None]] = {
 
 # Probe -> the axes that it depends on; on the others it takes everything. A probe that reads the update needs an
 # engine that can be read; one that scores in float32 needs parameters that have a float32 value, and kernels for it.
+# `(extra)`: with halves, or a trained head, gradients come from a float32 pass of its own, not from training's.
 DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "entropy_probe": ("engine", "attention", "quantisation"),
     "entropy_probe (rollouts)": ("engine", "attention", "quantisation"),
     "entropy_attribution": ("engine", "attention", "quantisation"),
     "noise_scale_probe": ("engine",),
+    "noise_scale_probe (extra)": ("engine", "attention", "quantisation"),
     "fisher_probe": ("engine", "attention", "quantisation"),
     "optimizer_state_probe": ("engine",),
     "effective_sample_size_probe": (),
@@ -82,6 +84,8 @@ def probe_names(plan: Plan) -> list[str]:
     names = list(plan.args.enabled_probes())
     if plan.args.entropy_probe and plan.args.entropy_probe_source == "rollouts":
         names[names.index("entropy_probe")] = "entropy_probe (rollouts)"
+    if plan.args.noise_scale_probe and (plan.args.noise_scale_halves or not plan.has_adapter):
+        names[names.index("noise_scale_probe")] = "noise_scale_probe (extra)"
     if plan.args.entropy_probe and plan.args.entropy_attribution != "none":
         names.append("entropy_attribution")
     return names + (["kl_every"] if plan.args.kl_every and plan.args.beta == 0 else [])

@@ -1,0 +1,34 @@
+"""One run's metrics against another's that differ in rounding only."""
+
+import pytest
+
+CLOCKS = ("time", "step_time", "epoch", "runtime")
+# Ratios of differences of nearly equal numbers, from a few pairs of steps.
+ILL_CONDITIONED = ("_slope", "r_squared", "correlation")
+
+
+def rounding_of(row: dict) -> float:
+    """What float32 leaves of a change: the difference of two entropies of this size, nats."""
+    return 3e-7 * row["entropy/probe"]
+
+
+def largest_deviation(expected: list[dict], got: list[dict]) -> tuple[float, str]:
+    """Asserts that all metrics agree; the largest relative deviation beyond rounding, and its metric."""
+    largest = (0.0, "")
+    for one, two in zip(expected, got, strict=True):
+        assert one.keys() == two.keys(), one.keys() ^ two.keys()
+        rounding = rounding_of(one)
+        for key, value in one.items():
+            if key.startswith(CLOCKS) or any(part in key for part in ILL_CONDITIONED):
+                continue
+            if key == "entropy/attribution_rounding":
+                assert abs(value) < 1e-5 and abs(two[key]) < 1e-5
+            elif key.endswith("gradient_error"):
+                assert max(value, two[key]) < 1e-4  # nothing but rounding
+            elif value is None:  # nan: there is no such pair of completions
+                assert two[key] is None, key
+            else:
+                assert two[key] == pytest.approx(value, rel=1e-3, abs=rounding), key
+                beyond = max(abs(two[key] - value) - rounding, 0.0)
+                largest = max(largest, (beyond / abs(value) if beyond else 0.0, key))
+    return largest
