@@ -55,18 +55,22 @@ GRADIENTS = {
     "fisher_num_sequences": 16,
 }
 HELD_OUT = {"entropy_second_order": True, "entropy_placebo": True}
-# Between them every probe, each with a full model and an adapter; `rows` of a micro-batch over all processes.
+# Between them every probe; `rows` of a micro-batch over all processes.
 RUNS = {
     "full": GRADIENTS
     | HELD_OUT
-    | {"num_prompts_per_step": 8, "noise_scale_halves": True, "entropy_attribution": "token"},
+    | {
+        "num_prompts_per_step": 8,
+        "noise_scale_halves": True,
+        "fisher_num_sequences": 32,  # all: fewer would be the first groups of each process
+        "entropy_attribution": "token",
+    },
     "full, rollouts": GRADIENTS | {"num_prompts_per_step": 4, "entropy_probe_source": "rollouts"},
     "lora": GRADIENTS | HELD_OUT | {"num_prompts_per_step": 4, "use_peft": True},
     # Three groups of four on two or four processes: groups lie across them.
-    "lora, split groups": {
+    "split groups": {
         "rows": 12,
         "num_prompts_per_step": 3,
-        "use_peft": True,
         "length_normalizer": "group_max",
         "entropy_attribution": "sequence",
     },
@@ -122,7 +126,7 @@ def train(name: str, directory: Path, model_path: Path) -> None:
         return launch(engine, WORKER, *command_lines, scratch=directory / "ops", timeout=280, options=options)
 
     with ThreadPoolExecutor() as pool:
-        for result in pool.map(machine, range(num_machines)):
+        for result in map(machine, [0]) if num_machines == 1 else pool.map(machine, range(num_machines)):
             assert result.returncode == 0, result.stdout[-6000:]
 
 
