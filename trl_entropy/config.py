@@ -157,7 +157,7 @@ class DrGRPOConfig(ProbeRequirements):
     )
 
     entropy_budget: str = _toggle(
-        "Correct each step, after the optimizer, so that the entropy changes by what it is to (T18): 'hold' it, keep "
+        "Correct each step, after the optimizer, so that the entropy changes by what it is to (T19): 'hold' it, keep "
         "it from falling below ('floor'), only 'report' what would be done, or 'none'; AdamW only.",
         default="none",
         choices=list(ENTROPY_BUDGETS),

@@ -269,7 +269,7 @@ _ENTROPY_BUDGET = [
     Metric(f"entropy_budget/{name}", unit_, text, "E")
     for name, unit_, text in (
         ("entropy", "nats/token", "entropy before the step, on the control's own completions"),
-        ("budget", "nats/token", "change that the step was to make (T18)"),
+        ("budget", "nats/token", "change that the step was to make (T19)"),
         ("delta_optimizer", "nats/token", "first-order change by the optimizer's step alone"),
         ("delta_predicted", "nats/token", "first-order change by the step with its correction"),
         (

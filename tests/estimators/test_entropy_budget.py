@@ -1,4 +1,4 @@
-"""(T18): the correction meets its budget, is the smallest that does, and knows when it cannot."""
+"""(T19): the correction meets its budget, is the smallest that does, and knows when it cannot."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Hold the policy's entropy, or give each step its change of it: (T18), after the optimizer's step."""
+"""Hold the policy's entropy, or give each step its change of it: (T19), after the optimizer's step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Halves(NamedTuple):
 class EntropyBudget(Probe):
     """
     Corrects every optimizer step so that the policy's entropy changes by what it is to change by, to first order: the
-    smallest correction in AdamW's metric (T18), applied to the float32 parameters when the optimizer is done. The
+    smallest correction in AdamW's metric (T19), applied to the float32 parameters when the optimizer is done. The
     moments never see it.
 
     Without target and budget, or with mode `"report"`, nothing is corrected; logged is what would be.

@@ -1,7 +1,7 @@
 """The smallest correction of a step that gives the policy's entropy the change it is to have, and when to ask for it.
 
 Of all steps that change the entropy by b to first order, d' = d + lambda M g is the nearest to the optimizer's step d
-in the metric M^-1, with g = grad h and lambda = (b - g.d) / <g, g>, <x, y> = x'My (T18).
+in the metric M^-1, with g = grad h and lambda = (b - g.d) / <g, g>, <x, y> = x'My (T19).
 """
 
 import math
@@ -20,7 +20,7 @@ Vector = dict[str, Float[Tensor, "..."]]
 
 
 class BudgetProducts(NamedTuple):
-    """What (T18) needs of the halves g_a, g_b of an estimate g = (g_a + g_b)/2, summed over parameters.
+    """What (T19) needs of the halves g_a, g_b of an estimate g = (g_a + g_b)/2, summed over parameters.
 
     `change` g.d and its halves in nats per token; `square` <g, g> and `cross` <g_a, g_b>; `step_square` d'M^-1 d where
     M > 0; `loss` <g_L, g>, g_L the gradient of the loss.
@@ -67,7 +67,7 @@ def floored_metric(metric: Vector, floor: float) -> Vector:
 def budget_products(
     halves: tuple[Vector, Vector], step: Vector, metric: Vector, loss_gradient: Vector
 ) -> BudgetProducts:
-    """The products of (T18) in float64, of whole vectors by parameter name; `metric` is M's diagonal."""
+    """The products of (T19) in float64, of whole vectors by parameter name; `metric` is M's diagonal."""
     g_a, g_b = halves
     sums = torch.zeros(7, dtype=torch.float64)
     for name, m in metric.items():
@@ -80,7 +80,7 @@ def budget_products(
 
 
 class Correction(NamedTuple):
-    """lambda of (T18); the net change predicted with it, nats per token; whether the trust cap bound; |c| / |d|."""
+    """lambda of (T19); the net change predicted with it, nats per token; whether the trust cap bound; |c| / |d|."""
 
     multiplier: float
     predicted: float
@@ -89,7 +89,7 @@ class Correction(NamedTuple):
 
 
 def correction(products: BudgetProducts, budget: float, floor: bool, cap: float) -> Correction:
-    """(T18): lambda = (b - g.d) / <g, g>, with the noise-free denominator; `floor`: never below 0.
+    """(T19): lambda = (b - g.d) / <g, g>, with the noise-free denominator; `floor`: never below 0.
 
     `cap` bounds |lambda M g| by cap |d|, both in M^-1; where it binds the budget is infeasible. The prediction counts
     the noise-free <g, g>, as the correction's noise moves no entropy on average. <g, g> = 0: no correction.
