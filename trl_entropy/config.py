@@ -15,6 +15,7 @@ from trl_entropy.probe_requirements import (
     ENTROPY_BUDGETS,
     ENTROPY_PROBE_SAMPLERS,
     ENTROPY_PROBE_SOURCES,
+    TOKEN_CONTROLS,
     ProbeRequirements,
 )
 
@@ -186,6 +187,21 @@ class DrGRPOConfig(ProbeRequirements):
     entropy_budget_prompts: int = _toggle(
         "Prompts of the control's probe batch over all processes, one completion each.", default=64
     )
+
+    token_control: str = _toggle(
+        "Entropy control by tokens: leave out the loss of random tokens within covariance bounds ('clip_cov'), hold "
+        "those of the largest covariance to the sampling policy ('kl_cov', arXiv:2505.22617), or leave out 'random' "
+        "ones.",
+        default="none",
+        choices=list(TOKEN_CONTROLS),
+    )
+    token_control_fraction: float = _toggle("Share of a step's tokens that it acts on.", default=2e-3)
+    token_control_bounds: list[float] = field(
+        default_factory=lambda: [1.0, 5.0],
+        metadata={"help": "clip_cov: lower and upper covariance, nats x advantage; or quantiles of it."},
+    )
+    token_control_quantiles: bool = _toggle("Whether token_control_bounds are quantiles, in [0, 1].")
+    token_control_coefficient: float = _toggle("kl_cov: weight of |log-ratio|, per nat.", default=1.0)
 
     effective_sample_size_probe: bool = _toggle("Log the effective sample size of the loss weights (T3).")
     effective_sample_size_probe_every: int = _toggle("Steps between two measurements.", default=1)

@@ -288,6 +288,13 @@ _ENTROPY_BUDGET = [
     )
 ]
 
+_TOKEN_CONTROL = [
+    Metric("token_control/num_tokens", "tokens", "tokens that token_control acts on in the step"),
+    Metric(
+        "token_control/mean_covariance", "nats x advantage", "their mean covariance of log-probability and advantage"
+    ),
+]
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in _TRL
@@ -302,6 +309,7 @@ METRICS: dict[str, Metric] = {
     + _FISHER
     + _ATTRIBUTION
     + _ENTROPY_BUDGET
+    + _TOKEN_CONTROL
 }
 
 # What `trl-entropy evaluate` measures, each `_low` and `_high` where it has an interval; `pass@k` for k = 2, 4, ..

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from trl import GRPOConfig
+
+logger = logging.getLogger(__name__)
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
 FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
@@ -13,6 +17,7 @@ ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
 ENTROPY_ATTRIBUTIONS = ("none", "sequence", "token")
 ENTROPY_BUDGETS = ("none", "report", "floor", "hold")
 ENTROPY_BUDGET_SOURCES = ("probe", "rollouts")
+TOKEN_CONTROLS = ("none", "clip_cov", "kl_cov", "random")
 
 
 class ProbeRequirements(GRPOConfig):
@@ -40,6 +45,8 @@ class ProbeRequirements(GRPOConfig):
         if self.fisher_probe:
             self.check_fisher_probe(self.fisher_num_sequences)
         sensitive = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
+        if self.token_control != "none":
+            self._check_token_control()
         if self.entropy_budget != "none":
             self._check_entropy_budget()
             sensitive.append("entropy_budget")
@@ -127,6 +134,29 @@ class ProbeRequirements(GRPOConfig):
         if self.entropy_budget_source == "rollouts":
             self._check_groups_of_a_step(what, "entropy_budget_source='probe'")
 
+    def _check_token_control(self) -> None:
+        """Raises `ValueError` unless the tokens of one step are chosen together, by numbers that make sense."""
+        bounds = self.token_control_bounds
+        highest = 1.0 if self.token_control_quantiles else float("inf")
+        remedies = {
+            f"token_control to one of {TOKEN_CONTROLS}": self.token_control in TOKEN_CONTROLS,
+            "token_control_fraction in (0, 1]": 0 < self.token_control_fraction <= 1,
+            "token_control_bounds to a lower and a higher number, with token_control_quantiles in [0, 1]": (
+                len(bounds) == 2 and bounds[0] < bounds[1] <= highest and (bounds[0] >= 0 or highest > 1)
+            ),
+            f"steps_per_generation={self.gradient_accumulation_steps} (a generation is one step's)": (
+                self.steps_per_generation == self.gradient_accumulation_steps
+            ),
+            "loss_type='dr_grpo'": self.token_control != "kl_cov" or self.loss_type == "dr_grpo",
+        }
+        if needed := [remedy for remedy, holds in remedies.items() if not holds]:
+            raise ValueError(f"token_control={self.token_control!r}: set {'; '.join(needed)}.")
+        if self.token_control == "kl_cov" and self.num_iterations == 1:
+            logger.warning(
+                "token_control='kl_cov' does nothing: with num_iterations=1 a step's policy is the one that sampled, "
+                "and the gradient of |log-ratio| is 0 there. Set num_iterations=2 or more, or use 'clip_cov'."
+            )
+
     def check_attribution(self) -> None:
         """Raises `ValueError` unless the step is AdamW's."""
         optimizer = str(getattr(self.optim, "value", self.optim))
@@ -164,6 +194,7 @@ class ProbeRequirements(GRPOConfig):
             "loss_type='dr_grpo'": self.loss_type in SEPARABLE_LOSSES,
             "scale_rewards='none'": self.scale_rewards in ("none", "group"),
             "num_iterations=1": self.num_iterations == 1,
+            "token_control other than 'kl_cov'": self.token_control != "kl_cov",
             "entropy_coef=0": self.entropy_coef == 0,
             "use_adaptive_entropy=False": not self.use_adaptive_entropy,
             "top_entropy_quantile=1": self.top_entropy_quantile == 1,

@@ -20,7 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl_entropy.callbacks import RunLogCallback, StopOnSignal, UpdateEvents
 from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import printing_plain_text
-from trl_entropy.control import controls
+from trl_entropy.control import control_tokens, controls, penalty
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.engine import Engine, UpdateContext, build_engine, snapshot_parameters, swapped_parameters
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
@@ -188,6 +188,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
             batch["advantages"] = batch["advantages"] * batch["length_scale"]
         if training:
+            if self.args.token_control != "none":
+                batch |= control_tokens(self, batch)
             self._step_prompts.append({prompt_key(prompt) for prompt in self._logs["prompt"]})  # those of all ranks
             self._num_groups += num_rows * self.accelerator.num_processes // num_generations
         return batch
@@ -328,6 +330,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         start_logps = self._score_start_policy(inputs) if self._wants_kl() else None
         self._enter_probes(inputs)
         loss = super()._compute_loss(model, inputs)
+        if self.args.token_control == "kl_cov":
+            loss = loss + penalty(self, inputs, self._scored[0])
         self._observe(inputs, start_logps)
         return loss
 

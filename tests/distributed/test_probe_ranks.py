@@ -29,6 +29,13 @@ RUNS = [
     {"name": "rollouts", "entropy_probe_source": "rollouts"},
     BUDGET | {"name": "budget", "entropy_attribution": "sequence"},
     BUDGET | {"name": "budget of own completions", "entropy_budget_source": "rollouts", "lora": True},
+    {
+        "name": "clip_cov",
+        "token_control": "clip_cov",
+        "token_control_bounds": [0.3, 0.9],
+        "token_control_quantiles": True,
+        "token_control_fraction": 0.2,
+    },
     SPARSE | {"name": "resampling", "noise_scale_probe": True, "noise_scale_halves": True, "max_resample_rounds": 1},
     SPARSE | {"name": "resampling, rollouts", "entropy_probe_source": "rollouts", "curriculum": "pass_rate"},
 ]

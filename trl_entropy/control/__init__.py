@@ -3,6 +3,7 @@
 from typing import Any
 
 from trl_entropy.control.entropy_budget import EntropyBudget
+from trl_entropy.control.token_control import control_tokens, penalty
 from trl_entropy.probes import Probe
 
 
@@ -11,4 +12,4 @@ def controls(args: Any) -> list[Probe]:
     return [] if args.entropy_budget == "none" else [EntropyBudget.from_config(args)]
 
 
-__all__ = ["EntropyBudget", "controls"]
+__all__ = ["EntropyBudget", "control_tokens", "controls", "penalty"]

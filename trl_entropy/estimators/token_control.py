@@ -1,0 +1,86 @@
+"""Which tokens Clip-Cov and KL-Cov act on (arXiv:2505.22617), and random ones at the same count.
+
+A token's covariance is (S_ik - S_bar) (A_i - A_bar), log-probability and advantage less their means over all tokens of
+the batch: large where a likely token is rewarded, or an unlikely one punished, which is what lowers the entropy (T11).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def token_covariances(
+    per_token_logps: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B *T"],
+    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """(S - S_bar)(A - A_bar), nats x advantage, of rows of *all* processes and micro-batches; nan under the mask."""
+    mask, logps = completion_mask.bool(), per_token_logps.double()
+    per_token = advantages.double().reshape(len(advantages), -1).expand(mask.shape)
+    centred = (values - values[mask].mean() for values in (logps, per_token))
+    first, second = centred
+    return (first * second).where(mask, math.nan)
+
+
+def num_chosen(completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], fraction: float) -> int:
+    """How many tokens a fraction of all of them is: at least one, unless the fraction is 0."""
+    return max(1, int(fraction * int(completion_mask.sum()))) if fraction else 0
+
+
+def clip_cov_tokens(
+    covariances: Float[Tensor, "B T"],
+    bounds: tuple[float, float],
+    count: int,
+    order: Float[Tensor, "B T"],
+    quantiles: bool = False,
+) -> Bool[Tensor, "B T"]:
+    """
+    Clip-Cov: `count` random ones of the tokens whose covariance lies between the bounds; all of them if fewer.
+
+    Args:
+        covariances: of [`token_covariances`].
+        bounds: lower and upper, excluded; with `quantiles` they are quantiles of the covariances, in [0, 1].
+        order: independent uniform numbers; the smallest are taken.
+    """
+    if quantiles:
+        known = covariances[~covariances.isnan()]
+        bounds = tuple(torch.quantile(known, torch.tensor(bounds, dtype=known.dtype, device=known.device)).tolist())
+    eligible = (covariances > bounds[0]) & (covariances < bounds[1])
+    return _smallest(order, eligible, count)
+
+
+def kl_cov_tokens(covariances: Float[Tensor, "B T"], count: int) -> Bool[Tensor, "B T"]:
+    """KL-Cov: the `count` tokens of the largest covariance."""
+    return _smallest(-covariances, ~covariances.isnan(), count)
+
+
+def random_tokens(
+    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], count: int, order: Float[Tensor, "B T"]
+) -> Bool[Tensor, "B T"]:
+    """`count` random tokens: what the choice of tokens is to be compared with."""
+    return _smallest(order, completion_mask.bool(), count)
+
+
+def _smallest(values: Float[Tensor, "B T"], among: Bool[Tensor, "B T"], count: int) -> Bool[Tensor, "B T"]:
+    chosen = torch.zeros_like(among)
+    ranked = values.where(among, math.inf).flatten().argsort(stable=True)[: min(count, int(among.sum()))]
+    chosen.view(-1)[ranked] = True
+    return chosen
+
+
+def kl_cov_penalty(
+    per_token_logps: Float[Tensor, "B T"],
+    old_logps: Float[Tensor, "B T"],
+    chosen: Bool[Tensor, "B T"],
+    coefficient: float,
+    normalizer: float,
+) -> Float[Tensor, ""]:
+    """KL-Cov's term: coefficient |S - S_old| summed over the chosen tokens, over the loss's normalizer.
+
+    Its gradient is 0 where S = S_old: without off-policy updates KL-Cov does nothing.
+    """
+    return coefficient * (per_token_logps - old_logps.detach()).abs().where(chosen, 0.0).sum() / normalizer
