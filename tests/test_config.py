@@ -4,6 +4,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from transformers import HfArgumentParser
 
 from trl_entropy import DrGRPOConfig
 
@@ -123,3 +124,9 @@ def test_vllm_stops_at_the_answer_and_its_sampler_needs_it():
         config(entropy_probe=True, entropy_probe_sampler="vllm")
     with pytest.raises(ValueError, match="entropy_probe_sampler is 'vlm'; use one of"):
         config(entropy_probe=True, entropy_probe_sampler="vlm")
+
+
+def test_help_of_every_field_prints():
+    """argparse takes `%` in a help text for a format."""
+    text = HfArgumentParser(DrGRPOConfig).format_help()
+    assert all(f"--{name}" in text for name in ("fisher_sketch_dim", "noise_scale_probe", "entropy_probe_every"))

@@ -224,8 +224,8 @@ class DrGRPOConfig(ProbeRequirements):
     )
     fisher_sketch_dim: int = _toggle(
         "Numbers that sketch each completion's gradient (T13); 0: exact. K_ii stays exact; K_ij errs by "
-        "sqrt((1 + cos^2)/dim) of sqrt(K_ii K_jj): 5 % at 400 (800 where cosines are near 1); the whole kernel by "
-        "5 % at 400 (1 + fisher/participation_ratio); the spectrum by 5 % at 20 fisher/effective_rank.",
+        "sqrt((1 + cos^2)/dim) of sqrt(K_ii K_jj): 0.05 at 400 (800 where cosines are near 1); the whole kernel by "
+        "0.05 at 400 (1 + fisher/participation_ratio); the spectrum by 0.05 at 20 fisher/effective_rank.",
         default=0,
     )
     optimizer_state_probe: bool = _toggle("Log percentiles and counts of tiny values of the optimizer's moments.")
