@@ -174,7 +174,7 @@ class DrGRPOConfig(ProbeRequirements):
     )
     entropy_budget_max_change: float = _toggle("Largest change asked of a step, nats per token.", default=0.02)
     entropy_budget_cap: float = _toggle(
-        "Longest correction, in lengths of the optimizer's step, both in its metric.", default=3.0
+        "Longest correction, in lengths of the optimizer's step, both in its metric.", default=1.0
     )
     entropy_budget_metric_floor: float = _toggle(
         "Least sqrt(v) of a coordinate in the correction's metric, in means over all coordinates.", default=0.1
@@ -185,7 +185,7 @@ class DrGRPOConfig(ProbeRequirements):
         choices=list(ENTROPY_BUDGET_SOURCES),
     )
     entropy_budget_prompts: int = _toggle(
-        "Prompts of the control's probe batch over all processes, one completion each.", default=64
+        "Prompts of the control's probe batch over all processes, one completion each.", default=128
     )
 
     token_control: str = _toggle(

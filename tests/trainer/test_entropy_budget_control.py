@@ -46,7 +46,7 @@ def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
         assert row["entropy_budget/budget"] == -0.01 and row["entropy_budget/active"] == 1
         if row["entropy_budget/infeasible"] == 0:
             assert row["entropy_budget/delta_predicted"] == pytest.approx(-0.01)
-        assert 0 < row["entropy_budget/relative_size"] <= 3 + 1e-6
+        assert 0 < row["entropy_budget/relative_size"] <= 1 + 1e-6
         assert abs(row["entropy/attribution_rounding"]) < 1e-3  # float32 parameters: small steps, rounded twice
     assert sum(row["entropy/delta_entropy_budget"] for row in rows) < -0.03
     predicted = sum(row["entropy_budget/delta_predicted"] for row in rows)

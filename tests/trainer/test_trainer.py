@@ -111,7 +111,10 @@ def test_every_step_logs_what_is_promised(make_trainer):
     )
     trainer.train()
     not_here = {"completions/think_length"}  # a random policy may close no think tag
-    of_other_probes = ("entropy/", "answer_check/", "noise_scale/", "fisher/", "curriculum/", "resampling/")
+    of_other_probes = (
+        *("entropy/", "answer_check/", "noise_scale/", "fisher/", "curriculum/", "resampling/"),
+        *("entropy_budget/", "token_control/"),
+    )
     promised = {name for name in METRICS if not name.startswith(of_other_probes)} - not_here
     promised |= {"entropy/policy", "entropy/surprisal", "clip_ratio/region_mean", "reward_std"}
     for row in RunDirectory(trainer.args.output_dir).metrics():

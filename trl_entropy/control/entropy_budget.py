@@ -79,10 +79,10 @@ class EntropyBudget(Probe):
         mode: str = "report",
         set_point: SetPoint | None = None,
         per_step: float = 0.0,
-        cap: float = 3.0,
+        cap: float = 1.0,
         metric_floor: float = 0.1,
         source: str = "probe",
-        num_prompts: int = 64,
+        num_prompts: int = 128,
         batch_size: int = 64,
         draw: Any = None,
     ) -> None:
