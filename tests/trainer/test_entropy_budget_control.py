@@ -52,7 +52,7 @@ def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
     predicted = sum(row["entropy_budget/delta_predicted"] for row in rows)
     measured = sum(row["entropy/delta_measured"] for row in rows)
     alone = sum(row["entropy_budget/delta_optimizer"] for row in rows)
-    assert measured == pytest.approx(predicted, rel=0.6) and abs(alone) < 0.3 * abs(predicted)
+    assert measured == pytest.approx(predicted, rel=0.6) and abs(alone) < 0.5 * abs(predicted)
 
 
 def test_the_moments_never_see_it(make_trainer, problems):
