@@ -26,7 +26,7 @@ from trl_entropy.estimators.u_statistic import (
     u_statistic_variance,
 )
 
-_CHUNK = 2**24  # numbers cast to float64 at a time
+_BLOCK = 2**13  # columns of rows that are summed in their own dtype
 
 
 class NoiseParts(NamedTuple):
@@ -50,16 +50,17 @@ class GroupProducts(NamedTuple):
 def group_products(
     rows: Float[Tensor, "P D"], batch_gradient: Float[Tensor, "D"], preconditioner: Float[Tensor, "D"] | None = None
 ) -> GroupProducts:
-    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n, summed in float64; M = 1 by default. Cost O(P D)."""
-    metric = torch.ones_like(batch_gradient) if preconditioner is None else preconditioner
+    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n; M = 1 by default. Cost O(P D).
+
+    Blocks of columns in the rows' dtype, their sums in float64: within 1e-6 of float64 for float32 rows.
+    """
     products = rows.new_zeros(2, len(rows), dtype=torch.float64)
-    columns = _CHUNK // len(rows) + 1
-    for part, gradient, weights in zip(
-        *(x.split(columns, dim=-1) for x in (rows, batch_gradient, metric)), strict=True
-    ):
-        part = part.double()
-        products[0] += part.square() @ weights.double()
-        products[1] += part @ (weights.double() * gradient.double())
+    for start in range(0, rows.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        part, gradient = rows[:, block], batch_gradient[block].to(rows.dtype)
+        weighted = part if preconditioner is None else part * preconditioner[block].to(rows.dtype)
+        products[0] += torch.linalg.vecdot(weighted, part).double()
+        products[1] += (weighted @ gradient).double()
     return GroupProducts(*products)
 
 

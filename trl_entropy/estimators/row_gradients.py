@@ -25,7 +25,7 @@ class Grouping:
 
     Attributes:
         numbers: of the rows, each once.
-        members: sequences of each row, filled up with its own; None if sequence b is row b.
+        members: sequences of each row, filled up with its own; None if they follow one another, as many for each.
         is_member: False where it was filled up.
     """
 
@@ -38,6 +38,10 @@ class Grouping:
     def of(cls, rows: Int[Tensor, " B"]) -> "Grouping":
         rows = rows.cpu()
         wanted = (rows >= 0).nonzero().squeeze(1)
+        in_order, run_lengths = rows.unique_consecutive(return_counts=True)
+        ascending, alike = bool((in_order.diff() > 0).all()), len(run_lengths.unique()) == 1
+        if len(wanted) == len(rows) and ascending and alike:
+            return cls(len(rows), in_order)  # whole rows, one after another: nothing is copied
         numbers, counts = rows[wanted].unique(return_counts=True)
         if not len(numbers):
             raise ValueError(f"a batch without any row: {rows.tolist()}; -1 leaves a sequence out")
@@ -55,7 +59,8 @@ class Grouping:
         inputs = inputs.reshape(len(inputs), -1, *inputs.shape[-1:] * has_features)
         grads = grads.reshape(len(grads), -1, grads.shape[-1])
         if self.members is None or self.is_member is None:
-            return inputs, grads
+            rows = len(self.numbers)
+            return inputs.reshape(rows, -1, *inputs.shape[2:]), grads.reshape(rows, -1, grads.shape[-1])
         members, is_member = self.members.to(grads.device), self.is_member.to(grads.device)
         grads = grads[members].where(is_member[:, :, None, None], 0.0)
         return inputs[members].flatten(1, 2), grads.flatten(1, 2)
