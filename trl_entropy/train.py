@@ -161,7 +161,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"Error: {error}")
     if trainer.is_world_process_zero():
         _say_end(trainer)
-    trainer.accelerator.end_training()  # else threads of the process group may abort the interpreter as it ends
 
 
 def _advice_on(error: OSError, run: Path) -> str:
@@ -212,4 +211,7 @@ def _say_end(trainer: DrGRPOTrainer) -> None:
 
 
 if __name__ == "__main__":
+    from accelerate import PartialState
+
     main()
+    PartialState().destroy_process_group()  # else its threads may abort the interpreter as it ends

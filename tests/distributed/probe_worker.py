@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 NUM_GENERATIONS, MAX_LENGTH = 4, 9
 
 
@@ -188,3 +190,5 @@ if __name__ == "__main__":
     turn_off_compiled_ops()
     for text in sys.argv[2:]:
         train(Path(sys.argv[1]), **json.loads(text))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ import json
 import random
 import sys
 
+from accelerate import PartialState
 from probe_worker import replayed_on_all_ranks, turn_off_compiled_ops
 
 
@@ -36,3 +37,4 @@ def main(command_lines: list[list[str]]) -> None:
 
 if __name__ == "__main__":
     main([json.loads(text) for text in sys.argv[1:]])
+    PartialState().destroy_process_group()
