@@ -17,10 +17,8 @@ import numpy as np
 import pandas as pd
 
 from trl_entropy.analysis import Run, student_t
+from trl_entropy.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
 
-RARE = 0.1  # a token is rare below this probability, as in the online `entropy/share_*_rare`
-OUTCOMES = ("correct", "incorrect")
-OUTCOMES_BY_PROBABILITY = ("correct_rare", "correct_common", "incorrect_rare", "incorrect_common")
 # Edges that steps and runs share.
 _EDGES = {
     "probability": (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0),

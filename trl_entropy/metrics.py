@@ -163,6 +163,9 @@ _PARTS = {
     "entropy_bonus": "what TRL's entropy bonus makes (entropy_coef)",
     "entropy_budget": "what the correction by entropy_budget makes",
 }
+RARE = 0.1  # a token is rare below this probability
+OUTCOMES = ("correct", "incorrect")
+OUTCOMES_BY_PROBABILITY = ("correct_rare", "correct_common", "incorrect_rare", "incorrect_common")
 _CATEGORIES = {
     "correct": "completions with an advantage above 0",
     "incorrect": "completions with an advantage below 0",

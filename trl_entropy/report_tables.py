@@ -8,10 +8,9 @@ from typing import Any
 import pandas as pd
 
 from trl_entropy.analysis import Run
-from trl_entropy.attribution_shares import OUTCOMES, OUTCOMES_BY_PROBABILITY
-from trl_entropy.metrics import PASS_AT_1, unit
+from trl_entropy.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, PASS_AT_1, unit
 
-SHARES = (*OUTCOMES, *OUTCOMES_BY_PROBABILITY)
+_SHARES = (*OUTCOMES, *OUTCOMES_BY_PROBABILITY)
 _GLANCE = ("reward", "entropy/policy", "entropy/surprisal", "completions/mean_length")
 _AGREEMENT = ("cross_linear", "cross_second_order", "same_sample_linear", "placebo")
 _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared")
@@ -80,7 +79,7 @@ def agreement_table(run: Run) -> Table | None:
 def share_table(run: Run) -> Table | None:
     """Shares of the change that completions made over the run so far (T9), as its last attributed step logged them."""
     rows = []
-    for name in SHARES:
+    for name in _SHARES:
         share, tokens = (
             _ends(run, "metrics.jsonl", run.steps, f"entropy/{key}_{name}")[1] for key in ("share", "token_share")
         )

@@ -9,13 +9,13 @@ import pandas as pd
 from trl_entropy import plots
 from trl_entropy.analysis import Run
 from trl_entropy.attribution_shares import (
-    OUTCOMES,
     attribution_table,
     categories,
     most_moving_tokens,
     ranked_prompts,
     shares,
 )
+from trl_entropy.metrics import OUTCOMES
 from trl_entropy.report_figures import Figure, draw
 from trl_entropy.report_tables import Table, share_table
 

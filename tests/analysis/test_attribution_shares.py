@@ -8,13 +8,13 @@ from safetensors.numpy import load_file
 from trl_entropy.analysis import load_run
 from trl_entropy.attribution_shares import (
     BY,
-    OUTCOMES_BY_PROBABILITY,
     attribution_table,
     categories,
     most_moving_tokens,
     ranked_prompts,
     shares,
 )
+from trl_entropy.metrics import OUTCOMES_BY_PROBABILITY
 
 
 @pytest.fixture(scope="module")

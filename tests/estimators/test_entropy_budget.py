@@ -16,6 +16,7 @@ from trl_entropy.estimators.entropy_budget import (
     SetPoint,
     budget_products,
     correction,
+    crossed_change,
     difference,
     floored_metric,
     mean_of,
@@ -56,11 +57,11 @@ def test_products_equal_loops(seed):
     a, b, step, metric, loss = vectors(seed)
     metric["a"][2] = 0.0  # dead: no share in the metric's products, nor in the step's length
     found = budget_products((a, b), step, metric, loss)
-    names = ["change", "change_a", "change_b", "square", "cross", "step_square", "loss"]
+    names = ["change", "square", "cross", "step_square", "loss"]
     expected = dict.fromkeys(names, 0.0)
     for x, y, d, m, gl in zip(*(whole(v).tolist() for v in (a, b, step, metric, loss)), strict=True):
         g = (x + y) / 2
-        values = (g * d, x * d, y * d, g * g * m, x * y * m, d * d / m if m else 0.0, gl * g * m)
+        values = (g * d, g * g * m, x * y * m, d * d / m if m else 0.0, gl * g * m)
         expected = {name: expected[name] + value for name, value in zip(names, values, strict=True)}
     assert found._asdict() == pytest.approx(expected, rel=1e-12)
 
@@ -79,6 +80,24 @@ def test_the_cross_product_is_unbiased_and_the_plain_one_is_not():
     assert sum(pair.square for pair in pairs) / 9 > 1.5 * true
 
 
+def test_the_crossed_change_is_unbiased_and_the_plain_one_is_not():
+    """Every pair of outcomes of two independent halves; an outcome gives a half's entropy and loss gradient."""
+    outcomes = [([1.0, 0.5], [0.2, -1.0]), ([2.0, -1.0], [0.9, 0.3]), ([-0.5, 1.5], [-0.4, 0.8])]
+    outcomes = [tuple(torch.tensor(x, dtype=torch.float64) for x in outcome) for outcome in outcomes]
+    metric, rest = (torch.tensor(x, dtype=torch.float64) for x in ([0.7, 2.0], [0.1, -0.3]))
+    crossed, plain = [], []
+    for (g_a, loss_a), (g_b, loss_b) in itertools.product(outcomes, repeat=2):
+        loss = loss_a + loss_b
+        step = rest - metric * loss
+        vectors = [{"p": x} for x in (loss_a, loss, step, metric)]
+        crossed.append(crossed_change(({"p": g_a}, {"p": g_b}), *vectors))
+        plain.append(float((g_a + g_b) / 2 @ step))
+    g, loss = (torch.stack([outcome[i] for outcome in outcomes]).mean(0) for i in (0, 1))
+    true = float(g @ (rest - metric * 2 * loss))
+    assert sum(crossed) / 9 == pytest.approx(true, rel=1e-12)
+    assert abs(sum(plain) / 9 - true) > 0.1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_entropy_changes_by_the_budget_to_first_order(seed):
     """A clipped AdamW step of torch with momentum and decay; the entropy by enumeration, its gradient exact."""
@@ -95,7 +114,7 @@ def test_the_entropy_changes_by_the_budget_to_first_order(seed):
     assert abs(errors[-1]) < 0.1 * 0.01 * scales[-1]
 
 
-PRODUCTS = BudgetProducts(-0.5, -0.4, -0.6, square=4.0, cross=3.0, step_square=1.0, loss=0.6)
+PRODUCTS = BudgetProducts(-0.5, square=4.0, cross=3.0, step_square=1.0, loss=0.6)
 
 
 def test_floor_only_ever_raises_the_entropy():
@@ -114,7 +133,7 @@ def test_the_cap_binds_and_says_so():
 def test_the_denominator_has_a_floor_and_nothing_divides_by_zero():
     assert PRODUCTS.denominator == 3 and PRODUCTS._replace(cross=-1.0).denominator == 1
     assert PRODUCTS.noise_share == 0.25 and PRODUCTS.price == pytest.approx(0.2)
-    nothing = BudgetProducts(*[0.0] * 7)
+    nothing = BudgetProducts(*[0.0] * 5)
     assert correction(nothing, 0.0, False, 1.0) == (0.0, 0.0, False, 0.0)
     assert correction(nothing, 0.1, False, 1.0).infeasible
     assert math.isnan(nothing.price) and math.isnan(nothing.noise_share)

@@ -1,6 +1,7 @@
 """The entropy budget in training: steps follow it, moments do not see it, off is off, resumed, refused by name."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.run_log import RunDirectory
 
 CONTROL = {"entropy_budget": "hold", "entropy_budget_per_step": 0.01, "entropy_budget_prompts": 16}
@@ -118,6 +120,19 @@ def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, c
     rows = RunDirectory(trainer.args.output_dir).metrics()
     assert [row["entropy_budget/active"] for row in rows] == [0, 0]
     assert rows[0]["entropy_budget/delta_predicted"] == rows[0]["entropy_budget/delta_optimizer"]
+
+
+def test_a_step_that_was_dropped_leaves_nothing_to_the_next():
+    """Under DeepSpeed a gradient that is not finite makes no step; its coefficients must not join the next one's."""
+    recorder, mask = LossCoefficientRecorder(), torch.ones(2, 3, dtype=torch.long)
+    args = SimpleNamespace(use_bias_correction_kl=False)
+    for factor in (float("nan"), 3.0):
+        logps = torch.zeros(2, 3, requires_grad=True)
+        recorder.watch({}, logps, torch.zeros(2, 3))
+        (factor * logps).sum().backward()
+        if factor != 3.0:
+            recorder.forget()
+    assert (recorder.of_step(mask, args, 1).policy == -3).all()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from trl_entropy.estimators.entropy_budget import (
     Vector,
     budget_products,
     correction,
+    crossed_change,
     difference,
     floored_metric,
     mean_of,
@@ -138,6 +139,7 @@ class EntropyBudget(Probe):
         self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, **kwargs: Any
     ) -> None:
         if update.step_skipped:
+            self._loss.forget()
             return
         halves = self._halves(args, update, engine)
         self._learn_realised(halves.entropy, metrics, state)
@@ -220,8 +222,7 @@ class EntropyBudget(Probe):
         g . d with this step's gradient in d crossed over halves: on the step's own completions the plain product also
         holds each prompt's effect on itself. Collective.
         """
-        correction = args.importance_sampling_level if args.use_bias_correction_kl else None
-        found = self._loss.of_step(rollouts, engine.accelerator.num_processes, correction)
+        found = self._loss.of_step(rollouts.completion_mask, args, engine.accelerator.num_processes)
         coefficients = found.policy if found.kl is None else found.policy + found.kl
         even = rollouts.prompt_index % 2 == 0
         with (
@@ -230,14 +231,9 @@ class EntropyBudget(Probe):
         ):
             rows, value = Completions.of(rollouts).rows(even), weighted_logps(-coefficients[even])
             share = gradient_of(model, rows, value, args.temperature, self.batch_size)
-        loss_a, metric = _summed(share, engine), metric_of_step(update)
-        change, (g_a, g_b) = 0.0, gradients
-        for name, whole in update.gradient.items():
-            m, a, b, whole = (x.double() for x in (metric[name], g_a[name], g_b[name], whole))
-            half = loss_a[name].double()
-            others = (a + b) / 2 * (update.update[name].double() + m * whole)
-            change += float((others - m * (a * (whole - half) + b * half)).sum())
-        return change
+        return crossed_change(
+            gradients, _summed(share, engine), update.gradient, update.update, metric_of_step(update)
+        )
 
     def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: Any) -> None:
         """Compare the last step's predicted change with what came; switch off where the predictions fail."""

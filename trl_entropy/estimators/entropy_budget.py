@@ -22,13 +22,11 @@ Vector = dict[str, Float[Tensor, "..."]]
 class BudgetProducts(NamedTuple):
     """What (T19) needs of the halves g_a, g_b of an estimate g = (g_a + g_b)/2, summed over parameters.
 
-    `change` g.d and its halves in nats per token; `square` <g, g> and `cross` <g_a, g_b>; `step_square` d'M^-1 d where
-    M > 0; `loss` <g_L, g>, g_L the gradient of the loss.
+    `change` g.d in nats per token; `square` <g, g> and `cross` <g_a, g_b>; `step_square` d'M^-1 d where M > 0; `loss`
+    <g_L, g>, g_L the gradient of the loss.
     """
 
     change: float
-    change_a: float
-    change_b: float
     square: float
     cross: float
     step_square: float
@@ -69,14 +67,34 @@ def budget_products(
 ) -> BudgetProducts:
     """The products of (T19) in float64, of whole vectors by parameter name; `metric` is M's diagonal."""
     g_a, g_b = halves
-    sums = torch.zeros(7, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     for name, m in metric.items():
         a, b, d, loss, m = (x.double() for x in (g_a[name], g_b[name], step[name], loss_gradient[name], m))
         g = (a + b) / 2
         inverse = torch.where(m > 0, 1 / m, 0.0)
-        parts = (g * d, a * d, b * d, g * m * g, a * m * b, d * inverse * d, loss * m * g)
+        parts = (g * d, g * m * g, a * m * b, d * inverse * d, loss * m * g)
         sums += torch.stack([part.sum() for part in parts]).cpu()
     return BudgetProducts(*sums.tolist())
+
+
+def crossed_change(
+    halves: tuple[Vector, Vector], loss_a: Vector, loss_gradient: Vector, step: Vector, metric: Vector
+) -> float:
+    """(T19): g . d on the step's own completions, nats per token, without each prompt's effect on itself.
+
+    d holds -m g_L, m = `metric` that of (T5), g_L = L_a + L_b the loss gradient and its halves over the same prompts
+    as g_a, g_b. There g.m g_L is replaced by g_a.m L_b + g_b.m L_a, of the same expectation where the halves are
+    independent, given the rest of d and m.
+    """
+    g_a, g_b = halves
+    change = 0.0
+    for name, whole in loss_gradient.items():
+        a, b, half, whole, d, m = (
+            x.double() for x in (g_a[name], g_b[name], loss_a[name], whole, step[name], metric[name])
+        )
+        rest = (a + b) / 2 * (d + m * whole)
+        change += float((rest - m * (a * (whole - half) + b * half)).sum())
+    return change
 
 
 class Correction(NamedTuple):
@@ -95,7 +113,8 @@ def correction(products: BudgetProducts, budget: float, floor: bool, cap: float)
     the noise-free <g, g>, as the correction's noise moves no entropy on average. <g, g> = 0: no correction.
     """
     if products.denominator <= 0:
-        return Correction(0.0, products.change, budget != products.change, 0.0)
+        short = budget > products.change if floor else budget != products.change
+        return Correction(0.0, products.change, short, 0.0)
     wanted = (budget - products.change) / products.denominator
     wanted = max(0.0, wanted) if floor else wanted
     length, step_length = math.sqrt(products.square), math.sqrt(products.step_square)

@@ -25,6 +25,7 @@ from trl_entropy.estimators.attribution import (
 )
 from trl_entropy.estimators.delta_entropy import RatioTerms, policy_entropy
 from trl_entropy.estimators.pooled import PooledParts
+from trl_entropy.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
 from trl_entropy.probes.adamw_step import metric_of_step, read_before_step, update_parts
 from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder, LossCoefficients
 from trl_entropy.rollouts import RolloutBatch
@@ -32,12 +33,8 @@ from trl_entropy.scores import Completions, TokenScores, score
 from trl_entropy.sequence_gradients import SequenceGradients
 from trl_entropy.sequence_passes import Value, entropy_gradient, gradient_products, weighted_entropies, weighted_logps
 
-# Mode -> what the contributions are pooled by. A token is rare if the policy gave it less than RARE.
-CATEGORIES = {
-    "sequence": ("correct", "incorrect"),
-    "token": ("correct_rare", "correct_common", "incorrect_rare", "incorrect_common"),
-}
-RARE = 0.1
+# Mode -> what the contributions are pooled by.
+CATEGORIES = {"sequence": OUTCOMES, "token": OUTCOMES_BY_PROBABILITY}
 
 
 class ProbeBatch(NamedTuple):
@@ -109,8 +106,7 @@ class StepAttribution:
         for name, parts in update_parts(update):
             products = update_products(gradient[name], parts, products)
         direction = {name: metric * gradient[name] for name, metric in metric_of_step(update).items()}
-        correction = trainer.args.importance_sampling_level if trainer.args.use_bias_correction_kl else None
-        coefficients = self.loss.of_step(rollouts, accelerator.num_processes, correction)
+        coefficients = self.loss.of_step(rollouts.completion_mask, trainer.args, accelerator.num_processes)
         contributions = self._contributions(update, engine, rollouts, coefficients, direction, temperature)
         completions = accelerator.gather(contributions.policy.sum(1))
         other = {name: accelerator.gather(part) for name, part in contributions.other.items()}

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.attribution import kl_coefficients
-from trl_entropy.rollouts import RolloutBatch
 
 _REFERENCE = "ref_per_token_logps"
 
@@ -68,9 +67,15 @@ class LossCoefficientRecorder:
         if _REFERENCE in inputs:
             self._log_ratios.append(inputs[_REFERENCE].detach() - loss_logps.detach())
 
-    def of_step(self, rollouts: RolloutBatch, num_processes: int, correction: str | None) -> LossCoefficients:
-        """Of the step's micro-batches, which are forgotten. `correction`: see [`kl_coefficients`]."""
-        mask = rollouts.completion_mask
+    def forget(self) -> None:
+        """Leave out what was watched since the last step."""
+        for parts in (self._by_logps, self._by_entropy, self._by_reference, self._log_ratios):
+            parts.clear()
+
+    def of_step(self, completion_mask: Int[Tensor, "B T"], args: Any, num_processes: int) -> LossCoefficients:
+        """Of the step's micro-batches, which are forgotten; `args` are those of the loss."""
+        correction = args.importance_sampling_level if args.use_bias_correction_kl else None
+        mask = completion_mask
         total = _joined(self._by_logps, mask).double()
         kl = entropy = None
         if self._by_reference:
