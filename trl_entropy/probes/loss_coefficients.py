@@ -72,10 +72,9 @@ class LossCoefficientRecorder:
         for parts in (self._by_logps, self._by_entropy, self._by_reference, self._log_ratios):
             parts.clear()
 
-    def of_step(self, completion_mask: Int[Tensor, "B T"], args: Any, num_processes: int) -> LossCoefficients:
-        """Of the step's micro-batches, which are forgotten; `args` are those of the loss."""
+    def of_step(self, mask: Int[Tensor, "B T"], args: Any, num_processes: int) -> LossCoefficients:
+        """Of the step's micro-batches, which are forgotten; `mask` of its completions, `args` those of the loss."""
         correction = args.importance_sampling_level if args.use_bias_correction_kl else None
-        mask = completion_mask
         total = _joined(self._by_logps, mask).double()
         kl = entropy = None
         if self._by_reference:
