@@ -6,19 +6,14 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
-
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("evaluate_worker.py")
 
 
 @pytest.mark.parametrize("when", ["wait", "background"])
-def test_both_ranks_halt_or_go_on(when, tmp_path):
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    arguments = [str(tmp_path), str(tmp_path / "model"), when]
+def test_both_ranks_halt_or_go_on(when, tmp_path, model_path):
+    arguments = [str(tmp_path), model_path, when]
     result = launch("ddp-cpu", WORKER, *arguments, scratch=tmp_path / "ops", timeout=240)
     assert result.returncode == 0, result.stdout[-4000:]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

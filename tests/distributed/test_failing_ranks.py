@@ -8,8 +8,6 @@ from failing_worker import LIVES_ON, SECONDS_TO_LIVE_ON
 from launching import free_port, launch
 from probe_worker import FAILING_EVENTS
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
-
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("failing_worker.py")
@@ -21,12 +19,9 @@ def last_line(text: str) -> str:
 
 
 @pytest.mark.parametrize("engine", ["ddp-cpu", "zero1-cpu", "zero2-cpu", "zero3-cpu"])
-def test_one_rank_fails_in_any_event_and_all_end(tmp_path, engine):
+def test_one_rank_fails_in_any_event_and_all_end(tmp_path, model_path, engine):
     events = (*FAILING_EVENTS, LIVES_ON) if engine == "ddp-cpu" else FAILING_EVENTS
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=3).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    settings = SETTINGS | {"model_path": str(tmp_path / "model")}
+    settings = SETTINGS | {"model_path": model_path}
     arguments = json.dumps({"ports": {event: free_port() for event in events}, "settings": settings})
     result = launch(engine, WORKER, str(tmp_path), arguments, scratch=tmp_path / "ops", timeout=250)
     assert result.returncode == 0, result.stdout[-6000:]

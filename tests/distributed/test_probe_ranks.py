@@ -10,7 +10,6 @@ from launching import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
 from trl_entropy.estimators.step_change import point_terms, step_changes
 from trl_entropy.run_log import RunDirectory
 from trl_entropy.scores import Completions, score
@@ -52,16 +51,7 @@ OFF = [
 
 
 @pytest.fixture(scope="session")
-def replay_model(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("replay_model")
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=3).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def rows_of(tmp_path_factory, replay_model):
+def rows_of(tmp_path_factory, model_path):
     """rows_of(engine): metrics of every run under that engine; each engine is launched once."""
     done: dict[str, dict[str, list[dict]]] = {}
 
@@ -69,7 +59,7 @@ def rows_of(tmp_path_factory, replay_model):
         if engine not in done:
             directory = tmp_path_factory.mktemp(engine)
             runs = (*RUNS, *BF16, *OFF)
-            settings = [json.dumps(run | {"model_path": replay_model}) for run in runs]
+            settings = [json.dumps(run | {"model_path": model_path}) for run in runs]
             result = launch(engine, WORKER, str(directory), *settings, scratch=directory / "ops", timeout=280)
             assert result.returncode == 0, result.stdout[-6000:]
             done[engine] = {run["name"]: RunDirectory(directory / run["name"]).metrics() for run in runs}
@@ -96,10 +86,10 @@ def test_numbers_are_those_of_one_process(rows_of, engine, run):
 
 @pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu", "zero3-cpu"])
 @pytest.mark.parametrize("rate", [1e-4, 1e-6])
-def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, replay_model, engine, rate):
+def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, engine, rate):
     """One process scores the probe's files with theta before and after, as that engine's float32 values have it."""
     rows, run = rows_of(engine)[f"bf16-{rate}"], rows_of(engine)["directory"] / f"bf16-{rate}"
-    model = AutoModelForCausalLM.from_pretrained(replay_model)
+    model = AutoModelForCausalLM.from_pretrained(model_path)
     for step, row in enumerate(rows, start=1):
         file = load_file(run / "probes" / "entropy" / f"step_{step:06d}.safetensors")
         completions = Completions(
@@ -137,9 +127,9 @@ def test_probes_leave_training_bit_identical(rows_of, engine, run):
         assert all(row[key] == value for key, value in expected.items() if not key.startswith(CLOCKS))
 
 
-def test_the_launcher_ends_with_one_message(tmp_path, replay_model):
+def test_the_launcher_ends_with_one_message(tmp_path, model_path):
     """`test_failing_ranks.py` has every event and engine; here the launcher takes part."""
-    settings = json.dumps({"name": "failing", "fails_in": "on_after_update", "model_path": replay_model})
+    settings = json.dumps({"name": "failing", "fails_in": "on_after_update", "model_path": model_path})
     result = launch("ddp-cpu", WORKER, str(tmp_path), settings, scratch=tmp_path / "ops", timeout=60)
     assert result.returncode != 0
     assert "[rank1]: ValueError: injected on rank 1" in result.stdout

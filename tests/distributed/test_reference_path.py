@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY, launch
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
 from trl_entropy.run_log import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -37,26 +36,17 @@ EVERY_PROBE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("random_qwen2")
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=0).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
 def run(engine: str, module: str, config: str, directory: Path, *settings: str) -> None:
     arguments = ["--config", str(REPOSITORY / "configs" / config), "--output_dir", str(directory), *SIZES, *settings]
     result = launch(engine, RUN_MODULE, module, *arguments, scratch=directory.parent / "ops", timeout=500)
     assert result.returncode == 0, result.stdout[-6000:]
 
 
-def test_from_a_base_model_to_an_evaluated_policy(random_model, tmp_path):
+def test_from_a_base_model_to_an_evaluated_policy(model_path, tmp_path):
     if not GSM8K.exists():
         pytest.skip("no ../shared/data/gsm8k beside this checkout: the records are not part of the repository")
     adapter, policy = tmp_path / "sft", tmp_path / "rl"
-    run("ddp-cpu", "sft", "sft-qwen2.5-1.5b-gsm8k.yaml", adapter, "--model_name_or_path", random_model, *SFT_SIZES)
+    run("ddp-cpu", "sft", "sft-qwen2.5-1.5b-gsm8k.yaml", adapter, "--model_name_or_path", model_path, *SFT_SIZES)
     assert json.loads((adapter / "environment.json").read_text())["num_processes"] == 2
     start = ["--model_name_or_path", str(adapter)]
     run("zero2-cpu", "train", "qwen2.5-1.5b-gsm8k.yaml", policy, *start, *RL_SIZES, *EVERY_PROBE)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
 from trl_entropy.run_log import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -25,15 +24,6 @@ CASES = {
 
 def without_clocks(rows):
     return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=3).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 def run(engine: str, directory: Path, runs: list[dict]) -> dict[str, str]:

@@ -8,7 +8,6 @@ import pytest
 from comparing import largest_deviation, rounding_of
 from launching import REPOSITORY, free_port, launch
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
 from trl_entropy.run_log import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -77,21 +76,12 @@ RUNS = {
 }
 
 
-def command_line(name: str, run: str, directory: Path, model_path: Path) -> list[str]:
+def command_line(name: str, run: str, directory: Path, model_path: str) -> list[str]:
     """Behind `-m trl_entropy.train`."""
     settings = COMMON | {"model_name_or_path": model_path, "output_dir": directory / run} | RUNS[run]
     settings["per_device_train_batch_size"] = settings.pop("rows") // LAUNCHES[name][1]
     settings["kl_every"] = 0 if name == "zero3" else 1  # refused by name there
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=3).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +103,7 @@ def rows_of(tmp_path_factory, model_path):
     return run
 
 
-def train(name: str, directory: Path, model_path: Path) -> None:
+def train(name: str, directory: Path, model_path: str) -> None:
     """All runs, in one launch; two launchers on this machine stand for two, with the options of launch/README.md."""
     engine, num_processes, num_machines = LAUNCHES[name]
     command_lines = [json.dumps(command_line(name, run, directory, model_path)) for run in RUNS]

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather
 from torch import Tensor
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
@@ -188,8 +187,8 @@ class EntropyBudget(Probe):
             scores = score(model, batch, args.temperature, self.batch_size, update.params_before)
         weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
         local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
-        terms = RatioTerms(*gather(torch.stack(local, dim=1)).unbind(1))
-        prompts = gather(batch.prompt_index)
+        terms = RatioTerms(*accelerator.gather(torch.stack(local, dim=1)).unbind(1))
+        prompts = accelerator.gather(batch.prompt_index)
         parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]
         return Halves(
             tuple(batch.rows(batch.prompt_index % 2 == parity) for parity in (0, 1)),  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from trl_entropy.estimators.noise_scale import (
 from trl_entropy.estimators.pooled import PooledParts, StepParts
 from trl_entropy.group_rows import flat
 from trl_entropy.group_shares import TrainingShares, half_products, products_by_extra_pass
+from trl_entropy.precision import fp32_strict
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions
@@ -142,7 +143,7 @@ class NoiseScaleProbe(Probe):
         shares, self._shares = self._shares, None
         assert shares is not None, "around_micro_batch comes before on_before_update"
         names, gradient = list(engine.parameters), update.gradient
-        with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"):
+        with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"), fp32_strict():
             rows = shares.finish()
             # Ranks are averaged: group n's share of g is its row over their number, and Y_n is P times that.
             rows *= len(rows)
