@@ -280,6 +280,11 @@ class ProbeRequirements(GRPOConfig):
                 f"Set num_prompts_per_step=4 or more, or {otherwise}."
             )
 
+    def rollouts_are_the_policys(self) -> bool:
+        """Whether a step's completions are draws of the policy that it starts from, on prompts chosen by nothing."""
+        fresh = self.num_iterations == 1 and self.gradient_accumulation_steps % self.steps_per_generation == 0
+        return fresh and not self.use_vllm and self.distribution_of_rollouts() == "all prompts"
+
     def distribution_of_rollouts(self) -> str:
         """Which prompts, and which of their groups, a step's completions are of, in words for the probes' files."""
         groups = "accepted groups" if self.resample_uninformative_groups else "all prompts"

@@ -41,12 +41,16 @@ _OTHER_DRAW = 1_000_000_000
 
 
 class Halves(NamedTuple):
-    """Completions of even and odd prompts, with each half's own entropy and number of tokens over all ranks."""
+    """Completions of even and odd prompts, with each half's own entropy and number of tokens over all ranks.
+
+    `terms` and `prompts` are those of all completions and ranks.
+    """
 
     rows: tuple[Completions, Completions]
     entropies: tuple[float, float]
     num_tokens: tuple[float, float]
-    entropy: Estimate
+    terms: RatioTerms
+    prompts: Tensor
 
 
 class EntropyBudget(Probe):
@@ -94,6 +98,8 @@ class EntropyBudget(Probe):
         self.active = mode != "report"
         # Of the last step: predicted change, covariance of its error with that of the entropy, the entropy before.
         self._before: tuple[float, float, Estimate] | None = None
+        # Of the step's own completions, this process's: entropy terms and prompts.
+        self._own: list[tuple[RatioTerms, Tensor]] = []
         self._loss = LossCoefficientRecorder()
 
     @classmethod
@@ -117,10 +123,13 @@ class EntropyBudget(Probe):
         return self._loss.around(inputs) if self.source == "rollouts" else nullcontext()
 
     def on_micro_batch(
-        self, args, state, control, *, metrics, inputs, loss_logps, loss_entropy, **kwargs: Any
+        self, args, state, control, *, metrics, inputs, mask, loss_logps, loss_entropy, token_entropy, **kwargs: Any
     ) -> None:
         if self.source == "rollouts":
             self._loss.watch(inputs, loss_logps, loss_entropy)
+        elif args.rollouts_are_the_policys():
+            terms = entropy_terms(token_entropy, torch.ones_like(token_entropy), mask)
+            self._own.append((terms, inputs["prompt_index"]))
 
     def on_before_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, rollouts, **kwargs: Any
@@ -139,24 +148,26 @@ class EntropyBudget(Probe):
     ) -> None:
         if update.step_skipped:
             self._loss.forget()
+            self._own.clear()
             return
         halves = self._halves(args, update, engine)
-        self._learn_realised(halves.entropy, metrics, state)
+        entropy = self._entropy(halves, engine)
+        self._learn_realised(entropy, metrics, state)
         gradients = self._gradients(args, update, engine, halves)
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
         products = budget_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
             change = self._change_across_halves(args, update, engine, rollouts, gradients)
             products = products._replace(change=change)
-        budget = self.per_step if self.set_point is None else self.set_point.budget(halves.entropy.value)
+        budget = self.per_step if self.set_point is None else self.set_point.budget(entropy.value)
         asked = correction(products, budget, self.mode == "floor", self.cap)
         if self.active:
             g = mean_of(gradients)
             update.correct({name: (asked.multiplier * m * g[name]).to(m.dtype) for name, m in metric.items()})
         follows = self.active and not asked.infeasible and self.set_point is not None
-        sensitivity = self.set_point.sensitivity(halves.entropy.value) if follows and self.set_point else 0.0
+        sensitivity = self.set_point.sensitivity(entropy.value) if follows and self.set_point else 0.0
         predicted = asked.predicted if self.active else products.change
-        self._before = predicted, sensitivity * halves.entropy.stderr**2, halves.entropy
+        self._before = predicted, sensitivity * entropy.stderr**2, entropy
         metrics |= self._logged(products, asked, budget, update)
 
     # ---- resuming
@@ -187,15 +198,25 @@ class EntropyBudget(Probe):
             scores = score(model, batch, args.temperature, self.batch_size, update.params_before)
         weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
         local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
-        terms = RatioTerms(*accelerator.gather(torch.stack(local, dim=1)).unbind(1))
+        terms = _gathered(local, engine)
         prompts = accelerator.gather(batch.prompt_index)
         parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]
         return Halves(
             tuple(batch.rows(batch.prompt_index % 2 == parity) for parity in (0, 1)),  # type: ignore[arg-type]
             tuple(float(policy_entropy(part).value) for part in parts),  # type: ignore[arg-type]
             tuple(float(part.denominator.sum()) for part in parts),  # type: ignore[arg-type]
-            policy_entropy(terms).estimate(prompts),
+            terms,
+            prompts,
         )
+
+    def _entropy(self, halves: Halves, engine: Engine) -> Estimate:
+        """The policy's, from E and, where they are its own draws, the step's completions. Collective."""
+        terms, prompts = halves.terms, halves.prompts
+        for own, index in self._own:
+            terms = RatioTerms(*(torch.cat(pair) for pair in zip(terms, _gathered(own, engine), strict=True)))
+            prompts = torch.cat([prompts, -1 - engine.accelerator.gather(index)])  # other numbers than E's
+        self._own.clear()
+        return policy_entropy(terms).estimate(prompts)
 
     def _gradients(self, args: Any, update: UpdateContext, engine: Engine, halves: Halves) -> tuple[Vector, Vector]:
         """grad h of each half, over all ranks. Collective."""
@@ -273,6 +294,11 @@ class EntropyBudget(Probe):
             "active": float(self.active),
         }
         return {f"entropy_budget/{name}": value for name, value in made.items()}
+
+
+def _gathered(terms: RatioTerms, engine: Engine) -> RatioTerms:
+    """Of all ranks' completions. Collective."""
+    return RatioTerms(*engine.accelerator.gather(torch.stack(terms, dim=1)).unbind(1))
 
 
 def _summed(share: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:

@@ -1,0 +1,120 @@
+"""
+Which way of controlling the entropy holds it, and what does that buy? Two tasks, twelve ways, five seeds each.
+
+    python tests/benchmarks/entropy_control.py --output runs/entropy-control [--tasks sharpen explore] [--jobs 2]
+
+Every method gets the same chance: up to four settings, each trained once with seed 100; the one that serves the task's aim
+best goes on to seeds 0 to 4. Aim of `sharpen`: ten-step means of the entropy nearest to the set-point after step 20;
+of `explore`: held-out reward after the last step. What a run is and how it is measured: `entropy_control_cell.py`. A run
+that is there is not made again, so the command goes on where it was cut off; with all there it only reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from entropy_control_cell import write_cell
+from entropy_control_tables import distance, draw, report
+
+Settings = dict[str, Any]
+TARGET = {"sharpen": 0.22, "explore": 0.30}
+TUNING_SEED, SEEDS, STEPS = 100, range(5), 60
+BASELINE = {"kl_cov": "none, two iterations"}  # all others: none
+
+
+def candidates(task: str) -> dict[str, list[Settings]]:
+    """The settings tried of each method; those that follow from another's choice are in `matched`."""
+    target = TARGET[task]
+    budget = {"entropy_budget": "hold", "entropy_budget_target": target}
+    adaptive = {"use_adaptive_entropy": True, "entropy_target": target}
+    covariance = {"token_control": "clip_cov", "token_control_quantiles": True, "token_control_bounds": [0.8, 1.0]}
+    two = {"num_iterations": 2}
+    methods = {
+        "none": [{}],
+        "lower learning rate": [{"learning_rate": rate} for rate in (1.5e-4, 1e-4, 5e-5)],
+        "higher temperature": [{"temperature": value} for value in (1.1, 1.3, 1.6)],
+        "fixed bonus": [{"entropy_coef": value} for value in (0.01, 0.03, 0.05, 0.1)],
+        "adaptive bonus": [{**adaptive, "entropy_coef_delta": value} for value in (0.001, 0.003, 0.01)],
+        "clip_cov": [{**covariance, "token_control_fraction": share} for share in (0.003, 0.01, 0.03, 0.1)],
+        "none, two iterations": [two],
+        "kl_cov": [
+            {**two, "token_control": "kl_cov", "token_control_fraction": 0.02, "token_control_coefficient": value}
+            for value in (0.1, 1.0, 10.0)
+        ],
+        "entropy_budget, probe": [{**budget, "entropy_budget_gain": gain} for gain in (0.2, 0.3, 0.4)],
+        "entropy_budget, rollouts": [
+            {**budget, "entropy_budget_source": "rollouts", "entropy_budget_gain": gain} for gain in (0.2, 0.3, 0.4)
+        ],
+    }
+    return methods | ({"positive control": [{"novelty": True}]} if task == "explore" else {})
+
+
+def matched(chosen: dict[str, Settings]) -> dict[str, Settings]:
+    """Random tokens, and random ones of positive advantage, as many as Clip-Cov leaves out at most."""
+    share = {"token_control_fraction": chosen["clip_cov"]["token_control_fraction"]}
+    return {name.replace("_", " "): {"token_control": name, **share} for name in ("random", "random_positive")}
+
+
+class Study:
+    """Runs of one task, kept in a folder by their settings and seed."""
+
+    def __init__(self, task: str, folder: Path, pool: ProcessPoolExecutor, steps: int) -> None:
+        self.task, self.folder, self.pool, self.steps = task, folder / task, pool, steps
+
+    def path(self, settings: Settings, seed: int) -> Path:
+        described = json.dumps([settings, self.steps], sort_keys=True).encode()
+        return self.folder / f"{hashlib.sha256(described).hexdigest()[:10]}-seed{seed}.json"
+
+    def make(self, runs: Iterable[tuple[Settings, int]]) -> None:
+        cells = [(self.path(*run), self.task, *run, self.steps) for run in runs]
+        for done in [self.pool.submit(write_cell, *cell) for cell in cells]:
+            done.result()
+
+    def read(self, settings: Settings, seed: int) -> dict[str, Any]:
+        return json.loads(self.path(settings, seed).read_text(encoding="utf-8"))
+
+    def chosen(self) -> dict[str, Settings]:
+        """Each method's setting that served best with the tuning seed, in one run each."""
+        methods = candidates(self.task)
+        self.make((settings, TUNING_SEED) for tried in methods.values() for settings in tried)
+        best = {
+            name: min(tried, key=lambda settings: self.loss(self.read(settings, TUNING_SEED)))
+            for name, tried in methods.items()
+        }
+        return best | matched(best)
+
+    def loss(self, run: dict[str, Any]) -> float:
+        return distance(run, TARGET[self.task]) if self.task == "sharpen" else -run["evaluations"][-1]["reward"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--output", type=Path, default=Path("runs/entropy-control"))
+    parser.add_argument("--tasks", nargs="+", default=list(TARGET), choices=list(TARGET))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--figures", type=Path, help="folder of the figures; default: output")
+    options = parser.parse_args()
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for task in options.tasks:
+            study = Study(task, options.output, pool, STEPS)
+            chosen = study.chosen()
+            study.make((settings, seed) for seed in SEEDS for settings in chosen.values())
+            runs = {name: [study.read(settings, seed) for seed in SEEDS] for name, settings in chosen.items()}
+            tried = [
+                (name, study.read(settings, TUNING_SEED))
+                for name, settings_of in candidates(task).items()
+                for settings in settings_of
+            ]
+            print(report(task, runs, tried, TARGET[task], BASELINE), flush=True)
+            draw(runs, tried, TARGET[task], (options.figures or options.output) / f"entropy-control-{task}.png")
+
+
+if __name__ == "__main__":
+    main()

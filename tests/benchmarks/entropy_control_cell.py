@@ -1,0 +1,178 @@
+"""One run of the study of entropy control (`entropy_control.py`): trained, and measured by draws of its own.
+
+After every step `NUM_FRESH` completions of held-out problems are drawn at temperature 1, whatever training samples at:
+the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps `NUM_PROBLEMS` problems get
+`NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training alone.
+
+Tasks:
+
+- `sharpen`: the embedded word problems; reward 1 for the right answer.
+- `explore`: those of two operations. A right answer earns 0.7 if its first step is led by the word "First", 1 if both steps
+  are led by "Here", 0.35 otherwise, but 0 if only the first is led by "Here". The policy starts with all five words
+  equally likely, so that to try "Here" first costs reward until the second "Here" has become likely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from trl_entropy import rewards
+from trl_entropy.data.word_problems import KINDS
+from trl_entropy.estimators.pass_at_k import pass_at_k
+from trl_entropy.probes.probe_batch import own_randomness, pack_completions
+from trl_entropy.run_log import RunDirectory
+from trl_entropy.scores import score
+
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+NUM_FRESH, NUM_PROBLEMS, NUM_SAMPLES, EVALUATE_EVERY = 128, 128, 8, 20
+OFF = {
+    "entropy_probe": "false", "effective_sample_size_probe": "false", "optimizer_state_probe": "false",
+    "kl_every": "0", "eval_strategy": "no", "eval_on_start": "false", "save_strategy": "no",
+    "log_completions": "false", "report_to": "none", "num_eval_problems": "512",
+}  # fmt: skip
+LOGGED = (
+    "entropy/policy", "entropy_coef", "entropy_budget/delta_predicted", "entropy_budget/delta_optimizer",
+    "entropy_budget/realised_previous", "entropy_budget/infeasible", "entropy_budget/relative_size",
+    "entropy_budget/active", "entropy_budget/price", "token_control/num_tokens",
+)  # fmt: skip
+
+
+def leads(completion: str) -> list[str]:
+    """The words that lead the steps of a thought, such as `First 3+4=7 So 7-2=5`."""
+    thought = rewards.completion_text(completion).partition(rewards.THINK_CLOSE)[0]
+    return [word for word in thought.split() if word.isalpha()]
+
+
+def explored(prompts: object, completions: list[str], **kwargs: Any) -> list[float]:
+    """The reward of `explore`."""
+    right = rewards.tag_pref(prompts, completions, **kwargs)
+    return [one * _worth(leads(completion)) for one, completion in zip(right, completions, strict=True)]
+
+
+def _worth(words: list[str]) -> float:
+    if words[:2] == ["Here", "Here"]:
+        return 1.0
+    return {"First": 0.7, "Here": 0.0}.get(words[0] if words else "", 0.35)
+
+
+def visited(prompts: object, completions: list[str], trainer_state: Any = None, **kwargs: Any) -> list[float]:
+    """
+    The positive control's bonus, which is told where to explore: -log share, among the completions of the step, of a
+    completion's pair of leading words, in units of log 25, falling to 0 over 40 steps.
+    """
+    pairs = [tuple(leads(completion)[:2]) for completion in completions]
+    share = {pair: pairs.count(pair) / len(pairs) for pair in set(pairs)}
+    left = max(0.0, 1 - trainer_state.global_step / 40)
+    return [-left * float(np.log(share[pair]) / np.log(25)) if len(pair) == 2 else 0.0 for pair in pairs]
+
+
+class Measure(TrainerCallback):
+    """Draws from the policy after each step, and notes what training itself has cost so far."""
+
+    def __init__(self, task: str, seed: int) -> None:
+        self.task, self.seed = task, seed
+        self.entropy: list[float] = []
+        self.seconds: list[float] = []
+        self.evaluations: list[dict[str, float]] = []
+        self._spent = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        self._spent, self._since = 0.0, time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        self._spent += time.process_time() - self._since
+        self.seconds.append(self._spent)
+        problems = np.random.default_rng((self.seed, state.global_step)).choice(len(self.problems), NUM_FRESH)
+        self.entropy.append(self._draw(problems, (self.seed, state.global_step, 7))[1])
+        if state.global_step % EVALUATE_EVERY == 0:
+            self._evaluate(state.global_step)
+        self._since = time.process_time()
+
+    @property
+    def problems(self) -> Any:
+        return self.trainer.eval_dataset
+
+    def _draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> tuple[list[str], float]:
+        """Texts of one completion of each problem at temperature 1, and their mean token entropy."""
+        trainer, tokenizer = self.trainer, self.trainer._tokenizer
+        prompts = [self.problems[int(row)]["prompt"] for row in problems]
+        temperature, trainer.generation_config.temperature = trainer.generation_config.temperature, 1.0
+        with own_randomness(seed, trainer.accelerator.device):
+            prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+            completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, 1)
+        trainer.generation_config.temperature = temperature
+        packed = pack_completions(prompt_ids, completion_ids, 0, tokenizer.pad_token_id, trainer.accelerator.device)
+        entropy, mask = score(trainer.model, packed, 1.0, 256).entropy[0], packed.completion_mask.bool()
+        return tokenizer.batch_decode(completion_ids, skip_special_tokens=True), float(entropy[mask].double().mean())
+
+    def _evaluate(self, step: int) -> None:
+        problems = np.arange(NUM_PROBLEMS).repeat(NUM_SAMPLES)
+        texts, entropy = self._draw(problems, (self.seed, step, 8))
+        answers = [self.problems[int(row)]["answer"] for row in problems]
+        values = (explored if self.task == "explore" else rewards.tag_pref)(None, texts, answer=answers)
+        worth = np.array(values).reshape(NUM_PROBLEMS, NUM_SAMPLES)
+        right = torch.tensor((worth == 1).sum(axis=1))
+        found = {f"pass@{k}": float(pass_at_k(right, NUM_SAMPLES, k).mean()) for k in (1, 8)}
+        self.evaluations.append({"step": step, "reward": float(worth.mean()), "entropy": entropy, **found})
+
+
+def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
+    """Train with settings of the config, beside the quickstart's; `novelty` is the positive control's bonus."""
+    from trl_entropy.train import build_trainer, parse
+
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp())
+    chosen = {**OFF, "seed": seed, "max_steps": steps, "output_dir": folder, **settings}
+    novelty = chosen.pop("novelty", False)
+    words = [word for name, value in chosen.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            parsed = parse(["--config", str(CONFIG), *words])
+            trainer = build_trainer(*parsed)
+            if task == "explore":
+                _make_explore(trainer, novelty)
+            measure = Measure(task, seed)
+            measure.trainer = trainer
+            trainer.add_callback(measure)
+            trainer.train()
+        rows = RunDirectory(folder).metrics()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    logged = {name: [row[name] for row in rows] for name in LOGGED if name in rows[-1]}
+    return {
+        "task": task, "settings": settings, "seed": seed, "steps": steps, "entropy": measure.entropy,
+        "seconds": measure.seconds, "evaluations": measure.evaluations, "logged": logged,
+    }  # fmt: skip
+
+
+def _make_explore(trainer: Any, novelty: bool) -> None:
+    """Problems of two operations, and their reward."""
+    two = {name for name, kind in KINDS.items() if len(kind.operators) == 2}
+    for name in ("train_dataset", "eval_dataset"):
+        problems = getattr(trainer, name)
+        setattr(trainer, name, problems.select([row for row, kind in enumerate(problems["kind"]) if kind in two]))
+    functions = [explored, visited] if novelty else [explored]
+    trainer.reward_funcs, trainer.reward_func_names = functions, [one.__name__ for one in functions]
+    trainer.reward_processing_classes = [None] * len(functions)
+    trainer.reward_weights = torch.ones(len(functions))
+
+
+def write_cell(target: Path, *cell: Any) -> None:
+    """`run_cell`, kept as JSON; what is there is not made again."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps(run_cell(*cell)), encoding="utf-8")
+    temporary.replace(target)

@@ -1,0 +1,175 @@
+"""Tables and figure of the study of entropy control (`entropy_control.py`)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_entropy.estimators.estimate import student_t_quantile
+
+Run = dict[str, Any]
+Runs = dict[str, list[Run]]
+WINDOW, FROM = 10, 20  # steps
+
+
+def windows(run: Run) -> np.ndarray:
+    """Means of the entropy over ten steps each, after step 20."""
+    entropy = np.array(run["entropy"][FROM:])
+    return entropy[: len(entropy) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(axis=1)
+
+
+def distance(run: Run, target: float) -> float:
+    """Root mean square of those means' distance to the set-point, relative."""
+    return float(np.sqrt(np.mean((windows(run) / target - 1) ** 2)))
+
+
+def interval(values: Iterable[float]) -> str:
+    """Mean and Student's 95 % interval over seeds."""
+    values = list(values)
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = student_t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
+
+
+def last(run: Run, quantity: str) -> float:
+    return run["evaluations"][-1][quantity]
+
+
+def at_cost(run: Run, quantity: str, seconds: float) -> float:
+    """Interpolated between evaluations in CPU seconds of training; the last one where the run was cheaper."""
+    costs = [run["seconds"][entry["step"] - 1] for entry in run["evaluations"]]
+    return float(np.interp(seconds, costs, [entry[quantity] for entry in run["evaluations"]]))
+
+
+def report(task: str, runs: Runs, tried: list[tuple[str, Run]], target: float, baseline: dict[str, str]) -> str:
+    parts = [f"# {task}, set-point {target}", holding(runs, target), buying(runs, baseline), control(runs)]
+    return "\n\n".join([*parts, tuning(tried, target)])
+
+
+def holding(runs: Runs, target: float) -> str:
+    """How near to the set-point each method keeps the entropy."""
+    lines = [
+        "| method | setting | ten-step means within 5 % | their rms distance | mean over set-point | cost of a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, own in runs.items():
+        means = [windows(run) / target - 1 for run in own]
+        inside = sum(int((abs(one) <= 0.05).sum()) for one in means)
+        total = sum(map(len, means))
+        cost = interval(run["seconds"][-1] / none["seconds"][-1] for run, none in zip(own, runs["none"], strict=True))
+        lines.append(
+            f"| {name} | {setting(own[0])} | {inside} of {total} | {math.sqrt(np.mean(np.square(means))):.1%} | "
+            f"{np.mean(means):+.1%} | {cost} |"
+        )
+    return "\n".join(lines)
+
+
+def buying(runs: Runs, baseline: dict[str, str]) -> str:
+    """Held-out results after the last step, the paired difference from the baseline, and that at equal CPU time."""
+    quantities = ("entropy", "reward", "pass@1", "pass@8")
+    lines = [
+        f"| method | {' | '.join(quantities)} | pass@1 less baseline's | pass@8 less | pass@1 less, equal CPU time |",
+        "|---" * (len(quantities) + 4) + "|",
+    ]
+    for name, own in runs.items():
+        others = runs[baseline.get(name, "none")]
+        pairs = list(zip(own, others, strict=True))
+        cells = [interval(last(run, quantity) for run in own) for quantity in quantities]
+        cells += [interval(last(a, k) - last(b, k) for a, b in pairs) for k in ("pass@1", "pass@8")]
+        cells.append(interval(_at_equal_cost(a, b) for a, b in pairs))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _at_equal_cost(run: Run, other: Run) -> float:
+    seconds = min(run["seconds"][-1], other["seconds"][-1])
+    return at_cost(run, "pass@1", seconds) - at_cost(other, "pass@1", seconds)
+
+
+def control(runs: Runs) -> str:
+    """Of the entropy budget: realised on predicted net change, and what the correction had to do."""
+    lines = [
+        "| source | realised / predicted, sums | correction, in lengths of the step | infeasible steps | optimizer's own "
+        "change, 1e-3 nats/token | switched off |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, own in runs.items():
+        logged = [run["logged"] for run in own if "entropy_budget/active" in run["logged"]]
+        if not logged:
+            continue
+        sums = [
+            sum(one["entropy_budget/realised_previous"]) / sum(one["entropy_budget/delta_predicted"][:-1])
+            for one in logged
+        ]
+        lines.append(
+            f"| {name} | {interval(sums)} | {interval(_mean(one, 'relative_size') for one in logged)} | "
+            f"{interval(_mean(one, 'infeasible') for one in logged)} | "
+            f"{interval(1e3 * _mean(one, 'delta_optimizer') for one in logged)} | "
+            f"{sum(one['entropy_budget/active'][-1] == 0 for one in logged)} of {len(logged)} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _mean(logged: dict[str, list[float]], name: str) -> float:
+    """After the way to the set-point."""
+    return statistics.mean(logged[f"entropy_budget/{name}"][FROM:])
+
+
+def tuning(tried: list[tuple[str, Run]], target: float) -> str:
+    """What each setting came to with the tuning seed."""
+    lines = [
+        "| method | setting | rms distance | entropy | reward | pass@1 | pass@8 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, run in tried:
+        values = " | ".join(f"{last(run, quantity):.3f}" for quantity in ("entropy", "reward", "pass@1", "pass@8"))
+        lines.append(f"| {name} | {setting(run)} | {distance(run, target):.1%} | {values} |")
+    return "\n".join(lines)
+
+
+def setting(run: Run) -> str:
+    """What distinguishes one setting of a method from its others."""
+    varied = (
+        "learning_rate", "temperature", "entropy_coef", "entropy_coef_delta", "token_control_fraction",
+        "token_control_coefficient", "entropy_budget_gain",
+    )  # fmt: skip
+    return ", ".join(f"{name} {run['settings'][name]:g}" for name in varied if name in run["settings"])
+
+
+def draw(runs: Runs, tried: list[tuple[str, Run]], target: float, path: Path) -> None:
+    """Entropy over training, and pass@1 and pass@8 against entropy after the last step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = dict(zip(runs, plt.get_cmap("tab20").colors, strict=False))
+    figure, (left, *frontiers) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    for name, own in runs.items():
+        entropy = np.mean([run["entropy"] for run in own], axis=0)
+        left.plot(range(1, len(entropy) + 1), entropy, color=colors[name], lw=1.2)
+        for axes, quantity in zip(frontiers, ("pass@1", "pass@8"), strict=True):
+            points = np.array([[last(run, "entropy"), last(run, quantity)] for run in own])
+            half = student_t_quantile(0.975, len(own) - 1) * points.std(axis=0, ddof=1) / len(own) ** 0.5
+            x, y = points.mean(axis=0)
+            axes.errorbar(x, y, half[1], half[0], fmt="o", color=colors[name], capsize=2, label=name)
+    for name, run in tried:
+        for axes, quantity in zip(frontiers, ("pass@1", "pass@8"), strict=True):
+            axes.plot(last(run, "entropy"), last(run, quantity), "x", color=colors[name], ms=5)
+    left.set(xlabel="step", ylabel="entropy of fresh completions, nats/token", ylim=(0, 2 * target))
+    for axes, quantity in zip(frontiers, ("pass@1", "pass@8"), strict=True):
+        axes.set(
+            xlabel="entropy after the last step, nats/token", ylabel=f"held-out {quantity}", xlim=(0, 2.5 * target)
+        )
+        axes.axvline(target, color="grey", lw=0.8, ls="--")
+    left.axhline(target, color="grey", lw=0.8, ls="--")
+    frontiers[0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
