@@ -3,10 +3,11 @@ Which way of controlling the entropy holds it, and what does that buy? Two tasks
 
     python tests/benchmarks/entropy_control.py --output runs/entropy-control [--tasks sharpen explore] [--jobs 2]
 
-Every method gets the same chance: up to four settings, each trained once with seed 100; the one that serves the task's aim
-best goes on to seeds 0 to 4. Aim of `sharpen`: ten-step means of the entropy nearest to the set-point after step 20;
-of `explore`: held-out reward after the last step. What a run is and how it is measured: `entropy_control_cell.py`. A run
-that is there is not made again, so the command goes on where it was cut off; with all there it only reports.
+Every method gets the same chance: up to four settings, each trained once with seed 100; the one that serves the
+task's aim best goes on to seeds 0 to 4. Aim of `sharpen`: ten-step means of the entropy nearest to the set-point after
+step 20; of `explore`: held-out reward after the last step. What a run is and how it is measured:
+`entropy_control_cell.py`. A run that is there is not made again, so the command goes on where it was cut off; with all
+there it only reports.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps `NUM_PROBLEMS`
 Tasks:
 
 - `sharpen`: the embedded word problems; reward 1 for the right answer.
-- `explore`: those of two operations. A right answer earns 0.7 if its first step is led by the word "First", 1 if both steps
-  are led by "Here", 0.35 otherwise, but 0 if only the first is led by "Here". The policy starts with all five words
-  equally likely, so that to try "Here" first costs reward until the second "Here" has become likely.
+- `explore`: those of two operations. A right answer earns 0.7 if its first step is led by the word "First", 1 if both
+  steps are led by "Here", 0.35 otherwise, but 0 if only the first is led by "Here". The policy starts with all five
+  words equally likely, so that to try "Here" first costs reward until the second "Here" has become likely.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict
         rows = RunDirectory(folder).metrics()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    logged = {name: [row[name] for row in rows] for name in LOGGED if name in rows[-1]}
+    logged = {name: [row.get(name) for row in rows] for name in LOGGED if name in rows[-1]}
     return {
         "task": task, "settings": settings, "seed": seed, "steps": steps, "entropy": measure.entropy,
         "seconds": measure.seconds, "evaluations": measure.evaluations, "logged": logged,

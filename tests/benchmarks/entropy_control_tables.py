@@ -96,18 +96,17 @@ def _at_equal_cost(run: Run, other: Run) -> float:
 def control(runs: Runs) -> str:
     """Of the entropy budget: realised on predicted net change, and what the correction had to do."""
     lines = [
-        "| source | realised / predicted, sums | correction, in lengths of the step | infeasible steps | optimizer's own "
-        "change, 1e-3 nats/token | switched off |",
+        "| source | realised / predicted, sums | correction, in lengths of the step | infeasible steps | "
+        "optimizer's own change, 1e-3 nats/token | switched off |",
         "|---|---|---|---|---|---|",
     ]
     for name, own in runs.items():
         logged = [run["logged"] for run in own if "entropy_budget/active" in run["logged"]]
         if not logged:
             continue
-        sums = [
-            sum(one["entropy_budget/realised_previous"]) / sum(one["entropy_budget/delta_predicted"][:-1])
-            for one in logged
-        ]
+        realised = [sum(one["entropy_budget/realised_previous"][1:]) for one in logged]
+        predicted = [sum(one["entropy_budget/delta_predicted"][:-1]) for one in logged]
+        sums = [one / other for one, other in zip(realised, predicted, strict=True)]
         lines.append(
             f"| {name} | {interval(sums)} | {interval(_mean(one, 'relative_size') for one in logged)} | "
             f"{interval(_mean(one, 'infeasible') for one in logged)} | "
@@ -124,10 +123,8 @@ def _mean(logged: dict[str, list[float]], name: str) -> float:
 
 def tuning(tried: list[tuple[str, Run]], target: float) -> str:
     """What each setting came to with the tuning seed."""
-    lines = [
-        "| method | setting | rms distance | entropy | reward | pass@1 | pass@8 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ("method", "setting", "rms distance", "entropy", "reward", "pass@1", "pass@8")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, run in tried:
         values = " | ".join(f"{last(run, quantity):.3f}" for quantity in ("entropy", "reward", "pass@1", "pass@8"))
         lines.append(f"| {name} | {setting(run)} | {distance(run, target):.1%} | {values} |")
