@@ -66,15 +66,11 @@ def _worth(words: list[str]) -> float:
     return {"First": 0.7, "Here": 0.0}.get(words[0] if words else "", 0.35)
 
 
-def visited(prompts: object, completions: list[str], trainer_state: Any = None, **kwargs: Any) -> list[float]:
-    """
-    The positive control's bonus, which is told where to explore: -log share, among the completions of the step, of a
-    completion's pair of leading words, in units of log 25, falling to 0 over 40 steps.
-    """
-    pairs = [tuple(leads(completion)[:2]) for completion in completions]
-    share = {pair: pairs.count(pair) / len(pairs) for pair in set(pairs)}
-    left = max(0.0, 1 - trainer_state.global_step / 40)
-    return [-left * float(np.log(share[pair]) / np.log(25)) if len(pair) == 2 else 0.0 for pair in pairs]
+def hinted(prompts: object, completions: list[str], trainer_state: Any = None, **kwargs: Any) -> list[float]:
+    """The positive control's bonus: a right answer that begins with "Here" earns 0.7 more, gone after 30 steps."""
+    right = rewards.tag_pref(prompts, completions, **kwargs)
+    size = 0.7 * max(0.0, 1 - trainer_state.global_step / 30)
+    return [size * one * (leads(text)[:1] == ["Here"]) for one, text in zip(right, completions, strict=True)]
 
 
 class Measure(TrainerCallback):
@@ -128,20 +124,20 @@ class Measure(TrainerCallback):
 
 
 def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
-    """Train with settings of the config, beside the quickstart's; `novelty` is the positive control's bonus."""
+    """Train with settings of the config, beside the quickstart's; `hint` is the positive control's bonus."""
     from trl_entropy.train import build_trainer, parse
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     chosen = {**OFF, "seed": seed, "max_steps": steps, "output_dir": folder, **settings}
-    novelty = chosen.pop("novelty", False)
+    hint = chosen.pop("hint", False)
     words = [word for name, value in chosen.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             parsed = parse(["--config", str(CONFIG), *words])
             trainer = build_trainer(*parsed)
             if task == "explore":
-                _make_explore(trainer, novelty)
+                _make_explore(trainer, hint)
             measure = Measure(task, seed)
             measure.trainer = trainer
             trainer.add_callback(measure)
@@ -156,13 +152,13 @@ def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict
     }  # fmt: skip
 
 
-def _make_explore(trainer: Any, novelty: bool) -> None:
+def _make_explore(trainer: Any, hint: bool) -> None:
     """Problems of two operations, and their reward."""
     two = {name for name, kind in KINDS.items() if len(kind.operators) == 2}
     for name in ("train_dataset", "eval_dataset"):
         problems = getattr(trainer, name)
         setattr(trainer, name, problems.select([row for row, kind in enumerate(problems["kind"]) if kind in two]))
-    functions = [explored, visited] if novelty else [explored]
+    functions = [explored, hinted] if hint else [explored]
     trainer.reward_funcs, trainer.reward_func_names = functions, [one.__name__ for one in functions]
     trainer.reward_processing_classes = [None] * len(functions)
     trainer.reward_weights = torch.ones(len(functions))

@@ -135,7 +135,7 @@ def setting(run: Run) -> str:
     """What distinguishes one setting of a method from its others."""
     varied = (
         "learning_rate", "temperature", "entropy_coef", "entropy_coef_delta", "token_control_fraction",
-        "token_control_coefficient", "entropy_budget_gain",
+        "token_control_coefficient", "entropy_budget_gain", "entropy_budget_target",
     )  # fmt: skip
     return ", ".join(f"{name} {run['settings'][name]:g}" for name in varied if name in run["settings"])
 

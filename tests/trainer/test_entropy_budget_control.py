@@ -9,8 +9,10 @@ from datasets import Dataset
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.probes import Probe
 from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.scores import Completions, score
 
 CONTROL = {"entropy_budget": "hold", "entropy_budget_per_step": 0.01, "entropy_budget_prompts": 16}
 
@@ -55,6 +57,28 @@ def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
     measured = sum(row["entropy/delta_measured"] for row in rows)
     alone = sum(row["entropy_budget/delta_optimizer"] for row in rows)
     assert measured == pytest.approx(predicted, rel=0.6) and abs(alone) < 0.5 * abs(predicted)
+
+
+class Watch(Probe):
+    """Keeps a step's completions and the parameters that it starts from."""
+
+    def on_rollouts(self, args, state, control, *, rollouts, trainer, **kwargs):
+        self.rollouts = Completions.of(rollouts)
+        self.params = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("settings, pooled", [({}, True), ({"num_iterations": 2}, False)], ids=str)
+def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, problems, settings, pooled):
+    watch = Watch()
+    trainer, rows = trained(make_trainer, problems, callbacks=[watch], max_steps=1, **settings, **CONTROL)
+    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_budget"))
+    trainer.model.load_state_dict(watch.params, strict=False)
+    total = count = 0.0
+    for completions in [control._completions, *([watch.rollouts] if pooled else [])]:
+        entropy = score(trainer.model, completions, 1.0, 64).entropy[0]
+        total += float(entropy[completions.completion_mask.bool()].double().sum())
+        count += int(completions.completion_mask.sum())
+    assert rows[0]["entropy_budget/entropy"] == pytest.approx(total / count, rel=1e-6)
 
 
 def test_the_moments_never_see_it(make_trainer, problems):
