@@ -32,7 +32,6 @@ BASELINE = {"kl_cov": "none, two iterations"}  # all others: none
 
 def candidates(task: str) -> dict[str, list[Settings]]:
     """The settings tried of each method; those that follow from another's choice are in `matched`."""
-
     budget = {"entropy_budget": "hold", "entropy_budget_target": TARGET}
     varied = [{"entropy_budget_gain": gain} for gain in (0.2, 0.3, 0.4)]
     if task == "explore":  # which entropy serves best is not known

@@ -1,7 +1,7 @@
 """One run of the study of entropy control (`entropy_control.py`): trained, and measured by draws of its own.
 
-After every step `NUM_FRESH` completions of held-out problems are drawn at temperature 1, whatever training samples at:
-the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps `NUM_PROBLEMS` problems get
+After every step from `FROM` on, and every fifth before, `NUM_FRESH` completions of held-out problems are drawn at
+temperature 1, whatever training samples at: the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps `NUM_PROBLEMS` problems get
 `NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training alone.
 
 Tasks:
@@ -35,7 +35,8 @@ from trl_entropy.run_log import RunDirectory
 from trl_entropy.scores import score
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-NUM_FRESH, NUM_PROBLEMS, NUM_SAMPLES, EVALUATE_EVERY = 128, 128, 8, 20
+NUM_FRESH, FROM = 128, 20
+NUM_PROBLEMS, NUM_SAMPLES, EVALUATE_EVERY = 96, 8, 20
 OFF = {
     "entropy_probe": "false", "effective_sample_size_probe": "false", "optimizer_state_probe": "false",
     "kl_every": "0", "eval_strategy": "no", "eval_on_start": "false", "save_strategy": "no",
@@ -78,7 +79,7 @@ class Measure(TrainerCallback):
 
     def __init__(self, task: str, seed: int) -> None:
         self.task, self.seed = task, seed
-        self.entropy: list[float] = []
+        self.entropy: dict[int, float] = {}  # by step
         self.seconds: list[float] = []
         self.evaluations: list[dict[str, float]] = []
         self._spent = 0.0
@@ -89,10 +90,12 @@ class Measure(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         self._spent += time.process_time() - self._since
         self.seconds.append(self._spent)
-        problems = np.random.default_rng((self.seed, state.global_step)).choice(len(self.problems), NUM_FRESH)
-        self.entropy.append(self._draw(problems, (self.seed, state.global_step, 7))[1])
-        if state.global_step % EVALUATE_EVERY == 0:
-            self._evaluate(state.global_step)
+        step = state.global_step
+        if step >= FROM or step % 5 == 0:
+            problems = np.random.default_rng((self.seed, step)).choice(len(self.problems), NUM_FRESH)
+            self.entropy[step] = self._draw(problems, (self.seed, step, 7))[1]
+        if step % EVALUATE_EVERY == 0:
+            self._evaluate(step)
         self._since = time.process_time()
 
     @property

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from entropy_control_cell import FROM
 
 from trl_entropy.estimators.estimate import student_t_quantile
 
 Run = dict[str, Any]
 Runs = dict[str, list[Run]]
-WINDOW, FROM = 10, 20  # steps
+WINDOW = 10  # steps
 
 
 def windows(run: Run) -> np.ndarray:
     """Means of the entropy over ten steps each, after step 20."""
-    entropy = np.array(run["entropy"][FROM:])
+    entropy = np.array([value for step, value in run["entropy"].items() if int(step) > FROM])
     return entropy[: len(entropy) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(axis=1)
 
 
@@ -150,8 +151,8 @@ def draw(runs: Runs, tried: list[tuple[str, Run]], target: float, path: Path) ->
     colors = dict(zip(runs, plt.get_cmap("tab20").colors, strict=False))
     figure, (left, *frontiers) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for name, own in runs.items():
-        entropy = np.mean([run["entropy"] for run in own], axis=0)
-        left.plot(range(1, len(entropy) + 1), entropy, color=colors[name], lw=1.2)
+        entropy = np.mean([list(run["entropy"].values()) for run in own], axis=0)
+        left.plot([int(step) for step in own[0]["entropy"]], entropy, color=colors[name], lw=1.2)
         for axes, quantity in zip(frontiers, ("pass@1", "pass@8"), strict=True):
             points = np.array([[last(run, "entropy"), last(run, quantity)] for run in own])
             half = student_t_quantile(0.975, len(own) - 1) * points.std(axis=0, ddof=1) / len(own) ** 0.5
