@@ -72,6 +72,27 @@ def test_noise_scale_with_its_interval_where_it_is_closed(axes):
     assert axes.collections[0].get_paths()[0].get_extents().y1 == 90.0
 
 
+BUDGET = [
+    {"step": 1, "entropy_budget/entropy": 0.40, "entropy_budget/entropy_stderr": 0.01,
+     "entropy_budget/delta_optimizer": -0.03, "entropy_budget/delta_predicted": -0.02},
+    {"step": 2, "entropy_budget/entropy": 0.37, "entropy_budget/entropy_stderr": 0.01,
+     "entropy_budget/delta_optimizer": -0.05, "entropy_budget/delta_predicted": -0.01,
+     "entropy_budget/realised_previous": -0.03},
+]  # fmt: skip
+
+
+def test_set_point_with_the_entropy_and_its_errors(axes):
+    assert plots.plot_set_point(axes, BUDGET, 0.22) is axes
+    assert np.allclose(axes.collections[0].get_segments()[0], [[1, 0.40 - 0.0196], [1, 0.40 + 0.0196]])
+    assert axes.lines[-1].get_ydata()[0] == 0.22
+
+
+def test_budget_shows_what_was_realised_at_the_step_that_made_it(axes):
+    assert plots.plot_budget(axes, BUDGET) is axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["realised"] == [[1, -0.03]] and drawn["with correction, predicted"] == [[1, -0.02], [2, -0.01]]
+
+
 def test_kernel_shows_cosines_and_parts_prompts(axes):
     names = pd.MultiIndex.from_arrays([[0, 0, 1], [5, 2, 9]], names=["prompt_index", "row"])
     kernel = pd.DataFrame([[4.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 1.0]], index=names, columns=names)

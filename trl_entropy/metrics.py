@@ -271,7 +271,7 @@ _FISHER = (
 _ENTROPY_BUDGET = [
     Metric(f"entropy_budget/{name}", unit_, text, "E")
     for name, unit_, text in (
-        ("entropy", "nats/token", "entropy before the step, on the control's own completions"),
+        ("entropy", "nats/token", "entropy before the step, of the control's own completions and the step's"),
         ("budget", "nats/token", "change that the step was to make (T19)"),
         ("delta_optimizer", "nats/token", "first-order change by the optimizer's step alone"),
         ("delta_predicted", "nats/token", "first-order change by the step with its correction"),

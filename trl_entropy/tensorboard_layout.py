@@ -30,6 +30,12 @@ _LINES: dict[str, tuple[str | None, Mapping[str, list[str]]]] = {
         "slope of measured on predicted": [f"entropy/cross_{name}_corrected_slope" for name in _CHANGES],
         "effective sample size of the probe batch": ["entropy/importance_ess", "entropy/num_completions"],
     }),
+    "Entropy held by its budget": ("entropy_budget", {
+        "change of a step, nats/token": [
+            f"entropy_budget/{name}" for name in ("delta_optimizer", "delta_predicted", "budget", "realised_previous")
+        ],
+        "correction, in lengths of the step": ["entropy_budget/relative_size"],
+    }),
     "Gradient noise": ("noise_scale", {
         "signal to noise of a step": ["noise_scale/signal_to_noise", "noise_scale/adam_signal_to_noise"],
         "prompts of a step, and as many as the noise asks for": [

@@ -1,8 +1,8 @@
 """One run of the study of entropy control (`entropy_control.py`): trained, and measured by draws of its own.
 
 After every step from `FROM` on, and every fifth before, `NUM_FRESH` completions of held-out problems are drawn at
-temperature 1, whatever training samples at: the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps `NUM_PROBLEMS` problems get
-`NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training alone.
+temperature 1, whatever training samples at: the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps
+`NUM_PROBLEMS` problems get `NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training alone.
 
 Tasks:
 
