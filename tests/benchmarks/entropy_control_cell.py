@@ -2,7 +2,7 @@
 
 After every step from `FROM` on, and every fifth before, `NUM_FRESH` completions of held-out problems are drawn at
 temperature 1, whatever training samples at: the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps
-`NUM_PROBLEMS` problems get `NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training alone.
+`NUM_PROBLEMS` problems get `NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training only.
 
 Tasks:
 
