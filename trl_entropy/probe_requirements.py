@@ -241,7 +241,11 @@ class ProbeRequirements(GRPOConfig):
     def check_fisher_probe(self, number: int) -> None:
         """Raises `ValueError` unless (T12) is that of an on-policy step of AdamW, on `number` rows of whole groups."""
         optimizer = str(getattr(self.optim, "value", self.optim))
-        remedies = {"optim='adamw_torch_fused'": "adamw" in optimizer, **self._on_policy_dr_grpo()}
+        remedies = {
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "token_control='none'": self.token_control == "none",
+            **self._on_policy_dr_grpo(),
+        }
         needs = "fisher_probe needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone"
         self._check_settings(remedies, needs, "turn the probe off")
         self._check_groups_of_a_step("fisher_probe", "turn the probe off")

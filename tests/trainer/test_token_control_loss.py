@@ -1,14 +1,18 @@
 """Clip-Cov, KL-Cov and random tokens in training: what the loss gets, what is logged, what is refused."""
 
+import itertools
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from published_token_control import PublishedLoss
 
-from trl_entropy import DrGRPOConfig, Probe
+from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
+from trl_entropy.control import control_micro_batch
 from trl_entropy.estimators.token_control import kl_cov_tokens, token_covariances
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.step_statistics import StepStatistics
 
 CLIP = {"token_control": "clip_cov", "token_control_bounds": [0.2, 0.9], "token_control_quantiles": True,
         "token_control_fraction": 0.1}  # fmt: skip
@@ -67,11 +71,17 @@ def test_kl_cov_holds_the_largest_covariances_to_the_policy_that_sampled(make_tr
     torch.testing.assert_close(kept.gradients[1], expected, rtol=1e-5, atol=1e-9)
 
 
-BOUNDS, EPSILON, FRACTION = (0.01, 0.4), 0.02, 0.05
+BOUNDS, EPSILON, FRACTION = (0.01, 0.4), 0.02, 0.06
 OFF_POLICY = {
     **{"num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "entropy_probe": False, "loss_type": "bnpo"},
     **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "token_control_fraction": FRACTION},
 }
+
+
+class OfAllLengths(DrGRPOTrainer):
+    def _generate_single_turn(self, *args, **kwargs):
+        completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
+        return [ids[: 5 + number % 8] for number, ids in enumerate(completion_ids)], logps
 
 
 def published(inputs, logps):
@@ -93,7 +103,7 @@ def places(chosen):
 def test_clip_cov_of_micro_batches_is_the_published_loss(make_trainer):
     """Its gradient by tokens, in both iterations: nothing chosen in the first is left out of the second."""
     control = {"token_control": "clip_cov", "token_control_bounds": list(BOUNDS), "token_control_scope": "micro_batch"}
-    _, kept, rows = trained(make_trainer, epsilon=EPSILON, **OFF_POLICY, **control)
+    _, kept, rows = trained(make_trainer, trainer_class=OfAllLengths, epsilon=EPSILON, **OFF_POLICY, **control)
     counts, num_clipped = [], 0
     for (inputs, logps), gradient in zip(kept.inputs, kept.gradients, strict=True):
         oracle, mask = published(inputs, logps), inputs["completion_mask"].bool()
@@ -106,14 +116,13 @@ def test_clip_cov_of_micro_batches_is_the_published_loss(make_trainer):
         counts.append(len(chosen))
         num_clipped += sum(oracle.clipped(place, EPSILON) for place in oracle.places)
     assert [row["token_control/num_tokens"] for row in rows] == [sum(counts[:2]), sum(counts[2:])]
-    assert len({frozenset(places(inputs["advantages"] == 0)) for inputs, _ in kept.inputs}) == 4
     assert num_clipped
 
 
 def test_kl_cov_of_micro_batches_is_the_published_loss(make_trainer):
     """The authors do not clip KL-Cov's ratio, and give the share in percent."""
     control = {"token_control": "kl_cov", "token_control_coefficient": 3.0, "token_control_scope": "micro_batch"}
-    _, kept, rows = trained(make_trainer, epsilon=1e6, **OFF_POLICY, **control)
+    _, kept, rows = trained(make_trainer, trainer_class=OfAllLengths, epsilon=1e6, **OFF_POLICY, **control)
     for (inputs, logps), gradient in zip(kept.inputs, kept.gradients, strict=True):
         oracle = published(inputs, logps)
         assert places(inputs["token_control_mask"]) == oracle.kl_cov_tokens(100 * FRACTION)
@@ -125,6 +134,23 @@ def test_kl_cov_of_micro_batches_is_the_published_loss(make_trainer):
         covariances += [oracle.covariance[place] for place in oracle.kl_cov_tokens(100 * FRACTION)]
     assert rows[1]["token_control/num_tokens"] == len(covariances)
     assert rows[1]["token_control/mean_covariance"] == pytest.approx(sum(covariances) / len(covariances), rel=1e-5)
+
+
+def test_chance_depends_on_seed_step_micro_batch_and_rank_alone():
+    def chosen(seed, step, number, rank):
+        args = SimpleNamespace(seed=seed, token_control="random", token_control_fraction=0.3)
+        accelerator = SimpleNamespace(process_index=rank)
+        trainer = SimpleNamespace(args=args, accelerator=accelerator, step=step, epsilon_low=0.2, epsilon_high=0.2)
+        logps, mask = torch.zeros(4, 10), torch.ones(4, 10, dtype=torch.long)
+        inputs = {"advantages": torch.ones(4), "completion_mask": mask}
+        statistics = StepStatistics(torch.device("cpu"))
+        return control_micro_batch(trainer, inputs, logps, number, statistics)["advantages"] == 0
+
+    settings = list(itertools.product((0, 1), repeat=4))
+    found = [frozenset(places(chosen(*numbers))) for numbers in settings]
+    torch.rand(3)
+    assert found == [frozenset(places(chosen(*numbers))) for numbers in settings]
+    assert len(set(found)) == 16 and all(len(tokens) == 12 for tokens in found)
 
 
 @pytest.mark.parametrize("control", ["clip_cov", "kl_cov"])
@@ -229,6 +255,7 @@ def test_kl_cov_is_warned_of_where_no_update_is_off_policy(tmp_path, caplog, set
         ({"token_control_bounds": [0.5, 1.5]}, "token_control_bounds"),
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"token_control": "kl_cov", "loss_type": "dapo"}, "loss_type='dr_grpo'"),
+        ({"fisher_probe": True, "fisher_num_sequences": 16}, "token_control='none'"),
         ({"token_control_scope": "rollouts"}, "token_control_scope to one of"),
         ({"token_control_scope": "micro_batch", "loss_type": "cispo"}, "loss_type to one of"),
         ({"token_control_scope": "micro_batch", "importance_sampling_level": "sequence"}, "importance_sampling_level"),

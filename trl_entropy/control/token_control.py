@@ -1,4 +1,7 @@
-"""Clip-Cov, KL-Cov (arXiv:2505.22617) and random tokens in training: chosen tokens are left out or held back."""
+"""Clip-Cov, KL-Cov (arXiv:2505.22617) and random tokens in training: chosen tokens are left out or held back.
+
+They are chosen in the optimizer's batch when it is generated, or in each micro-batch inside its loss.
+"""
 
 from __future__ import annotations
 
