@@ -15,6 +15,7 @@ from trl_entropy.probe_requirements import (
     ENTROPY_BUDGETS,
     ENTROPY_PROBE_SAMPLERS,
     ENTROPY_PROBE_SOURCES,
+    TOKEN_CONTROL_SCOPES,
     TOKEN_CONTROLS,
     ProbeRequirements,
 )
@@ -191,11 +192,16 @@ class DrGRPOConfig(ProbeRequirements):
     token_control: str = _toggle(
         "Entropy control by tokens: leave out the loss of random tokens within covariance bounds ('clip_cov'), hold "
         "those of the largest covariance to the sampling policy ('kl_cov', arXiv:2505.22617), or leave out 'random' "
-        "ones.",
+        "ones, or 'random_positive' ones, of positive advantage.",
         default="none",
         choices=list(TOKEN_CONTROLS),
     )
-    token_control_fraction: float = _toggle("Share of a step's tokens that it acts on.", default=2e-3)
+    token_control_scope: str = _toggle(
+        "Tokens chosen together: 'optimizer_batch', or as the authors' code does each process's 'micro_batch'.",
+        default="optimizer_batch",
+        choices=list(TOKEN_CONTROL_SCOPES),
+    )
+    token_control_fraction: float = _toggle("Share of those that it acts on; authors' clip_cov: 2e-4.", default=2e-3)
     token_control_bounds: list[float] = field(
         default_factory=lambda: [1.0, 5.0],
         metadata={"help": "clip_cov: lower and upper covariance, nats x advantage; or quantiles of it."},

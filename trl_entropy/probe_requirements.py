@@ -17,7 +17,10 @@ ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
 ENTROPY_ATTRIBUTIONS = ("none", "sequence", "token")
 ENTROPY_BUDGETS = ("none", "report", "floor", "hold")
 ENTROPY_BUDGET_SOURCES = ("probe", "rollouts")
-TOKEN_CONTROLS = ("none", "clip_cov", "kl_cov", "random")
+TOKEN_CONTROLS = ("none", "clip_cov", "kl_cov", "random", "random_positive")
+TOKEN_CONTROL_SCOPES = ("optimizer_batch", "micro_batch")
+# Losses by token that clip each token's ratio, as the published loss of Clip-Cov does.
+TOKEN_CLIPPED_LOSSES = ("dr_grpo", "bnpo", "grpo", "dapo")
 
 
 class ProbeRequirements(GRPOConfig):
@@ -134,28 +137,46 @@ class ProbeRequirements(GRPOConfig):
         if self.entropy_budget_source == "rollouts":
             self._check_groups_of_a_step(what, "entropy_budget_source='probe'")
 
+    def controls_tokens_of(self, scope: str) -> bool:
+        """Whether `token_control` is on, and `scope` is where it chooses tokens."""
+        return self.token_control != "none" and self.token_control_scope == scope
+
     def _check_token_control(self) -> None:
-        """Raises `ValueError` unless the tokens of one step are chosen together, by numbers that make sense."""
-        bounds = self.token_control_bounds
+        """Raises `ValueError` unless the tokens can be chosen where they are to be, by numbers that make sense."""
+        bounds, of_step = self.token_control_bounds, self.token_control_scope == "optimizer_batch"
         highest = 1.0 if self.token_control_quantiles else float("inf")
         remedies = {
             f"token_control to one of {TOKEN_CONTROLS}": self.token_control in TOKEN_CONTROLS,
+            f"token_control_scope to one of {TOKEN_CONTROL_SCOPES}": self.token_control_scope in TOKEN_CONTROL_SCOPES,
             "token_control_fraction in (0, 1]": 0 < self.token_control_fraction <= 1,
             "token_control_bounds to a lower and a higher number, with token_control_quantiles in [0, 1]": (
                 len(bounds) == 2 and bounds[0] < bounds[1] <= highest and (bounds[0] >= 0 or highest > 1)
             ),
             f"steps_per_generation={self.gradient_accumulation_steps} (a generation is one step's)": (
-                self.steps_per_generation == self.gradient_accumulation_steps
+                self.steps_per_generation == self.gradient_accumulation_steps or not of_step
             ),
-            "loss_type='dr_grpo'": self.token_control != "kl_cov" or self.loss_type == "dr_grpo",
+            f"loss_type to one of {TOKEN_CLIPPED_LOSSES}": of_step or self.loss_type in TOKEN_CLIPPED_LOSSES,
+            "importance_sampling_level='token'": of_step or self.importance_sampling_level == "token",
+            "loss_type='dr_grpo' or 'bnpo'": self.token_control != "kl_cov" or self.loss_type in ("dr_grpo", "bnpo"),
         }
         if needed := [remedy for remedy, holds in remedies.items() if not holds]:
             raise ValueError(f"token_control={self.token_control!r}: set {'; '.join(needed)}.")
-        if self.token_control == "kl_cov" and self.num_iterations == 1:
-            logger.warning(
-                "token_control='kl_cov' does nothing: with num_iterations=1 a step's policy is the one that sampled, "
-                "and the gradient of |log-ratio| is 0 there. Set num_iterations=2 or more, or use 'clip_cov'."
-            )
+        if self.token_control == "kl_cov":
+            self._warn_of_kl_cov_on_policy()
+
+    def _warn_of_kl_cov_on_policy(self) -> None:
+        """Where TRL does not clip either: the steps on a generation all come before the update."""
+        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+        if accumulation % (generation * self.num_iterations):
+            return
+        scored_twice = self.use_vllm and self.vllm_importance_sampling_correction
+        logger.warning(
+            "token_control='kl_cov' %s, in both scopes: with num_iterations=%d and steps_per_generation=%d a step's "
+            "policy is the one that sampled, where the gradient of |log-ratio| is 0. Set num_iterations above %d, or "
+            "use 'clip_cov'.",
+            "follows only the sign of rounding errors (vLLM's old scores)" if scored_twice else "does nothing",
+            self.num_iterations, generation, accumulation // generation,
+        )  # fmt: skip
 
     def check_attribution(self) -> None:
         """Raises `ValueError` unless the step is AdamW's."""
@@ -220,7 +241,11 @@ class ProbeRequirements(GRPOConfig):
     def check_fisher_probe(self, number: int) -> None:
         """Raises `ValueError` unless (T12) is that of an on-policy step of AdamW, on `number` rows of whole groups."""
         optimizer = str(getattr(self.optim, "value", self.optim))
-        remedies = {"optim='adamw_torch_fused'": "adamw" in optimizer, **self._on_policy_dr_grpo()}
+        remedies = {
+            "optim='adamw_torch_fused'": "adamw" in optimizer,
+            "token_control='none'": self.token_control == "none",
+            **self._on_policy_dr_grpo(),
+        }
         needs = "fisher_probe needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone"
         self._check_settings(remedies, needs, "turn the probe off")
         self._check_groups_of_a_step("fisher_probe", "turn the probe off")

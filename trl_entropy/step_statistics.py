@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.histogram import LogRatioHistogram
@@ -64,6 +64,11 @@ class StepStatistics:
         difference = start_per_token_logps.double() - per_token_logps.double()
         self._add("kl", ((torch.expm1(difference) - difference) * mask).sum())
 
+    def add_chosen(self, chosen: Bool[Tensor, "B T"], covariances: Float[Tensor, "B T"]) -> None:
+        """Add a micro-batch's tokens that `token_control` acts on."""
+        self._add("chosen", chosen.sum())
+        self._add("covariance", covariances.where(chosen, 0.0).sum())
+
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The step's metrics, equal on all ranks. A collective: every rank calls it, once a step."""
         names = sorted(self.sums)
@@ -77,6 +82,10 @@ class StepStatistics:
         }
         if "kl" in total:
             metrics["kl"] = total["kl"] / tokens
+        if "chosen" in total:
+            metrics["token_control/num_tokens"] = int(total["chosen"])
+            if total["chosen"]:
+                metrics["token_control/mean_covariance"] = total["covariance"] / total["chosen"]
         return metrics | self._ratio_quantiles(accelerator)
 
     def _ratio_quantiles(self, accelerator: Accelerator) -> dict[str, float]:

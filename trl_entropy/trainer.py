@@ -20,7 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl_entropy.callbacks import RunLogCallback, StopOnSignal, UpdateEvents
 from trl_entropy.config import DrGRPOConfig
 from trl_entropy.console import printing_plain_text
-from trl_entropy.control import control_tokens, controls, penalty
+from trl_entropy.control import control_micro_batch, control_tokens, controls, penalty, warn_of_no_token
 from trl_entropy.data.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.engine import Engine, UpdateContext, build_engine, snapshot_parameters, swapped_parameters
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
@@ -90,6 +90,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self._step_prompts: deque[set[str]] = deque(maxlen=num_generations_of_step)
         self._micro_batches: list[dict[str, Any]] = []
         self._scored: tuple[Tensor, Tensor]
+        self._controlled: dict[str, Any] | None = (
+            None  # the micro-batch in the loss, where its tokens are chosen there
+        )
         self._around_micro_batch: contextlib.ExitStack
         self._statistics = StepStatistics(self.accelerator.device)
         # Empty when the KL is not asked for, or TRL logs it itself.
@@ -188,7 +191,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
             batch["advantages"] = batch["advantages"] * batch["length_scale"]
         if training:
-            if self.args.token_control != "none":
+            if self.args.controls_tokens_of("optimizer_batch"):
                 batch |= control_tokens(self, batch)
             self._step_prompts.append({prompt_key(prompt) for prompt in self._logs["prompt"]})  # those of all ranks
             self._num_groups += num_rows * self.accelerator.num_processes // num_generations
@@ -321,6 +324,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if kwargs.get("compute_entropy"):  # only the loss asks for the entropy
             self._scored = output[0], output[1]
+            if self._controlled is not None:  # the loss reads the advantages after this
+                number, logps = len(self._micro_batches), output[0].detach()
+                self._controlled |= control_micro_batch(self, self._controlled, logps, number, self._statistics)
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -328,8 +334,11 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             return super()._compute_loss(model, inputs)
         # Scored before the policy: its parameters are swapped, and the loss keeps the policy's for backward.
         start_logps = self._score_start_policy(inputs) if self._wants_kl() else None
+        if self.args.controls_tokens_of("micro_batch"):
+            inputs = self._controlled = dict(inputs)  # TRL keeps its own for the next iteration
         self._enter_probes(inputs)
         loss = super()._compute_loss(model, inputs)
+        self._controlled = None
         if self.args.token_control == "kl_cov":
             loss = loss + penalty(self, inputs, self._scored[0])
         self._observe(inputs, start_logps)
@@ -358,7 +367,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self._send("on_micro_batch", inputs=inputs, mask=mask, **graphs, **scored)
         self._micro_batches.append(inputs)
         if self.accelerator.sync_gradients:
-            self.record(self._statistics.reduce(self.accelerator))
+            metrics = self._statistics.reduce(self.accelerator)
+            self.record(metrics)
+            warn_of_no_token(self, metrics)
             self._rollouts = RolloutBatch.from_micro_batches(self._micro_batches)
             self._send("on_rollouts", rollouts=self._rollouts)
             self._statistics = StepStatistics(self.accelerator.device)

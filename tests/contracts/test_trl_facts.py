@@ -29,6 +29,14 @@ def test_only_the_loss_asks_for_the_entropy():
     assert "compute_entropy=True" not in source(GRPOTrainer._generate_and_score_completions)
 
 
+def test_the_loss_reads_the_advantages_after_it_has_scored():
+    text = source(GRPOTrainer._compute_loss)
+    assert text.index("self._get_per_token_logps_and_entropies(") < text.index('inputs["advantages"]'), (
+        "token_control_scope='micro_batch' puts the advantages by token there between the two"
+    )
+    assert text.count('inputs["advantages"]') == 1
+
+
 def test_the_loss_takes_advantages_and_normalises_by_the_longest_completion():
     text = source(GRPOTrainer._compute_loss)
     assert "(per_token_loss.size(0) * self.max_completion_length)" in text, "group_max rescales by this normaliser"

@@ -7,13 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from published_token_control import PublishedLoss
 
 from trl_entropy.estimators.token_control import (
     clip_cov_tokens,
     kl_cov_penalty,
     kl_cov_tokens,
     num_chosen,
+    random_positive_tokens,
     random_tokens,
+    ratio_clipped,
     token_covariances,
 )
 
@@ -73,6 +76,35 @@ def test_random_tokens_are_as_many_and_under_the_mask(seed):
     _, _, mask, order = batch(seed)
     chosen = random_tokens(mask, 4, order)
     assert int(chosen.sum()) == min(4, int(mask.sum())) and not (chosen & ~mask).any()
+
+
+@given(st.integers(0, 1000), st.integers(1, 8))
+def test_random_positive_tokens_are_random_ones_of_positive_advantage(seed, count):
+    _, advantages, mask, order = batch(seed)
+    chosen = random_positive_tokens(mask, advantages, count, order)
+    places = [(i, k) for i, k in itertools.product(range(6), range(5)) if mask[i, k] and advantages[i] > 0]
+    first = sorted(places, key=lambda place: float(order[place]))[:count]
+    assert {tuple(place) for place in chosen.nonzero().tolist()} == set(first)
+    per_token = advantages[:, None].expand(mask.shape)
+    assert torch.equal(random_positive_tokens(mask, per_token, count, order), chosen)
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.001, 0.1, 0.5]))
+def test_one_micro_batch_as_published(seed, fraction):
+    """Which tokens, and how many, in float64, off policy: those that the ratio clips are no candidates of Clip-Cov."""
+    logps, advantages, mask, order = batch(seed)
+    old = logps + 0.3 * torch.randn(logps.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    published = PublishedLoss(logps.tolist(), old.tolist(), advantages.tolist(), mask.tolist())
+    covariances, bounds = token_covariances(logps, advantages, mask), (0.05, 2.0)
+    clipped = ratio_clipped(logps, old, advantages, (0.2, 0.2))
+    assert all(bool(clipped[place]) == published.clipped(place, 0.2) for place in published.places)
+    candidates = clip_cov_tokens(covariances.where(~clipped, math.nan), bounds, mask.numel(), order)
+    assert {tuple(place) for place in candidates.nonzero().tolist()} == published.clip_cov_candidates(bounds, 0.2)
+    count = num_chosen(mask, fraction)
+    chosen = clip_cov_tokens(covariances.where(~clipped, math.nan), bounds, count, order)
+    assert not (chosen & ~candidates).any() and int(chosen.sum()) == published.clip_cov_count(fraction, bounds, 0.2)
+    largest = kl_cov_tokens(covariances, count)
+    assert {tuple(place) for place in largest.nonzero().tolist()} == published.kl_cov_tokens(100 * fraction)
 
 
 def test_padding_and_order_of_rows_change_nothing():

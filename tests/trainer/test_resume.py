@@ -93,6 +93,10 @@ CASES = {
         **{"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "max_resample_rounds": 1},
         **{"steps_per_generation": 3, "dataset_factor": 6, "log_completions": True, "num_completions_to_print": 0},
     },
+    "tokens by chance in micro-batches": {
+        **{"token_control": "random", "token_control_scope": "micro_batch", "token_control_fraction": 0.2},
+        **{"num_iterations": 2, "gradient_accumulation_steps": 2},
+    },
     "completions": {"log_completions": True, "num_completions_to_print": 0, "steps_per_generation": 2},
 }
 

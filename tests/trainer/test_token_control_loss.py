@@ -1,13 +1,18 @@
 """Clip-Cov, KL-Cov and random tokens in training: what the loss gets, what is logged, what is refused."""
 
+import itertools
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from published_token_control import PublishedLoss
 
-from trl_entropy import DrGRPOConfig, Probe
+from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
+from trl_entropy.control import control_micro_batch
 from trl_entropy.estimators.token_control import kl_cov_tokens, token_covariances
 from trl_entropy.run_log import RunDirectory
+from trl_entropy.step_statistics import StepStatistics
 
 CLIP = {"token_control": "clip_cov", "token_control_bounds": [0.2, 0.9], "token_control_quantiles": True,
         "token_control_fraction": 0.1}  # fmt: skip
@@ -66,26 +71,179 @@ def test_kl_cov_holds_the_largest_covariances_to_the_policy_that_sampled(make_tr
     torch.testing.assert_close(kept.gradients[1], expected, rtol=1e-5, atol=1e-9)
 
 
+BOUNDS, EPSILON, FRACTION = (0.01, 0.4), 0.02, 0.06
+OFF_POLICY = {
+    **{"num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "entropy_probe": False, "loss_type": "bnpo"},
+    **{"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "token_control_fraction": FRACTION},
+}
+
+
+class OfAllLengths(DrGRPOTrainer):
+    def _generate_single_turn(self, *args, **kwargs):
+        completion_ids, logps = super()._generate_single_turn(*args, **kwargs)
+        return [ids[: 5 + number % 8] for number, ids in enumerate(completion_ids)], logps
+
+
+def published(inputs, logps):
+    columns = logps, inputs["old_per_token_logps"], inputs["raw_advantages"], inputs["completion_mask"]
+    return PublishedLoss(*(values.double().tolist() for values in columns))
+
+
+def as_tensor(gradient, shape):
+    values = torch.zeros(shape)
+    for place, value in gradient.items():
+        values[place] = value
+    return values
+
+
+def places(chosen):
+    return {tuple(place) for place in chosen.nonzero().tolist()}
+
+
+def test_clip_cov_of_micro_batches_is_the_published_loss(make_trainer):
+    """Its gradient by tokens, in both iterations: nothing chosen in the first is left out of the second."""
+    control = {"token_control": "clip_cov", "token_control_bounds": list(BOUNDS), "token_control_scope": "micro_batch"}
+    _, kept, rows = trained(make_trainer, trainer_class=OfAllLengths, epsilon=EPSILON, **OFF_POLICY, **control)
+    counts, num_clipped = [], 0
+    for (inputs, logps), gradient in zip(kept.inputs, kept.gradients, strict=True):
+        oracle, mask = published(inputs, logps), inputs["completion_mask"].bool()
+        left_out = mask & (inputs["advantages"] == 0) & (inputs["raw_advantages"] != 0)[:, None]
+        chosen = places(left_out)
+        assert chosen <= oracle.clip_cov_candidates(BOUNDS, EPSILON)
+        assert len(chosen) == oracle.clip_cov_count(FRACTION, BOUNDS, EPSILON) > 1
+        expected = as_tensor(oracle.clip_cov_gradient(chosen, EPSILON), mask.shape) / 2  # two micro-batches
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
+        counts.append(len(chosen))
+        num_clipped += sum(oracle.clipped(place, EPSILON) for place in oracle.places)
+    assert [row["token_control/num_tokens"] for row in rows] == [sum(counts[:2]), sum(counts[2:])]
+    assert num_clipped
+
+
+def test_kl_cov_of_micro_batches_is_the_published_loss(make_trainer):
+    """The authors do not clip KL-Cov's ratio, and give the share in percent."""
+    control = {"token_control": "kl_cov", "token_control_coefficient": 3.0, "token_control_scope": "micro_batch"}
+    _, kept, rows = trained(make_trainer, trainer_class=OfAllLengths, epsilon=1e6, **OFF_POLICY, **control)
+    for (inputs, logps), gradient in zip(kept.inputs, kept.gradients, strict=True):
+        oracle = published(inputs, logps)
+        assert places(inputs["token_control_mask"]) == oracle.kl_cov_tokens(100 * FRACTION)
+        expected = as_tensor(oracle.kl_cov_gradient(100 * FRACTION, 3.0), logps.shape) / 2
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
+    chosen, covariances = kept.inputs[2:], []
+    for inputs, logps in chosen:
+        oracle = published(inputs, logps)
+        covariances += [oracle.covariance[place] for place in oracle.kl_cov_tokens(100 * FRACTION)]
+    assert rows[1]["token_control/num_tokens"] == len(covariances)
+    assert rows[1]["token_control/mean_covariance"] == pytest.approx(sum(covariances) / len(covariances), rel=1e-5)
+
+
+def test_chance_depends_on_seed_step_micro_batch_and_rank_alone():
+    def chosen(seed, step, number, rank):
+        args = SimpleNamespace(seed=seed, token_control="random", token_control_fraction=0.3)
+        accelerator = SimpleNamespace(process_index=rank)
+        trainer = SimpleNamespace(args=args, accelerator=accelerator, step=step, epsilon_low=0.2, epsilon_high=0.2)
+        logps, mask = torch.zeros(4, 10), torch.ones(4, 10, dtype=torch.long)
+        inputs = {"advantages": torch.ones(4), "completion_mask": mask}
+        statistics = StepStatistics(torch.device("cpu"))
+        return control_micro_batch(trainer, inputs, logps, number, statistics)["advantages"] == 0
+
+    settings = list(itertools.product((0, 1), repeat=4))
+    found = [frozenset(places(chosen(*numbers))) for numbers in settings]
+    torch.rand(3)
+    assert found == [frozenset(places(chosen(*numbers))) for numbers in settings]
+    assert len(set(found)) == 16 and all(len(tokens) == 12 for tokens in found)
+
+
+@pytest.mark.parametrize("control", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_scopes_agree_on_a_single_micro_batch_alone(make_trainer, control, accumulation):
+    """Every token within the bounds, so that chance has no part in it."""
+    settings = {
+        **{"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 16 // accumulation},
+        **{"token_control": control, "token_control_bounds": list(BOUNDS), "token_control_fraction": 1.0},
+        **{"entropy_probe": False, "num_iterations": 1 + (control == "kl_cov")},
+    }
+    if control == "kl_cov":
+        settings["token_control_fraction"] = 0.1
+    found = []
+    for scope in ("optimizer_batch", "micro_batch"):
+        _, kept, (row,) = trained(make_trainer, token_control_scope=scope, **settings)
+        name = "token_control_mask" if control == "kl_cov" else "advantages"
+        found.append((torch.cat([inputs[name] for inputs, _ in kept.inputs]), row))
+    (of_step, step_row), (of_micro_batch, micro_batch_row) = found
+    assert torch.equal(of_step, of_micro_batch) == (accumulation == 1)
+    keys = ("token_control/num_tokens", "token_control/mean_covariance")
+    same = [step_row[key] == pytest.approx(micro_batch_row[key], rel=1e-5) for key in keys]
+    assert all(same) if accumulation == 1 else not all(same)
+
+
+@pytest.mark.parametrize("scope", ["optimizer_batch", "micro_batch"])
+def test_random_positive_tokens_have_no_loss(make_trainer, scope):
+    control = {"token_control": "random_positive", "token_control_scope": scope, "token_control_fraction": 0.2}
+    _, kept, (row,) = trained(make_trainer, entropy_probe=False, **control)
+    ((inputs, _),) = kept.inputs
+    mask, raw = inputs["completion_mask"].bool(), inputs["raw_advantages"][:, None]
+    left_out = mask & (inputs["advantages"] != raw)
+    assert int(left_out.sum()) == row["token_control/num_tokens"] == int(0.2 * int(mask.sum()))
+    assert (raw.expand(mask.shape)[left_out] > 0).all() and not kept.gradients[0][left_out].any()
+    others = mask & ~left_out & (raw != 0)
+    assert kept.gradients[0][others].all()
+
+
+@pytest.mark.parametrize("scope", ["optimizer_batch", "micro_batch"])
 @pytest.mark.parametrize("control", ["clip_cov", "random"])
-def test_probes_go_with_it(make_trainer, control):
+def test_probes_go_with_it(make_trainer, control, scope):
     _, _, rows = trained(
         make_trainer, entropy_probe=True, entropy_probe_prompts=4, entropy_attribution="sequence",
-        noise_scale_probe=True, **(CLIP | {"token_control": control}),
+        noise_scale_probe=True, **(CLIP | {"token_control": control, "token_control_scope": scope}),
     )  # fmt: skip
     assert abs(rows[-1]["entropy/attribution_rounding"]) < 1e-5
     assert rows[-1]["noise_scale/gradient_error"] < 1e-4
 
 
-def test_a_choice_of_nothing_is_said(make_trainer, caplog):
+@pytest.mark.parametrize("scope", ["optimizer_batch", "micro_batch"])
+def test_a_choice_of_nothing_is_said(make_trainer, caplog, scope):
+    settings = {"token_control": "clip_cov", "token_control_bounds": [1e6, 2e6], "token_control_scope": scope}
     with caplog.at_level(logging.WARNING, logger="trl_entropy"):
-        trained(make_trainer, token_control="clip_cov", token_control_bounds=[1e6, 2e6])
-    assert "chose no token" in caplog.text
+        _, _, (row,) = trained(make_trainer, **settings)
+    assert "chose no token; no covariance lies within" in caplog.text
+    assert row["token_control/num_tokens"] == 0 and "token_control/mean_covariance" not in row
 
 
-def test_kl_cov_on_policy_is_warned_of(tmp_path, caplog):
+def no_reward(completion_ids, **kwargs):
+    return [0.0] * len(completion_ids)
+
+
+def test_no_positive_advantage_is_said(make_trainer, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_entropy"):
-        DrGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, token_control="kl_cov")
-    assert "does nothing" in caplog.text
+        trained(make_trainer, token_control="random_positive", reward_funcs=no_reward)
+    assert "no completion has a positive advantage" in caplog.text
+
+
+@pytest.mark.parametrize("scope", ["optimizer_batch", "micro_batch"])
+def test_kl_cov_on_policy_does_nothing_and_is_warned_of(make_trainer, caplog, scope):
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "entropy_probe": False}
+    _, plain, _ = trained(make_trainer, **settings)
+    with caplog.at_level(logging.WARNING, logger="trl_entropy"):
+        _, kept, (row,) = trained(make_trainer, token_control="kl_cov", token_control_scope=scope, **settings)
+    assert "does nothing, in both scopes" in caplog.text and row["token_control/num_tokens"] > 0
+    assert all(torch.equal(*pair) for pair in zip(kept.gradients, plain.gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings, warning",
+    [
+        ({"num_iterations": 2, "steps_per_generation": 1, "gradient_accumulation_steps": 2}, "does nothing"),
+        ({"steps_per_generation": 2}, None),
+        ({"num_iterations": 2}, None),
+        ({"use_vllm": True, "vllm_importance_sampling_correction": True}, "only the sign of rounding errors"),
+    ],
+    ids=str,
+)
+def test_kl_cov_is_warned_of_where_no_update_is_off_policy(tmp_path, caplog, settings, warning):
+    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "token_control": "kl_cov"}
+    with caplog.at_level(logging.WARNING, logger="trl_entropy"):
+        DrGRPOConfig(token_control_scope="micro_batch", **defaults, **settings)
+    assert (warning or "") in caplog.text and ("token_control" in caplog.text) == bool(warning)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +255,10 @@ def test_kl_cov_on_policy_is_warned_of(tmp_path, caplog):
         ({"token_control_bounds": [0.5, 1.5]}, "token_control_bounds"),
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"token_control": "kl_cov", "loss_type": "dapo"}, "loss_type='dr_grpo'"),
+        ({"fisher_probe": True, "fisher_num_sequences": 16}, "token_control='none'"),
+        ({"token_control_scope": "rollouts"}, "token_control_scope to one of"),
+        ({"token_control_scope": "micro_batch", "loss_type": "cispo"}, "loss_type to one of"),
+        ({"token_control_scope": "micro_batch", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ({"token_control": "kl_cov", "noise_scale_probe": True}, "token_control other than 'kl_cov'"),
     ],
     ids=str,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from trl_entropy.control.entropy_budget import EntropyBudget
-from trl_entropy.control.token_control import control_tokens, penalty
+from trl_entropy.control.token_control import control_micro_batch, control_tokens, penalty, warn_of_no_token
 from trl_entropy.probes import Probe
 
 
@@ -12,4 +12,4 @@ def controls(args: Any) -> list[Probe]:
     return [] if args.entropy_budget == "none" else [EntropyBudget.from_config(args)]
 
 
-__all__ = ["EntropyBudget", "control_tokens", "controls", "penalty"]
+__all__ = ["EntropyBudget", "control_micro_batch", "control_tokens", "controls", "penalty", "warn_of_no_token"]

@@ -1,10 +1,16 @@
-"""Clip-Cov, KL-Cov (arXiv:2505.22617) and random tokens in training: chosen tokens are left out or held back."""
+"""Clip-Cov, KL-Cov (arXiv:2505.22617) and random tokens in training: chosen tokens are left out or held back.
+
+They are chosen in the optimizer's batch when it is generated, or in each micro-batch inside its loss.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,11 +21,15 @@ from trl_entropy.estimators.token_control import (
     kl_cov_penalty,
     kl_cov_tokens,
     num_chosen,
+    random_positive_tokens,
     random_tokens,
+    ratio_clipped,
     token_covariances,
 )
 
 if TYPE_CHECKING:
+    from trl_entropy.config import DrGRPOConfig
+    from trl_entropy.step_statistics import StepStatistics
     from trl_entropy.trainer import DrGRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -29,40 +39,87 @@ CHOSEN = "token_control_mask"  # in TRL's batch, which is split and shuffled wit
 
 def control_tokens(trainer: DrGRPOTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:
     """
-    What a generation's batch gets in place of its own: advantages by token, 0 where chosen (`clip_cov`, `random`), or
-    the mask of the chosen tokens (`kl_cov`). Collective.
+    What a generation's batch gets in place of its own: advantages by token, 0 where chosen, or the mask of the chosen
+    tokens (`kl_cov`). Collective.
 
     Covariances are centred over the whole batch of all processes, which is one optimizer step's, and ties between
     tokens are broken by their place in it: micro-batches and the number of processes make no difference.
     """
-    args, accelerator = trainer.args, trainer.accelerator
-    mask = batch["completion_mask"].bool() & batch.get("tool_mask", batch["completion_mask"]).bool()
+    accelerator, mask = trainer.accelerator, _loss_mask(batch)
     chosen, covariances = _chosen_of_all(trainer, batch, mask)
     rank, num_rows = accelerator.process_index, len(mask)
     local = chosen[rank * num_rows : (rank + 1) * num_rows, : mask.shape[1]]
-    count = int(chosen.sum())
-    found = {"token_control/num_tokens": count}
-    if count:
+    found: dict[str, float] = {"token_control/num_tokens": int(chosen.sum())}
+    if chosen.any():
         found["token_control/mean_covariance"] = covariances[chosen].mean().item()
     trainer.record(found)
-    if not count and accelerator.is_main_process:
-        logger.warning(
-            "step %d: token_control=%s chose no token; no covariance lies within token_control_bounds=%s.",
-            trainer.step, args.token_control, args.token_control_bounds,
-        )  # fmt: skip
-    if args.token_control == "kl_cov":
-        return {CHOSEN: local}
-    advantages = batch["advantages"].reshape(num_rows, -1).expand(mask.shape)
-    return {"advantages": advantages.where(~local, 0.0)}
+    warn_of_no_token(trainer, found)
+    return _controlled(trainer.args, batch, local)
+
+
+def control_micro_batch(
+    trainer: DrGRPOTrainer,
+    inputs: dict[str, Any],
+    per_token_logps: Float[Tensor, "B T"],
+    number: int,
+    statistics: StepStatistics,
+) -> dict[str, Tensor]:
+    """
+    The same for one micro-batch inside its loss, as the published code does it (PRIME-RL/Entropy-Mechanism-of-RL,
+    `verl/trainer/ppo/core_algos.py`); theory.md, "Control by tokens", says where that departs from the paper. Local.
+
+    Covariances are of the policy as it is, centred over this micro-batch of this process, and so depend on its size.
+    Where the ratio is clipped a token has no gradient, and is not left out a second time.
+
+    Args:
+        per_token_logps: what the loss has just scored, nats.
+        number: the micro-batch's in its step; with seed, step and rank it seeds the random choice.
+    """
+    args, mask, advantages = trainer.args, _loss_mask(inputs), inputs["advantages"]
+    old = inputs.get("old_per_token_logps", per_token_logps)
+    clipped = ratio_clipped(per_token_logps, old, advantages, (trainer.epsilon_low, trainer.epsilon_high))
+    covariances = token_covariances(per_token_logps, advantages, mask)
+    generator = np.random.default_rng((args.seed, trainer.step, number, trainer.accelerator.process_index))
+    order = torch.from_numpy(generator.random(mask.shape)).to(mask.device)
+    chosen = _chosen(args, covariances, advantages, mask, order, clipped)
+    statistics.add_chosen(chosen, covariances)
+    return _controlled(args, inputs, chosen)
 
 
 def penalty(trainer: DrGRPOTrainer, inputs: dict[str, Any], loss_logps: Float[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """KL-Cov's term of a micro-batch, weighed as the Dr-GRPO loss (T2) weighs its tokens."""
+    """KL-Cov's term of a micro-batch, weighed as the loss weighs its tokens: `dr_grpo` (T2), or `bnpo`, their mean."""
     old = inputs.get("old_per_token_logps")
-    normalizer = len(loss_logps) * trainer.max_completion_length * trainer.current_gradient_accumulation_steps
+    per_loss = len(loss_logps) * trainer.max_completion_length
+    if trainer.loss_type == "bnpo":
+        per_loss = max(1, int(_loss_mask(inputs).sum()))
+    normalizer = per_loss * trainer.current_gradient_accumulation_steps
     old = loss_logps.detach() if old is None else old
     coefficient = trainer.args.token_control_coefficient
     return kl_cov_penalty(loss_logps, old, inputs[CHOSEN], coefficient, normalizer)
+
+
+def warn_of_no_token(trainer: DrGRPOTrainer, metrics: Mapping[str, float]) -> None:
+    """Say that a step's control did nothing."""
+    args = trainer.args
+    if metrics.get("token_control/num_tokens") != 0 or not trainer.accelerator.is_main_process:
+        return
+    reasons = {
+        "clip_cov": f"no covariance lies within token_control_bounds={args.token_control_bounds}",
+        "random_positive": "no completion has a positive advantage",
+    }
+    reason = reasons.get(args.token_control, "the step has no token")
+    logger.warning("step %d: token_control=%s chose no token; %s.", trainer.step, args.token_control, reason)
+
+
+def _loss_mask(batch: dict[str, Any]) -> Bool[Tensor, "B T"]:
+    return batch["completion_mask"].bool() & batch.get("tool_mask", batch["completion_mask"]).bool()
+
+
+def _controlled(args: DrGRPOConfig, batch: dict[str, Any], chosen: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
+    if args.token_control == "kl_cov":
+        return {CHOSEN: chosen}
+    advantages = batch["advantages"].reshape(len(chosen), -1).expand(chosen.shape)
+    return {"advantages": advantages.where(~chosen, 0.0)}
 
 
 def _chosen_of_all(
@@ -77,16 +134,32 @@ def _chosen_of_all(
     everywhere = gathered(mask.long()).bool()
     logps, advantages = gathered(_logps(trainer, batch)), gathered(batch["advantages"])
     covariances = token_covariances(logps, advantages, everywhere)
-    count = num_chosen(everywhere, args.token_control_fraction)
-    if args.token_control == "kl_cov":
-        return kl_cov_tokens(covariances, count), covariances
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + trainer.step)
     order = torch.rand(len(everywhere), trainer.max_completion_length, generator=generator, dtype=torch.float64)
     order = order[:, : everywhere.shape[1]].to(everywhere.device)
+    unclipped = torch.zeros_like(everywhere)  # the ratio is 1 when tokens are chosen
+    return _chosen(args, covariances, advantages, everywhere, order, unclipped), covariances
+
+
+def _chosen(
+    args: DrGRPOConfig,
+    covariances: Float[Tensor, "N K"],
+    advantages: Float[Tensor, "N *K"],
+    mask: Bool[Tensor, "N K"],
+    order: Float[Tensor, "N K"],
+    clipped: Bool[Tensor, "N K"],
+) -> Bool[Tensor, "N K"]:
+    """The tokens that `token_control` takes, a fraction of all of `mask`; `order`: random numbers."""
+    count, among = num_chosen(mask, args.token_control_fraction), mask & ~clipped
+    if args.token_control == "kl_cov":
+        return kl_cov_tokens(covariances, count)
     if args.token_control == "random":
-        return random_tokens(everywhere, count, order), covariances
+        return random_tokens(among, count, order)
+    if args.token_control == "random_positive":
+        return random_positive_tokens(among, advantages, count, order)
     low, high = args.token_control_bounds
-    return clip_cov_tokens(covariances, (low, high), count, order, args.token_control_quantiles), covariances
+    left = covariances.where(among, math.nan)
+    return clip_cov_tokens(left, (low, high), count, order, args.token_control_quantiles)
 
 
 @torch.no_grad()

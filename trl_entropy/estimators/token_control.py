@@ -65,6 +65,28 @@ def random_tokens(
     return _smallest(order, completion_mask.bool(), count)
 
 
+def random_positive_tokens(
+    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    advantages: Float[Tensor, "B *T"],
+    count: int,
+    order: Float[Tensor, "B T"],
+) -> Bool[Tensor, "B T"]:
+    """`count` random ones of the tokens of positive advantage; all of them if fewer."""
+    positive = advantages.reshape(len(advantages), -1) > 0
+    return _smallest(order, completion_mask.bool() & positive, count)
+
+
+def ratio_clipped(
+    per_token_logps: Float[Tensor, "B T"],
+    old_logps: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B *T"],
+    epsilons: tuple[float, float],
+) -> Bool[Tensor, "B T"]:
+    """Where min(ratio A, clip(ratio, 1 - low, 1 + high) A) is the second: those tokens have no gradient anyway."""
+    ratio, per_token = (per_token_logps - old_logps).exp(), advantages.reshape(len(advantages), -1)
+    return ratio.clamp(1 - epsilons[0], 1 + epsilons[1]) * per_token < ratio * per_token
+
+
 def _smallest(values: Float[Tensor, "B T"], among: Bool[Tensor, "B T"], count: int) -> Bool[Tensor, "B T"]:
     chosen = torch.zeros_like(among)
     ranked = values.where(among, math.inf).flatten().argsort(stable=True)[: min(count, int(among.sum()))]
