@@ -3,7 +3,7 @@ Which way of controlling the entropy holds it, and what does that buy? Two tasks
 
     python tests/benchmarks/entropy_control.py --output runs/entropy-control [--tasks sharpen explore] [--jobs 2]
 
-Every method gets the same chance: up to four settings, each trained once with seed 100; the one that serves the
+Every method gets the same chance: four settings, each trained once with seed 100; the one that serves the
 task's aim best goes on to seeds 0 to 4. Aim of `sharpen`: ten-step means of the entropy nearest to the set-point after
 step 20; of `explore`: held-out reward after the last step. What a run is and how it is measured:
 `entropy_control_cell.py`. A run that is there is not made again, so the command goes on where it was cut off; with all
@@ -33,23 +33,23 @@ BASELINE = {"kl_cov": "none, two iterations"}  # all others: none
 def candidates(task: str) -> dict[str, list[Settings]]:
     """The settings tried of each method; those that follow from another's choice are in `matched`."""
     budget = {"entropy_budget": "hold", "entropy_budget_target": TARGET}
-    varied = [{"entropy_budget_gain": gain} for gain in (0.2, 0.3, 0.4)]
+    varied = [{"entropy_budget_gain": gain} for gain in (0.2, 0.3, 0.4, 0.5)]
     if task == "explore":  # which entropy serves best is not known
-        varied = [{"entropy_budget_target": value} for value in (0.17, 0.22, 0.27)]
+        varied = [{"entropy_budget_target": value} for value in (0.12, 0.17, 0.22, 0.27)]
     adaptive = {"use_adaptive_entropy": True, "entropy_target": TARGET}
     covariance = {"token_control": "clip_cov", "token_control_quantiles": True, "token_control_bounds": [0.8, 1.0]}
     two = {"num_iterations": 2}
     methods = {
         "none": [{}],
-        "lower learning rate": [{"learning_rate": rate} for rate in (1.5e-4, 1e-4, 5e-5)],
-        "higher temperature": [{"temperature": value} for value in (1.1, 1.3, 1.6)],
+        "lower learning rate": [{"learning_rate": rate} for rate in (1.5e-4, 1e-4, 7e-5, 5e-5)],
+        "higher temperature": [{"temperature": value} for value in (1.1, 1.3, 1.5, 1.6)],
         "fixed bonus": [{"entropy_coef": value} for value in (0.01, 0.03, 0.05, 0.1)],
-        "adaptive bonus": [{**adaptive, "entropy_coef_delta": value} for value in (0.001, 0.003, 0.01)],
+        "adaptive bonus": [{**adaptive, "entropy_coef_delta": value} for value in (0.001, 0.003, 0.01, 0.03)],
         "clip_cov": [{**covariance, "token_control_fraction": share} for share in (0.003, 0.01, 0.03, 0.1)],
         "none, two iterations": [two],
         "kl_cov": [
             {**two, "token_control": "kl_cov", "token_control_fraction": 0.02, "token_control_coefficient": value}
-            for value in (0.1, 1.0, 10.0)
+            for value in (0.1, 0.5, 1.0, 10.0)
         ],
         "entropy_budget, probe": [{**budget, **one} for one in varied],
         "entropy_budget, rollouts": [{**budget, "entropy_budget_source": "rollouts", **one} for one in varied],
