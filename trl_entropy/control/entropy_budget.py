@@ -31,7 +31,7 @@ from trl_entropy.probes.adamw_step import metric_of_step, preconditioner_of_step
 from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, score
+from trl_entropy.scores import Completions, Params, score
 from trl_entropy.sequence_passes import entropy_gradient, gradient_of, weighted_logps
 
 logger = logging.getLogger(__name__)
@@ -140,9 +140,10 @@ class EntropyBudget(Probe):
         if update.step_skipped:
             self._loss.forget()
             return
-        halves = self._halves(args, update, engine)
+        params, temperature = update.params_before, args.temperature
+        halves = halves_of(engine, params, self._completions, temperature, self.batch_size)
         self._learn_realised(halves.entropy, metrics, state)
-        gradients = self._gradients(args, update, engine, halves)
+        gradients = half_gradients(engine, params, halves, temperature, self.batch_size)
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
         products = budget_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
@@ -176,38 +177,6 @@ class EntropyBudget(Probe):
             self.set_point.bias = state["bias"]
 
     # ---- its steps
-
-    def _halves(self, args: Any, update: UpdateContext, engine: Engine) -> Halves:
-        """E or U, scored before the step, split by prompt. Collective."""
-        batch, accelerator = self._completions, engine.accelerator
-        with (
-            rank_symmetric(accelerator, "scoring the completions of the entropy budget"),
-            engine.scoring_model(update.params_before) as model,
-        ):
-            scores = score(model, batch, args.temperature, self.batch_size, update.params_before)
-        weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
-        local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
-        terms = RatioTerms(*accelerator.gather(torch.stack(local, dim=1)).unbind(1))
-        prompts = accelerator.gather(batch.prompt_index)
-        parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]
-        return Halves(
-            tuple(batch.rows(batch.prompt_index % 2 == parity) for parity in (0, 1)),  # type: ignore[arg-type]
-            tuple(float(policy_entropy(part).value) for part in parts),  # type: ignore[arg-type]
-            tuple(float(part.denominator.sum()) for part in parts),  # type: ignore[arg-type]
-            policy_entropy(terms).estimate(prompts),
-        )
-
-    def _gradients(self, args: Any, update: UpdateContext, engine: Engine, halves: Halves) -> tuple[Vector, Vector]:
-        """grad h of each half, over all ranks. Collective."""
-        with (
-            rank_symmetric(engine.accelerator, "differentiating the entropy for its budget"),
-            engine.scoring_model(update.params_before) as model,
-        ):
-            shares = [
-                entropy_gradient(model, rows, args.temperature, self.batch_size, entropy, num_tokens)
-                for rows, entropy, num_tokens in zip(*halves[:3], strict=True)
-            ]
-        return _summed(shares[0], engine), _summed(shares[1], engine)
 
     def _change_across_halves(
         self,
@@ -273,6 +242,42 @@ class EntropyBudget(Probe):
             "active": float(self.active),
         }
         return {f"entropy_budget/{name}": value for name, value in made.items()}
+
+
+def halves_of(engine: Engine, params: Params, batch: Completions, temperature: float, batch_size: int) -> Halves:
+    """E or U, scored at `params`, before the step, split by prompt. Collective."""
+    accelerator = engine.accelerator
+    with (
+        rank_symmetric(accelerator, "scoring the completions of the entropy budget"),
+        engine.scoring_model(params) as model,
+    ):
+        scores = score(model, batch, temperature, batch_size, params)
+    weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
+    local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
+    terms = RatioTerms(*accelerator.gather(torch.stack(local, dim=1)).unbind(1))
+    prompts = accelerator.gather(batch.prompt_index)
+    parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]
+    return Halves(
+        tuple(batch.rows(batch.prompt_index % 2 == parity) for parity in (0, 1)),  # type: ignore[arg-type]
+        tuple(float(policy_entropy(part).value) for part in parts),  # type: ignore[arg-type]
+        tuple(float(part.denominator.sum()) for part in parts),  # type: ignore[arg-type]
+        policy_entropy(terms).estimate(prompts),
+    )
+
+
+def half_gradients(
+    engine: Engine, params: Params, halves: Halves, temperature: float, batch_size: int
+) -> tuple[Vector, Vector]:
+    """grad h of each half at `params`, over all ranks. Collective."""
+    with (
+        rank_symmetric(engine.accelerator, "differentiating the entropy for its budget"),
+        engine.scoring_model(params) as model,
+    ):
+        shares = [
+            entropy_gradient(model, rows, temperature, batch_size, entropy, num_tokens)
+            for rows, entropy, num_tokens in zip(*halves[:3], strict=True)
+        ]
+    return _summed(shares[0], engine), _summed(shares[1], engine)
 
 
 def _summed(share: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
