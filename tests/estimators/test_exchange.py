@@ -104,14 +104,14 @@ def test_the_covariance_is_that_of_many_repetitions(num_corrected):
     values, covariances = [], []
     for _ in range(3000):
         redraws, extra = (torch.randn(10, 2, generator=generator, dtype=torch.float64) @ mix for _ in range(2))
-        blocks = torch.randn(16, 2, generator=generator, dtype=torch.float64) @ mix * 2
-        corrections = (0.5 * redraws + extra)[:num_corrected] if num_corrected else None
+        blocks = torch.randn(16, 2, generator=generator, dtype=torch.float64) @ mix
+        corrections = (0.1 * redraws + 0.3 * extra)[:num_corrected] if num_corrected else None
         made = mean_over_redraws(redraws + blocks.mean(0), blocks - blocks.mean(0), corrections)
         values.append(made.values)
         covariances.append(made.covariance)
         assert made.num_prompts == (num_corrected or 10)
     true = torch.stack(values).T.cov()
-    torch.testing.assert_close(torch.stack(covariances).mean(0), true, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(torch.stack(covariances).mean(0), true, rtol=0.07, atol=0.01)
 
 
 def record(num_redraws=20):
