@@ -247,7 +247,7 @@ COMMAND = Command(
     "What does it cost in reward to keep entropy? The steps that methods of control make from one state, many times.",
     {
         "num_redraws": (24, 4, "independent redraws of the rollouts"),
-        "num_completions": (3072, 128, "held-out completions that changes are measured on; a multiple of 128"),
+        "num_completions": (4096, 128, "held-out completions that changes are measured on; a multiple of 128"),
         "num_measured": (6, 2, "redraws whose steps' true changes are measured too"),
         "num_probe": (128, 4, "completions that the entropy budget takes grad h of"),
     },
