@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,21 @@ from trl_entropy.estimators.step_change import point_terms
 from trl_entropy.experiment import main
 from trl_entropy.experiments.calibration import LABELS
 from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.exchange_changes import LargeSet, true_changes
+from trl_entropy.experiments.exchange_steps import (
+    BUDGETS,
+    MEASURED,
+    METHODS,
+    chosen_tokens,
+    loss_gradients,
+    steps_of_methods,
+)
 from trl_entropy.experiments.redraws import pool_completions, redrawn_rows
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.probes.adamw_step import metric_of_step
+from trl_entropy.probes.adamw_step import metric_of_step, predicted_update
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions, score
+from trl_entropy.sequence_passes import entropy_gradient
 from trl_entropy.train import build_trainer, parse
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -175,6 +186,112 @@ def test_influence_from_end_to_end(checkpoint, state, tmp_path):
     with state.engine.scoring_model(state.before) as model:
         logps = score(model, probe, 1.0, 12, state.before, gradient_step, order=1).logps[1]
     torch.testing.assert_close(matrices[1].sum(0), logps.sum(1), rtol=1e-3, atol=1e-4 * float(logps.abs().max()))
+
+
+def own_rollouts(state, seeds) -> dict:
+    """TRL's batch of a step of six groups of four."""
+    return state.draw_rollouts(state.draw_problems(6, seeds), 4, seeds)
+
+
+def test_each_methods_gradient_is_that_of_trls_loss(state, monkeypatch):
+    """With its entropy bonus; and with the chosen tokens' advantages at zero."""
+    batch = own_rollouts(state, (8,))
+    rollouts = RolloutBatch.from_micro_batches([batch])
+    gradients, counts = loss_gradients(state, rollouts, 3, 16)
+    with state.engine.scoring_model(state.before) as model:
+        logps = score(model, Completions.of(rollouts), 1.0, 16).logps[0]
+    chosen = chosen_tokens(logps, rollouts, 3)
+    tokens = int(rollouts.completion_mask.sum())
+    assert counts["clip_cov 0.1"] == counts["random 0.1"] == int(0.1 * tokens) >= counts["random_positive 0.1"] > 0
+    trainer, parameters = state.trainer, dict(state.model.named_parameters())
+    monkeypatch.setattr(trainer, "current_gradient_accumulation_steps", 1)
+    monkeypatch.setattr(trainer, "_entropy_bonus_enabled", True)
+    for method, gradient in gradients.items():
+        kind, number = method.split() if " " in method else (method, "0")
+        monkeypatch.setattr(trainer, "entropy_coef", float(number) if kind == "bonus" else 0.0)
+        kept = rollouts.advantages[:, None].where(~chosen[method], 0.0) if method in chosen else rollouts.advantages
+        loss = trainer.compute_loss(state.model, batch | {"advantages": kept})
+        found = torch.autograd.grad(loss, list(parameters.values()))
+        for name, expected in zip(parameters, found, strict=True):
+            torch.testing.assert_close(gradient[name], expected, rtol=1e-3, atol=1e-6, msg=f"{method} {name}")
+    positive = rollouts.advantages[:, None].expand(logps.shape)[chosen["random_positive 0.1"]]
+    assert (positive > 0).all() and not torch.equal(chosen["random 0.1"], chosen["clip_cov 0.1"])
+
+
+def test_each_methods_step_and_the_entropy_that_its_budget_keeps(state):
+    """The state's own rollouts again; g of a probe batch whose halves are equal, so that it has no noise."""
+    rows = pool_completions(state, 8, 0, 1).rows(torch.arange(8).repeat_interleave(2))
+    probe = replace(rows, prompt_index=torch.arange(16))
+    made = steps_of_methods(state, state.rollouts, probe, 0, 32)
+    assert list(made) == list(METHODS)
+    before = {name: parameter.grad.clone() for name, parameter in state.model.named_parameters()}
+    planned = predicted_update(state.context)
+    with state.engine.scoring_model(state.before) as model:
+        scores = score(model, probe, 1.0, 16, state.before)
+        h = float(scores.entropy[0].double().sum() / probe.completion_mask.sum())
+        g = entropy_gradient(model, probe, 1.0, 16, h, float(probe.completion_mask.sum()))
+
+    def change(step) -> float:
+        return sum(float((g[name].double() * d.double()).sum()) for name, d in step.update.items())
+
+    whole = change(made["none"])
+    for name, update in planned.items():
+        torch.testing.assert_close(made["none"].update[name], update, rtol=1e-2, atol=1e-7)
+        assert torch.equal(made["lower_lr 0.5"].update[name], 0.5 * made["none"].update[name])
+        assert torch.equal(state.engine.parameters[name].grad, before[name])
+    assert made["none"].departure == 0 and made["lower_lr 0.5"].departure == pytest.approx(0.5)
+    for method, share in BUDGETS.items():
+        assert not made[method].infeasible and 0 < made[method].departure < 1
+        assert change(made[method]) == pytest.approx(share * whole, abs=1e-4 * abs(whole))
+
+
+def test_changes_in_blocks_are_those_of_forward_mode_and_of_short_steps(state):
+    large = LargeSet(state, 128, 0, 64)
+    completions, short = Completions.of(large.rollouts), {n: d / 16 for n, d in state.update.items()}
+    with state.engine.scoring_model(state.before) as model:
+        scores = score(model, completions, 1.0, 64, state.before, short, order=1)
+    terms = point_terms(scores.entropy, scores.logps, scores.logps[0], completions.completion_mask)
+    entropy, reward = large.products([short])[0].sum(1).tolist()
+    tokens = float(large.summary[1].sum())
+    assert entropy / tokens == pytest.approx(float(delta_linear(terms.terms, terms.tangents).value), rel=1e-4)
+    expected = float((large.advantages * scores.logps[1].double().sum(1)).mean())
+    assert reward / 128 == pytest.approx(expected, rel=1e-4)
+    true = true_changes(large.summary, large.moved(short), 128)
+    assert [float(change.value) for change in true] == pytest.approx([entropy / tokens, reward / 128], rel=0.1)
+    prompts = {tuple(row) for row in large.rollouts.prompt_ids.tolist()}
+    assert len(prompts) <= 32 and len(set(state.trainer.eval_dataset["prompt"])) > 1000
+
+
+def test_exchange_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
+    options = ("--num-redraws", 4, "--num-completions", 128, "--num-measured", 2, "--num-probe", 16)
+    result = run_small("exchange", checkpoint, tmp_path, *options)
+    output = capsys.readouterr().out
+    rows, true = ({row["method"]: row for row in result[key]} for key in ("rows", "true_rows"))
+    assert list(rows) == list(METHODS) and list(true) == list(MEASURED)
+    for quantity in ("entropy", "reward"):
+        none, half = rows["none"][quantity], rows["lower_lr 0.5"][quantity]
+        assert half["value"] == pytest.approx(none["value"] / 2)
+        assert rows["lower_lr 0.5"][f"{quantity}_difference"]["stderr"] == pytest.approx(none["stderr"] / 2)
+        for method, row in true.items():
+            beyond = row[f"{quantity}_correction"]["value"]
+            assert row[quantity]["value"] == pytest.approx(rows[method][quantity]["value"] + beyond) and beyond
+        # What is beyond first order is of second order in the length.
+        beyond = [true[method][f"{quantity}_correction"]["value"] for method in ("none", "lower_lr 0.5")]
+        assert beyond[0] / beyond[1] == pytest.approx(4, rel=0.5)
+    assert rows["lower_lr 0.5"]["exchange"]["value"] == pytest.approx(rows["none"]["reward_per_entropy"]["value"])
+    assert all(method in output for method in METHODS) and "| none |" in output
+    monkeypatch.setattr("trl_entropy.experiments.exchange.steps_of_methods", lambda *a: pytest.fail("they are kept"))
+    assert run_small("exchange", checkpoint, tmp_path, *options)["rows"] == result["rows"]
+
+
+@pytest.mark.parametrize("option, message", [
+    (("--num-probe", "60"), "64 problems, a redraw takes 8 of them and --num-probe 60 others; lower the latter"),
+    (("--num-completions", "200"), "--num-completions is 200; use a multiple of 128"),
+])  # fmt: skip
+def test_exchange_asks_for_what_the_run_has(checkpoint, option, message, monkeypatch):
+    monkeypatch.setattr("trl_entropy.experiments.command.FixedState", lambda *a: pytest.fail("loading"))
+    with pytest.raises(SystemExit, match=message):
+        main(["exchange", "--checkpoint", str(checkpoint), *option])
 
 
 def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -58,17 +58,26 @@ def gradient_of(
         value: of some of them; the sum over all is differentiated.
         temperature, batch_size: as in [`entropy_gradient`].
     """
+    return gradients_of(model, completions, [value], temperature, batch_size)[0]
+
+
+def gradients_of(
+    model: nn.Module, completions: Completions, values: Sequence[Value], temperature: float, batch_size: int
+) -> list[dict[str, Float[Tensor, "..."]]]:
+    """As [`gradient_of`], of several values: one forward pass, and a backward pass of each."""
     params = trainable_parameters(model)
 
-    def summed(rows_at_once: int) -> dict[str, Tensor]:
-        total = {name: torch.zeros_like(param) for name, param in params.items()}
+    def summed(rows_at_once: int) -> list[dict[str, Tensor]]:
+        totals = [{name: torch.zeros_like(param) for name, param in params.items()} for _ in values]
         for index, rows in _chunks(completions, rows_at_once):
-            share = value(*token_scores(model, rows, temperature), rows, index)
-            gradients = torch.autograd.grad(share, list(params.values()), allow_unused=True)
-            for name, gradient in zip(params, gradients, strict=True):
-                if gradient is not None:
-                    total[name] += gradient
-        return total
+            scores = token_scores(model, rows, temperature)
+            for i, (total, value) in enumerate(zip(totals, values, strict=True), start=1):
+                share, keep = value(*scores, rows, index), i < len(values)
+                gradients = torch.autograd.grad(share, list(params.values()), retain_graph=keep, allow_unused=True)
+                for name, gradient in zip(params, gradients, strict=True):
+                    if gradient is not None:
+                        total[name] += gradient
+        return totals
 
     with torch.enable_grad():
         return halved_on_out_of_memory(summed, max(1, min(batch_size, len(completions))))

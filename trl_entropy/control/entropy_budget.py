@@ -31,7 +31,7 @@ from trl_entropy.probes.adamw_step import metric_of_step, preconditioner_of_step
 from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, score
+from trl_entropy.scores import Completions, Params, score
 from trl_entropy.sequence_passes import entropy_gradient, gradient_of, weighted_logps
 
 logger = logging.getLogger(__name__)
@@ -150,10 +150,11 @@ class EntropyBudget(Probe):
             self._loss.forget()
             self._own.clear()
             return
-        halves = self._halves(args, update, engine)
+        params, temperature = update.params_before, args.temperature
+        halves = halves_of(engine, params, self._completions, temperature, self.batch_size)
         entropy = self._entropy(halves, engine)
         self._learn_realised(entropy, metrics, state)
-        gradients = self._gradients(args, update, engine, halves)
+        gradients = half_gradients(engine, params, halves, temperature, self.batch_size)
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
         products = budget_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
@@ -188,27 +189,6 @@ class EntropyBudget(Probe):
 
     # ---- its steps
 
-    def _halves(self, args: Any, update: UpdateContext, engine: Engine) -> Halves:
-        """E or U, scored before the step, split by prompt. Collective."""
-        batch, accelerator = self._completions, engine.accelerator
-        with (
-            rank_symmetric(accelerator, "scoring the completions of the entropy budget"),
-            engine.scoring_model(update.params_before) as model,
-        ):
-            scores = score(model, batch, args.temperature, self.batch_size, update.params_before)
-        weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
-        local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
-        terms = _gathered(local, engine)
-        prompts = accelerator.gather(batch.prompt_index)
-        parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]
-        return Halves(
-            tuple(batch.rows(batch.prompt_index % 2 == parity) for parity in (0, 1)),  # type: ignore[arg-type]
-            tuple(float(policy_entropy(part).value) for part in parts),  # type: ignore[arg-type]
-            tuple(float(part.denominator.sum()) for part in parts),  # type: ignore[arg-type]
-            terms,
-            prompts,
-        )
-
     def _entropy(self, halves: Halves, engine: Engine) -> Estimate:
         """The policy's, from E and, where they are its own draws, the step's completions. Collective."""
         terms, prompts = halves.terms, halves.prompts
@@ -217,18 +197,6 @@ class EntropyBudget(Probe):
             prompts = torch.cat([prompts, -1 - engine.accelerator.gather(index)])  # other numbers than E's
         self._own.clear()
         return policy_entropy(terms).estimate(prompts)
-
-    def _gradients(self, args: Any, update: UpdateContext, engine: Engine, halves: Halves) -> tuple[Vector, Vector]:
-        """grad h of each half, over all ranks. Collective."""
-        with (
-            rank_symmetric(engine.accelerator, "differentiating the entropy for its budget"),
-            engine.scoring_model(update.params_before) as model,
-        ):
-            shares = [
-                entropy_gradient(model, rows, args.temperature, self.batch_size, entropy, num_tokens)
-                for rows, entropy, num_tokens in zip(*halves[:3], strict=True)
-            ]
-        return _summed(shares[0], engine), _summed(shares[1], engine)
 
     def _change_across_halves(
         self,
@@ -294,6 +262,43 @@ class EntropyBudget(Probe):
             "active": float(self.active),
         }
         return {f"entropy_budget/{name}": value for name, value in made.items()}
+
+
+def halves_of(engine: Engine, params: Params, batch: Completions, temperature: float, batch_size: int) -> Halves:
+    """E or U, scored at `params`, before the step, split by prompt. Collective."""
+    accelerator = engine.accelerator
+    with (
+        rank_symmetric(accelerator, "scoring the completions of the entropy budget"),
+        engine.scoring_model(params) as model,
+    ):
+        scores = score(model, batch, temperature, batch_size, params)
+    weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
+    local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
+    terms = _gathered(local, engine)
+    prompts = accelerator.gather(batch.prompt_index)
+    parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]
+    return Halves(
+        tuple(batch.rows(batch.prompt_index % 2 == parity) for parity in (0, 1)),  # type: ignore[arg-type]
+        tuple(float(policy_entropy(part).value) for part in parts),  # type: ignore[arg-type]
+        tuple(float(part.denominator.sum()) for part in parts),  # type: ignore[arg-type]
+        terms,
+        prompts,
+    )
+
+
+def half_gradients(
+    engine: Engine, params: Params, halves: Halves, temperature: float, batch_size: int
+) -> tuple[Vector, Vector]:
+    """grad h of each half at `params`, over all ranks. Collective."""
+    with (
+        rank_symmetric(engine.accelerator, "differentiating the entropy for its budget"),
+        engine.scoring_model(params) as model,
+    ):
+        shares = [
+            entropy_gradient(model, rows, temperature, batch_size, entropy, num_tokens)
+            for rows, entropy, num_tokens in zip(*halves[:3], strict=True)
+        ]
+    return _summed(shares[0], engine), _summed(shares[1], engine)
 
 
 def _gathered(terms: RatioTerms, engine: Engine) -> RatioTerms:

@@ -34,6 +34,7 @@ class Command:
         compute: from the fixed state, a cache and the options to plain data.
         table: the result as text.
         draw: the result into two axes.
+        check: raises `ValueError` if the options do not fit the checkpoint, before anything is loaded.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Command:
     compute: Callable[[FixedState, Cache, argparse.Namespace], dict[str, Any]]
     table: Callable[[dict[str, Any]], str]
     draw: Callable[[dict[str, Any], Axes, Axes], None]
+    check: Callable[[Checkpoint, argparse.Namespace], None] = lambda checkpoint, options: None
 
     def main(self, argv: list[str] | None = None) -> None:
         """Run, print the table, write `NAME.json` and `NAME.png`."""
@@ -50,6 +52,7 @@ class Command:
         try:
             self._check(options)
             checkpoint = Checkpoint.read(options.checkpoint)
+            self.check(checkpoint, options)
         except ValueError as error:
             sys.exit(f"Error: {error}")
         output = options.output or checkpoint.path.parent / "experiments" / f"{self.name}-{checkpoint.step}"

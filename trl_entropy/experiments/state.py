@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ class Policy:
         self.args, self.model = self.trainer.args, self.trainer.model
         self.problems = self.trainer.eval_dataset if held_out else self.trainer.train_dataset
         self.num_problems = len(self.problems)
+
+    def on_held_out(self) -> Policy:
+        """The same policy, drawing from problems that no run trains on."""
+        other = copy(self)
+        other.problems = self.trainer.eval_dataset
+        other.num_problems = len(other.problems)
+        return other
 
     def draw_problems(self, num: int, seed: tuple[int, ...]) -> np.ndarray:
         """Rows of the problems, independent of one another: with replacement."""

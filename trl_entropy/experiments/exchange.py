@@ -1,0 +1,259 @@
+"""
+What does it cost in reward to keep entropy? The steps that methods of control make from one state, many times.
+
+    trl-entropy experiment exchange --checkpoint RUN/checkpoint-N
+
+For each redraw of the rollouts every method steps by the run's AdamW from the same moments and rollouts: none, a
+lower learning rate, TRL's entropy bonus, Clip-Cov and random tokens at its count, the entropy budget (T19). Of each
+step: the change of entropy and of expected reward (T20), to first order on one large set of held-out completions, and
+for some redraws and methods what first order leaves out. KL-Cov is left out: with one update a generation it does
+nothing.
+
+A changed gradient enters a step by 1 - b1 of it, the momentum later: changes against none of bonus and token methods
+are a tenth of what they come to in the end. Their exchange, a ratio, is not touched by that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_entropy.estimators.exchange import ExchangeRecord, mean_over_redraws, ratio_over_blocks
+from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.command import Command, with_interval
+from trl_entropy.experiments.exchange_changes import GROUP_SIZE, NUM_BLOCKS, LargeSet, true_changes
+from trl_entropy.experiments.exchange_steps import MEASURED, METHODS, steps_of_methods
+from trl_entropy.experiments.redraws import Cache, in_chunks
+from trl_entropy.experiments.state import FixedState
+from trl_entropy.rollouts import RolloutBatch
+from trl_entropy.scores import Completions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_REDRAWS = 6  # second part of a seed
+_REDRAWS_PER_CHUNK = 4
+_QUANTITIES = ("entropy", "reward")
+_NOTES = ("departure", "num_tokens", "infeasible")
+
+
+def check(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
+    """Raises `ValueError` if the options ask for what the run cannot give."""
+    if options.num_completions % (NUM_BLOCKS * GROUP_SIZE):
+        raise ValueError(
+            f"--num-completions is {options.num_completions}; use a multiple of {NUM_BLOCKS * GROUP_SIZE}"
+        )
+    num_problems, num_prompts = checkpoint.task.num_train_problems, checkpoint.num_prompts_per_step
+    if num_problems < num_prompts + options.num_probe:
+        raise ValueError(
+            f"the run has {num_problems} problems, a redraw takes {num_prompts} of them and --num-probe "
+            f"{options.num_probe} others; lower the latter"
+        )
+
+
+def redraws(
+    state: FixedState, cache: Cache, large: LargeSet, options: argparse.Namespace
+) -> Float[Tensor, "R M columns"]:
+    """
+    Redraws of the rollouts, and what each method's step from them does.
+
+    Returns:
+        Columns: `products` with the K blocks of the large set, for entropy and reward; notes on the step; numerator
+        and denominator of the entropy and the reward's terms after it, by block, nan where it is not measured.
+    """
+    num_groups, num_probe = len(state.rollouts.prompt_index.unique()), options.num_probe
+
+    def chunk(index: int) -> Tensor:
+        seeds = (options.seed, _REDRAWS, index)
+        problems = np.stack([
+            np.random.default_rng((*seeds, n)).permutation(state.num_problems)[: num_groups + num_probe]
+            for n in range(_REDRAWS_PER_CHUNK)
+        ])  # fmt: skip
+        batch = state.draw_rollouts(problems[:, :num_groups].flatten(), state.args.num_generations, seeds)
+        probes = state.draw(problems[:, num_groups:].flatten(), seeds)
+        rollouts = RolloutBatch.from_micro_batches([batch])
+        rows = torch.arange(len(rollouts.rewards)).view(_REDRAWS_PER_CHUNK, -1)
+        found = []
+        for n in range(_REDRAWS_PER_CHUNK):
+            number = index * _REDRAWS_PER_CHUNK + n
+            own = RolloutBatch(**{name: values[rows[n]] for name, values in vars(rollouts).items()})
+            probe = probes.rows(torch.arange(n * num_probe, (n + 1) * num_probe))
+            found.append(of_redraw(state, large, own, probe, options, number))
+        return torch.stack(found)
+
+    methods = zlib.crc32(repr((METHODS, MEASURED)).encode())
+    name = f"exchange-{options.num_completions}-{num_probe}-{options.num_measured}-{methods:08x}"
+    return in_chunks(cache, name, options.num_redraws, _REDRAWS_PER_CHUNK, chunk)
+
+
+def of_redraw(
+    state: FixedState,
+    large: LargeSet,
+    rollouts: RolloutBatch,
+    probe: Completions,
+    options: argparse.Namespace,
+    number: int,
+) -> Float[Tensor, "M columns"]:
+    """The columns of one redraw."""
+    made = steps_of_methods(state, rollouts, probe, options.seed + number, options.batch_size)
+    notes = [[float(getattr(step, name)) for name in _NOTES] for step in made.values()]
+    moved = torch.full((len(made), 3 * NUM_BLOCKS), math.nan, dtype=torch.float64)
+    for method in MEASURED if number < options.num_measured else ():
+        moved[METHODS.index(method)] = large.moved(made[method].update).flatten()
+    products = large.products(step.update for step in made.values())
+    return torch.cat([products.flatten(1), torch.tensor(notes, dtype=torch.float64), moved], dim=1)
+
+
+def first_order(
+    columns: Float[Tensor, "R M columns"], summary: Float[Tensor, "3 K"], num_completions: int
+) -> tuple[Float[Tensor, "R N"], Float[Tensor, "K N"]]:
+    """Entropy changes of all methods, then reward changes: of each redraw, and the influence of the blocks."""
+    num_methods = columns.shape[1]
+    products = columns[:, :, : 2 * NUM_BLOCKS].unflatten(2, (2, NUM_BLOCKS)).permute(0, 3, 2, 1).flatten(2)
+    completions = torch.full_like(summary[1], num_completions / NUM_BLOCKS)
+    sizes = torch.stack([summary[1], completions], dim=1).repeat_interleave(num_methods, dim=1)
+    mean = ratio_over_blocks(products.mean(0), sizes)
+    return products.sum(1) / sizes.sum(0), mean.influence
+
+
+def measured(
+    columns: Float[Tensor, "R M columns"], summary: Float[Tensor, "3 K"], num_completions: int
+) -> tuple[Float[Tensor, "R N"], Float[Tensor, "K N"]]:
+    """As [`first_order`], the true changes."""
+    values, influence = [], []
+    for redraw in columns[:, :, -3 * NUM_BLOCKS :].unflatten(2, (3, NUM_BLOCKS)):
+        changes = [true_changes(summary, moved, num_completions) for moved in redraw]
+        in_order = [change[quantity] for quantity in (0, 1) for change in changes]
+        values.append(torch.stack([change.value for change in in_order]))
+        influence.append(torch.stack([change.influence for change in in_order], dim=1))
+    return torch.stack(values), torch.stack(influence).mean(0)
+
+
+def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything but the output."""
+    number = options.num_completions
+    large = LargeSet(state, number, options.seed, options.batch_size)
+    columns = redraws(state, cache, large, options)
+    summary = cache.get(f"exchange-summary-{number}", lambda: large.summary)
+    predicted = first_order(columns, summary, number)
+    record = ExchangeRecord.of(METHODS, mean_over_redraws(*predicted))
+    of_redraws = predicted[0].std(0) / math.sqrt(len(columns))
+    notes = columns[:, :, 2 * NUM_BLOCKS :][:, :, : len(_NOTES)].mean(0)
+    rows = []
+    for m, method in enumerate(METHODS):
+        row = {"method": method, **dict(zip(_NOTES, notes[m].tolist(), strict=True))}
+        row["stderr_of_redraws"] = dict(zip(_QUANTITIES, of_redraws[m :: len(METHODS)].tolist(), strict=True))
+        rows.append(row | _changes(record, method))
+    entropy, tokens, rewards = summary.sum(1).tolist()
+    found = {"policy_entropy": entropy / tokens, "mean_reward": rewards / number}
+    return {
+        **found,
+        "learning_rate": max(state.context.learning_rate.values()),
+        "num_redraws": len(columns),
+        "num_measured": options.num_measured,
+        "rows": rows,
+        "true_rows": true_rows(columns, options.num_measured, summary, number),
+    }
+
+
+def true_rows(
+    columns: Float[Tensor, "R M columns"], num_measured: int, summary: Float[Tensor, "3 K"], num_completions: int
+) -> list[dict[str, Any]]:
+    """True changes of some methods: first order of all redraws, corrected by what it left out in some."""
+    some = columns[:, [METHODS.index(method) for method in MEASURED]]
+    values, influence = first_order(some, summary, num_completions)
+    same, true = (f(some[:num_measured], summary, num_completions) for f in (first_order, measured))
+    corrections, of_blocks = (b - a for a, b in zip(same, true, strict=True))
+    record = ExchangeRecord.of(MEASURED, mean_over_redraws(values, influence + of_blocks, corrections))
+    errors = ExchangeRecord.of(MEASURED, mean_over_redraws(corrections, of_blocks))
+    return [
+        {"method": method, **_changes(record, method)}
+        | {f"{name}_correction": errors.change(name, method).as_dict() for name in _QUANTITIES}
+        for method in MEASURED
+    ]
+
+
+def _changes(record: ExchangeRecord, method: str) -> dict[str, Any]:
+    """Of a method's step, and against none."""
+    row: dict[str, Any] = {quantity: record.change(quantity, method).as_dict() for quantity in _QUANTITIES}
+    row |= {f"{name}_difference": record.difference(name, method).as_dict() for name in _QUANTITIES}
+    return row | {"reward_per_entropy": record.reward_per_entropy(method), "exchange": record.exchange(method)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text; changes in units of 1e-3, of nats per token and of reward."""
+    names = ("entropy", "reward", "reward_per_entropy", "entropy_difference", "reward_difference", "exchange")
+    scales = (1e3, 1e3, 1, 1e3, 1e3, 1)
+
+    def cells(row: dict[str, Any]) -> str:
+        found = [with_interval(row[name], scale) for name, scale in zip(names, scales, strict=True)]
+        return " | ".join(found if row["method"] != METHODS[0] else [*found[:3], "-", "-", "-"])
+
+    head = "entropy | reward | reward / entropy | entropy - none | reward - none | exchange"
+    lines = [f"| method | {head} | departure | tokens | capped |", "|---" * 10 + "|"]
+    for row in result["rows"]:
+        notes = f"{row['departure']:.3f} | {row['num_tokens']:.0f} | {row['infeasible']:.0%}"
+        lines.append(f"| {row['method']} | {cells(row)} | {notes} |")
+    lines += [f"\nfirst order, {result['num_redraws']} redraws\n"]
+    lines += [f"| method | {head} | entropy beyond first order | reward beyond |", "|---" * 9 + "|"]
+    for row in result["true_rows"]:
+        beyond = [with_interval(row[f"{name}_correction"], 1e3) for name in _QUANTITIES]
+        lines.append(f"| {row['method']} | {cells(row)} | {' | '.join(beyond)} |")
+    return "\n".join([
+        *lines,
+        f"\ntrue change: first order and what it left out in {result['num_measured']} redraws",
+        "x 1e-3 nats/token and reward; ratios are reward per nat/token; 95 % over redraws and large set",
+        f"policy entropy {result['policy_entropy']:.4f} nats/token, mean reward {result['mean_reward']:.3f}",
+    ])  # fmt: skip
+
+
+def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
+    """Reward change against entropy change, and each exchange of a bounded interval; hollow: true changes."""
+    from trl_entropy.plots import BLUE, GREEN, GREY, ORANGE
+
+    families = {"none": "black", "lower_lr": GREY, "bonus": ORANGE, "entropy_budget": BLUE}
+    places = {method: y for y, method in enumerate(METHODS[1:])}
+
+    def point(axes: Axes, x: Any, y: Any, method: str, fill: Any, scale: float, **style: Any) -> None:
+        color = families.get(method.split()[0], GREEN)
+        ends = [[scale * (x["value"] - x["low"])], [scale * (x["high"] - x["value"])]]
+        axes.errorbar(scale * x["value"], y, xerr=ends, fmt="o", ms=4, lw=0.7, color=color, fillstyle=fill, **style)
+
+    for rows, fill in ((result["rows"], "full"), (result["true_rows"], "none")):
+        for row in rows:
+            method, reward, exchange = row["method"], row["reward"], row["exchange"]
+            spread = 500 * (reward["high"] - reward["low"])
+            point(left, row["entropy"], 1e3 * reward["value"], method, fill, 1e3, yerr=spread)
+            if method in places and math.isfinite(exchange["low"]) and math.isfinite(exchange["high"]):
+                point(right, exchange, places[method] + 0.25 * (fill == "none"), method, fill, 1.0)
+    for axes in (left, right):
+        axes.axvline(0, color=GREY, lw=0.8)
+    left.axhline(0, color=GREY, lw=0.8)
+    left.set(xlabel="entropy change of a step, 1e-3 nats/token", ylabel="reward change of a step, 1e-3, 95 %")
+    right.set(xlabel="exchange, reward per nat/token (hollow: true)")
+    right.set_yticks(list(places.values()), list(places), fontsize=7)
+    right.invert_yaxis()
+
+
+COMMAND = Command(
+    "exchange",
+    "What does it cost in reward to keep entropy? The steps that methods of control make from one state, many times.",
+    {
+        "num_redraws": (24, 4, "independent redraws of the rollouts"),
+        "num_completions": (4096, 128, "held-out completions that changes are measured on; a multiple of 128"),
+        "num_measured": (6, 2, "redraws whose steps' true changes are measured too"),
+        "num_probe": (128, 4, "completions that the entropy budget takes grad h of"),
+    },
+    compute,
+    table,
+    draw,
+    check,
+)
+main = COMMAND.main
