@@ -46,9 +46,7 @@ Choice = Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor]
 CHOICES: dict[str, Choice] = {
     "clip_cov": lambda covs, adv, mask, count, order: clip_cov_tokens(covs, QUANTILES, count, order, True),
     "random": lambda covs, adv, mask, count, order: random_tokens(mask, count, order),
-    "random_positive": lambda covs, adv, mask, count, order: random_positive_tokens(
-        mask, advantages, count, order
-    ),
+    "random_positive": lambda covs, adv, mask, count, order: random_positive_tokens(mask, adv, count, order),
 }
 METHODS = (
     "none",
