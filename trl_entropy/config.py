@@ -19,11 +19,11 @@ from trl_entropy.probe_requirements import (
     TOKEN_CONTROLS,
     ProbeRequirements,
 )
+from trl_entropy.selection_requirements import CURRICULA, SelectionRequirements
 
 logger = logging.getLogger(__name__)
 
 LENGTH_NORMALIZERS = ("max_completion_length", "group_max")
-CURRICULA = ("none", "pass_rate")
 EVALUATIONS = ("none", "background", "wait")
 EVALUATION_PROFILES = ("quick", "full")
 
@@ -33,7 +33,7 @@ def _toggle(help: str, default: Any = False, **metadata: Any) -> Any:
 
 
 @dataclass
-class DrGRPOConfig(ProbeRequirements):
+class DrGRPOConfig(ProbeRequirements, SelectionRequirements):
     """
     Arguments of [`DrGRPOTrainer`]: those of [`~trl.GRPOConfig`], with other defaults and the fields below.
 
@@ -168,7 +168,7 @@ class DrGRPOConfig(ProbeRequirements):
     entropy_budget_per_step: float | None = _toggle(
         "Without a target: change of a step, nats per token; 'floor': at least that.", default=None
     )
-    entropy_budget_gain: float = _toggle("Share of the way to the target that a step goes.", default=0.2)
+    entropy_budget_gain: float = _toggle("Share of the way to the target that a step goes.", default=0.4)
     entropy_budget_integral_gain: float = _toggle(
         "Weight of a step in the running mean of realised less predicted change, which later steps make up for.",
         default=0.1,
@@ -332,45 +332,6 @@ class DrGRPOConfig(ProbeRequirements):
                 f"evaluate_checkpoints={self.evaluate_checkpoints!r} evaluates what is saved, and save_strategy='no' "
                 "saves nothing. Set save_strategy='steps' and save_steps, or evaluate_checkpoints='none'."
             )
-
-    def _check_curriculum(self) -> None:
-        weights = self.curriculum_settings()["weights"]
-        remedies = {
-            f"curriculum to one of {CURRICULA}": self.curriculum in CURRICULA,
-            "0 <= curriculum_hard_below <= curriculum_easy_above <= 1": (
-                0 <= self.curriculum_hard_below <= self.curriculum_easy_above <= 1
-            ),
-            "curriculum_ema in (0, 1]": 0 < self.curriculum_ema <= 1,
-            "the three curriculum weights to 0 or more, one of them above 0": min(weights) >= 0 < max(weights),
-        }
-        if needed := [remedy for remedy, holds in remedies.items() if not holds]:
-            raise ValueError(f"curriculum={self.curriculum!r}: set {'; '.join(needed)}.")
-
-    def _check_resampling(self) -> None:
-        if not self.resample_uninformative_groups:
-            return
-        remedies = {
-            "max_resample_rounds=1 or more": self.max_resample_rounds >= 1,
-            "scale_rewards='none' or 'group'": self.scale_rewards != "batch",
-            "multi_objective_aggregation='sum_then_normalize'": (
-                self.multi_objective_aggregation == "sum_then_normalize"
-            ),
-        }
-        if needed := [remedy for remedy, holds in remedies.items() if not holds]:
-            raise ValueError(
-                "resample_uninformative_groups puts groups of several rounds into one batch, so that advantages must "
-                f"not depend on the rest of a round: set {', '.join(needed)}, or resample_uninformative_groups=False."
-            )
-
-    def curriculum_settings(self) -> dict[str, Any]:
-        """Arguments of `PassRateSampler` that are settings."""
-        return {
-            "hard_below": self.curriculum_hard_below,
-            "easy_above": self.curriculum_easy_above,
-            "weights": (self.curriculum_hard_weight, self.curriculum_normal_weight, self.curriculum_easy_weight),
-            "ema": self.curriculum_ema,
-            "seed": self.seed,
-        }
 
     def _check_sampler(self) -> None:
         if self.use_transformers_continuous_batching and self.bf16:

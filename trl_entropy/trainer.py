@@ -90,9 +90,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self._step_prompts: deque[set[str]] = deque(maxlen=num_generations_of_step)
         self._micro_batches: list[dict[str, Any]] = []
         self._scored: tuple[Tensor, Tensor]
-        self._controlled: dict[str, Any] | None = (
-            None  # the micro-batch in the loss, where its tokens are chosen there
-        )
+        # The micro-batch in the loss, where its tokens are chosen there.
+        self._controlled: dict[str, Any] | None = None
         self._around_micro_batch: contextlib.ExitStack
         self._statistics = StepStatistics(self.accelerator.device)
         # Empty when the KL is not asked for, or TRL logs it itself.
