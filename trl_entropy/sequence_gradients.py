@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +58,7 @@ class SequenceGradients:
     """
 
     def __init__(self, model: nn.Module, *consumers: Consumer, weight_gradients: bool = True) -> None:
-        self.model, self.consumers, self.weight_gradients = model, consumers, weight_gradients
+        self.model, self.weight_gradients = model, weight_gradients
         parameters = trainable_parameters(model)
         self.shapes = {name: parameter_shape(param) for name, param in parameters.items()}
         self._layers = known_layers(model, parameters)
@@ -66,6 +67,11 @@ class SequenceGradients:
         self._batch: _Batch | None = None
         self._undo = contextlib.ExitStack()
         self._device = next(iter(parameters.values())).device
+        self.consume(*consumers)
+
+    def consume(self, *consumers: Consumer) -> None:
+        """Hand gradients to these from now on, in place of those before; between two batches."""
+        self.consumers = consumers
         for consumer in consumers:
             consumer.bind(self.shapes, self._device)
 
@@ -196,11 +202,14 @@ class _Keep(torch.autograd.Function):
         return anchor.clone()
 
 
-@contextlib.contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def _exact(device: torch.device) -> AbstractContextManager[object]:
     """No graph under `create_graph=True`, no bf16 where backward is called under autocast."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
+    exact = contextlib.ExitStack()
+    if torch.is_grad_enabled():
+        exact.enter_context(torch.no_grad())
+    if torch.is_autocast_enabled(device.type):
+        exact.enter_context(torch.autocast(device.type, enabled=False))
+    return exact
 
 
 @dataclass

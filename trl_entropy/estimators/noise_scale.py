@@ -108,6 +108,29 @@ def noise_parts_two_sizes(
     return NoiseParts(float(grad_sq_norm), float(big_size * small_size * (small_sq_norm - big_sq_norm) / difference))
 
 
+def micro_batch_parts(
+    sq_norms: Float[Tensor, "K"], batch_sq_norm: float, num_prompts: int, previous: NoiseParts | None = None
+) -> tuple[NoiseParts, PooledParts]:
+    """(T15): a step's parts from its K micro-batches of whole groups, and what the step adds to the pool.
+
+    Norms alone give no error within a step, so that it comes from the scatter over steps: half the outer product of
+    the change since the `previous` step's parts, with 2/3 degrees of freedom, as neighbouring changes share a step.
+    Conservative while the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
+
+    Args:
+        sq_norms: of the K micro-batches' mean gradients.
+        batch_sq_norm: |g|^2 of the mean of these.
+        num_prompts: P of the step, all micro-batches of the same size.
+        previous: the parts of the step before.
+    """
+    parts = noise_parts_two_sizes(sq_norms, batch_sq_norm, num_prompts // len(sq_norms), num_prompts)
+    if previous is None or not all(map(math.isfinite, (*parts, *previous))):
+        return parts, PooledParts.empty(2)
+    values = torch.tensor(parts, dtype=torch.float64)
+    change = values - torch.tensor(previous, dtype=torch.float64)
+    return parts, PooledParts(values, change.outer(change) / 2, 1, num_prompts, 2 / 3)
+
+
 def jackknifed_parts(
     group_sq_norms: Float[Tensor, "P"],
     group_dot_batch: Float[Tensor, "P"],
