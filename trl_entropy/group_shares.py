@@ -87,8 +87,8 @@ class MicroBatchNorms:
         counts = prompt_index.unique(return_counts=True)[1]
         if (counts != self._num_generations).any():
             raise ValueError(
-                f"a micro-batch has {counts.tolist()} completions of its prompts: (T15) needs whole groups in each. Set "
-                "per_device_train_batch_size to a multiple of num_generations, or noise_scale_from='groups'"
+                f"a micro-batch has {counts.tolist()} completions of its prompts: (T15) needs whole groups in each. "
+                "Set per_device_train_batch_size to a multiple of num_generations, or noise_scale_from='groups'"
             )
         sq_norm = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
 

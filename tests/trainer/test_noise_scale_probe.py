@@ -330,10 +330,7 @@ def config(tmp_path, **settings):
         ({"noise_scale_halves": True, "length_normalizer": "group_max"}, "length_normalizer='max_completion_length'"),
         ({"noise_scale_halves": True, "num_generations": 2}, "num_generations=4"),
         ({"noise_scale_from": "halves"}, "'micro_batches'"),
-        (
-            MICRO | {"per_device_train_batch_size": 32},
-            "per_device_train_batch_size=16 with gradient_accumulation_steps=2",
-        ),
+        (MICRO | {"per_device_train_batch_size": 32}, "batch_size=16 with gradient_accumulation_steps=2"),
         (
             MICRO | {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4},
             "per_device_train_batch_size=4 with gradient_accumulation_steps=6",
@@ -351,9 +348,9 @@ def test_refused_settings_say_what_to_change(tmp_path, settings, remedy):
 
 def test_a_group_split_over_micro_batches_is_refused(make_trainer):
     norms = MicroBatchNorms(make_trainer().model, num_generations=4)
-    with pytest.raises(ValueError, match=r"has \[2, 2\] completions of its prompts: \(T15\) needs whole groups"):
-        with norms.micro_batch(torch.tensor([0, 0, 1, 1])):
-            pass
+    micro_batch = norms.micro_batch(torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"has \[2, 2\] completions of its prompts: \(T15\) needs whole"), micro_batch:
+        pass
 
 
 def test_what_the_equation_allows_is_not_refused(tmp_path):
