@@ -38,6 +38,7 @@ RUNS = [
     # One group each, so that one process has the same micro-batches.
     {
         "name": "micro-batches",
+        "lora": True,
         "noise_scale_probe": True,
         "noise_scale_from": "micro_batches",
         "per_device_train_batch_size": 4,

@@ -180,6 +180,9 @@ def test_micro_batches_norms_are_those_of_float64_loops(trained, settings):
     signal, noise = parts[1:].sum(0)
     assert row["noise_scale/simple"] == pytest.approx(float(noise / signal), rel=1e-6)
     assert "noise_scale/simple" not in run.metrics()[0] and "noise_scale/simple_lower" in run.metrics()[1]
+    resumed = NoiseScaleProbe(source="micro_batches")
+    resumed.load_state_dict(keep.state_dict())
+    assert str(resumed.state_dict()) == str(keep.state_dict()) and resumed._previous is not None
 
 
 def test_pool_is_that_of_the_files(trained):
