@@ -164,7 +164,7 @@ class SequenceGradients:
             return
         (inputs,) = kept.saved_tensors
         num_sequences = batch.grouping.num_sequences
-        if {len(inputs), len(grads)} != {num_sequences}:
+        if not inputs.shape[0] == grads.shape[0] == num_sequences:
             raise ValueError(
                 f"layer {layer.name!r} has inputs of shape {tuple(inputs.shape)} and outputs of {tuple(grads.shape)}, "
                 f"but the batch has {num_sequences} sequences: their first dimension must be the sequences"
@@ -204,12 +204,15 @@ class _Keep(torch.autograd.Function):
 
 def _exact(device: torch.device) -> AbstractContextManager[object]:
     """No graph under `create_graph=True`, no bf16 where backward is called under autocast."""
-    exact = contextlib.ExitStack()
-    if torch.is_grad_enabled():
-        exact.enter_context(torch.no_grad())
     if torch.is_autocast_enabled(device.type):
-        exact.enter_context(torch.autocast(device.type, enabled=False))
-    return exact
+        return _without_graph_and_autocast(device.type)
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_graph_and_autocast(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 @dataclass
