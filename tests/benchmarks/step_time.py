@@ -9,8 +9,9 @@ Cost of a training step as a ratio, paired and interleaved in one process.
 For `noise_scale` both sides are steps of one run, off, on, on, off: a round, whose sample is the ratio of their sums.
 Else both sides train on the quickstart's settings with learning rate 0 and are given the same random state at every
 step, so they draw the same completions and do the same work. They take turns every few steps, so a change of the
-machine's speed hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over rounds. Times
-are the clock's, and for `noise_scale` also the CPU seconds of the process, which a busy machine stretches less.
+machine's speed hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over
+rounds. Times are the clock's, and for `noise_scale` also the CPU seconds of the process, which a busy machine
+stretches less.
 """
 
 from __future__ import annotations
