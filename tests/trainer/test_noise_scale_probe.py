@@ -269,8 +269,9 @@ def test_a_large_adapter_takes_the_extra_pass_with_the_same_numbers(trained, mon
     keep, _, run = trained(lora=True)
     assert keep.by_extra_pass
     for one, other in zip(from_training, run.metrics(), strict=True):
+        rounding = 1e-5 * one["noise_scale/grad_variance_trace"]  # |G|^2 is a difference of numbers of that size
         for name in RAW:
-            assert other[f"noise_scale/{name}"] == pytest.approx(one[f"noise_scale/{name}"], rel=1e-4)
+            assert other[f"noise_scale/{name}"] == pytest.approx(one[f"noise_scale/{name}"], rel=1e-4, abs=rounding)
 
 
 def test_without_adam_there_is_no_metric(make_trainer):

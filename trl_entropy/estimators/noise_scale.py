@@ -10,6 +10,7 @@ on other numbers. With this step's own gradient in M, M depends on the sample an
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from trl_entropy.estimators.u_statistic import (
     u_statistic_variance,
 )
 
-_BLOCK = 2**13  # columns of rows that are summed in their own dtype
+_BLOCK = 2**14  # columns of rows that are summed in their own dtype
 
 
 class NoiseParts(NamedTuple):
@@ -48,20 +49,24 @@ class GroupProducts(NamedTuple):
 
 
 def group_products(
-    rows: Float[Tensor, "P D"], batch_gradient: Float[Tensor, "D"], preconditioner: Float[Tensor, "D"] | None = None
-) -> GroupProducts:
-    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n; M = 1 by default. Cost O(P D).
+    rows: Float[Tensor, "P D"],
+    batch_gradient: Float[Tensor, "D"],
+    preconditioners: Sequence[Float[Tensor, "D"] | None] = (None,),
+) -> list[GroupProducts]:
+    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n by each diagonal M, None for 1. Cost O(P D), rows are read once.
 
     Blocks of columns in the rows' dtype, their sums in float64: within 1e-6 of float64 for float32 rows.
     """
-    products = rows.new_zeros(2, len(rows), dtype=torch.float64)
+    products = [GroupProducts(*rows.new_zeros(2, len(rows), dtype=torch.float64)) for _ in preconditioners]
     for start in range(0, rows.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
         part, gradient = rows[:, block], batch_gradient[block].to(rows.dtype)
-        weighted = part if preconditioner is None else part * preconditioner[block].to(rows.dtype)
-        products[0] += torch.linalg.vecdot(weighted, part).double()
-        products[1] += (weighted @ gradient).double()
-    return GroupProducts(*products)
+        squares = part.square()
+        for (sq_norms, dot_batch), metric in zip(products, preconditioners, strict=True):
+            weights = None if metric is None else metric[block].to(rows.dtype)
+            sq_norms += squares.sum(1) if weights is None else squares @ weights
+            dot_batch += part @ (gradient if weights is None else weights * gradient)
+    return products
 
 
 def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> GroupProducts:

@@ -122,7 +122,9 @@ class NoiseScaleProbe(Probe):
         metric = None
         if isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1:
             metric = metric_before(update)
-            metrics["noise_scale/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
+            metrics["noise_scale/num_coordinates_without_metric"] = sum(
+                m.numel() - int(m.count_nonzero()) for m in metric.values()
+            )
         if self._by_extra_pass:
             local = self._from_extra_pass(args, engine, update, rollouts, metric)
             prompts = rollouts.prompt_index.unique()
@@ -164,7 +166,7 @@ class NoiseScaleProbe(Probe):
             rows, prompt_index = self._shares.finish()
             vector = flat(gradient, names)
             metrics = [None] if metric is None else [None, flat(metric, names)]
-            products = [group_products(rows, vector, one) for one in metrics]
+            products = group_products(rows, vector, metrics)
         prompts, order = prompt_index.to(rows.device).sort()
         # Ranks are averaged: group n's share of g is its row over their number, and Y_n is P times that.
         number = len(rows)
