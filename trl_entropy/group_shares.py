@@ -42,6 +42,7 @@ class TrainingShares:
 
     def __init__(self, model: nn.Module, num_groups: int) -> None:
         self._num_groups = num_groups
+        self._buffer: Tensor | None = None
         self._collector = SequenceGradients(model)
         self._numbers: dict[int, int] = {}
         self._open = contextlib.ExitStack()
@@ -50,7 +51,7 @@ class TrainingShares:
     def micro_batch(self, prompt_index: Int[Tensor, " B"]) -> Iterator[None]:
         """Around the forward and backward of a micro-batch with these groups."""
         if not self._numbers:
-            self._rows = Rows(self._num_groups)  # of one step: its memory is free until the next
+            self._rows = Rows(self._num_groups, out=self._buffer)
             self._collector.consume(self._rows)
         numbers = [self._numbers.setdefault(index, len(self._numbers)) for index in prompt_index.tolist()]
         with self._open:
@@ -59,13 +60,18 @@ class TrainingShares:
             yield
 
     def finish(self) -> tuple[Float[Tensor, "P D"], Int[Tensor, " P"]]:
-        """The step's rows and their groups; may be called inside the last micro-batch, after its backward."""
+        """
+        The step's rows, until the next begins, and their groups; may be called inside the last micro-batch, after its
+        backward.
+        """
         self._open.close()
         prompt_index, self._numbers = torch.tensor(list(self._numbers)), {}
-        rows = self._rows.values[: len(prompt_index)]
+        values = self._rows.values
+        # A CPU takes longer to get new memory than to fill it; that of a GPU is free again until the next step.
+        self._buffer = values if values.device.type == "cpu" else None
         del self._rows
         self._collector.consume()
-        return rows, prompt_index
+        return values[: len(prompt_index)], prompt_index
 
 
 class MicroBatchNorms:

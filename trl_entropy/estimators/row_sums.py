@@ -143,7 +143,10 @@ class Rows(Consumer):
 
     def begin(self, rows: Int[Tensor, " R"]) -> None:
         _check_numbers(rows, self.num_rows)
-        self._is_sum = bool(self._written[rows].any())
+        written = self._written[rows]
+        self._is_sum = bool(written.any())
+        if self._is_sum and self.out is not None:
+            self.values[rows[~written].to(self.values.device)] = 0
         self._is_range = bool((rows.diff() == 1).all())
         self._written[rows] = True
 
