@@ -15,6 +15,7 @@ from trl_entropy.probe_requirements import (
     ENTROPY_BUDGETS,
     ENTROPY_PROBE_SAMPLERS,
     ENTROPY_PROBE_SOURCES,
+    NOISE_SCALE_SOURCES,
     TOKEN_CONTROL_SCOPES,
     TOKEN_CONTROLS,
     ProbeRequirements,
@@ -216,6 +217,11 @@ class DrGRPOConfig(ProbeRequirements, SelectionRequirements):
         "range is that of prompts a step."
     )
     noise_scale_probe_every: int = _toggle("Steps between two measurements.", default=1)
+    noise_scale_from: str = _toggle(
+        "Read it from gradients of prompt 'groups', or from norms of 'micro_batches' (T15): cheap, larger errors.",
+        default="groups",
+        choices=list(NOISE_SCALE_SOURCES),
+    )
     noise_scale_halves: bool = _toggle(
         "Also split the noise into within and between prompts, by an extra pass with each group's halves; 4 "
         "completions a prompt or more."

@@ -1,4 +1,7 @@
-"""Each prompt group's share Y_n of the loss gradient, for (T14): from training's own backward, or by an extra pass."""
+"""
+What each prompt group adds to the loss gradient, Y_n of (T14), from training's own backward or by an extra pass; and
+the squared norm of what each micro-batch does (T15).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trl_entropy.engine import trainable_parameters
 from trl_entropy.estimators.group_gradients import group_loss_surrogate
 from trl_entropy.estimators.noise_scale import GroupProducts, half_advantages
 from trl_entropy.estimators.row_sums import Consumer, DotProducts, HalfProducts, Rows, Several, SquaredNorms
@@ -29,7 +33,7 @@ class TrainingShares:
     One float32 row (D numbers) for each prompt group of a step, summed over its micro-batches from training's own
     backward. A row is the group's share of this process's gradient: of any loss that is a sum over completions.
 
-    Local. One instance serves one step; training stays bit-identical.
+    Local. One instance serves a run, step after step; training stays bit-identical.
 
     Args:
         model: unwrapped, without a trained head: TRL's fused head is not called, so that nothing is known of it.
@@ -37,28 +41,77 @@ class TrainingShares:
     """
 
     def __init__(self, model: nn.Module, num_groups: int) -> None:
-        self._rows = Rows(num_groups)
-        self._collector = SequenceGradients(model, self._rows)
+        self._num_groups = num_groups
+        self._buffer: Tensor | None = None
+        self._collector = SequenceGradients(model)
         self._numbers: dict[int, int] = {}
         self._open = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def micro_batch(self, prompt_index: Int[Tensor, " B"]) -> Iterator[None]:
         """Around the forward and backward of a micro-batch with these groups."""
+        if not self._numbers:
+            self._rows = Rows(self._num_groups, out=self._buffer)
+            self._collector.consume(self._rows)
         numbers = [self._numbers.setdefault(index, len(self._numbers)) for index in prompt_index.tolist()]
         with self._open:
             self._open.enter_context(self._collector)
             self._open.enter_context(self._collector.batch(torch.tensor(numbers)))
             yield
 
-    def finish(self) -> Float[Tensor, "P D"]:
-        """The rows, in the order of `prompt_index`; may be called inside the last micro-batch, after its backward."""
+    def finish(self) -> tuple[Float[Tensor, "P D"], Int[Tensor, " P"]]:
+        """
+        The step's rows, until the next begins, and their groups; may be called inside the last micro-batch, after its
+        backward.
+        """
         self._open.close()
-        return self._rows.values[: len(self._numbers)]
+        prompt_index, self._numbers = torch.tensor(list(self._numbers)), {}
+        values = self._rows.values
+        # A CPU takes longer to get new memory than to fill it; that of a GPU is free again until the next step.
+        self._buffer = values if values.device.type == "cpu" else None
+        del self._rows
+        self._collector.consume()
+        return values[: len(prompt_index)], prompt_index
 
-    @property
-    def prompt_index(self) -> Int[Tensor, " P"]:
-        return torch.tensor(list(self._numbers))
+
+class MicroBatchNorms:
+    """
+    (T15): |A s_k|^2 of a step's A micro-batches, s_k what k adds to this process's gradient: its mean gradient.
+
+    Seen where a parameter's gradient enters its `.grad`, before processes are averaged: any model, any loss, any
+    engine; memory of the largest parameter. Local. One instance serves a run; training stays bit-identical.
+    """
+
+    def __init__(self, model: nn.Module, num_generations: int) -> None:
+        self._num_generations = num_generations
+        self._parameters = list(trainable_parameters(model).values())
+        self._sq_norms: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def micro_batch(self, prompt_index: Int[Tensor, " B"]) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch of whole groups."""
+        counts = prompt_index.unique(return_counts=True)[1]
+        if (counts != self._num_generations).any():
+            raise ValueError(
+                f"a micro-batch has {counts.tolist()} completions of its prompts: (T15) needs whole groups in each. "
+                "Set per_device_train_batch_size to a multiple of num_generations, or noise_scale_from='groups'"
+            )
+        sq_norm = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+
+        def add(gradient: Tensor) -> None:
+            # A sum of squares, not a BLAS product, whose float32 sums of 10^7 numbers are 3e-4 off
+            sq_norm.add_(gradient.detach().float().square().sum())
+
+        self._sq_norms.append(sq_norm)
+        with contextlib.ExitStack() as hooks:
+            for param in self._parameters:
+                hooks.callback(param.register_hook(add).remove)
+            yield
+
+    def finish(self) -> Float[Tensor, " A"]:
+        """The step's norms; may be called inside the last micro-batch, after its backward."""
+        sq_norms, self._sq_norms = torch.stack(self._sq_norms), []
+        return len(sq_norms) ** 2 * sq_norms
 
 
 def products_by_extra_pass(

@@ -209,8 +209,8 @@ _NOISE_SCALE = [
     Metric(name.format(*names), unit, f"{text}{where}", "groups")
     for names, where in ((("simple", ""), ""), (("adam", "adam_"), ", in AdamW's metric before the step (T16)"))
     for name, unit, text in (
-        ("noise_scale/{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14)"),
-        ("noise_scale/{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14)"),
+        ("noise_scale/{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14), (T15)"),
+        ("noise_scale/{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14), (T15)"),
         ("noise_scale/{0}", "prompts", "tr(Sigma) / |G|^2, both pooled over the steps so far"),
         ("noise_scale/{0}_lower", "prompts", "lower end of its 95 % interval (Fieller)"),
         ("noise_scale/{0}_upper", "prompts", "upper end; none where |G|^2 is consistent with 0"),

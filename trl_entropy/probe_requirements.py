@@ -17,6 +17,7 @@ ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
 ENTROPY_ATTRIBUTIONS = ("none", "sequence", "token")
 ENTROPY_BUDGETS = ("none", "report", "floor", "hold")
 ENTROPY_BUDGET_SOURCES = ("probe", "rollouts")
+NOISE_SCALE_SOURCES = ("groups", "micro_batches")
 TOKEN_CONTROLS = ("none", "clip_cov", "kl_cov", "random", "random_positive")
 TOKEN_CONTROL_SCOPES = ("optimizer_batch", "micro_batch")
 # Losses by token that clip each token's ratio, as the published loss of Clip-Cov does.
@@ -43,7 +44,11 @@ class ProbeRequirements(GRPOConfig):
             self._check_entropy_probe()
         if self.noise_scale_probe:
             self.check_noise_scale_probe()
-            if self.noise_scale_halves:
+            if self.noise_scale_from not in NOISE_SCALE_SOURCES:
+                raise ValueError(f"noise_scale_from is {self.noise_scale_from!r}; use one of {NOISE_SCALE_SOURCES}.")
+            if self.noise_scale_from == "micro_batches":
+                self.check_noise_scale_micro_batches(self.noise_scale_halves)
+            elif self.noise_scale_halves:
                 self.check_noise_scale_halves()
         if self.fisher_probe:
             self.check_fisher_probe(self.fisher_num_sequences)
@@ -226,6 +231,29 @@ class ProbeRequirements(GRPOConfig):
         needs = "noise_scale_probe needs a gradient that is a sum over prompt groups, each seen once"
         self._check_settings(remedies, needs, "turn the probe off")
         self._check_groups_of_a_step("noise_scale_probe", "turn the probe off")
+
+    def check_noise_scale_micro_batches(self, halves: bool) -> None:
+        """Raises `ValueError` unless a step has two micro-batches or more, each of whole groups: (T15)."""
+        size, group, world = self.per_device_train_batch_size, self.num_generations, self.world_size
+        groups_of_process = size * self.gradient_accumulation_steps // group
+        per_process = 2 if world == 1 else 1
+        if size % group or world * self.gradient_accumulation_steps < 2:
+            fitting = [n for n in range(1, groups_of_process + 1) if groups_of_process % n == 0]
+            n = max([n for n in fitting if groups_of_process // n >= per_process and n * group <= size] or [1])
+            raise ValueError(
+                "noise_scale_from='micro_batches' needs two micro-batches a step, each of whole prompt groups: a step "
+                f"has {world} process(es) x {self.gradient_accumulation_steps} micro-batch(es) of {size} completions "
+                f"in groups of num_generations={group}. Try per_device_train_batch_size={n * group} with "
+                f"gradient_accumulation_steps={max(per_process, groups_of_process // n)}, or "
+                "noise_scale_from='groups'."
+            )
+        remedies = {
+            "noise_scale_halves=False": not halves,
+            "resample_uninformative_groups=False": not self.resample_uninformative_groups,
+            "fp16=False": not self.fp16,
+        }
+        needs = "noise_scale_from='micro_batches' knows norms of unscaled gradients of the same number of groups alone"
+        self._check_settings(remedies, needs, "noise_scale_from='groups'")
 
     def check_noise_scale_halves(self) -> None:
         """Raises `ValueError` unless the halves of a group can have advantages of their own: (T14), last line."""

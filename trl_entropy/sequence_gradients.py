@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +58,7 @@ class SequenceGradients:
     """
 
     def __init__(self, model: nn.Module, *consumers: Consumer, weight_gradients: bool = True) -> None:
-        self.model, self.consumers, self.weight_gradients = model, consumers, weight_gradients
+        self.model, self.weight_gradients = model, weight_gradients
         parameters = trainable_parameters(model)
         self.shapes = {name: parameter_shape(param) for name, param in parameters.items()}
         self._layers = known_layers(model, parameters)
@@ -66,6 +67,11 @@ class SequenceGradients:
         self._batch: _Batch | None = None
         self._undo = contextlib.ExitStack()
         self._device = next(iter(parameters.values())).device
+        self.consume(*consumers)
+
+    def consume(self, *consumers: Consumer) -> None:
+        """Hand gradients to these from now on, in place of those before; between two batches."""
+        self.consumers = consumers
         for consumer in consumers:
             consumer.bind(self.shapes, self._device)
 
@@ -158,7 +164,7 @@ class SequenceGradients:
             return
         (inputs,) = kept.saved_tensors
         num_sequences = batch.grouping.num_sequences
-        if {len(inputs), len(grads)} != {num_sequences}:
+        if not inputs.shape[0] == grads.shape[0] == num_sequences:
             raise ValueError(
                 f"layer {layer.name!r} has inputs of shape {tuple(inputs.shape)} and outputs of {tuple(grads.shape)}, "
                 f"but the batch has {num_sequences} sequences: their first dimension must be the sequences"
@@ -196,10 +202,16 @@ class _Keep(torch.autograd.Function):
         return anchor.clone()
 
 
-@contextlib.contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def _exact(device: torch.device) -> AbstractContextManager[object]:
     """No graph under `create_graph=True`, no bf16 where backward is called under autocast."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    if torch.is_autocast_enabled(device.type):
+        return _without_graph_and_autocast(device.type)
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_graph_and_autocast(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
         yield
 
 

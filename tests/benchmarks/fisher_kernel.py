@@ -59,9 +59,11 @@ class Kernels(Ways):
             self._manager = HookManager(self.model, config=config)
             self._manager.remove()
 
-    def functions(self) -> dict[str, Callable[[], Tensor | None]]:
+    def functions(self, ways: list[str] | None) -> dict[str, Callable[[], Tensor | None]]:
+        """`plain` and those of these `ways`, or all."""
         names = ["plain", "kernel", "probe", "kernel_loop", "kernel_vmap"] + ["dattri"] * (HookManager is not None)
-        return {name.removeprefix("kernel_"): getattr(self, name) for name in names}
+        functions = {name.removeprefix("kernel_"): getattr(self, name) for name in names}
+        return {name: f for name, f in functions.items() if ways is None or name in ("plain", *ways)}
 
     def kernel(self) -> Tensor:
         gram = Gram(len(self.ids), self.metric)
@@ -97,9 +99,8 @@ class Kernels(Ways):
         return blockwise_gram(self.buffer, self.buffer)
 
 
-def check(kernels: Kernels) -> None:
-    """All ways agree to 1e-4 of sqrt(K_ii K_jj)."""
-    functions = kernels.functions()
+def check(kernels: Kernels, functions: dict[str, Callable[[], Tensor | None]]) -> None:
+    """All agree with the loop to 1e-4 of sqrt(K_ii K_jj)."""
     expected = kernels.kernel_loop()
     for name in functions.keys() - {"plain", "dattri", "loop"}:
         assert_close(functions[name](), expected, name)
@@ -123,8 +124,7 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def measure(kernels: Kernels, rounds: int, ways: list[str] | None) -> None:
-    functions = {name: f for name, f in kernels.functions().items() if ways is None or name in ["plain", *ways]}
+def measure(functions: dict[str, Callable[[], Tensor | None]], rounds: int) -> None:
     memory = {name: peak_memory(function) for name, function in functions.items()}  # warms up too
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
@@ -151,13 +151,14 @@ def main() -> None:
     for hidden in options.hidden:
         for number in options.num_sequences:
             kernels = Kernels(hidden, number)
-            check(kernels)
+            functions = kernels.functions(options.ways)
+            check(kernels, functions)
             rows = kernels.buffer.nbytes / 2**20
             print(
                 f"hidden {hidden}, N = {number}: {kernels.buffer.shape[1]} trainable numbers, {rows:.0f} MiB of rows; "
                 f"{options.rounds} rounds; {torch.get_num_threads()} thread(s)"
             )
-            measure(kernels, options.rounds, options.ways)
+            measure(functions, options.rounds)
 
 
 if __name__ == "__main__":

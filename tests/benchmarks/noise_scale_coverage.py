@@ -9,13 +9,14 @@ Group gradients are a fixed direction plus isotropic Gaussian noise in 64 dimens
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from trl_entropy.estimators.noise_scale import NoiseScaleRecord, jackknifed_parts, unbiased_parts
+from trl_entropy.estimators.noise_scale import NoiseScaleRecord, jackknifed_parts, micro_batch_parts, unbiased_parts
 from trl_entropy.estimators.pooled import StepParts
 
 DIMENSIONS = 64
@@ -23,18 +24,33 @@ PLANTED = (0.1, 1.0, 10.0, 100.0, 1000.0, math.inf)
 MICRO_BATCH = 4
 
 
-def micro_batch_parts(rows: Tensor) -> StepParts:
-    """(T15): from mean gradients of micro-batches of whole groups alone, jackknifed over micro-batches."""
-    small = rows.unflatten(0, (-1, MICRO_BATCH)).mean(1)
-    parts = jackknifed_parts(small.square().sum(1), small @ small.mean(0))
-    in_prompts = torch.tensor([1.0, MICRO_BATCH], dtype=torch.float64)
-    return parts._replace(values=parts.values * in_prompts, covariance=parts.covariance * in_prompts.outer(in_prompts))
+def from_groups(parts_of: Callable[[Tensor], StepParts], steps: list[Tensor]) -> NoiseScaleRecord:
+    """(T14) of every step, its error from the step itself."""
+    return functools.reduce(lambda record, rows: record.update(parts_of(rows)), steps, NoiseScaleRecord.empty())
 
 
-ERRORS: dict[str, Callable[[Tensor], StepParts]] = {
-    "jackknife": lambda rows: jackknifed_parts(rows.square().sum(1), rows @ rows.mean(0)),
-    "with pairs": lambda rows: unbiased_parts(rows @ rows.T),
-    f"micro-batches of {MICRO_BATCH}": micro_batch_parts,
+def from_micro_batches(steps: list[Tensor]) -> NoiseScaleRecord:
+    """(T15): from norms of micro-batches of whole groups alone, errors from the scatter over steps."""
+    record, parts = NoiseScaleRecord.empty(), None
+    for rows in steps:
+        sq_norms = rows.unflatten(0, (-1, MICRO_BATCH)).mean(1).square().sum(1)
+        parts, pooled = micro_batch_parts(sq_norms, float(rows.mean(0).square().sum()), len(rows), parts)
+        record = record.merge(NoiseScaleRecord(pooled))
+    return record
+
+
+def jackknife(rows: Tensor) -> StepParts:
+    return jackknifed_parts(rows.square().sum(1), rows @ rows.mean(0))
+
+
+def with_pairs(rows: Tensor) -> StepParts:
+    return unbiased_parts(rows @ rows.T)
+
+
+WAYS: dict[str, Callable[[list[Tensor]], NoiseScaleRecord]] = {
+    "jackknife": functools.partial(from_groups, jackknife),
+    "with pairs": functools.partial(from_groups, with_pairs),
+    f"micro-batches of {MICRO_BATCH}": from_micro_batches,
 }
 
 
@@ -48,14 +64,12 @@ def group_gradients(noise_scale: float, num_prompts: int, generator: torch.Gener
     return rows
 
 
-def coverage(noise_scale: float, error: str, options: argparse.Namespace) -> tuple[float, float]:
+def coverage(noise_scale: float, way: str, options: argparse.Namespace) -> tuple[float, float]:
     """Share of intervals that hold the planted noise scale, and of those without an upper end."""
     generator, covered, unbounded = torch.Generator().manual_seed(options.seed), 0, 0
     for _ in range(options.repeats):
-        record = NoiseScaleRecord.empty()
-        for _ in range(options.steps):
-            record = record.update(ERRORS[error](group_gradients(noise_scale, options.prompts, generator)))
-        low, high = record.interval()
+        steps = [group_gradients(noise_scale, options.prompts, generator) for _ in range(options.steps)]
+        low, high = WAYS[way](steps).interval()
         covered += low <= noise_scale <= high
         unbounded += math.isinf(high)
     return covered / options.repeats, unbounded / options.repeats
@@ -66,10 +80,10 @@ def main() -> None:
     for name, default in (("repeats", 300), ("prompts", 16), ("steps", 8), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    for error in ERRORS:
+    for way in WAYS:
         for planted in PLANTED:
-            covered, unbounded = coverage(planted, error, options)
-            print(f"{error:<18} noise scale {planted:>6}: covered {covered:.3f}, unbounded above {unbounded:.3f}")
+            covered, unbounded = coverage(planted, way, options)
+            print(f"{way:<18} noise scale {planted:>6}: covered {covered:.3f}, unbounded above {unbounded:.3f}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@ Cost of a training step as a ratio, paired and interleaved in one process.
 
     python tests/benchmarks/step_time.py trl      # DrGRPOTrainer, toggles off / TRL's GRPOTrainer
     python tests/benchmarks/step_time.py probe    # entropy probe on every step, |E| = |U| / 4 / probe off
-    python tests/benchmarks/step_time.py noise_scale --hidden 128 512    # noise scale probe on every step / off: LoRA
-                                                  # of rank 16 on 8 layers of Qwen2, 8 prompts x 4, float32
+    python tests/benchmarks/step_time.py noise_scale --hidden 128 512    # steps with noise scale probe / without:
+                                                  # LoRA of rank 16 on 8 layers of Qwen2, 8 prompts x 4, float32
 
-Both sides train on the quickstart's settings with learning rate 0 and are given the same random state at every step,
-so they draw the same completions and do the same work. They take turns every few steps, so a change of the machine's
-speed hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over rounds. Times
-are the clock's, and for `noise_scale` also the CPU seconds of the process, which a busy machine stretches less.
+For `noise_scale` both sides are steps of one run, off, on, on, off: a round, whose sample is the ratio of their sums.
+Else both sides train on the quickstart's settings with learning rate 0 and are given the same random state at every
+step, so they draw the same completions and do the same work. They take turns every few steps, so a change of the
+machine's speed hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over
+rounds. Times are the clock's, and for `noise_scale` also the CPU seconds of the process, which a busy machine
+stretches less.
 """
 
 from __future__ import annotations
@@ -112,19 +114,16 @@ def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[s
     """Median seconds of a step of both sides, by round; they take turns and swap who is first.
 
     Returns:
-        `"whole"`, `"cpu"`, and for each logged time of the first side in `subtract` the whole without it.
+        `"whole"`, and for each logged time of the first side in `subtract` the whole without it.
     """
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ("cpu", "whole", *subtract)}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ("whole", *subtract)}
     for number in range(rounds):
         order = [first, second] if number % 2 == 0 else [second, first]
         for trainer, watch in order:
             watch.start_turn()
             trainer.args.seed = number
             trainer.train()
-        results["cpu"].append((statistics.median(first[1].cpu_seconds), statistics.median(second[1].cpu_seconds)))
         for name, rows in results.items():
-            if name == "cpu":
-                continue
             rows.append((first[1].median(*([] if name == "whole" else [name])), second[1].median()))
     return results
 
@@ -153,25 +152,25 @@ def odd_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 
 
 def noise_scale(hidden: int, options: argparse.Namespace) -> None:
-    """Completions of a random model run to their full 32 tokens, so that both sides do the most that a step can."""
-    sizes = {"per_device_train_batch_size": 32, "num_generations": 4}
+    """Completions of a random model run to their full 32 tokens, so that every step does the most that it can."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = [
-            build(
-                DrGRPOTrainer, DrGRPOConfig, Path(folder) / str(on), options.steps,
-                model=build_model(hidden), reward=odd_tokens, noise_scale_probe=on, **sizes,
-            )
-            for on in (True, False)
-        ]  # fmt: skip
-        results = paired(*sides, options.rounds)
-    for clock, name in (("cpu", "CPU"), ("whole", "wall")):
-        report(f"hidden {hidden}, noise scale probe on / off, {name}", results[clock], "|U| = 32, 8 prompts")
+        trainer, watch = build(
+            DrGRPOTrainer, DrGRPOConfig, Path(folder), 4 * options.rounds, build_model(hidden), odd_tokens,
+            noise_scale_probe=True, per_device_train_batch_size=32, num_generations=4,
+        )  # fmt: skip
+        (probe,) = trainer.named_probes().values()
+        probe.wants = lambda step: step % 4 in (3, 0)  # from the second step on: off, on, on, off
+        trainer.train()
+    for clock, name in ((watch.cpu_seconds, "CPU"), (watch.seconds, "wall")):
+        blocks = [clock[start : start + 4] for start in range(0, len(clock), 4)]
+        results = [((on + on_again) / 2, (off + off_again) / 2) for off, on, on_again, off_again in blocks]
+        report(f"hidden {hidden}, noise scale probe on / off, {name}", results, "|U| = 32, 8 prompts")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["trl", "probe", "noise_scale"])
-    parser.add_argument("--rounds", type=int, default=16, help="turns of each side, the first not counted")
+    parser.add_argument("--rounds", type=int, default=16, help="the first is not counted")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn, after one that is not counted")
     parser.add_argument("--prompts", type=int, default=32, help="|E| for `probe`")
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 512], help="for `noise_scale`")

@@ -35,6 +35,14 @@ RUNS = [
         "token_control_quantiles": True,
         "token_control_fraction": 0.2,
     },
+    # One group each, so that one process has the same micro-batches.
+    {
+        "name": "micro-batches",
+        "lora": True,
+        "noise_scale_probe": True,
+        "noise_scale_from": "micro_batches",
+        "per_device_train_batch_size": 4,
+    },
     SPARSE | {"name": "resampling", "noise_scale_probe": True, "noise_scale_halves": True, "max_resample_rounds": 1},
     SPARSE | {"name": "resampling, rollouts", "entropy_probe_source": "rollouts", "curriculum": "pass_rate"},
 ]

@@ -102,7 +102,7 @@ def test_noise_parts_of_accepted_groups_are_unbiased(batches, metric):
 
     def parts(rows):
         y = padded(LAW.y[rows], num_prompts)
-        products = group_products(y, y.mean(0), metric)
+        products = group_products(y, y.mean(0), [metric])[0]
         accepted = torch.arange(num_prompts) < len(rows)
         return jackknifed_parts(*accepted_products(products, accepted)).values
 
@@ -118,7 +118,7 @@ def test_with_the_kept_groups_left_in_it_is_biased():
 
     def parts(rows):
         y = padded(LAW.y[list(rows)], num_prompts)
-        return jackknifed_parts(*group_products(y, y.mean(0))).values
+        return jackknifed_parts(*group_products(y, y.mean(0))[0]).values
 
     mean = sum(p * parts(rows) for rows, p in taken.items())
     filled = sum(p * len(rows) for rows, p in taken.items()) / num_prompts

@@ -16,6 +16,7 @@ from trl_entropy.estimators.noise_scale import (
     group_products,
     half_advantages,
     jackknifed_parts,
+    micro_batch_parts,
     noise_parts,
     noise_parts_two_sizes,
     relative_product_error,
@@ -66,6 +67,41 @@ def test_two_batch_sizes_are_unbiased():
         parts = noise_parts_two_sizes(small, float(rows.mean(0).square().sum()), 2, 4)
         mean += groups.probability[list(batch)].prod() * torch.tensor(parts, dtype=torch.float64)
     assert mean.tolist() == pytest.approx(groups.exact_parts(), rel=1e-9)
+
+
+def test_micro_batches_pool_what_loops_give():
+    """(T15): the parts by (T14) of micro-batches' mean rows, b times its trace; the error from changes over steps."""
+    steps = [random_rows(12, seed=seed).view(4, 3, 5).mean(1) for seed in range(4)]
+    expected = [parts_of(small) * torch.tensor([1.0, 3.0]) for small in steps]
+    pool, parts = NoiseScaleRecord.empty().parts, None
+    for small, wanted in zip(steps, expected, strict=True):
+        parts, pooled = micro_batch_parts(small.square().sum(1), float(small.mean(0).square().sum()), 12, parts)
+        assert parts == pytest.approx(wanted.tolist())
+        pool = pool.merge(pooled)
+    changes = [after - before for before, after in itertools.pairwise(expected)]
+    covariance = sum(torch.outer(change, change) / 2 for change in changes)
+    assert torch.allclose(pool.covariance, covariance) and torch.allclose(pool.values, sum(expected[1:]))
+    assert (pool.num_steps, pool.num_samples, pool.dof) == (3, 36, pytest.approx(2))
+    for norms, previous in ((torch.ones(4), None), (torch.ones(1), parts), (torch.full((4,), torch.nan), parts)):
+        assert micro_batch_parts(norms, 0.5, 12, previous)[1].num_steps == 0
+
+
+@pytest.mark.parametrize("planted", [1.0, 30.0, math.inf])
+def test_scatter_over_steps_covers_planted_noise_scales(planted):
+    """(T15), 20 steps of 8 micro-batches of 4 prompts, 200 times."""
+    generator, covered = torch.Generator().manual_seed(0), 0
+    signal, noise = (0.0, 1.0) if math.isinf(planted) else (1.0, planted)
+    for _ in range(200):
+        record, parts = NoiseScaleRecord.empty(), None
+        for _ in range(20):
+            rows = torch.randn(8, 64, generator=generator, dtype=torch.float64) * (noise / 64 / 4) ** 0.5
+            rows[:, 0] += signal
+            norms, batch_sq_norm = rows.square().sum(1), float(rows.mean(0).square().sum())
+            parts, pooled = micro_batch_parts(norms, batch_sq_norm, 32, parts)
+            record = record.merge(NoiseScaleRecord(pooled))
+        low, high = record.interval()
+        covered += low <= planted <= high
+    assert covered / 200 > 0.9
 
 
 def test_formulas_of_theory_against_loops():
@@ -333,13 +369,15 @@ def test_products_of_rows_are_those_of_loops(columns, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     rows, metric = torch.randn(3, 50, generator=generator), torch.rand(50, generator=generator)
     g = rows.mean(0)
-    for m in (None, metric):
-        products = group_products(rows, g, m)
+    metrics = (None, metric)
+    for m, products in zip(metrics, group_products(rows, g, metrics), strict=True):
         weights = torch.ones(50) if m is None else m
         for n in range(3):
             assert products.sq_norms[n] == pytest.approx(
                 sum(float(w * y) * float(y) for w, y in zip(weights, rows[n], strict=True)), rel=1e-5
             )
             assert products.dot_batch[n] == pytest.approx(float((weights * rows[n]) @ g), rel=1e-4, abs=1e-5)
-    assert relative_product_error(group_products(rows, g), float(g.square().sum())) < 1e-5
-    assert relative_product_error(group_products(2 * rows, g), float(g.square().sum())) == pytest.approx(1, rel=1e-5)
+    assert relative_product_error(group_products(rows, g)[0], float(g.square().sum())) < 1e-5
+    assert relative_product_error(group_products(2 * rows, g)[0], float(g.square().sum())) == pytest.approx(
+        1, rel=1e-5
+    )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
 from trl_entropy.estimators.noise_scale import NoiseScaleRecord, jackknifed_parts, noise_parts
+from trl_entropy.group_shares import MicroBatchNorms
 from trl_entropy.metrics import METRICS
 from trl_entropy.precision import float64_reference
 from trl_entropy.probes import PROBES, NoiseScaleProbe
@@ -19,6 +20,7 @@ from trl_entropy.run_log import RunDirectory
 
 PROBE = {"noise_scale_probe": True, "probe_batch_size": 16}
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+MICRO = {"noise_scale_from": "micro_batches"}
 RAW = ("grad_sq_norm", "grad_variance_trace")
 
 
@@ -28,7 +30,8 @@ class Keep(NoiseScaleProbe):
     def on_before_update(self, args, state, control, *, update, engine, rollouts, **kwargs):
         super().on_before_update(args, state, control, update=update, engine=engine, rollouts=rollouts, **kwargs)
         names = list(trainable_parameters(engine.module))
-        self.rollouts, self.step, self.by_extra_pass = rollouts, update.optimizer_step, self._by_extra_pass
+        self.rollouts, self.step = rollouts, update.optimizer_step
+        self.by_extra_pass = getattr(self, "_by_extra_pass", None)
         self.params = {name: update.params_before[name].clone() for name in names}
         self.gradient, self.exp_avg_sq = (
             torch.cat([values[name].flatten() for name in names]).double()
@@ -41,7 +44,8 @@ def trained(make_trainer, monkeypatch):
     """trained(**settings): 2 steps on completions of 1 to 12 random tokens; what the probe saw last, all metrics."""
 
     def train(lora=False, **settings):
-        keep = Keep(batch_size=settings.pop("probe_batch_size", 16), halves=settings.pop("halves", False))
+        own = {name: settings.pop(name) for name in ("halves", "source") if name in settings}
+        keep = Keep(batch_size=settings.pop("probe_batch_size", 16), **own)
         draw = random.Random(0)
         trainer = make_trainer(callbacks=[keep], peft_config=LORA if lora else None, **settings)
 
@@ -149,6 +153,38 @@ def test_halves_split_the_noise_as_float64_loops_do(trained, lora):
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 8},
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8, "max_grad_norm": 0.01},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_micro_batches_norms_are_those_of_float64_loops(trained, settings):
+    """(T15) of a trained head too, without an extra pass; one group a micro-batch is (T14)."""
+    keep, trainer, run = trained(source="micro_batches", max_steps=4, **settings)
+    rows, row, num = rows_float64(trainer.model, keep), run.metrics()[-1], settings["gradient_accumulation_steps"]
+    # Groups follow one another in a step's micro-batches
+    order = keep.rollouts.prompt_index.unique_consecutive()
+    small = rows[order.argsort().argsort()].view(num, -1, rows.shape[1]).mean(1)
+    batch_sq_norm, norm = float(rows.mean(0).square().sum()), float(small.square().sum(1).mean())
+    b = len(rows) // num
+    wanted = (len(rows) * batch_sq_norm - b * norm) / (len(rows) - b), (norm - batch_sq_norm) / (1 / b - 1 / len(rows))
+    assert [row[f"noise_scale/{name}"] for name in RAW] == pytest.approx(wanted, rel=1e-4, abs=1e-4 * norm)
+    assert row["noise_scale/num_prompts"] == len(rows) and "noise_scale/gradient_error" not in row
+    file = load_file(run.path / "probes" / "noise_scale" / "step_000004.safetensors")
+    assert torch.allclose(file["micro_batch_sq_norms"], small.square().sum(1), rtol=1e-4)
+    parts = torch.tensor([[r[f"noise_scale/{name}"] for name in RAW] for r in run.metrics()], dtype=torch.float64)
+    signal, noise = parts[1:].sum(0)
+    assert row["noise_scale/simple"] == pytest.approx(float(noise / signal), rel=1e-6)
+    assert "noise_scale/simple" not in run.metrics()[0] and "noise_scale/simple_lower" in run.metrics()[1]
+    resumed = NoiseScaleProbe(source="micro_batches")
+    resumed.load_state_dict(keep.state_dict())
+    assert str(resumed.state_dict()) == str(keep.state_dict()) and resumed._previous is not None
+
+
 def test_pool_is_that_of_the_files(trained):
     _, _, run = trained(lora=True, max_steps=4, gradient_accumulation_steps=2)
     record = NoiseScaleRecord.empty()
@@ -233,8 +269,9 @@ def test_a_large_adapter_takes_the_extra_pass_with_the_same_numbers(trained, mon
     keep, _, run = trained(lora=True)
     assert keep.by_extra_pass
     for one, other in zip(from_training, run.metrics(), strict=True):
+        rounding = 1e-5 * one["noise_scale/grad_variance_trace"]  # |G|^2 is a difference of numbers of that size
         for name in RAW:
-            assert other[f"noise_scale/{name}"] == pytest.approx(one[f"noise_scale/{name}"], rel=1e-4)
+            assert other[f"noise_scale/{name}"] == pytest.approx(one[f"noise_scale/{name}"], rel=1e-4, abs=rounding)
 
 
 def test_without_adam_there_is_no_metric(make_trainer):
@@ -251,6 +288,8 @@ def test_without_adam_there_is_no_metric(make_trainer):
         {"lora": True, "disable_dropout": False, "noise_scale_halves": True},
         {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
         {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_from": "micro_batches"},
+        {"lora": True, "gradient_accumulation_steps": 4, "noise_scale_from": "micro_batches"},
     ],
     ids=str,
 )
@@ -259,8 +298,9 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
     lora, every = settings.pop("lora", False), settings.pop("noise_scale_probe_every", 1)
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM") if lora else None
     runs = []
-    halves = settings.pop("noise_scale_halves", False)
-    for probes in ({}, PROBE | {"noise_scale_probe_every": every, "noise_scale_halves": halves}):
+    own = {name: settings.pop(name) for name in ("noise_scale_halves", "noise_scale_from") if name in settings}
+    micro_batches = "noise_scale_from" in own
+    for probes in ({}, PROBE | {"noise_scale_probe_every": every} | own):
         trainer = make_trainer(peft_config=config, max_steps=3, **probes, **settings)
         trainer.train()
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
@@ -270,8 +310,8 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
     assert torch.equal(off, on)
     for step, (off_row, on_row) in enumerate(zip(off_rows, on_rows, strict=True), start=1):
         assert off_row.items() <= on_row.items()
-        assert ("noise_scale/simple" in on_row) == (step % every == 0)
-        if step % every == 0:  # training's own backward, dropout and all; the extra pass is without
+        assert ("noise_scale/simple" in on_row) == (step % every == 0 and step > micro_batches)
+        if step % every == 0 and not micro_batches:  # training's own backward, with its dropout; not the extra pass
             assert on_row["noise_scale/gradient_error"] < 5e-5
 
 
@@ -293,6 +333,14 @@ def config(tmp_path, **settings):
         ({"noise_scale_probe_every": 0}, "use 1 or more steps"),
         ({"noise_scale_halves": True, "length_normalizer": "group_max"}, "length_normalizer='max_completion_length'"),
         ({"noise_scale_halves": True, "num_generations": 2}, "num_generations=4"),
+        ({"noise_scale_from": "halves"}, "'micro_batches'"),
+        (MICRO | {"per_device_train_batch_size": 32}, "batch_size=16 with gradient_accumulation_steps=2"),
+        (
+            MICRO | {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4},
+            "per_device_train_batch_size=4 with gradient_accumulation_steps=6",
+        ),
+        (MICRO | {"gradient_accumulation_steps": 2, "noise_scale_halves": True}, "noise_scale_halves=False"),
+        (MICRO | {"gradient_accumulation_steps": 2, "resample_uninformative_groups": True}, "resample_unin"),
     ],
     ids=str,
 )
@@ -300,6 +348,13 @@ def test_refused_settings_say_what_to_change(tmp_path, settings, remedy):
     with pytest.raises(ValueError, match="noise_scale_") as error:
         config(tmp_path, **settings)
     assert remedy in str(error.value)
+
+
+def test_a_group_split_over_micro_batches_is_refused(make_trainer):
+    norms = MicroBatchNorms(make_trainer().model, num_generations=4)
+    micro_batch = norms.micro_batch(torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"has \[2, 2\] completions of its prompts: \(T15\) needs whole"), micro_batch:
+        pass
 
 
 def test_what_the_equation_allows_is_not_refused(tmp_path):

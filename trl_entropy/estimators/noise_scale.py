@@ -10,6 +10,7 @@ on other numbers. With this step's own gradient in M, M depends on the sample an
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from trl_entropy.estimators.u_statistic import (
     u_statistic_variance,
 )
 
-_BLOCK = 2**13  # columns of rows that are summed in their own dtype
+_BLOCK = 2**14  # columns of rows that are summed in their own dtype
 
 
 class NoiseParts(NamedTuple):
@@ -48,20 +49,24 @@ class GroupProducts(NamedTuple):
 
 
 def group_products(
-    rows: Float[Tensor, "P D"], batch_gradient: Float[Tensor, "D"], preconditioner: Float[Tensor, "D"] | None = None
-) -> GroupProducts:
-    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n; M = 1 by default. Cost O(P D).
+    rows: Float[Tensor, "P D"],
+    batch_gradient: Float[Tensor, "D"],
+    preconditioners: Sequence[Float[Tensor, "D"] | None] = (None,),
+) -> list[GroupProducts]:
+    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n by each diagonal M, None for 1. Cost O(P D), rows are read once.
 
     Blocks of columns in the rows' dtype, their sums in float64: within 1e-6 of float64 for float32 rows.
     """
-    products = rows.new_zeros(2, len(rows), dtype=torch.float64)
+    products = [GroupProducts(*rows.new_zeros(2, len(rows), dtype=torch.float64)) for _ in preconditioners]
     for start in range(0, rows.shape[1], _BLOCK):
         block = slice(start, start + _BLOCK)
         part, gradient = rows[:, block], batch_gradient[block].to(rows.dtype)
-        weighted = part if preconditioner is None else part * preconditioner[block].to(rows.dtype)
-        products[0] += torch.linalg.vecdot(weighted, part).double()
-        products[1] += (weighted @ gradient).double()
-    return GroupProducts(*products)
+        squares = part.square()
+        for (sq_norms, dot_batch), metric in zip(products, preconditioners, strict=True):
+            weights = None if metric is None else metric[block].to(rows.dtype)
+            sq_norms += squares.sum(1) if weights is None else squares @ weights
+            dot_batch += part @ (gradient if weights is None else weights * gradient)
+    return products
 
 
 def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> GroupProducts:
@@ -106,6 +111,29 @@ def noise_parts_two_sizes(
     difference = torch.tensor(big_size - small_size, dtype=torch.float64)
     grad_sq_norm = (big_size * big_sq_norm - small_size * small_sq_norm) / difference
     return NoiseParts(float(grad_sq_norm), float(big_size * small_size * (small_sq_norm - big_sq_norm) / difference))
+
+
+def micro_batch_parts(
+    sq_norms: Float[Tensor, "K"], batch_sq_norm: float, num_prompts: int, previous: NoiseParts | None = None
+) -> tuple[NoiseParts, PooledParts]:
+    """(T15): a step's parts from its K micro-batches of whole groups, and what the step adds to the pool.
+
+    Norms alone give no error within a step, so that it comes from the scatter over steps: half the outer product of
+    the change since the `previous` step's parts, with 2/3 degrees of freedom, as neighbouring changes share a step.
+    Conservative while the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
+
+    Args:
+        sq_norms: of the K micro-batches' mean gradients.
+        batch_sq_norm: |g|^2 of the mean of these.
+        num_prompts: P of the step, all micro-batches of the same size.
+        previous: the parts of the step before.
+    """
+    parts = noise_parts_two_sizes(sq_norms, batch_sq_norm, num_prompts // len(sq_norms), num_prompts)
+    if previous is None or not all(map(math.isfinite, (*parts, *previous))):
+        return parts, PooledParts.empty(2)
+    values = torch.tensor(parts, dtype=torch.float64)
+    change = values - torch.tensor(previous, dtype=torch.float64)
+    return parts, PooledParts(values, change.outer(change) / 2, 1, num_prompts, 2 / 3)
 
 
 def jackknifed_parts(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Numbers written out at a time, at least one row: 64 MiB in float32.
 CHUNK_NUMEL = 2**24
+# From here on an outer product is faster with the longer side last, by half on a CPU, though it must be transposed.
+_MANY_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,11 @@ class Grouping:
 
     def by_row(self, inputs: Tensor, grads: Float[Tensor, "B *T d"]) -> tuple[Tensor, Float[Tensor, "R T d"]]:
         """Token ids (B, *T) or features (B, *T, d), and gradients, as rows with one axis of tokens."""
-        has_features = inputs.is_floating_point()
-        inputs = inputs.reshape(len(inputs), -1, *inputs.shape[-1:] * has_features)
-        grads = grads.reshape(len(grads), -1, grads.shape[-1])
+        num_rows = len(self.numbers) if self.members is None else self.num_sequences
+        inputs = inputs.reshape(num_rows, -1, *inputs.shape[-1:] * inputs.is_floating_point())
+        grads = grads.reshape(num_rows, -1, grads.shape[-1])
         if self.members is None or self.is_member is None:
-            rows = len(self.numbers)
-            return inputs.reshape(rows, -1, *inputs.shape[2:]), grads.reshape(rows, -1, grads.shape[-1])
+            return inputs, grads
         members, is_member = self.members.to(grads.device), self.is_member.to(grads.device)
         grads = grads[members].where(is_member[:, :, None, None], 0.0)
         return inputs[members].flatten(1, 2), grads.flatten(1, 2)
@@ -133,7 +134,10 @@ class OuterProducts(RowGradients):
         return self.grads.shape[1] * sum(self.shape) > self.shape.numel()
 
     def dense(self, rows: slice) -> Float[Tensor, "R *shape"]:
-        return torch.bmm(self.grads[rows].mT, self.inputs[rows])
+        inputs, grads = self.inputs[rows], self.grads[rows]
+        if self.shape[0] > self.shape[1] and grads.shape[1] >= _MANY_TOKENS:
+            return torch.bmm(inputs.mT, grads).mT
+        return torch.bmm(grads.mT, inputs)
 
     def squared_norms(self, metric: Float[Tensor, "*shape"] | None = None) -> Float[Tensor, " R"]:
         if metric is not None or self.is_larger_than_whole or "whole" in vars(self):

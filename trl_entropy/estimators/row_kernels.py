@@ -66,8 +66,8 @@ class Gram(Consumer):
         if self._rows is not None:
             self._rows.add(name, gradients, rows)
             return
-        scaled = gradients.whole * self._scale[name].to(gradients.whole.dtype)
-        self._gram += blockwise_gram(scaled.flatten(1), scaled.flatten(1))
+        scaled = (gradients.whole * self._scale[name].to(gradients.whole.dtype)).flatten(1)
+        self._gram += blockwise_gram(scaled, scaled)
 
     @property
     def values(self) -> Float[Tensor, "N N"]:

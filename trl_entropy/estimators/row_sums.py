@@ -139,15 +139,19 @@ class Rows(Consumer):
             raise ValueError(f"out has shape {tuple(self.out.shape)} for {self.num_rows} rows of {end} numbers")
         new = self.out is None
         self.values = torch.zeros(self.num_rows, end, dtype=self.dtype, device=device) if new else self.out
+        self._blocks = {name: self.values[:, self.columns[name]].unflatten(1, shape) for name, shape in shapes.items()}
 
     def begin(self, rows: Int[Tensor, " R"]) -> None:
         _check_numbers(rows, self.num_rows)
-        self._is_sum = bool(self._written[rows].any())
+        written = self._written[rows]
+        self._is_sum = bool(written.any())
+        if self._is_sum and self.out is not None:
+            self.values[rows[~written].to(self.values.device)] = 0
         self._is_range = bool((rows.diff() == 1).all())
         self._written[rows] = True
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        block = self.values[:, self.columns[name]].unflatten(1, gradients.shape)
+        block = self._blocks[name]
         for part, grads in gradients.chunks():
             scaled = grads if self.scale is None else grads * self.scale[name].to(grads.dtype)
             self._write(block, rows[part], scaled)

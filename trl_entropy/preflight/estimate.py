@@ -198,6 +198,8 @@ def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
 def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
     """Gradient, second moment, metric; a row a prompt group, or by an extra pass M g; a float32 graph for such."""
     args, shape = plan.args, shape_of(plan)
+    if args.noise_scale_from == "micro_batches":
+        return {}
     rows = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations) * copy
     from_training = plan.has_adapter and rows <= MAX_ROWS_BYTES
     items = {"noise_scale_probe: rows of (T14)": rows} if from_training else {}

@@ -84,7 +84,8 @@ def probe_names(plan: Plan) -> list[str]:
     names = list(plan.args.enabled_probes())
     if plan.args.entropy_probe and plan.args.entropy_probe_source == "rollouts":
         names[names.index("entropy_probe")] = "entropy_probe (rollouts)"
-    if plan.args.noise_scale_probe and (plan.args.noise_scale_halves or not plan.has_adapter):
+    from_groups = plan.args.noise_scale_probe and plan.args.noise_scale_from == "groups"
+    if from_groups and (plan.args.noise_scale_halves or not plan.has_adapter):
         names[names.index("noise_scale_probe")] = "noise_scale_probe (extra)"
     if plan.args.entropy_probe and plan.args.entropy_attribution != "none":
         names.append("entropy_attribution")

@@ -16,15 +16,17 @@ from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmet
 from trl_entropy.estimators.adamw import live_preconditioner
 from trl_entropy.estimators.noise_scale import (
     GroupProducts,
+    NoiseParts,
     NoiseScaleRecord,
     accepted_products,
     group_products,
     jackknifed_parts,
+    micro_batch_parts,
     relative_product_error,
 )
 from trl_entropy.estimators.pooled import PooledParts, StepParts
 from trl_entropy.group_rows import flat
-from trl_entropy.group_shares import TrainingShares, half_products, products_by_extra_pass
+from trl_entropy.group_shares import MicroBatchNorms, TrainingShares, half_products, products_by_extra_pass
 from trl_entropy.precision import fp32_strict
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts import RolloutBatch
@@ -56,6 +58,10 @@ class NoiseScaleProbe(Probe):
     With `resample_uninformative_groups` all of it is of accepted groups (T14a): P counts them, and those that were
     kept uninformative are left out; without, of all prompts as they are drawn.
 
+    With `source="micro_batches"` the norms of micro-batches of whole groups take the place of groups' (T15): no row is
+    kept and no pass added, whatever the model, its head and the engine. The error comes from the scatter over steps,
+    so a pool begins with the second measured step; there is no (T16).
+
     With `halves` tr(Sigma) is split into what prompts differ in and what completions of a prompt do, by a further
     extra pass of the float32 model in which each half of a group has advantages of its own.
 
@@ -63,24 +69,28 @@ class NoiseScaleProbe(Probe):
         every: cadence in steps.
         batch_size: completions of an extra pass at a time; halved on out-of-memory.
         halves: split the noise within and between prompts.
+        source: `"groups"` or `"micro_batches"`.
     """
 
     name = "noise_scale"
 
-    def __init__(self, every: int = 1, batch_size: int = 64, halves: bool = False) -> None:
+    def __init__(self, every: int = 1, batch_size: int = 64, halves: bool = False, source: str = "groups") -> None:
         super().__init__(every)
-        self.batch_size, self.halves = batch_size, halves
+        self.batch_size, self.halves, self.source = batch_size, halves, source
         self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
-        self._shares: TrainingShares | None = None
+        self._shares: TrainingShares | MicroBatchNorms | None = None
+        self._previous: NoiseParts | None = None  # of the step measured before, for (T15)
 
     @classmethod
     def from_config(cls, args: Any) -> NoiseScaleProbe:
-        return cls(args.noise_scale_probe_every, args.probe_batch_size, args.noise_scale_halves)
+        return cls(args.noise_scale_probe_every, args.probe_batch_size, args.noise_scale_halves, args.noise_scale_from)
 
     # ---- events
 
     def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
         args.check_noise_scale_probe()
+        if self.source == "micro_batches":
+            return args.check_noise_scale_micro_batches(self.halves)
         if self.halves:
             args.check_noise_scale_halves()
         self._num_groups = args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations
@@ -95,19 +105,26 @@ class NoiseScaleProbe(Probe):
     def around_micro_batch(
         self, args, state, control, *, inputs: dict[str, Any], trainer: Any, **kwargs: Any
     ) -> AbstractContextManager[None]:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self.source == "micro_batches":
+            self._shares = self._shares or MicroBatchNorms(model, args.num_generations)
+            return self._shares.micro_batch(inputs["prompt_index"])
         if self._by_extra_pass:
             return contextlib.nullcontext()
-        if self._shares is None:
-            self._shares = TrainingShares(trainer.accelerator.unwrap_model(trainer.model), self._num_groups)
+        self._shares = self._shares or TrainingShares(model, self._num_groups)
         return self._shares.micro_batch(inputs["prompt_index"])
 
     def on_before_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, trainer, **kwargs: Any
     ) -> None:
+        if isinstance(self._shares, MicroBatchNorms):
+            return self._from_micro_batches(self._shares.finish(), update, engine, args, metrics, trainer)
         metric = None
         if isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1:
             metric = metric_before(update)
-            metrics["noise_scale/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
+            metrics["noise_scale/num_coordinates_without_metric"] = sum(
+                m.numel() - int(m.count_nonzero()) for m in metric.values()
+            )
         if self._by_extra_pass:
             local = self._from_extra_pass(args, engine, update, rollouts, metric)
             prompts = rollouts.prompt_index.unique()
@@ -129,9 +146,12 @@ class NoiseScaleProbe(Probe):
     # ---- resuming
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: dataclasses.asdict(record.parts) for name, record in self.records.items()}
+        records = {name: dataclasses.asdict(record.parts) for name, record in self.records.items()}
+        return records if self._previous is None else records | {"previous": list(self._previous)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        self._previous = NoiseParts(*state.pop("previous")) if "previous" in state else None
         self.records = {name: NoiseScaleRecord(PooledParts(**parts)) for name, parts in state.items()}
 
     # ---- measuring
@@ -140,18 +160,17 @@ class NoiseScaleProbe(Probe):
         self, engine: Engine, update: UpdateContext, metric: dict[str, Tensor] | None
     ) -> tuple[list[GroupProducts], Tensor]:
         """From the rows of this process's groups, and the groups' numbers. Collective."""
-        shares, self._shares = self._shares, None
-        assert shares is not None, "around_micro_batch comes before on_before_update"
+        assert isinstance(self._shares, TrainingShares), "around_micro_batch comes before on_before_update"
         names, gradient = list(engine.parameters), update.gradient
         with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"), fp32_strict():
-            rows = shares.finish()
-            # Ranks are averaged: group n's share of g is its row over their number, and Y_n is P times that.
-            rows *= len(rows)
+            rows, prompt_index = self._shares.finish()
             vector = flat(gradient, names)
             metrics = [None] if metric is None else [None, flat(metric, names)]
-            products = [group_products(rows, vector, one) for one in metrics]
-        prompts, order = shares.prompt_index.to(rows.device).sort()
-        return [GroupProducts(*(values[order] for values in one)) for one in products], prompts
+            products = group_products(rows, vector, metrics)
+        prompts, order = prompt_index.to(rows.device).sort()
+        # Ranks are averaged: group n's share of g is its row over their number, and Y_n is P times that.
+        number = len(rows)
+        return [GroupProducts(number**2 * norms[order], number * dots[order]) for norms, dots in products], prompts
 
     def _from_extra_pass(
         self,
@@ -171,6 +190,26 @@ class NoiseScaleProbe(Probe):
             return products_by_extra_pass(
                 model, completions, rollouts.advantages, args, gradient, metric, self.batch_size
             )
+
+    def _from_micro_batches(
+        self, local: Tensor, update: UpdateContext, engine: Engine, args: Any, metrics: dict[str, Any], trainer: Any
+    ) -> None:
+        """Log (T15) from this process's norms, and write them. Collective."""
+        sq_norms, batch_sq_norm = engine.accelerator.gather(local), update.grad_norm**2
+        num_prompts = len(sq_norms) * args.per_device_train_batch_size // args.num_generations
+        parts, pooled = micro_batch_parts(sq_norms, batch_sq_norm, num_prompts, self._previous)
+        self._previous = parts
+        self.records["simple"] = self.records["simple"].merge(NoiseScaleRecord(pooled))
+        metrics |= {
+            "noise_scale/num_prompts": num_prompts,
+            "noise_scale/grad_sq_norm": parts.grad_sq_norm,
+            "noise_scale/grad_variance_trace": parts.variance_trace,
+            **_pool_logged("simple", self.records["simple"], num_prompts),
+        }
+        batch = torch.tensor(batch_sq_norm, dtype=torch.float64)
+        tensors = {"micro_batch_sq_norms": sq_norms, "batch_sq_norm": batch, "num_prompts": torch.tensor(num_prompts)}
+        trainer.write_gathered_probe_file(self.name, trainer.step, tensors)
+        trainer.write_rollouts(trainer.step)
 
     def _half_products(self, args: Any, engine: Engine, update: UpdateContext, rollouts: RolloutBatch) -> Tensor:
         """Y_a . Y_b of all ranks' groups. Collective."""
@@ -216,9 +255,9 @@ def why_extra_pass(model: nn.Module, num_groups: int) -> str | None:
 
 def metric_before(update: UpdateContext) -> dict[str, Tensor]:
     """M of (T16), from the second moment before the step; 0 where there never was a gradient. Collective."""
+    steps_before, betas, eps = update.optimizer_step - 1, update.betas, update.eps
     return {
-        name: live_preconditioner(v, update.optimizer_step - 1, update.betas[name][1], update.eps[name])
-        for name, v in update.exp_avg_sq.items()
+        name: live_preconditioner(v, steps_before, betas[name][1], eps[name]) for name, v in update.exp_avg_sq.items()
     }
 
 
