@@ -18,7 +18,7 @@ Rule = Callable[[Any, Tensor, Tensor], RowGradients]
 
 def _summable(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """In the dtype in which sums over tokens are made."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def _linear_weight(module: nn.Linear, inputs: Float[Tensor, "R T i"], grads: Float[Tensor, "R T o"]) -> RowGradients:

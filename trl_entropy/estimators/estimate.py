@@ -97,19 +97,27 @@ def delta_method(
 def student_t_quantile(probability: float, dof: float) -> float:
     """The t with P(T <= t) = probability for Student's T with `dof` > 0 (not only whole) degrees of freedom.
 
-    Bisection on P(|T| > t) = I_x(dof/2, 1/2), x = dof/(dof + t^2), to the last bit of x; dof = inf is the normal
-    distribution, dof <= 0 or nan has no quantile (nan). Absolute error about 1e-12 (1 + |t|) for dof <= 1e6.
+    Newton's method within a bracket on P(|T| > t) = I_x(dof/2, 1/2), x = dof/(dof + t^2); dof = inf is the normal
+    distribution, dof <= 0 or nan has no quantile (nan). Absolute error about 2e-11 (1 + |t|) for dof <= 1e6.
     """
     if not dof > 0:
         return math.nan
     if math.isinf(dof):
         return NormalDist().inv_cdf(probability)
-    tail = 2 * min(probability, 1 - probability)
-    low, high = 0.0, 1.0
-    while low < (middle := (low + high) / 2) < high:
-        below = _regularized_incomplete_beta(dof / 2, 0.5, middle) < tail
-        low, high = (middle, high) if below else (low, middle)
-    return math.copysign(math.sqrt(dof * (1 - middle) / middle), probability - 0.5)
+    tail, a = 2 * min(probability, 1 - probability), dof / 2
+    log_beta = math.lgamma(a) + math.lgamma(0.5) - math.lgamma(a + 0.5)
+    if tail == 1:
+        return 0.0
+    low, high, x = 0.0, 1.0, 0.5
+    while low < x < high:
+        excess = _regularized_incomplete_beta(a, 0.5, x) - tail
+        low, high = (x, high) if excess < 0 else (low, x)
+        slope = math.exp((a - 1) * math.log(x) - 0.5 * math.log1p(-x) - log_beta)
+        step = excess / slope if slope else math.inf
+        if x - step == x:
+            break
+        x = x - step if low < x - step < high else (low + high) / 2
+    return math.copysign(math.sqrt(dof * (1 - x) / x), probability - 0.5)
 
 
 def _regularized_incomplete_beta(a: float, b: float, x: float) -> float:

@@ -105,13 +105,14 @@ class NoiseScaleProbe(Probe):
     def around_micro_batch(
         self, args, state, control, *, inputs: dict[str, Any], trainer: Any, **kwargs: Any
     ) -> AbstractContextManager[None]:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if self.source == "micro_batches":
-            self._shares = self._shares or MicroBatchNorms(model, args.num_generations)
-            return self._shares.micro_batch(inputs["prompt_index"])
-        if self._by_extra_pass:
+        if self.source == "groups" and self._by_extra_pass:
             return contextlib.nullcontext()
-        self._shares = self._shares or TrainingShares(model, self._num_groups)
+        if self._shares is None:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            by_groups = self.source == "groups"
+            self._shares = (
+                TrainingShares(model, self._num_groups) if by_groups else MicroBatchNorms(model, args.num_generations)
+            )
         return self._shares.micro_batch(inputs["prompt_index"])
 
     def on_before_update(
@@ -119,9 +120,9 @@ class NoiseScaleProbe(Probe):
     ) -> None:
         if isinstance(self._shares, MicroBatchNorms):
             return self._from_micro_batches(self._shares.finish(), update, engine, args, metrics, trainer)
-        metric = None
+        metric: dict[str, Tensor] | None = None
         if isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1:
-            metric = metric_before(update)
+            metric = metric_before(update) if self._by_extra_pass else {"all": flat_metric_before(update)}
             metrics["noise_scale/num_coordinates_without_metric"] = sum(
                 m.numel() - int(m.count_nonzero()) for m in metric.values()
             )
@@ -129,7 +130,7 @@ class NoiseScaleProbe(Probe):
             local = self._from_extra_pass(args, engine, update, rollouts, metric)
             prompts = rollouts.prompt_index.unique()
         else:
-            local, prompts = self._from_training(engine, update, metric)
+            local, prompts = self._from_training(engine, update, None if metric is None else metric["all"])
         products = [_gathered(one, engine.accelerator) for one in local]
         metrics["noise_scale/gradient_error"] = relative_product_error(products[0], update.grad_norm**2)
         prompts = engine.accelerator.gather(prompts)
@@ -157,16 +158,15 @@ class NoiseScaleProbe(Probe):
     # ---- measuring
 
     def _from_training(
-        self, engine: Engine, update: UpdateContext, metric: dict[str, Tensor] | None
+        self, engine: Engine, update: UpdateContext, metric: Tensor | None
     ) -> tuple[list[GroupProducts], Tensor]:
         """From the rows of this process's groups, and the groups' numbers. Collective."""
         assert isinstance(self._shares, TrainingShares), "around_micro_batch comes before on_before_update"
-        names, gradient = list(engine.parameters), update.gradient
+        gradient = update.gradient
         with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"), fp32_strict():
             rows, prompt_index = self._shares.finish()
-            vector = flat(gradient, names)
-            metrics = [None] if metric is None else [None, flat(metric, names)]
-            products = group_products(rows, vector, metrics)
+            vector = flat(gradient, engine.parameters)
+            products = group_products(rows, vector, [None] if metric is None else [None, metric])
         prompts, order = prompt_index.to(rows.device).sort()
         # Ranks are averaged: group n's share of g is its row over their number, and Y_n is P times that.
         number = len(rows)
@@ -259,6 +259,19 @@ def metric_before(update: UpdateContext) -> dict[str, Tensor]:
     return {
         name: live_preconditioner(v, steps_before, betas[name][1], eps[name]) for name, v in update.exp_avg_sq.items()
     }
+
+
+def flat_metric_before(update: UpdateContext) -> Tensor:
+    """
+    The same as one vector, in the order of the gradient: a single computation where b2 and eps are everyone's.
+    Collective.
+    """
+    steps_before, betas, eps = update.optimizer_step - 1, update.betas, update.eps
+    settings = {(betas[name][1], eps[name]) for name in update.gradient}
+    if len(settings) > 1:
+        return flat(metric_before(update), update.gradient)
+    ((beta2, added),) = settings
+    return live_preconditioner(flat(update.exp_avg_sq, update.gradient), steps_before, beta2, added)
 
 
 def _gathered(products: GroupProducts, accelerator: Accelerator) -> GroupProducts:
