@@ -26,7 +26,7 @@ from entropy_control_tables import distance, draw, report
 
 Settings = dict[str, Any]
 TASKS, TARGET = ("sharpen", "explore"), 0.22  # nats per token
-TUNING_SEED, SEEDS, STEPS = 100, range(5), 60
+TUNING_SEED, STEPS = 100, 60
 BASELINE = {"kl_cov": "none, two iterations"}  # all others: none
 
 
@@ -100,14 +100,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/entropy-control"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--figures", type=Path, help="folder of the figures; default: output")
     options = parser.parse_args()
+    seeds = range(options.seeds)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for task in options.tasks:
             study = Study(task, options.output, pool, STEPS)
             chosen = study.chosen()
-            study.make((settings, seed) for seed in SEEDS for settings in chosen.values())
-            runs = {name: [study.read(settings, seed) for seed in SEEDS] for name, settings in chosen.items()}
+            study.make((settings, seed) for seed in seeds for settings in chosen.values())
+            runs = {name: [study.read(settings, seed) for seed in seeds] for name, settings in chosen.items()}
             tried = [
                 (name, study.read(settings, TUNING_SEED))
                 for name, settings_of in candidates(task).items()
