@@ -1,5 +1,6 @@
 """`trl-entropy experiment calibration`: its errors, the step it makes, its gradients, a small run from end to end."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -78,7 +79,8 @@ def test_the_settings_are_the_runs(checkpoint):
 
 def test_the_step_is_the_one_the_optimizer_makes(state):
     parameters = dict(state.model.named_parameters())
-    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    saved = {name: (parameter.detach().clone(), parameter.grad.clone()) for name, parameter in parameters.items()}
+    moments = copy.deepcopy(state.engine.optimizer.state_dict())
     torch.nn.utils.clip_grad_norm_(parameters.values(), state.args.max_grad_norm)
     state.engine.optimizer.step()
     try:
@@ -87,7 +89,9 @@ def test_the_step_is_the_one_the_optimizer_makes(state):
         assert max(float(value.abs().max()) for value in state.update.values()) > 1e-5
     finally:
         for name, parameter in parameters.items():
-            parameter.data.copy_(saved[name])
+            parameter.data.copy_(saved[name][0])
+            parameter.grad = saved[name][1]
+        state.engine.optimizer.load_state_dict(moments)
 
 
 def test_group_gradients_add_up_to_the_gradients_of_entropy_and_loss(state):

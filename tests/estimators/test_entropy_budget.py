@@ -210,6 +210,22 @@ def test_the_error_that_a_set_point_feeds_back_is_taken_out():
     assert SetPoint(0.2, 0.2, 0.1, max_change=0.01).sensitivity(0.4) == 0
 
 
+def test_noise_of_the_steps_themselves_refutes_nothing():
+    """Entropy that also moves by itself, three times more than is asked: the errors of h alone say failed."""
+    generator, noise = torch.Generator().manual_seed(0), 0.003
+    failed = {"scatter": 0, "known": 0}
+    for _ in range(50):
+        check = PredictionCheck()
+        for _ in range(40):
+            predicted, own, seen = (torch.randn(3, generator=generator) * torch.tensor([0.004, 0.015, noise])).tolist()
+            check.add(predicted, Estimate(predicted + own + seen, noise, 60.0, 64))
+            slope, _ = check.slope()
+            known = 3.29 * noise / math.sqrt(sum(p * p for p, _, _, _ in check.pairs))
+            failed["scatter"] += check.failed
+            failed["known"] += len(check.pairs) == 20 and (slope + known < 0.5 or slope - known > 2)
+    assert failed["known"] > 100 and failed["scatter"] < 20, failed
+
+
 def test_difference_and_mean():
     found = difference(Estimate(0.5, 0.03, 10.0, 64), Estimate(0.4, 0.04, 12.0, 60))
     assert (found.value, found.stderr, found.dof) == pytest.approx((0.1, 0.05, 10.0))

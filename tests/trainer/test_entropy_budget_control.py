@@ -136,7 +136,7 @@ def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, c
     (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_budget"))
     for _ in range(20):
         control.check.add(0.01, Estimate(-0.01, 0.001, 30.0, 16))
-    control.load_state_dict(control.state_dict() | {"before": [0.01, 0.0, 9.0, 0.001, 30.0, 16]})
+    control.load_state_dict(control.state_dict() | {"before": [1e-9, 0.0, 9.0, 0.001, 30.0, 16]})
     with caplog.at_level(logging.WARNING, logger="trl_entropy"):
         trainer.train()
     (message,) = (record.getMessage() for record in caplog.records if "entropy_budget" in record.getMessage())

@@ -159,8 +159,9 @@ class PredictionCheck:
     """Whether net changes come as predicted: slope of realised on predicted over the last steps, through the origin.
 
     Realised is the difference of two estimates of the entropy. A set-point asks for a change by the first of them, so
-    that prediction and realised share its error: their covariance, which is known, is taken out. Failed: with 99.9 %,
-    as it is asked at every step, the slope is below 1/2 or above 2.
+    that prediction and realised share its error: their covariance, which is known, is taken out. The slope's error is
+    that of the entropies, or what the pairs scatter by where that is more: noise of grad h moves the entropy too.
+    Failed: with 99.9 %, as it is asked at every step, the slope is below 1/2 or above 2.
     """
 
     window: int = 20
@@ -175,8 +176,10 @@ class PredictionCheck:
         squares = sum(p * p for p, _, _, _ in self.pairs)
         if squares == 0:
             return math.nan, math.nan
-        error = math.sqrt(sum((p * stderr) ** 2 for p, _, stderr, _ in self.pairs)) / squares
-        return sum(p * value - shared for p, value, _, shared in self.pairs) / squares, error
+        slope = sum(p * value - shared for p, value, _, shared in self.pairs) / squares
+        known = sum((p * stderr) ** 2 for p, _, stderr, _ in self.pairs)
+        scatter = sum((p * value - shared - slope * p * p) ** 2 for p, value, _, shared in self.pairs)
+        return slope, math.sqrt(max(known, scatter)) / squares
 
     @property
     def failed(self) -> bool:
