@@ -186,6 +186,10 @@ class DrGRPOConfig(ProbeRequirements, SelectionRequirements):
         default="probe",
         choices=list(ENTROPY_BUDGET_SOURCES),
     )
+    entropy_budget_memory: float = _toggle(
+        "Weight of the past in the running mean of the entropy's gradient from probe batches; 0: this step's alone.",
+        default=0.7,
+    )
     entropy_budget_prompts: int = _toggle(
         "Prompts of the control's probe batch over all processes, one completion each.", default=128
     )

@@ -125,6 +125,7 @@ class ProbeRequirements(GRPOConfig):
                 all(getattr(self, f"entropy_budget_{name}") > 0 for name in positive)
                 and min(self.entropy_budget_integral_gain, self.entropy_budget_metric_floor) >= 0
             ),
+            "entropy_budget_memory in [0, 1)": 0 <= self.entropy_budget_memory < 1,
             f"entropy_budget_prompts to a multiple of 2 x {world} process(es), 4 each or more": (
                 self.entropy_budget_source == "rollouts" or (prompts >= 4 * world and prompts % (2 * world) == 0)
             ),

@@ -13,6 +13,7 @@ from tiny_step import TinyStep
 from trl_entropy.estimators.entropy_budget import (
     BudgetProducts,
     PredictionCheck,
+    RunningHalves,
     SetPoint,
     budget_products,
     correction,
@@ -224,6 +225,18 @@ def test_noise_of_the_steps_themselves_refutes_nothing():
             failed["scatter"] += check.failed
             failed["known"] += len(check.pairs) == 20 and (slope + known < 0.5 or slope - known > 2)
     assert failed["known"] > 100 and failed["scatter"] < 20, failed
+
+
+def test_running_halves_are_weighted_means_of_each_half():
+    steps = [vectors(seed, num=4)[:2] for seed in range(4)]
+    running = RunningHalves(0.7)
+    for halves in steps:
+        found = running.add(tuple(halves))
+    weights = torch.tensor([0.7**age for age in (3, 2, 1, 0)], dtype=torch.float64)
+    for half in (0, 1):
+        expected = sum(w * whole(step[half]) for w, step in zip(weights, steps, strict=True)) / weights.sum()
+        torch.testing.assert_close(whole(found[half]), expected)
+    assert RunningHalves(0.0).add(tuple(steps[0])) == tuple(steps[0])
 
 
 def test_difference_and_mean():

@@ -16,6 +16,7 @@ from trl_entropy.estimators.entropy_budget import (
     BudgetProducts,
     Correction,
     PredictionCheck,
+    RunningHalves,
     SetPoint,
     Vector,
     budget_products,
@@ -62,7 +63,7 @@ class EntropyBudget(Probe):
     Without target and budget, or with mode `"report"`, nothing is corrected; logged is what would be.
 
     Cost: a probe batch of its own and a forward and backward pass of it (`"probe"`), or one and a half of the step's
-    own completions (`"rollouts"`); three vectors of all trainable parameters.
+    own completions (`"rollouts"`); three vectors of all trainable parameters, and two for `memory`.
 
     Args:
         mode: `"hold"` the entropy, or only keep it from falling below (`"floor"`), or `"report"`.
@@ -71,6 +72,8 @@ class EntropyBudget(Probe):
         cap: bound on the correction's length, in that of the optimizer's step, both in M^-1.
         metric_floor: see [`floored_metric`].
         source: where grad h comes from: `"probe"` or `"rollouts"`.
+        memory: of the running mean of grad h, see [`RunningHalves`]; `"probe"` only, as rollouts of earlier steps are
+            in the optimizer's momentum too.
         num_prompts: of the probe batch, over all processes.
         batch_size: completions differentiated at a time; halved on out-of-memory.
         draw: stand-in for the policy's sampling, `(step, rank) -> Completions`.
@@ -86,6 +89,7 @@ class EntropyBudget(Probe):
         cap: float = 1.0,
         metric_floor: float = 0.1,
         source: str = "probe",
+        memory: float = 0.7,
         num_prompts: int = 128,
         batch_size: int = 64,
         draw: Any = None,
@@ -94,6 +98,7 @@ class EntropyBudget(Probe):
         self.mode, self.set_point, self.per_step, self.cap = mode, set_point, per_step, cap
         self.metric_floor, self.source, self.num_prompts = metric_floor, source, num_prompts
         self.batch_size, self.draw = batch_size, draw
+        self.halves = RunningHalves(memory if source == "probe" else 0.0)
         self.check = PredictionCheck()
         self.active = mode != "report"
         # Of the last step: predicted change, covariance of its error with that of the entropy, the entropy before.
@@ -113,6 +118,7 @@ class EntropyBudget(Probe):
             cap=args.entropy_budget_cap,
             metric_floor=args.entropy_budget_metric_floor,
             source=args.entropy_budget_source,
+            memory=args.entropy_budget_memory,
             num_prompts=args.entropy_budget_prompts,
             batch_size=args.probe_batch_size,
         )
@@ -154,7 +160,7 @@ class EntropyBudget(Probe):
         halves = halves_of(engine, params, self._completions, temperature, self.batch_size)
         entropy = self._entropy(halves, engine)
         self._learn_realised(entropy, metrics, state)
-        gradients = half_gradients(engine, params, halves, temperature, self.batch_size)
+        gradients = self.halves.add(half_gradients(engine, params, halves, temperature, self.batch_size))
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
         products = budget_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
@@ -176,11 +182,13 @@ class EntropyBudget(Probe):
     def state_dict(self) -> dict[str, Any]:
         before = None if self._before is None else [*self._before[:2], *vars(self._before[2]).values()]
         bias = None if self.set_point is None else self.set_point.bias
-        return {"pairs": self.check.pairs, "active": self.active, "before": before, "bias": bias}
+        kept = self.halves.sums, self.halves.weight
+        return {"pairs": self.check.pairs, "active": self.active, "before": before, "bias": bias, "halves": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check.pairs = [tuple(pair) for pair in state["pairs"]]
         self.active = state["active"] and self.mode != "report"
+        self.halves.sums, self.halves.weight = state["halves"]
         if state["before"] is not None:
             predicted, shared, *entropy = state["before"]
             self._before = predicted, shared, Estimate(*entropy)

@@ -97,6 +97,32 @@ def crossed_change(
     return change
 
 
+@dataclass
+class RunningHalves:
+    """Running means of grad h by halves, each half's own: less noise for a g that is up to a few steps old.
+
+    `memory` is the weight of the past, in [0, 1); 0: nothing is kept. As in Adam the mean is divided by the weight
+    that it has seen. A half stays independent of the other, but for what earlier corrections made of theta.
+    """
+
+    memory: float
+    sums: tuple[Vector, Vector] | None = None
+    weight: float = 0.0
+
+    def add(self, halves: tuple[Vector, Vector]) -> tuple[Vector, Vector]:
+        """Take in a step's halves; their running means, read only."""
+        if not self.memory:
+            return halves
+        if self.sums is None:
+            self.sums = tuple({name: torch.zeros_like(value) for name, value in half.items()} for half in halves)  # type: ignore[assignment]
+        self.weight = self.memory * self.weight + 1 - self.memory
+        for total, half in zip(self.sums, halves, strict=True):  # type: ignore[arg-type]
+            for name, value in half.items():
+                total[name].lerp_(value, 1 - self.memory)
+        first, second = ({name: value / self.weight for name, value in total.items()} for total in self.sums)  # type: ignore[union-attr]
+        return first, second
+
+
 class Correction(NamedTuple):
     """lambda of (T19); the net change predicted with it, nats per token; whether the trust cap bound; |c| / |d|."""
 
