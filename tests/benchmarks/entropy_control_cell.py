@@ -1,5 +1,7 @@
 """One run of the study of entropy control (`entropy_control.py`): trained, and measured by draws of its own.
 
+    python tests/benchmarks/entropy_control_cell.py sharpen 0 entropy_budget=hold entropy_budget_target=0.22
+
 After every step from `FROM` on, and every fifth before, `NUM_FRESH` completions of held-out problems are drawn at
 temperature 1, whatever training samples at: the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps
 `NUM_PROBLEMS` problems get `NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training only.
@@ -14,6 +16,7 @@ Tasks:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -175,3 +178,18 @@ def write_cell(target: Path, *cell: Any) -> None:
     temporary = target.with_suffix(".tmp")
     temporary.write_text(json.dumps(run_cell(*cell)), encoding="utf-8")
     temporary.replace(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=["sharpen", "explore"])
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="of the config, such as entropy_budget=hold")
+    options = parser.parse_args()
+    settings = dict(setting.split("=", 1) for setting in options.settings)
+    print(json.dumps(run_cell(options.task, settings, options.seed, options.steps)))
+
+
+if __name__ == "__main__":
+    main()
