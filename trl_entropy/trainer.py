@@ -233,11 +233,16 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             rank * share : (rank + 1) * share
         ]
         own_sampler = generating_with_the_model(self) if sampler == "model" else contextlib.nullcontext()
-        with own_randomness((self.args.seed, step, rank), self.accelerator.device), own_sampler:
+        with own_sampler:
+            return self.draw_completions(prompts, (self.args.seed, step, rank), rank * share)
+
+    def draw_completions(self, prompts: list[Any], seed: tuple[int, ...], first_prompt: int = 0) -> Completions:
+        """One completion of each prompt, numbered from `first_prompt`, by whatever generates now; local."""
+        with own_randomness(seed, self.accelerator.device):
             prompt_ids, images, fields = self._tokenize_prompts(prompts)
             completion_ids, logps = self._generate_single_turn(prompt_ids, images, fields, 1)
         pad_token_id, device = self._tokenizer.pad_token_id, self.accelerator.device
-        return pack_completions(prompt_ids, completion_ids, rank * share, pad_token_id, device, logps)
+        return pack_completions(prompt_ids, completion_ids, first_prompt, pad_token_id, device, logps)
 
     def write_probe_file(
         self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/entropy-control"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="2 or more, for intervals")
     parser.add_argument("--figures", type=Path, help="folder of the figures; default: output")
     options = parser.parse_args()
     seeds = range(options.seeds)

@@ -33,7 +33,6 @@ from transformers import TrainerCallback
 from trl_entropy import rewards
 from trl_entropy.data.word_problems import KINDS
 from trl_entropy.estimators.pass_at_k import pass_at_k
-from trl_entropy.probes.probe_batch import own_randomness, pack_completions
 from trl_entropy.run_log import RunDirectory
 from trl_entropy.scores import score
 
@@ -107,16 +106,14 @@ class Measure(TrainerCallback):
 
     def _draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> tuple[list[str], float]:
         """Texts of one completion of each problem at temperature 1, and their mean token entropy."""
-        trainer, tokenizer = self.trainer, self.trainer._tokenizer
-        prompts = [self.problems[int(row)]["prompt"] for row in problems]
-        temperature, trainer.generation_config.temperature = trainer.generation_config.temperature, 1.0
-        with own_randomness(seed, trainer.accelerator.device):
-            prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
-            completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, 1)
-        trainer.generation_config.temperature = temperature
-        packed = pack_completions(prompt_ids, completion_ids, 0, tokenizer.pad_token_id, trainer.accelerator.device)
-        entropy, mask = score(trainer.model, packed, 1.0, 256).entropy[0], packed.completion_mask.bool()
-        return tokenizer.batch_decode(completion_ids, skip_special_tokens=True), float(entropy[mask].double().mean())
+        trainer, config = self.trainer, self.trainer.generation_config
+        temperature, config.temperature = config.temperature, 1.0
+        drawn = trainer.draw_completions([self.problems[int(row)]["prompt"] for row in problems], seed)
+        config.temperature = temperature
+        entropy, mask = score(trainer.model, drawn, 1.0, 256).entropy[0], drawn.completion_mask.bool()
+        ids = [row[kept] for row, kept in zip(drawn.input_ids[:, -mask.shape[1] :], mask, strict=True)]
+        texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts, float(entropy[mask].double().mean())
 
     def _evaluate(self, step: int) -> None:
         problems = np.arange(NUM_PROBLEMS).repeat(NUM_SAMPLES)
@@ -187,7 +184,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("settings", nargs="*", metavar="name=value", help="of the config, such as entropy_budget=hold")
     options = parser.parse_args()
-    settings = dict(setting.split("=", 1) for setting in options.settings)
+    settings: dict[str, Any] = dict(setting.split("=", 1) for setting in options.settings)
+    if "hint" in settings:
+        settings["hint"] = settings["hint"] == "true"
     print(json.dumps(run_cell(options.task, settings, options.seed, options.steps)))
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 from entropy_control_cell import FROM
-
-from trl_entropy.estimators.estimate import student_t_quantile
+from step_time import interval as mean_interval
 
 Run = dict[str, Any]
 Runs = dict[str, list[Run]]
@@ -31,12 +30,7 @@ def distance(run: Run, target: float) -> float:
 
 def interval(values: Iterable[float]) -> str:
     """Mean and Student's 95 % interval over seeds."""
-    values = list(values)
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = student_t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(list(values)))
 
 
 def last(run: Run, quantity: str) -> float:
@@ -154,10 +148,9 @@ def draw(runs: Runs, tried: list[tuple[str, Run]], target: float, path: Path) ->
         entropy = np.mean([list(run["entropy"].values()) for run in own], axis=0)
         left.plot([int(step) for step in own[0]["entropy"]], entropy, color=colors[name], lw=1.2)
         for axes, quantity in zip(frontiers, ("pass@1", "pass@8"), strict=True):
-            points = np.array([[last(run, "entropy"), last(run, quantity)] for run in own])
-            half = student_t_quantile(0.975, len(own) - 1) * points.std(axis=0, ddof=1) / len(own) ** 0.5
-            x, y = points.mean(axis=0)
-            axes.errorbar(x, y, half[1], half[0], fmt="o", color=colors[name], capsize=2, label=name)
+            ends = [mean_interval([last(run, key) for run in own]) for key in ("entropy", quantity)]
+            (x, low_x, _), (y, low_y, _) = ends
+            axes.errorbar(x, y, y - low_y, x - low_x, fmt="o", color=colors[name], capsize=2, label=name)
     for name, run in tried:
         for axes, quantity in zip(frontiers, ("pass@1", "pass@8"), strict=True):
             axes.plot(last(run, "entropy"), last(run, quantity), "x", color=colors[name], ms=5)

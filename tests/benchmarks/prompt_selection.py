@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from step_time import interval as mean_interval
 
-from trl_entropy.estimators.estimate import student_t_quantile
 from trl_entropy.run_log import RunDirectory
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -96,10 +96,7 @@ def total(rows: list[dict], key: str) -> float:
 
 
 def interval(values: Iterable[float]) -> str:
-    values = list(values)
-    half = student_t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*mean_interval(list(values)))
 
 
 def table(curves: dict[str, list[Curve]], budget: float) -> str:

@@ -104,6 +104,15 @@ def test_reference_run_is_estimated_from_the_built_in_shape(diagnose):
     assert problems(found) == []
 
 
+@pytest.mark.parametrize("settings, copies", [([], 14), (["--entropy_budget_memory", "0"], 10)], ids=str)
+def test_the_copies_of_the_entropy_budget_are_counted(diagnose, settings, copies):
+    budget = ["--entropy_budget", "hold", "--entropy_budget_target", "0.2", *settings]
+    report, _ = diagnose(*GPUS, *budget)
+    (line,) = (line for line in report.splitlines() if "entropy_budget: copies" in line)
+    assert float(line.split()[-1]) == pytest.approx(copies * 4 * 1_543_714_304 / GIB, rel=0.01)
+    assert "entropy_budget" not in diagnose(*GPUS)[0]
+
+
 def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
     for more, status in (([], 0), (["--entropy_probe", "true", "--top_k", "5"], 1)):
         with pytest.raises(SystemExit) as end:

@@ -27,7 +27,6 @@ from trl_entropy.estimators.entropy_budget import (
     mean_of,
 )
 from trl_entropy.estimators.estimate import Estimate
-from trl_entropy.estimators.importance import importance_weights
 from trl_entropy.probes.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
 from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.probes.probe import Probe
@@ -63,7 +62,7 @@ class EntropyBudget(Probe):
     Without target and budget, or with mode `"report"`, nothing is corrected; logged is what would be.
 
     Cost: a probe batch of its own and a forward and backward pass of it (`"probe"`), or one and a half of the step's
-    own completions (`"rollouts"`); three vectors of all trainable parameters, and two for `memory`.
+    own completions (`"rollouts"`); ten vectors of all trainable parameters, and four for `memory`.
 
     Args:
         mode: `"hold"` the entropy, or only keep it from falling below (`"floor"`), or `"report"`.
@@ -98,7 +97,7 @@ class EntropyBudget(Probe):
         self.mode, self.set_point, self.per_step, self.cap = mode, set_point, per_step, cap
         self.metric_floor, self.source, self.num_prompts = metric_floor, source, num_prompts
         self.batch_size, self.draw = batch_size, draw
-        self.halves = RunningHalves(memory if source == "probe" else 0.0)
+        self.running = RunningHalves(memory if source == "probe" else 0.0)
         self.check = PredictionCheck()
         self.active = mode != "report"
         # Of the last step: predicted change, covariance of its error with that of the entropy, the entropy before.
@@ -134,7 +133,7 @@ class EntropyBudget(Probe):
         if self.source == "rollouts":
             self._loss.watch(inputs, loss_logps, loss_entropy)
         elif args.rollouts_are_the_policys():
-            terms = entropy_terms(token_entropy, torch.ones_like(token_entropy), mask)
+            terms = entropy_terms(token_entropy, mask.double(), mask)
             self._own.append((terms, inputs["prompt_index"]))
 
     def on_before_update(
@@ -160,7 +159,7 @@ class EntropyBudget(Probe):
         halves = halves_of(engine, params, self._completions, temperature, self.batch_size)
         entropy = self._entropy(halves, engine)
         self._learn_realised(entropy, metrics, state)
-        gradients = self.halves.add(half_gradients(engine, params, halves, temperature, self.batch_size))
+        gradients = self.running.add(half_gradients(engine, params, halves, temperature, self.batch_size))
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
         products = budget_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
@@ -182,13 +181,13 @@ class EntropyBudget(Probe):
     def state_dict(self) -> dict[str, Any]:
         before = None if self._before is None else [*self._before[:2], *vars(self._before[2]).values()]
         bias = None if self.set_point is None else self.set_point.bias
-        kept = self.halves.sums, self.halves.weight
-        return {"pairs": self.check.pairs, "active": self.active, "before": before, "bias": bias, "halves": kept}
+        kept = self.running.sums, self.running.weight
+        return {"pairs": self.check.pairs, "active": self.active, "before": before, "bias": bias, "running": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check.pairs = [tuple(pair) for pair in state["pairs"]]
         self.active = state["active"] and self.mode != "report"
-        self.halves.sums, self.halves.weight = state["halves"]
+        self.running.sums, self.running.weight = state["running"]
         if state["before"] is not None:
             predicted, shared, *entropy = state["before"]
             self._before = predicted, shared, Estimate(*entropy)
@@ -280,8 +279,7 @@ def halves_of(engine: Engine, params: Params, batch: Completions, temperature: f
         engine.scoring_model(params) as model,
     ):
         scores = score(model, batch, temperature, batch_size, params)
-    weights = importance_weights(scores.logps[0], scores.logps[0], batch.completion_mask)
-    local = entropy_terms(scores.entropy[0], weights, batch.completion_mask)
+    local = entropy_terms(scores.entropy[0], batch.completion_mask.double(), batch.completion_mask)
     terms = _gathered(local, engine)
     prompts = accelerator.gather(batch.prompt_index)
     parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]

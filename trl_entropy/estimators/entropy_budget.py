@@ -106,20 +106,20 @@ class RunningHalves:
     """
 
     memory: float
-    sums: tuple[Vector, Vector] | None = None
+    sums: list[Vector] = field(default_factory=list)
     weight: float = 0.0
 
     def add(self, halves: tuple[Vector, Vector]) -> tuple[Vector, Vector]:
         """Take in a step's halves; their running means, read only."""
         if not self.memory:
             return halves
-        if self.sums is None:
-            self.sums = tuple({name: torch.zeros_like(value) for name, value in half.items()} for half in halves)  # type: ignore[assignment]
+        if not self.sums:
+            self.sums = [{name: torch.zeros_like(value) for name, value in half.items()} for half in halves]
         self.weight = self.memory * self.weight + 1 - self.memory
-        for total, half in zip(self.sums, halves, strict=True):  # type: ignore[arg-type]
-            for name, value in half.items():
-                total[name].lerp_(value, 1 - self.memory)
-        first, second = ({name: value / self.weight for name, value in total.items()} for total in self.sums)  # type: ignore[union-attr]
+        for total, half in zip(self.sums, halves, strict=True):
+            for name, value in half.items():  # a resumed run's sums come from a file, on the CPU
+                total[name] = total[name].to(value.device).lerp_(value, 1 - self.memory)
+        first, second = ({name: value / self.weight for name, value in total.items()} for total in self.sums)
         return first, second
 
 

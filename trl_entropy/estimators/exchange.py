@@ -75,20 +75,14 @@ def mean_over_redraws(
     redraws, influence = redraws.double(), influence.double()
     of_blocks = influence.T @ influence / (num_blocks * (num_blocks - 1))
     if corrections is None:
-        return StepParts(redraws.mean(0), of_blocks + _covariance(redraws) / num_redraws, min(num_redraws, num_blocks))
+        return StepParts(redraws.mean(0), of_blocks + torch.cov(redraws.T) / num_redraws, min(num_redraws, num_blocks))
     num_corrected, corrections = len(corrections), corrections.double()
     # f_bar + c_bar = mean_S [S/R f + c] + (R - S)/R mean_rest f, of independent redraws
     both = num_corrected / num_redraws * redraws[:num_corrected] + corrections
     others = (num_redraws - num_corrected) / num_redraws**2
-    of_redraws = _covariance(both) / num_corrected + others * _covariance(redraws)
+    of_redraws = torch.cov(both.T) / num_corrected + others * torch.cov(redraws.T)
     dof_number = min(num_corrected, num_blocks)
     return StepParts(redraws.mean(0) + corrections.mean(0), of_blocks + of_redraws, dof_number)
-
-
-def _covariance(rows: Float[Tensor, "R N"]) -> Float[Tensor, "N N"]:
-    """Of the columns, unbiased."""
-    centred = rows - rows.mean(0)
-    return centred.T @ centred / (len(rows) - 1)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.estimators.attribution import on_policy_coefficients
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.probes.adamw_step import predicted_update
-from trl_entropy.probes.probe_batch import own_randomness, pack_completions
+from trl_entropy.probes.probe_batch import own_randomness
 from trl_entropy.rollouts import RolloutBatch
 from trl_entropy.scores import Completions
 from trl_entropy.train import load_task
@@ -64,12 +64,7 @@ class Policy:
 
     def draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> Completions:
         """One completion of each problem."""
-        prompts = [self.problems[int(row)]["prompt"] for row in problems]
-        with own_randomness(seed, self.trainer.accelerator.device):
-            prompt_ids, images, extra = self.trainer._tokenize_prompts(prompts)
-            completion_ids, _ = self.trainer._generate_single_turn(prompt_ids, images, extra, 1)
-        pad, device = self.trainer._tokenizer.pad_token_id, self.trainer.accelerator.device
-        return pack_completions(prompt_ids, completion_ids, 0, pad, device)
+        return self.trainer.draw_completions([self.problems[int(row)]["prompt"] for row in problems], seed)
 
     def draw_rollouts(self, problems: np.ndarray, num_generations: int, seed: tuple[int, ...]) -> dict[str, Any]:
         """TRL's batch of a group of completions for each problem, rewarded; groups follow one another."""

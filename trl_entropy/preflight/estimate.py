@@ -157,6 +157,8 @@ def probe_items(plan: Plan) -> dict[str, int]:
         items |= _noise_scale_probe(plan, copy)
     if args.fisher_probe:
         items |= _fisher_probe(plan, copy)
+    if args.entropy_budget != "none":
+        items |= _entropy_budget(plan, copy)
     if args.optimizer_state_probe:
         items["optimizer_state_probe"] = copy
     if items and (plan.engine.startswith("zero") or not args.entropy_probe):  # else it is one of the copies above
@@ -192,6 +194,23 @@ def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
         "entropy_probe: parameters": 5 * copy,
         "entropy_probe: rows of (T17)": 2 * groups * copy,
         "entropy_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+    }
+
+
+def _entropy_budget(plan: Plan, copy: int) -> dict[str, int]:
+    """
+    Copy before, update, gradient, second moment, metric and the floored one, halves of grad h, their mean, correction;
+    sums and means of the halves where there is a memory.
+    """
+    args, shape = plan.args, shape_of(plan)
+    from_probe = args.entropy_budget_source == "probe"
+    prompts = args.entropy_budget_prompts // plan.world_size if from_probe else plan.generation_rows
+    rows = min(args.probe_batch_size, max(1, prompts // 2))
+    graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
+    scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order=0)
+    return {
+        "entropy_budget: copies": (14 if from_probe and args.entropy_budget_memory else 10) * copy,
+        "entropy_budget: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
     }
 
 

@@ -120,17 +120,16 @@ class NoiseScaleProbe(Probe):
     ) -> None:
         if isinstance(self._shares, MicroBatchNorms):
             return self._from_micro_batches(self._shares.finish(), update, engine, args, metrics, trainer)
-        metric: dict[str, Tensor] | None = None
-        if isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1:
-            metric = metric_before(update) if self._by_extra_pass else {"all": flat_metric_before(update)}
-            metrics["noise_scale/num_coordinates_without_metric"] = sum(
-                m.numel() - int(m.count_nonzero()) for m in metric.values()
-            )
+        has_metric = isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1
+        if has_metric:
+            num_dead = sum(v.numel() - int(v.count_nonzero()) for v in update.exp_avg_sq.values())
+            metrics["noise_scale/num_coordinates_without_metric"] = num_dead
         if self._by_extra_pass:
+            metric = metric_before(update) if has_metric else None
             local = self._from_extra_pass(args, engine, update, rollouts, metric)
             prompts = rollouts.prompt_index.unique()
         else:
-            local, prompts = self._from_training(engine, update, None if metric is None else metric["all"])
+            local, prompts = self._from_training(engine, update, flat_metric_before(update) if has_metric else None)
         products = [_gathered(one, engine.accelerator) for one in local]
         metrics["noise_scale/gradient_error"] = relative_product_error(products[0], update.grad_norm**2)
         prompts = engine.accelerator.gather(prompts)
