@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from rank_script import leave, turn_off_compiled_ops
 from torch import nn
 
 SEQUENCE_LENGTH = 12
@@ -277,19 +278,14 @@ def main(output_dir: str, cases: str) -> None:
     import jaxtyping
 
     jaxtyping.install_import_hook("trl_entropy", "beartype.beartype")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm  # noqa: F401
-
-        # On a CPU deepspeed would compile this op for a minute or two; gloo does without.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    turn_off_compiled_ops()
     torch.set_num_threads(1)
     for settings in json.loads(cases):
         run_case(Case(**settings), Path(output_dir))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         check_failing_together(Path(output_dir))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

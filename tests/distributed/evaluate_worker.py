@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from datasets import Dataset
+from rank_script import leave
 from transformers import AutoTokenizer, TrainerCallback
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
@@ -51,3 +52,4 @@ log.settings = {"task": "word_problems", "model_name_or_path": "start"}
 trainer.train()
 result = {"steps": steps, "evaluated": evaluated, "end": time.time(), "world_size": args.world_size}
 (output / f"rank-{args.process_index}.json").write_text(json.dumps(result))
+leave()

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from rank_script import leave, turn_off_compiled_ops
 
 NUM_GENERATIONS, MAX_LENGTH = 4, 9
 
@@ -108,14 +108,6 @@ def failing_probe(event: str, marker: Path):
     return Failing()
 
 
-def turn_off_compiled_ops() -> None:
-    """DeepSpeed would compile one for a minute or two on a CPU, for nothing that is tested here."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm  # noqa: F401
-
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-
 def train(
     output_dir: Path,
     name: str,
@@ -190,5 +182,4 @@ if __name__ == "__main__":
     turn_off_compiled_ops()
     for text in sys.argv[2:]:
         train(Path(sys.argv[1]), **json.loads(text))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()

@@ -10,8 +10,8 @@ import json
 import random
 import sys
 
-from accelerate import PartialState
-from probe_worker import replayed_on_all_ranks, turn_off_compiled_ops
+from probe_worker import replayed_on_all_ranks
+from rank_script import leave, turn_off_compiled_ops
 
 
 def completion(tokenizer, prompt_ids: list[int], place: int) -> list[int]:
@@ -37,4 +37,4 @@ def main(command_lines: list[list[str]]) -> None:
 
 if __name__ == "__main__":
     main([json.loads(text) for text in sys.argv[1:]])
-    PartialState().destroy_process_group()
+    leave()

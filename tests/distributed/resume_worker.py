@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-import torch
+from rank_script import leave, turn_off_compiled_ops
 
 STEPS = 5
 
@@ -87,12 +87,7 @@ def train(
 
 
 if __name__ == "__main__":
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm  # noqa: F401
-
-        # DeepSpeed would compile it for a minute or two on a CPU, for nothing that is tested here.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    turn_off_compiled_ops()
     for text in sys.argv[2:]:
         train(Path(sys.argv[1]), **json.loads(text))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()

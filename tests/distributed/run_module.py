@@ -4,16 +4,11 @@ accelerate launch --config_file launch/zero2-cpu.yaml tests/distributed/run_modu
 """
 
 import importlib
-import os
 import sys
 
-import torch
+from rank_script import leave, turn_off_compiled_ops
 
 if __name__ == "__main__":
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm  # noqa: F401
-
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    turn_off_compiled_ops()
     importlib.import_module(f"trl_entropy.{sys.argv[1]}").main(sys.argv[2:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()

@@ -1,0 +1,28 @@
+"""What every script that a test launches on several ranks begins and ends with."""
+
+import os
+import sys
+from typing import NoReturn
+
+import torch
+
+
+def turn_off_compiled_ops() -> None:
+    """DeepSpeed would compile one for a minute or two on a CPU, for nothing that is tested here."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm  # noqa: F401
+
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def leave() -> NoReturn:
+    """End the process group and the process, not the interpreter.
+
+    Something below the Trainer keeps gloo's threads alive past `destroy_process_group`; one that lets go of a tensor
+    while the interpreter ends aborts the process ("terminate called without an active exception").
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
