@@ -23,9 +23,14 @@ def windows(run: Run) -> np.ndarray:
     return entropy[: len(entropy) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(axis=1)
 
 
+def deviations(run: Run, target: float) -> np.ndarray:
+    """Of those means from the set-point, relative; from the run's own where its setting is another."""
+    return windows(run) / run["settings"].get("entropy_budget_target", target) - 1
+
+
 def distance(run: Run, target: float) -> float:
-    """Root mean square of those means' distance to the set-point, relative."""
-    return float(np.sqrt(np.mean((windows(run) / target - 1) ** 2)))
+    """Their root mean square."""
+    return float(np.sqrt(np.mean(deviations(run, target) ** 2)))
 
 
 def interval(values: Iterable[float]) -> str:
@@ -55,7 +60,7 @@ def holding(runs: Runs, target: float) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, own in runs.items():
-        means = [windows(run) / target - 1 for run in own]
+        means = [deviations(run, target) for run in own]
         inside = sum(int((abs(one) <= 0.05).sum()) for one in means)
         total = sum(map(len, means))
         cost = interval(run["seconds"][-1] / none["seconds"][-1] for run, none in zip(own, runs["none"], strict=True))
