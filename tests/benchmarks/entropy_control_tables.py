@@ -96,7 +96,7 @@ def _at_equal_cost(run: Run, other: Run) -> float:
 def against(runs: Runs) -> str:
     """The entropy budget less each other method, after the last step, paired by seed."""
     budgets = [name for name in runs if name.startswith("entropy_budget")]
-    columns = [(name, quantity) for name in budgets for quantity in ("pass@1", "pass@8")]
+    columns = [(name, quantity) for name in budgets for quantity in ("reward", "pass@8")]
     lines = [f"| less | {' | '.join(f'{name}: {quantity}' for name, quantity in columns)} |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for other in [name for name in runs if name not in budgets]:
