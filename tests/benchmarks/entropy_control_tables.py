@@ -49,15 +49,16 @@ def at_cost(run: Run, quantity: str, seconds: float) -> float:
 
 
 def report(task: str, runs: Runs, tried: list[tuple[str, Run]], target: float, baseline: dict[str, str]) -> str:
-    parts = [holding(runs, target), buying(runs, baseline), against(runs), control(runs), tuning(tried, target)]
-    return "\n\n".join([f"# {task}, set-point {target}", *parts])
+    measured = [holding(runs, target), buying(runs, baseline), by_seed(runs), against(runs), control(runs)]
+    return "\n\n".join([f"# {task}, set-point {target}", *measured, tuning(tried, target)])
 
 
 def holding(runs: Runs, target: float) -> str:
     """How near to the set-point each method keeps the entropy."""
     lines = [
-        "| method | setting | ten-step means within 5 % | their rms distance | mean over set-point | cost of a step |",
-        "|---|---|---|---|---|---|",
+        "| method | setting | ten-step means within 5 % | their rms distance | mean over set-point | "
+        "lowest, highest | cost of a step |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, own in runs.items():
         means = [deviations(run, target) for run in own]
@@ -66,7 +67,7 @@ def holding(runs: Runs, target: float) -> str:
         cost = interval(run["seconds"][-1] / none["seconds"][-1] for run, none in zip(own, runs["none"], strict=True))
         lines.append(
             f"| {name} | {setting(own[0])} | {inside} of {total} | {math.sqrt(np.mean(np.square(means))):.1%} | "
-            f"{np.mean(means):+.1%} | {cost} |"
+            f"{np.mean(means):+.1%} | {np.min(means):+.1%}, {np.max(means):+.1%} | {cost} |"
         )
     return "\n".join(lines)
 
@@ -75,14 +76,15 @@ def buying(runs: Runs, baseline: dict[str, str]) -> str:
     """Held-out results after the last step, the paired difference from the baseline, and that at equal CPU time."""
     quantities = ("entropy", "reward", "pass@1", "pass@8")
     lines = [
-        f"| method | {' | '.join(quantities)} | pass@1 less baseline's | pass@8 less | pass@1 less, equal CPU time |",
-        "|---" * (len(quantities) + 4) + "|",
+        f"| method | {' | '.join(quantities)} | entropy less baseline's | pass@1 less | pass@8 less | "
+        "pass@1 less, equal CPU time |",
+        "|---" * (len(quantities) + 5) + "|",
     ]
     for name, own in runs.items():
         others = runs[baseline.get(name, "none")]
         pairs = list(zip(own, others, strict=True))
         cells = [interval(last(run, quantity) for run in own) for quantity in quantities]
-        cells += [interval(last(a, k) - last(b, k) for a, b in pairs) for k in ("pass@1", "pass@8")]
+        cells += [interval(last(a, k) - last(b, k) for a, b in pairs) for k in ("entropy", "pass@1", "pass@8")]
         cells.append(interval(_at_equal_cost(a, b) for a, b in pairs))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -91,6 +93,15 @@ def buying(runs: Runs, baseline: dict[str, str]) -> str:
 def _at_equal_cost(run: Run, other: Run) -> float:
     seconds = min(run["seconds"][-1], other["seconds"][-1])
     return at_cost(run, "pass@1", seconds) - at_cost(other, "pass@1", seconds)
+
+
+def by_seed(runs: Runs) -> str:
+    """The ends of the single runs."""
+    lines = ["| method | pass@1 of each seed | pass@8 of each seed |", "|---|---|---|"]
+    for name, own in runs.items():
+        ends = (" ".join(f"{last(run, quantity):.3f}" for run in own) for quantity in ("pass@1", "pass@8"))
+        lines.append(f"| {name} | {' | '.join(ends)} |")
+    return "\n".join(lines)
 
 
 def against(runs: Runs) -> str:
