@@ -61,14 +61,14 @@ def test_tokens_of_a_completion(axes):
     axes.figure.canvas.draw()  # "$" is no mathematics
 
 
-def test_noise_scale_with_its_interval_where_it_is_closed(axes):
+def test_noise_scale_with_its_interval_and_where_that_has_no_end(axes):
     rows = [
         {"step": 1, "noise_scale/simple": 40.0, "noise_scale/simple_lower": 9.0, "noise_scale/num_prompts": 16},
         {"step": 2, "noise_scale/simple": 30.0, "noise_scale/simple_lower": 9.0, "noise_scale/simple_upper": 90.0,
          "noise_scale/num_prompts": 16},
     ]  # fmt: skip
     assert plots.plot_noise_scale(axes, rows) is axes
-    assert [line.get_ydata().tolist() for line in axes.lines] == [[40.0, 30.0], [16, 16]]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[40.0, 30.0], [9.0], [16, 16]]
     assert axes.collections[0].get_paths()[0].get_extents().y1 == 90.0
 
 

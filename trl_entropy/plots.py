@@ -179,6 +179,8 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
     """
     Gradient noise scale over the steps so far, with its 95 % interval, beside the prompts that a step has.
 
+    Where the interval has no upper end, as |G|^2 is consistent with 0, a mark stands at its lower one.
+
     Args:
         rows: `Run.rows("noise_scale/simple")`.
         metric: `simple`, or `adam` for AdamW's metric.
@@ -186,10 +188,14 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
     key = f"noise_scale/{metric}"
     rows = [row for row in rows if row.get(key) is not None]
     plot_key(axes, rows, key, f"noise scale ({metric})", BLUE, lw=1.4)
-    closed = [row for row in rows if all(_is_finite(row.get(f"{key}_{end}")) for end in ("lower", "upper"))]
+    bounded = [row for row in rows if _is_finite(row.get(f"{key}_lower"))]
+    closed = [row for row in bounded if _is_finite(row.get(f"{key}_upper"))]
     if closed:
         low, high = ([row[f"{key}_{end}"] for row in closed] for end in ("lower", "upper"))
         axes.fill_between([row["step"] for row in closed], low, high, color=BLUE, alpha=0.2, lw=0, label="95 %")
+    if without_end := [row for row in bounded if row not in closed]:
+        steps, low = ([row[name] for row in without_end] for name in ("step", f"{key}_lower"))
+        axes.plot(steps, low, color=BLUE, ls="none", marker="^", ms=4, label="95 %: from here upwards")
     plot_key(axes, rows, "noise_scale/num_prompts", "prompts of a step", ORANGE, ls="--")
     axes.set(ylabel="prompts")
     axes.set_yscale("symlog", linthresh=10)

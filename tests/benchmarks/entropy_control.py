@@ -1,5 +1,5 @@
 """
-Which way of controlling the entropy holds it, and what does that buy? Two tasks, twelve ways, five seeds each.
+Which way of controlling the entropy holds it, and what does that buy? Two tasks, thirteen ways, five seeds each.
 
     python tests/benchmarks/entropy_control.py --output runs/entropy-control [--tasks sharpen explore] [--jobs 2]
 
@@ -53,6 +53,7 @@ def candidates(task: str) -> dict[str, list[Settings]]:
         ],
         "entropy_budget, probe": [{**budget, **one} for one in varied],
         "entropy_budget, rollouts": [{**budget, "entropy_budget_source": "rollouts", **one} for one in varied],
+        "entropy_budget, floor": [{**budget, "entropy_budget": "floor", **one} for one in varied],
     }
     return methods | ({"positive control": [{"hint": True}]} if task == "explore" else {})
 
