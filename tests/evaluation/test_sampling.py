@@ -8,6 +8,7 @@ from small_evaluation import PROMPTS
 
 from trl_entropy.evaluation import sampling
 from trl_entropy.evaluation.sampling import Sampler, first_end
+from trl_entropy.models import gather_head_input
 
 
 def rows_of(sampler, prompts=PROMPTS, greedy=False):
@@ -106,3 +107,14 @@ def test_the_batch_is_halved_on_out_of_memory_and_stays_so(policy, tokenizer, se
     rows = rows_of(sampler, PROMPTS * 2)
     assert len(rows) == 8 and sampler.batch_size == 2
     assert sizes == [8, 4, 2, 2, 2, 2]
+
+
+def test_the_head_gets_one_piece_of_the_last_positions(policy):
+    ids, inputs = torch.randint(5, 50, (3, 7), generator=torch.Generator().manual_seed(0)), []
+    for param in policy.parameters():
+        param.requires_grad_(False)
+    policy.get_output_embeddings().register_forward_hook(lambda head, given, logits: inputs.append(given[0]))
+    with_slice = policy(ids, logits_to_keep=2).logits
+    gather_head_input(policy)
+    torch.testing.assert_close(policy(ids, logits_to_keep=2).logits, with_slice)
+    assert [given.is_contiguous() for given in inputs] == [False, True]

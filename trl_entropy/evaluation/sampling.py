@@ -13,12 +13,13 @@ from torch import nn
 from trl_entropy.data.r1_template import ANSWER_CLOSE
 from trl_entropy.evaluation.plan import VLLM, Settings
 from trl_entropy.evaluation.vllm_engine import VllmEngine
-from trl_entropy.models import EMBEDDED_MODEL, base_model_of, is_adapter
+from trl_entropy.models import EMBEDDED_MODEL, base_model_of, gather_head_input, is_adapter
 from trl_entropy.probes.probe_batch import own_randomness, pack_completions
 from trl_entropy.rollouts import answer_end
 from trl_entropy.scores import halved_on_out_of_memory, score
 
-_LOGITS_AT_ONCE = 2**28  # a GiB in float32
+# That scoring makes at once, in float32: 1 GiB; fewer are faster on a CPU.
+_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**28, 2**24
 Row = dict[str, Any]
 
 
@@ -39,6 +40,7 @@ def load_policy(model: str, settings: Settings, device: str) -> tuple[Any, Any]:
         policy = PeftModel.from_pretrained(policy, name)
         if settings.sampler == VLLM:  # which takes whole weights: the ones drawn from and the ones scored are the same
             policy = policy.merge_and_unload()
+    gather_head_input(policy)
     return policy.to(device).eval(), tokenizer
 
 
@@ -139,7 +141,8 @@ class Sampler:
         pad_token_id, vocabulary = _pad_token_id(self.tokenizer), self.model.config.vocab_size
         completion_ids = [ids for ids, _ in ended]
         packed = pack_completions(prompt_ids, completion_ids, 0, pad_token_id, self.model.device)
-        at_once = max(1, _LOGITS_AT_ONCE // (vocabulary * (max(map(len, completion_ids)) + 1)))
+        logits = _LOGITS_AT_ONCE_ON_CPU if self.model.device.type == "cpu" else _LOGITS_AT_ONCE
+        at_once = max(1, logits // (vocabulary * (max(map(len, completion_ids)) + 1)))
         temperature = float(self.settings.sampling["temperature"])
         scores = score(self.model, packed, temperature, min(at_once, len(ended)))
         logps, entropies = scores.logps[0].float().tolist(), scores.entropy[0].float().tolist()
