@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from trl_entropy import sft
 from trl_entropy.run_log import RunDirectory
-from trl_entropy.train import main, parse
+from trl_entropy.train import _say_start, main, parse
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -51,6 +52,16 @@ def test_what_the_scripts_start_is_read(script, tmp_path, monkeypatch):
     _, args, _ = parse([*shlex.split(arguments.replace('"$@"', "")), "--output_dir", str(tmp_path)])
     assert {"entropy_probe", "noise_scale_probe", "fisher_probe"} <= set(args.enabled_probes())
     assert args.entropy_attribution != "none"
+
+
+def test_the_start_line_names_what_changes_the_step(tmp_path, caplog):
+    control = ["--entropy_budget", "hold", "--entropy_budget_target", "0.2", "--max_steps", "1"]
+    caplog.set_level("INFO", "trl_entropy")
+    for more in ([], control):
+        _, args, _ = parse(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
+        _say_start(SimpleNamespace(args=args, accelerator=SimpleNamespace(num_processes=1, device="cpu")))
+    without, held = (line for line in caplog.messages if line.startswith("Dr-GRPO"))
+    assert "budget" not in without and held.endswith("; entropy_budget: hold")
 
 
 @pytest.mark.parametrize("more, message", [

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
     from trl import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -74,16 +73,6 @@ def load_adapter(
     return PeftModel.from_pretrained(
         base, path, config=config, is_trainable=True, autocast_adapter_dtype=not keep_dtype
     )
-
-
-def gather_head_input(model: PreTrainedModel | PeftModel) -> None:
-    """
-    Have the output layer take its input in one piece from now on; logits differ by rounding at most.
-
-    With `logits_to_keep` that input is a slice. Of a slice and a weight that needs no gradient torch's `linear` makes
-    one product a completion, in bfloat16 on a CPU with a copy of the weight for each.
-    """
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
 def model_init_kwargs(model: ModelConfig) -> dict[str, Any]:

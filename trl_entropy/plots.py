@@ -189,11 +189,10 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
     rows = [row for row in rows if row.get(key) is not None]
     plot_key(axes, rows, key, f"noise scale ({metric})", BLUE, lw=1.4)
     bounded = [row for row in rows if _is_finite(row.get(f"{key}_lower"))]
-    closed = [row for row in bounded if _is_finite(row.get(f"{key}_upper"))]
-    if closed:
+    if closed := [row for row in bounded if _is_finite(row.get(f"{key}_upper"))]:
         low, high = ([row[f"{key}_{end}"] for row in closed] for end in ("lower", "upper"))
         axes.fill_between([row["step"] for row in closed], low, high, color=BLUE, alpha=0.2, lw=0, label="95 %")
-    if without_end := [row for row in bounded if row not in closed]:
+    if without_end := [row for row in bounded if not _is_finite(row.get(f"{key}_upper"))]:
         steps, low = ([row[name] for row in without_end] for name in ("step", f"{key}_lower"))
         axes.plot(steps, low, color=BLUE, ls="none", marker="^", ms=4, label="95 %: from here upwards")
     plot_key(axes, rows, "noise_scale/num_prompts", "prompts of a step", ORANGE, ls="--")

@@ -182,9 +182,9 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     prompts = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     controls = {name: getattr(args, name) for name in ("entropy_budget", "token_control")}
+    changing = "".join(f"; {name}: {value}" for name, value in controls.items() if value != "none")
     logging.getLogger("trl_entropy").info(
-        "Dr-GRPO: %d steps of %d prompts x %d completions on %d process(es), %s; run directory %s; probes: %s; "
-        "entropy control: %s",
+        "Dr-GRPO: %d steps of %d prompts x %d completions on %d process(es), %s; run directory %s; probes: %s%s",
         args.max_steps,
         prompts // args.num_generations,
         args.num_generations,
@@ -192,7 +192,7 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
         accelerator.device,
         args.output_dir,
         ", ".join(args.enabled_probes()) or "none",
-        ", ".join(f"{name}={value}" for name, value in controls.items() if value != "none") or "none",
+        changing,
     )
 
 

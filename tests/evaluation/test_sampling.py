@@ -7,8 +7,7 @@ import torch
 from small_evaluation import PROMPTS
 
 from trl_entropy.evaluation import sampling
-from trl_entropy.evaluation.sampling import Sampler, first_end
-from trl_entropy.models import gather_head_input
+from trl_entropy.evaluation.sampling import Sampler, first_end, load_policy
 
 
 def rows_of(sampler, prompts=PROMPTS, greedy=False):
@@ -109,12 +108,12 @@ def test_the_batch_is_halved_on_out_of_memory_and_stays_so(policy, tokenizer, se
     assert sizes == [8, 4, 2, 2, 2, 2]
 
 
-def test_the_head_gets_one_piece_of_the_last_positions(policy):
+def test_the_head_of_a_loaded_policy_gets_its_input_in_one_piece(policy, tokenizer, settings, tmp_path):
+    policy.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_policy(str(tmp_path), settings, "cpu")
     ids, inputs = torch.randint(5, 50, (3, 7), generator=torch.Generator().manual_seed(0)), []
-    for param in policy.parameters():
-        param.requires_grad_(False)
-    policy.get_output_embeddings().register_forward_hook(lambda head, given, logits: inputs.append(given[0]))
-    with_slice = policy(ids, logits_to_keep=2).logits
-    gather_head_input(policy)
-    torch.testing.assert_close(policy(ids, logits_to_keep=2).logits, with_slice)
-    assert [given.is_contiguous() for given in inputs] == [False, True]
+    loaded.get_output_embeddings().register_forward_hook(lambda head, given, logits: inputs.append(given[0]))
+    logits = loaded(ids, logits_to_keep=2).logits
+    torch.testing.assert_close(logits, policy(ids, logits_to_keep=2).logits)
+    assert inputs[0].shape[1] == 2 and inputs[0].is_contiguous()
