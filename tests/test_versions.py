@@ -24,7 +24,7 @@ def test_importing_warns_once():
     code = (
         "import importlib.metadata as m, warnings; real = m.version; "
         "m.version = lambda p: '9.9.9' if p == 'trl' else real(p); "
-        "warnings.simplefilter('always'); import trl_entropy; import trl_entropy.run_log"
+        "warnings.simplefilter('always'); import trl_entropy; import trl_entropy.runs.directory"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stderr.count("trl 9.9.9 is installed") == 1

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 from trl_entropy._versions import warn_if_untested
 
 if TYPE_CHECKING:
-    from trl_entropy.config import DrGRPOConfig as DrGRPOConfig
+    from trl_entropy.config.dr_grpo import DrGRPOConfig as DrGRPOConfig
     from trl_entropy.probes import Probe as Probe
-    from trl_entropy.trainer import DrGRPOTrainer as DrGRPOTrainer
+    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer as DrGRPOTrainer
 
 __version__ = "0.1.0"
 
 # Loaded on first use: reading a run directory on a laptop must not import torch or TRL.
 _EXPORTS = {
-    "DrGRPOConfig": "trl_entropy.config",
-    "DrGRPOTrainer": "trl_entropy.trainer",
+    "DrGRPOConfig": "trl_entropy.config.dr_grpo",
+    "DrGRPOTrainer": "trl_entropy.trainer.dr_grpo",
     "Probe": "trl_entropy.probes",
 }
 __all__ = ["DrGRPOConfig", "DrGRPOTrainer", "Probe", "__version__"]

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "unpack": "turn a GGUF file into a folder that training can start from",
+    "convert-gguf": "turn a GGUF file into a folder that training can start from",
     "sft": "fine-tune on demonstrations: what RL starts from",
     "train": "train as a config file says (under accelerate launch for more than one process)",
     "doctor": "check a run before it starts: batch plan, memory, disk, problems with their remedies",
@@ -20,10 +20,10 @@ COMMANDS = {
 def main() -> None:
     """Run the command named first on the command line."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        lines = "\n".join(f"  {name:<13} {text}" for name, text in COMMANDS.items())
         print(f"usage: trl-entropy COMMAND [options]\n\n{lines}\n\ntrl-entropy COMMAND --help shows its options.")
         sys.exit(0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else f"trl-entropy: no command {sys.argv[1]!r}")
-    module = importlib.import_module(f"trl_entropy.{sys.argv[1]}")
+    module = importlib.import_module(f"trl_entropy.{sys.argv[1].replace('-', '_')}")
     module.main(sys.argv[2:])
 
 

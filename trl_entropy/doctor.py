@@ -20,8 +20,8 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from trl_entropy import sft
-from trl_entropy.config import DrGRPOConfig
-from trl_entropy.console import quiet_libraries
+from trl_entropy.config.command_line import parse
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.preflight import Plan, full_report
 from trl_entropy.preflight.checks import findings
 from trl_entropy.preflight.finding import Finding
@@ -30,7 +30,7 @@ from trl_entropy.preflight.hardware import Hardware, named_hardware, this_machin
 from trl_entropy.preflight.launch import Launch, launch_from_options, read_accelerate_config
 from trl_entropy.preflight.report import problem_lines, section, versions
 from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
-from trl_entropy.train import parse
+from trl_entropy.runs.console import quiet_libraries
 
 
 def main(argv: list[str] | None = None) -> None:

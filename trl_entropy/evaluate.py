@@ -28,7 +28,7 @@ from trl_entropy.evaluation.plan import (
     targets_of,
 )
 from trl_entropy.evaluation.process import describe, run_job
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -9,21 +9,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy.console import quiet_libraries
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.models.fine_tuning import train_sft
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
     from trl import ModelConfig, SFTConfig, SFTTrainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,10 +57,10 @@ def parse(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SFTCon
 def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
     """Prompts in the R1 template with worked solutions; columns `prompt` and `completion`."""
     if task.task == "word_problems":
-        from trl_entropy.data import word_problems
+        from trl_entropy.tasks import word_problems
 
         return word_problems.load_demonstrations(task.num_demonstrations or 4096, seed, flawed_share=0.0)
-    from trl_entropy.data.gsm8k import load_gsm8k_demonstrations
+    from trl_entropy.tasks.gsm8k import load_gsm8k_demonstrations
 
     dataset = load_gsm8k_demonstrations(task.dataset_path, "train", tokenizer, task.max_prompt_length)
     return dataset.select(range(min(task.num_demonstrations or len(dataset), len(dataset))))
@@ -81,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
-    from trl_entropy.models import model_init_kwargs
+    from trl_entropy.models.loading import model_init_kwargs
 
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
     demonstrations = load_demonstrations(task, tokenizer, args.seed)
@@ -110,87 +107,6 @@ def save(trainer: SFTTrainer, task: DemonstrationArguments, model: ModelConfig) 
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     last = f", last loss {losses[-1]:.4f}" if losses else ""
     print(f"SFT: {trainer.state.global_step} steps{last}; saved to {output_dir}")
-
-
-def train_sft(
-    model: PreTrainedModel | str,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    args: SFTConfig,
-    peft_config: PeftConfig | None = None,
-) -> SFTTrainer:
-    """Trains a model on demonstrations; the loss covers the completion and the end token.
-
-    Args:
-        model: A model, or the name or path of one. It is trained in place.
-        tokenizer: Its tokenizer; must have an end-of-text token, which is taught.
-        dataset: Columns `prompt` and `completion`, plain strings. Rows longer than `args.max_length` tokens are
-            dropped, as a cut demonstration would teach no end.
-        args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset.
-        peft_config: Trains an adapter instead of the whole model.
-
-    Returns:
-        The trainer after training; `trainer.model` is the trained model, `trainer.state.log_history` the log.
-
-    Raises:
-        ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
-    """
-    from trl import SFTTrainer
-
-    tokenized = tokenize_demonstrations(dataset, tokenizer, args.max_length)
-    trainer = SFTTrainer(
-        model=model, args=args, train_dataset=tokenized, processing_class=tokenizer, peft_config=peft_config
-    )
-    trainer.train()
-    return trainer
-
-
-def tokenize_demonstrations(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> Dataset:
-    """Tokenizes prompt and completion apart, as RL does: there the prompt's tokens are fixed before the completion's.
-
-    Args:
-        dataset: Columns `prompt` and `completion`, plain strings; other columns are dropped.
-        tokenizer: Must have an end-of-text token; it is put behind every completion that lacks it.
-        max_length: Longest row in tokens; longer rows are dropped and their number is logged. `None`: no limit.
-
-    Returns:
-        A dataset with the columns `input_ids` and `labels` (-100 on the prompt).
-
-    Raises:
-        ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
-    """
-    missing = {"prompt", "completion"} - set(dataset.column_names)
-    if missing:
-        raise ValueError(f"demonstrations need the columns prompt and completion; missing: {sorted(missing)}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token, so no completion could be taught to end")
-
-    def tokenize(rows: Mapping[str, list]) -> dict[str, list]:
-        completions = [text.removesuffix(tokenizer.eos_token) for text in rows["completion"]]
-        prompt_ids = tokenizer(rows["prompt"])["input_ids"]
-        completion_ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
-        targets = [[*ids, tokenizer.eos_token_id] for ids in completion_ids]
-        return {
-            "input_ids": [prompt + target for prompt, target in zip(prompt_ids, targets, strict=True)],
-            "labels": [[-100] * len(prompt) + target for prompt, target in zip(prompt_ids, targets, strict=True)],
-        }
-
-    tokenized = dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
-    return tokenized if max_length is None else _drop_longer(tokenized, max_length)
-
-
-def _drop_longer(tokenized: Dataset, max_length: int) -> Dataset:
-    lengths = [len(ids) for ids in tokenized["input_ids"]]
-    kept = [index for index, length in enumerate(lengths) if length <= max_length]
-    if not kept:
-        raise ValueError(f"no demonstration fits into max_length={max_length} tokens; the shortest has {min(lengths)}")
-    if len(kept) < len(lengths):
-        logger.warning(
-            "dropped %d of %d demonstrations longer than %d tokens", len(lengths) - len(kept), len(lengths), max_length
-        )
-    return tokenized.select(kept)
 
 
 if __name__ == "__main__":

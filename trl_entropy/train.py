@@ -6,80 +6,22 @@ import dataclasses
 import logging
 import os
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_entropy import checkpoints
-from trl_entropy.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
-from trl_entropy.models import EMBEDDED_MODEL, check_model, is_adapter, load_adapter, model_init_kwargs
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.config.command_line import parse
+from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, model_init_kwargs
+from trl_entropy.runs import checkpoints
+from trl_entropy.runs.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.tasks.arguments import TaskArguments, load_task
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-    from trl_entropy.config import DrGRPOConfig
-    from trl_entropy.trainer import DrGRPOTrainer
-
-TASKS = ("word_problems", "gsm8k")
-REWARDS = ("tag_pref", "tag_math_correct", "format_reward")
-
-
-@dataclass
-class TaskArguments:
-    """What is trained on; the settings of training itself are [`DrGRPOConfig`], those of the model `ModelConfig`."""
-
-    task: str = field(default="word_problems", metadata={"help": "The task.", "choices": list(TASKS)})
-    dataset_path: str = field(
-        default="openai/gsm8k", metadata={"help": "gsm8k: name on the hub, or a local JSONL file or folder."}
-    )
-    num_train_problems: int = field(default=4096, metadata={"help": "Problems to train on, at most."})
-    num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems to evaluate on, at most."})
-    max_prompt_length: int = field(default=200, metadata={"help": "gsm8k: drop prompts of more tokens than this."})
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["tag_pref"], metadata={"help": "Functions of trl_entropy.rewards, summed."}
-    )
-
-
-def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, ModelConfig]:
-    """Read the command line and its `--config` file; every error in a setting is raised here, before any loading."""
-    from trl import ModelConfig, TrlParser
-
-    from trl_entropy.config import DrGRPOConfig
-
-    parser = TrlParser([TaskArguments, DrGRPOConfig, ModelConfig])
-    # tqdm is off by default once transformers is silenced.
-    parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL, disable_tqdm=False)
-    task, args, model = parser.parse_args_and_config(argv)
-    if unknown := [name for name in task.reward_funcs if name not in REWARDS]:
-        raise ValueError(f"reward_funcs: {unknown} not in trl_entropy.rewards; use any of {', '.join(REWARDS)}.")
-    check_model(model)
-    if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
-        raise ValueError(
-            f"{args.output_dir} already holds a run. Choose another --output_dir, continue it with "
-            "--resume_from_checkpoint, or move it away."
-        )
-    return task, args, model
-
-
-def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset]:
-    """Problems to train on and held-out problems, with columns `prompt`, `answer`, `prompt_id`."""
-    if task.task == "word_problems":
-        from trl_entropy.data.word_problems import load_word_problems
-
-        return (
-            load_word_problems("train", task.num_train_problems, seed=seed),
-            load_word_problems("test", task.num_eval_problems, seed=0),
-        )
-    from trl_entropy.data.gsm8k import load_gsm8k
-
-    def load(split: str, most: int) -> Dataset:
-        dataset = load_gsm8k(task.dataset_path, split, tokenizer, task.max_prompt_length)
-        return dataset.select(range(min(most, len(dataset))))
-
-    return load("train", task.num_train_problems), load("test", task.num_eval_problems)
+    from trl_entropy.config.dr_grpo import DrGRPOConfig
+    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
 
 def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> DrGRPOTrainer:
@@ -88,9 +30,9 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     from transformers.integrations import TensorBoardCallback
     from trl import get_peft_config, get_quantization_config
 
-    from trl_entropy import rewards
-    from trl_entropy.callbacks import RunLogCallback
-    from trl_entropy.trainer import DrGRPOTrainer
+    from trl_entropy.tasks import rewards
+    from trl_entropy.trainer.callbacks import RunLogCallback
+    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
     policy, tokenizer = load_policy(args, model)
     train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
@@ -121,7 +63,7 @@ def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel
 
     name = str(model.model_name_or_path)
     if name == EMBEDDED_MODEL:
-        from trl_entropy.warm_start import warm_start
+        from trl_entropy.models.warm_start import warm_start
 
         name = str(warm_start(seed=args.seed))
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
@@ -198,7 +140,7 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
 
 def _say_end(trainer: DrGRPOTrainer) -> None:
     """Write the figure; say what changed and where everything lies."""
-    from trl_entropy.report import write_report
+    from trl_entropy.reporting.write import write_report
 
     run = RunDirectory(trainer.args.output_dir)
     evaluation = run.evaluation()

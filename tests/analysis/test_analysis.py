@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from trl_entropy.analysis import (
+from trl_entropy.analysis.run import (
     compare_runs,
     cosines_of,
     high_entropy_tokens,
@@ -22,7 +22,7 @@ from trl_entropy.analysis import (
     token_dump,
     token_table,
 )
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 
 def test_steps_are_the_lines_of_the_file(real_run):
@@ -117,7 +117,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
 
 def test_reading_a_run_imports_no_torch(real_run):
     code = (
-        "import sys; from trl_entropy.analysis import load_run; from trl_entropy.report_page import render; "
+        "import sys; from trl_entropy.analysis.run import load_run; from trl_entropy.reporting.page import render; "
         f"from pathlib import Path; run = load_run({str(real_run)!r}); run.tokens, run.evaluation_tokens, run.groups; "
         "render([run.path]); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
     )
@@ -138,7 +138,7 @@ def test_over_runs_is_the_student_interval(tmp_path):
 
 
 def test_student_t_is_the_estimators():
-    from trl_entropy.estimators.estimate import student_t_quantile
+    from trl_entropy.estimators.statistics.estimate import student_t_quantile
 
     for dof in (1, 2, 5, 10, 11, 20, 100):
         assert student_t(dof) == pytest.approx(student_t_quantile(0.975, float(dof)), abs=2.5e-4)

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from trl_entropy.analysis import load_run
-from trl_entropy.attribution_shares import (
+from trl_entropy.analysis.attribution import (
     BY,
     attribution_table,
     categories,
@@ -14,7 +13,8 @@ from trl_entropy.attribution_shares import (
     ranked_prompts,
     shares,
 )
-from trl_entropy.metrics import OUTCOMES_BY_PROBABILITY
+from trl_entropy.analysis.run import load_run
+from trl_entropy.runs.metrics import OUTCOMES_BY_PROBABILITY
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_interval_is_the_estimators_where_the_share_is_known():
     """Planted share 0.4: the interval of `CategoryRecord` on the same sums, digit by digit."""
     import torch
 
-    from trl_entropy.estimators.attribution import CategoryRecord
+    from trl_entropy.estimators.attribution.shares import CategoryRecord
 
     generator, record, rows = np.random.default_rng(0), CategoryRecord.empty(["a", "b"]), []
     for step in range(5):

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from trl_entropy import rewards
-from trl_entropy.data.word_problems import KINDS
-from trl_entropy.estimators.pass_at_k import pass_at_k
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.scores import score
+from trl_entropy.estimators.statistics.pass_at_k import pass_at_k
+from trl_entropy.gradients.scores import score
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.tasks import rewards
+from trl_entropy.tasks.word_problems import KINDS
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 NUM_FRESH, FROM = 128, 20
@@ -128,7 +128,8 @@ class Measure(TrainerCallback):
 
 def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
     """Train with settings of the config, beside the quickstart's; `hint` is the positive control's bonus."""
-    from trl_entropy.train import build_trainer, parse
+    from trl_entropy.config.command_line import parse
+    from trl_entropy.train import build_trainer
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())

@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trl_entropy.console import quiet_libraries
-from trl_entropy.estimators.fisher_kernel import spectrum
-from trl_entropy.estimators.row_kernels import blockwise_gram
-from trl_entropy.estimators.row_sums import Rows
-from trl_entropy.estimators.sketch import CountSketch
-from trl_entropy.estimators.u_statistic import cross_gram
+from trl_entropy.engine.adamw_step import metric_of_step
+from trl_entropy.estimators.kernel.fisher_kernel import spectrum
+from trl_entropy.estimators.kernel.sketch import CountSketch
+from trl_entropy.estimators.rows.row_kernels import blockwise_gram
+from trl_entropy.estimators.rows.row_sums import Rows
+from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.probes.adamw_step import metric_of_step
-from trl_entropy.scores import Completions
-from trl_entropy.sequence_passes import consumed, weighted_logps
+from trl_entropy.gradients.sequence_products import consumed, weighted_logps
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.console import quiet_libraries
 
 DIMENSIONS = (100, 200, 400, 800, 1600, 3200, 6400, 12800)
 

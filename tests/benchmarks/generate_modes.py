@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trl_entropy.console import quiet_libraries
-from trl_entropy.data.word_problems import load_word_problems
 from trl_entropy.evaluation.sampling import end_token_ids, first_end
-from trl_entropy.warm_start import warm_start
+from trl_entropy.models.warm_start import warm_start
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.tasks.word_problems import load_word_problems
 
 Draw = Callable[[list[list[int]], GenerationConfig], list[list[int]]]
 

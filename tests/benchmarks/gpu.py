@@ -25,9 +25,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, TrainerCallback
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-from trl_entropy.console import quiet_libraries
-from trl_entropy.embedded_model import build_tokenizer
-from trl_entropy.run_log import describe_environment
+from trl_entropy.models.embedded import build_tokenizer
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.directory import describe_environment
 
 SHAPES: dict[str, dict[str, int]] = {
     "qwen2.5-1.5b": {

@@ -16,8 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trl_entropy.estimators.noise_scale import NoiseScaleRecord, jackknifed_parts, micro_batch_parts, unbiased_parts
-from trl_entropy.estimators.pooled import StepParts
+from trl_entropy.estimators.noise.noise_scale import (
+    NoiseScaleRecord,
+    jackknifed_parts,
+    micro_batch_parts,
+    unbiased_parts,
+)
+from trl_entropy.estimators.statistics.pooled import StepParts
 
 DIMENSIONS = 64
 PLANTED = (0.1, 1.0, 10.0, 100.0, 1000.0, math.inf)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from step_time import interval as mean_interval
 
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 ARMS = {

@@ -18,8 +18,8 @@ import torch
 from step_time import build, interval
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-from trl_entropy.console import quiet_libraries
-from trl_entropy.scores import score
+from trl_entropy.gradients.scores import score
+from trl_entropy.runs.console import quiet_libraries
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from trl_entropy.engine import trainable_parameters
-from trl_entropy.estimators.estimate import student_t_quantile
-from trl_entropy.sequence_gradients import Consumer, Rows, SequenceGradients, SquaredNorms
+from trl_entropy.estimators.statistics.estimate import student_t_quantile
+from trl_entropy.gradients.sequence_gradients import Consumer, Rows, SequenceGradients, SquaredNorms
 
 NUM_SEQUENCES, LENGTH, VOCAB, RANK = 32, 60, 512, 16
 

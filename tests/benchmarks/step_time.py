@@ -28,11 +28,12 @@ from sequence_gradients import build as build_model
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_entropy import DrGRPOConfig, DrGRPOTrainer, rewards
-from trl_entropy.console import quiet_libraries
-from trl_entropy.data.word_problems import load_word_problems
-from trl_entropy.estimators.estimate import student_t_quantile
-from trl_entropy.warm_start import warm_start
+from trl_entropy import DrGRPOConfig, DrGRPOTrainer
+from trl_entropy.estimators.statistics.estimate import student_t_quantile
+from trl_entropy.models.warm_start import warm_start
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.tasks import rewards
+from trl_entropy.tasks.word_problems import load_word_problems
 
 QUICKSTART = {
     "num_generations": 8,

@@ -1,5 +1,5 @@
-"""What `trl_entropy.precision` relies on in transformers, PEFT, TRL, accelerate and torch. A failure here says which
-upstream fact changed and what to read again; the mode itself is tested in `tests/test_precision.py`."""
+"""What `gradients/float64_reference.py` relies on in transformers, PEFT, TRL, accelerate and torch. A failure says
+which upstream fact changed and what to read again; `tests/gradients/test_float64_reference.py` has the mode."""
 
 import importlib
 import inspect
@@ -16,9 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_entropy import precision
+from trl_entropy.gradients import float64_reference as precision
 
-READ_AGAIN = "upstream changed: read it again and adapt trl_entropy/precision.py"
+READ_AGAIN = "upstream changed: read it again and adapt trl_entropy/gradients/float64_reference.py"
 SIZES = {
     "vocab_size": 31,
     "hidden_size": 32,

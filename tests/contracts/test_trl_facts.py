@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, Trainer
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from trl_entropy import scores
+from trl_entropy.gradients import scores
 
 
 def source(function) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
+from trl_entropy.models.embedded import build_model, build_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from rank_script import leave
 from transformers import AutoTokenizer, TrainerCallback
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-from trl_entropy.callbacks import RunLogCallback
 from trl_entropy.evaluation import during_training
+from trl_entropy.trainer.callbacks import RunLogCallback
 
 SECONDS = 1.0
 output, model, when = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

@@ -32,7 +32,7 @@ def train(output_dir: Path, event: str, port: int, settings: dict) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         if event == LIVES_ON:
-            from trl_entropy.engine import symmetry
+            from trl_entropy.engine import ranks as symmetry
 
             symmetry._SECONDS_TO_LEAVE = 1.0
         probe_worker.train(output_dir, event, fails_in=event, **settings)
@@ -48,7 +48,7 @@ def train(output_dir: Path, event: str, port: int, settings: dict) -> int:
 
 def main(output_dir: Path, ports: dict[str, int], settings: dict) -> None:
     turn_off_compiled_ops()
-    import trl_entropy.trainer  # noqa: F401  once, for all
+    import trl_entropy.trainer.dr_grpo  # noqa: F401  once, for all
 
     for event, port in ports.items():
         status = train(output_dir, event, port, settings)

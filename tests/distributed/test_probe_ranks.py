@@ -10,9 +10,10 @@ from launching import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from trl_entropy.estimators.step_change import point_terms, step_changes
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.scores import Completions, score
+from trl_entropy.estimators.entropy_change.step_change import point_terms, step_changes
+from trl_entropy.gradients.scores import score
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.directory import RunDirectory
 
 WORKER = Path(__file__).with_name("probe_worker.py")
 SECOND_ORDER = {"entropy_second_order": True, "entropy_placebo": True}

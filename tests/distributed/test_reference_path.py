@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY, launch
 
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import pytest
 from comparing import largest_deviation, rounding_of
 from launching import REPOSITORY, free_port, launch
 
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 

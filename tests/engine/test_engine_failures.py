@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 from test_engine_refusals import fake_accelerator
 
-from trl_entropy.engine import OtherRankFailed, ending_together, rank_symmetric, symmetry
+from trl_entropy.engine import OtherRankFailed, ending_together, rank_symmetric
+from trl_entropy.engine import ranks as symmetry
 
 
 def test_one_process_raises_the_original(accelerate_to) -> None:

@@ -14,11 +14,11 @@ import torch
 from tiny_groups import TinyGroups
 from tiny_policy import TinyPolicy
 
-from trl_entropy.estimators.group_gradients import accepted_gram
-from trl_entropy.estimators.noise_scale import GroupProducts, accepted_products, group_products, jackknifed_parts
-from trl_entropy.estimators.surrogate import surrogate_terms
-from trl_entropy.estimators.u_statistic import cross_gram, u_statistic
-from trl_entropy.group_resampling import chosen_groups, round_size
+from trl_entropy.estimators.entropy_change.cross_prompt import accepted_gram
+from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
+from trl_entropy.estimators.noise.noise_scale import GroupProducts, accepted_products, group_products, jackknifed_parts
+from trl_entropy.estimators.statistics.u_statistic import cross_gram, u_statistic
+from trl_entropy.trainer.group_resampling import chosen_groups, round_size
 
 POLICY = TinyPolicy(max_length=1)
 GROUPS = TinyGroups(POLICY)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_entropy.estimators.adamw import (
+from trl_entropy.estimators.optimizer.adamw import (
     AdamWSettings,
     adamw_moments,
     adamw_update,

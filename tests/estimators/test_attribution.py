@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tiny_groups import LENGTH
 from tiny_step import TinyStep
 
-from trl_entropy.estimators.adamw import UpdateParts
-from trl_entropy.estimators.attribution import (
+from trl_entropy.estimators.attribution.shares import (
     Attribution,
     CategoryRecord,
     bin_index,
@@ -23,7 +22,8 @@ from trl_entropy.estimators.attribution import (
     token_contributions,
     update_products,
 )
-from trl_entropy.estimators.surrogate import surrogate_terms
+from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
+from trl_entropy.estimators.optimizer.adamw import UpdateParts
 
 NAMES = ["correct/rare", "correct/common", "incorrect/rare", "incorrect/common"]
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.calibration import coverage, kurtosis, wilson_interval
-from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.statistics.calibration import coverage, kurtosis, wilson_interval
+from trl_entropy.estimators.statistics.estimate import Estimate
 
 NORMAL = NormalDist()
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import TinyPolicy, loglog_slope, multisets
 
-from trl_entropy.estimators.delta_entropy import (
+from trl_entropy.estimators.entropy_change.delta_entropy import (
     RatioTerms,
     critical_length,
     critical_step,
@@ -23,8 +23,8 @@ from trl_entropy.estimators.delta_entropy import (
     tangent_terms,
     tangent_terms_from_dot_products,
 )
-from trl_entropy.estimators.importance import importance_weights
-from trl_entropy.estimators.surrogate import ratio_surrogate, surrogate_terms
+from trl_entropy.estimators.entropy_change.surrogate import ratio_surrogate, surrogate_terms
+from trl_entropy.estimators.statistics.importance import importance_weights
 
 FORMS = ["decision", "sequence"]
 POLICY = TinyPolicy()

@@ -9,7 +9,7 @@ import torch
 from tiny_policy import TinyPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_entropy.estimators.entropy import chunked_entropy_and_logps, entropy_and_logps
+from trl_entropy.estimators.entropy_change.entropy import chunked_entropy_and_logps, entropy_and_logps
 
 NUM_TOKENS, HIDDEN, VOCAB = 12, 4, 7
 

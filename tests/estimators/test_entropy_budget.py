@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_policy import loglog_slope
 from tiny_step import TinyStep
 
-from trl_entropy.estimators.entropy_budget import (
+from trl_entropy.estimators.control.entropy_budget import (
     BudgetProducts,
     PredictionCheck,
     RunningHalves,
@@ -22,7 +22,7 @@ from trl_entropy.estimators.entropy_budget import (
     floored_metric,
     mean_of,
 )
-from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.statistics.estimate import Estimate
 
 NO_CAP = 1e9
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.estimate import (
+from trl_entropy.estimators.statistics.estimate import (
     Estimate,
     Linearization,
     cluster_sums,

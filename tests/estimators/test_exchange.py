@@ -5,19 +5,19 @@ import torch
 from tiny_groups import TinyGroups, rewards_of
 from tiny_policy import TinyPolicy, loglog_slope
 
-from trl_entropy.estimators.delta_entropy import (
-    RatioTerms,
-    delta_linear,
-    tangent_terms_from_dot_products,
-)
-from trl_entropy.estimators.exchange import (
+from trl_entropy.estimators.control.exchange import (
     ExchangeRecord,
     leave_one_out_advantages,
     mean_over_redraws,
     ratio_over_blocks,
     reward_change_terms,
 )
-from trl_entropy.estimators.surrogate import surrogate_terms
+from trl_entropy.estimators.entropy_change.delta_entropy import (
+    RatioTerms,
+    delta_linear,
+    tangent_terms_from_dot_products,
+)
+from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 
 
 @pytest.fixture(scope="module")

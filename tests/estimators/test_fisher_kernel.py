@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from tiny_groups import TinyGroups
 from tiny_policy import TinyPolicy, multisets
 
-from trl_entropy.estimators.adamw import live_preconditioner, preconditioner
-from trl_entropy.estimators.fisher_kernel import (
+from trl_entropy.estimators.kernel.fisher_kernel import (
     block_shares,
     cosine_kernel,
     fisher_kernel,
@@ -22,6 +21,7 @@ from trl_entropy.estimators.fisher_kernel import (
     permuted_prompts,
     spectrum,
 )
+from trl_entropy.estimators.optimizer.adamw import live_preconditioner, preconditioner
 
 PROMPTS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3, 3])
 REWARDS = torch.tensor([1.0, 0, 1, 1, 1, 0, 0, 1, 0, 1])

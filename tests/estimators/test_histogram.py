@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.histogram import LogRatioHistogram
+from trl_entropy.estimators.statistics.histogram import LogRatioHistogram
 
 RELATIVE_ERROR = 10 ** (0.5 / 32) - 1  # half a bin of 32 a decade
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import TinyPolicy
 
-from trl_entropy.estimators.importance import (
+from trl_entropy.estimators.statistics.importance import (
     accumulate,
     accumulate_transposed,
     effective_sample_size,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.magnitude import magnitude_counts, magnitude_quantile
+from trl_entropy.estimators.optimizer.magnitude import magnitude_counts, magnitude_quantile
 
 HALF_A_BIN = 10 ** (0.5 / 32) - 1  # 3.7 %
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.moments import PairMoments, error_covariance, jackknife
+from trl_entropy.estimators.statistics.moments import PairMoments, error_covariance, jackknife
 
 STATISTICS = ["slope", "corrected_slope", "correlation", "r_squared", "ceiling_r_squared", "share_of_ceiling"]
 

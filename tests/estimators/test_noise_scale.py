@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny_groups import TinyGroups
 from tiny_policy import TinyPolicy, multisets
 
-from trl_entropy.estimators.group_gradients import group_loss_surrogate
-from trl_entropy.estimators.noise_scale import (
+from trl_entropy.estimators.entropy_change.cross_prompt import group_loss_surrogate
+from trl_entropy.estimators.noise.noise_scale import (
     NoiseScaleRecord,
     group_products,
     half_advantages,
@@ -365,7 +365,7 @@ def test_negative_parts_are_data():
 
 @pytest.mark.parametrize("columns", [2**13, 7])
 def test_products_of_rows_are_those_of_loops(columns, monkeypatch):
-    monkeypatch.setattr("trl_entropy.estimators.noise_scale._BLOCK", columns)
+    monkeypatch.setattr("trl_entropy.estimators.noise.noise_scale._BLOCK", columns)
     generator = torch.Generator().manual_seed(0)
     rows, metric = torch.randn(3, 50, generator=generator), torch.rand(50, generator=generator)
     g = rows.mean(0)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from trl_entropy.estimators.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
+from trl_entropy.estimators.statistics.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 7])

@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.estimate import student_t_quantile
-from trl_entropy.estimators.pooled import PooledParts, StepParts, jackknife_covariance, sum_over_prompts
+from trl_entropy.estimators.statistics.estimate import student_t_quantile
+from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts, jackknife_covariance, sum_over_prompts
 
 UNIT = torch.eye(2, dtype=torch.float64)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.rivals import (
+from trl_entropy.estimators.entropy_change.rivals import (
     CovarianceTerms,
     delta_covariance,
     natural_gradient_terms,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_entropy.estimators import row_gradients
-from trl_entropy.estimators.row_gradients import Grouping, Lookups, OuterProducts, Sum, WrittenOut
+from trl_entropy.estimators.rows import row_gradients
+from trl_entropy.estimators.rows.row_gradients import Grouping, Lookups, OuterProducts, Sum, WrittenOut
 
 sizes = st.integers(1, 6)
 

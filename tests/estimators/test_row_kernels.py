@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from trl_entropy.estimators import row_kernels
-from trl_entropy.estimators.row_gradients import OuterProducts, WrittenOut
-from trl_entropy.estimators.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
-from trl_entropy.estimators.row_sums import Several
-from trl_entropy.estimators.sketch import CountSketch
+from trl_entropy.estimators.kernel.sketch import CountSketch
+from trl_entropy.estimators.rows import row_kernels
+from trl_entropy.estimators.rows.row_gradients import OuterProducts, WrittenOut
+from trl_entropy.estimators.rows.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
+from trl_entropy.estimators.rows.row_sums import Several
 
 SHAPES = {"weight": torch.Size((4, 3)), "bias": torch.Size((4,))}
 GENERATOR = torch.Generator().manual_seed(1)

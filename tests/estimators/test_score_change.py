@@ -8,8 +8,8 @@ from tiny_groups import TinyGroups, score_gradients
 from tiny_policy import TinyPolicy, multisets
 from tiny_step import DEAD, TinyStep
 
-from trl_entropy.estimators.fisher_kernel import kernel_block
-from trl_entropy.estimators.score_change import (
+from trl_entropy.estimators.kernel.fisher_kernel import kernel_block
+from trl_entropy.estimators.kernel.score_change import (
     change_agreement,
     score_change_parts,
     score_change_shares,

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from trl_entropy.estimators.fisher_kernel import kernel_block, spectrum
-from trl_entropy.estimators.sketch import CountSketch, sketch_stderr
+from trl_entropy.estimators.kernel.fisher_kernel import kernel_block, spectrum
+from trl_entropy.estimators.kernel.sketch import CountSketch, sketch_stderr
 
 X = torch.tensor([[1.0, -0.5, 2.0], [0.3, 1.5, 0.7]], dtype=torch.float64)
 METRIC = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_hashes_are_pinned():
 def test_chunks_do_not_matter(monkeypatch):
     rows, metric = correlated_rows(dim=50), torch.rand(50, generator=torch.Generator().manual_seed(1))
     whole = CountSketch(8, 0).block(rows, "a", metric)
-    monkeypatch.setattr("trl_entropy.estimators.sketch._CHUNK", 40)
+    monkeypatch.setattr("trl_entropy.estimators.kernel.sketch._CHUNK", 40)
     torch.testing.assert_close(CountSketch(8, 0).block(rows, "a", metric), whole)
 
 

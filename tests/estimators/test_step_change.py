@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_policy import TinyPolicy
 
-from trl_entropy.estimators.step_change import (
+from trl_entropy.estimators.entropy_change.step_change import (
     importance_sample_size,
     point_terms,
     rows,

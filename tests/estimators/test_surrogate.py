@@ -8,8 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import TinyPolicy
 
-from trl_entropy.estimators.importance import importance_weights
-from trl_entropy.estimators.surrogate import entropy_surrogate, ratio_surrogate, score_coefficients, surrogate_terms
+from trl_entropy.estimators.entropy_change.surrogate import (
+    entropy_surrogate,
+    ratio_surrogate,
+    score_coefficients,
+    surrogate_terms,
+)
+from trl_entropy.estimators.statistics.importance import importance_weights
 
 FORMS = ["decision", "sequence"]
 POLICY = TinyPolicy()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from published_token_control import PublishedLoss
 
-from trl_entropy.estimators.token_control import (
+from trl_entropy.estimators.control.token_control import (
     clip_cov_tokens,
     kl_cov_penalty,
     kl_cov_tokens,

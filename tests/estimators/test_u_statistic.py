@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import TinyPolicy, multisets
 
-from trl_entropy.estimators.surrogate import surrogate_terms
-from trl_entropy.estimators.u_statistic import (
+from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
+from trl_entropy.estimators.statistics.u_statistic import (
     cross_gram,
     independent_batches_estimate,
     independent_batches_variance,

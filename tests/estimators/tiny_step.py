@@ -4,7 +4,7 @@ import torch
 from tiny_groups import LENGTH, rewards_of
 from tiny_policy import TinyPolicy
 
-from trl_entropy.estimators.adamw import (
+from trl_entropy.estimators.optimizer.adamw import (
     AdamWSettings,
     UpdateParts,
     adamw_moments,

@@ -3,8 +3,8 @@
 import pytest
 from small_evaluation import CONFIG
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
 from trl_entropy.evaluation.plan import PROFILES, settings_of
+from trl_entropy.models.embedded import build_model, build_tokenizer
 
 
 @pytest.fixture(scope="session")

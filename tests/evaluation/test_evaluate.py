@@ -8,9 +8,9 @@ import pytest
 import yaml
 from small_evaluation import CONFIG
 
-from trl_entropy import rewards
 from trl_entropy.evaluate import main
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.tasks import rewards
 
 SMALL = ["--subset-frac", "0.004", "--num-samples", "4"]  # 6 problems
 

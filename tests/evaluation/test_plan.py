@@ -18,7 +18,7 @@ from trl_entropy.evaluation.plan import (
     settings_of,
     targets_of,
 )
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
-from trl_entropy.metrics import EVALUATION
+from trl_entropy.runs.metrics import EVALUATION
 
 RNG = np.random.default_rng(0)
 

@@ -6,8 +6,8 @@ from datasets import Dataset
 
 from tests.benchmarks import gpu as benchmark
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-from trl_entropy.embedded_model import build_model, build_tokenizer
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.models.embedded import build_model, build_tokenizer
+from trl_entropy.runs.directory import RunDirectory
 
 
 def train(folder, use_cpu, **settings):

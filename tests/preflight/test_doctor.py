@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from trl_entropy import doctor, train
-from trl_entropy.checkpoints import seal
 from trl_entropy.preflight import short_report
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.launch import launch_from_environment, read_accelerate_config
+from trl_entropy.runs.checkpoints import seal
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = [
@@ -249,7 +249,7 @@ def test_local_model_without_tokenizer(tmp_path, diagnose):
                 num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path / "model")  # fmt: skip
     _, found = diagnose(*ON_CPU, "--model_name_or_path", tmp_path / "model")
     assert any("holds no tokenizer. Save it there" in str(finding) for finding in problems(found))
-    from trl_entropy.embedded_model import build_tokenizer
+    from trl_entropy.models.embedded import build_tokenizer
 
     build_tokenizer().save_pretrained(tmp_path / "model")
     _, found = diagnose(*ON_CPU, "--model_name_or_path", tmp_path / "model")

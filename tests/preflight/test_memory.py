@@ -13,10 +13,11 @@ from trl import ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from trl_entropy.embedded_model import build_model, build_tokenizer
+from trl_entropy.gradients.scores import score
+from trl_entropy.models.embedded import build_model, build_tokenizer
 from trl_entropy.preflight import memory, shapes
 from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
-from trl_entropy.scores import Completions, score
+from trl_entropy.rollouts.completions import Completions
 
 PUBLISHED = {  # numbers of parameters on the models' cards
     "Qwen/Qwen2.5-0.5B": 494_032_768,

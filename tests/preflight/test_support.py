@@ -13,11 +13,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.engine.build import _refuse_common, _refuse_deepspeed
+from trl_entropy.gradients.scores import score
 from trl_entropy.preflight import support
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
-from trl_entropy.scores import Completions, score
+from trl_entropy.rollouts.completions import Completions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))  # the engine's tests have the stand-ins
 from test_engine_refusals import fake_accelerator, fake_deepspeed

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from trl_entropy.config.command_line import parse
 from trl_entropy.preflight import support
-from trl_entropy.train import parse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from test_user_launch import LAUNCHES, RUNS, command_line

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-from trl_entropy.embedded_model import build_model, build_tokenizer
+from trl_entropy.models.embedded import build_model, build_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ import torch
 from datasets import Dataset
 
 from trl_entropy import DrGRPOConfig
-from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
+from trl_entropy.gradients.scores import score
 from trl_entropy.probes import Probe
-from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.scores import Completions, score
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.directory import RunDirectory
 
 CONTROL = {"entropy_budget": "hold", "entropy_budget_per_step": 0.01, "entropy_budget_prompts": 16}
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl.trainer.utils import pad
 
 from trl_entropy import DrGRPOTrainer
-from trl_entropy.embedded_model import build_model
-from trl_entropy.precision import float64_reference
+from trl_entropy.gradients.float64_reference import float64_reference
+from trl_entropy.models.embedded import build_model
 from trl_entropy.probes import EntropyProbe
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}
 
@@ -165,7 +165,7 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, settings):
 
 
 def test_every_promised_quantity_is_logged(make_trainer, problems):
-    from trl_entropy.metrics import METRICS
+    from trl_entropy.runs.metrics import METRICS
 
     trainer = make_trainer(
         max_steps=5, dataset=problems, entropy_second_order=True, entropy_placebo=True, probe_files_keep=2, **PROBE

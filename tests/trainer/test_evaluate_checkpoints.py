@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from trl_entropy.callbacks import RunLogCallback
 from trl_entropy.evaluation import during_training
 from trl_entropy.evaluation.process import CANCELLED
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.trainer.callbacks import RunLogCallback
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
-from trl_entropy.group_rows import token_scores
-from trl_entropy.metrics import METRICS
-from trl_entropy.precision import float64_reference
+from trl_entropy.gradients.float64_reference import float64_reference
+from trl_entropy.gradients.group_gradients import token_scores
+from trl_entropy.gradients.sequence_products import entropy_gradient
 from trl_entropy.probes import PROBES, FisherProbe
 from trl_entropy.probes.fisher import MAX_ROWS_BYTES, check_memory
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.scores import Completions
-from trl_entropy.sequence_passes import entropy_gradient
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.metrics import METRICS
 
 PROBE = {"fisher_probe": True, "fisher_num_sequences": 12, "probe_batch_size": 16}
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_entropy import checkpoints, training_state
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs import checkpoints
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.trainer import training_state
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def train(make_trainer, folder, dies_at=None):
     elif dies_at == "seal":
         checkpoints.seal = dies(None)
     elif dies_at == "rotate":
-        import trl_entropy.resumable_trainer as module
+        import trl_entropy.trainer.resumable as module
 
         module.rotate_checkpoints = dies(None)
     trainer.train(resume_from_checkpoint="latest")

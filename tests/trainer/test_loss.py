@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_entropy.precision import float64_reference
+from trl_entropy.gradients.float64_reference import float64_reference
 
 LENGTHS = [1, 12, 3, 7, 2, 2, 11, 5, 12, 12, 1, 1, 4, 9, 6, 8]  # 4 prompts x 4 completions
 EPSILON, BETA = 0.2, 0.3

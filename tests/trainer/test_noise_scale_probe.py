@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
-from trl_entropy.estimators.noise_scale import NoiseScaleRecord, jackknifed_parts, noise_parts
-from trl_entropy.group_shares import MicroBatchNorms
-from trl_entropy.metrics import METRICS
-from trl_entropy.precision import float64_reference
+from trl_entropy.estimators.noise.noise_scale import NoiseScaleRecord, jackknifed_parts, noise_parts
+from trl_entropy.gradients.float64_reference import float64_reference
+from trl_entropy.gradients.group_products import MicroBatchNorms
 from trl_entropy.probes import PROBES, NoiseScaleProbe
 from trl_entropy.probes import noise_scale as noise_scale_probe
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.metrics import METRICS
 
 PROBE = {"noise_scale_probe": True, "probe_batch_size": 16}
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 
 from trl_entropy import DrGRPOConfig, Probe
-from trl_entropy.group_resampling import chosen_groups, round_size
-from trl_entropy.rollouts import groups_with_different_rewards
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.rollouts.groups import groups_with_different_rewards
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.trainer.group_resampling import chosen_groups, round_size
 
 ON = {"resample_uninformative_groups": True}
 # Two of three prompts are hopeless: no completion of theirs is ever right.

@@ -10,9 +10,9 @@ from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from trl_entropy import checkpoints
-from trl_entropy.checkpoints import CheckpointError
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs import checkpoints
+from trl_entropy.runs.checkpoints import CheckpointError
+from trl_entropy.runs.directory import RunDirectory
 
 EVERY_PROBE = {
     "entropy_probe": True,
@@ -215,7 +215,7 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(make_trainer, tmp
 
 def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_trainer, tmp_path, monkeypatch):
     left = []
-    monkeypatch.setattr("trl_entropy.checkpoints.seal", look(checkpoints.seal, tmp_path, left))
+    monkeypatch.setattr("trl_entropy.runs.checkpoints.seal", look(checkpoints.seal, tmp_path, left))
     train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=1)
     assert left == [None, "checkpoint-1", "checkpoint-2", "checkpoint-3"]  # just before each seal
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4"]
@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_gives_one_clear_error(make_trainer, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     train(make_trainer, tmp_path / "run", max_steps=2)
-    monkeypatch.setattr("trl_entropy.training_state.save", full)
+    monkeypatch.setattr("trl_entropy.trainer.training_state.save", full)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     with pytest.raises(CheckpointError, match=r"No space left.*Make room.*resume from .*checkpoint-1"):
         train(make_trainer, tmp_path / "run", max_steps=2, resume="latest")

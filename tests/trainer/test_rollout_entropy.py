@@ -9,14 +9,15 @@ from safetensors.torch import load_file
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
-from trl_entropy.estimators.delta_entropy import RatioTerms, delta_linear
-from trl_entropy.estimators.step_change import point_terms
-from trl_entropy.precision import float64_reference
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear
+from trl_entropy.estimators.entropy_change.step_change import point_terms
+from trl_entropy.gradients.float64_reference import float64_reference
+from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.scores import score
 from trl_entropy.probes import PROBES, RolloutEntropyProbe
 from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.scores import halved_on_out_of_memory, score
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.runs.directory import RunDirectory
 
 PROBE = {"entropy_probe": True, "entropy_probe_source": "rollouts", "probe_batch_size": 16}
 NEW_KEYS = {
@@ -289,7 +290,7 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
 
 
 def test_every_key_has_its_row():
-    from trl_entropy.metrics import unit
+    from trl_entropy.runs.metrics import unit
 
     assert all(unit(key) for key in NEW_KEYS | {"entropy/delta_in_sample", "entropy/delta_in_sample_stderr"})
 

@@ -7,16 +7,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trl_entropy import DrGRPOConfig
-from trl_entropy.embedded_model import build_model
-from trl_entropy.estimators.adamw import AdamWSettings, adamw_update_parts, gradient_metric
-from trl_entropy.estimators.attribution import Attribution, UpdateProducts, token_contributions, update_products
-from trl_entropy.estimators.delta_entropy import delta_linear
-from trl_entropy.estimators.step_change import point_terms
-from trl_entropy.precision import float64_reference
+from trl_entropy.estimators.attribution.shares import Attribution, UpdateProducts, token_contributions, update_products
+from trl_entropy.estimators.entropy_change.delta_entropy import delta_linear
+from trl_entropy.estimators.entropy_change.step_change import point_terms
+from trl_entropy.estimators.optimizer.adamw import AdamWSettings, adamw_update_parts, gradient_metric
+from trl_entropy.gradients.float64_reference import float64_reference
+from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_products, weighted_logps
+from trl_entropy.models.embedded import build_model
 from trl_entropy.probes.attribution import CATEGORIES
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.scores import Completions, score
-from trl_entropy.sequence_passes import entropy_gradient, gradient_products, weighted_logps
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.directory import RunDirectory
 
 PARTS = ("momentum", "weight_decay", "gradient", "kl", "entropy_bonus")
 PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}

@@ -5,8 +5,8 @@ import re
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from trl_entropy.metrics import METRICS, unit
-from trl_entropy.tensorboard_layout import MARGIN, layout_of
+from trl_entropy.runs.metrics import METRICS, unit
+from trl_entropy.runs.tensorboard import MARGIN, layout_of
 
 PROBES = {"entropy", "noise_scale", "fisher", "effective_sample_size"}
 

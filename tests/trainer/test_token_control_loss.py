@@ -10,9 +10,9 @@ from published_token_control import PublishedLoss
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
 from trl_entropy.control import control_micro_batch
-from trl_entropy.estimators.token_control import kl_cov_tokens, token_covariances
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.step_statistics import StepStatistics
+from trl_entropy.estimators.control.token_control import kl_cov_tokens, token_covariances
+from trl_entropy.probes.step_statistics import StepStatistics
+from trl_entropy.runs.directory import RunDirectory
 
 CLIP = {"token_control": "clip_cov", "token_control_bounds": [0.2, 0.9], "token_control_quantiles": True,
         "token_control_fraction": 0.1}  # fmt: skip

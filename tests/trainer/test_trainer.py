@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_entropy import DrGRPOTrainer, Probe
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.preflight import support
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 
 class Recorder(Probe):
@@ -104,7 +104,7 @@ def test_logged_kl_is_that_to_the_start_policy(make_trainer):
 
 
 def test_every_step_logs_what_is_promised(make_trainer):
-    from trl_entropy.metrics import METRICS
+    from trl_entropy.runs.metrics import METRICS
 
     trainer = make_trainer(
         kl_every=1, effective_sample_size_probe=True, optimizer_state_probe=True, stop_at_answer=True, max_steps=2
@@ -219,7 +219,7 @@ def test_optimizer_state_is_summarised(make_trainer):
 
 
 def test_completions_stop_at_the_answer(make_trainer, tokenizer, monkeypatch):
-    monkeypatch.setattr("trl_entropy.trainer.ANSWER_CLOSE", "e")  # a random policy writes that
+    monkeypatch.setattr("trl_entropy.trainer.dr_grpo.ANSWER_CLOSE", "e")  # a random policy writes that
     recorder = Recorder()
     trainer = make_trainer(stop_at_answer=True, callbacks=[recorder], max_steps=1, per_device_train_batch_size=32)
     trainer.train()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
-from trl_entropy.estimators.delta_entropy import RatioTerms, entropy_terms, policy_entropy
-from trl_entropy.estimators.entropy_budget import (
+from trl_entropy.engine.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
+from trl_entropy.estimators.control.entropy_budget import (
     BudgetProducts,
     Correction,
     PredictionCheck,
@@ -26,13 +26,14 @@ from trl_entropy.estimators.entropy_budget import (
     floored_metric,
     mean_of,
 )
-from trl_entropy.estimators.estimate import Estimate
-from trl_entropy.probes.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
-from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms, policy_entropy
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
+from trl_entropy.gradients.scores import Params, score
+from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_of, weighted_logps
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, Params, score
-from trl_entropy.sequence_passes import entropy_gradient, gradient_of, weighted_logps
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 logger = logging.getLogger(__name__)
 

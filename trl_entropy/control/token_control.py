@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
-from trl_entropy.estimators.token_control import (
+from trl_entropy.estimators.control.token_control import (
     clip_cov_tokens,
     kl_cov_penalty,
     kl_cov_tokens,
@@ -28,9 +28,9 @@ from trl_entropy.estimators.token_control import (
 )
 
 if TYPE_CHECKING:
-    from trl_entropy.config import DrGRPOConfig
-    from trl_entropy.step_statistics import StepStatistics
-    from trl_entropy.trainer import DrGRPOTrainer
+    from trl_entropy.config.dr_grpo import DrGRPOConfig
+    from trl_entropy.probes.step_statistics import StepStatistics
+    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from trl_entropy.engine.parameters import (
     swapped_parameters,
     trainable_parameters,
 )
-from trl_entropy.engine.symmetry import OtherRankFailed, ending_together, rank_symmetric
+from trl_entropy.engine.ranks import OtherRankFailed, ending_together, rank_symmetric
 
 __all__ = [
     "Engine",

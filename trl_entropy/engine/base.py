@@ -17,7 +17,7 @@ from trl_entropy.engine.parameters import (
     swapped_parameters,
     trainable_parameters,
 )
-from trl_entropy.precision import fp32_strict
+from trl_entropy.engine.strict_float32 import fp32_strict
 
 
 class Engine(abc.ABC):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trl_entropy.engine.base import Engine, group_settings
 from trl_entropy.engine.parameters import parameter_shape
 from trl_entropy.engine.plain import names_by_group
-from trl_entropy.engine.symmetry import rank_symmetric
+from trl_entropy.engine.ranks import rank_symmetric
 
 _BUCKET_NUMEL = 2**26  # elements of one all_reduce: 256 MiB of float32
 

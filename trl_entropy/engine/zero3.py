@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trl_entropy.engine.deepspeed import DeepSpeedEngine, buckets_of
 from trl_entropy.engine.parameters import parameter_shape, replaced_tensors
-from trl_entropy.engine.symmetry import rank_symmetric
+from trl_entropy.engine.ranks import rank_symmetric
 
 
 class Zero3Engine(DeepSpeedEngine):

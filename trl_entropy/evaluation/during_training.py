@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_entropy.callbacks import any_rank
+from trl_entropy.engine.ranks import any_rank
 from trl_entropy.evaluation.plan import ALL, PROFILES, Job, Target, is_done, read_config, settings_of, targets_of
 from trl_entropy.evaluation.process import describe, run_job
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 

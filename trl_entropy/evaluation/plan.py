@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trl_entropy.checkpoints import checkpoints_of
-from trl_entropy.models import EMBEDDED_MODEL
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.models.loading import EMBEDDED_MODEL
+from trl_entropy.runs.checkpoints import checkpoints_of
+from trl_entropy.runs.directory import RunDirectory
 
 ALL, LATEST = "all", "latest"
 TRANSFORMERS, VLLM = "transformers", "vllm"

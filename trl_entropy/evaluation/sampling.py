@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_entropy.data.r1_template import ANSWER_CLOSE
 from trl_entropy.evaluation.plan import VLLM, Settings
 from trl_entropy.evaluation.vllm_engine import VllmEngine
-from trl_entropy.models import EMBEDDED_MODEL, base_model_of, is_adapter
-from trl_entropy.probes.probe_batch import own_randomness, pack_completions
-from trl_entropy.rollouts import answer_end
-from trl_entropy.scores import halved_on_out_of_memory, score
+from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.scores import score
+from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
+from trl_entropy.rollouts.drawing import own_randomness, pack_completions
+from trl_entropy.rollouts.generation import answer_end
+from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 # That scoring makes at once, in float32: 1 GiB; 64 MiB on a CPU, which larger batches do not make faster.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**28, 2**24
@@ -47,7 +48,7 @@ def load_policy(model: str, settings: Settings, device: str) -> tuple[Any, Any]:
 
 
 def _start_policy(settings: Settings) -> str:
-    from trl_entropy.warm_start import warm_start
+    from trl_entropy.models.warm_start import warm_start
 
     return str(warm_start(seed=settings.model_seed))
 

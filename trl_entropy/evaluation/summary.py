@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from trl_entropy.estimators.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
+from trl_entropy.estimators.statistics.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
 
 Metrics = dict[str, dict[str, float | None]]
 
@@ -77,7 +77,7 @@ def position_table(records: pd.DataFrame) -> pd.DataFrame:
 
 def metrics_of(records: pd.DataFrame, prompts: pd.DataFrame) -> Metrics:
     """
-    All of `trl_entropy.metrics.EVALUATION`, each `{"value", "low", "high"}`; the ends of a 95 % bootstrap interval
+    All of `runs.metrics.EVALUATION`, each `{"value", "low", "high"}`; the ends of a 95 % bootstrap interval
     over prompts are None where a number has none.
     """
     return _means(prompts) | _spreads(records[~records["greedy"]])

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trl_entropy.data.r1_template import ANSWER_CLOSE
 from trl_entropy.evaluation.plan import Settings
+from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 # Half for vLLM's weights and cache, half for the model that scores.
 _GPU_MEMORY_UTILIZATION = 0.5

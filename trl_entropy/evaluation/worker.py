@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from trl_entropy import rewards
-from trl_entropy.answers import clean_answer
-from trl_entropy.console import quiet_libraries
-from trl_entropy.data.word_problems import MAX_PROBLEMS
 from trl_entropy.evaluation.plan import VLLM, Job, Settings
 from trl_entropy.evaluation.sampling import Row, Sampler, load_policy
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
 from trl_entropy.evaluation.vllm_engine import VllmEngine
-from trl_entropy.run_log import CHECKPOINT_SUMMARY
-from trl_entropy.train import TaskArguments, load_task
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.directory import CHECKPOINT_SUMMARY
+from trl_entropy.tasks import rewards
+from trl_entropy.tasks.answers import clean_answer
+from trl_entropy.tasks.arguments import TaskArguments, load_task
+from trl_entropy.tasks.word_problems import MAX_PROBLEMS
 
 PROGRESS = "progress"
 _EVERY_HELD_OUT = {"word_problems": MAX_PROBLEMS["test"], "gsm8k": 10**9}

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trl_entropy.console import quiet_libraries
-from trl_entropy.estimators.estimate import Estimate
-from trl_entropy.estimators.moments import PairMoments, jackknife
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.strict_json import without_nan
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.strict_json import without_nan
 
 PREDICTORS = ("linear", "second_order", "trapezoid", "measured")
 RIVALS = ("cov_natural", "cov_policy_gradient")
@@ -265,7 +265,7 @@ def draw(paths: list[Path], results: list[dict[str, Any]], target: Path) -> None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from trl_entropy import plots
+    from trl_entropy.analysis import plots
 
     figure, all_axes = plt.subplots(len(paths), 2, figsize=(10, 3.6 * len(paths)), layout="constrained", squeeze=False)
     for path, result, (left, right) in zip(paths, results, all_axes, strict=True):

@@ -8,18 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.delta_entropy import (
+from trl_entropy.estimators.entropy_change.delta_entropy import (
     RatioTerms,
     delta_linear,
     delta_measured,
     delta_second_order,
     entropy_terms,
 )
-from trl_entropy.estimators.estimate import Linearization
-from trl_entropy.estimators.importance import effective_sample_size, importance_weights
-from trl_entropy.estimators.step_change import PointTerms, point_terms, stacked, unstacked
+from trl_entropy.estimators.entropy_change.step_change import PointTerms, point_terms, stacked, unstacked
+from trl_entropy.estimators.statistics.estimate import Linearization
+from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.scores import Completions, Params, score
+from trl_entropy.gradients.scores import Params, score
+from trl_entropy.rollouts.completions import Completions
 
 
 def columns_along(

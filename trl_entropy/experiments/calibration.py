@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.calibration import Coverage, coverage, kurtosis
-from trl_entropy.estimators.estimate import Estimate, Linearization
-from trl_entropy.estimators.step_change import step_changes, unstacked
-from trl_entropy.estimators.u_statistic import (
+from trl_entropy.estimators.entropy_change.step_change import step_changes, unstacked
+from trl_entropy.estimators.statistics.calibration import Coverage, coverage, kurtosis
+from trl_entropy.estimators.statistics.estimate import Estimate, Linearization
+from trl_entropy.estimators.statistics.u_statistic import (
     row_means,
     u_statistic_estimate,
     u_statistic_jackknife_estimate,
@@ -226,7 +226,7 @@ def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
 
 def plot_coverage(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
     """Share of 95 % intervals that hold the truth; grey: 93 to 97 %."""
-    from trl_entropy.plots import GREY
+    from trl_entropy.analysis.plots import GREY
 
     axes.axvspan(0.93, 0.97, color=GREY, alpha=0.2, lw=0)
     axes.axvline(0.95, color=GREY, lw=1)
@@ -242,7 +242,7 @@ def plot_coverage(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
 
 def plot_stderr_ratio(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
     """Mean stated error over scatter, with the error of the scatter: below 1 errors are stated too small."""
-    from trl_entropy.plots import GREY
+    from trl_entropy.analysis.plots import GREY
 
     axes.axvline(1.0, color=GREY, lw=1)
     for y, (name, row) in enumerate(rows.items()):
@@ -254,7 +254,7 @@ def plot_stderr_ratio(axes: Axes, rows: dict[str, dict[str, Any]]) -> Axes:
 
 
 def _style(name: str) -> tuple[str, str]:
-    from trl_entropy.plots import BLUE, GREEN, ORANGE
+    from trl_entropy.analysis.plots import BLUE, GREEN, ORANGE
 
     if name.startswith("u_statistic"):
         return ORANGE, "s"

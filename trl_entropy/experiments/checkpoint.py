@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from trl_entropy.embedded_model import VOCAB_SIZE
-from trl_entropy.run_log import RunDirectory
-from trl_entropy.train import TaskArguments
+from trl_entropy.models.embedded import VOCAB_SIZE
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.tasks.arguments import TaskArguments
 
 _REQUIRED = {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "mask_truncated_completions": False}
 
@@ -83,7 +83,7 @@ class Checkpoint:
 
     def at_start(self) -> Checkpoint:
         """The policy that the run began with, under the run's settings; it has no optimizer's state."""
-        from trl_entropy.warm_start import warm_start
+        from trl_entropy.models.warm_start import warm_start
 
         return replace(self, path=warm_start(seed=self.config["seed"]))
 

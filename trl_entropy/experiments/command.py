@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy.console import quiet_libraries
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.redraws import Cache
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.run_log import describe_environment
-from trl_entropy.strict_json import without_nan
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.directory import describe_environment
+from trl_entropy.runs.strict_json import without_nan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,15 +20,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.adamw import AdamWSettings, UpdateParts, adamw_moments, adamw_update_parts
+from trl_entropy.engine.adamw_step import adamw_settings, metric_of_step
+from trl_entropy.estimators.optimizer.adamw import AdamWSettings, UpdateParts, adamw_moments, adamw_update_parts
 from trl_entropy.experiments.along import changes_at, columns_along, points_of, sample_size_at
 from trl_entropy.experiments.command import Command, with_interval
 from trl_entropy.experiments.redraws import Cache, pool_completions
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.probes.adamw_step import adamw_settings, metric_of_step
+from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.sequence_products import entropy_gradient
 from trl_entropy.probes.rollout_entropy import flat
-from trl_entropy.scores import Completions, score
-from trl_entropy.sequence_passes import entropy_gradient
+from trl_entropy.rollouts.completions import Completions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,7 +185,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
     """True change at equal length, and both cosines."""
-    from trl_entropy.plots import BLUE, GREY, ORANGE
+    from trl_entropy.analysis.plots import BLUE, GREY, ORANGE
 
     places = range(len(result["rows"]))
     for y, row in zip(places, result["rows"], strict=True):

@@ -25,15 +25,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.exchange import ExchangeRecord, mean_over_redraws, ratio_over_blocks
+from trl_entropy.estimators.control.exchange import ExchangeRecord, mean_over_redraws, ratio_over_blocks
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.command import Command, with_interval
 from trl_entropy.experiments.exchange_changes import GROUP_SIZE, NUM_BLOCKS, LargeSet, true_changes
 from trl_entropy.experiments.exchange_steps import MEASURED, METHODS, steps_of_methods
 from trl_entropy.experiments.redraws import Cache, in_chunks
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -216,7 +216,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
     """Reward change against entropy change, and each exchange of a bounded interval; hollow: true changes."""
-    from trl_entropy.plots import BLUE, GREEN, GREY, ORANGE
+    from trl_entropy.analysis.plots import BLUE, GREEN, GREY, ORANGE
 
     families = {"none": "black", "lower_lr": GREY, "bonus": ORANGE, "entropy_budget": BLUE}
     places = {method: y for y, method in enumerate(METHODS[1:])}

@@ -9,17 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.delta_entropy import RatioTerms, delta_measured, entropy_terms
-from trl_entropy.estimators.entropy_budget import Vector
-from trl_entropy.estimators.estimate import Linearization, delta_method
-from trl_entropy.estimators.exchange import leave_one_out_advantages, reward_change_terms
-from trl_entropy.estimators.importance import importance_weights
+from trl_entropy.estimators.control.entropy_budget import Vector
+from trl_entropy.estimators.control.exchange import leave_one_out_advantages, reward_change_terms
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_measured, entropy_terms
+from trl_entropy.estimators.statistics.estimate import Linearization, delta_method
+from trl_entropy.estimators.statistics.importance import importance_weights
 from trl_entropy.experiments.redraws import ROWS_PER_CHUNK
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.group_rows import flat
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, TokenScores, score
-from trl_entropy.sequence_passes import entropy_shares, gradients_of, weighted_logps
+from trl_entropy.gradients.group_gradients import flat
+from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.sequence_products import entropy_shares, gradients_of, weighted_logps
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 NUM_BLOCKS = 32
 GROUP_SIZE = 4  # completions of a problem: each one's baseline is the others' mean reward

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from trl_entropy.control.entropy_budget import half_gradients, halves_of
 from trl_entropy.engine import UpdateContext
-from trl_entropy.estimators.attribution import on_policy_coefficients
-from trl_entropy.estimators.entropy_budget import (
+from trl_entropy.engine.adamw_step import preconditioner_of_step, predicted_update, read_before_step
+from trl_entropy.estimators.attribution.shares import on_policy_coefficients
+from trl_entropy.estimators.control.entropy_budget import (
     Correction,
     Vector,
     budget_products,
@@ -21,7 +22,7 @@ from trl_entropy.estimators.entropy_budget import (
     floored_metric,
     mean_of,
 )
-from trl_entropy.estimators.token_control import (
+from trl_entropy.estimators.control.token_control import (
     clip_cov_tokens,
     num_chosen,
     random_positive_tokens,
@@ -29,10 +30,10 @@ from trl_entropy.estimators.token_control import (
     token_covariances,
 )
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.probes.adamw_step import preconditioner_of_step, predicted_update, read_before_step
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, score
-from trl_entropy.sequence_passes import Value, gradients_of, weighted_entropies, weighted_logps
+from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.sequence_products import Value, gradients_of, weighted_entropies, weighted_logps
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 LOWER_LR = 0.5
 BONUSES = (0.003, 0.01, 0.03)  # TRL's entropy_coef

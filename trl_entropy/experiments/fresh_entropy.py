@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from trl_entropy.estimators.delta_entropy import RatioTerms, entropy_terms, policy_entropy
-from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms, policy_entropy
+from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.redraws import ROWS_PER_CHUNK
 from trl_entropy.experiments.state import Policy
-from trl_entropy.scores import score
+from trl_entropy.gradients.scores import score
 
 _START, _END = 3, 4  # second part of a seed: draws of their own
 

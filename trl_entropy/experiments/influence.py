@@ -20,16 +20,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.attribution import UpdateProducts, update_products
-from trl_entropy.estimators.row_sums import Rows
+from trl_entropy.engine.adamw_step import metric_of_step, update_parts
+from trl_entropy.estimators.attribution.shares import UpdateProducts, update_products
+from trl_entropy.estimators.rows.row_sums import Rows
 from trl_entropy.experiments.command import Command
 from trl_entropy.experiments.influence_check import check_by_leaving_out
 from trl_entropy.experiments.redraws import Cache, pool_completions
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.probes.adamw_step import metric_of_step, update_parts
+from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.sequence_products import (
+    consumed,
+    entropy_gradient,
+    entropy_shares,
+    gradient_products,
+    weighted_logps,
+)
 from trl_entropy.probes.rollout_entropy import flat
-from trl_entropy.scores import Completions, score
-from trl_entropy.sequence_passes import consumed, entropy_gradient, entropy_shares, gradient_products, weighted_logps
+from trl_entropy.rollouts.completions import Completions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,7 +208,7 @@ def _check_lines(check: dict[str, Any] | None) -> list[str]:
 
 def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
     """Attribution against advantage; the check, or how few completions make most of the change."""
-    from trl_entropy.plots import BLUE, GREY, ORANGE
+    from trl_entropy.analysis.plots import BLUE, GREY, ORANGE
 
     rows = result["completions"]
     left.axhline(0, color=GREY, lw=0.8)

@@ -12,16 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trl_entropy.estimators.adamw import adamw_update, gradient_metric
-from trl_entropy.estimators.delta_entropy import RatioTerms, entropy_terms
-from trl_entropy.estimators.importance import importance_weights
-from trl_entropy.estimators.row_sums import Rows
+from trl_entropy.engine.adamw_step import adamw_settings
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms
+from trl_entropy.estimators.optimizer.adamw import adamw_update, gradient_metric
+from trl_entropy.estimators.rows.row_sums import Rows
+from trl_entropy.estimators.statistics.importance import importance_weights
 from trl_entropy.experiments.redraws import Cache
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.precision import float64_reference
-from trl_entropy.probes.adamw_step import adamw_settings
-from trl_entropy.scores import Completions, TokenScores, score
-from trl_entropy.sequence_passes import consumed, entropy_gradient, weighted_logps
+from trl_entropy.gradients.float64_reference import float64_reference
+from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.sequence_products import consumed, entropy_gradient, weighted_logps
+from trl_entropy.rollouts.completions import Completions
 
 SCALE = 0.01  # of the learning rate: short enough for first order, far above float64's rounding
 _NUM_PROBE = 128  # of E: both sides have the same, so more would only take longer

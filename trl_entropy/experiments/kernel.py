@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from trl_entropy.analysis import Run, load_run
-from trl_entropy.console import quiet_libraries
-from trl_entropy.estimators.estimate import Estimate
-from trl_entropy.estimators.score_change import change_agreement
-from trl_entropy.strict_json import without_nan
+from trl_entropy.analysis.run import Run, load_run
+from trl_entropy.estimators.kernel.score_change import change_agreement
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.strict_json import without_nan
 
 _KERNEL_KEYS = (
     "effective_rank", "participation_ratio", "cosine_same_prompt", "cosine_cross_prompt",
@@ -121,7 +121,7 @@ def draw(run: Run, steps: list[int], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from trl_entropy import plots
+    from trl_entropy.analysis import plots
 
     figure = plt.figure(figsize=(13, 8), layout="constrained")
     above, below = figure.subfigures(2, 1)

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.delta_entropy import critical_length, delta_measured
-from trl_entropy.estimators.estimate import Estimate
+from trl_entropy.estimators.entropy_change.delta_entropy import critical_length, delta_measured
+from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.experiments.along import changes_at, columns_along, points_of, sample_size_at
 from trl_entropy.experiments.command import Command, with_interval
 from trl_entropy.experiments.redraws import ROWS_PER_CHUNK, Cache, in_chunks, pool_completions
@@ -108,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
     """Change against length, and first order over the true change."""
-    from trl_entropy.plots import BLUE, GREEN, GREY, ORANGE
+    from trl_entropy.analysis.plots import BLUE, GREEN, GREY, ORANGE
 
     rows = result["rows"]
     lengths = [row["factor"] for row in rows]

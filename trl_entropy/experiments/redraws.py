@@ -13,15 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trl_entropy.estimators.importance import WeightForm
-from trl_entropy.estimators.step_change import point_terms, stacked
-from trl_entropy.estimators.u_statistic import cross_gram
+from trl_entropy.estimators.entropy_change.step_change import point_terms, stacked
+from trl_entropy.estimators.statistics.importance import WeightForm
+from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.state import FixedState, Policy
-from trl_entropy.group_rows import GroupRows, flat, group_rows
+from trl_entropy.gradients.group_gradients import GroupRows, flat, group_rows
+from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.probes.rollout_entropy import metric_of
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, TokenScores, score
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 ROWS_PER_CHUNK = 1024  # completions generated at a time
 FORMS: tuple[WeightForm, ...] = ("decision", "sequence")

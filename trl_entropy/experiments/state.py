@@ -13,16 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
-from trl_entropy.data.word_problems import MAX_PROBLEMS
 from trl_entropy.engine import UpdateContext
+from trl_entropy.engine.adamw_step import predicted_update
 from trl_entropy.engine.plain import PlainEngine
-from trl_entropy.estimators.attribution import on_policy_coefficients
+from trl_entropy.estimators.attribution.shares import on_policy_coefficients
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.probes.adamw_step import predicted_update
-from trl_entropy.probes.probe_batch import own_randomness
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions
-from trl_entropy.train import load_task
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.rollouts.drawing import own_randomness
+from trl_entropy.tasks.arguments import load_task
+from trl_entropy.tasks.word_problems import MAX_PROBLEMS
 
 # Settings of the run that decide how it samples and steps; all others (logging, saving, probes) are left out.
 # fmt: off
@@ -124,9 +124,9 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> Any:
     """A trainer on the checkpoint's weights in float32, with the run's data, rewards and sampler; it never trains."""
     from transformers import AutoTokenizer
 
-    from trl_entropy import rewards
-    from trl_entropy.config import DrGRPOConfig
-    from trl_entropy.trainer import DrGRPOTrainer
+    from trl_entropy.config.dr_grpo import DrGRPOConfig
+    from trl_entropy.tasks import rewards
+    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
     settings = {name: checkpoint.config[name] for name in _KEPT_SETTINGS if name in checkpoint.config}
     args = DrGRPOConfig(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trl_entropy.checkpoints import CheckpointError, check_before_loading
-from trl_entropy.models import EMBEDDED_MODEL
+from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
+from trl_entropy.runs.checkpoints import CheckpointError, check_before_loading
 
 
 def model_files(plan: Plan) -> Findings:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy.models import is_adapter
+from trl_entropy.models.loading import is_adapter
 from trl_entropy.preflight.hardware import Hardware
 from trl_entropy.preflight.launch import Launch
 from trl_entropy.preflight.shapes import ModelShape
@@ -14,7 +14,7 @@ from trl_entropy.preflight.shapes import ModelShape
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from trl_entropy.config import DrGRPOConfig
+    from trl_entropy.config.dr_grpo import DrGRPOConfig
 
 # The word problems are shorter than what `max_prompt_length` allows; no tokenizer is run to know by how much.
 ASSUMED_PROMPT_LENGTH = 200

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_entropy.checkpoints import CheckpointError, checkpoints_of
 from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.checks import findings
 from trl_entropy.preflight.files import resumed_checkpoint
@@ -18,12 +17,13 @@ from trl_entropy.preflight.hardware import GIB, this_machine
 from trl_entropy.preflight.launch import launch_from_environment
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.shapes import UnknownShape, model_shape
-from trl_entropy.run_log import RunDirectory
+from trl_entropy.runs.checkpoints import CheckpointError, checkpoints_of
+from trl_entropy.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from trl_entropy.config import DrGRPOConfig
+    from trl_entropy.config.dr_grpo import DrGRPOConfig
 
 WIDTH = 100
 _PACKAGES = ("trl_entropy", "torch", "trl", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "vllm")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trl_entropy.models import EMBEDDED_MODEL, base_model_of, is_adapter
+from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -137,7 +137,7 @@ def _build(name: str) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM
 
     if name == EMBEDDED_MODEL:
-        from trl_entropy.embedded_model import build_model, build_tokenizer
+        from trl_entropy.models.embedded import build_model, build_tokenizer
 
         tokenizer = build_tokenizer()
         with torch.device("meta"):

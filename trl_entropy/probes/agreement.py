@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trl_entropy.estimators.estimate import Estimate
-from trl_entropy.estimators.moments import PairMoments, error_covariance
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.estimators.statistics.moments import PairMoments, error_covariance
 
 _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared", "ceiling_r_squared")
 

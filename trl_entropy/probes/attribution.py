@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
-from trl_entropy.estimators.attribution import (
+from trl_entropy.engine.adamw_step import metric_of_step, read_before_step, update_parts
+from trl_entropy.estimators.attribution.shares import (
     Attribution,
     CategoryRecord,
     UpdateProducts,
@@ -23,15 +24,21 @@ from trl_entropy.estimators.attribution import (
     token_contributions,
     update_products,
 )
-from trl_entropy.estimators.delta_entropy import RatioTerms, policy_entropy
-from trl_entropy.estimators.pooled import PooledParts
-from trl_entropy.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
-from trl_entropy.probes.adamw_step import metric_of_step, read_before_step, update_parts
-from trl_entropy.probes.loss_coefficients import LossCoefficientRecorder, LossCoefficients
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, TokenScores, score
-from trl_entropy.sequence_gradients import SequenceGradients
-from trl_entropy.sequence_passes import Value, entropy_gradient, gradient_products, weighted_entropies, weighted_logps
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, policy_entropy
+from trl_entropy.estimators.statistics.pooled import PooledParts
+from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder, LossCoefficients
+from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.sequence_gradients import SequenceGradients
+from trl_entropy.gradients.sequence_products import (
+    Value,
+    entropy_gradient,
+    gradient_products,
+    weighted_entropies,
+    weighted_logps,
+)
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
 
 # Mode -> what the contributions are pooled by.
 CATEGORIES = {"sequence": OUTCOMES, "token": OUTCOMES_BY_PROBABILITY}

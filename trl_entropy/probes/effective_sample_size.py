@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.importance import effective_sample_size_from_sums, loss_weights
+from trl_entropy.estimators.statistics.importance import effective_sample_size_from_sums, loss_weights
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts import RolloutBatch
+from trl_entropy.rollouts.batch import RolloutBatch
 
 
 class EffectiveSampleSizeProbe(Probe):

@@ -14,16 +14,15 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
-from trl_entropy.estimators.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
-from trl_entropy.estimators.estimate import Linearization
-from trl_entropy.estimators.importance import effective_sample_size, importance_weights
-from trl_entropy.estimators.rivals import (
+from trl_entropy.engine.adamw_step import predicted_update
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
+from trl_entropy.estimators.entropy_change.rivals import (
     CovarianceTerms,
     delta_covariance,
     natural_gradient_terms,
     policy_gradient_terms,
 )
-from trl_entropy.estimators.step_change import (
+from trl_entropy.estimators.entropy_change.step_change import (
     PointTerms,
     importance_sample_size,
     point_terms,
@@ -32,13 +31,15 @@ from trl_entropy.estimators.step_change import (
     step_changes,
     unstacked,
 )
-from trl_entropy.probes.adamw_step import predicted_update
+from trl_entropy.estimators.statistics.estimate import Linearization
+from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
+from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
 from trl_entropy.probes.logged import changes_logged, with_stderr
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
-from trl_entropy.scores import Completions, TokenScores, score
+from trl_entropy.rollouts.completions import Completions
 
 _NOISE_FLOOR_EVERY = 10  # probed steps between two measurements of rounding noise, which hardly changes
 _RIVALS = {"cov_natural": natural_gradient_terms, "cov_policy_gradient": policy_gradient_terms}

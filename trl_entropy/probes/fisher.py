@@ -11,31 +11,32 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
-from trl_entropy.estimators.fisher_kernel import (
+from trl_entropy.engine.adamw_step import coefficient_of_step, preconditioner_of_step, read_before_step, update_parts
+from trl_entropy.engine.strict_float32 import fp32_strict
+from trl_entropy.estimators.kernel.fisher_kernel import (
     cosine_kernel,
     kernel_means,
     length_correlation,
     permuted_prompts,
     spectrum,
 )
-from trl_entropy.estimators.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
-from trl_entropy.estimators.row_sums import Consumer, DotProducts, Rows, Several
-from trl_entropy.estimators.score_change import (
+from trl_entropy.estimators.kernel.score_change import (
     ScoreChangeParts,
     change_agreement,
     score_change_parts,
     score_change_shares,
     score_change_sums,
 )
-from trl_entropy.estimators.sketch import CountSketch
-from trl_entropy.group_rows import gram_of_all_rows
-from trl_entropy.precision import fp32_strict
-from trl_entropy.probes.adamw_step import coefficient_of_step, preconditioner_of_step, read_before_step, update_parts
+from trl_entropy.estimators.kernel.sketch import CountSketch
+from trl_entropy.estimators.rows.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
+from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, Several
+from trl_entropy.gradients.group_gradients import gram_of_all_rows
+from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.sequence_products import consumed, weighted_logps
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, score
-from trl_entropy.sequence_passes import consumed, weighted_logps
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 # Bytes of the completions' gradients that one process may hold, those of another that come by included.
 MAX_ROWS_BYTES = 16 * 2**30

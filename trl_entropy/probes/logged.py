@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trl_entropy.estimators.estimate import Estimate, Linearization
+from trl_entropy.estimators.statistics.estimate import Estimate, Linearization
 
 
 def changes_logged(changes: dict[str, Linearization], prompts: Tensor) -> dict[str, float]:

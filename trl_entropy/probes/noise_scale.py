@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
-from trl_entropy.estimators.adamw import live_preconditioner
-from trl_entropy.estimators.noise_scale import (
+from trl_entropy.engine.strict_float32 import fp32_strict
+from trl_entropy.estimators.noise.noise_scale import (
     GroupProducts,
     NoiseParts,
     NoiseScaleRecord,
@@ -24,13 +24,13 @@ from trl_entropy.estimators.noise_scale import (
     micro_batch_parts,
     relative_product_error,
 )
-from trl_entropy.estimators.pooled import PooledParts, StepParts
-from trl_entropy.group_rows import flat
-from trl_entropy.group_shares import MicroBatchNorms, TrainingShares, half_products, products_by_extra_pass
-from trl_entropy.precision import fp32_strict
+from trl_entropy.estimators.optimizer.adamw import live_preconditioner
+from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts
+from trl_entropy.gradients.group_gradients import flat
+from trl_entropy.gradients.group_products import MicroBatchNorms, TrainingShares, half_products, products_by_extra_pass
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 logger = logging.getLogger(__name__)
 

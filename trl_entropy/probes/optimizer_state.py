@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trl_entropy.estimators.magnitude import magnitude_counts, magnitude_quantile
+from trl_entropy.estimators.optimizer.magnitude import magnitude_counts, magnitude_quantile
 from trl_entropy.probes.probe import Probe
 
 _PERCENTS = (1, 10, 50, 90, 99)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 if TYPE_CHECKING:
-    from trl_entropy.config import DrGRPOConfig
+    from trl_entropy.config.dr_grpo import DrGRPOConfig
 
 
 class Probe(TrainerCallback):

@@ -12,20 +12,26 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
-from trl_entropy.estimators.delta_entropy import RatioTerms, delta_measured, entropy_terms, policy_entropy
-from trl_entropy.estimators.group_gradients import (
+from trl_entropy.engine.adamw_step import adamw_settings
+from trl_entropy.estimators.entropy_change.cross_prompt import (
     accepted_gram,
     cross_prompt_change,
     relative_gradient_error,
     update_metric,
 )
-from trl_entropy.estimators.importance import effective_sample_size, importance_weights
-from trl_entropy.estimators.u_statistic import cross_gram
-from trl_entropy.group_rows import GroupRows, flat, gram_of_all_rows, group_rows
-from trl_entropy.probes.adamw_step import adamw_settings
+from trl_entropy.estimators.entropy_change.delta_entropy import (
+    RatioTerms,
+    delta_measured,
+    entropy_terms,
+    policy_entropy,
+)
+from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
+from trl_entropy.estimators.statistics.u_statistic import cross_gram
+from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
+from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts import RolloutBatch
-from trl_entropy.scores import Completions, TokenScores, score
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,170 @@
+"""The entry point as a user starts it: errors before anything is loaded, ten steps on each task, SIGTERM."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from trl_entropy import sft
+from trl_entropy.config.command_line import parse
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.train import _say_start, main
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k"
+SMALL = ["--num_prompts_per_step", "2", "--per_device_train_batch_size", "8", "--num_generations", "4",
+         "--num_eval_problems", "8", "--per_device_eval_batch_size", "8", "--num_generations_eval", "1",
+         "--report_to", "none"]  # fmt: skip
+
+
+def settings(config: Path, directory, *more: str) -> list[str]:
+    return ["--config", str(config), "--output_dir", str(directory), *SMALL, *more]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_read(path, tmp_path):
+    text = path.read_text()
+    assert text.startswith("# ") and "# Hardware:" in text and "# Start:" in text
+    given = yaml.safe_load(text)
+    fine_tuning = path.name.startswith("sft-")
+    read = sft.parse if fine_tuning else parse
+    task, args, model = read(["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "True"])
+    assert args.learning_rate == given["learning_rate"] and task.task == given["task"]
+    command = "trl_entropy.sft" if fine_tuning else "trl_entropy.train"
+    assert f"-m {command} --config configs/{path.name}" in text
+    assert fine_tuning or (model.lora_dropout == 0 and args.truncated_sampling() == "")
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "smollm2.sh"])
+def test_what_the_scripts_start_is_read(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    text = (REPOSITORY / "launch" / script).read_text().replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if "-m trl_entropy.train" in line)
+    _, arguments = line.split("-m trl_entropy.train")
+    _, args, _ = parse([*shlex.split(arguments.replace('"$@"', "")), "--output_dir", str(tmp_path)])
+    assert {"entropy_probe", "noise_scale_probe", "fisher_probe"} <= set(args.enabled_probes())
+    assert args.entropy_attribution != "none"
+
+
+def test_the_start_line_names_what_changes_the_step(tmp_path, caplog):
+    control = ["--entropy_budget", "hold", "--entropy_budget_target", "0.2", "--max_steps", "1"]
+    caplog.set_level("INFO", "trl_entropy")
+    for more in ([], control):
+        _, args, _ = parse(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
+        _say_start(SimpleNamespace(args=args, accelerator=SimpleNamespace(num_processes=1, device="cpu")))
+    without, held = (line for line in caplog.messages if line.startswith("Dr-GRPO"))
+    assert "budget" not in without and held.endswith("; entropy_budget: hold")
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--reward_funcs", "tag_prefer"], "tag_prefer.*use any of tag_pref, tag_math_correct, format_reward"),
+    (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout is 0.1.*Set lora_dropout=0"),
+    (["--entropy_probe", "True", "--top_k", "50"], "entropy_probe: .*top_k=50 changes it.*Set top_k=0"),
+    (["--entropy_probe", "True", "--mask_truncated_completions", "True"], "mask_truncated_completions=True drops"),
+    (["--entropy_probe_prompts", "3"], "entropy_probe_prompts is 3.*Try entropy_probe_prompts=4"),
+])  # fmt: skip
+def test_errors_come_before_anything_is_loaded(tmp_path, more, message, monkeypatch):
+    monkeypatch.setattr(
+        "trl_entropy.models.warm_start.warm_start", lambda *a, **k: pytest.fail("a model was about to load")
+    )
+    with pytest.raises(SystemExit) as error:
+        main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
+    import re
+
+    assert re.search(message, str(error.value)), error.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    RunDirectory(tmp_path).append_metrics(1, {"loss": 0.0})
+    with pytest.raises(SystemExit, match="already holds a run"):
+        main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path))
+
+
+def test_a_disk_that_is_full_while_logging_is_one_clear_line(tmp_path, warm_start_dir, monkeypatch):
+    monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
+    append = RunDirectory.append_metrics
+
+    def full(self, step, scalars):
+        if step == 3:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        append(self, step, scalars)
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", full)
+    more = ["--max_steps", "4", "--save_steps", "1", "--entropy_probe", "False", "--eval_strategy", "no"]
+    more += ["--eval_on_start", "False", "--disable_tqdm", "True"]
+    with pytest.raises(SystemExit) as stop:
+        main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
+    message = str(stop.value)
+    assert "No space left on device: 'metrics.jsonl'" in message and "\n" not in message
+    assert f"{tmp_path / 'checkpoint-2'} is complete: make room, then --resume_from_checkpoint latest" in message
+    assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [1, 2]
+
+
+def launch(arguments: list[str], warm_start_dir: Path) -> subprocess.Popen:
+    environment = os.environ | {"TRL_ENTROPY_CACHE": str(warm_start_dir.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml"]
+    command += ["-m", "trl_entropy.train", *arguments]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def test_ten_steps_of_the_quickstart(tmp_path, warm_start_dir):
+    arguments = settings(
+        REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "10", "--entropy_probe_prompts", "8",
+        "--report_to", "tensorboard",
+    )  # fmt: skip
+    process = launch(arguments, warm_start_dir)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    run = RunDirectory(tmp_path)
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows if "entropy/delta_measured" in row] == [5, 10]
+    assert all(0 < row["entropy/policy"] < 1 for row in rows)
+    assert [row["step"] for row in run.evaluation()] == [0, 10]  # before and after
+    assert (tmp_path / "report" / "training.png").stat().st_size > 10_000
+    assert list((tmp_path / "tensorboard").glob("events*")) and list((tmp_path / "completions").glob("*.parquet"))
+    assert json.loads((tmp_path / "environment.json").read_text())["num_processes"] == 1
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["num_prompts_per_step"] == 2
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["task"] == "word_problems"
+    assert "'loss'" not in output and "held out" in output  # a line a person can follow, no dictionary a step
+
+
+def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
+    if not GSM8K.exists():
+        pytest.skip("no ../shared/data/gsm8k beside this checkout: the records are not part of the repository")
+    arguments = settings(
+        REPOSITORY / "configs" / "gsm8k-embedded.yaml", tmp_path, "--max_steps", "2", "--dataset_path", str(GSM8K),
+        "--num_train_problems", "16", "--use_peft", "--lora_r", "4", "--entropy_probe_prompts", "8",
+        "--entropy_probe_every", "1",
+    )  # fmt: skip
+    process = launch(arguments, warm_start_dir)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    rows = RunDirectory(tmp_path).metrics()
+    assert len(rows) == 2 and all("entropy/delta_linear" in row for row in rows)
+    assert json.loads((tmp_path / "environment.json").read_text())["num_trainable_parameters"] < 100_000
+
+
+def test_sigterm_ends_a_launched_run_with_a_checkpoint(tmp_path, warm_start_dir):
+    arguments = settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "100000")
+    process = launch(arguments, warm_start_dir)
+    deadline = time.monotonic() + 200
+    while not RunDirectory(tmp_path).metrics() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does
+    output, _ = process.communicate(timeout=60)
+    steps = [row["step"] for row in RunDirectory(tmp_path).metrics()]
+    assert (tmp_path / f"checkpoint-{steps[-1]}" / "trainer_state.json").exists(), output

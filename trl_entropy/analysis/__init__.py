@@ -1,0 +1,1 @@
+"""A run directory as pandas tables and matplotlib figures. Imports no torch."""

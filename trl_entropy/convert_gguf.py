@@ -1,0 +1,80 @@
+"""
+Turn a GGUF file into a folder that training can start from: `trl-entropy convert-gguf FILE FOLDER`.
+
+transformers reads GGUF, but holds such a model for quantized and refuses to save it; what it has in memory are plain
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from trl_entropy.runs.console import quiet_libraries
+
+_TEXTS = ("<think> 3+4=7 </think> <answer>7</answer>", "Ana has 12 eggs.\n\tHow many?  2*31-4", "é ß 漢字 \U0001f95a")
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """
+    Write the model and the tokenizer of a GGUF file as `from_pretrained` takes them, in float32.
+
+    Raises:
+        ValueError: when there is no such file, the folder is there already, the package `gguf` is missing, or the
+            tokenizer does not survive being saved.
+    """
+    _check(file, folder)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    plain = without_quantization(AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32))
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(str(folder))
+    for text in _TEXTS:
+        if saved(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise ValueError(f"the tokenizer saved in {folder} splits {text!r} otherwise than that of {file}")
+
+
+def without_quantization(model: Any) -> Any:
+    """The same model, of the same weights, that does not say that it was quantized: it can be saved and trained."""
+    settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    plain = type(model)(type(model.config)(**settings))
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _check(file: Path, folder: Path) -> None:
+    import importlib.util
+
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; remove it or name another folder")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading GGUF needs the package gguf: pip install 'trl_entropy[gguf]' or pip install gguf")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Unpack the file named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="trl-entropy convert-gguf", description="Turn a GGUF file into a folder that training can start from."
+    )
+    parser.add_argument("file", type=Path, help="the GGUF file")
+    parser.add_argument("folder", type=Path, help="the folder to write")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        convert_gguf(args.file, args.folder)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    print(f"model and tokenizer {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The smallest correction of a step that gives the policy's entropy the change it is to have, and when to ask for it.
+
+Of all steps that change the entropy by b to first order, d' = d + lambda M g is the nearest to the optimizer's step d
+in the metric M^-1, with g = grad h and lambda = (b - g.d) / <g, g>, <x, y> = x'My (T19).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_entropy.estimators.statistics.estimate import Estimate
+
+_LEAST_CROSS = 0.25  # of <g, g>: the denominator never gets smaller, however noisy g is
+_CERTAINTY = 3.29  # standard errors
+Vector = dict[str, Float[Tensor, "..."]]
+
+
+class BudgetProducts(NamedTuple):
+    """What (T19) needs of the halves g_a, g_b of an estimate g = (g_a + g_b)/2, summed over parameters.
+
+    `change` g.d in nats per token; `square` <g, g> and `cross` <g_a, g_b>; `step_square` d'M^-1 d where M > 0; `loss`
+    <g_L, g>, g_L the gradient of the loss.
+    """
+
+    change: float
+    square: float
+    cross: float
+    step_square: float
+    loss: float
+
+    @property
+    def denominator(self) -> float:
+        """<g, g> without what is noise: the cross product of independent halves, at least a quarter of the plain."""
+        return max(self.cross, _LEAST_CROSS * self.square)
+
+    @property
+    def noise_share(self) -> float:
+        """The part of <g, g> that is noise of the estimate; 0/0: nan."""
+        return 1 - self.cross / self.square if self.square else math.nan
+
+    @property
+    def price(self) -> float:
+        """Loss per nat/token of entropy to first order, <g_L, g> / <g, g>: what a correction costs; 0/0: nan."""
+        return self.loss / self.denominator if self.denominator else math.nan
+
+
+def floored_metric(metric: Vector, floor: float) -> Vector:
+    """M with sqrt(v_hat) + eps = 1/M at least `floor` times its mean over live coordinates (those with M > 0).
+
+    Near-dead coordinates have a huge M and would carry the noise of g; `floor` = 0 leaves M as it is.
+    """
+    inverse, count = 0.0, 0
+    for m in metric.values():
+        live = m > 0
+        inverse, count = inverse + float((1 / m[live].double()).sum()), count + int(live.sum())
+    if not floor or not count:
+        return metric
+    return {name: m.clamp(max=count / (floor * inverse)) for name, m in metric.items()}
+
+
+def budget_products(
+    halves: tuple[Vector, Vector], step: Vector, metric: Vector, loss_gradient: Vector
+) -> BudgetProducts:
+    """The products of (T19) in float64, of whole vectors by parameter name; `metric` is M's diagonal."""
+    g_a, g_b = halves
+    sums = torch.zeros(5, dtype=torch.float64)
+    for name, m in metric.items():
+        a, b, d, loss, m = (x.double() for x in (g_a[name], g_b[name], step[name], loss_gradient[name], m))
+        g = (a + b) / 2
+        inverse = torch.where(m > 0, 1 / m, 0.0)
+        parts = (g * d, g * m * g, a * m * b, d * inverse * d, loss * m * g)
+        sums += torch.stack([part.sum() for part in parts]).cpu()
+    return BudgetProducts(*sums.tolist())
+
+
+def crossed_change(
+    halves: tuple[Vector, Vector], loss_a: Vector, loss_gradient: Vector, step: Vector, metric: Vector
+) -> float:
+    """(T19): g . d on the step's own completions, nats per token, without each prompt's effect on itself.
+
+    d holds -m g_L, m = `metric` that of (T5), g_L = L_a + L_b the loss gradient and its halves over the same prompts
+    as g_a, g_b. There g.m g_L is replaced by g_a.m L_b + g_b.m L_a, of the same expectation where the halves are
+    independent, given the rest of d and m.
+    """
+    g_a, g_b = halves
+    change = 0.0
+    for name, whole in loss_gradient.items():
+        a, b, half, whole, d, m = (
+            x.double() for x in (g_a[name], g_b[name], loss_a[name], whole, step[name], metric[name])
+        )
+        rest = (a + b) / 2 * (d + m * whole)
+        change += float((rest - m * (a * (whole - half) + b * half)).sum())
+    return change
+
+
+@dataclass
+class RunningHalves:
+    """Running means of grad h by halves, each half's own: less noise for a g that is up to a few steps old.
+
+    `memory` is the weight of the past, in [0, 1); 0: nothing is kept. As in Adam the mean is divided by the weight
+    that it has seen. A half stays independent of the other, but for what earlier corrections made of theta.
+    """
+
+    memory: float
+    sums: list[Vector] = field(default_factory=list)
+    weight: float = 0.0
+
+    def add(self, halves: tuple[Vector, Vector]) -> tuple[Vector, Vector]:
+        """Take in a step's halves; their running means, read only."""
+        if not self.memory:
+            return halves
+        if not self.sums:
+            self.sums = [{name: torch.zeros_like(value) for name, value in half.items()} for half in halves]
+        self.weight = self.memory * self.weight + 1 - self.memory
+        for total, half in zip(self.sums, halves, strict=True):
+            for name, value in half.items():  # a resumed run's sums come from a file, on the CPU
+                total[name] = total[name].to(value.device).lerp_(value, 1 - self.memory)
+        first, second = ({name: value / self.weight for name, value in total.items()} for total in self.sums)
+        return first, second
+
+
+class Correction(NamedTuple):
+    """lambda of (T19); the net change predicted with it, nats per token; whether the trust cap bound; |c| / |d|."""
+
+    multiplier: float
+    predicted: float
+    infeasible: bool
+    relative_size: float
+
+
+def correction(products: BudgetProducts, budget: float, floor: bool, cap: float) -> Correction:
+    """(T19): lambda = (b - g.d) / <g, g>, with the noise-free denominator; `floor`: never below 0.
+
+    `cap` bounds |lambda M g| by cap |d|, both in M^-1; where it binds the budget is infeasible. The prediction counts
+    the noise-free <g, g>, as the correction's noise moves no entropy on average. <g, g> = 0: no correction.
+    """
+    if products.denominator <= 0:
+        short = budget > products.change if floor else budget != products.change
+        return Correction(0.0, products.change, short, 0.0)
+    wanted = (budget - products.change) / products.denominator
+    wanted = max(0.0, wanted) if floor else wanted
+    length, step_length = math.sqrt(products.square), math.sqrt(products.step_square)
+    most = cap * step_length / length
+    multiplier = max(-most, min(most, wanted))
+    size = abs(multiplier) * length / step_length if step_length else math.nan
+    return Correction(multiplier, products.change + multiplier * products.denominator, multiplier != wanted, size)
+
+
+@dataclass
+class SetPoint:
+    """Which change a step is to make so that the entropy goes to `target`; nats per token.
+
+    b = clip(gain (target - h) - bias, +-max_change), where `bias` is a running mean, with weight `integral_gain`, of
+    how much more the entropy changed than predicted. That is integral action: a constant error of the prediction
+    leaves no distance to the target. It cannot wind up, since what saturation or the trust cap kept back was not
+    predicted either.
+    """
+
+    target: float
+    gain: float
+    integral_gain: float
+    max_change: float
+    bias: float = 0.0
+
+    def budget(self, entropy: float) -> float:
+        """b of a step that begins at this entropy."""
+        wanted = self.gain * (self.target - entropy) - self.bias
+        return max(-self.max_change, min(self.max_change, wanted))
+
+    def sensitivity(self, entropy: float) -> float:
+        """By how much b falls per nat/token that h was overestimated, here and a step ago; 0 if saturated."""
+        return self.gain + self.integral_gain if abs(self.budget(entropy)) < self.max_change else 0.0
+
+    def learn(self, predicted: float, realised: float) -> None:
+        """Take in what a step was predicted to change, correction included, and what it changed."""
+        self.bias += self.integral_gain * (realised - predicted - self.bias)
+
+
+@dataclass
+class PredictionCheck:
+    """Whether net changes come as predicted: slope of realised on predicted over the last steps, through the origin.
+
+    Realised is the difference of two estimates of the entropy. A set-point asks for a change by the first of them, so
+    that prediction and realised share its error: their covariance, which is known, is taken out. The slope's error is
+    that of the entropies, or what the pairs scatter by where that is more: noise of grad h moves the entropy too.
+    Failed: with 99.9 %, as it is asked at every step, the slope is below 1/2 or above 2.
+    """
+
+    window: int = 20
+    pairs: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+    def add(self, predicted: float, realised: Estimate, shared: float = 0.0) -> None:
+        """One step, `shared` the covariance of the two errors; older ones than `window` are forgotten."""
+        self.pairs = [*self.pairs, (predicted, realised.value, realised.stderr, shared)][-self.window :]
+
+    def slope(self) -> tuple[float, float]:
+        """Slope and its standard error; 0/0: nan."""
+        squares = sum(p * p for p, _, _, _ in self.pairs)
+        if squares == 0:
+            return math.nan, math.nan
+        slope = sum(p * value - shared for p, value, _, shared in self.pairs) / squares
+        known = sum((p * stderr) ** 2 for p, _, stderr, _ in self.pairs)
+        scatter = sum((p * value - shared - slope * p * p) ** 2 for p, value, _, shared in self.pairs)
+        return slope, math.sqrt(max(known, scatter)) / squares
+
+    @property
+    def failed(self) -> bool:
+        """Whether a full window refutes the predictions."""
+        slope, error = self.slope()
+        if len(self.pairs) < self.window or math.isnan(slope):
+            return False
+        return slope + _CERTAINTY * error < 0.5 or slope - _CERTAINTY * error > 2.0
+
+
+def difference(later: Estimate, earlier: Estimate) -> Estimate:
+    """The change between two independent estimates."""
+    stderr = math.hypot(later.stderr, earlier.stderr)
+    dof = min(later.dof, earlier.dof)
+    return Estimate(later.value - earlier.value, stderr, dof, later.num_samples)
+
+
+def mean_of(halves: tuple[Vector, Vector]) -> Vector:
+    """(g_a + g_b)/2."""
+    a, b = halves
+    return {name: (a[name] + b[name]) / 2 for name in a}

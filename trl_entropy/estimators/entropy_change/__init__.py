@@ -1,0 +1,1 @@
+"""How much one step changed the entropy, measured and predicted."""

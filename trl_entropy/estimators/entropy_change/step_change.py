@@ -1,0 +1,91 @@
+"""All that one step did to the entropy on one probe batch, from the scores of its tokens before and after."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trl_entropy.estimators.entropy_change.delta_entropy import (
+    RatioTerms,
+    delta_linear,
+    delta_measured,
+    delta_second_order,
+    delta_trapezoid,
+    entropy_terms,
+    second_tangent_terms,
+    tangent_terms,
+)
+from trl_entropy.estimators.statistics.estimate import Linearization
+from trl_entropy.estimators.statistics.importance import WeightForm, effective_sample_size, importance_weights
+
+Derivatives = tuple[Float[Tensor, "B T"], ...]  # a score of every token, and its derivatives along the update
+
+
+class PointTerms(NamedTuple):
+    """Per-completion terms at one value of the parameters: of (T6), and of its derivatives as far as known."""
+
+    terms: RatioTerms
+    tangents: RatioTerms
+    second_tangents: RatioTerms | None = None
+
+
+def point_terms(
+    entropy: Derivatives,
+    logps: Derivatives,
+    sampling_logps: Float[Tensor, "B T"],
+    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    form: WeightForm = "decision",
+) -> PointTerms:
+    """The terms of (T6) and their derivatives along the update, first or first and second.
+
+    `entropy` and `logps` (nats) hold value, first and perhaps second derivative of every token's score;
+    `sampling_logps` are of the policy that drew the completions, so that at that policy all weights are 1.
+    """
+    weights = importance_weights(logps[0], sampling_logps, completion_mask, form)
+    first = tangent_terms(entropy[0], entropy[1], logps[1], weights, completion_mask, form)
+    second = None
+    if len(entropy) > 2:
+        second = second_tangent_terms(entropy[:3], logps[1:3], weights, completion_mask, form)
+    return PointTerms(entropy_terms(entropy[0], weights, completion_mask), first, second)
+
+
+def step_changes(before: PointTerms, after: PointTerms, planned: PointTerms | None = None) -> dict[str, Linearization]:
+    """Measured (T7), first order (T8), trapezoid (T10) and second order (T10) of one step, in nats per token.
+
+    All on the same completions, which must be independent of the update; they are paired, so their differences have
+    small errors. `planned` are the terms before the step with second derivatives, along the update as it was planned.
+    """
+    changes = {
+        "measured": delta_measured(before.terms, after.terms),
+        "linear": delta_linear(before.terms, before.tangents),
+        "trapezoid": delta_trapezoid(before.terms, before.tangents, after.terms, after.tangents),
+    }
+    if planned is not None and planned.second_tangents is not None:
+        changes["second_order"] = delta_second_order(planned.terms, planned.tangents, planned.second_tangents)
+    return changes
+
+
+def importance_sample_size(before: PointTerms, after: PointTerms) -> float:
+    """(T3) of each completion's mean weight: how many equally weighted completions the weights leave.
+
+    The mean over tokens, not the sum: the sum would count a spread of lengths as a loss, with no update at all.
+    """
+    return effective_sample_size(after.terms.denominator / before.terms.denominator).item()
+
+
+def rows(terms: PointTerms, index: Bool[Tensor, "B"] | Int[Tensor, " n"]) -> PointTerms:
+    """The terms of some of the completions: (T6) on a part of the probe batch."""
+    parts = [RatioTerms(*(column[index] for column in part)) for part in terms if part is not None]
+    return PointTerms(*parts)
+
+
+def stacked(terms: PointTerms) -> Float[Tensor, "B columns"]:
+    """The terms as columns of one tensor, to be gathered over ranks; [`unstacked`] takes them apart."""
+    return torch.stack([column for part in terms if part is not None for column in part], dim=1)
+
+
+def unstacked(columns: Float[Tensor, "B columns"]) -> PointTerms:
+    """Inverse of [`stacked`]."""
+    pairs = columns.unbind(1)
+    return PointTerms(*(RatioTerms(pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2)))

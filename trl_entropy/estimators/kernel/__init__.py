@@ -1,0 +1,1 @@
+"""How completions act on one another: the empirical Fisher kernel."""

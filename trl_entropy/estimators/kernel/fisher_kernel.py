@@ -1,0 +1,185 @@
+"""How completions act on one another: the empirical Fisher kernel K_ij = grad S_i' M grad S_j, and what it says (T12).
+
+Rows phi_i = grad S_i (N, D) are score gradients of whole completions, nats per unit of the parameter; M enters once.
+They may come one parameter block at a time. Sketched rows (T13) serve too, with M = 1: they carry sqrt(M) already.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.estimators.statistics.pooled import jackknife_covariance
+from trl_entropy.estimators.statistics.u_statistic import cross_gram
+
+
+class KernelBlock(NamedTuple):
+    """What one block of parameters contributes to K, and how many of its parameters have no metric and none of K."""
+
+    gram: Float[Tensor, "N N"]
+    num_parameters: int
+    num_left_out: int
+
+
+class Spectrum(NamedTuple):
+    """The eigenvalues of K, largest first, and how many of them count."""
+
+    eigenvalues: Float[Tensor, "N"]
+    participation_ratio: float
+    effective_rank: float
+
+
+class PromptNull(NamedTuple):
+    """Same-prompt mean minus cross-prompt mean, and what it is when prompts are dealt out at random."""
+
+    difference: float
+    null_mean: float
+    null_stddev: float
+    p_value: float
+
+
+def kernel_block(rows: Float[Tensor, "N D"], preconditioner: Float[Tensor, "D"] | None = None) -> KernelBlock:
+    """(T12): a block's share of K_ij = phi_i' M phi_j, in float64; K is the sum over blocks.
+
+    `preconditioner` is `live_preconditioner`, 0 where parameters were never updated; those are counted. M = 1 (SGD, or
+    a sketch) by default. nats^2 per unit of the update's coefficient. Cost O(N^2 D).
+    """
+    left_out = 0 if preconditioner is None else int((preconditioner == 0).sum())
+    return KernelBlock(cross_gram(rows, rows, preconditioner), rows.shape[1], left_out)
+
+
+def fisher_kernel(blocks: Iterable[KernelBlock]) -> KernelBlock:
+    """(T12): the kernel of all blocks together, one after the other if they come from a generator."""
+    first, *rest = blocks
+    for block in rest:
+        first = KernelBlock(*(a + b for a, b in zip(first, block, strict=True)))
+    return first
+
+
+def block_shares(
+    grams: Mapping[str, Float[Tensor, "N N"]], statistic: Callable[[Float[Tensor, "N N"]], Float[Tensor, ""]]
+) -> dict[str, float]:
+    """Each block's share of a *linear* statistic of K, such as `torch.trace`; the shares sum to 1."""
+    values = {name: float(statistic(gram)) for name, gram in grams.items()}
+    whole = sum(values.values())
+    return {name: value / whole for name, value in values.items()}
+
+
+def cosine_kernel(gram: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
+    """(T12): K_ij / sqrt(K_ii K_jj); nan in the row and column of a completion without gradient."""
+    norms = gram.double().diagonal().sqrt()
+    return gram.double() / norms.outer(norms)
+
+
+def pair_mean(values: Float[Tensor, "N N"], selected: Bool[Tensor, "N N"], prompt_index: Int[Tensor, "N"]) -> Estimate:
+    """The mean of K_ij or its cosine over the selected (i, j), with the delete-one-prompt jackknife error.
+
+    Prompts must be independent; completions may depend on one another within one. A ratio of sums, so that prompts
+    with more pairs count more; unbiased where their numbers are fixed. Without a prompt all its rows and columns go.
+    `num_samples` counts completions, dof = P - 1; nothing selected: nan, nothing left without some prompt: stderr nan.
+    """
+    sums = _prompt_block_sums(values.double().where(selected, 0.0), prompt_index)
+    counts = _prompt_block_sums(selected.double(), prompt_index)
+    left_out = _without_each(sums) / _without_each(counts)
+    variance = jackknife_covariance(left_out[:, None])
+    value = float(sums.sum() / counts.sum())
+    return Estimate(value, float(variance.sqrt()), float(len(sums) - 1), len(prompt_index))
+
+
+def kernel_means(
+    values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"], rewards: Float[Tensor, "N"] | None = None
+) -> dict[str, Estimate]:
+    """(T12): the mean of the diagonal, of same-prompt and of cross-prompt pairs, of K or of its cosine.
+
+    With `rewards` the pairs are split again into equal and unequal reward. Keys: `diagonal`, `same_prompt`,
+    `cross_prompt`, and `same_prompt_equal_reward`, ... Errors as in `pair_mean`. Scores have mean zero given the
+    prompt: on-policy, with M given, both pair means of K expect exactly 0, whatever the policy. How strongly
+    completions act on one another is in the split by reward, or in the means of squares,
+    `kernel_means(values.square(), ...)`.
+    """
+    return {name: pair_mean(values, mask, prompt_index) for name, mask in _pair_masks(prompt_index, rewards).items()}
+
+
+def spectrum(gram: Float[Tensor, "N N"]) -> Spectrum:
+    """(T12): eigenvalues, participation ratio (sum l)^2 / sum l^2, effective rank exp(entropy of l / sum l).
+
+    Of a positive semi-definite K, which rows and their sketches give; as its singular values, that rounding cannot
+    make negative. Both counts lie in [1, N]; K = 0: nan. Not unbiased for those of more completions, and of a sketch
+    at most its dimension. Cost O(N^3). Source: Roy and Vetterli, EUSIPCO 2007.
+    """
+    eigenvalues = torch.linalg.svdvals(gram.double())
+    weights = eigenvalues / eigenvalues.sum()
+    return Spectrum(
+        eigenvalues, float(1 / weights.square().sum()), float((-torch.special.xlogy(weights, weights)).sum().exp())
+    )
+
+
+def permuted_prompts(
+    values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"], num_permutations: int, generator: torch.Generator
+) -> PromptNull:
+    """Whether pairs of one prompt differ from pairs of two, against prompt labels permuted over completions.
+
+    `p_value` = (1 + permutations at least as large) / (1 + permutations), one-sided, exact under exchangeability.
+    `generator` is the caller's own, on the CPU. Cost O(N^2) a permutation.
+    """
+    observed = _prompt_difference(values, prompt_index)
+    orders = [torch.randperm(len(prompt_index), generator=generator) for _ in range(num_permutations)]
+    permuted = [_prompt_difference(values, prompt_index[order.to(prompt_index.device)]) for order in orders]
+    null = torch.tensor(permuted, dtype=torch.float64)
+    at_least = int((null >= observed).sum())
+    return PromptNull(observed, float(null.mean()), float(null.std()), (1 + at_least) / (1 + num_permutations))
+
+
+def length_correlation(
+    values: Float[Tensor, "N N"], num_tokens: Int[Tensor, "N"] | Float[Tensor, "N"], prompt_index: Int[Tensor, "N"]
+) -> Estimate:
+    """Pearson's correlation of K_ij, or its cosine, with T_i T_j over cross-prompt pairs; jackknife over prompts.
+
+    Near 1 says that the kernel's pattern is one of lengths: grad S_i is a sum over tokens. Bias O(1/P), dof = P - 1.
+    """
+    cross = prompt_index[:, None] != prompt_index
+    x, y = num_tokens.double().outer(num_tokens.double()), values.double().where(cross, 0.0)
+    features = [torch.ones_like(x), x, y, x * x, x * y, y * y]
+    sums = torch.stack([_prompt_block_sums(feature.where(cross, 0.0), prompt_index) for feature in features], -1)
+    left_out = _correlation(_without_each(sums))
+    variance = jackknife_covariance(left_out[:, None])
+    whole = _correlation(sums.sum((0, 1)))
+    return Estimate(float(whole), float(variance.sqrt()), float(len(sums) - 1), len(prompt_index))
+
+
+def _pair_masks(prompt_index: Int[Tensor, "N"], rewards: Float[Tensor, "N"] | None) -> dict[str, Bool[Tensor, "N N"]]:
+    diagonal = torch.eye(len(prompt_index), dtype=torch.bool, device=prompt_index.device)
+    same = prompt_index[:, None] == prompt_index
+    masks = {"diagonal": diagonal, "same_prompt": same & ~diagonal, "cross_prompt": ~same}
+    if rewards is None:
+        return masks
+    equal = rewards[:, None] == rewards
+    for name in ("same_prompt", "cross_prompt"):
+        masks[f"{name}_equal_reward"] = masks[name] & equal
+        masks[f"{name}_unequal_reward"] = masks[name] & ~equal
+    return masks
+
+
+def _prompt_block_sums(values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"]) -> Float[Tensor, "P P"]:
+    prompts, position = prompt_index.unique(return_inverse=True)
+    one_hot = torch.nn.functional.one_hot(position, len(prompts)).double()
+    return one_hot.T @ values @ one_hot
+
+
+def _without_each(sums: Float[Tensor, "P P *K"]) -> Float[Tensor, "P *K"]:
+    """The total over all pairs of prompts, less those that have prompt p in them, for each p."""
+    own = sums[range(len(sums)), range(len(sums))]
+    return sums.sum((0, 1)) - sums.sum(0) - sums.sum(1) + own
+
+
+def _prompt_difference(values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"]) -> float:
+    masks = _pair_masks(prompt_index, None)
+    return float(values[masks["same_prompt"]].mean() - values[masks["cross_prompt"]].mean())
+
+
+def _correlation(sums: Float[Tensor, "*P six"]) -> Float[Tensor, "*P"]:
+    _, x, y, xx, xy, yy = (sums / sums[..., :1]).unbind(-1)
+    return (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()

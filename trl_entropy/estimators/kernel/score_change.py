@@ -1,0 +1,96 @@
+"""What one step is predicted to do to the log-probability of each completion, and which completions did it (T12)."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trl_entropy.estimators.statistics.estimate import Estimate, cluster_sums
+from trl_entropy.estimators.statistics.pooled import PooledParts, sum_over_prompts
+
+
+class ScoreChangeParts(NamedTuple):
+    """(T12): the parts of the first-order change of each S_i, in nats; their sum is grad S_i . dtheta.
+
+    `own` is what completion i does to itself, `same_prompt` what the others of its prompt do, `other_prompts` the rest
+    of this step's gradient, `momentum` and `weight_decay` what earlier gradients and the decay do.
+    """
+
+    momentum: Float[Tensor, "N"]
+    weight_decay: Float[Tensor, "N"]
+    own: Float[Tensor, "N"]
+    same_prompt: Float[Tensor, "N"]
+    other_prompts: Float[Tensor, "N"]
+
+
+def score_change_parts(
+    products: Float[Tensor, "N N"],
+    prompt_index: Int[Tensor, "N"],
+    coefficient: float,
+    score_dot_gradient: Float[Tensor, "N"],
+    score_dot_momentum: Float[Tensor, "N"],
+    score_dot_decay: Float[Tensor, "N"],
+) -> ScoreChangeParts:
+    """(T12): change of S_i = grad S_i . (momentum + decay) + lr c (1-b1)/(1-b1^t) sum over j in U of K_ij alpha_j.
+
+    `products[i, j]` = K_ij alpha_j = -grad S_i' M g_j, with g_j completion j's share of the unclipped g; where alpha
+    differs between the tokens of a completion only the second form holds. `score_dot_gradient` = grad S_i' M g over
+    *all* of U: the N rows may be part of U, if they hold whole prompt groups (else mates count as other prompts).
+    `coefficient` is `gradient_coefficient`; momentum and decay are the parts of (T5), M that of the step (T4), this
+    gradient included. Exact to first order; unlike (T17) it is about the step that was made.
+    """
+    own_products = products.double().diagonal()
+    same = prompt_index[:, None] == prompt_index
+    same_products = products.double().where(same, 0.0).sum(1) - own_products
+    return ScoreChangeParts(
+        momentum=score_dot_momentum.double(),
+        weight_decay=score_dot_decay.double(),
+        own=coefficient * own_products,
+        same_prompt=coefficient * same_products,
+        other_prompts=coefficient * (-score_dot_gradient.double() - own_products - same_products),
+    )
+
+
+def score_change_sums(parts: ScoreChangeParts, prompt_index: Int[Tensor, "N"]) -> Float[Tensor, "P parts"]:
+    """Per prompt, the sum over completions of part_i times the whole change of S_i, for every part."""
+    whole = sum(parts)
+    return torch.stack([cluster_sums(part * whole, prompt_index) for part in parts], 1)
+
+
+def score_change_shares(prompt_sums: Float[Tensor, "P parts"]) -> dict[str, Estimate]:
+    """(T12): each part's share of the predicted change, sum_i part_i whole_i / sum_i whole_i^2; the shares sum to 1.
+
+    A projection, since parts have either sign and plain sums cancel. From `score_change_sums` of a step, or of several
+    steps with their prompts concatenated. Jackknife over prompts, bias O(1/P); negative where a part works against it.
+    """
+    pooled = PooledParts.empty(len(ScoreChangeParts._fields)).update(sum_over_prompts(prompt_sums))
+    unit = torch.eye(len(ScoreChangeParts._fields), dtype=torch.float64)
+    return {name: pooled.ratio(unit[i], unit.sum(0)) for i, name in enumerate(ScoreChangeParts._fields)}
+
+
+def change_agreement(
+    predicted: Float[Tensor, "N"], measured: Float[Tensor, "N"], prompt_index: Int[Tensor, "N"]
+) -> tuple[Estimate, float]:
+    """(T12): slope through the origin of measured on predicted changes, sum p m / sum p^2, and their correlation.
+
+    The slope with its jackknife error over prompts, bias O(1/P); 1 where the step is linear. No change: nan (0/0).
+    """
+    predicted, measured = predicted.double(), measured.double()
+    products = torch.stack([predicted * measured, predicted.square()])
+    sums = torch.stack([cluster_sums(product, prompt_index) for product in products], 1)
+    pooled = PooledParts.empty(2).update(sum_over_prompts(sums))
+    top, bottom = torch.eye(2, dtype=torch.float64)
+    return pooled.ratio(top, bottom), float(torch.corrcoef(torch.stack([predicted, measured]))[0, 1])
+
+
+def score_form_coefficients(
+    sequence_logps: Float[Tensor, "B"], num_tokens: Int[Tensor, "B"] | Float[Tensor, "B"], policy_entropy: float
+) -> Float[Tensor, "B"]:
+    """(T12): w_i = -(S_i + h T_i) / sum T, with which sum_i w_i grad S_i is grad h in expectation only.
+
+    Turns changes of S_i into one of the entropy, sum_i w_i (change of S_i), from scores alone. Unbiased with h and
+    E[T] given, bias O(1/B) with their estimates; more variance than (T8), which has the token entropies' gradients.
+    """
+    lengths = num_tokens.double()
+    return -(sequence_logps.double() + policy_entropy * lengths) / lengths.sum()

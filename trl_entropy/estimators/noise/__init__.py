@@ -1,0 +1,1 @@
+"""How noisy the gradient of a step is."""

@@ -1,0 +1,274 @@
+"""The gradient noise scale: how much of a batch gradient is signal, and at which number of prompts that changes.
+
+The independent unit is the prompt group: its completions share a prompt and their advantages sum to zero. Rows Y_n are
+P times group n's share of the loss gradient, before clipping, so that g = mean_n Y_n. A group with zero gradient is a
+group: it stays in P. If groups were resampled, it is the noise of the accepted distribution that is read, and groups
+that were kept only because the bound was reached must be left out (`accepted_products`).
+
+|x|^2 and x . y below may be the optimizer's, x' M x and x' M y with M from *before* the step (T16): the same functions
+on other numbers. With this step's own gradient in M, M depends on the sample and nothing is unbiased.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts, jackknife_covariance, means_without_one
+from trl_entropy.estimators.statistics.u_statistic import (
+    jackknife_variance,
+    row_means,
+    row_means_from_products,
+    u_statistic_variance,
+)
+
+_BLOCK = 2**14  # columns of rows that are summed in their own dtype
+
+
+class NoiseParts(NamedTuple):
+    """(T14)-(T16): |G|^2, the squared norm of the expected gradient, and tr(Sigma), the variance of one group's Y_n.
+
+    Each is unbiased and may be negative. `variance_trace / grad_sq_norm` is the noise scale in prompts; as a ratio of
+    one step's parts it is biased and wild: pool first (`NoiseScaleRecord`).
+    """
+
+    grad_sq_norm: float
+    variance_trace: float
+
+
+class GroupProducts(NamedTuple):
+    """(T14), (T16): what the parts need of every group, |Y_n|^2 and Y_n . g, or the same in the metric; float64."""
+
+    sq_norms: Float[Tensor, "P"]
+    dot_batch: Float[Tensor, "P"]
+
+
+def group_products(
+    rows: Float[Tensor, "P D"],
+    batch_gradient: Float[Tensor, "D"],
+    preconditioners: Sequence[Float[Tensor, "D"] | None] = (None,),
+) -> list[GroupProducts]:
+    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n by each diagonal M, None for 1. Cost O(P D), rows are read once.
+
+    Blocks of columns in the rows' dtype, their sums in float64: within 1e-6 of float64 for float32 rows.
+    """
+    products = [GroupProducts(*rows.new_zeros(2, len(rows), dtype=torch.float64)) for _ in preconditioners]
+    for start in range(0, rows.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        part, gradient = rows[:, block], batch_gradient[block].to(rows.dtype)
+        squares = part.square()
+        for (sq_norms, dot_batch), metric in zip(products, preconditioners, strict=True):
+            weights = None if metric is None else metric[block].to(rows.dtype)
+            sq_norms += squares.sum(1) if weights is None else squares @ weights
+            dot_batch += part @ (gradient if weights is None else weights * gradient)
+    return products
+
+
+def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> GroupProducts:
+    """(T14a): the products of the N accepted groups alone, of P; the others have no gradient.
+
+    Their mean Y_n is P/N times the step's gradient. Given N the accepted groups are independent, so (T14) of these
+    products is unbiased for one accepted group's |G|^2 and tr(Sigma); N < 2: nan. With the others left in it is not:
+    their number depends on the rest.
+    """
+    num_accepted = int(accepted.sum())
+    sq_norms, dot_batch = (values[accepted] for values in products)
+    return GroupProducts(sq_norms, dot_batch * (len(accepted) / num_accepted if num_accepted > 1 else math.nan))
+
+
+def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> float:
+    """|mean_n Y_n . g / |g|^2 - 1| with the gradient that the optimizer got: rounding, if the rows are its shares."""
+    ratio = products.dot_batch.mean() / torch.tensor(batch_sq_norm, dtype=torch.float64)
+    return float((ratio - 1).abs())
+
+
+def noise_parts(group_sq_norms: Float[Tensor, "P"], batch_sq_norm: float) -> NoiseParts:
+    """(T14): |G|^2 = (P |g|^2 - mean_n |Y_n|^2)/(P-1), tr(Sigma) = P/(P-1) (mean_n |Y_n|^2 - |g|^2), from one batch.
+
+    `group_sq_norms` are |Y_n|^2 and `batch_sq_norm` |g|^2, in squared units of the gradient or of the metric (T16).
+    Unbiased if groups are independent and identically distributed. P = 1: nan.
+    Source: McCandlish et al., arXiv:1812.06162, A.1, with group and batch as the two sizes.
+    """
+    num_prompts = len(group_sq_norms)
+    return noise_parts_two_sizes(group_sq_norms, batch_sq_norm, 1, num_prompts)
+
+
+def noise_parts_two_sizes(
+    small_sq_norms: Float[Tensor, "K"], big_sq_norm: float, small_size: int, big_size: int
+) -> NoiseParts:
+    """(T15): the parts from K batches of b = `small_size` prompts and one of B = `big_size`.
+
+    |G|^2 = (B |g_B|^2 - b mean|g_b|^2)/(B - b); tr(Sigma) = (mean|g_b|^2 - |g_B|^2)/(1/b - 1/B). Both sizes count
+    prompts; no group may be split. The small batches may be parts of the big one, as micro-batches are: expectations
+    do not mind. Unbiased; larger b has the larger variance. B = b: nan (0/0) or inf. Source: arXiv:1812.06162, A.1.
+    """
+    small_sq_norm = small_sq_norms.double().mean()
+    difference = torch.tensor(big_size - small_size, dtype=torch.float64)
+    grad_sq_norm = (big_size * big_sq_norm - small_size * small_sq_norm) / difference
+    return NoiseParts(float(grad_sq_norm), float(big_size * small_size * (small_sq_norm - big_sq_norm) / difference))
+
+
+def micro_batch_parts(
+    sq_norms: Float[Tensor, "K"], batch_sq_norm: float, num_prompts: int, previous: NoiseParts | None = None
+) -> tuple[NoiseParts, PooledParts]:
+    """(T15): a step's parts from its K micro-batches of whole groups, and what the step adds to the pool.
+
+    Norms alone give no error within a step, so that it comes from the scatter over steps: half the outer product of
+    the change since the `previous` step's parts, with 2/3 degrees of freedom, as neighbouring changes share a step.
+    Conservative while the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
+
+    Args:
+        sq_norms: of the K micro-batches' mean gradients.
+        batch_sq_norm: |g|^2 of the mean of these.
+        num_prompts: P of the step, all micro-batches of the same size.
+        previous: the parts of the step before.
+    """
+    parts = noise_parts_two_sizes(sq_norms, batch_sq_norm, num_prompts // len(sq_norms), num_prompts)
+    if previous is None or not all(map(math.isfinite, (*parts, *previous))):
+        return parts, PooledParts.empty(2)
+    values = torch.tensor(parts, dtype=torch.float64)
+    change = values - torch.tensor(previous, dtype=torch.float64)
+    return parts, PooledParts(values, change.outer(change) / 2, 1, num_prompts, 2 / 3)
+
+
+def jackknifed_parts(
+    group_sq_norms: Float[Tensor, "P"],
+    group_dot_batch: Float[Tensor, "P"],
+    half_products: Float[Tensor, "P"] | None = None,
+) -> StepParts:
+    """(T14): |G|^2, tr(Sigma) and, from `half_products`, the between-prompt trace, with their jackknife covariance.
+
+    `group_dot_batch` are Y_n . g, whose mean is |g|^2. |g_-n|^2 needs them, and no pair of groups: |G|^2 is the
+    U-statistic of (T17) with X = Y, so that |G|^2_-n = (P |G|^2 - 2 r_n)/(P - 2). `half_products` are Y_a . Y_b of
+    `half_advantages`. P < 3: covariance nan. Its part from |G|^2 is conservative: see `unbiased_parts`.
+    """
+    sq_norms = group_sq_norms.double()
+    num_prompts = len(sq_norms)
+    rows = row_means_from_products(sq_norms, group_dot_batch, group_dot_batch)
+    signal = rows.mean()
+    others = torch.tensor(num_prompts - 2, dtype=torch.float64, device=rows.device)
+    signal_left_out = (num_prompts * signal - 2 * rows) / others
+    means = [sq_norms] if half_products is None else [sq_norms, half_products.double()]
+    values = torch.stack([signal, *(mean.mean() - signal for mean in means)])
+    left_out = torch.stack([signal_left_out, *(means_without_one(mean) - signal_left_out for mean in means)], 1)
+    return StepParts(values, jackknife_covariance(left_out), num_prompts)
+
+
+def unbiased_parts(gram: Float[Tensor, "P P"], half_products: Float[Tensor, "P"] | None = None) -> StepParts:
+    """(T14), (T17): as `jackknifed_parts`, from all products Y_n . Y_m, with an unbiased covariance; P < 4: nan.
+
+    Only the variance of |G|^2 is overstated by the jackknife, and enters the other parts with the opposite sign. One
+    step's variance may come out negative; it is for pooling.
+    """
+    gram = gram.double()
+    parts = jackknifed_parts(gram.diagonal(), gram.mean(1), half_products)
+    excess = jackknife_variance(row_means(gram)) - u_statistic_variance(gram)
+    signs = -torch.ones_like(parts.values)
+    signs[0] = 1.0
+    return parts._replace(covariance=parts.covariance - excess * signs.outer(signs))
+
+
+def half_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """(T14), last line: advantages under which each *half* of a group has the expected gradient of the whole, Y_n.
+
+    (G-1)/H (r_i - mean of r over the others of i's half), H the size of i's half (the first G // 2 completions, the
+    rest). Put into the loss in place of A_i = r_i - mean r (T1), with the same 1/(P G L), each half alone gives Y_a or
+    Y_b, and E[Y_a . Y_b | prompt] = |E[Y_n | prompt]|^2, since the halves share nothing but the prompt. Exact for
+    centred, unscaled advantages and a fixed L: with `scale_rewards` or `group_max` the halves meet in the scale.
+    G < 4: ValueError, a half needs two completions.
+    """
+    num_generations = rewards.shape[1]
+    if num_generations < 4:
+        raise ValueError(f"a within/between split needs 4 completions a prompt, got {num_generations}")
+    halves = rewards.double().split([num_generations // 2, num_generations - num_generations // 2], dim=1)
+    # r_i less the mean of the others is H/(H-1) times r_i less the mean of all H.
+    advantages = [(half - half.mean(1, keepdim=True)) / (half.shape[1] - 1) for half in halves]
+    return (num_generations - 1) * torch.cat(advantages, 1)
+
+
+@dataclass(frozen=True)
+class NoiseScaleRecord:
+    """(T14), (T16): the parts of many steps with their errors; parts are pooled, then divided, never the other way.
+
+    Sums that add over steps and runs. Errors of `jackknifed_parts` are conservative: the variance of |G|^2 is up to
+    2 (P-1)/(P-2) times too large where noise dominates, that of tr(Sigma) some 10 % at P = 8.
+    """
+
+    parts: PooledParts
+
+    @classmethod
+    def empty(cls, with_halves: bool = False) -> "NoiseScaleRecord":
+        """The record of no steps; `with_halves` if its steps have `half_products`."""
+        return cls(PooledParts.empty(3 if with_halves else 2))
+
+    def update(self, step: StepParts) -> "NoiseScaleRecord":
+        """The record with one step added: its `jackknifed_parts`, or its `unbiased_parts` where pairs are known."""
+        return NoiseScaleRecord(self.parts.update(step))
+
+    def merge(self, other: "NoiseScaleRecord") -> "NoiseScaleRecord":
+        """The record of both sets of steps."""
+        return NoiseScaleRecord(self.parts.merge(other.parts))
+
+    def grad_sq_norm(self) -> Estimate:
+        """|G|^2, mean over steps; unbiased. An interval that reaches 0 says that no signal was seen."""
+        return self.parts.mean(self._part(0))
+
+    def variance_trace(self) -> Estimate:
+        """tr(Sigma), mean over steps; unbiased."""
+        return self.parts.mean(self._part(1))
+
+    def noise_scale(self) -> Estimate:
+        """tr(Sigma)/|G|^2 in prompts; bias O(1/(steps P)). Its stderr serves while it is small: else `interval`."""
+        return self.parts.ratio(self._part(1), self._part(0))
+
+    def signal_to_noise(self, num_prompts: int = 1) -> Estimate:
+        """|G|^2 / (tr(Sigma)/P): squared length of the expected gradient over the variance of a mean of P groups."""
+        return self.parts.ratio(num_prompts * self._part(0), self._part(1))
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The noise scales, in prompts, that the data do not refute; (lower, inf) where |G|^2 is consistent with 0.
+
+        The reciprocal of Fieller's interval of the signal to noise of one prompt; as |G|^2 >= 0, what that leaves
+        below 0 counts as 0. (inf, inf): |G|^2 was read significantly negative.
+        """
+        low, high = self.parts.ratio_interval(self._part(0), self._part(1), confidence)
+        if math.isnan(low):
+            return math.nan, math.nan
+        return _reciprocal(high), _reciprocal(low)
+
+    def suggested_num_prompts(self, efficiency: float = 0.5, confidence: float = 0.95) -> tuple[float, float]:
+        """The range of batch sizes, in prompts, at which a step makes `efficiency` of a noise-free step's progress.
+
+        N e/(1 - e) over the interval of the noise scale N: progress is 1/(1 + N/P) (arXiv:1812.06162, equation 2.7),
+        for SGD at its best learning rate, with N in the metric of the optimizer (T16) as a heuristic for AdamW. e =
+        1/2 doubles the steps and doubles the completions against the fewest possible of either.
+        """
+        low, high = self.interval(confidence)
+        return low * efficiency / (1 - efficiency), high * efficiency / (1 - efficiency)
+
+    def between_prompt_trace(self) -> Estimate:
+        """tr Cov(E[Y_n | prompt]), mean over steps: noise that more completions a prompt do not reduce. Unbiased."""
+        return self.parts.mean(self._part(2))
+
+    def within_prompt_trace(self) -> Estimate:
+        """E[tr Cov(Y_n | prompt)] = tr(Sigma) less the between-prompt trace; falls about as 1/G. Unbiased."""
+        return self.parts.mean(self._part(1) - self._part(2))
+
+    def between_prompt_share(self) -> Estimate:
+        """The between-prompt trace over tr(Sigma); bias O(1/(steps P))."""
+        return self.parts.ratio(self._part(2), self._part(1))
+
+    def _part(self, index: int) -> Float[Tensor, "K"]:
+        num_parts = len(self.parts.values)
+        if index >= num_parts:
+            raise ValueError("this record has no half_products: start it with empty(with_halves=True)")
+        return torch.eye(num_parts, dtype=torch.float64)[index]
+
+
+def _reciprocal(bound: float) -> float:
+    return 1 / bound if bound > 0 else math.inf

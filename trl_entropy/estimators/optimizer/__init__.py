@@ -1,0 +1,1 @@
+"""The step of AdamW from its ingredients, and summaries of its moments."""

@@ -1,0 +1,242 @@
+"""What can be asked of per-row gradients as they come, parameter by parameter, micro-batch by micro-batch.
+
+A *row* is what the caller numbers: a sequence, or a group of sequences whose gradients are summed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trl_entropy.estimators.rows.row_gradients import RowGradients
+
+ByName = Mapping[str, Float[Tensor, "..."]]
+
+
+class Consumer:
+    """Takes each parameter's gradients once per micro-batch; memory that it keeps is its own affair."""
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        """Called once before all else, with the shapes of the trainable parameters in their order."""
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        """Called before a micro-batch, with the numbers of its rows (on the CPU, no number twice)."""
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        """Called with each parameter's gradients for these rows, parameters in any order."""
+        raise NotImplementedError
+
+
+class SquaredNorms(Consumer):
+    """
+    G_n' M G_n of every row's gradient, (T14), (T16); float64, in `values` (N,).
+
+    Local to the process. A square needs the whole sum, so all sequences of a row must come in one micro-batch; where
+    groups are scattered, collect `Rows` and square these.
+
+    Args:
+        num_rows: N.
+        metric: the diagonal of M by parameter name; 1 if not given.
+
+    Raises:
+        ValueError: if a row comes in a second micro-batch, or `metric` does not fit the parameters.
+    """
+
+    values: Float[Tensor, " N"]
+
+    def __init__(self, num_rows: int, metric: ByName | None = None) -> None:
+        self.num_rows, self.metric = num_rows, metric
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        _check_shapes("metric", self.metric, shapes)
+        self._seen = torch.zeros(self.num_rows, dtype=torch.bool)
+        self.values = torch.zeros(self.num_rows, dtype=torch.float64, device=device)
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        _check_numbers(rows, self.num_rows)
+        if (again := rows[self._seen[rows]]).numel():
+            raise ValueError(
+                f"rows {again.tolist()} came in an earlier micro-batch, and a squared norm needs all sequences of a "
+                "row at once: put whole groups into each micro-batch, or collect Rows and square them"
+            )
+        self._seen[rows] = True
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        norms = gradients.squared_norms(self.metric and self.metric[name])
+        self.values.index_add_(0, rows.to(self.values.device), norms.to(self.values))
+
+
+class DotProducts(Consumer):
+    """
+    G_n . v_k of every row's gradient with K vectors, (T9); float64, in `values` (K, N). Local to the process.
+
+    Args:
+        num_rows: N.
+        vectors: each by parameter name, all trainable parameters.
+
+    Raises:
+        ValueError: if a vector does not fit the parameters.
+    """
+
+    values: Float[Tensor, "K N"]
+
+    def __init__(self, num_rows: int, vectors: Sequence[ByName]) -> None:
+        self.num_rows, self.vectors = num_rows, vectors
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        for number, vector in enumerate(self.vectors):
+            _check_shapes(f"vector {number}", vector, shapes)
+        self.values = torch.zeros(len(self.vectors), self.num_rows, dtype=torch.float64, device=device)
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        _check_numbers(rows, self.num_rows)
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        dots = gradients.dots([vector[name] for vector in self.vectors])
+        self.values.index_add_(1, rows.to(self.values.device), dots.to(self.values))
+
+
+class Rows(Consumer):
+    """
+    The gradients themselves, in one buffer `values` (N, D), D in the order of `trainable_parameters`. Local.
+
+    A row that comes in several micro-batches is summed, in the buffer's dtype: float32 for groups that are scattered.
+
+    Args:
+        num_rows: N. The buffer takes N x D numbers of `dtype`.
+        dtype: of the buffer. A gradient is rounded to it once, after scaling.
+        scale: factors by parameter name: sqrt(M) for `values @ values.T` to be the kernel of (T12).
+        out: a buffer (N, D) to use again, whose dtype counts; rows that do not come keep what it has.
+
+    Attributes:
+        columns: each parameter's share of D.
+
+    Raises:
+        ValueError: if `scale` or `out` does not fit the parameters.
+    """
+
+    values: Float[Tensor, "N D"]
+    columns: dict[str, slice]
+
+    def __init__(
+        self,
+        num_rows: int,
+        dtype: torch.dtype = torch.float32,
+        scale: ByName | None = None,
+        out: Float[Tensor, "N D"] | None = None,
+    ) -> None:
+        self.num_rows, self.dtype, self.scale, self.out = num_rows, dtype, scale, out
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        _check_shapes("scale", self.scale, shapes)
+        self._written = torch.zeros(self.num_rows, dtype=torch.bool)
+        self.columns, end = {}, 0
+        for name, shape in shapes.items():
+            self.columns[name] = slice(end, end := end + shape.numel())
+        if self.out is not None and self.out.shape != (self.num_rows, end):
+            raise ValueError(f"out has shape {tuple(self.out.shape)} for {self.num_rows} rows of {end} numbers")
+        new = self.out is None
+        self.values = torch.zeros(self.num_rows, end, dtype=self.dtype, device=device) if new else self.out
+        self._blocks = {name: self.values[:, self.columns[name]].unflatten(1, shape) for name, shape in shapes.items()}
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        _check_numbers(rows, self.num_rows)
+        written = self._written[rows]
+        self._is_sum = bool(written.any())
+        if self._is_sum and self.out is not None:
+            self.values[rows[~written].to(self.values.device)] = 0
+        self._is_range = bool((rows.diff() == 1).all())
+        self._written[rows] = True
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        block = self._blocks[name]
+        for part, grads in gradients.chunks():
+            scaled = grads if self.scale is None else grads * self.scale[name].to(grads.dtype)
+            self._write(block, rows[part], scaled)
+
+    def _write(
+        self, block: Float[Tensor, "N *shape"], rows: Int[Tensor, " R"], grads: Float[Tensor, "R *shape"]
+    ) -> None:
+        if self._is_sum:
+            block.index_add_(0, rows.to(block.device), grads.to(block.dtype))
+        elif self._is_range:
+            block[int(rows[0]) : int(rows[-1]) + 1] = grads
+        else:
+            block.index_copy_(0, rows.to(block.device), grads.to(block.dtype))
+
+
+class Blocks(Consumer):
+    """
+    Hands every parameter's rows (R, *shape) of a micro-batch to a function and forgets them: for sketches, for Grams.
+
+    Args:
+        function: called with the parameter's name, its gradients for all rows of the micro-batch, in float32 or
+            float64 and read only, and the rows' numbers (on the CPU); parameters come in any order, each once.
+    """
+
+    def __init__(self, function: Callable[[str, Float[Tensor, "R *shape"], Int[Tensor, " R"]], None]) -> None:
+        self.function = function
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        self.function(name, gradients.whole, rows)
+
+
+class HalfProducts(Consumer):
+    """
+    (T14): G_2n . G_2n+1 of every pair of rows, float64, in `values` (N,), for halves of a group. Local.
+
+    Both rows of a pair must come in one micro-batch.
+    """
+
+    values: Float[Tensor, " N"]
+
+    def __init__(self, num_pairs: int) -> None:
+        self.num_pairs = num_pairs
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        self.values = torch.zeros(self.num_pairs, dtype=torch.float64, device=device)
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        if rows.tolist() != [number for pair in (rows // 2).unique().tolist() for number in (2 * pair, 2 * pair + 1)]:
+            raise ValueError(f"rows {rows.tolist()} are no whole pairs of halves 2n, 2n + 1")
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        whole = gradients.whole
+        products = (whole[0::2] * whole[1::2]).flatten(1).sum(dim=1)
+        self.values.index_add_(0, (rows[0::2] // 2).to(self.values.device), products.to(self.values))
+
+
+class Several(Consumer):
+    """Hands everything to each of its `consumers`, of one pass."""
+
+    def __init__(self, *consumers: Consumer) -> None:
+        self.consumers: tuple[Any, ...] = consumers
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        for consumer in self.consumers:
+            consumer.bind(shapes, device)
+
+    def begin(self, rows: Int[Tensor, " R"]) -> None:
+        for consumer in self.consumers:
+            consumer.begin(rows)
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        for consumer in self.consumers:
+            consumer.add(name, gradients, rows)
+
+
+def _check_numbers(rows: Int[Tensor, " R"], num_rows: int) -> None:
+    if rows.numel() and int(rows.max()) >= num_rows:
+        raise ValueError(f"row {int(rows.max())} of a consumer for {num_rows} rows: they are numbered from 0")
+
+
+def _check_shapes(what: str, values: ByName | None, shapes: Mapping[str, torch.Size]) -> None:
+    if values is None:
+        return
+    for name, shape in shapes.items():
+        if name not in values:
+            raise ValueError(f"{what} has nothing for the trainable parameter {name!r}")
+        if values[name].shape != shape:
+            raise ValueError(f"{what} has shape {tuple(values[name].shape)} for {name!r} of {tuple(shape)}")

@@ -1,0 +1,145 @@
+"""Slope, correlation and R^2 of measured on predicted over many steps, as running sums that merge by addition."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_entropy.estimators.statistics.estimate import Estimate
+
+_NUM_FEATURES = 9  # 1, x, y, x^2, x y, y^2, and the error's variance of x, covariance, variance of y
+
+
+class _Variances(NamedTuple):
+    xx: Float[Tensor, ""]
+    xy: Float[Tensor, ""]
+    yy: Float[Tensor, ""]
+    error_xx: Float[Tensor, ""]
+    error_xy: Float[Tensor, ""]
+    error_yy: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """The sum over pairs of the outer product of their features: all that the statistics below and their errors need.
+
+    A pair is one step's predicted value x and measured value y, each with the standard error of its own, and the
+    covariance of the two errors (0 if they come from independent probe batches). Pairs must be independent of one
+    another. Every statistic is a smooth function f of the mean features; its stderr^2 is grad f' Cov grad f / (n - 2)
+    (sandwich: errors may differ from pair to pair, as they do along a run), with n - 2 degrees of freedom and bias
+    O(1/n). Where few pairs carry most of the slope that is some 10 % too small: `jackknife` is the safer for tables.
+    Sums are raw moments in float64: a mean 1000 times the spread costs 12 of the 16 digits of the stderr.
+    """
+
+    sums: Float[Tensor, "features features"]
+
+    @classmethod
+    def empty(cls) -> "PairMoments":
+        """The moments of no pairs."""
+        return cls(torch.zeros(_NUM_FEATURES, _NUM_FEATURES, dtype=torch.float64))
+
+    def update(
+        self,
+        predicted: float,
+        measured: float,
+        predicted_stderr: float = 0.0,
+        measured_stderr: float = 0.0,
+        error_covariance: float = 0.0,
+    ) -> "PairMoments":
+        """The moments with one pair added. A nan in a pair makes every statistic nan: leave such a step out."""
+        x, y = predicted, measured
+        errors = (predicted_stderr**2, error_covariance, measured_stderr**2)
+        features = torch.tensor([1.0, x, y, x * x, x * y, y * y, *errors], dtype=torch.float64)
+        return PairMoments(self.sums + features.outer(features))
+
+    def merge(self, other: "PairMoments") -> "PairMoments":
+        """The moments of both sets of pairs."""
+        return PairMoments(self.sums + other.sums)
+
+    @property
+    def num_pairs(self) -> int:
+        return int(self.sums[0, 0])
+
+    def slope(self) -> Estimate:
+        """The least-squares slope of measured on predicted, with intercept: Cov(x, y) / Var(x).
+
+        Noise in x draws it towards zero; see `corrected_slope`.
+        """
+        return self._estimate(lambda v: v.xy / v.xx)
+
+    def corrected_slope(self) -> Estimate:
+        """The slope corrected for noise: (Cov(x, y) - error covariance) / (Var(x) - error variance of x).
+
+        Errors enter by their mean over pairs, and are taken as known. Unclamped: where noise is all the variance the
+        denominator is near or below zero and the interval means nothing. Source: W. A. Fuller, Measurement Error
+        Models (1987), section 1.2 and, for errors that differ from pair to pair, 3.1.
+        """
+        return self._estimate(lambda v: (v.xy - v.error_xy) / (v.xx - v.error_xx))
+
+    def correlation(self) -> Estimate:
+        """Pearson's correlation of predicted and measured."""
+        return self._estimate(lambda v: v.xy / (v.xx * v.yy).sqrt())
+
+    def r_squared(self) -> Estimate:
+        """R^2 of the regression of measured on predicted with intercept: the squared correlation."""
+        return self._estimate(lambda v: v.xy.square() / (v.xx * v.yy))
+
+    def ceiling_r_squared(self) -> Estimate:
+        """The R^2 that a perfect prediction would have, given the stated errors of both.
+
+        A perfect prediction has corrected correlation 1, hence R^2 = (sqrt(Vx Vy) + c)^2 / (Var(x) Var(y)) with Vx, Vy
+        the variances less the errors' and c the errors' covariance. nan where the errors exceed the variance.
+        """
+        return self._estimate(_ceiling_r_squared)
+
+    def share_of_ceiling(self) -> Estimate:
+        """`r_squared` over `ceiling_r_squared`: 1 if nothing but scale, constant and stated errors lies between."""
+        return self._estimate(lambda v: v.xy.square() / (v.xx * v.yy) / _ceiling_r_squared(v))
+
+    def _estimate(self, function: Callable[[_Variances], Float[Tensor, ""]]) -> Estimate:
+        count = self.num_pairs
+        second_moments = self.sums / self.sums[0, 0]
+        means = second_moments[0].clone().requires_grad_()
+        value = function(_variances(means, count))
+        (gradient,) = torch.autograd.grad(value, means)
+        if count < 3:
+            return Estimate(float(value.detach()), math.nan, float(count - 2), count)
+        spread = second_moments - second_moments[0].outer(second_moments[0])
+        variance = gradient @ spread @ gradient / (count - 2)
+        return Estimate(float(value.detach()), float(variance.sqrt()), float(count - 2), count)
+
+
+def jackknife(pairs: Sequence[PairMoments], statistic: Callable[[PairMoments], Estimate]) -> Estimate:
+    """A statistic of many pairs, each given as the moments of one, with its delete-one-pair jackknife error.
+
+    stderr^2 = (n-1)/n sum_i (f_-i - mean f_-i)^2, n - 2 degrees of freedom; slightly conservative. Example:
+    `jackknife([PairMoments.empty().update(x, y) for x, y in steps], PairMoments.slope)`. Cost: n times the statistic.
+    """
+    count = len(pairs)
+    whole = PairMoments(sum(pair.sums for pair in pairs))
+    values = torch.tensor(
+        [statistic(PairMoments(whole.sums - pair.sums)).value for pair in pairs], dtype=torch.float64
+    )
+    stderr = ((count - 1) / count * (values - values.mean()).square().sum()).sqrt()
+    return Estimate(statistic(whole).value, float(stderr), float(count - 2), count)
+
+
+def error_covariance(predicted_stderr: float, measured_stderr: float, difference_stderr: float) -> float:
+    """The covariance of two errors from their standard errors and that of their paired difference."""
+    return (predicted_stderr**2 + measured_stderr**2 - difference_stderr**2) / 2
+
+
+def _variances(means: Float[Tensor, " features"], count: int) -> _Variances:
+    """Unbiased sample variances and covariance of x and y, and the mean error variances and covariance."""
+    _, x, y, xx, xy, yy, *errors = means
+    bessel = count / torch.tensor(count - 1, dtype=torch.float64)
+    return _Variances(bessel * (xx - x * x), bessel * (xy - x * y), bessel * (yy - y * y), *errors)
+
+
+def _ceiling_r_squared(v: _Variances) -> Float[Tensor, ""]:
+    signal = ((v.xx - v.error_xx) * (v.yy - v.error_yy)).sqrt()
+    return (signal + v.error_xy).square() / (v.xx * v.yy)

@@ -1,0 +1,1 @@
+"""Passes through the model: scores, derivatives along an update, gradients of single completions and groups."""

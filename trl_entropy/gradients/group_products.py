@@ -1,0 +1,204 @@
+"""
+What each prompt group adds to the loss gradient, Y_n of (T14), from training's own backward or by an extra pass; and
+the squared norm of what each micro-batch does (T15).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trl_entropy.engine import trainable_parameters
+from trl_entropy.estimators.entropy_change.cross_prompt import group_loss_surrogate
+from trl_entropy.estimators.noise.noise_scale import GroupProducts, half_advantages
+from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, HalfProducts, Rows, Several, SquaredNorms
+from trl_entropy.gradients.group_gradients import token_scores
+from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.sequence_gradients import SequenceGradients
+from trl_entropy.rollouts.completions import Completions
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+AnyConsumer = TypeVar("AnyConsumer", bound=Consumer)
+Vector = Mapping[str, Float[Tensor, "..."]]
+
+
+class TrainingShares:
+    """
+    One float32 row (D numbers) for each prompt group of a step, summed over its micro-batches from training's own
+    backward. A row is the group's share of this process's gradient: of any loss that is a sum over completions.
+
+    Local. One instance serves a run, step after step; training stays bit-identical.
+
+    Args:
+        model: unwrapped, without a trained head: TRL's fused head is not called, so that nothing is known of it.
+        num_groups: of this process, at most.
+    """
+
+    def __init__(self, model: nn.Module, num_groups: int) -> None:
+        self._num_groups = num_groups
+        self._buffer: Tensor | None = None
+        self._collector = SequenceGradients(model)
+        self._numbers: dict[int, int] = {}
+        self._open = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def micro_batch(self, prompt_index: Int[Tensor, " B"]) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch with these groups."""
+        if not self._numbers:
+            self._rows = Rows(self._num_groups, out=self._buffer)
+            self._collector.consume(self._rows)
+        numbers = [self._numbers.setdefault(index, len(self._numbers)) for index in prompt_index.tolist()]
+        with self._open:
+            self._open.enter_context(self._collector)
+            self._open.enter_context(self._collector.batch(torch.tensor(numbers)))
+            yield
+
+    def finish(self) -> tuple[Float[Tensor, "P D"], Int[Tensor, " P"]]:
+        """
+        The step's rows, until the next begins, and their groups; may be called inside the last micro-batch, after its
+        backward.
+        """
+        self._open.close()
+        prompt_index, self._numbers = torch.tensor(list(self._numbers)), {}
+        values = self._rows.values
+        # A CPU takes longer to get new memory than to fill it; that of a GPU is free again until the next step.
+        self._buffer = values if values.device.type == "cpu" else None
+        del self._rows
+        self._collector.consume()
+        return values[: len(prompt_index)], prompt_index
+
+
+class MicroBatchNorms:
+    """
+    (T15): |A s_k|^2 of a step's A micro-batches, s_k what k adds to this process's gradient: its mean gradient.
+
+    Seen where a parameter's gradient enters its `.grad`, before processes are averaged: any model, any loss, any
+    engine; memory of the largest parameter. Local. One instance serves a run; training stays bit-identical.
+    """
+
+    def __init__(self, model: nn.Module, num_generations: int) -> None:
+        self._num_generations = num_generations
+        self._parameters = list(trainable_parameters(model).values())
+        self._sq_norms: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def micro_batch(self, prompt_index: Int[Tensor, " B"]) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch of whole groups."""
+        counts = prompt_index.unique(return_counts=True)[1]
+        if (counts != self._num_generations).any():
+            raise ValueError(
+                f"a micro-batch has {counts.tolist()} completions of its prompts: (T15) needs whole groups in each. "
+                "Set per_device_train_batch_size to a multiple of num_generations, or noise_scale_from='groups'"
+            )
+        sq_norm = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+
+        def add(gradient: Tensor) -> None:
+            # A sum of squares, not a BLAS product, whose float32 sums of 10^7 numbers are 3e-4 off
+            sq_norm.add_(gradient.detach().float().square().sum())
+
+        self._sq_norms.append(sq_norm)
+        with contextlib.ExitStack() as hooks:
+            for param in self._parameters:
+                hooks.callback(param.register_hook(add).remove)
+            yield
+
+    def finish(self) -> Float[Tensor, " A"]:
+        """The step's norms; may be called inside the last micro-batch, after its backward."""
+        sq_norms, self._sq_norms = torch.stack(self._sq_norms), []
+        return len(sq_norms) ** 2 * sq_norms
+
+
+def products_by_extra_pass(
+    model: nn.Module,
+    completions: Completions,
+    advantages: Float[Tensor, "B *T"],
+    args: GRPOConfig,
+    gradient: Vector,
+    metric: Vector | None,
+    batch_size: int,
+) -> list[GroupProducts]:
+    """
+    |Y_n|^2 and Y_n . g of the on-policy loss (T2), and the same in the metric, groups in the order of their number.
+
+    Nothing of a group's gradient is kept: memory does not grow with the number of groups. Local; leaves no `.grad`.
+
+    Args:
+        model: unwrapped, in the mode and with the parameters it is to be differentiated at. Plain logits.
+        completions: whole groups; rows of a group need not follow one another.
+        advantages: those that the loss gets, `length_normalizer` included.
+        args: `temperature`, `num_generations` and `max_completion_length` of the loss.
+        gradient, metric: g and, where there is one, the diagonal of M (T16), by parameter name.
+        batch_size: completions at a time, at least one group; halved as long as memory does not suffice.
+    """
+    metrics = [None] if metric is None else [None, metric]
+    vectors = [gradient, *({name: m * gradient[name] for name, m in one.items()} for one in metrics if one)]
+    prompts, row_numbers = completions.prompt_index.unique(return_inverse=True)
+
+    def consumers() -> Several:
+        return Several(*(SquaredNorms(len(prompts), one) for one in metrics), DotProducts(len(prompts), vectors))
+
+    made = _consumed_by_groups(model, completions, advantages, args, row_numbers, consumers, batch_size)
+    *norms, dots = (consumer.values for consumer in made.consumers)
+    return [GroupProducts(n, d) for n, d in zip(norms, dots, strict=True)]
+
+
+def half_products(
+    model: nn.Module, completions: Completions, rewards: Float[Tensor, " B"], args: GRPOConfig, batch_size: int
+) -> Float[Tensor, " P"]:
+    """
+    Y_a . Y_b of the halves of every group, for the between-prompt part of (T14), by a pass of their own.
+
+    As [`products_by_extra_pass`]; `rewards` make the halves' advantages (see `half_advantages`).
+    """
+    prompts, groups = completions.prompt_index.unique(return_inverse=True)
+    by_group = groups.argsort(stable=True).view(len(prompts), -1)
+    advantages, row_numbers = torch.empty_like(rewards, dtype=torch.float64), 2 * groups
+    advantages[by_group] = half_advantages(rewards[by_group])
+    row_numbers[by_group[:, by_group.shape[1] // 2 :]] += 1
+
+    def consumer() -> HalfProducts:
+        return HalfProducts(len(prompts))
+
+    return _consumed_by_groups(model, completions, advantages, args, row_numbers, consumer, batch_size).values
+
+
+def _consumed_by_groups(
+    model: nn.Module,
+    completions: Completions,
+    advantages: Float[Tensor, "B *T"],
+    args: GRPOConfig,
+    row_numbers: Int[Tensor, " B"],
+    make_consumer: Callable[[], AnyConsumer],
+    batch_size: int,
+) -> AnyConsumer:
+    """The consumer after a pass with whole groups in each batch, `make_consumer` anew when memory did not suffice."""
+    groups = completions.prompt_index.unique()
+
+    def all_groups(groups_at_once: int) -> AnyConsumer:
+        consumer = make_consumer()
+        with SequenceGradients(model, consumer, weight_gradients=False) as collector:
+            for some in groups.split(groups_at_once):
+                index = torch.isin(completions.prompt_index, some).nonzero().squeeze(1)
+                loss = _loss_of_groups(model, completions.rows(index).trimmed(), advantages[index], args)
+                with collector.batch(row_numbers[index]):
+                    loss.backward()
+        return consumer
+
+    with torch.enable_grad():
+        return halved_on_out_of_memory(all_groups, max(1, batch_size // args.num_generations))
+
+
+def _loss_of_groups(
+    model: nn.Module, rows: Completions, advantages: Float[Tensor, "B *T"], args: GRPOConfig
+) -> Float[Tensor, ""]:
+    """Its gradient is the sum of Y_n over the groups of `rows`."""
+    _, logps = token_scores(model, rows, args.temperature)
+    weights = advantages if advantages.ndim == 1 else advantages[:, : logps.shape[1]]
+    return group_loss_surrogate(logps, rows.completion_mask, weights, args.num_generations, args.max_completion_length)

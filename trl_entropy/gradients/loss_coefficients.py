@@ -1,0 +1,93 @@
+"""How a step's loss depends on the scores of its completions, from the backward pass of training itself (T9)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trl_entropy.estimators.attribution.shares import kl_coefficients
+
+_REFERENCE = "ref_per_token_logps"
+
+
+class LossCoefficients(NamedTuple):
+    """
+    alpha_ik = -dLoss/dS_ik per nat, by term of a loss averaged over ranks; None: there is no such term.
+
+    Attributes:
+        policy: of everything but the KL.
+        kl: of the KL to the reference.
+        entropy_bonus: -dLoss/dH_ik, by the token's entropy.
+    """
+
+    policy: Float[Tensor, "B T"]
+    kl: Float[Tensor, "B T"] | None
+    entropy_bonus: Float[Tensor, "B T"] | None
+
+
+class LossCoefficientRecorder:
+    """
+    Hooks on what TRL's loss is a function of: log-probabilities, entropies, the reference's log-probabilities.
+
+    The KL is told apart by its derivative by the reference, which nothing else in the loss depends on: no pass more,
+    and training stays bit-identical. Local.
+    """
+
+    def __init__(self) -> None:
+        self._by_logps: list[Tensor] = []
+        self._by_entropy: list[Tensor] = []
+        self._by_reference: list[Tensor] = []
+        self._log_ratios: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def around(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Around a micro-batch's forward and backward: have the loss differentiated by its reference, if any."""
+        given = inputs.get(_REFERENCE)
+        if given is not None:
+            inputs[_REFERENCE] = given.detach().clone().requires_grad_()
+            inputs[_REFERENCE].register_hook(self._by_reference.append)
+        try:
+            yield
+        finally:
+            if given is not None:
+                inputs[_REFERENCE] = given
+
+    def watch(
+        self, inputs: dict[str, Any], loss_logps: Float[Tensor, "b T"], loss_entropy: Float[Tensor, "b T"]
+    ) -> None:
+        """Between a micro-batch's forward and backward."""
+        loss_logps.register_hook(self._by_logps.append)
+        if loss_entropy.requires_grad:
+            loss_entropy.register_hook(self._by_entropy.append)
+        if _REFERENCE in inputs:
+            self._log_ratios.append(inputs[_REFERENCE].detach() - loss_logps.detach())
+
+    def forget(self) -> None:
+        """Leave out what was watched since the last step."""
+        for parts in (self._by_logps, self._by_entropy, self._by_reference, self._log_ratios):
+            parts.clear()
+
+    def of_step(self, mask: Int[Tensor, "B T"], args: Any, num_processes: int) -> LossCoefficients:
+        """Of the step's micro-batches, which are forgotten; `mask` of its completions, `args` those of the loss."""
+        correction = args.importance_sampling_level if args.use_bias_correction_kl else None
+        total = _joined(self._by_logps, mask).double()
+        kl = entropy = None
+        if self._by_reference:
+            by_reference, log_ratio = _joined(self._by_reference, mask), _joined(self._log_ratios, mask)
+            kl = kl_coefficients(by_reference, log_ratio, mask, correction)
+        if self._by_entropy:
+            entropy = _joined(self._by_entropy, mask).double() / -num_processes
+        policy = total if kl is None else total - kl
+        return LossCoefficients(policy / -num_processes, None if kl is None else kl / -num_processes, entropy)
+
+
+def _joined(parts: list[Tensor], mask: Tensor) -> Float[Tensor, "B T"]:
+    """The micro-batches' rows, as wide as the rollouts'; `parts` is emptied."""
+    padded = [torch.nn.functional.pad(part, (0, mask.shape[1] - part.shape[1])) for part in parts]
+    parts.clear()
+    return torch.cat(padded)

@@ -1,0 +1,231 @@
+"""Each sequence's gradient, from hooks on the layers, reduced to what is asked for while the backward pass runs.
+
+    norms, dots = SquaredNorms(num_sequences), DotProducts(num_sequences, [direction])
+    with SequenceGradients(model, norms, dots) as collector:
+        loss = ...                                # a sum over the sequences of the micro-batch, by `model`
+        with collector.batch(torch.arange(8)):    # the number of each sequence, or that of its group
+            loss.backward()                       # of training, or torch.autograd.grad
+    norms.values, dots.values
+
+The gradient of sequence b is that of its share of the loss: what the parameters would get with the other sequences'
+shares left out. It is exact if a sequence's share depends on the parameters through row b of each layer alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trl_entropy.engine import parameter_shape, trainable_parameters
+from trl_entropy.estimators.rows.row_gradients import Grouping, OuterProducts, RowGradients, Sum, WrittenOut
+from trl_entropy.estimators.rows.row_sums import Blocks, Consumer, DotProducts, Rows, SquaredNorms
+from trl_entropy.gradients.layer_rules import Layer, known_layers
+
+__all__ = ["Blocks", "Consumer", "DotProducts", "RowGradients", "Rows", "SequenceGradients", "SquaredNorms"]
+
+
+class SequenceGradients:
+    """
+    Hooks on every layer with trainable parameters that hand each sequence's gradients to consumers.
+
+    A sequence is a row of the first dimension of the layers' inputs. Known layers: `nn.Linear` (LoRA's A and B are
+    such), `nn.Embedding`, `nn.LayerNorm`, `nn.RMSNorm` and the RMSNorm of Qwen2 and Llama; tied weights; layers used
+    more than once in a forward; both kinds of gradient checkpointing; autocast and bf16, summed in float32. Weights
+    are never read. Forwards without gradient (generation) are not looked at.
+
+    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They only look: training stays
+    bit-identical. The input of each layer lives as long as the graph does, where checkpointing does not recompute it.
+    Local to the process: no communication.
+
+    Args:
+        model: unwrapped: the module inside DDP or DeepSpeed. Its parameters may be partitioned (ZeRO-3).
+        consumers: what to do with the gradients.
+        weight_gradients: `False`, for extra passes: inside, no parameter requires a gradient, so that autograd spends
+            nothing on their sum; call `loss.backward()`, which then leaves no `.grad` on any of them. LoRA with
+            reentrant checkpointing needs `model.enable_input_require_grads()`, as in training.
+
+    Raises:
+        ValueError: by name, if a trainable parameter belongs to a module that is not known, or to an embedding whose
+            gradient is not a sum over sequences.
+    """
+
+    def __init__(self, model: nn.Module, *consumers: Consumer, weight_gradients: bool = True) -> None:
+        self.model, self.weight_gradients = model, weight_gradients
+        parameters = trainable_parameters(model)
+        self.shapes = {name: parameter_shape(param) for name, param in parameters.items()}
+        self._layers = known_layers(model, parameters)
+        self._num_uses = Counter(name for layer in self._layers for name in layer.parameters.values())
+        self._in_forward = False
+        self._batch: _Batch | None = None
+        self._undo = contextlib.ExitStack()
+        self._device = next(iter(parameters.values())).device
+        self.consume(*consumers)
+
+    def consume(self, *consumers: Consumer) -> None:
+        """Hand gradients to these from now on, in place of those before; between two batches."""
+        self.consumers = consumers
+        for consumer in consumers:
+            consumer.bind(self.shapes, self._device)
+
+    def __enter__(self) -> SequenceGradients:
+        # An input of the graph nodes that keep a layer's inputs, so that autograd makes such nodes
+        self._anchor = torch.zeros((), requires_grad=True)
+        register = [
+            self.model.register_forward_pre_hook(self._start_forward),
+            self.model.register_forward_hook(self._end_forward, always_call=True),
+            *(layer.module.register_forward_hook(self._on_forward(layer), with_kwargs=True) for layer in self._layers),
+        ]
+        for handle in register:
+            self._undo.callback(handle.remove)
+        if not self.weight_gradients:
+            for param in {layer.module._parameters[key] for layer in self._layers for key in layer.parameters}:
+                self._undo.callback(param.requires_grad_, True)
+                param.requires_grad_(False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def batch(self, rows: Int[Tensor, " B"]) -> Iterator[None]:
+        """
+        Takes the gradients of the backward pass inside: one pass, of one forward. Others are not looked at.
+
+        Args:
+            rows: number of each sequence's row, from 0, in the consumers. Sequences with the same number are summed
+                before anything is squared; -1 leaves a sequence out.
+
+        Raises:
+            ValueError: if a layer saw another number of sequences than `rows` has.
+            RuntimeError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. What
+                the consumers hold after an exception means nothing.
+        """
+        batch = _Batch(Grouping.of(rows))
+        for consumer in self.consumers:
+            consumer.begin(batch.grouping.numbers)
+        self._batch = batch
+        try:
+            yield
+        finally:
+            self._batch = None
+        self._check_complete(batch)
+        with _exact(self._device):
+            for name, parts in batch.waiting.items():
+                self._hand_out(name, Sum(parts) if len(parts) > 1 else parts[0], batch)
+
+    def _check_complete(self, batch: _Batch) -> None:
+        """Whether each layer got one gradient for each of its calls in the last forward."""
+        for layer in self._layers:
+            count, expected = batch.num_gradients[layer.name], max(1, layer.num_calls)
+            if count != expected:
+                raise RuntimeError(
+                    f"layer {layer.name!r} got {count} gradients instead of {expected}: run the forward inside `with "
+                    "SequenceGradients(...)`; score with plain logits (TRL's fused_lm_head=True uses the head without "
+                    "calling it); freeze layers that the loss leaves out; change no layer's output in place"
+                )
+
+    # ---- hooks
+
+    def _start_forward(self, module: nn.Module, args: Any) -> None:
+        self._in_forward = True
+        for layer in self._layers:
+            layer.num_calls = 0
+
+    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._in_forward = False
+
+    def _on_forward(self, layer: Layer) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            # Calls without gradient count too, recomputation does not: reentrant checkpointing has both.
+            layer.num_calls += self._in_forward
+            layer.is_reused |= layer.num_calls > 1
+            if not torch.is_grad_enabled():
+                return
+            if not self.weight_gradients and not output.requires_grad:
+                output.requires_grad_()  # where the graph begins, now that no parameter is a leaf of it
+            if output.requires_grad:
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                kept = _Keep.apply(self._anchor, inputs.detach()).grad_fn
+                output.register_hook(lambda grads: self._on_gradient(layer, kept, grads))
+
+        return hook
+
+    def _on_gradient(self, layer: Layer, kept: Any, grads: Float[Tensor, "B *T d"]) -> None:
+        batch = self._batch
+        if batch is None:
+            return
+        (inputs,) = kept.saved_tensors
+        num_sequences = batch.grouping.num_sequences
+        if not inputs.shape[0] == grads.shape[0] == num_sequences:
+            raise ValueError(
+                f"layer {layer.name!r} has inputs of shape {tuple(inputs.shape)} and outputs of {tuple(grads.shape)}, "
+                f"but the batch has {num_sequences} sequences: their first dimension must be the sequences"
+            )
+        batch.num_gradients[layer.name] += 1
+        with _exact(grads.device):
+            inputs, grads = batch.grouping.by_row(inputs, grads)
+            for own_name, name in layer.parameters.items():
+                gradients = layer.rules[own_name](layer.module, inputs, grads)
+                if layer.is_reused or self._num_uses[name] > 1:
+                    batch.keep(name, gradients)
+                else:
+                    self._hand_out(name, gradients, batch)
+
+    def _hand_out(self, name: str, gradients: RowGradients, batch: _Batch) -> None:
+        if name in batch.done:
+            raise RuntimeError(
+                f"a second gradient came for {name!r} in one batch: call the model once and go backward once in each "
+                "batch, and call the whole model rather than its parts if it uses a layer more than once"
+            )
+        batch.done.add(name)
+        for consumer in self.consumers:
+            consumer.add(name, gradients, batch.grouping.numbers)
+
+
+class _Keep(torch.autograd.Function):
+    """A node of the graph that keeps a tensor as autograd keeps its own: checkpointing drops and recomputes it.
+
+    Whoever needs it holds the node. Nothing flows through it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return anchor.clone()
+
+
+def _exact(device: torch.device) -> AbstractContextManager[object]:
+    """No graph under `create_graph=True`, no bf16 where backward is called under autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return _without_graph_and_autocast(device.type)
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_graph_and_autocast(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+@dataclass
+class _Batch:
+    """What came in one backward pass so far."""
+
+    grouping: Grouping
+    num_gradients: Counter[str] = field(default_factory=Counter)
+    done: set[str] = field(default_factory=set)
+    waiting: dict[str, list[RowGradients]] = field(default_factory=dict)
+
+    def keep(self, name: str, gradients: RowGradients) -> None:
+        """Until all parts of a parameter are there: as factors or written out, whichever is smaller."""
+        if isinstance(gradients, OuterProducts) and gradients.is_larger_than_whole:
+            gradients = WrittenOut(gradients.whole)
+        self.waiting.setdefault(name, []).append(gradients)

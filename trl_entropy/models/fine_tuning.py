@@ -1,0 +1,96 @@
+"""Supervised fine-tuning on demonstrations, as a function: no command line and no files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train_sft(
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: SFTConfig,
+    peft_config: PeftConfig | None = None,
+) -> SFTTrainer:
+    """Trains a model on demonstrations; the loss covers the completion and the end token.
+
+    Args:
+        model: A model, or the name or path of one. It is trained in place.
+        tokenizer: Its tokenizer; must have an end-of-text token, which is taught.
+        dataset: Columns `prompt` and `completion`, plain strings. Rows longer than `args.max_length` tokens are
+            dropped, as a cut demonstration would teach no end.
+        args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset.
+        peft_config: Trains an adapter instead of the whole model.
+
+    Returns:
+        The trainer after training; `trainer.model` is the trained model, `trainer.state.log_history` the log.
+
+    Raises:
+        ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
+    """
+    from trl import SFTTrainer
+
+    tokenized = tokenize_demonstrations(dataset, tokenizer, args.max_length)
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=tokenized, processing_class=tokenizer, peft_config=peft_config
+    )
+    trainer.train()
+    return trainer
+
+
+def tokenize_demonstrations(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Dataset:
+    """Tokenizes prompt and completion apart, as RL does: there the prompt's tokens are fixed before the completion's.
+
+    Args:
+        dataset: Columns `prompt` and `completion`, plain strings; other columns are dropped.
+        tokenizer: Must have an end-of-text token; it is put behind every completion that lacks it.
+        max_length: Longest row in tokens; longer rows are dropped and their number is logged. `None`: no limit.
+
+    Returns:
+        A dataset with the columns `input_ids` and `labels` (-100 on the prompt).
+
+    Raises:
+        ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
+    """
+    missing = {"prompt", "completion"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"demonstrations need the columns prompt and completion; missing: {sorted(missing)}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token, so no completion could be taught to end")
+
+    def tokenize(rows: Mapping[str, list]) -> dict[str, list]:
+        completions = [text.removesuffix(tokenizer.eos_token) for text in rows["completion"]]
+        prompt_ids = tokenizer(rows["prompt"])["input_ids"]
+        completion_ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
+        targets = [[*ids, tokenizer.eos_token_id] for ids in completion_ids]
+        return {
+            "input_ids": [prompt + target for prompt, target in zip(prompt_ids, targets, strict=True)],
+            "labels": [[-100] * len(prompt) + target for prompt, target in zip(prompt_ids, targets, strict=True)],
+        }
+
+    tokenized = dataset.map(tokenize, batched=True, remove_columns=dataset.column_names)
+    return tokenized if max_length is None else _drop_longer(tokenized, max_length)
+
+
+def _drop_longer(tokenized: Dataset, max_length: int) -> Dataset:
+    lengths = [len(ids) for ids in tokenized["input_ids"]]
+    kept = [index for index, length in enumerate(lengths) if length <= max_length]
+    if not kept:
+        raise ValueError(f"no demonstration fits into max_length={max_length} tokens; the shortest has {min(lengths)}")
+    if len(kept) < len(lengths):
+        logger.warning(
+            "dropped %d of %d demonstrations longer than %d tokens", len(lengths) - len(kept), len(lengths), max_length
+        )
+    return tokenized.select(kept)

@@ -1,0 +1,179 @@
+"""The embedded model after a supervised warm start, built once and kept: RL on word problems starts from it."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_entropy.models import embedded as embedded_model
+from trl_entropy.models.fine_tuning import train_sft
+from trl_entropy.tasks import r1_template, word_problems
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+# Everything that determines the warm start beside the files that write the data and build the model. Raise the version
+# when the code of this file changes the result.
+WARM_START_RECIPE: dict[str, Any] = {
+    "version": 1,
+    "num_clean": 7_200,
+    "num_flawed": 2_400,
+    "flawed_share": 0.5,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1.5e-3,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 20,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+}
+COMPLETE_MARK = "warm_start.json"  # written last: a directory without it is not a warm start
+
+
+def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Path:
+    """Returns the directory of the embedded model after its warm start, and builds it when it is missing.
+
+    The result is cached under a hash of all that determines it. Building happens in a process of its own, so the
+    caller's random state, threads and accelerator stay as they are, and any rank of a distributed run may call this:
+    the first builds, the others wait for it. What a killed build leaves behind is never used.
+
+    Args:
+        cache_dir: Where to keep it; by default `$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else
+            `~/.cache/trl_entropy`.
+        seed: Of the initial weights and of the demonstrations.
+
+    Returns:
+        A directory that `from_pretrained` loads both model and tokenizer from.
+
+    Raises:
+        RuntimeError: If the build fails; the message ends with what it wrote last.
+    """
+    from filelock import FileLock
+
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    directory = root / f"warm_start-seed{seed}-{_recipe_hash(seed)}"
+    if (directory / COMPLETE_MARK).exists():
+        return directory
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{directory.name}.lock"):
+        if not (directory / COMPLETE_MARK).exists():
+            print(f"building warm start, about 35 s; cached in {directory}", file=sys.stderr, flush=True)
+            _build_into(directory, seed)
+    return directory
+
+
+def default_cache_dir() -> Path:
+    """`$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else `~/.cache/trl_entropy`."""
+    if path := os.environ.get("TRL_ENTROPY_CACHE"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_entropy"
+
+
+def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
+    """Trains the embedded model by the recipe and saves model, tokenizer and the mark of completeness.
+
+    Args:
+        directory: Where to save; made if missing.
+        seed: Of the initial weights and of the demonstrations.
+    """
+    from datasets import concatenate_datasets, disable_progress_bars
+
+    disable_progress_bars()
+    recipe, directory = WARM_START_RECIPE, Path(directory)
+    tokenizer = embedded_model.build_tokenizer()
+    model = embedded_model.build_model(tokenizer, seed)
+    # First the skill, then the sloppiness: mixed from the start, flawed results cost twice the steps.
+    clean = word_problems.load_demonstrations(recipe["num_clean"], seed, flawed_share=0.0)
+    flawed = word_problems.load_demonstrations(recipe["num_flawed"], seed + 1_000_000, recipe["flawed_share"])
+    args = warm_start_config(directory, seed)
+    train_sft(model, tokenizer, concatenate_datasets([clean, flawed]), args)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / COMPLETE_MARK).write_text(json.dumps(_recipe(seed), indent=2) + "\n")
+
+
+def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
+    """The `SFTConfig` of the warm start: one pass in the order of the dataset, float32 on the CPU, nothing logged."""
+    from trl import SFTConfig
+
+    own = ("version", "num_clean", "num_flawed", "flawed_share")
+    return SFTConfig(
+        output_dir=os.fspath(output_dir),
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        seed=seed,
+        max_length=None,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **{name: value for name, value in WARM_START_RECIPE.items() if name not in own},
+    )
+
+
+def _recipe(seed: int) -> dict:
+    """All that determines the weights: recipe, seed, versions, the files that write the data and build the model."""
+    files = (r1_template, word_problems, embedded_model)
+    return {
+        "recipe": WARM_START_RECIPE,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "trl")},
+        "files": {
+            module.__name__: hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in files
+        },
+    }
+
+
+def _recipe_hash(seed: int) -> str:
+    return hashlib.sha256(json.dumps(_recipe(seed), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _build_into(directory: Path, seed: int) -> None:
+    """Builds beside `directory` and moves the result there in one step; the caller holds the lock."""
+    for leftover in directory.parent.glob(f"{directory.name}.building-*"):
+        shutil.rmtree(leftover)
+    if directory.exists():  # without its mark: something deleted files in it
+        shutil.rmtree(directory)
+    building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
+    try:
+        _run_build(building, seed)
+        os.replace(building, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _run_build(building: Path, seed: int) -> None:
+    code = "import sys; from trl_entropy import warm_start as w; w.build_warm_start(sys.argv[1], int(sys.argv[2]))"
+    child = subprocess.run(
+        [sys.executable, "-c", code, os.fspath(building), str(seed)],
+        env=_single_process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if child.returncode != 0:
+        raise RuntimeError(
+            f"building the warm start failed with exit status {child.returncode}:\n{child.stdout[-4000:]}"
+        )
+
+
+def _single_process_environment() -> dict[str, str]:
+    """The environment without what a launcher put there: the build would otherwise wait for ranks that wait for it."""
+    prefixes = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "OMPI_", "MV2_", "MASTER_", "GROUP_", "ROLE_")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if name not in names and not name.startswith(prefixes)}
+    # Two threads suit this model. When something else wants their cores, threads that spin while they wait were up to
+    # 25 times slower than one thread; waiting asleep costs little on an idle machine. The weights are the same.
+    threads = {"OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)), "OMP_WAIT_POLICY": "passive"}
+    return {**threads, **kept, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}

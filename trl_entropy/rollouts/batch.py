@@ -1,0 +1,75 @@
+"""`RolloutBatch`, a frozen view of TRL's batch of completions, and the shuffle that keeps prompt groups together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from trl_entropy.rollouts.groups import groups_with_different_rewards
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """
+    This process's completions of one optimizer step (B rows), as the loss sees them.
+
+    Attributes:
+        prompt_ids, prompt_mask: the prompts, padded on the left.
+        completion_ids, completion_mask: the completions, padded on the right; the end token counts.
+        prompt_index: number of the row's prompt group, unique over processes and over the run.
+        rewards: weighted sum of the reward functions.
+        raw_advantages: equation (T1), before `length_normalizer` or any entropy control.
+        length_scale: `max_completion_length` / L_i of (T2).
+        advantages: what the loss gets.
+    """
+
+    prompt_ids: Int[Tensor, "B S"]
+    prompt_mask: Int[Tensor, "B S"]
+    completion_ids: Int[Tensor, "B T"]
+    completion_mask: Int[Tensor, "B T"]
+    prompt_index: Int[Tensor, " B"]
+    rewards: Float[Tensor, " B"]
+    raw_advantages: Float[Tensor, " B"]
+    length_scale: Float[Tensor, " B"]
+    advantages: Float[Tensor, "B *T"]
+
+    @classmethod
+    def from_micro_batches(cls, micro_batches: list[dict[str, Any]]) -> RolloutBatch:
+        """Join the micro-batches of one optimizer step; those of one generation are padded alike by TRL."""
+        return cls(
+            **{name: join_rows([batch[name] for batch in micro_batches], name) for name in cls.__dataclass_fields__}
+        )
+
+    @property
+    def input_ids(self) -> Int[Tensor, "B L"]:
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Int[Tensor, "B L"]:
+        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        return self.completion_mask.sum(dim=1)
+
+    @property
+    def accepted(self) -> Bool[Tensor, " P"]:
+        """By group, in the order of their number: whether its rewards differ (`resample_uninformative_groups`)."""
+        _, groups = self.prompt_index.unique(return_inverse=True)
+        return groups_with_different_rewards(self.rewards, groups)
+
+
+def join_rows(parts: list[Tensor], name: str, fill: int = 0) -> Tensor:
+    """Concatenate along rows; pad to the widest part with `fill`, prompts on the left, the rest on the right."""
+    if parts[0].ndim == 1:
+        return torch.cat(parts)
+    width = max(part.shape[1] for part in parts)
+    missing = [width - part.shape[1] for part in parts]
+    sides = [(gap, 0) if name.startswith("prompt") else (0, gap) for gap in missing]
+    return torch.cat(
+        [torch.nn.functional.pad(part, side, value=fill) for part, side in zip(parts, sides, strict=True)]
+    )

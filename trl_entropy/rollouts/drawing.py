@@ -1,0 +1,83 @@
+"""Which completions a probe measures on: a batch of its own, independent of the update, training order untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from trl.trainer.utils import pad
+
+from trl_entropy.rollouts.completions import Completions
+
+
+def prompt_key(prompt: Any) -> str:
+    """A string that is equal for equal prompts, plain or conversational."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+
+
+def prompts_of(dataset: Any) -> Iterator[str]:
+    """Keys of all prompts in order; none of a dataset that is streamed."""
+    if isinstance(dataset, Dataset):
+        yield from map(prompt_key, dataset["prompt"])
+
+
+def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]) -> list[Any]:
+    """
+    Distinct rows of `dataset` without the prompts of `exclude`, by a generator of their own; equal on all ranks.
+
+    Raises:
+        ValueError: when the dataset has too few other prompts.
+    """
+    chosen: list[Any] = []
+    taken = set(exclude)
+    for row in np.random.default_rng(seed).permutation(len(dataset)).tolist():
+        prompt = dataset[row]["prompt"]
+        if prompt_key(prompt) not in taken:
+            taken.add(prompt_key(prompt))
+            chosen.append(prompt)
+        if len(chosen) == num_prompts:
+            return chosen
+    raise ValueError(
+        f"the dataset has only {len(chosen)} distinct prompts beside those of this step, a probe batch takes "
+        f"{num_prompts}. Lower entropy_probe_prompts (entropy_budget_prompts), or use more training problems."
+    )
+
+
+def pack_completions(
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    first_prompt: int,
+    pad_token_id: int,
+    device: Any,
+    sampling_logps: list[list[float]] | None = None,
+) -> Completions:
+    """One completion per prompt as padded tensors; rows are numbered from `first_prompt`."""
+
+    def padded(rows: list, value: float, side: str, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return pad([torch.tensor(row, dtype=dtype) for row in rows], padding_value=value, padding_side=side).to(device)
+
+    def ones(rows: list[list[int]]) -> list[list[int]]:
+        return [[1] * len(ids) for ids in rows]
+
+    prompts, completions = padded(prompt_ids, pad_token_id, "left"), padded(completion_ids, pad_token_id, "right")
+    prompt_mask, completion_mask = padded(ones(prompt_ids), 0, "left"), padded(ones(completion_ids), 0, "right")
+    return Completions(
+        input_ids=torch.cat([prompts, completions], dim=1),
+        attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
+        completion_mask=completion_mask,
+        prompt_index=torch.arange(first_prompt, first_prompt + len(prompt_ids), device=device),
+        sampling_logps=None if sampling_logps is None else padded(sampling_logps, 0.0, "right", torch.float32),
+    )
+
+
+@contextlib.contextmanager
+def own_randomness(seed: tuple[int, ...], device: torch.device) -> Iterator[None]:
+    """torch's random state seeded for the while, and back to the bit: training draws what it would have drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+        yield

@@ -1,0 +1,72 @@
+"""How a trainer of TRL's generates: ending completions at a text, and with the model itself in place of vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+def answer_end(tokenizer: Any, completion_ids: list[int], tag: str) -> int | None:
+    """
+    Number of tokens up to and with the one that completes `tag`, or None when the completion has no `tag`.
+
+    Bisection over prefixes: a tag may be spelled by several tokens, or end inside one.
+    """
+
+    def closed(num_tokens: int) -> bool:
+        return tag in tokenizer.decode(completion_ids[:num_tokens], skip_special_tokens=True)
+
+    if not closed(len(completion_ids)):
+        return None
+    low, high = 0, len(completion_ids)  # closed(high) holds, closed(low) does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if closed(middle) else (middle, high)
+    return high
+
+
+@contextlib.contextmanager
+def stopping_at(model: Any, tokenizer: Any, text: str) -> Iterator[None]:
+    """
+    Make `model.generate` stop a completion once it contains `text`.
+
+    TRL passes no tokenizer to `generate`, which `stop_strings` needs, so both are bound to it for the while.
+    """
+    generate = model.generate
+    model.generate = functools.partial(generate, stop_strings=text, tokenizer=tokenizer)
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+@contextlib.contextmanager
+def generating_with_the_model(trainer: Any) -> Iterator[None]:
+    """
+    Make a trainer of TRL's generate with the model itself, from its full distribution, whatever it uses for rollouts.
+
+    Written against trl 1.16, whose `_generate_single_turn` asks these attributes.
+    """
+    kept = {name: getattr(trainer, name) for name in ("use_vllm", "use_transformers_continuous_batching")}
+    if not any(kept.values()):
+        yield
+        return
+    settings = {
+        "max_new_tokens": trainer.max_completion_length,
+        "do_sample": True,
+        "temperature": trainer.temperature,
+        "top_k": 0,
+        "pad_token_id": trainer._tokenizer.pad_token_id,
+        "eos_token_id": trainer.eos_token_ids,
+    }
+    config = {"generation_config": GenerationConfig(**settings, disable_compile=True), "generation_kwargs": settings}
+    kept |= {name: getattr(trainer, name, None) for name in config}
+    vars(trainer).update(dict.fromkeys(("use_vllm", "use_transformers_continuous_batching"), False) | config)
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)

@@ -1,0 +1,272 @@
+"""
+The run directory: the only writer, and the reader.
+
+    runs/<name>/  config.yaml  environment.json  metrics.jsonl (one line a step)  tensorboard/  checkpoint-N/
+                  completions/  probes/<probe>/step_000012.safetensors  report/
+                  evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
+                                prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
+
+Every write is a whole line or a whole file moved into place, so a run killed at any moment stays readable. Imports no
+torch and no transformers: a laptop without either opens any run.
+"""
+
+from __future__ import annotations
+
+import csv
+import enum
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trl_entropy.runs.metrics import unit
+from trl_entropy.runs.strict_json import from_line, to_line
+
+_PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
+CHECKPOINT_SUMMARY = "summary.json"  # of an evaluated checkpoint; a folder without it is not finished
+_ENVIRONMENT_PREFIXES = ("ACCELERATE_", "CUDA_", "HF_HUB_", "OMP_NUM_", "TORCH_", "NCCL_", "WORLD_SIZE")
+
+
+class RunDirectory:
+    """
+    Paths, writer and reader of one run.
+
+    Args:
+        path: the directory; made at the first write.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.evaluation_path = self.path / "evaluation" / "metrics.csv"
+        self.tensorboard_path = self.path / "tensorboard"
+        self.report_path = self.path / "report"
+
+    # ---- writer
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write `config.yaml`: every setting of the run, resolved."""
+        import yaml
+
+        self._replace("config.yaml", yaml.safe_dump(_plain(config), sort_keys=True, allow_unicode=True))
+
+    def write_environment(self, **extra: Any) -> None:
+        """Write `environment.json`: versions, machine, command line, code revision, and `extra`."""
+        self._replace("environment.json", json.dumps(_plain({**describe_environment(), **extra}), indent=2))
+
+    def append_metrics(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """
+        Append one line to `metrics.jsonl`; a step is the update from theta_(s-1) to theta_s.
+
+        JSON has no nan and no infinity: they are null, and the line's `not_finite` says by name what they were.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._end_last_line()
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(to_line({"step": step, **_plain(scalars)}) + "\n")
+
+    def append_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Put one row into `evaluation/metrics.csv`, in place of an older one of the same step."""
+        self._write_evaluation(
+            [row for row in self.evaluation() if row["step"] != step] + [{"step": step, **_plain(scalars)}]
+        )
+
+    def _write_evaluation(self, rows: list[dict[str, Any]]) -> None:
+        self._write_csv(self.evaluation_path, rows)
+
+    def write_checkpoint_tables(self) -> None:
+        """
+        Put what the folders of `trl-entropy evaluate` say into `evaluation/checkpoints.csv`, one row a checkpoint, and
+        into `evaluation/consolidated_metrics.csv`, one row a number, beside what training evaluated.
+        """
+        rows, numbers = [], []
+        for row in self.evaluation():
+            named = {name: value for name, value in row.items() if name != "step"}
+            numbers += [{"step": row["step"], "source": "training", "metric": n, "value": v} for n, v in named.items()]
+        for summary in self.checkpoint_summaries():
+            about = {"step": summary["step"], "num_prompts": summary["num_prompts"]}
+            rows.append({**about, "num_samples": summary["settings"]["num_samples"], **_with_ends(summary["metrics"])})
+            numbers += [
+                {"step": summary["step"], "source": "evaluate", "metric": name, "unit": unit(name), **entry}
+                for name, entry in summary["metrics"].items()
+            ]
+        folder = self.evaluation_path.parent
+        self._write_csv(folder / "checkpoints.csv", rows)
+        self._write_csv(
+            folder / "consolidated_metrics.csv", numbers, ["step", "source", "metric", "value", "low", "high", "unit"]
+        )
+
+    def _write_csv(self, path: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+        columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+
+    def write_probe_file(
+        self, probe: str, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, Any], keep: int | None
+    ) -> Path:
+        """
+        Write `probes/<probe>/step_000012.safetensors` and drop the oldest files beyond the newest `keep` (None: all).
+
+        Args:
+            tensors: torch tensors by name.
+            metadata: scalars; `step` is added.
+        """
+        from safetensors.torch import save_file
+
+        folder = self.path / "probes" / probe
+        folder.mkdir(parents=True, exist_ok=True)
+        target, temporary = folder / f"step_{step:06d}.safetensors", folder / f".step_{step:06d}.tmp"
+        values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(values, temporary, {name: str(value) for name, value in {"step": step, **metadata}.items()})
+        temporary.replace(target)
+        if keep is not None:
+            for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
+                old.unlink()
+        return target
+
+    def cut_after(self, step: int) -> None:
+        """Drop what is of later steps, before a run goes on after `step`: no step is logged twice."""
+        if self.metrics_path.exists():
+            lines = [to_line(row) + "\n" for row in self.metrics() if row["step"] <= step]
+            self._replace(self.metrics_path.name, "".join(lines))
+        if self.evaluation_path.exists():
+            self._write_evaluation([row for row in self.evaluation() if row["step"] <= step])
+        for folder in self.path.glob("evaluation/step_*"):
+            if int(folder.name.rsplit("_", 1)[1]) > step:
+                shutil.rmtree(folder)
+        for file in [*self.path.glob("probes/*/step_*.safetensors"), *self.path.glob("completions/*.parquet")]:
+            if int(file.stem.rsplit("_", 1)[1]) > step:
+                file.unlink()
+
+    def _end_last_line(self) -> None:
+        """A run killed inside a write leaves half a line: end it, so that the next line stands alone."""
+        if not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0:
+            return
+        with open(self.metrics_path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    # ---- reader
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """
+        Lines of `metrics.jsonl` in order of step, nan and infinities as they were logged; half a line is passed over,
+        of equal steps the last wins.
+        """
+        if not self.metrics_path.exists():
+            return []
+        rows: dict[int, dict[str, Any]] = {}
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = from_line(line)
+            except json.JSONDecodeError:
+                continue  # the run was killed inside this line, or is writing it now
+            rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
+
+    def evaluation(self) -> list[dict[str, Any]]:
+        """Rows of `evaluation/metrics.csv` in order of step, numbers as numbers."""
+        if not self.evaluation_path.exists():
+            return []
+        with open(self.evaluation_path, newline="", encoding="utf-8") as file:
+            rows = [{name: _number(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
+        return sorted(rows, key=lambda row: row["step"])
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Where `trl-entropy evaluate` puts what it found of the checkpoint of `step`."""
+        return self.evaluation_path.parent / f"step_{step:06d}"
+
+    def checkpoint_summary(self, step: int) -> dict[str, Any] | None:
+        """The settings and metrics of an evaluated checkpoint; None when it is not evaluated."""
+        path = self.checkpoint_folder(step) / CHECKPOINT_SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def checkpoint_summaries(self) -> list[dict[str, Any]]:
+        """Those of all evaluated checkpoints in order of step."""
+        paths = sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _with_ends(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A column a metric, with `_low` and `_high` where it has an interval."""
+    columns = {}
+    for name, entry in metrics.items():
+        columns[name] = entry["value"]
+        if entry["low"] is not None:
+            columns |= {f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+    return columns
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine, command line, code revision: what a later reader needs to run it again."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_commit": _git_commit(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT_PREFIXES)},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this file belongs to, with `+` when it has uncommitted changes."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+def _plain(value: Any) -> Any:
+    """`value` with only JSON and YAML types: scalars of numpy and torch become numbers, the rest its string."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,162 @@
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168) in the R1 template, from local JSON lines or from the hub."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from trl_entropy.tasks.r1_template import format_completion, format_prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+HUB_CONFIG = "main"
+ANSWER_MARK = "####"
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")  # such as <<48/2=24>>
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
+
+class GSM8KProblem(NamedTuple):
+    """A parsed record: the question, the worked solution without calculator marks, and the answer without commas."""
+
+    question: str
+    solution: str
+    answer: str
+
+    @property
+    def prompt_id(self) -> str:
+        """Depends on the question alone, so it survives filters, reordered files and the way to the data."""
+        return f"gsm8k/{hashlib.sha256(self.question.encode()).hexdigest()[:16]}"
+
+
+def load_gsm8k(
+    path_or_name: str | os.PathLike = "openai/gsm8k",
+    split: str = "train",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    max_prompt_length: int | None = 200,
+) -> "Dataset":
+    """Loads GSM8K for RL.
+
+    Args:
+        path_or_name: A JSON lines file, a directory with `train.jsonl` and `test.jsonl`, or a dataset of the hub. Each
+            record has a `question` and an `answer` whose end is `#### NUMBER`.
+        split: `"train"` or `"test"`; without effect when a file is named.
+        tokenizer: The tokenizer in use; with it prompts longer than `max_prompt_length` are dropped.
+        max_prompt_length: In tokens, template included; `None`: no limit.
+
+    Returns:
+        A dataset with the columns `prompt`, `answer` (a string such as `"-1080"`), `prompt_id` and `question`.
+
+    Raises:
+        FileNotFoundError: If `path_or_name` is a path without the file.
+        ValueError: If a record cannot be parsed (named by file and line), or none is there or left.
+    """
+    problems = _read(path_or_name, split)
+    rows = {
+        "prompt": [format_prompt(problem.question) for problem in problems],
+        "answer": [problem.answer for problem in problems],
+        "prompt_id": [problem.prompt_id for problem in problems],
+        "question": [problem.question for problem in problems],
+    }
+    return _to_dataset(rows, tokenizer, max_prompt_length)
+
+
+def load_gsm8k_demonstrations(
+    path_or_name: str | os.PathLike = "openai/gsm8k",
+    split: str = "train",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    max_prompt_length: int | None = 200,
+) -> "Dataset":
+    """Loads GSM8K for supervised training: the worked solutions in the template.
+
+    Args:
+        path_or_name: See [`load_gsm8k`].
+        split: See [`load_gsm8k`].
+        tokenizer: See [`load_gsm8k`].
+        max_prompt_length: See [`load_gsm8k`].
+
+    Returns:
+        A dataset with the columns `prompt`, `completion` (without an end token) and `prompt_id`.
+
+    Raises:
+        FileNotFoundError: See [`load_gsm8k`].
+        ValueError: See [`load_gsm8k`].
+    """
+    problems = _read(path_or_name, split)
+    rows = {
+        "prompt": [format_prompt(problem.question) for problem in problems],
+        "completion": [format_completion(problem.solution, problem.answer) for problem in problems],
+        "prompt_id": [problem.prompt_id for problem in problems],
+    }
+    return _to_dataset(rows, tokenizer, max_prompt_length)
+
+
+def _read(path_or_name: str | os.PathLike, split: str) -> list[GSM8KProblem]:
+    path = Path(path_or_name)
+    if path.is_dir():
+        path /= f"{split}.jsonl"
+    looks_local = path.suffix == ".jsonl" or path.is_absolute() or os.fspath(path_or_name).startswith(".")
+    if looks_local and not path.is_file():
+        raise FileNotFoundError(f"no GSM8K file {path}; expected JSON lines with 'question' and 'answer'")
+    problems = list(_read_file(path) if path.is_file() else _read_hub(os.fspath(path_or_name), split))
+    if not problems:
+        raise ValueError(f"no records in {path}")
+    return problems
+
+
+def _read_file(path: Path) -> Iterator[GSM8KProblem]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            yield _parse(record, f"{path}, line {number}")
+
+
+def _read_hub(name: str, split: str) -> Iterator[GSM8KProblem]:
+    from datasets import load_dataset
+
+    for number, record in enumerate(load_dataset(name, HUB_CONFIG, split=split), start=1):
+        yield _parse(record, f"{name} {split}, record {number}")
+
+
+def _parse(record: object, where: str) -> GSM8KProblem:
+    question, worked = (record.get(key) if isinstance(record, dict) else None for key in ("question", "answer"))
+    if not isinstance(question, str) or not isinstance(worked, str):
+        raise ValueError(f"{where}: expected an object with the strings 'question' and 'answer', got {record!r:.200}")
+    solution, mark, answer = worked.rpartition(ANSWER_MARK)
+    answer = answer.strip().replace(",", "")
+    if not mark or not _NUMBER.fullmatch(answer):
+        raise ValueError(f"{where}: the answer must end with '{ANSWER_MARK} NUMBER', got {worked[-60:]!r}")
+    return GSM8KProblem(question.strip(), _CALCULATOR_MARK.sub("", solution).strip(), answer)
+
+
+def _to_dataset(
+    rows: dict[str, list], tokenizer: "PreTrainedTokenizerBase | None", max_prompt_length: int | None
+) -> "Dataset":
+    """Drops prompts that are too long, says how many, and refuses an empty result."""
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict(rows)
+    if tokenizer is None or max_prompt_length is None:
+        return dataset
+    lengths = [len(ids) for ids in tokenizer(rows["prompt"])["input_ids"]]
+    kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
+    if not kept:
+        raise ValueError(
+            f"all {len(lengths)} prompts are longer than max_prompt_length={max_prompt_length} tokens "
+            f"(the shortest has {min(lengths)}); raise it"
+        )
+    if num_dropped := len(lengths) - len(kept):
+        logger.warning("dropped %d of %d prompts longer than %d tokens", num_dropped, len(lengths), max_prompt_length)
+    return dataset.select(kept)

@@ -1,0 +1,148 @@
+"""Rewards in {0, 1} with TRL's signature, for completions that end in `<answer>...</answer>`.
+
+The gold answer stands in the dataset column `answer`. Several rewards may be summed, with `reward_weights` as in TRL:
+
+    DrGRPOTrainer(..., reward_funcs=[tag_pref, format_reward])
+
+No text of a model makes a reward raise or hang: `trl_entropy.tasks.answers` compares the answers within bounds.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trl_entropy.tasks.answers import Verdict, clean_answer, plain_number, reject_reason, shared_checker
+
+logger = logging.getLogger(__name__)
+
+Completion = str | list[dict[str, Any]]
+
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+def tag_pref(
+    prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
+) -> list[float]:
+    """1.0 iff there is exactly one `<answer>...</answer>` and math-verify finds it equal to the gold answer.
+
+    Args:
+        prompts: Unused, part of TRL's signature.
+        completions: Texts, or conversations of which the assistant's messages are read.
+        completion_ids: Unused, part of TRL's signature.
+        **kwargs: The other columns of the dataset, of which `answer` is needed, and TRL's `log_metric`.
+
+    Returns:
+        One reward for each completion. What the comparison could not decide is 0.0 and is logged, as fractions of the
+        completions: `answer_check/rejected_fraction` (answer or gold answer outside the limits),
+        `answer_check/timeout_fraction` and `answer_check/failed_fraction` (the worker died).
+
+    Raises:
+        ValueError: The dataset has no column `answer`.
+    """
+    return _compare([_only_answer(completion_text(completion)) for completion in completions], kwargs)
+
+
+def tag_math_correct(
+    prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
+) -> list[float]:
+    """1.0 iff math-verify finds the last closed `<answer>...</answer>` equal to the gold answer.
+
+    Arguments, metrics and errors are those of [`tag_pref`].
+    """
+    return _compare([extract_answer(completion) for completion in completions], kwargs)
+
+
+def format_reward(
+    prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
+) -> list[float]:
+    """1.0 iff the completion has the form that the prompt asks for, right or wrong: see [`is_well_formed`]."""
+    return [float(is_well_formed(completion)) for completion in completions]
+
+
+def completion_text(completion: Completion) -> str:
+    """The text of a completion; of a conversation, what the assistant said."""
+    if isinstance(completion, str):
+        return completion
+    contents = (message.get("content") for message in completion if message.get("role", "assistant") == "assistant")
+    return "".join(_content_text(content) for content in contents)
+
+
+def extract_answer(completion: Completion) -> str | None:
+    """The content of the last closed answer tag, or `None` if there is none."""
+    text = completion_text(completion)
+    start = text.rfind(ANSWER_OPEN, 0, max(text.rfind(ANSWER_CLOSE), 0))
+    return None if start < 0 else text[start + len(ANSWER_OPEN) : text.find(ANSWER_CLOSE, start)]
+
+
+def is_well_formed(completion: Completion) -> bool:
+    """Whether a completion reads `thoughts</think> <answer>...</answer>`: each tag once, then only whitespace.
+
+    `<think>` is the last word of the prompt, so the completion must not open it again.
+    """
+    thoughts, closed, rest = completion_text(completion).partition(THINK_CLOSE)
+    rest = rest.strip()
+    if not closed or not rest.startswith(ANSWER_OPEN) or not rest.endswith(ANSWER_CLOSE):
+        return False
+    inner = rest[len(ANSWER_OPEN) : -len(ANSWER_CLOSE)]
+    return not any(tag in thoughts or tag in inner for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE))
+
+
+def think_length(completion: Completion) -> int:
+    """Characters before the first `</think>`; all of them if the thoughts were never closed."""
+    return len(completion_text(completion).partition(THINK_CLOSE)[0])
+
+
+def _only_answer(text: str) -> str | None:
+    if text.count(ANSWER_OPEN) != 1 or text.count(ANSWER_CLOSE) != 1:
+        return None
+    return extract_answer(text)
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, list):  # parts of a multimodal message
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def _compare(answers: list[str | None], kwargs: dict[str, Any]) -> list[float]:
+    """Rewards for the extracted answers; `None`, no answer, is 0.0 without a comparison."""
+    golds = kwargs.get("answer")
+    if golds is None:
+        raise ValueError(
+            "this reward compares with the gold answer in the dataset column `answer`, and the dataset has no such "
+            f"column: the reward got {sorted(kwargs)}. Rename yours, `dataset.rename_column('solution', 'answer')`, "
+            "and keep `remove_unused_columns=False`."
+        )
+    for gold in golds:
+        _warn_of_unusable(clean_answer(gold))
+    pairs = [(gold, answer) for gold, answer in zip(golds, answers, strict=True) if answer is not None]
+    verdicts = iter(shared_checker().check(pairs))
+    results = [Verdict.DIFFERENT if answer is None else next(verdicts) for answer in answers]
+    _log_fractions(results, kwargs.get("log_metric"))
+    return [float(verdict is Verdict.EQUAL) for verdict in results]
+
+
+def _log_fractions(verdicts: list[Verdict], log_metric: Callable[[str, float], None] | None) -> None:
+    # TRL averages what is logged over calls and ranks, so fractions, which stay what their name says
+    if log_metric is None or not verdicts:
+        return
+    for kind in (Verdict.REJECTED, Verdict.TIMEOUT, Verdict.FAILED):
+        log_metric(f"answer_check/{kind.value}_fraction", verdicts.count(kind) / len(verdicts))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _warn_of_unusable(gold: str) -> None:
+    """Say once if no completion can earn the reward for this gold answer, or only one that repeats it literally."""
+    if not gold:
+        logger.warning("a gold answer is empty: no completion of its prompt can earn a reward")
+    elif plain_number(gold) is None and (reason := reject_reason(gold)):
+        logger.warning(
+            "the gold answer %.80r is outside the limits of trl_entropy.tasks.answers (%s): only a completion that "
+            "repeats it literally earns the reward",
+            gold,
+            reason,
+        )

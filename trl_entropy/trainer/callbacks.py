@@ -1,0 +1,135 @@
+"""Callbacks that every run has: the run directory, the update's events, a clean end on SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_entropy.engine import num_trainable, parameter_shape
+from trl_entropy.engine.ranks import any_rank
+from trl_entropy.runs import tensorboard
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.trainer.training_state import restore_log_window
+
+if TYPE_CHECKING:
+    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class RunLogCallback(TrainerCallback):
+    """
+    Writes the run directory of `args.output_dir` on the main process: settings, one line a step, evaluations.
+
+    Attributes:
+        settings: what an entry point knows beside the training arguments (task, model); goes to `config.yaml` too.
+    """
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.run = RunDirectory(args.output_dir)
+        model = kwargs["model"]
+        self.run.write_config({**self.settings, **args.to_dict(), "model_config": model.config.to_dict()})
+        self.run.write_environment(
+            num_processes=args.world_size,
+            device=str(args.device),
+            num_torch_threads=torch.get_num_threads(),
+            num_parameters=sum(parameter_shape(p).numel() for p in model.parameters()),
+            num_trainable_parameters=num_trainable(model),
+        )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not hasattr(self, "run"):
+            return
+        if any(name.startswith("eval_") for name in logs):
+            self.run.append_evaluation(state.global_step, {k.removeprefix("eval_"): v for k, v in logs.items()})
+        elif "loss" in logs:  # not the summary at the end of training, which is of no step
+            self.run.append_metrics(state.global_step, logs)
+
+
+class UpdateEvents(TrainerCallback):
+    """Tells the trainer's engine when training starts and ends, and when the optimizer has stepped."""
+
+    def __init__(self, trainer: DrGRPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.start_engine()
+        restore_log_window(self.trainer)
+        names = {probe.name for probe in self.trainer.named_probes().values()}
+        tensorboard.lay_out(self.trainer.callback_handler.callbacks, names)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.engine is not None:
+            self.trainer.engine.update_done()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.end_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.engine is not None:
+            self.trainer.engine.close()
+            self.trainer.engine = None
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    On SIGTERM: finish the step, write a checkpoint, end training. All ranks do so at the same step.
+
+    transformers' `enable_jit_checkpoint` saves between two halves of a step and by each rank's own clock; a resumed
+    run would not be the uninterrupted one.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self.received = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not any_rank(self.received, args):
+            return
+        self.received = True
+        control.should_save = True
+        control.should_training_stop = True
+        if state.is_world_process_zero:
+            path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            logger.warning("SIGTERM: stopping after step %d, writing %s", state.global_step, path)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None

@@ -1,0 +1,214 @@
+"""
+`PromptSelectingTrainer`: which prompts a step learns from: by pass rate, without groups whose rewards are all equal.
+
+Overrides only: every one calls `super()`, and was written against trl 1.16 and transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+from trl_entropy.rollouts.drawing import prompt_key, prompts_of
+from trl_entropy.rollouts.groups import group_numbers, groups_with_different_rewards
+from trl_entropy.trainer.curriculum import PassRateSampler
+from trl_entropy.trainer.group_resampling import (
+    ScoredRound,
+    chosen_groups,
+    filled_batch,
+    filled_logs,
+    filled_rewards,
+    round_size,
+)
+from trl_entropy.trainer.resumable import ResumableTrainer
+from trl_entropy.trainer.training_state import plain_logs, restore_logs
+
+
+class PromptSelectingTrainer(ResumableTrainer):
+    """
+    What [`~trl_entropy.DrGRPOTrainer`] does about `curriculum` and `resample_uninformative_groups`.
+
+    TRL's own metrics (`reward`, `completions/*`, ...) stay those of the prompts as first drawn; what is trained on, in
+    its tables of completions and in `_rewards`, is the filled batch.
+    """
+
+    _rewards: Tensor
+    _replacements: PassRateSampler | None = None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.curriculum == "none" and not self.args.resample_uninformative_groups:
+            return super()._get_train_sampler(*args, **kwargs)
+        self._rows_of_prompt: dict[str, list[int]] = defaultdict(list)
+        for row, prompt in enumerate(prompts_of(self.train_dataset)):
+            self._rows_of_prompt[prompt].append(row)
+        if self.args.curriculum == "none":
+            self._replacements = self._new_sampler()  # whose pass rates are never updated: a shuffled round
+            return super()._get_train_sampler(*args, **kwargs)
+        self._train_sampler = self._new_sampler()
+        return self._train_sampler
+
+    def _new_sampler(self) -> PassRateSampler:
+        return PassRateSampler(
+            num_prompts=len(self.train_dataset),
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            mini_repeat_count=self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            **self.args.curriculum_settings(),
+        )
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
+        unscored = rewards_per_func.isnan().all(dim=1)  # as TRL has it: no function returned a reward
+        self._rewards = weighted.nansum(dim=1).masked_fill(unscored, torch.nan)
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        columns = list(inputs[0])
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return batch
+        self._learn_pass_rates()
+        if self.args.resample_uninformative_groups:
+            batch = self._replace_uninformative_groups(batch, columns)
+        if isinstance(self._train_sampler, PassRateSampler):
+            sizes = self._train_sampler.bucket_sizes()
+            self.record({f"curriculum/num_{name}": size for name, size in sizes.items()})
+        return batch
+
+    # ---- curriculum
+
+    def _learn_pass_rates(self) -> None:
+        """Tell the curriculum how the groups did that were scored last, those of all ranks."""
+        if not isinstance(self._train_sampler, PassRateSampler):
+            return
+        passed = (self._rewards >= self.args.curriculum_pass_reward).double()
+        rates = passed.view(-1, self.num_generations).mean(dim=1).tolist()
+        for prompt, rate in zip(self._prompts_scored_last(), rates, strict=True):
+            self._train_sampler.update(dict.fromkeys(self._rows_of_prompt[prompt], rate))
+
+    def _prompts_scored_last(self) -> list[str]:
+        """Of the groups of all ranks, in their order."""
+        prompts = list(self._logs["prompt"])[-len(self._rewards) :: self.num_generations]
+        return [prompt_key(prompt) for prompt in prompts]
+
+    # ---- uninformative groups
+
+    def _replace_uninformative_groups(self, batch: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+        """Draw and score other prompts until every group has different rewards or the bound is reached. Collective."""
+        start, rounds = time.perf_counter(), [self._scored_round(batch)]
+        taken = {row for prompt in self._prompts_scored_last() for row in self._rows_of_prompt[prompt]}
+        with self._metrics_of_the_first_draw():
+            while len(rounds) <= self.args.max_resample_rounds:
+                rows = self._draw_replacements(rounds, taken)
+                if not rows:
+                    break
+                taken.update(
+                    row for n in rows for row in self._rows_of_prompt[prompt_key(self.train_dataset[n]["prompt"])]
+                )
+                batch = super()._generate_and_score_completions(self._share_of(rows, columns))
+                rounds.append(self._scored_round(batch))
+                self._learn_pass_rates()
+        chosen = chosen_groups([one.informative for one in rounds])
+        self._record_resampling(rounds, time.perf_counter() - start)
+        return rounds[0].batch if len(rounds) == 1 else self._filled(rounds, chosen)
+
+    def _scored_round(self, batch: dict[str, Any]) -> ScoredRound:
+        numbers = group_numbers(len(self._rewards), self.num_generations, 0, self._rewards.device)
+        informative = groups_with_different_rewards(self._rewards, numbers)
+        return ScoredRound(batch, self._rewards, informative, plain_logs(self._logs, last=len(self._rewards)))
+
+    @contextlib.contextmanager
+    def _metrics_of_the_first_draw(self) -> Iterator[None]:
+        """TRL adds a value to each metric with every round and logs their plain mean: keep the first round's alone."""
+        kept, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        try:
+            yield
+        finally:
+            self._metrics["train"] = kept
+            kept["num_tokens"] = [self.state.num_input_tokens_seen]  # of all rounds
+
+    def _draw_replacements(self, rounds: list[ScoredRound], taken: set[int]) -> list[int]:
+        """Rows of the dataset for another round, as many as the processes share evenly; none when it is not needed."""
+        num_slots = len(rounds[0].informative)
+        num_informative = sum(int(one.informative.sum()) for one in rounds)
+        num_drawn = sum(len(one.informative) for one in rounds)
+        if num_informative >= num_slots:
+            return []
+        unit = math.lcm(self.accelerator.num_processes, self.num_generations) // self.num_generations
+        size = round_size(num_slots - num_informative, num_informative, num_drawn, unit, num_slots)
+        source = self._train_sampler if self._replacements is None else self._replacements
+        rows = source.draw(size, exclude=taken)
+        return rows[: len(rows) // unit * unit]
+
+    def _share_of(self, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
+        """This process's inputs of a round: every row of the dataset once for each completion."""
+        repeated = [row for row in rows for _ in range(self.num_generations)]
+        share, rank = len(repeated) // self.accelerator.num_processes, self.accelerator.process_index
+        examples = {row: self.train_dataset[row] for row in rows}
+        return [
+            {name: examples[row][name] for name in columns if name in examples[row]}
+            for row in repeated[rank * share : (rank + 1) * share]
+        ]
+
+    def _filled(self, rounds: list[ScoredRound], chosen: list[tuple[int, int]]) -> dict[str, Any]:
+        """The batch of the chosen groups; rewards and tables likewise. Collective."""
+        rank, size = self.accelerator.process_index, self.num_generations
+        pad_token_id = self._tokenizer.pad_token_id
+        fill = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
+        batch = filled_batch(rounds, chosen, size, rank, fill)
+        loss_mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
+        self._rewards = filled_rewards(rounds, chosen, size)
+        restore_logs(self._logs, filled_logs(rounds, chosen, size))
+        return batch
+
+    def _record_resampling(self, rounds: list[ScoredRound], seconds: float) -> None:
+        """What was found, and what an informative group that is trained on has cost. Collective."""
+        num_slots, num_drawn = len(rounds[0].informative), sum(len(one.informative) for one in rounds)
+        num_informative = sum(int(one.informative.sum()) for one in rounds)
+        num_accepted = min(num_informative, num_slots)
+        tokens = torch.stack([one.batch["completion_mask"].sum() for one in rounds]).sum()
+        num_tokens = self.accelerator.reduce(tokens, reduction="sum").item()
+        metrics = {
+            "num_rounds": len(rounds) - 1,
+            "num_uninformative": int((~rounds[0].informative).sum()),
+            "num_kept_uninformative": num_slots - num_accepted,
+            "num_unused": num_informative - num_accepted,
+            "num_completions": num_drawn * self.num_generations,
+            "informative_share": num_informative / num_drawn,
+        }
+        if num_accepted:
+            metrics["completions_per_accepted_group"] = num_drawn * self.num_generations / num_accepted
+            metrics["tokens_per_accepted_group"] = num_tokens / num_accepted
+        self.record({f"resampling/{name}": value for name, value in metrics.items()} | {"time/resampling": seconds})
+
+
+def check_selection(args: Any, dataset: Any) -> None:
+    """
+    Refuse a dataset that the settings cannot draw from.
+
+    Raises:
+        ValueError: for a streamed dataset, or images where groups are replaced.
+    """
+    settings = {
+        "curriculum='pass_rate'": args.curriculum != "none",
+        "resample_uninformative_groups=True": args.resample_uninformative_groups,
+    }
+    if isinstance(dataset, IterableDataset) and any(settings.values()):
+        names = " and ".join(name for name, is_set in settings.items() if is_set)
+        raise ValueError(f"{names} draws rows by number; a streamed dataset has none. Load it whole.")
+    images = {"image", "images"} & set(dataset.column_names if isinstance(dataset, Dataset) else ())
+    if images and args.resample_uninformative_groups:
+        raise ValueError(
+            "resample_uninformative_groups=True moves completions between rounds, and the dataset has "
+            f"{sorted(images)}, whose pixels TRL does not keep by completion. Set it to False, or use text alone."
+        )

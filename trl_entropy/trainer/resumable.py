@@ -1,0 +1,142 @@
+"""
+`ResumableTrainer`: TRL's `GRPOTrainer` whose checkpoints are sealed, and whose resumed run is the uninterrupted one.
+
+Overrides only: every one calls `super()`, and was written against trl 1.16 and transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from trl_entropy.engine import ending_together, parameter_shape, rank_symmetric
+from trl_entropy.rollouts.drawing import prompts_of
+from trl_entropy.runs import checkpoints, tensorboard
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.trainer import training_state
+
+
+class ResumableTrainer(GRPOTrainer):
+    """What [`~trl_entropy.DrGRPOTrainer`] does about checkpoints; see `checkpoints.py` and `training_state.py`."""
+
+    _train_sampler: Any = None
+    _data_fingerprint: str | None = None
+    _log_window: dict[str, Any] | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.Trainer.train`]; a resumed run is the uninterrupted one, bit for bit on a CPU.
+
+        Args:
+            resume_from_checkpoint: a complete checkpoint's path; `"latest"` or True: the newest one in `output_dir`,
+                or from the beginning when there is none.
+
+        Raises:
+            CheckpointError: when the checkpoint is incomplete, damaged, or another run's.
+            OtherRankFailed: when another process failed first; that one raises its own exception.
+        """
+        with ending_together(self.accelerator):
+            checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+            self._prepare_run(checkpoint, resumes=bool(resume_from_checkpoint))
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _prepare_run(self, checkpoint: Path | None, resumes: bool) -> None:
+        """Have settings, metrics and TensorBoard go on after the checkpoint."""
+        step = 0 if checkpoint is None else checkpoints.read_seal(checkpoint)["step"]
+        if self.args.additional_steps:
+            self.args.max_steps = step + self.args.additional_steps
+        if resumes and self.is_world_process_zero():
+            RunDirectory(self.args.output_dir).cut_after(step)
+        if checkpoint is not None:
+            self.args.eval_on_start = False  # done before the first step; a second one would be another sample
+            if self.is_world_process_zero():
+                tensorboard.continue_after(self.callback_handler.callbacks, step)
+
+    def _checked_checkpoint(self, resume_from: str | bool | None) -> Path | None:
+        """What to resume from, the same on all ranks, and of this run."""
+        found: list[str | None] = [None]
+        with rank_symmetric(self.accelerator, "reading the checkpoint"):
+            if self.is_world_process_zero():
+                path = checkpoints.resolve(resume_from, Path(self.args.output_dir))
+                if path is not None:
+                    checkpoints.check_contract(path, self._contract())
+                    found = [str(path)]
+        broadcast_object_list(found)
+        return None if found[0] is None else Path(found[0])
+
+    def _contract(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote its checkpoint."""
+        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        if self._data_fingerprint is None:
+            self._data_fingerprint = checkpoints.fingerprint(prompts_of(self.train_dataset))
+        return {
+            "settings": checkpoints.settings_of(self.args),
+            "model": checkpoints.fingerprint(
+                f"{name} {list(parameter_shape(p))} {p.requires_grad}" for name, p in parameters
+            ),
+            "data": self._data_fingerprint,
+        }
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs_trained, steps_in_epoch = super()._init_training_state(*args, **kwargs)
+        # The sampler draws one permutation an epoch from a generator of its own, whose state nobody saves.
+        if isinstance(self._train_sampler, RepeatSampler) and self._train_sampler.shuffle:
+            for _ in range(epochs_trained):
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+        self.resumed_within_epoch = steps_in_epoch > 0
+        return epochs_trained, steps_in_epoch
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        training_state.load(self, Path(checkpoint))
+        if self.args.additional_steps:  # the loaded rate is that of the shorter run's schedule
+            scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+            scheduler.last_epoch -= 1
+            scheduler.step()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        path = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(path, model, trial)
+        except Exception as error:
+            whole = [str(p) for p in checkpoints.checkpoints_of(path.parent) if (p / checkpoints.SEAL).exists()]
+            go_on = f"resume from {whole[0]}" if whole else "no complete checkpoint is there yet"
+            raise checkpoints.CheckpointError(
+                f"writing {path} failed: {error}. Make room, or set save_total_limit; then {go_on}."
+            ) from error
+
+    def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
+        """All files, then the seal, then the retention: what is deleted is never the last complete checkpoint."""
+        if self.args.should_save and path.exists():  # of a run that was resumed from an earlier step, or cut off
+            shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.save_only_model:
+            return
+        training_state.save(self, path)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
+            rotate_checkpoints(
+                output_dir=str(path.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
