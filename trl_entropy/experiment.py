@@ -10,7 +10,7 @@ EXPERIMENTS = {
     "kernel": "Fisher kernels and spectra of single steps, noise scale, predicted against measured; reads files only",
     "linearity": "how far does first order hold? The step that AdamW would make, shorter and longer",
     "conditioning": "SGD, RMSprop, AdamW with and without momentum: entropy change, alignment, shares",
-    "exchange": "what keeping entropy costs in reward: steps of none, lower lr, bonus, Clip-Cov, entropy budget",
+    "exchange": "what keeping entropy costs in reward: steps of none, lower lr, bonus, Clip-Cov, entropy control",
     "influence": "which update completion moves which probe completion; row sums are the attribution",
     "calibration": "are the stated error bars right? Coverage over redraws at a fixed checkpoint",
 }

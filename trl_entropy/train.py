@@ -123,7 +123,7 @@ def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) 
 def _say_start(trainer: DrGRPOTrainer) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     prompts = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    controls = {name: getattr(args, name) for name in ("entropy_budget", "token_control")}
+    controls = {name: getattr(args, name) for name in ("entropy_control", "token_control")}
     changing = "".join(f"; {name}: {value}" for name, value in controls.items() if value != "none")
     logging.getLogger("trl_entropy").info(
         "Dr-GRPO: %d steps of %d prompts x %d completions on %d process(es), %s; run directory %s; probes: %s%s",

@@ -52,7 +52,7 @@ def test_tokens_of_a_probe_give_its_logged_entropy(real_run):
     assert np.array_equal(mine["token_id"], arrays["input_ids"][3, -len(row) :][row])
     assert mine["position"].tolist() == list(range(row.sum())) and mine["token"].iloc[-1] == "<|endoftext|>"
     entropy = tokens["entropy_before"].astype(float).sum() / len(tokens)
-    assert entropy == pytest.approx(run.steps.loc[2, "entropy/probe"], rel=1e-5)
+    assert entropy == pytest.approx(run.steps.loc[2, "entropy/probe_batch"], rel=1e-5)
     assert len(run.tokens) == sum(len(run.tokens_of("entropy", step)) for step in (1, 2, 3))
 
 

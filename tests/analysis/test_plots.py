@@ -73,11 +73,11 @@ def test_noise_scale_with_its_interval_and_where_that_has_no_end(axes):
 
 
 BUDGET = [
-    {"step": 1, "entropy_budget/entropy": 0.40, "entropy_budget/entropy_stderr": 0.01,
-     "entropy_budget/delta_optimizer": -0.03, "entropy_budget/delta_predicted": -0.02},
-    {"step": 2, "entropy_budget/entropy": 0.37, "entropy_budget/entropy_stderr": 0.01,
-     "entropy_budget/delta_optimizer": -0.05, "entropy_budget/delta_predicted": -0.01,
-     "entropy_budget/realised_previous": -0.03},
+    {"step": 1, "entropy_control/entropy": 0.40, "entropy_control/entropy_stderr": 0.01,
+     "entropy_control/delta_optimizer": -0.03, "entropy_control/delta_predicted": -0.02},
+    {"step": 2, "entropy_control/entropy": 0.37, "entropy_control/entropy_stderr": 0.01,
+     "entropy_control/delta_optimizer": -0.05, "entropy_control/delta_predicted": -0.01,
+     "entropy_control/realised_previous": -0.03},
 ]  # fmt: skip
 
 

@@ -32,10 +32,10 @@ BASELINE = {"kl_cov": "none, two iterations"}  # all others: none
 
 def candidates(task: str) -> dict[str, list[Settings]]:
     """The settings tried of each method; those that follow from another's choice are in `matched`."""
-    budget = {"entropy_budget": "hold", "entropy_budget_target": TARGET}
-    varied = [{"entropy_budget_gain": gain} for gain in (0.2, 0.3, 0.4, 0.5)]
+    budget = {"entropy_control": "hold", "entropy_control_target": TARGET}
+    varied = [{"entropy_control_gain": gain} for gain in (0.2, 0.3, 0.4, 0.5)]
     if task == "explore":  # which entropy serves best is not known
-        varied = [{"entropy_budget_target": value} for value in (0.12, 0.17, 0.22, 0.27)]
+        varied = [{"entropy_control_target": value} for value in (0.12, 0.17, 0.22, 0.27)]
     adaptive = {"use_adaptive_entropy": True, "entropy_target": TARGET}
     covariance = {"token_control": "clip_cov", "token_control_quantiles": True, "token_control_bounds": [0.8, 1.0]}
     two = {"num_iterations": 2}
@@ -51,9 +51,9 @@ def candidates(task: str) -> dict[str, list[Settings]]:
             {**two, "token_control": "kl_cov", "token_control_fraction": 0.02, "token_control_coefficient": value}
             for value in (0.1, 0.5, 1.0, 10.0)
         ],
-        "entropy_budget, probe": [{**budget, **one} for one in varied],
-        "entropy_budget, rollouts": [{**budget, "entropy_budget_source": "rollouts", **one} for one in varied],
-        "entropy_budget, floor": [{**budget, "entropy_budget": "floor", **one} for one in varied],
+        "entropy_control, probe": [{**budget, **one} for one in varied],
+        "entropy_control, rollouts": [{**budget, "entropy_control_completions": "rollouts", **one} for one in varied],
+        "entropy_control, floor": [{**budget, "entropy_control": "floor", **one} for one in varied],
     }
     return methods | ({"positive control": [{"hint": True}]} if task == "explore" else {})
 

@@ -1,6 +1,6 @@
 """One run of the study of entropy control (`entropy_control.py`): trained, and measured by draws of its own.
 
-    python tests/benchmarks/entropy_control_cell.py sharpen 0 entropy_budget=hold entropy_budget_target=0.22
+    python tests/benchmarks/entropy_control_cell.py sharpen 0 entropy_control=hold entropy_control_target=0.22
 
 After every step from `FROM` on, and every fifth before, `NUM_FRESH` completions of held-out problems are drawn at
 temperature 1, whatever training samples at: the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps
@@ -45,9 +45,9 @@ OFF = {
     "log_completions": "false", "report_to": "none", "num_eval_problems": "512",
 }  # fmt: skip
 LOGGED = (
-    "entropy/policy", "entropy_coef", "entropy_budget/delta_predicted", "entropy_budget/delta_optimizer",
-    "entropy_budget/realised_previous", "entropy_budget/infeasible", "entropy_budget/relative_size",
-    "entropy_budget/active", "entropy_budget/price", "token_control/num_tokens",
+    "entropy/policy", "entropy_coef", "entropy_control/delta_predicted", "entropy_control/delta_optimizer",
+    "entropy_control/realised_previous", "entropy_control/infeasible", "entropy_control/relative_size",
+    "entropy_control/active", "entropy_control/price", "token_control/num_tokens",
 )  # fmt: skip
 
 
@@ -183,7 +183,9 @@ def main() -> None:
     parser.add_argument("task", choices=["sharpen", "explore"])
     parser.add_argument("seed", type=int)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("settings", nargs="*", metavar="name=value", help="of the config, such as entropy_budget=hold")
+    parser.add_argument(
+        "settings", nargs="*", metavar="name=value", help="of the config, such as entropy_control=hold"
+    )
     options = parser.parse_args()
     settings: dict[str, Any] = dict(setting.split("=", 1) for setting in options.settings)
     if "hint" in settings:

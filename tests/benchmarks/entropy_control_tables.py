@@ -25,7 +25,7 @@ def windows(run: Run) -> np.ndarray:
 
 def deviations(run: Run, target: float) -> np.ndarray:
     """Of those means from the set-point, relative; from the run's own where its setting is another."""
-    return windows(run) / run["settings"].get("entropy_budget_target", target) - 1
+    return windows(run) / run["settings"].get("entropy_control_target", target) - 1
 
 
 def distance(run: Run, target: float) -> float:
@@ -105,8 +105,8 @@ def by_seed(runs: Runs) -> str:
 
 
 def against(runs: Runs) -> str:
-    """The entropy budget less each other method, after the last step, paired by seed."""
-    budgets = [name for name in runs if name.startswith("entropy_budget")]
+    """The entropy control less each other method, after the last step, paired by seed."""
+    budgets = [name for name in runs if name.startswith("entropy_control")]
     columns = [(name, quantity) for name in budgets for quantity in ("reward", "pass@8")]
     lines = [f"| less | {' | '.join(f'{name}: {quantity}' for name, quantity in columns)} |"]
     lines.append("|---" * (len(columns) + 1) + "|")
@@ -120,31 +120,31 @@ def against(runs: Runs) -> str:
 
 
 def control(runs: Runs) -> str:
-    """Of the entropy budget: realised on predicted net change, and what the correction had to do."""
+    """Of the entropy control: realised on predicted net change, and what the correction had to do."""
     lines = [
         "| source | realised / predicted, sums | correction, in lengths of the step | infeasible steps | "
         "optimizer's own change, 1e-3 nats/token | switched off |",
         "|---|---|---|---|---|---|",
     ]
     for name, own in runs.items():
-        logged = [run["logged"] for run in own if "entropy_budget/active" in run["logged"]]
+        logged = [run["logged"] for run in own if "entropy_control/active" in run["logged"]]
         if not logged:
             continue
-        realised = [sum(one["entropy_budget/realised_previous"][1:]) for one in logged]
-        predicted = [sum(one["entropy_budget/delta_predicted"][:-1]) for one in logged]
+        realised = [sum(one["entropy_control/realised_previous"][1:]) for one in logged]
+        predicted = [sum(one["entropy_control/delta_predicted"][:-1]) for one in logged]
         sums = [one / other for one, other in zip(realised, predicted, strict=True)]
         lines.append(
             f"| {name} | {interval(sums)} | {interval(_mean(one, 'relative_size') for one in logged)} | "
             f"{interval(_mean(one, 'infeasible') for one in logged)} | "
             f"{interval(1e3 * _mean(one, 'delta_optimizer') for one in logged)} | "
-            f"{sum(one['entropy_budget/active'][-1] == 0 for one in logged)} of {len(logged)} |"
+            f"{sum(one['entropy_control/active'][-1] == 0 for one in logged)} of {len(logged)} |"
         )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _mean(logged: dict[str, list[float]], name: str) -> float:
     """After the way to the set-point."""
-    return statistics.mean(logged[f"entropy_budget/{name}"][FROM:])
+    return statistics.mean(logged[f"entropy_control/{name}"][FROM:])
 
 
 def tuning(tried: list[tuple[str, Run]], target: float) -> str:
@@ -161,7 +161,7 @@ def setting(run: Run) -> str:
     """What distinguishes one setting of a method from its others."""
     varied = (
         "learning_rate", "temperature", "entropy_coef", "entropy_coef_delta", "token_control_fraction",
-        "token_control_coefficient", "entropy_budget_gain", "entropy_budget_target",
+        "token_control_coefficient", "entropy_control_gain", "entropy_control_target",
     )  # fmt: skip
     return ", ".join(f"{name} {run['settings'][name]:g}" for name in varied if name in run["settings"])
 

@@ -42,8 +42,12 @@ SHAPES: dict[str, dict[str, int]] = {
 PROMPT = "a prompt of a few words "
 PROBES: dict[str, dict[str, Any]] = {
     "toggles off": {},
-    "entropy_probe, |E| = 64": {"entropy_probe": True, "entropy_probe_prompts": 64},
-    "entropy_probe, second order": {"entropy_probe": True, "entropy_probe_prompts": 64, "entropy_second_order": True},
+    "entropy_probe, |E| = 64": {"entropy_probe": True, "entropy_probe_num_completions": 64},
+    "entropy_probe, second order": {
+        "entropy_probe": True,
+        "entropy_probe_num_completions": 64,
+        "entropy_second_order": True,
+    },
     "effective_sample_size_probe": {"effective_sample_size_probe": True},
     "optimizer_state_probe": {"optimizer_state_probe": True},
     "kl_every=1": {"kl_every": 1},

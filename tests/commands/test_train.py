@@ -56,13 +56,13 @@ def test_what_the_scripts_start_is_read(script, tmp_path, monkeypatch):
 
 
 def test_the_start_line_names_what_changes_the_step(tmp_path, caplog):
-    control = ["--entropy_budget", "hold", "--entropy_budget_target", "0.2", "--max_steps", "1"]
+    control = ["--entropy_control", "hold", "--entropy_control_target", "0.2", "--max_steps", "1"]
     caplog.set_level("INFO", "trl_entropy")
     for more in ([], control):
         _, args, _ = parse(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
         _say_start(SimpleNamespace(args=args, accelerator=SimpleNamespace(num_processes=1, device="cpu")))
     without, held = (line for line in caplog.messages if line.startswith("Dr-GRPO"))
-    assert "budget" not in without and held.endswith("; entropy_budget: hold")
+    assert "budget" not in without and held.endswith("; entropy_control: hold")
 
 
 @pytest.mark.parametrize("more, message", [
@@ -70,7 +70,7 @@ def test_the_start_line_names_what_changes_the_step(tmp_path, caplog):
     (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout is 0.1.*Set lora_dropout=0"),
     (["--entropy_probe", "True", "--top_k", "50"], "entropy_probe: .*top_k=50 changes it.*Set top_k=0"),
     (["--entropy_probe", "True", "--mask_truncated_completions", "True"], "mask_truncated_completions=True drops"),
-    (["--entropy_probe_prompts", "3"], "entropy_probe_prompts is 3.*Try entropy_probe_prompts=4"),
+    (["--entropy_probe_num_completions", "3"], "entropy_probe_num_completions is 3.*Try .*_num_completions=4"),
 ])  # fmt: skip
 def test_errors_come_before_anything_is_loaded(tmp_path, more, message, monkeypatch):
     monkeypatch.setattr(
@@ -122,8 +122,8 @@ def launch(arguments: list[str], warm_start_dir: Path) -> subprocess.Popen:
 
 def test_ten_steps_of_the_quickstart(tmp_path, warm_start_dir):
     arguments = settings(
-        REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "10", "--entropy_probe_prompts", "8",
-        "--report_to", "tensorboard",
+        REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "10",
+        "--entropy_probe_num_completions", "8", "--report_to", "tensorboard",
     )  # fmt: skip
     process = launch(arguments, warm_start_dir)
     output, _ = process.communicate(timeout=240)
@@ -147,7 +147,7 @@ def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
         pytest.skip("no ../shared/data/gsm8k beside this checkout: the records are not part of the repository")
     arguments = settings(
         REPOSITORY / "configs" / "gsm8k-embedded.yaml", tmp_path, "--max_steps", "2", "--dataset_path", str(GSM8K),
-        "--num_train_problems", "16", "--use_peft", "--lora_r", "4", "--entropy_probe_prompts", "8",
+        "--num_train_problems", "16", "--use_peft", "--lora_r", "4", "--entropy_probe_num_completions", "8",
         "--entropy_probe_every", "1",
     )  # fmt: skip
     process = launch(arguments, warm_start_dir)

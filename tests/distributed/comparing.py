@@ -9,7 +9,7 @@ ILL_CONDITIONED = ("_slope", "r_squared", "correlation")
 
 def rounding_of(row: dict) -> float:
     """What float32 leaves of a change: the difference of two entropies of this size, nats."""
-    return 3e-7 * row["entropy/probe"]
+    return 3e-7 * row["entropy/probe_batch"]
 
 
 def largest_deviation(expected: list[dict], got: list[dict]) -> tuple[float, str]:

@@ -17,18 +17,23 @@ from trl_entropy.runs.directory import RunDirectory
 
 WORKER = Path(__file__).with_name("probe_worker.py")
 SECOND_ORDER = {"entropy_second_order": True, "entropy_placebo": True}
-GRADIENTS = {"noise_scale_probe": True, "noise_scale_halves": True, "fisher_probe": True, "fisher_num_sequences": 16}
+GRADIENTS = {
+    "noise_scale_probe": True,
+    "noise_scale_within_prompt": True,
+    "fisher_probe": True,
+    "fisher_num_sequences": 16,
+}
 SPARSE = {"resample_uninformative_groups": True, "equal_often": True, "num_prompts_per_step": 6,
           "per_device_train_batch_size": 12}  # fmt: skip
-BUDGET = {"entropy_budget": "hold", "entropy_budget_per_step": 0.02, "entropy_budget_prompts": 8}
+BUDGET = {"entropy_control": "hold", "entropy_control_per_step": 0.02, "entropy_control_num_completions": 8}
 RUNS = [
     SECOND_ORDER | GRADIENTS | {"name": "full", "entropy_attribution": "token"},
     SECOND_ORDER
     | GRADIENTS
     | {"name": "lora", "lora": True, "entropy_attribution": "sequence", "gradient_accumulation_steps": 1},
-    {"name": "rollouts", "entropy_probe_source": "rollouts"},
+    {"name": "rollouts", "entropy_probe_completions": "rollouts"},
     BUDGET | {"name": "budget", "entropy_attribution": "sequence"},
-    BUDGET | {"name": "budget of own completions", "entropy_budget_source": "rollouts", "lora": True},
+    BUDGET | {"name": "budget of own completions", "entropy_control_completions": "rollouts", "lora": True},
     {
         "name": "clip_cov",
         "token_control": "clip_cov",
@@ -44,8 +49,9 @@ RUNS = [
         "noise_scale_from": "micro_batches",
         "per_device_train_batch_size": 4,
     },
-    SPARSE | {"name": "resampling", "noise_scale_probe": True, "noise_scale_halves": True, "max_resample_rounds": 1},
-    SPARSE | {"name": "resampling, rollouts", "entropy_probe_source": "rollouts", "curriculum": "pass_rate"},
+    SPARSE
+    | {"name": "resampling", "noise_scale_probe": True, "noise_scale_within_prompt": True, "max_resample_rounds": 1},
+    SPARSE | {"name": "resampling, rollouts", "entropy_probe_completions": "rollouts", "curriculum": "pass_rate"},
 ]
 # bf16: gradients are rounded by their place in the batch, so two ranks make another update than one process. At the
 # rate of real runs, 1e-6, the bf16 model itself hardly moves.
@@ -112,7 +118,7 @@ def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, e
         update = {name: after[name] - before[name] for name in before}
         scores = [score(model, completions, 1.0, 64, params, update, order=1) for params in (before, after)]
         points = [point_terms(at.entropy, at.logps, scores[0].logps[0], completions.completion_mask) for at in scores]
-        rounding = 3e-7 * row["entropy/probe"]
+        rounding = 3e-7 * row["entropy/probe_batch"]
         for name, change in step_changes(*points).items():
             estimate = change.estimate(completions.prompt_index)
             # A derivative is no difference of two entropies.

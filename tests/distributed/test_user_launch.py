@@ -39,7 +39,7 @@ COMMON = {
     "weight_decay": 0.01,
     "probe_batch_size": 4,
     "entropy_probe_every": 1,
-    "entropy_probe_prompts": 16,
+    "entropy_probe_num_completions": 16,
     "optimizer_state_probe_every": 1,
     "eval_on_start": False,
     "eval_strategy": "no",
@@ -60,11 +60,11 @@ RUNS = {
     | HELD_OUT
     | {
         "num_prompts_per_step": 8,
-        "noise_scale_halves": True,
+        "noise_scale_within_prompt": True,
         "fisher_num_sequences": 32,  # all: fewer would be the first groups of each process
         "entropy_attribution": "token",
     },
-    "full, rollouts": GRADIENTS | {"num_prompts_per_step": 4, "entropy_probe_source": "rollouts"},
+    "full, rollouts": GRADIENTS | {"num_prompts_per_step": 4, "entropy_probe_completions": "rollouts"},
     "lora": GRADIENTS | HELD_OUT | {"num_prompts_per_step": 4, "use_peft": True},
     # Three groups of four on two or four processes: groups lie across them.
     "split groups": {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_entropy import warm_start as module
+from trl_entropy.models import warm_start as module
 from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.tasks.word_problems import load_word_problems
 
@@ -72,7 +72,7 @@ def test_processes_at_once_build_once(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from trl_entropy import warm_start as module
+from trl_entropy.models import warm_start as module
 
 def slow(building, seed):
     with open(sys.argv[2], "a") as log:

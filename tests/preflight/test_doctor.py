@@ -20,11 +20,11 @@ CONFIGS = [
     path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if "-m trl_entropy.train" in path.read_text()
 ]
 ON_CPU = ["--task", "word_problems", "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"]
-PROBED = ["--entropy_probe", "true", "--entropy_probe_prompts", "8"]
+PROBED = ["--entropy_probe", "true", "--entropy_probe_num_completions", "8"]
 GPUS = ["--hardware", "2xH100-80GB", "--model_name_or_path", "Qwen/Qwen2.5-1.5B", "--dtype", "bfloat16"]
 LORA = ["--use_peft", "true"]
 KL = ["--kl_every", "1"]
-ROLLOUTS = ["--entropy_probe_source", "rollouts", "--num_prompts_per_step", "64"]
+ROLLOUTS = ["--entropy_probe_completions", "rollouts", "--num_prompts_per_step", "64"]
 REENTRANT = ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}', "--num_prompts_per_step", "64"]
 GIB = 2**30
 
@@ -104,13 +104,13 @@ def test_reference_run_is_estimated_from_the_built_in_shape(diagnose):
     assert problems(found) == []
 
 
-@pytest.mark.parametrize("settings, copies", [([], 14), (["--entropy_budget_memory", "0"], 10)], ids=str)
-def test_the_copies_of_the_entropy_budget_are_counted(diagnose, settings, copies):
-    budget = ["--entropy_budget", "hold", "--entropy_budget_target", "0.2", *settings]
+@pytest.mark.parametrize("settings, copies", [([], 14), (["--entropy_control_gradient_ema", "0"], 10)], ids=str)
+def test_the_copies_of_the_entropy_control_are_counted(diagnose, settings, copies):
+    budget = ["--entropy_control", "hold", "--entropy_control_target", "0.2", *settings]
     report, _ = diagnose(*GPUS, *budget)
-    (line,) = (line for line in report.splitlines() if "entropy_budget: copies" in line)
+    (line,) = (line for line in report.splitlines() if "entropy_control: copies" in line)
     assert float(line.split()[-1]) == pytest.approx(copies * 4 * 1_543_714_304 / GIB, rel=0.01)
-    assert "entropy_budget" not in diagnose(*GPUS)[0]
+    assert "entropy_control" not in diagnose(*GPUS)[0]
 
 
 def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):

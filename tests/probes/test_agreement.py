@@ -20,8 +20,8 @@ def a_run(path, slope=1.0, noise=1e-4, seed=0):
     for step in range(1, NUM_STEPS + 1):
         predicted = -0.01 * draw.random()
         row = {"loss": 0.0, "entropy/num_completions": 512}
-        row["entropy/probe"] = entropy + draw.gauss(0, 1e-3)
-        row["entropy/probe_stderr"] = 1e-3
+        row["entropy/probe_batch"] = entropy + draw.gauss(0, 1e-3)
+        row["entropy/probe_batch_stderr"] = 1e-3
         for name in ("linear", "second_order", "trapezoid", "measured"):
             truth = slope * predicted if name == "measured" else predicted
             row[f"entropy/delta_{name}"], row[f"entropy/delta_{name}_stderr"] = truth + draw.gauss(0, noise), noise
@@ -64,7 +64,7 @@ def test_the_placebo_explains_nothing_that_the_prediction_left_over(tmp_path):
 
 def test_end_point_compares_sums_with_the_fresh_change(tmp_path):
     rows = probed_rows(a_run(tmp_path))
-    start, last = rows[0]["entropy/probe"], rows[-1]["entropy/probe"] + rows[-1]["entropy/delta_measured"]
+    start, last = rows[0]["entropy/probe_batch"], rows[-1]["entropy/probe_batch"] + rows[-1]["entropy/delta_measured"]
     result = end_point(rows, (Estimate(start, 1e-3, 99.0, 100), Estimate(last, 1e-3, 99.0, 100)))
     assert result["change"] == pytest.approx(last - start)
     for name in ("linear", "second_order", "trapezoid", "measured"):

@@ -15,7 +15,7 @@ from trl_entropy.models.embedded import build_model
 from trl_entropy.probes import EntropyProbe
 from trl_entropy.runs.directory import RunDirectory
 
-PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}
+PROBE = {"entropy_probe": True, "entropy_probe_num_completions": 8, "probe_batch_size": 5}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_changes_are_those_of_a_float64_recomputation(make_trainer, model_path, 
         before, after = keep.points[step - 1], keep.points[step]
         start, sampling = entropy_float64(model, before, rows)
         measured = entropy_float64(model, after, rows, sampling)[0] - start
-        assert row["entropy/probe"] == pytest.approx(start, rel=1e-5)
+        assert row["entropy/probe_batch"] == pytest.approx(start, rel=1e-5)
         assert row["entropy/delta_measured"] == pytest.approx(measured, rel=1e-3)
 
         def along(scale, before=before, after=after, rows=rows, sampling=sampling):
@@ -182,7 +182,7 @@ def test_every_promised_quantity_is_logged(make_trainer, problems):
     with safe_open(run.path / "probes" / "rollouts" / "step_000005.safetensors", "pt") as file:
         assert torch.allclose(file.get_tensor("rewards").mean(), torch.tensor(rows[-1]["reward"]))
         assert file.get_tensor("input_ids").shape == file.get_tensor("attention_mask").shape
-    total = rows[0]["entropy/probe"] + sum(row["entropy/delta_linear"] for row in rows)
+    total = rows[0]["entropy/probe_batch"] + sum(row["entropy/delta_linear"] for row in rows)
     assert rows[-1]["entropy/integral_linear"] == pytest.approx(total)
 
 
@@ -253,11 +253,11 @@ def test_a_batch_from_another_sampler_is_weighted(make_trainer, sharp_model_path
         rows[sampler] = RunDirectory(trainer.args.output_dir).metrics()[0]
         files[sampler], metadata = probe_file(RunDirectory(trainer.args.output_dir), 1)
         assert trainer.use_vllm and metadata["sampler"] == {"vllm": "vllm", "model": "policy"}[sampler]
-    for name in ("entropy/probe", "entropy/delta_linear", "entropy/delta_measured"):
+    for name in ("entropy/probe_batch", "entropy/delta_linear", "entropy/delta_measured"):
         stderr = math.hypot(*(rows[sampler][f"{name}_stderr"] for sampler in rows))
         assert abs(rows["vllm"][name] - rows["model"][name]) < 4 * stderr, name
     mask = files["vllm"]["completion_mask"]
     unweighted = (files["vllm"]["entropy_before"].double().sum() / mask.sum()).item()
-    assert abs(unweighted - rows["model"]["entropy/probe"]) > 8 * rows["vllm"]["entropy/probe_stderr"]
+    assert abs(unweighted - rows["model"]["entropy/probe_batch"]) > 8 * rows["vllm"]["entropy/probe_batch_stderr"]
     assert 100 < rows["vllm"]["entropy/sampler_ess"] < 1000 and "entropy/sampler_ess" not in rows["model"]
     assert rows["vllm"]["sampling/importance_sampling_ratio/mean"] != 1  # TRL's factor in the loss is at work

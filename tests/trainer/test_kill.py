@@ -25,7 +25,7 @@ SETTINGS = {
     "save_total_limit": 2,
     "steps_per_generation": 2,
     "entropy_probe": True,
-    "entropy_probe_prompts": 4,
+    "entropy_probe_num_completions": 4,
     "effective_sample_size_probe": True,
 }
 # Where a kill comes while a checkpoint is written: before its parts, between them, before its seal, after it.

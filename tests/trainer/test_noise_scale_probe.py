@@ -285,7 +285,7 @@ def test_without_adam_there_is_no_metric(make_trainer):
     "settings",
     [
         {"lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_probe_every": 2},
-        {"lora": True, "disable_dropout": False, "noise_scale_halves": True},
+        {"lora": True, "disable_dropout": False, "noise_scale_within_prompt": True},
         {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_from": "micro_batches"},
@@ -298,7 +298,7 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
     lora, every = settings.pop("lora", False), settings.pop("noise_scale_probe_every", 1)
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM") if lora else None
     runs = []
-    own = {name: settings.pop(name) for name in ("noise_scale_halves", "noise_scale_from") if name in settings}
+    own = {name: settings.pop(name) for name in ("noise_scale_within_prompt", "noise_scale_from") if name in settings}
     micro_batches = "noise_scale_from" in own
     for probes in ({}, PROBE | {"noise_scale_probe_every": every} | own):
         trainer = make_trainer(peft_config=config, max_steps=3, **probes, **settings)
@@ -331,15 +331,21 @@ def config(tmp_path, **settings):
         ({"per_device_train_batch_size": 12}, "num_prompts_per_step=4"),
         ({"per_device_train_batch_size": 6, "steps_per_generation": 2}, "per_device_train_batch_size=8"),
         ({"noise_scale_probe_every": 0}, "use 1 or more steps"),
-        ({"noise_scale_halves": True, "length_normalizer": "group_max"}, "length_normalizer='max_completion_length'"),
-        ({"noise_scale_halves": True, "num_generations": 2}, "num_generations=4"),
+        (
+            {"noise_scale_within_prompt": True, "length_normalizer": "group_max"},
+            "length_normalizer='max_completion_length'",
+        ),
+        ({"noise_scale_within_prompt": True, "num_generations": 2}, "num_generations=4"),
         ({"noise_scale_from": "halves"}, "'micro_batches'"),
         (MICRO | {"per_device_train_batch_size": 32}, "batch_size=16 with gradient_accumulation_steps=2"),
         (
             MICRO | {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4},
             "per_device_train_batch_size=4 with gradient_accumulation_steps=6",
         ),
-        (MICRO | {"gradient_accumulation_steps": 2, "noise_scale_halves": True}, "noise_scale_halves=False"),
+        (
+            MICRO | {"gradient_accumulation_steps": 2, "noise_scale_within_prompt": True},
+            "noise_scale_within_prompt=False",
+        ),
         (MICRO | {"gradient_accumulation_steps": 2, "resample_uninformative_groups": True}, "resample_unin"),
     ],
     ids=str,
@@ -364,7 +370,7 @@ def test_what_the_equation_allows_is_not_refused(tmp_path):
 def test_the_extra_pass_knows_the_dr_grpo_loss_only(make_trainer):
     with pytest.raises(ValueError, match=r"the language-model head is trained.*beta=0"):
         make_trainer(beta=0.1, **PROBE).train()
-    with pytest.raises(ValueError, match=r"noise_scale_halves.*scale_rewards='none'"):
+    with pytest.raises(ValueError, match=r"noise_scale_within_prompt.*scale_rewards='none'"):
         make_trainer(scale_rewards="group", callbacks=[NoiseScaleProbe(halves=True)]).train()
     assert type(PROBES["noise_scale_probe"].from_config(make_trainer(**PROBE).args)) is NoiseScaleProbe
 

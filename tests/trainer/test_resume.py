@@ -16,7 +16,7 @@ from trl_entropy.runs.directory import RunDirectory
 
 EVERY_PROBE = {
     "entropy_probe": True,
-    "entropy_probe_prompts": 8,
+    "entropy_probe_num_completions": 8,
     "entropy_second_order": True,
     "entropy_placebo": True,
     "effective_sample_size_probe": True,
@@ -80,7 +80,7 @@ CASES = {
     "decaying schedule": {"lr_scheduler_type": "cosine"},
     "noise scale, kernel": {"noise_scale_probe": True, "fisher_probe": True, "fisher_num_sequences": 12},
     "noise scale of an adapter": {"noise_scale_probe": True, "lora": True, "steps_per_generation": 2},
-    "rollouts source": {"entropy_probe": True, "entropy_probe_source": "rollouts"},
+    "rollouts source": {"entropy_probe": True, "entropy_probe_completions": "rollouts"},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2},
     "curriculum": {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_pass_reward": 0.5},
     "curriculum in the second epoch": {"curriculum": "pass_rate", "per_device_train_batch_size": 32},

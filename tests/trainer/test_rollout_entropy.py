@@ -19,7 +19,7 @@ from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.runs.directory import RunDirectory
 
-PROBE = {"entropy_probe": True, "entropy_probe_source": "rollouts", "probe_batch_size": 16}
+PROBE = {"entropy_probe": True, "entropy_probe_completions": "rollouts", "probe_batch_size": 16}
 NEW_KEYS = {
     "entropy/delta_cross_prompt",
     "entropy/delta_cross_prompt_stderr",
@@ -211,7 +211,7 @@ def check_in_sample_change(run, rows):
         before = (file["entropy_before"] * mask).sum() / mask.sum()
         after = (file["entropy_after"] * weights).sum() / weights.sum()
         assert row["entropy/delta_in_sample"] == pytest.approx((after - before).item(), rel=1e-6)
-        assert row["entropy/probe"] == pytest.approx(row["entropy/policy"], rel=1e-5)
+        assert row["entropy/probe_batch"] == pytest.approx(row["entropy/policy"], rel=1e-5)
         assert row["entropy/num_completions"] == 32 and 1 < row["entropy/importance_ess"] <= 32
         assert row["entropy/delta_in_sample_stderr"] > 0
 
@@ -240,7 +240,7 @@ def test_kept_groups_are_left_out(trained):
     weights = mask[:, None] * file["completion_mask"].double()
     assert torch.equal(file["accepted"], accepted)
     entropy = (weights * file["entropy_before"]).sum() / weights.sum()
-    assert row["entropy/probe"] == pytest.approx(entropy.item(), rel=1e-6) != row["entropy/policy"]
+    assert row["entropy/probe_batch"] == pytest.approx(entropy.item(), rel=1e-6) != row["entropy/policy"]
     with safe_open(path, "pt") as opened:
         assert opened.metadata()["distribution"] == "accepted groups"
 
@@ -356,5 +356,5 @@ def test_too_many_parameters_are_refused():
     model = torch.nn.Linear(2**20, 1, bias=False, device="meta")
     fitting = MAX_ROWS_BYTES // (8 * 2**20)
     check_memory(fitting, model)
-    with pytest.raises(ValueError, match="entropy_probe_source='held_out'"):
+    with pytest.raises(ValueError, match="entropy_probe_completions='held_out'"):
         check_memory(fitting + 1, model)

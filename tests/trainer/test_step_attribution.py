@@ -20,7 +20,7 @@ from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.directory import RunDirectory
 
 PARTS = ("momentum", "weight_decay", "gradient", "kl", "entropy_bonus")
-PROBE = {"entropy_probe": True, "entropy_probe_prompts": 8, "probe_batch_size": 5}
+PROBE = {"entropy_probe": True, "entropy_probe_num_completions": 8, "probe_batch_size": 5}
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_without_advantages_all_is_kl_or_bonus(make_trainer, problems, mode, set
     [
         ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
         ({"entropy_attribution": "tokens"}, "use one of"),
-        ({"entropy_probe_source": "rollouts", "num_prompts_per_step": 4}, "entropy_attribution='none'"),
+        ({"entropy_probe_completions": "rollouts", "num_prompts_per_step": 4}, "entropy_attribution='none'"),
     ],
     ids=str,
 )

@@ -43,7 +43,11 @@ def test_charts_of_probes_that_are_off_are_left_out():
 def test_a_run_writes_it_and_logs_what_it_draws(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     trainer = make_trainer(
-        report_to="tensorboard", max_steps=3, entropy_probe=True, entropy_probe_prompts=4, noise_scale_probe=True
+        report_to="tensorboard",
+        max_steps=3,
+        entropy_probe=True,
+        entropy_probe_num_completions=4,
+        noise_scale_probe=True,
     )
     trainer.train()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -107,7 +107,7 @@ def plot_integral(axes: Axes, integral: dict[str, Any]) -> Axes:
         if name in integral:
             label = f"sum of predictions ({name.replace('_', ' ')})"
             axes.plot(integral["steps"], integral[name]["values"], color=color, lw=1.4, label=label)
-    axes.set(xlabel="optimizer step", ylabel=unit("entropy/probe"))
+    axes.set(xlabel="optimizer step", ylabel=unit("entropy/probe_batch"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return axes
@@ -203,18 +203,18 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
 
 def plot_set_point(axes: Axes, rows: Rows, target: float | None = None) -> Axes:
     """
-    The entropy that `entropy_budget` sees before each step, 95 %, and its set-point.
+    The entropy that `entropy_control` sees before each step, 95 %, and its set-point.
 
     Args:
-        rows: `Run.rows("entropy_budget/entropy")`.
-        target: nats per token; the setting `entropy_budget_target`.
+        rows: `Run.rows("entropy_control/entropy")`.
+        target: nats per token; the setting `entropy_control_target`.
     """
-    steps, values = series(rows, "entropy_budget/entropy")
-    errors = [1.96 * row["entropy_budget/entropy_stderr"] for row in rows]
+    steps, values = series(rows, "entropy_control/entropy")
+    errors = [1.96 * row["entropy_control/entropy_stderr"] for row in rows]
     axes.errorbar(steps, values, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label="before the step, 95 %")
     if target is not None:
         axes.axhline(target, color=ORANGE, ls="--", label="set-point")
-    axes.set(xlabel="optimizer step", ylabel=unit("entropy_budget/entropy"))
+    axes.set(xlabel="optimizer step", ylabel=unit("entropy_control/entropy"))
     return _finished(axes)
 
 
@@ -223,14 +223,14 @@ def plot_budget(axes: Axes, rows: Rows) -> Axes:
     Change of entropy in each step: what the optimizer alone was predicted to make, with the correction, and realised.
 
     Args:
-        rows: `Run.rows("entropy_budget/entropy")`.
+        rows: `Run.rows("entropy_control/entropy")`.
     """
-    plot_key(axes, rows, "entropy_budget/delta_optimizer", "optimizer alone, predicted", GREY, lw=1.2)
-    plot_key(axes, rows, "entropy_budget/delta_predicted", "with correction, predicted", BLUE, lw=1.2)
-    steps, values = series(rows, "entropy_budget/realised_previous")
+    plot_key(axes, rows, "entropy_control/delta_optimizer", "optimizer alone, predicted", GREY, lw=1.2)
+    plot_key(axes, rows, "entropy_control/delta_predicted", "with correction, predicted", BLUE, lw=1.2)
+    steps, values = series(rows, "entropy_control/realised_previous")
     axes.plot([step - 1 for step in steps], values, color=ORANGE, marker="o", ms=3, lw=0, label="realised")
     axes.axhline(0, color=GREY, lw=0.8)
-    axes.set(ylabel=unit("entropy_budget/delta_predicted"))
+    axes.set(ylabel=unit("entropy_control/delta_predicted"))
     return _finished(axes)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from trl_entropy.config.probe_checks import (
     ENTROPY_ATTRIBUTIONS,
-    ENTROPY_BUDGET_SOURCES,
-    ENTROPY_BUDGETS,
+    ENTROPY_CONTROL_COMPLETIONS,
+    ENTROPY_CONTROLS,
+    ENTROPY_PROBE_COMPLETIONS,
     ENTROPY_PROBE_SAMPLERS,
-    ENTROPY_PROBE_SOURCES,
     NOISE_SCALE_SOURCES,
     TOKEN_CONTROL_SCOPES,
     TOKEN_CONTROLS,
@@ -131,14 +131,14 @@ class DrGRPOConfig(ProbeRequirements, SelectionRequirements):
 
     entropy_probe: bool = _toggle("Measure and predict the entropy change of a step (T6)-(T11), nats per token.")
     entropy_probe_every: int = _toggle("Steps between two measurements.", default=1)
-    entropy_probe_prompts: int = _toggle(
+    entropy_probe_num_completions: int = _toggle(
         "Prompts of the probe batch over all processes, one completion each.", default=64
     )
-    entropy_probe_source: str = _toggle(
+    entropy_probe_completions: str = _toggle(
         "Where the probe's completions come from: drawn for prompts that are 'held_out' (training prompts not in this "
         "step) or 'eval' (eval_dataset), or the step's own 'rollouts' (no generation; (T17) across prompts).",
         default="held_out",
-        choices=list(ENTROPY_PROBE_SOURCES),
+        choices=list(ENTROPY_PROBE_COMPLETIONS),
     )
     entropy_probe_sampler: str = _toggle(
         "What draws the probe batch: 'model' (its own generate) or 'vllm' (fast; weighted by vLLM's log-"
@@ -159,38 +159,38 @@ class DrGRPOConfig(ProbeRequirements, SelectionRequirements):
         "Newest probe files to keep of each probe; 0: none, unset: all.", default=None
     )
 
-    entropy_budget: str = _toggle(
+    entropy_control: str = _toggle(
         "Correct each step, after the optimizer, so that the entropy changes by what it is to (T19): 'hold' it, keep "
         "it from falling below ('floor'), only 'report' what would be done, or 'none'; AdamW only.",
         default="none",
-        choices=list(ENTROPY_BUDGETS),
+        choices=list(ENTROPY_CONTROLS),
     )
-    entropy_budget_target: float | None = _toggle("Entropy to go to, nats per token.", default=None)
-    entropy_budget_per_step: float | None = _toggle(
+    entropy_control_target: float | None = _toggle("Entropy to go to, nats per token.", default=None)
+    entropy_control_per_step: float | None = _toggle(
         "Without a target: change of a step, nats per token; 'floor': at least that.", default=None
     )
-    entropy_budget_gain: float = _toggle("Share of the way to the target that a step goes.", default=0.4)
-    entropy_budget_integral_gain: float = _toggle(
+    entropy_control_gain: float = _toggle("Share of the way to the target that a step goes.", default=0.4)
+    entropy_control_integral_gain: float = _toggle(
         "Weight of a step in the running mean of realised less predicted change, which later steps make up for.",
         default=0.1,
     )
-    entropy_budget_max_change: float = _toggle("Largest change asked of a step, nats per token.", default=0.02)
-    entropy_budget_cap: float = _toggle(
+    entropy_control_max_change: float = _toggle("Largest change asked of a step, nats per token.", default=0.02)
+    entropy_control_cap: float = _toggle(
         "Longest correction, in lengths of the optimizer's step, both in its metric.", default=1.0
     )
-    entropy_budget_metric_floor: float = _toggle(
+    entropy_control_metric_floor: float = _toggle(
         "Least sqrt(v) of a coordinate in the correction's metric, in means over all coordinates.", default=0.1
     )
-    entropy_budget_source: str = _toggle(
+    entropy_control_completions: str = _toggle(
         "Completions that the entropy's gradient comes from: a 'probe' batch of its own, or the step's 'rollouts'.",
         default="probe",
-        choices=list(ENTROPY_BUDGET_SOURCES),
+        choices=list(ENTROPY_CONTROL_COMPLETIONS),
     )
-    entropy_budget_memory: float = _toggle(
+    entropy_control_gradient_ema: float = _toggle(
         "Weight of the past in the running mean of the entropy's gradient from probe batches; 0: this step's alone.",
         default=0.7,
     )
-    entropy_budget_prompts: int = _toggle(
+    entropy_control_num_completions: int = _toggle(
         "Prompts of the control's probe batch over all processes, one completion each.", default=128
     )
 
@@ -226,7 +226,7 @@ class DrGRPOConfig(ProbeRequirements, SelectionRequirements):
         default="groups",
         choices=list(NOISE_SCALE_SOURCES),
     )
-    noise_scale_halves: bool = _toggle(
+    noise_scale_within_prompt: bool = _toggle(
         "Also split the noise into within and between prompts, by an extra pass with each group's halves; 4 "
         "completions a prompt or more."
     )

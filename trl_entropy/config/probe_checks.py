@@ -13,10 +13,10 @@ FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
 # Losses that are the same sum over completions whatever the others are: no division by the batch's tokens.
 SEPARABLE_LOSSES = ("dr_grpo", "grpo", "sapo")
 ENTROPY_PROBE_SAMPLERS = ("model", "vllm")
-ENTROPY_PROBE_SOURCES = ("held_out", "eval", "rollouts")
+ENTROPY_PROBE_COMPLETIONS = ("held_out", "eval", "rollouts")
 ENTROPY_ATTRIBUTIONS = ("none", "sequence", "token")
-ENTROPY_BUDGETS = ("none", "report", "floor", "hold")
-ENTROPY_BUDGET_SOURCES = ("probe", "rollouts")
+ENTROPY_CONTROLS = ("none", "report", "floor", "hold")
+ENTROPY_CONTROL_COMPLETIONS = ("probe", "rollouts")
 NOISE_SCALE_SOURCES = ("groups", "micro_batches")
 TOKEN_CONTROLS = ("none", "clip_cov", "kl_cov", "random", "random_positive")
 TOKEN_CONTROL_SCOPES = ("optimizer_batch", "micro_batch")
@@ -47,17 +47,17 @@ class ProbeRequirements(GRPOConfig):
             if self.noise_scale_from not in NOISE_SCALE_SOURCES:
                 raise ValueError(f"noise_scale_from is {self.noise_scale_from!r}; use one of {NOISE_SCALE_SOURCES}.")
             if self.noise_scale_from == "micro_batches":
-                self.check_noise_scale_micro_batches(self.noise_scale_halves)
-            elif self.noise_scale_halves:
-                self.check_noise_scale_halves()
+                self.check_noise_scale_micro_batches(self.noise_scale_within_prompt)
+            elif self.noise_scale_within_prompt:
+                self.check_noise_scale_within_prompt()
         if self.fisher_probe:
             self.check_fisher_probe(self.fisher_num_sequences)
         sensitive = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
         if self.token_control != "none":
             self._check_token_control()
-        if self.entropy_budget != "none":
-            self._check_entropy_budget()
-            sensitive.append("entropy_budget")
+        if self.entropy_control != "none":
+            self._check_entropy_control()
+            sensitive.append("entropy_control")
         if not sensitive:
             return
         if truncation := self.truncated_sampling():
@@ -73,9 +73,10 @@ class ProbeRequirements(GRPOConfig):
             )
 
     def _check_entropy_probe(self) -> None:
-        if self.entropy_probe_source not in ENTROPY_PROBE_SOURCES:
+        if self.entropy_probe_completions not in ENTROPY_PROBE_COMPLETIONS:
             raise ValueError(
-                f"entropy_probe_source is {self.entropy_probe_source!r}; use one of {ENTROPY_PROBE_SOURCES}."
+                f"entropy_probe_completions is {self.entropy_probe_completions!r}; "
+                f"use one of {ENTROPY_PROBE_COMPLETIONS}."
             )
         if self.entropy_probe_sampler not in ENTROPY_PROBE_SAMPLERS:
             raise ValueError(
@@ -87,16 +88,16 @@ class ProbeRequirements(GRPOConfig):
             raise ValueError(
                 f"entropy_attribution is {self.entropy_attribution!r}; use one of {ENTROPY_ATTRIBUTIONS}."
             )
-        if self.entropy_probe_source == "rollouts":
+        if self.entropy_probe_completions == "rollouts":
             return self.check_rollouts_source()
         if self.entropy_attribution != "none":
             self.check_attribution()
-        prompts, world = self.entropy_probe_prompts, self.world_size
+        prompts, world = self.entropy_probe_num_completions, self.world_size
         if prompts < 4 * world or prompts % world:
             fitting = max(4, round(prompts / world)) * world
             raise ValueError(
-                f"entropy_probe_prompts is {prompts}: it must be a multiple of the {world} process(es), at least 4 "
-                f"each, for a standard error on each half. Try entropy_probe_prompts={fitting}."
+                f"entropy_probe_num_completions is {prompts}: it must be a multiple of the {world} process(es), at "
+                f"least 4 each, for a standard error on each half. Try entropy_probe_num_completions={fitting}."
             )
         optimizer = str(getattr(self.optim, "value", self.optim))
         if self.entropy_second_order and "adamw" not in optimizer:
@@ -105,43 +106,47 @@ class ProbeRequirements(GRPOConfig):
                 "optim='adamw_torch_fused', or entropy_second_order=False."
             )
 
-    def _check_entropy_budget(self) -> None:
+    def _check_entropy_control(self) -> None:
         """Raises `ValueError` unless there is one thing to hold, by one metric."""
-        what, prompts, world = f"entropy_budget={self.entropy_budget!r}", self.entropy_budget_prompts, self.world_size
+        what, prompts, world = (
+            f"entropy_control={self.entropy_control!r}",
+            self.entropy_control_num_completions,
+            self.world_size,
+        )
         optimizer = str(getattr(self.optim, "value", self.optim))
-        given = [value is not None for value in (self.entropy_budget_target, self.entropy_budget_per_step)]
+        given = [value is not None for value in (self.entropy_control_target, self.entropy_control_per_step)]
         positive = ("gain", "max_change", "cap")
         remedies = {
-            f"entropy_budget to one of {ENTROPY_BUDGETS}": self.entropy_budget in ENTROPY_BUDGETS,
-            f"entropy_budget_source to one of {ENTROPY_BUDGET_SOURCES}": (
-                self.entropy_budget_source in ENTROPY_BUDGET_SOURCES
+            f"entropy_control to one of {ENTROPY_CONTROLS}": self.entropy_control in ENTROPY_CONTROLS,
+            f"entropy_control_completions to one of {ENTROPY_CONTROL_COMPLETIONS}": (
+                self.entropy_control_completions in ENTROPY_CONTROL_COMPLETIONS
             ),
             "optim='adamw_torch_fused'": "adamw" in optimizer,
-            "either entropy_budget_target or entropy_budget_per_step, nats per token": (
-                sum(given) == 1 or (self.entropy_budget == "report" and sum(given) < 2)
+            "either entropy_control_target or entropy_control_per_step, nats per token": (
+                sum(given) == 1 or (self.entropy_control == "report" and sum(given) < 2)
             ),
-            "entropy_budget_target above 0": (self.entropy_budget_target or 1) > 0,
-            "entropy_budget_gain, _max_change and _cap above 0, _integral_gain and _metric_floor 0 or more": (
-                all(getattr(self, f"entropy_budget_{name}") > 0 for name in positive)
-                and min(self.entropy_budget_integral_gain, self.entropy_budget_metric_floor) >= 0
+            "entropy_control_target above 0": (self.entropy_control_target or 1) > 0,
+            "entropy_control_gain, _max_change and _cap above 0, _integral_gain and _metric_floor 0 or more": (
+                all(getattr(self, f"entropy_control_{name}") > 0 for name in positive)
+                and min(self.entropy_control_integral_gain, self.entropy_control_metric_floor) >= 0
             ),
-            "entropy_budget_memory in [0, 1)": 0 <= self.entropy_budget_memory < 1,
-            f"entropy_budget_prompts to a multiple of 2 x {world} process(es), 4 each or more": (
-                self.entropy_budget_source == "rollouts" or (prompts >= 4 * world and prompts % (2 * world) == 0)
+            "entropy_control_gradient_ema in [0, 1)": 0 <= self.entropy_control_gradient_ema < 1,
+            f"entropy_control_num_completions to a multiple of 2 x {world} process(es), 4 each or more": (
+                self.entropy_control_completions == "rollouts" or (prompts >= 4 * world and prompts % (2 * world) == 0)
             ),
         }
-        if self.entropy_budget in ("floor", "hold"):  # these predict from the optimizer's step alone
+        if self.entropy_control in ("floor", "hold"):  # these predict from the optimizer's step alone
             remedies["entropy_second_order=False"] = not self.entropy_second_order
             remedies["fisher_probe=False"] = not self.fisher_probe
-        if self.entropy_budget_source == "rollouts":
+        if self.entropy_control_completions == "rollouts":
             on_policy = self._on_policy_dr_grpo()
             remedies |= {
                 name: on_policy[name] for name in on_policy if name.startswith(("num_iter", "steps_per", "vllm"))
             }
         if needed := [remedy for remedy, holds in remedies.items() if not holds]:
             raise ValueError(f"{what}: set {'; '.join(needed)}.")
-        if self.entropy_budget_source == "rollouts":
-            self._check_groups_of_a_step(what, "entropy_budget_source='probe'")
+        if self.entropy_control_completions == "rollouts":
+            self._check_groups_of_a_step(what, "entropy_control_completions='probe'")
 
     def controls_tokens_of(self, scope: str) -> bool:
         """Whether `token_control` is on, and `scope` is where it chooses tokens."""
@@ -195,7 +200,7 @@ class ProbeRequirements(GRPOConfig):
 
     def check_rollouts_source(self) -> None:
         """Raises `ValueError` unless (T17) holds on the step's own completions: see `RolloutEntropyProbe`."""
-        what, optimizer = "entropy_probe_source='rollouts'", str(getattr(self.optim, "value", self.optim))
+        what, optimizer = "entropy_probe_completions='rollouts'", str(getattr(self.optim, "value", self.optim))
         remedies = {
             "optim='adamw_torch_fused'": "adamw" in optimizer,
             "entropy_second_order=False": not self.entropy_second_order,
@@ -206,9 +211,9 @@ class ProbeRequirements(GRPOConfig):
             remedies | self._on_policy_dr_grpo(),
             f"{what} needs a step of AdamW by the on-policy Dr-GRPO loss (T2) alone, and has no other prediction than "
             "(T17)",
-            "entropy_probe_source='held_out'",
+            "entropy_probe_completions='held_out'",
         )
-        self._check_groups_of_a_step(what, "entropy_probe_source='held_out'")
+        self._check_groups_of_a_step(what, "entropy_probe_completions='held_out'")
 
     def check_dr_grpo_step(self, what: str) -> None:
         """Raises `ValueError` unless a step's gradient is that of the on-policy Dr-GRPO loss (T2) alone."""
@@ -249,14 +254,14 @@ class ProbeRequirements(GRPOConfig):
                 "noise_scale_from='groups'."
             )
         remedies = {
-            "noise_scale_halves=False": not halves,
+            "noise_scale_within_prompt=False": not halves,
             "resample_uninformative_groups=False": not self.resample_uninformative_groups,
             "fp16=False": not self.fp16,
         }
         needs = "noise_scale_from='micro_batches' knows norms of unscaled gradients of the same number of groups alone"
         self._check_settings(remedies, needs, "noise_scale_from='groups'")
 
-    def check_noise_scale_halves(self) -> None:
+    def check_noise_scale_within_prompt(self) -> None:
         """Raises `ValueError` unless the halves of a group can have advantages of their own: (T14), last line."""
         remedies = {
             "scale_rewards='none'": self.scale_rewards == "none",
@@ -264,8 +269,8 @@ class ProbeRequirements(GRPOConfig):
             "num_generations=4": (self.num_generations or 0) >= 4,
             **self._on_policy_dr_grpo(),
         }
-        needs = "noise_scale_halves needs centred, unscaled advantages in the on-policy Dr-GRPO loss (T2)"
-        self._check_settings(remedies, needs, "noise_scale_halves=False")
+        needs = "noise_scale_within_prompt needs centred, unscaled advantages in the on-policy Dr-GRPO loss (T2)"
+        self._check_settings(remedies, needs, "noise_scale_within_prompt=False")
 
     def check_fisher_probe(self, number: int) -> None:
         """Raises `ValueError` unless (T12) is that of an on-policy step of AdamW, on `number` rows of whole groups."""

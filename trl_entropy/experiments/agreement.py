@@ -116,8 +116,8 @@ def integrals(rows: Rows) -> dict[str, Any]:
         `steps`, `fresh` with `fresh_stderr`, and per predictor the integral up to before each step, its standard
         error (changes and the start are on independent batches), and the largest deviation in standard errors.
     """
-    fresh = [row["entropy/probe"] for row in rows]
-    errors = [row["entropy/probe_stderr"] for row in rows]
+    fresh = [row["entropy/probe_batch"] for row in rows]
+    errors = [row["entropy/probe_batch_stderr"] for row in rows]
     result: dict[str, Any] = {"steps": [row["step"] for row in rows], "fresh": fresh, "fresh_stderr": errors}
     for name in ("linear", "second_order", "trapezoid", "measured"):
         if f"entropy/delta_{name}" not in rows[0]:
@@ -128,8 +128,8 @@ def integrals(rows: Rows) -> dict[str, Any]:
             variance += before[f"entropy/delta_{name}_stderr"] ** 2
             values.append(total)
             stderrs.append(math.sqrt(variance))
-            combined = math.sqrt(variance + row["entropy/probe_stderr"] ** 2)
-            deviations.append((total - row["entropy/probe"]) / combined)
+            combined = math.sqrt(variance + row["entropy/probe_batch_stderr"] ** 2)
+            deviations.append((total - row["entropy/probe_batch"]) / combined)
         result[name] = {"values": values, "stderr": stderrs, "largest_deviation": max(deviations, key=abs)}
         result[name]["share_within_2_stderr"] = sum(abs(d) <= 2 for d in deviations) / len(deviations)
     return result

@@ -4,7 +4,7 @@ What does it cost in reward to keep entropy? The steps that methods of control m
     trl-entropy experiment exchange --checkpoint RUN/checkpoint-N
 
 For each redraw of the rollouts every method steps by the run's AdamW from the same moments and rollouts: none, a
-lower learning rate, TRL's entropy bonus, Clip-Cov and random tokens at its count, the entropy budget (T19). Of each
+lower learning rate, TRL's entropy bonus, Clip-Cov and random tokens at its count, the entropy control (T19). Of each
 step: the change of entropy and of expected reward (T20), to first order on one large set of held-out completions, and
 for some redraws and methods what first order leaves out. KL-Cov is left out: with one update a generation it does
 nothing.
@@ -218,7 +218,7 @@ def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
     """Reward change against entropy change, and each exchange of a bounded interval; hollow: true changes."""
     from trl_entropy.analysis.plots import BLUE, GREEN, GREY, ORANGE
 
-    families = {"none": "black", "lower_lr": GREY, "bonus": ORANGE, "entropy_budget": BLUE}
+    families = {"none": "black", "lower_lr": GREY, "bonus": ORANGE, "entropy_control": BLUE}
     places = {method: y for y, method in enumerate(METHODS[1:])}
 
     def point(axes: Axes, x: Any, y: Any, method: str, fill: Any, scale: float, **style: Any) -> None:
@@ -249,7 +249,7 @@ COMMAND = Command(
         "num_redraws": (24, 4, "independent redraws of the rollouts"),
         "num_completions": (4096, 128, "held-out completions that changes are measured on; a multiple of 128"),
         "num_measured": (6, 2, "redraws whose steps' true changes are measured too"),
-        "num_probe": (128, 4, "completions that the entropy budget takes grad h of"),
+        "num_probe": (128, 4, "completions that the entropy control takes grad h of"),
     },
     compute,
     table,

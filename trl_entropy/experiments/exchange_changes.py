@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.control.entropy_budget import Vector
+from trl_entropy.estimators.control.entropy_control import Vector
 from trl_entropy.estimators.control.exchange import leave_one_out_advantages, reward_change_terms
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_measured, entropy_terms
 from trl_entropy.estimators.statistics.estimate import Linearization, delta_method

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trl_entropy.control.entropy_budget import half_gradients, halves_of
+from trl_entropy.control.entropy_control import half_gradients, score_prompt_halves
 from trl_entropy.engine import UpdateContext
 from trl_entropy.engine.adamw_step import preconditioner_of_step, predicted_update, read_before_step
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients
-from trl_entropy.estimators.control.entropy_budget import (
+from trl_entropy.estimators.control.entropy_control import (
     Correction,
     Vector,
     budget_products,
@@ -39,7 +39,7 @@ LOWER_LR = 0.5
 BONUSES = (0.003, 0.01, 0.03)  # TRL's entropy_coef
 FRACTIONS = (0.02, 0.1)  # of the step's tokens that Clip-Cov leaves out
 QUANTILES = (0.8, 1.0)  # of the covariances, between which it takes them
-BUDGETS = {"entropy_budget 0": 0.0, "entropy_budget 1/2": 0.5}  # share of the predicted change that is left
+BUDGETS = {"entropy_control 0": 0.0, "entropy_control 1/2": 0.5}  # share of the predicted change that is left
 
 # (covariances, advantages by token, mask, tokens to take, uniform numbers) -> the tokens that are left out of the loss
 Choice = Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor]
@@ -69,7 +69,7 @@ class MadeStep(NamedTuple):
         update: by parameter name.
         departure: length of its difference from the step of no control, over that step's, both in M^-1 (T19).
         num_tokens: left out of the loss.
-        infeasible: whether the cap of the entropy budget bound.
+        infeasible: whether the cap of the entropy control bound.
     """
 
     update: Vector
@@ -87,7 +87,7 @@ def steps_of_methods(
     Args:
         state: the checkpoint.
         rollouts: of one step, on-policy, one micro-batch, so that TRL's bonus is a mean over all their tokens.
-        probe: independent completions, of which the entropy budget takes grad h.
+        probe: independent completions, of which the entropy control takes grad h.
         seed: of the tokens that are chosen at random.
         batch_size: completions differentiated at a time.
     """
@@ -95,7 +95,7 @@ def steps_of_methods(
     contexts = {method: context_of(state, gradient) for method, gradient in gradients.items()}
     updates = {method: predicted_update(context) for method, context in contexts.items()}
     plain, metric = updates["none"], preconditioner_of_step(contexts["none"])
-    metric = floored_metric(metric, state.args.entropy_budget_metric_floor)
+    metric = floored_metric(metric, state.args.entropy_control_metric_floor)
     updates[f"lower_lr {LOWER_LR:g}"] = {name: LOWER_LR * d for name, d in plain.items()}
     asked = budget_corrections(state, contexts["none"], plain, metric, probe)
     updates |= {method: {n: d + change[n] for n, d in plain.items()} for method, (change, _) in asked.items()}
@@ -169,14 +169,14 @@ def context_of(state: FixedState, gradient: Vector) -> UpdateContext:
 def budget_corrections(
     state: FixedState, context: UpdateContext, step: Vector, metric: Vector, probe: Completions
 ) -> dict[str, tuple[Vector, Correction]]:
-    """What [`EntropyBudget`] adds to the step for each budget (T19), in its floored metric, and how it came about."""
+    """What [`EntropyControl`] adds to the step for each budget (T19), in its floored metric, and how it came about."""
     args, size = state.args, state.args.probe_batch_size
-    halves = halves_of(state.engine, state.before, probe, args.temperature, size)
+    halves = score_prompt_halves(state.engine, state.before, probe, args.temperature, size)
     gradients = half_gradients(state.engine, state.before, halves, args.temperature, size)
     products, g = budget_products(gradients, step, metric, context.gradient), mean_of(gradients)
     found = {}
     for method, share in BUDGETS.items():
-        asked = correction(products, share * products.change, floor=False, cap=args.entropy_budget_cap)
+        asked = correction(products, share * products.change, floor=False, cap=args.entropy_control_cap)
         change = {name: (asked.multiplier * m * g[name]).to(m.dtype) for name, m in metric.items()}
         found[method] = change, asked
     return found

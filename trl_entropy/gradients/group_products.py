@@ -29,7 +29,7 @@ AnyConsumer = TypeVar("AnyConsumer", bound=Consumer)
 Vector = Mapping[str, Float[Tensor, "..."]]
 
 
-class TrainingShares:
+class BackwardGroupGradients:
     """
     One float32 row (D numbers) for each prompt group of a step, summed over its micro-batches from training's own
     backward. A row is the group's share of this process's gradient: of any loss that is a sum over completions.

@@ -128,7 +128,7 @@ def float32_values(plan: Plan) -> Findings:
 
 def rows_of_groups(plan: Plan) -> Findings:
     """The limit that `RolloutEntropyProbe` checks when training begins, by its own function."""
-    if plan.shape is None or not plan.args.entropy_probe or plan.args.entropy_probe_source != "rollouts":
+    if plan.shape is None or not plan.args.entropy_probe or plan.args.entropy_probe_completions != "rollouts":
         return
     rows = plan.args.per_device_train_batch_size * plan.args.gradient_accumulation_steps
     try:

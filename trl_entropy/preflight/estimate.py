@@ -149,7 +149,7 @@ def probe_items(plan: Plan) -> dict[str, int]:
     """Each enabled probe's own: full float32 copies of what is trained, on every process, and its scoring."""
     args, copy = plan.args, 4 * shape_of(plan).num_trainable
     items: dict[str, int] = {}
-    if args.entropy_probe and args.entropy_probe_source == "rollouts":
+    if args.entropy_probe and args.entropy_probe_completions == "rollouts":
         items |= _rollouts_probe(plan, copy)
     elif args.entropy_probe:
         items |= _entropy_probe(plan, copy)
@@ -157,8 +157,8 @@ def probe_items(plan: Plan) -> dict[str, int]:
         items |= _noise_scale_probe(plan, copy)
     if args.fisher_probe:
         items |= _fisher_probe(plan, copy)
-    if args.entropy_budget != "none":
-        items |= _entropy_budget(plan, copy)
+    if args.entropy_control != "none":
+        items |= _entropy_control(plan, copy)
     if args.optimizer_state_probe:
         items["optimizer_state_probe"] = copy
     if items and (plan.engine.startswith("zero") or not args.entropy_probe):  # else it is one of the copies above
@@ -170,7 +170,7 @@ def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
     """Copies before and after, the update; gradient, moments besides for the second order; three more for (T9)."""
     args, shape = plan.args, shape_of(plan)
     order = 2 if args.entropy_second_order else 1
-    rows = min(args.probe_batch_size, max(1, args.entropy_probe_prompts // plan.world_size))
+    rows = min(args.probe_batch_size, max(1, args.entropy_probe_num_completions // plan.world_size))
     scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order)
     attributed = args.entropy_attribution != "none"
     if attributed:  # grad h, and g_i by sequence, are reverse passes
@@ -197,20 +197,20 @@ def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
     }
 
 
-def _entropy_budget(plan: Plan, copy: int) -> dict[str, int]:
+def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
     """
     Copy before, update, gradient, second moment, metric and the floored one, halves of grad h, their mean, correction;
     sums and means of the halves where there is a memory.
     """
     args, shape = plan.args, shape_of(plan)
-    from_probe = args.entropy_budget_source == "probe"
-    prompts = args.entropy_budget_prompts // plan.world_size if from_probe else plan.generation_rows
+    from_probe = args.entropy_control_completions == "probe"
+    prompts = args.entropy_control_num_completions // plan.world_size if from_probe else plan.generation_rows
     rows = min(args.probe_batch_size, max(1, prompts // 2))
     graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
     scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order=0)
     return {
-        "entropy_budget: copies": (14 if from_probe and args.entropy_budget_memory else 10) * copy,
-        "entropy_budget: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+        "entropy_control: copies": (14 if from_probe and args.entropy_control_gradient_ema else 10) * copy,
+        "entropy_control: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
     }
 
 
@@ -222,7 +222,7 @@ def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
     rows = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations) * copy
     from_training = plan.has_adapter and rows <= MAX_ROWS_BYTES
     items = {"noise_scale_probe: rows of (T14)": rows} if from_training else {}
-    if from_training and not args.noise_scale_halves:
+    if from_training and not args.noise_scale_within_prompt:
         return {"noise_scale_probe: copies": 3 * copy, **items}
     at_once = max(args.num_generations, min(args.probe_batch_size, args.per_device_train_batch_size))
     graph = memory.activations(shape, at_once, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
@@ -284,7 +284,7 @@ def probe_file_bytes(plan: Plan) -> int:
         return 0
     probed = plan.num_steps // args.entropy_probe_every
     kept = probed if args.probe_files_keep is None else min(probed, args.probe_files_keep)
-    held_out = 0 if args.entropy_probe_source == "rollouts" else args.entropy_probe_prompts
+    held_out = 0 if args.entropy_probe_completions == "rollouts" else args.entropy_probe_num_completions
     completion = 16 * plan.sequence_length + 24 * args.max_completion_length
     attributed = 0 if args.entropy_attribution == "none" else 20 * args.max_completion_length + 16
     return kept * ((held_out + plan.completions_per_step) * completion + plan.completions_per_step * attributed)

@@ -82,10 +82,10 @@ def cell(probe: str, engine: str, attention: str, quantisation: str) -> str:
 def probe_names(plan: Plan) -> list[str]:
     """Rows of the table that the plan turns on; a toggle that the table does not know keeps its name."""
     names = list(plan.args.enabled_probes())
-    if plan.args.entropy_probe and plan.args.entropy_probe_source == "rollouts":
+    if plan.args.entropy_probe and plan.args.entropy_probe_completions == "rollouts":
         names[names.index("entropy_probe")] = "entropy_probe (rollouts)"
     from_groups = plan.args.noise_scale_probe and plan.args.noise_scale_from == "groups"
-    if from_groups and (plan.args.noise_scale_halves or not plan.has_adapter):
+    if from_groups and (plan.args.noise_scale_within_prompt or not plan.has_adapter):
         names[names.index("noise_scale_probe")] = "noise_scale_probe (extra)"
     if plan.args.entropy_probe and plan.args.entropy_attribution != "none":
         names.append("entropy_attribution")

@@ -119,7 +119,7 @@ class StepAttribution:
         other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
         if update.correction:
             made = sum((gradient[name].double() * c.double()).sum() for name, c in update.correction.items())
-            other["entropy_budget"] = torch.as_tensor(made).reshape(1)
+            other["entropy_control"] = torch.as_tensor(made).reshape(1)
         attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions, other)
         self._add_to_record(contributions, rollouts, accelerator)
         self._write(trainer, rollouts, contributions, coefficients)

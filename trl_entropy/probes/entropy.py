@@ -91,15 +91,15 @@ class EntropyProbe(Probe):
 
     @classmethod
     def from_config(cls, args: Any) -> Probe:
-        if args.entropy_probe_source == "rollouts":
+        if args.entropy_probe_completions == "rollouts":
             return RolloutEntropyProbe.from_config(args)
         return cls(
             every=args.entropy_probe_every,
-            num_prompts=args.entropy_probe_prompts,
+            num_prompts=args.entropy_probe_num_completions,
             batch_size=args.probe_batch_size,
             second_order=args.entropy_second_order,
             placebo=args.entropy_placebo,
-            source=args.entropy_probe_source,
+            source=args.entropy_probe_completions,
             sampler=args.entropy_probe_sampler,
             attribution=args.entropy_attribution,
         )
@@ -210,7 +210,7 @@ class EntropyProbe(Probe):
         points = self._terms(before, before, accelerator), self._terms(after, before, accelerator)
         changes = step_changes(*points, self._second_order)
         logged = changes_logged(changes, prompts)
-        logged |= with_stderr("entropy/probe", policy_entropy(points[0].terms).estimate(prompts))
+        logged |= with_stderr("entropy/probe_batch", policy_entropy(points[0].terms).estimate(prompts))
         logged["entropy/importance_ess"] = importance_sample_size(*points)
         if self._completions.sampling_logps is not None:
             mean_weights = accelerator.gather(self._sampler_weights(before))

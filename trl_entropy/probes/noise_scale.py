@@ -27,7 +27,12 @@ from trl_entropy.estimators.noise.noise_scale import (
 from trl_entropy.estimators.optimizer.adamw import live_preconditioner
 from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts
 from trl_entropy.gradients.group_gradients import flat
-from trl_entropy.gradients.group_products import MicroBatchNorms, TrainingShares, half_products, products_by_extra_pass
+from trl_entropy.gradients.group_products import (
+    BackwardGroupGradients,
+    MicroBatchNorms,
+    half_products,
+    products_by_extra_pass,
+)
 from trl_entropy.probes.probe import Probe
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -78,12 +83,14 @@ class NoiseScaleProbe(Probe):
         super().__init__(every)
         self.batch_size, self.halves, self.source = batch_size, halves, source
         self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
-        self._shares: TrainingShares | MicroBatchNorms | None = None
+        self._shares: BackwardGroupGradients | MicroBatchNorms | None = None
         self._previous: NoiseParts | None = None  # of the step measured before, for (T15)
 
     @classmethod
     def from_config(cls, args: Any) -> NoiseScaleProbe:
-        return cls(args.noise_scale_probe_every, args.probe_batch_size, args.noise_scale_halves, args.noise_scale_from)
+        return cls(
+            args.noise_scale_probe_every, args.probe_batch_size, args.noise_scale_within_prompt, args.noise_scale_from
+        )
 
     # ---- events
 
@@ -92,7 +99,7 @@ class NoiseScaleProbe(Probe):
         if self.source == "micro_batches":
             return args.check_noise_scale_micro_batches(self.halves)
         if self.halves:
-            args.check_noise_scale_halves()
+            args.check_noise_scale_within_prompt()
         self._num_groups = args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations
         reason = why_extra_pass(model, self._num_groups)
         self._by_extra_pass = reason is not None
@@ -111,7 +118,9 @@ class NoiseScaleProbe(Probe):
             model = trainer.accelerator.unwrap_model(trainer.model)
             by_groups = self.source == "groups"
             self._shares = (
-                TrainingShares(model, self._num_groups) if by_groups else MicroBatchNorms(model, args.num_generations)
+                BackwardGroupGradients(model, self._num_groups)
+                if by_groups
+                else MicroBatchNorms(model, args.num_generations)
             )
         return self._shares.micro_batch(inputs["prompt_index"])
 
@@ -160,7 +169,7 @@ class NoiseScaleProbe(Probe):
         self, engine: Engine, update: UpdateContext, metric: Tensor | None
     ) -> tuple[list[GroupProducts], Tensor]:
         """From the rows of this process's groups, and the groups' numbers. Collective."""
-        assert isinstance(self._shares, TrainingShares), "around_micro_batch comes before on_before_update"
+        assert isinstance(self._shares, BackwardGroupGradients), "around_micro_batch comes before on_before_update"
         gradient = update.gradient
         with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"), fp32_strict():
             rows, prompt_index = self._shares.finish()

@@ -49,7 +49,7 @@ class Accepted(NamedTuple):
 
 class RolloutEntropyProbe(Probe):
     """
-    Entropy change of a step on its own rollouts U, without any generation: `entropy_probe_source="rollouts"`.
+    Entropy change of a step on its own rollouts U, without any generation: `entropy_probe_completions="rollouts"`.
 
     Before the update, (T17): what this step's gradient does to the entropy to first order, over pairs of *different*
     prompts (`entropy/delta_cross_prompt`) and, for comparison, with each group's effect on itself
@@ -101,7 +101,7 @@ class RolloutEntropyProbe(Probe):
         prompts = accelerator.gather(self._completions.prompt_index)
         self._prompts = prompts[self._accepted.of_rows]
         entropy = policy_entropy(self._terms).estimate(self._prompts)
-        metrics |= {"entropy/probe": entropy.value, "entropy/probe_stderr": entropy.stderr}
+        metrics |= {"entropy/probe_batch": entropy.value, "entropy/probe_batch_stderr": entropy.stderr}
         metrics["entropy/num_completions"] = entropy.num_samples
         if update.optimizer_step > 1:
             metrics |= self._predicted_changes(args, update, engine, rollouts.advantages, entropy.value)
@@ -197,9 +197,9 @@ def check_memory(num_groups: int, model: nn.Module) -> None:
     num_bytes = 2 * num_groups * num_parameters * 4
     if num_bytes > MAX_ROWS_BYTES:
         raise ValueError(
-            f"entropy_probe_source='rollouts' keeps two float32 gradients for each of a process's {num_groups} prompt "
-            f"groups of a step: {num_bytes / 2**30:.1f} GiB for {num_parameters} trainable parameters, the limit is "
-            f"{MAX_ROWS_BYTES / 2**30:.0f} GiB. Use entropy_probe_source='held_out', LoRA, or more processes."
+            f"entropy_probe_completions='rollouts' keeps two float32 gradients for each of a process's {num_groups} "
+            f"prompt groups of a step: {num_bytes / 2**30:.1f} GiB for {num_parameters} trainable parameters, the limit is "
+            f"{MAX_ROWS_BYTES / 2**30:.0f} GiB. Use entropy_probe_completions='held_out', LoRA, or more processes."
         )
 
 

@@ -40,7 +40,7 @@ class ColouredToken:
 
 
 @dataclass(frozen=True)
-class Mover:
+class AttributedCompletion:
     """A completion, token or prompt with what it did."""
 
     title: str
@@ -55,7 +55,7 @@ class WhoMovedIt:
     steps: str
     figure: Figure
     table: Table | None
-    completions: list[Mover]
+    completions: list[AttributedCompletion]
     sentences: list[str]
     prompts: list[str]
 
@@ -94,7 +94,7 @@ def who_moved_it(run: Run) -> WhoMovedIt | None:
     )  # fmt: skip
 
 
-def _completions(tokens: pd.DataFrame) -> list[Mover]:
+def _completions(tokens: pd.DataFrame) -> list[AttributedCompletion]:
     """Those that moved the entropy most, each token coloured by what it did."""
     sums = tokens.groupby(["step", "row"])["attribution"].sum()
     movers = []
@@ -104,7 +104,7 @@ def _completions(tokens: pd.DataFrame) -> list[Mover]:
         first = mine.iloc[0]
         outcome = OUTCOMES[int(first["advantage"] <= 0)]
         title = f"step {first['step']}, {outcome}, reward {first['reward']:.3g}: {sums[step, row]:+.2e} nats per token"
-        movers.append(Mover(title, [_coloured(token, largest) for token in mine.to_dict("records")]))
+        movers.append(AttributedCompletion(title, [_coloured(token, largest) for token in mine.to_dict("records")]))
     return movers
 
 

@@ -78,7 +78,7 @@ def _evaluation(runs: list[Run]) -> Section | None:
     return Section("Evaluation across checkpoints", text, figures, [checkpoint_table(run) for run in evaluated])
 
 
-def _undecided(runs: list[Run]) -> Section | None:
+def _high_entropy_section(runs: list[Run]) -> Section | None:
     figures = []
     for run in runs:
         tokens = run.evaluation_tokens
@@ -143,5 +143,5 @@ _SECTIONS: tuple[Callable[[list[Run]], Section | None], ...] = (
     _noise_scale,
     _kernel,
     _evaluation,
-    _undecided,
+    _high_entropy_section,
 )

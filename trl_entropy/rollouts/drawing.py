@@ -44,7 +44,8 @@ def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], s
             return chosen
     raise ValueError(
         f"the dataset has only {len(chosen)} distinct prompts beside those of this step, a probe batch takes "
-        f"{num_prompts}. Lower entropy_probe_prompts (entropy_budget_prompts), or use more training problems."
+        f"{num_prompts}. Lower entropy_probe_num_completions (entropy_control_num_completions), or train on more "
+        "problems."
     )
 
 

@@ -15,7 +15,7 @@ class Metric:
     """
     One key of `metrics.jsonl`. `reduce` says what crosses ranks and micro-batches before the one division: sums, a
     maximum, a histogram, (`"E"`) the per-completion sums of the probe batch, (`"U"`) products of prompt groups of the
-    step's own completions (`entropy_probe_source="rollouts"`), (`"groups"`) two products of each prompt group with the
+    step's own completions (`entropy_probe_completions="rollouts"`), (`"groups"`) two products of each prompt group with the
     gradient and itself, or (`"pairs"`) products of all pairs of completions.
 
     What a number is about: `"E"` is all prompts, or those of `eval_dataset`. TRL's keys on rewards and completions are
@@ -106,7 +106,7 @@ _RESAMPLING = [
 
 _ENTROPY = (
     [
-        Metric("entropy/probe", "nats/token", "entropy of the probe batch E before the step", "E"),
+        Metric("entropy/probe_batch", "nats/token", "entropy of the probe batch E before the step", "E"),
         Metric("entropy/num_completions", "completions", "size of E", "E"),
         Metric("entropy/importance_ess", "completions", "effective sample size of E after the step (T3)", "E"),
         Metric("entropy/sampler_ess", "completions", "the same of the weights of policy over sampler (vLLM)", "E"),
@@ -161,7 +161,7 @@ _PARTS = {
     "gradient": "what this step's own completions make by the policy loss",
     "kl": "what the KL to the reference makes (beta)",
     "entropy_bonus": "what TRL's entropy bonus makes (entropy_coef)",
-    "entropy_budget": "what the correction by entropy_budget makes",
+    "entropy_control": "what the correction by entropy_control makes",
 }
 RARE = 0.1  # a token is rare below this probability
 OUTCOMES = ("correct", "incorrect")
@@ -268,11 +268,11 @@ _FISHER = (
     ]
 )
 
-_ENTROPY_BUDGET = [
-    Metric(f"entropy_budget/{name}", unit_, text, "E")
+_ENTROPY_CONTROL = [
+    Metric(f"entropy_control/{name}", unit_, text, "E")
     for name, unit_, text in (
         ("entropy", "nats/token", "entropy before the step, of the control's own completions and the step's"),
-        ("budget", "nats/token", "change that the step was to make (T19)"),
+        ("target_change", "nats/token", "change that the step was to make (T19)"),
         ("delta_optimizer", "nats/token", "first-order change by the optimizer's step alone"),
         ("delta_predicted", "nats/token", "first-order change by the step with its correction"),
         (
@@ -281,8 +281,8 @@ _ENTROPY_BUDGET = [
             "change by the step before, between independent batches",
         ),
         ("slope", "1", "realised on predicted over the last 20 steps"),
-        ("lambda", "1", "coefficient of the correction, made or only reported"),
-        ("lambda_over_lr", "1", "the same over the learning rate: an entropy bonus's coefficient"),
+        ("correction_coefficient", "1", "coefficient of the correction, made or only reported"),
+        ("correction_coefficient_over_lr", "1", "the same over the learning rate: an entropy bonus's coefficient"),
         ("relative_size", "1", "length of the correction over that of the optimizer's step, in its metric"),
         ("infeasible", "1", "1 where the cap kept the correction below what the budget takes"),
         ("noise_share", "1", "part of <g, g> that is noise of the estimate of grad h"),
@@ -311,7 +311,7 @@ METRICS: dict[str, Metric] = {
     + _NOISE_SCALE
     + _FISHER
     + _ATTRIBUTION
-    + _ENTROPY_BUDGET
+    + _ENTROPY_CONTROL
     + _TOKEN_CONTROL
 }
 

@@ -29,15 +29,15 @@ _LINES: dict[str, tuple[str | None, Mapping[str, list[str]]]] = {
             *(f"entropy/delta_{name}" for name in _CHANGES), "entropy/delta_cross_prompt", "entropy/delta_in_sample",
         ],
         "what made it, nats/token": [f"entropy/delta_{part}" for part in ("momentum", "weight_decay", "gradient")],
-        "summed over the run, nats/token": ["entropy/probe", *(f"entropy/integral_{name}" for name in _CHANGES)],
+        "summed over the run, nats/token": ["entropy/probe_batch", *(f"entropy/integral_{name}" for name in _CHANGES)],
         "slope of measured on predicted": [f"entropy/cross_{name}_corrected_slope" for name in _CHANGES],
         "effective sample size of the probe batch": ["entropy/importance_ess", "entropy/num_completions"],
     }),
-    "Entropy held by its budget": ("entropy_budget", {
+    "Entropy held by its budget": ("entropy_control", {
         "change of a step, nats/token": [
-            f"entropy_budget/{name}" for name in ("delta_optimizer", "delta_predicted", "budget", "realised_previous")
+            f"entropy_control/{name}" for name in ("delta_optimizer", "delta_predicted", "target_change", "realised_previous")
         ],
-        "correction, in lengths of the step": ["entropy_budget/relative_size"],
+        "correction, in lengths of the step": ["entropy_control/relative_size"],
     }),
     "Gradient noise": ("noise_scale", {
         "signal to noise of a step": ["noise_scale/signal_to_noise", "noise_scale/adam_signal_to_noise"],

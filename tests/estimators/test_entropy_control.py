@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_policy import loglog_slope
 from tiny_step import TinyStep
 
-from trl_entropy.estimators.control.entropy_budget import (
+from trl_entropy.estimators.control.entropy_control import (
     BudgetProducts,
     PredictionCheck,
     RunningHalves,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.engine.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
-from trl_entropy.estimators.control.entropy_budget import (
+from trl_entropy.estimators.control.entropy_control import (
     BudgetProducts,
     Correction,
     PredictionCheck,
@@ -54,7 +54,7 @@ class Halves(NamedTuple):
     prompts: Tensor
 
 
-class EntropyBudget(Probe):
+class EntropyControl(Probe):
     """
     Corrects every optimizer step so that the policy's entropy changes by what it is to change by, to first order: the
     smallest correction in AdamW's metric (T19), applied to the float32 parameters when the optimizer is done. The
@@ -79,7 +79,7 @@ class EntropyBudget(Probe):
         draw: stand-in for the policy's sampling, `(step, rank) -> Completions`.
     """
 
-    name = "entropy_budget"
+    name = "entropy_control"
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class EntropyBudget(Probe):
         self.metric_floor, self.source, self.num_prompts = metric_floor, source, num_prompts
         self.batch_size, self.draw = batch_size, draw
         self.running = RunningHalves(memory if source == "probe" else 0.0)
-        self.check = PredictionCheck()
+        self.prediction_check = PredictionCheck()
         self.active = mode != "report"
         # Of the last step: predicted change, covariance of its error with that of the entropy, the entropy before.
         self._before: tuple[float, float, Estimate] | None = None
@@ -108,18 +108,18 @@ class EntropyBudget(Probe):
         self._loss = LossCoefficientRecorder()
 
     @classmethod
-    def from_config(cls, args: Any) -> EntropyBudget:
-        target = args.entropy_budget_target
-        gains = args.entropy_budget_gain, args.entropy_budget_integral_gain, args.entropy_budget_max_change
+    def from_config(cls, args: Any) -> EntropyControl:
+        target = args.entropy_control_target
+        gains = args.entropy_control_gain, args.entropy_control_integral_gain, args.entropy_control_max_change
         return cls(
-            mode=args.entropy_budget,
+            mode=args.entropy_control,
             set_point=None if target is None else SetPoint(target, *gains),
-            per_step=args.entropy_budget_per_step or 0.0,
-            cap=args.entropy_budget_cap,
-            metric_floor=args.entropy_budget_metric_floor,
-            source=args.entropy_budget_source,
-            memory=args.entropy_budget_memory,
-            num_prompts=args.entropy_budget_prompts,
+            per_step=args.entropy_control_per_step or 0.0,
+            cap=args.entropy_control_cap,
+            metric_floor=args.entropy_control_metric_floor,
+            source=args.entropy_control_completions,
+            memory=args.entropy_control_gradient_ema,
+            num_prompts=args.entropy_control_num_completions,
             batch_size=args.probe_batch_size,
         )
 
@@ -157,7 +157,7 @@ class EntropyBudget(Probe):
             self._own.clear()
             return
         params, temperature = update.params_before, args.temperature
-        halves = halves_of(engine, params, self._completions, temperature, self.batch_size)
+        halves = score_prompt_halves(engine, params, self._completions, temperature, self.batch_size)
         entropy = self._entropy(halves, engine)
         self._learn_realised(entropy, metrics, state)
         gradients = self.running.add(half_gradients(engine, params, halves, temperature, self.batch_size))
@@ -183,10 +183,16 @@ class EntropyBudget(Probe):
         before = None if self._before is None else [*self._before[:2], *vars(self._before[2]).values()]
         bias = None if self.set_point is None else self.set_point.bias
         kept = self.running.sums, self.running.weight
-        return {"pairs": self.check.pairs, "active": self.active, "before": before, "bias": bias, "running": kept}
+        return {
+            "pairs": self.prediction_check.pairs,
+            "active": self.active,
+            "before": before,
+            "bias": bias,
+            "running": kept,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.check.pairs = [tuple(pair) for pair in state["pairs"]]
+        self.prediction_check.pairs = [tuple(pair) for pair in state["pairs"]]
         self.active = state["active"] and self.mode != "report"
         self.running.sums, self.running.weight = state["running"]
         if state["before"] is not None:
@@ -233,24 +239,24 @@ class EntropyBudget(Probe):
 
     def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: Any) -> None:
         """Compare the last step's predicted change with what came; switch off where the predictions fail."""
-        metrics |= {"entropy_budget/entropy": entropy.value, "entropy_budget/entropy_stderr": entropy.stderr}
+        metrics |= {"entropy_control/entropy": entropy.value, "entropy_control/entropy_stderr": entropy.stderr}
         if self._before is None:
             return
         predicted, shared, before = self._before
         realised = difference(entropy, before)
-        self.check.add(predicted, realised, shared)
+        self.prediction_check.add(predicted, realised, shared)
         if self.set_point is not None:
             self.set_point.learn(predicted, realised.value)
-        slope, error = self.check.slope()
-        metrics |= {"entropy_budget/realised_previous": realised.value, "entropy_budget/slope": slope}
-        metrics["entropy_budget/slope_stderr"] = error
-        if self.active and self.check.failed:
+        slope, error = self.prediction_check.slope()
+        metrics |= {"entropy_control/realised_previous": realised.value, "entropy_control/slope": slope}
+        metrics["entropy_control/slope_stderr"] = error
+        if self.active and self.prediction_check.failed:
             self.active = False
             if state.is_world_process_zero:
                 logger.warning(
-                    "entropy_budget is off from step %d on: over %d steps the entropy changed by %.2f +- %.2f of what "
-                    "was predicted. Lower entropy_budget_cap or the learning rate, or raise entropy_budget_prompts.",
-                    state.global_step + 1, self.check.window, slope, 1.96 * error,
+                    "entropy_control is off from step %d on: over %d steps the entropy changed by %.2f +- %.2f of "
+                    "what was predicted. Lower the learning rate, or raise entropy_control_num_completions.",
+                    state.global_step + 1, self.prediction_check.window, slope, 1.96 * error,
                 )  # fmt: skip
 
     def _logged(
@@ -260,23 +266,25 @@ class EntropyBudget(Probe):
         made = {
             "delta_optimizer": products.change,
             "delta_predicted": asked.predicted if self.active else products.change,
-            "budget": budget,
-            "lambda": asked.multiplier,
-            "lambda_over_lr": asked.multiplier / lr if lr else float("nan"),
+            "target_change": budget,
+            "correction_coefficient": asked.multiplier,
+            "correction_coefficient_over_lr": asked.multiplier / lr if lr else float("nan"),
             "relative_size": asked.relative_size,
             "infeasible": float(asked.infeasible),
             "noise_share": products.noise_share,
             "price": products.price,
             "active": float(self.active),
         }
-        return {f"entropy_budget/{name}": value for name, value in made.items()}
+        return {f"entropy_control/{name}": value for name, value in made.items()}
 
 
-def halves_of(engine: Engine, params: Params, batch: Completions, temperature: float, batch_size: int) -> Halves:
+def score_prompt_halves(
+    engine: Engine, params: Params, batch: Completions, temperature: float, batch_size: int
+) -> Halves:
     """E or U, scored at `params`, before the step, split by prompt. Collective."""
     accelerator = engine.accelerator
     with (
-        rank_symmetric(accelerator, "scoring the completions of the entropy budget"),
+        rank_symmetric(accelerator, "scoring the completions of the entropy control"),
         engine.scoring_model(params) as model,
     ):
         scores = score(model, batch, temperature, batch_size, params)

@@ -1,4 +1,4 @@
-"""The entropy budget in training: steps follow it, moments do not see it, off is off, resumed, refused by name."""
+"""The entropy control in training: steps follow it, moments do not see it, off is off, resumed, refused by name."""
 
 import logging
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from trl_entropy.probes import Probe
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.directory import RunDirectory
 
-CONTROL = {"entropy_budget": "hold", "entropy_budget_per_step": 0.01, "entropy_budget_prompts": 16}
+CONTROL = {"entropy_control": "hold", "entropy_control_per_step": 0.01, "entropy_control_num_completions": 16}
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +43,20 @@ def moments(trainer):
 def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
     """Measured by the entropy probe, on completions of its own: 32 a step, 5 steps."""
     _, rows = trained(
-        make_trainer, problems, max_steps=5, entropy_probe=True, entropy_probe_prompts=32, learning_rate=3e-4,
-        entropy_attribution="sequence", entropy_budget_source=source,
-        **(CONTROL | {"entropy_budget_per_step": -0.01}),
+        make_trainer, problems, max_steps=5, entropy_probe=True, entropy_probe_num_completions=32, learning_rate=3e-4,
+        entropy_attribution="sequence", entropy_control_completions=source,
+        **(CONTROL | {"entropy_control_per_step": -0.01}),
     )  # fmt: skip
     for row in rows:
-        assert row["entropy_budget/budget"] == -0.01 and row["entropy_budget/active"] == 1
-        if row["entropy_budget/infeasible"] == 0:
-            assert row["entropy_budget/delta_predicted"] == pytest.approx(-0.01)
-        assert 0 < row["entropy_budget/relative_size"] <= 1 + 1e-6
+        assert row["entropy_control/target_change"] == -0.01 and row["entropy_control/active"] == 1
+        if row["entropy_control/infeasible"] == 0:
+            assert row["entropy_control/delta_predicted"] == pytest.approx(-0.01)
+        assert 0 < row["entropy_control/relative_size"] <= 1 + 1e-6
         assert abs(row["entropy/attribution_rounding"]) < 1e-3  # float32 parameters: small steps, rounded twice
-    assert sum(row["entropy/delta_entropy_budget"] for row in rows) < -0.03
-    predicted = sum(row["entropy_budget/delta_predicted"] for row in rows)
+    assert sum(row["entropy/delta_entropy_control"] for row in rows) < -0.03
+    predicted = sum(row["entropy_control/delta_predicted"] for row in rows)
     measured = sum(row["entropy/delta_measured"] for row in rows)
-    alone = sum(row["entropy_budget/delta_optimizer"] for row in rows)
+    alone = sum(row["entropy_control/delta_optimizer"] for row in rows)
     assert measured == pytest.approx(predicted, rel=0.6) and abs(alone) < 0.5 * abs(predicted)
 
 
@@ -72,14 +72,14 @@ class Watch(Probe):
 def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, problems, settings, pooled):
     watch = Watch()
     trainer, rows = trained(make_trainer, problems, callbacks=[watch], max_steps=1, **settings, **CONTROL)
-    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_budget"))
+    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_control"))
     trainer.model.load_state_dict(watch.params, strict=False)
     total = count = 0.0
     for completions in [control._completions, *([watch.rollouts] if pooled else [])]:
         entropy = score(trainer.model, completions, 1.0, 64).entropy[0]
         total += float(entropy[completions.completion_mask.bool()].double().sum())
         count += int(completions.completion_mask.sum())
-    assert rows[0]["entropy_budget/entropy"] == pytest.approx(total / count, rel=1e-6)
+    assert rows[0]["entropy_control/entropy"] == pytest.approx(total / count, rel=1e-6)
 
 
 def test_the_moments_never_see_it(make_trainer, problems):
@@ -97,12 +97,18 @@ def test_report_leaves_training_bit_identical(make_trainer, problems, source):
         trained(make_trainer, problems, max_steps=3, beta=0.1, **settings)
         for settings in (
             {},
-            {"entropy_budget": "report", "entropy_budget_source": source, "entropy_budget_prompts": 16},
+            {
+                "entropy_control": "report",
+                "entropy_control_completions": source,
+                "entropy_control_num_completions": 16,
+            },
         )
     )
     assert torch.equal(flat(plain), flat(reported))
-    assert all(row["entropy_budget/active"] == 0 and row["entropy_budget/lambda"] != 0 for row in rows)
-    assert rows[-1]["entropy_budget/price"] is not None and rows[-1]["entropy_budget/noise_share"] > 0
+    assert all(
+        row["entropy_control/active"] == 0 and row["entropy_control/correction_coefficient"] != 0 for row in rows
+    )
+    assert rows[-1]["entropy_control/price"] is not None and rows[-1]["entropy_control/noise_share"] > 0
 
 
 def test_a_resumed_run_is_the_unbroken_one(make_trainer, problems, tmp_path):
@@ -111,14 +117,14 @@ def test_a_resumed_run_is_the_unbroken_one(make_trainer, problems, tmp_path):
         for stop in stops:
             trainer, rows = trained(
                 make_trainer, problems, max_steps=stop, output_dir=str(tmp_path / name), save_strategy="steps",
-                save_steps=2, entropy_budget="hold", entropy_budget_target=6.0, entropy_budget_prompts=16,
+                save_steps=2, entropy_control="hold", entropy_control_target=6.0, entropy_control_num_completions=16,
                 resume_from_checkpoint="latest" if stop > stops[0] else None,
             )  # fmt: skip
         points.append(
-            (flat(trainer), [{k: v for k, v in row.items() if k.startswith("entropy_budget")} for row in rows])
+            (flat(trainer), [{k: v for k, v in row.items() if k.startswith("entropy_control")} for row in rows])
         )
     assert torch.equal(points[0][0], points[1][0]) and points[0][1] == points[1][1]
-    assert "entropy_budget/slope" in points[0][1][-1]
+    assert "entropy_control/slope" in points[0][1][-1]
 
 
 def test_composes_with_lora_losses_and_off_policy_steps(make_trainer, problems):
@@ -129,22 +135,22 @@ def test_composes_with_lora_losses_and_off_policy_steps(make_trainer, problems):
     _, rows = trained(
         make_trainer, problems, peft_config=peft_config, max_steps=3, learning_rate=3e-3, **settings, **CONTROL
     )
-    assert all(row["entropy_budget/lambda"] > 0 for row in rows)
+    assert all(row["entropy_control/correction_coefficient"] > 0 for row in rows)
 
 
 def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, caplog):
     trainer = make_trainer(dataset=problems, max_steps=2, lr_scheduler_type="constant", **CONTROL)
-    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_budget"))
+    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_control"))
     for _ in range(20):
-        control.check.add(0.01, Estimate(-0.01, 0.001, 30.0, 16))
+        control.prediction_check.add(0.01, Estimate(-0.01, 0.001, 30.0, 16))
     control.load_state_dict(control.state_dict() | {"before": [1e-9, 0.0, 9.0, 0.001, 30.0, 16]})
     with caplog.at_level(logging.WARNING, logger="trl_entropy"):
         trainer.train()
-    (message,) = (record.getMessage() for record in caplog.records if "entropy_budget" in record.getMessage())
-    assert "off from step 1 on" in message and "entropy_budget_cap" in message
+    (message,) = (record.getMessage() for record in caplog.records if "entropy_control" in record.getMessage())
+    assert "off from step 1 on" in message and "entropy_control_cap" in message
     rows = RunDirectory(trainer.args.output_dir).metrics()
-    assert [row["entropy_budget/active"] for row in rows] == [0, 0]
-    assert rows[0]["entropy_budget/delta_predicted"] == rows[0]["entropy_budget/delta_optimizer"]
+    assert [row["entropy_control/active"] for row in rows] == [0, 0]
+    assert rows[0]["entropy_control/delta_predicted"] == rows[0]["entropy_control/delta_optimizer"]
 
 
 def test_a_step_that_was_dropped_leaves_nothing_to_the_next():
@@ -163,15 +169,15 @@ def test_a_step_that_was_dropped_leaves_nothing_to_the_next():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"entropy_budget": "keep"}, "entropy_budget to one of"),
-        ({"entropy_budget_source": "probes"}, "entropy_budget_source to one of"),
-        ({"entropy_budget_per_step": None}, "either entropy_budget_target or entropy_budget_per_step"),
-        ({"entropy_budget_target": 0.3}, "either entropy_budget_target or entropy_budget_per_step"),
+        ({"entropy_control": "keep"}, "entropy_control to one of"),
+        ({"entropy_control_completions": "probes"}, "entropy_control_completions to one of"),
+        ({"entropy_control_per_step": None}, "either entropy_control_target or entropy_control_per_step"),
+        ({"entropy_control_target": 0.3}, "either entropy_control_target or entropy_control_per_step"),
         ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
-        ({"entropy_budget_gain": 0.0}, "entropy_budget_gain"),
-        ({"entropy_budget_prompts": 5}, "entropy_budget_prompts to a multiple of 2"),
+        ({"entropy_control_gain": 0.0}, "entropy_control_gain"),
+        ({"entropy_control_num_completions": 5}, "entropy_control_num_completions to a multiple of 2"),
         ({"fisher_probe": True, "fisher_num_sequences": 12}, "fisher_probe=False"),
-        ({"entropy_budget_source": "rollouts", "num_iterations": 2}, "num_iterations=1"),
+        ({"entropy_control_completions": "rollouts", "num_iterations": 2}, "num_iterations=1"),
         ({"top_k": 5}, "top_k=5"),
     ],
     ids=str,
