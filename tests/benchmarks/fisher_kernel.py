@@ -32,7 +32,7 @@ from sequence_gradients import Ways, build, peak_memory
 from step_time import interval
 from torch import Tensor
 
-from trl_entropy.estimators.rows.row_kernels import Gram, ParameterNorms, blockwise_gram
+from trl_entropy.estimators.kernel.row_kernels import Gram, ParameterNorms, blockwise_gram
 from trl_entropy.estimators.rows.row_sums import DotProducts, Several
 
 try:

@@ -88,22 +88,6 @@ def second_tangent_terms(
     )
 
 
-def tangent_terms_from_dot_products(
-    contributions: Float[Tensor, "B"], terms: RatioTerms, length_change: float = 0.0
-) -> RatioTerms:
-    """(T8b): stand-in for `tangent_terms` where only c_i = N'_i - h D'_i is known, from a reverse pass.
-
-    c_i is the gradient of `surrogate_terms` of completion i, dotted with the update; h = sum N / sum D.
-    `length_change` = sum D' / sum D, the relative change of the mean length to first order: measured, it is
-    sum D(theta + dtheta) / sum D(theta) - 1. Exact, in value and influence, in every function of this file that takes
-    tangents, for any c_i; a `length_change` left at 0 leaves the value and neglects in the standard error that h was
-    estimated on the same completions.
-    """
-    policy_entropy = terms.numerator.sum() / terms.denominator.sum()
-    denominator = length_change * terms.denominator
-    return RatioTerms(contributions.double() + policy_entropy * denominator, denominator)
-
-
 def policy_entropy(terms: RatioTerms) -> Linearization:
     """(T6): the entropy per token, sum N / sum D, in nats. Bias O(1/B), of a ratio."""
     return delta_method(lambda m: m[0] / m[1], torch.stack(terms, 1))
@@ -142,17 +126,6 @@ def delta_second_order(terms: RatioTerms, tangents: RatioTerms, second_tangents:
     """(T10): grad h . dtheta + dtheta' (hess h) dtheta / 2, in nats; known before the step. Otherwise as (T8)."""
     columns = torch.stack([*terms, *tangents, *second_tangents], 1)
     return delta_method(lambda m: _slope(m) + _curvature(m) / 2, columns)
-
-
-def curvature_from_hessian_vector_product(
-    surrogate_curvature: Float[Tensor, ""], delta_linear: Float[Tensor, ""], length_change: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """(T10): dtheta' (hess h) dtheta, in nats, from the Hessian of `ratio_surrogate` summed over micro-batches.
-
-    R'' = dtheta' (hess surrogate) dtheta - 2 R' sum D' / sum D: the surrogate, a sum over completions, lacks the
-    change of the ratio's denominator. `length_change` = sum D' / sum D as in `tangent_terms_from_dot_products`.
-    """
-    return surrogate_curvature.double() - 2 * delta_linear.double() * length_change.double()
 
 
 def critical_step(delta_linear: Float[Tensor, ""], curvature: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trl_entropy.estimators.statistics.importance import WeightForm, accumulate_transposed, importance_weights
+from trl_entropy.estimators.statistics.importance import WeightForm, accumulate_transposed
 
 
 def score_coefficients(
@@ -81,23 +81,3 @@ def entropy_surrogate(
         baseline=baseline,
     )
     return terms.sum() / num_tokens
-
-
-def ratio_surrogate(
-    token_entropy: Float[Tensor, "B T"],
-    per_token_logps: Float[Tensor, "B T"],
-    sampling_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
-    policy_entropy: float,
-    num_tokens: float | int,
-    form: WeightForm = "decision",
-) -> Float[Tensor, ""]:
-    """(T10): a scalar whose gradient is grad h and whose Hessian enters `curvature_from_hessian_vector_product`.
-
-    sum_i sum_k w_ik (H_ik - h) / `num_tokens` with the weights of (T6) left differentiable. At theta, on-policy,
-    `sampling_logps` are `per_token_logps.detach()`. `policy_entropy` and `num_tokens` as in `entropy_surrogate`.
-    """
-    mask = completion_mask.bool()
-    weights = importance_weights(per_token_logps, sampling_logps.detach(), mask, form)
-    centred = (token_entropy.double() - policy_entropy).where(mask, 0.0)  # before the product: a nan has no gradient
-    return (weights * centred).sum() / num_tokens

@@ -4,7 +4,6 @@ Rows phi_i = grad S_i (N, D) are score gradients of whole completions, nats per 
 They may come one parameter block at a time. Sketched rows (T13) serve too, with M = 1: they carry sqrt(M) already.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,15 +12,6 @@ from torch import Tensor
 
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.pooled import jackknife_covariance
-from trl_entropy.estimators.statistics.u_statistic import cross_gram
-
-
-class KernelBlock(NamedTuple):
-    """What one block of parameters contributes to K, and how many of its parameters have no metric and none of K."""
-
-    gram: Float[Tensor, "N N"]
-    num_parameters: int
-    num_left_out: int
 
 
 class Spectrum(NamedTuple):
@@ -39,33 +29,6 @@ class PromptNull(NamedTuple):
     null_mean: float
     null_stddev: float
     p_value: float
-
-
-def kernel_block(rows: Float[Tensor, "N D"], preconditioner: Float[Tensor, "D"] | None = None) -> KernelBlock:
-    """(T12): a block's share of K_ij = phi_i' M phi_j, in float64; K is the sum over blocks.
-
-    `preconditioner` is `live_preconditioner`, 0 where parameters were never updated; those are counted. M = 1 (SGD, or
-    a sketch) by default. nats^2 per unit of the update's coefficient. Cost O(N^2 D).
-    """
-    left_out = 0 if preconditioner is None else int((preconditioner == 0).sum())
-    return KernelBlock(cross_gram(rows, rows, preconditioner), rows.shape[1], left_out)
-
-
-def fisher_kernel(blocks: Iterable[KernelBlock]) -> KernelBlock:
-    """(T12): the kernel of all blocks together, one after the other if they come from a generator."""
-    first, *rest = blocks
-    for block in rest:
-        first = KernelBlock(*(a + b for a, b in zip(first, block, strict=True)))
-    return first
-
-
-def block_shares(
-    grams: Mapping[str, Float[Tensor, "N N"]], statistic: Callable[[Float[Tensor, "N N"]], Float[Tensor, ""]]
-) -> dict[str, float]:
-    """Each block's share of a *linear* statistic of K, such as `torch.trace`; the shares sum to 1."""
-    values = {name: float(statistic(gram)) for name, gram in grams.items()}
-    whole = sum(values.values())
-    return {name: value / whole for name, value in values.items()}
 
 
 def cosine_kernel(gram: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:

@@ -82,15 +82,3 @@ def change_agreement(
     pooled = PooledParts.empty(2).update(sum_over_prompts(sums))
     top, bottom = torch.eye(2, dtype=torch.float64)
     return pooled.ratio(top, bottom), float(torch.corrcoef(torch.stack([predicted, measured]))[0, 1])
-
-
-def score_form_coefficients(
-    sequence_logps: Float[Tensor, "B"], num_tokens: Int[Tensor, "B"] | Float[Tensor, "B"], policy_entropy: float
-) -> Float[Tensor, "B"]:
-    """(T12): w_i = -(S_i + h T_i) / sum T, with which sum_i w_i grad S_i is grad h in expectation only.
-
-    Turns changes of S_i into one of the entropy, sum_i w_i (change of S_i), from scores alone. Unbiased with h and
-    E[T] given, bias O(1/B) with their estimates; more variance than (T8), which has the token entropies' gradients.
-    """
-    lengths = num_tokens.double()
-    return -(sequence_logps.double() + policy_entropy * lengths) / lengths.sum()

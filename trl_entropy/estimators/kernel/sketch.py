@@ -66,13 +66,3 @@ class CountSketch:
             coefficient = int.from_bytes(digest[8 * i : 8 * i + 8], "little") % _PRIME
             value = (value * positions + coefficient) % _PRIME
         return value
-
-
-def sketch_stderr(gram: Float[Tensor, "N N"], dim: int) -> Float[Tensor, "N N"]:
-    """(T13): the standard error of every entry of a sketched Gram, sqrt((K_ii K_jj + K_ij^2)/dim).
-
-    Relative to sqrt(K_ii K_jj) that is sqrt((1 + cos^2)/dim): sqrt(2/dim) on the diagonal. An upper bound: the exact
-    variance has 2 sum_d M_d^2 x_id^2 x_jd^2 / dim less, which no Gram knows and which many-parameter rows do not have.
-    """
-    diagonal = gram.double().diagonal()
-    return ((diagonal.outer(diagonal) + gram.double().square()) / dim).sqrt()

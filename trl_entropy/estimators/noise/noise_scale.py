@@ -21,10 +21,7 @@ from torch import Tensor
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts, jackknife_covariance, means_without_one
 from trl_entropy.estimators.statistics.u_statistic import (
-    jackknife_variance,
-    row_means,
     row_means_from_products,
-    u_statistic_variance,
 )
 
 _BLOCK = 2**14  # columns of rows that are summed in their own dtype
@@ -87,17 +84,6 @@ def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> flo
     return float((ratio - 1).abs())
 
 
-def noise_parts(group_sq_norms: Float[Tensor, "P"], batch_sq_norm: float) -> NoiseParts:
-    """(T14): |G|^2 = (P |g|^2 - mean_n |Y_n|^2)/(P-1), tr(Sigma) = P/(P-1) (mean_n |Y_n|^2 - |g|^2), from one batch.
-
-    `group_sq_norms` are |Y_n|^2 and `batch_sq_norm` |g|^2, in squared units of the gradient or of the metric (T16).
-    Unbiased if groups are independent and identically distributed. P = 1: nan.
-    Source: McCandlish et al., arXiv:1812.06162, A.1, with group and batch as the two sizes.
-    """
-    num_prompts = len(group_sq_norms)
-    return noise_parts_two_sizes(group_sq_norms, batch_sq_norm, 1, num_prompts)
-
-
 def noise_parts_two_sizes(
     small_sq_norms: Float[Tensor, "K"], big_sq_norm: float, small_size: int, big_size: int
 ) -> NoiseParts:
@@ -145,7 +131,8 @@ def jackknifed_parts(
 
     `group_dot_batch` are Y_n . g, whose mean is |g|^2. |g_-n|^2 needs them, and no pair of groups: |G|^2 is the
     U-statistic of (T17) with X = Y, so that |G|^2_-n = (P |G|^2 - 2 r_n)/(P - 2). `half_products` are Y_a . Y_b of
-    `half_advantages`. P < 3: covariance nan. Its part from |G|^2 is conservative: see `unbiased_parts`.
+    `half_advantages`. P < 3: covariance nan.
+    Its part from |G|^2 is conservative: where all products of pairs are known an unbiased one is (T17).
     """
     sq_norms = group_sq_norms.double()
     num_prompts = len(sq_norms)
@@ -157,20 +144,6 @@ def jackknifed_parts(
     values = torch.stack([signal, *(mean.mean() - signal for mean in means)])
     left_out = torch.stack([signal_left_out, *(means_without_one(mean) - signal_left_out for mean in means)], 1)
     return StepParts(values, jackknife_covariance(left_out), num_prompts)
-
-
-def unbiased_parts(gram: Float[Tensor, "P P"], half_products: Float[Tensor, "P"] | None = None) -> StepParts:
-    """(T14), (T17): as `jackknifed_parts`, from all products Y_n . Y_m, with an unbiased covariance; P < 4: nan.
-
-    Only the variance of |G|^2 is overstated by the jackknife, and enters the other parts with the opposite sign. One
-    step's variance may come out negative; it is for pooling.
-    """
-    gram = gram.double()
-    parts = jackknifed_parts(gram.diagonal(), gram.mean(1), half_products)
-    excess = jackknife_variance(row_means(gram)) - u_statistic_variance(gram)
-    signs = -torch.ones_like(parts.values)
-    signs[0] = 1.0
-    return parts._replace(covariance=parts.covariance - excess * signs.outer(signs))
 
 
 def half_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
@@ -207,7 +180,7 @@ class NoiseScaleRecord:
         return cls(PooledParts.empty(3 if with_halves else 2))
 
     def update(self, step: StepParts) -> "NoiseScaleRecord":
-        """The record with one step added: its `jackknifed_parts`, or its `unbiased_parts` where pairs are known."""
+        """The record with one step added: its parts with their covariance, such as `jackknifed_parts`."""
         return NoiseScaleRecord(self.parts.update(step))
 
     def merge(self, other: "NoiseScaleRecord") -> "NoiseScaleRecord":

@@ -3,7 +3,7 @@
 A *row* is what the caller numbers: a sequence, or a group of sequences whose gradients are summed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,22 +165,6 @@ class Rows(Consumer):
             block[int(rows[0]) : int(rows[-1]) + 1] = grads
         else:
             block.index_copy_(0, rows.to(block.device), grads.to(block.dtype))
-
-
-class Blocks(Consumer):
-    """
-    Hands every parameter's rows (R, *shape) of a micro-batch to a function and forgets them: for sketches, for Grams.
-
-    Args:
-        function: called with the parameter's name, its gradients for all rows of the micro-batch, in float32 or
-            float64 and read only, and the rows' numbers (on the CPU); parameters come in any order, each once.
-    """
-
-    def __init__(self, function: Callable[[str, Float[Tensor, "R *shape"], Int[Tensor, " R"]], None]) -> None:
-        self.function = function
-
-    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        self.function(name, gradients.whole, rows)
 
 
 class HalfProducts(Consumer):

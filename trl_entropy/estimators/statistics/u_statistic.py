@@ -6,7 +6,6 @@ gradient. Everything is a function of the Gram `gram[n, m]` = X_n' M Y_m, with M
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,17 +14,6 @@ from torch import Tensor
 from trl_entropy.estimators.statistics.estimate import Estimate
 
 _GRAM_COLUMNS = 2**22
-
-
-class ZetaComponents(NamedTuple):
-    """(T17): Hoeffding's variances of the symmetric kernel k_nm = (X_n' M Y_m + X_m' M Y_n) / 2.
-
-    `zeta_1` is the variance of its mean given one group, `zeta_2` its variance over pairs. Estimates are unbiased and
-    may be negative.
-    """
-
-    zeta_1: float
-    zeta_2: float
 
 
 def cross_gram(
@@ -80,14 +68,6 @@ def u_statistic_variance(gram: Float[Tensor, "P P"]) -> float:
     return (between_rows - between_pairs) / (num_prompts * (num_prompts - 2) * (num_prompts - 3))
 
 
-def zeta_components(gram: Float[Tensor, "P P"]) -> ZetaComponents:
-    """(T17): zeta_1 and zeta_2, unbiased for P >= 4 (else nan); zeta_1 near 0 says that noise dominates."""
-    num_prompts, variance = len(gram), u_statistic_variance(gram)
-    zeta_2 = _pair_variance(gram) + variance
-    zeta_1 = (num_prompts * (num_prompts - 1) * variance - 2 * zeta_2) / (4 * (num_prompts - 2))
-    return ZetaComponents(zeta_1, zeta_2)
-
-
 def jackknife_variance(row_means: Float[Tensor, "P"]) -> float:
     """(T17): the variance of U without the Gram of pairs, conservative: 2 times too large where noise dominates.
 
@@ -109,33 +89,6 @@ def u_statistic_jackknife_estimate(row_means: Float[Tensor, "P"]) -> Estimate:
     num_prompts = len(row_means)
     value = float(row_means.double().mean())
     return _estimate(value, jackknife_variance(row_means), float(num_prompts - 1), num_prompts)
-
-
-def independent_batches_variance(gram: Float[Tensor, "P Q"]) -> float:
-    """(T18): the variance of Xbar'M Ybar over fresh draws of both batches; unbiased, negative at times.
-
-    y'Sx y/P + x'Sy x/Q - tr(Sx Sy)/(P Q) with the sample means for x, y: they contain tr(Sx Sy) twice, so that it is
-    subtracted, where the population means would have it added. P < 2 or Q < 2: nan.
-    """
-    gram = gram.double()
-    num_x, num_y = gram.shape
-    centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
-    trace = centred.square().sum() / torch.tensor((num_x - 1) * (num_y - 1), dtype=torch.float64)
-    return float(gram.mean(1).var() / num_x + gram.mean(0).var() / num_y - trace / (num_x * num_y))
-
-
-def independent_batches_estimate(gram: Float[Tensor, "P Q"]) -> Estimate:
-    """(T18): Xbar'M Ybar of two independent batches of P and Q groups, with its error over fresh draws of both.
-
-    stderr is nan where the estimated variance is negative. Degrees of freedom after Satterthwaite, from the smaller of
-    P - 1 and Q - 1 up to their sum; `num_samples` = P + Q. This is not the error of a prediction for a given update:
-    that is (T8b).
-    """
-    gram = gram.double()
-    num_x, num_y = gram.shape
-    over_x, over_y = gram.mean(1).var() / num_x, gram.mean(0).var() / num_y
-    dof = (over_x + over_y).square() / (over_x.square() / (num_x - 1) + over_y.square() / (num_y - 1))
-    return _estimate(float(gram.mean()), independent_batches_variance(gram), float(dof), num_x + num_y)
 
 
 def _pair_variance(gram: Float[Tensor, "P P"]) -> float:
