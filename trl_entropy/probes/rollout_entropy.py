@@ -198,8 +198,9 @@ def check_memory(num_groups: int, model: nn.Module) -> None:
     if num_bytes > MAX_ROWS_BYTES:
         raise ValueError(
             f"entropy_probe_completions='rollouts' keeps two float32 gradients for each of a process's {num_groups} "
-            f"prompt groups of a step: {num_bytes / 2**30:.1f} GiB for {num_parameters} trainable parameters, the limit is "
-            f"{MAX_ROWS_BYTES / 2**30:.0f} GiB. Use entropy_probe_completions='held_out', LoRA, or more processes."
+            f"prompt groups of a step: {num_bytes / 2**30:.1f} GiB for {num_parameters} trainable parameters, the "
+            f"limit is {MAX_ROWS_BYTES / 2**30:.0f} GiB. Use LoRA, more processes, or "
+            "entropy_probe_completions='held_out'."
         )
 
 

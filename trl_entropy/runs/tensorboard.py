@@ -1,4 +1,4 @@
-"""TensorBoard's custom scalars of a run: what belongs together is drawn together, and a resumed run goes on in its folder."""
+"""TensorBoard's tab of custom scalars draws together what belongs together; a resumed run goes on in its folder."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ _LINES: dict[str, tuple[str | None, Mapping[str, list[str]]]] = {
         "slope of measured on predicted": [f"entropy/cross_{name}_corrected_slope" for name in _CHANGES],
         "effective sample size of the probe batch": ["entropy/importance_ess", "entropy/num_completions"],
     }),
-    "Entropy held by its budget": ("entropy_control", {
+    "Entropy control": ("entropy_control", {
         "change of a step, nats/token": [
-            f"entropy_control/{name}" for name in ("delta_optimizer", "delta_predicted", "target_change", "realised_previous")
+            f"entropy_control/{name}"
+            for name in ("delta_optimizer", "delta_predicted", "target_change", "realised_previous")
         ],
         "correction, in lengths of the step": ["entropy_control/relative_size"],
     }),
