@@ -90,7 +90,7 @@ def plot_prediction(axes: Axes, rows: Rows, predictor: str) -> Axes:
     return axes
 
 
-def plot_integral(axes: Axes, integral: dict[str, Any]) -> Axes:
+def plot_integral(axes: Axes, integral: Mapping[str, Any]) -> Axes:
     """Entropy of each step's fresh completions (95 %), and the start plus the sum of predicted changes."""
     errors = [1.96 * error for error in integral["fresh_stderr"]]
     axes.errorbar(

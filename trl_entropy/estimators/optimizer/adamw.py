@@ -39,7 +39,7 @@ def adamw_moments(
     really applied. The arguments are left as they are.
     """
     clipped = grad * clip_factor
-    return exp_avg.lerp(clipped, 1 - betas[0]), exp_avg_sq * betas[1] + (1 - betas[1]) * clipped.square()
+    return exp_avg.lerp(clipped, 1 - betas[0]), _second_moment(clipped, exp_avg_sq, betas[1])
 
 
 def preconditioner(
@@ -84,7 +84,7 @@ def adamw_update_parts(
     `preconditioner` and `gradient_coefficient` for that.
     """
     beta1, beta2 = settings.betas
-    _, exp_avg_sq_after = adamw_moments(grad, exp_avg, exp_avg_sq, settings.betas, clip_factor)
+    exp_avg_sq_after = _second_moment(grad * clip_factor, exp_avg_sq, beta2)
     metric = preconditioner(exp_avg_sq_after, step, beta2, settings.eps)
     return UpdateParts(
         momentum=-settings.lr * beta1 / (1 - beta1**step) * metric * exp_avg,
@@ -122,7 +122,13 @@ def gradient_metric(
     This step's `grad` is in M; arguments as in `adamw_update_parts`. 0 where no gradient ever was: see
     `live_preconditioner`.
     """
-    clipped = grad * clip_factor
-    exp_avg_sq_after = exp_avg_sq * settings.betas[1] + (1 - settings.betas[1]) * clipped.square()
+    exp_avg_sq_after = _second_moment(grad * clip_factor, exp_avg_sq, settings.betas[1])
     metric = live_preconditioner(exp_avg_sq_after, step, settings.betas[1], settings.eps)
     return gradient_coefficient(settings, step, clip_factor) * metric
+
+
+def _second_moment(
+    clipped: Float[Tensor, "*shape"], exp_avg_sq: Float[Tensor, "*shape"], beta2: float
+) -> Float[Tensor, "*shape"]:
+    """v' = b2 v + (1-b2) (c g)^2."""
+    return exp_avg_sq * beta2 + (1 - beta2) * clipped.square()

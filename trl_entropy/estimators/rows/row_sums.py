@@ -4,7 +4,6 @@ A *row* is what the caller numbers: a sequence, or a group of sequences whose gr
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +15,9 @@ ByName = Mapping[str, Float[Tensor, "..."]]
 
 
 class Consumer:
-    """Takes each parameter's gradients once per micro-batch; memory that it keeps is its own affair."""
+    """Takes each parameter's gradients once per micro-batch, and makes `values` of them (but for [`Several`])."""
+
+    values: Float[Tensor, "..."]
 
     def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Called once before all else, with the shapes of the trainable parameters in their order."""
@@ -196,7 +197,7 @@ class Several(Consumer):
     """Hands everything to each of its `consumers`, of one pass."""
 
     def __init__(self, *consumers: Consumer) -> None:
-        self.consumers: tuple[Any, ...] = consumers
+        self.consumers = consumers
 
     def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         for consumer in self.consumers:
