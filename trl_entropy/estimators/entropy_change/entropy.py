@@ -1,4 +1,4 @@
-"""The entropy of the next-token distribution and the log-probability of the token drawn, from logits in chunks."""
+"""The entropy of the next-token distribution and the log-probability of the token drawn, from logits."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,10 +10,10 @@ def entropy_and_logps(
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Per-token entropy H (Rao-Blackwell form) and log-probability S of the drawn token, in nats.
 
-    With p = softmax(logits / temperature): H = -sum_v p_v log p_v and S = log p_o. The logits that come from position
-    k-1 predict token k: the caller shifts. -S is the sampled form of H (surprisal): the same expectation, no smaller
-    variance. Computed in float32, or in float64 for float64 logits. Logits of -inf give nan (0 times inf): this is the
-    entropy of the full vocabulary.
+    With p = softmax(logits / temperature): H = -sum_v p_v log p_v and S = log p_o. The logits from position k-1
+    predict token k, and the caller shifts them. -S is the sampled form of H (surprisal), with the same expectation and
+    no smaller variance. Computed in float32, or in float64 for float64 logits. Logits of -inf give nan (0 times inf),
+    since this is the entropy of the full vocabulary.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_probs = (logits / temperature).log_softmax(-1)

@@ -1,6 +1,6 @@
-"""What can be asked of per-row gradients as they come, parameter by parameter, micro-batch by micro-batch.
+"""Norms, dot products and sums of per-row gradients, made as these come: by parameter and by micro-batch.
 
-A *row* is what the caller numbers: a sequence, or a group of sequences whose gradients are summed.
+A *row* is whatever the caller gives a number: a sequence, or a group of sequences whose gradients are summed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ class Consumer:
     values: Float[Tensor, "..."]
 
     def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-        """Called once before all else, with the shapes of the trainable parameters in their order."""
+        """Called once, before everything else, with the shapes of the trainable parameters in their order."""
 
     def begin(self, rows: Int[Tensor, " R"]) -> None:
-        """Called before a micro-batch, with the numbers of its rows (on the CPU, no number twice)."""
+        """Called before each micro-batch, with the numbers of its rows, on the CPU and each once."""
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        """Called with each parameter's gradients for these rows, parameters in any order."""
+        """Called with each parameter's gradients for these rows; parameters come in any order."""
         raise NotImplementedError
 
 
@@ -34,12 +34,12 @@ class SquaredNorms(Consumer):
     """
     G_n' M G_n of every row's gradient, (T14), (T16); float64, in `values` (N,).
 
-    Local to the process. A square needs the whole sum, so all sequences of a row must come in one micro-batch; where
-    groups are scattered, collect `Rows` and square these.
+    Local to the process. A square needs the whole sum, so that all sequences of a row must come in one micro-batch.
+    Where groups are scattered over micro-batches, collect `Rows` and square these.
 
     Args:
         num_rows: N.
-        metric: the diagonal of M by parameter name; 1 if not given.
+        metric: the diagonal of M by parameter name, by default 1.
 
     Raises:
         ValueError: if a row comes in a second micro-batch, or `metric` does not fit the parameters.
@@ -101,15 +101,16 @@ class DotProducts(Consumer):
 
 class Rows(Consumer):
     """
-    The gradients themselves, in one buffer `values` (N, D), D in the order of `trainable_parameters`. Local.
+    The gradients themselves, in one buffer `values` (N, D), with D in the order of `trainable_parameters`. Local to
+    the process.
 
-    A row that comes in several micro-batches is summed, in the buffer's dtype: float32 for groups that are scattered.
+    A row that comes in several micro-batches is summed in the buffer's dtype, which should then be float32.
 
     Args:
-        num_rows: N. The buffer takes N x D numbers of `dtype`.
+        num_rows: N. The buffer holds N x D numbers of `dtype`.
         dtype: of the buffer. A gradient is rounded to it once, after scaling.
-        scale: factors by parameter name: sqrt(M) for `values @ values.T` to be the kernel of (T12).
-        out: a buffer (N, D) to use again, whose dtype counts; rows that do not come keep what it has.
+        scale: factors by parameter name; with sqrt(M), `values @ values.T` is the kernel of (T12).
+        out: a buffer (N, D) to use again, in its own dtype; rows that do not come are left as they are.
 
     Attributes:
         columns: each parameter's share of D.
@@ -170,7 +171,8 @@ class Rows(Consumer):
 
 class HalfProducts(Consumer):
     """
-    (T14): G_2n . G_2n+1 of every pair of rows, float64, in `values` (N,), for halves of a group. Local.
+    (T14): G_2n . G_2n+1 of every pair of rows, which are halves of a group; float64, in `values` (N,). Local to the
+    process.
 
     Both rows of a pair must come in one micro-batch.
     """
@@ -185,7 +187,7 @@ class HalfProducts(Consumer):
 
     def begin(self, rows: Int[Tensor, " R"]) -> None:
         if rows.tolist() != [number for pair in (rows // 2).unique().tolist() for number in (2 * pair, 2 * pair + 1)]:
-            raise ValueError(f"rows {rows.tolist()} are no whole pairs of halves 2n, 2n + 1")
+            raise ValueError(f"rows {rows.tolist()} are not whole pairs of halves 2n, 2n + 1")
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         whole = gradients.whole
@@ -194,7 +196,7 @@ class HalfProducts(Consumer):
 
 
 class Several(Consumer):
-    """Hands everything to each of its `consumers`, of one pass."""
+    """Passes everything on to each of its `consumers`, so that one pass serves them all."""
 
     def __init__(self, *consumers: Consumer) -> None:
         self.consumers = consumers
