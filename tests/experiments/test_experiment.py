@@ -318,10 +318,10 @@ def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -
 @pytest.mark.parametrize("settings, message", [
     ({"without": ["optimizer.pt"]}, "has no optimizer.pt; train with save_only_model=False"),
     ({"without": ["model.safetensors"]}, "has no model.safetensors"),
-    ({"without": ["config.yaml"]}, "has no config.yaml; the checkpoint must lie in the directory of its run"),
+    ({"without": ["config.yaml"]}, "has no config.yaml; the checkpoint must be in the directory of its run"),
     ({"extra": ["adapter_config.json"]}, "holds a LoRA adapter"),
-    ({"task": "gsm8k"}, "was trained on gsm8k; only the embedded task, word_problems"),
-    ({"model_config": {"vocab_size": 151936}}, "a model of 151936 token embeddings; only the embedded model"),
+    ({"task": "gsm8k"}, "was trained on gsm8k; experiments know only the embedded task"),
+    ({"model_config": {"vocab_size": 151936}}, "a model of 151936 token embeddings; experiments know only"),
     ({"loss_type": "grpo"}, "ran with loss_type='grpo'"),
     ({"beta": 0.04}, "ran with beta=0.04"),
 ])  # fmt: skip
@@ -351,7 +351,7 @@ def test_a_run_that_does_not_say_its_task_is_refused(tmp_path):
 def test_options_and_names_are_checked(tmp_path):
     for arguments, message in (
         (["calibrate"], "no experiment 'calibrate'"),
-        (["calibration", "--checkpoint", str(tmp_path / "nothing")], "is no folder"),
+        (["calibration", "--checkpoint", str(tmp_path / "nothing")], "is not a folder"),
         (["calibration", "--checkpoint", str(tmp_path), "--u-prompts", "3"], "--u-prompts is 3; use 4 or more"),
     ):
         with pytest.raises(SystemExit, match=message):
