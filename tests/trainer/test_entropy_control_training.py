@@ -63,16 +63,16 @@ def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
 class Watch(Probe):
     """Keeps a step's completions and the parameters that it starts from."""
 
-    def on_rollouts(self, args, state, control, *, rollouts, trainer, **kwargs):
+    def on_rollouts(self, args, state, control, *, rollouts, model, **kwargs):
         self.rollouts = Completions.of(rollouts)
-        self.params = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+        self.params = {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
 @pytest.mark.parametrize("settings, pooled", [({}, True), ({"num_iterations": 2}, False)], ids=str)
 def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, problems, settings, pooled):
     watch = Watch()
     trainer, rows = trained(make_trainer, problems, callbacks=[watch], max_steps=1, **settings, **CONTROL)
-    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_control"))
+    control = trainer.probe_runner.named_probes()["EntropyControl"]
     trainer.model.load_state_dict(watch.params, strict=False)
     total = count = 0.0
     for completions in [control._completions, *([watch.rollouts] if pooled else [])]:
@@ -140,7 +140,7 @@ def test_composes_with_lora_losses_and_off_policy_steps(make_trainer, problems):
 
 def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, caplog):
     trainer = make_trainer(dataset=problems, max_steps=2, lr_scheduler_type="constant", **CONTROL)
-    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_control"))
+    control = trainer.probe_runner.named_probes()["EntropyControl"]
     for _ in range(20):
         control.prediction_check.add(0.01, Estimate(-0.01, 0.001, 30.0, 16))
     control.load_state_dict(control.state_dict() | {"before": [1e-9, 0.0, 9.0, 0.001, 30.0, 16]})

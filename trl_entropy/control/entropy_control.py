@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.engine.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
 from trl_entropy.estimators.control.entropy_control import (
@@ -28,11 +28,10 @@ from trl_entropy.estimators.control.entropy_control import (
 )
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms, policy_entropy
 from trl_entropy.estimators.statistics.estimate import Estimate
-from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_of, weighted_logps
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
 
 logger = logging.getLogger(__name__)
@@ -105,10 +104,9 @@ class EntropyControl(Probe):
         self._before: tuple[float, float, Estimate] | None = None
         # Of the step's own completions, this process's: entropy terms and prompts.
         self._own: list[tuple[RatioTerms, Tensor]] = []
-        self._loss = LossCoefficientRecorder()
 
     @classmethod
-    def from_config(cls, args: Any) -> EntropyControl:
+    def from_config(cls, args: DrGRPOConfig) -> EntropyControl:
         target = args.entropy_control_target
         gains = args.entropy_control_gain, args.entropy_control_integral_gain, args.entropy_control_max_change
         return cls(
@@ -123,22 +121,22 @@ class EntropyControl(Probe):
             batch_size=args.probe_batch_size,
         )
 
+    @property
+    def needs_loss_coefficients(self) -> bool:
+        return self.source == "rollouts"
+
+    def reset(self) -> None:
+        self._own.clear()
+
     # ---- events
 
-    def around_micro_batch(self, args, state, control, *, inputs, **kwargs: Any) -> AbstractContextManager[Any]:
-        return self._loss.around(inputs) if self.source == "rollouts" else nullcontext()
-
-    def on_micro_batch(
-        self, args, state, control, *, metrics, inputs, mask, loss_logps, loss_entropy, token_entropy, **kwargs: Any
-    ) -> None:
-        if self.source == "rollouts":
-            self._loss.watch(inputs, loss_logps, loss_entropy)
-        elif args.rollouts_are_the_policys():
+    def on_micro_batch(self, args, state, control, *, metrics, inputs, mask, token_entropy, **kwargs: Any) -> None:
+        if self.source != "rollouts" and args.rollouts_are_the_policys():
             terms = entropy_terms(token_entropy, mask.double(), mask)
             self._own.append((terms, inputs["prompt_index"]))
 
     def on_before_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, rollouts, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, sampler, rollouts, **kwargs: Any
     ) -> None:
         step, rank = state.global_step + 1, engine.accelerator.process_index
         if self.source == "rollouts":
@@ -146,14 +144,13 @@ class EntropyControl(Probe):
         elif self.draw is not None:
             self._completions = self.draw(step, rank)
         else:
-            self._completions = trainer.draw_probe_batch(self.num_prompts, "held_out", step + _OTHER_DRAW)
+            self._completions = sampler.draw(self.num_prompts, "held_out", step + _OTHER_DRAW)
         read_before_step(update)
 
     def on_after_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, record, **kwargs: Any
     ) -> None:
         if update.step_skipped:
-            self._loss.forget()
             self._own.clear()
             return
         params, temperature = update.params_before, args.temperature
@@ -164,7 +161,7 @@ class EntropyControl(Probe):
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
         products = budget_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
-            change = self._change_across_halves(args, update, engine, rollouts, gradients)
+            change = self._change_across_halves(args, update, engine, record, gradients)
             products = products._replace(change=change)
         budget = self.per_step if self.set_point is None else self.set_point.budget(entropy.value)
         asked = correction(products, budget, self.mode == "floor", self.cap)
@@ -214,17 +211,18 @@ class EntropyControl(Probe):
 
     def _change_across_halves(
         self,
-        args: Any,
+        args: DrGRPOConfig,
         update: UpdateContext,
         engine: Engine,
-        rollouts: RolloutBatch,
+        record: StepRecord,
         gradients: tuple[Vector, Vector],
     ) -> float:
         """
         g . d with this step's gradient in d crossed over halves: on the step's own completions the plain product also
         holds each prompt's effect on itself. Collective.
         """
-        found = self._loss.of_step(rollouts.completion_mask, args, engine.accelerator.num_processes)
+        found, rollouts = record.loss_coefficients, record.rollouts
+        assert found is not None, "needs_loss_coefficients"
         coefficients = found.policy if found.kl is None else found.policy + found.kl
         even = rollouts.prompt_index % 2 == 0
         with (

@@ -18,7 +18,7 @@ from trl_entropy.engine.adamw_step import predicted_update
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import own_randomness
 from trl_entropy.tasks.arguments import load_task
@@ -64,9 +64,10 @@ class Policy:
 
     def draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> Completions:
         """One completion of each problem."""
-        return self.trainer.draw_completions([self.problems[int(row)]["prompt"] for row in problems], seed)
+        prompts = [self.problems[int(row)]["prompt"] for row in problems]
+        return self.trainer.probe_batches.draw_completions(prompts, seed)
 
-    def draw_rollouts(self, problems: np.ndarray, num_generations: int, seed: tuple[int, ...]) -> dict[str, Any]:
+    def draw_rollouts(self, problems: np.ndarray, num_generations: int, seed: tuple[int, ...]) -> TrainingBatch:
         """TRL's batch of a group of completions for each problem, rewarded; groups follow one another."""
         inputs = [self.problems[int(row)] for row in problems.repeat(num_generations)]
         self.trainer.num_generations = num_generations

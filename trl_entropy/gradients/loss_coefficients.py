@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.attribution.shares import kl_coefficients
-
-_REFERENCE = "ref_per_token_logps"
+from trl_entropy.rollouts.batch import TrainingBatch
 
 
 class LossCoefficients(NamedTuple):
@@ -45,27 +44,27 @@ class LossCoefficientRecorder:
         self._log_ratios: list[Tensor] = []
 
     @contextlib.contextmanager
-    def around(self, inputs: dict[str, Any]) -> Iterator[None]:
+    def around(self, inputs: TrainingBatch) -> Iterator[None]:
         """Around a micro-batch's forward and backward: have the loss differentiated by its reference, if any."""
-        given = inputs.get(_REFERENCE)
+        given = inputs.get("ref_per_token_logps")
         if given is not None:
-            inputs[_REFERENCE] = given.detach().clone().requires_grad_()
-            inputs[_REFERENCE].register_hook(self._by_reference.append)
+            inputs["ref_per_token_logps"] = given.detach().clone().requires_grad_()
+            inputs["ref_per_token_logps"].register_hook(self._by_reference.append)
         try:
             yield
         finally:
             if given is not None:
-                inputs[_REFERENCE] = given
+                inputs["ref_per_token_logps"] = given
 
     def watch(
-        self, inputs: dict[str, Any], loss_logps: Float[Tensor, "b T"], loss_entropy: Float[Tensor, "b T"]
+        self, inputs: TrainingBatch, loss_logps: Float[Tensor, "b T"], loss_entropy: Float[Tensor, "b T"]
     ) -> None:
         """Between a micro-batch's forward and backward."""
         loss_logps.register_hook(self._by_logps.append)
         if loss_entropy.requires_grad:
             loss_entropy.register_hook(self._by_entropy.append)
-        if _REFERENCE in inputs:
-            self._log_ratios.append(inputs[_REFERENCE].detach() - loss_logps.detach())
+        if "ref_per_token_logps" in inputs:
+            self._log_ratios.append(inputs["ref_per_token_logps"].detach() - loss_logps.detach())
 
     def forget(self) -> None:
         """Leave out what was watched since the last step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.engine.adamw_step import predicted_update
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
@@ -36,9 +36,11 @@ from trl_entropy.estimators.statistics.importance import effective_sample_size, 
 from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
+from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import changes_logged, with_stderr
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
 
 _NOISE_FLOOR_EVERY = 10  # probed steps between two measurements of rounding noise, which hardly changes
@@ -104,28 +106,29 @@ class EntropyProbe(Probe):
             attribution=args.entropy_attribution,
         )
 
-    # ---- events
+    # ---- before training
 
-    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+    @property
+    def needs_loss_coefficients(self) -> bool:
+        return self.attribution is not None
+
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         if self.attribution is not None:
             self.attribution.check(args, model)
 
-    def around_micro_batch(self, args, state, control, *, inputs, **kwargs: Any) -> AbstractContextManager[Any]:
-        return nullcontext() if self.attribution is None else self.attribution.loss.around(inputs)
+    def reset(self) -> None:
+        for parts in self._rivals.values():
+            parts.clear()
 
-    def on_micro_batch(
-        self, args, state, control, *, metrics, inputs, per_token_logps, loss_logps, loss_entropy, mask, **kwargs: Any
-    ) -> None:
-        if self.attribution is not None:
-            self.attribution.loss.watch(inputs, loss_logps, loss_entropy)
+    # ---- events
+
+    def on_micro_batch(self, args, state, control, *, metrics, inputs, per_token_logps, mask, **kwargs: Any) -> None:
         for name, terms in _RIVALS.items():
             self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
 
-    def on_before_update(self, args, state, control, *, metrics, update, engine, trainer, **kwargs: Any) -> None:
+    def on_before_update(self, args, state, control, *, metrics, update, engine, sampler, **kwargs: Any) -> None:
         step, rank, start = state.global_step + 1, engine.accelerator.process_index, time.perf_counter()
-        draw = self.draw or (
-            lambda step, _: trainer.draw_probe_batch(self.num_prompts, self.source, step, self.sampler)
-        )
+        draw = self.draw or (lambda step, _: sampler.draw(self.num_prompts, self.source, step, self.sampler))
         self._completions = draw(step, rank)
         metrics["time/entropy_draw"] = time.perf_counter() - start
         params = update.params_before
@@ -136,16 +139,14 @@ class EntropyProbe(Probe):
         if self.attribution is not None:
             self.attribution.before_update(update)
 
-    def on_after_update(
-        self, args, state, control, *, metrics, update, engine, rollouts, trainer, **kwargs: Any
-    ) -> None:
+    def on_after_update(self, args, state, control, *, metrics, update, engine, record, files, **kwargs: Any) -> None:
         before = self._score(engine, args, update.params_before, update.update)
         after = self._score(engine, args, update.params_after, update.update)
         metrics |= self._changes(before, after, engine.accelerator)
         metrics |= self._rival_changes(engine.accelerator)
         if self.attribution is not None:
             probe = self._batch_before(before, metrics["entropy/delta_linear"], engine.accelerator)
-            metrics |= self.attribution.after_update(trainer, update, engine, rollouts, probe)
+            metrics |= self.attribution.after_update(args, update, engine, record, probe, files)
         if self._num_probed % _NOISE_FLOOR_EVERY == 0:
             metrics |= self._noise_floor(before, args, update, engine)
         if computes_below_float32(engine):
@@ -154,7 +155,7 @@ class EntropyProbe(Probe):
             metrics |= self._placebo(before, args, update, engine)
         metrics |= self.agreement.metrics()
         self._num_probed += 1
-        self._write(trainer, state.global_step + 1, before, after, engine.accelerator)
+        self._write(files, record, before, after, engine.accelerator)
 
     # ---- resuming
 
@@ -314,14 +315,14 @@ class EntropyProbe(Probe):
         return logged
 
     def _write(
-        self, trainer: Any, step: int, before: TokenScores, after: TokenScores, accelerator: Accelerator
+        self, files: ProbeFiles, record: StepRecord, before: TokenScores, after: TokenScores, accelerator: Accelerator
     ) -> None:
         """`probes/entropy/step_*.safetensors`: with checkpoints s-1 and s anyone can recompute every number."""
         tensors = self._completions.tensors()
         tensors |= {"logps_before": before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": before.entropy[0], "entropy_after": after.entropy[0]}
-        trainer.write_probe_file(self.name, step, tensors, distribution="all prompts")
-        trainer.write_rollouts(step)
+        files.write(self.name, record.step, tensors, distribution="all prompts")
+        files.write_rollouts(record.step, record.rollouts)
 
 
 def computes_below_float32(engine: Engine) -> bool:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.adamw_step import adamw_settings
 from trl_entropy.estimators.entropy_change.cross_prompt import (
@@ -29,7 +30,9 @@ from trl_entropy.estimators.statistics.importance import effective_sample_size, 
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
 from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 
@@ -79,15 +82,17 @@ class RolloutEntropyProbe(Probe):
         self._said_undefined = False
 
     @classmethod
-    def from_config(cls, args: Any) -> RolloutEntropyProbe:
+    def from_config(cls, args: DrGRPOConfig) -> RolloutEntropyProbe:
         return cls(every=args.entropy_probe_every, batch_size=args.probe_batch_size)
 
-    # ---- events
+    # ---- before training
 
-    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         args.check_rollouts_source()
         num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_memory(num_rows // args.num_generations, model)
+
+    # ---- events
 
     def on_before_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
@@ -114,7 +119,7 @@ class RolloutEntropyProbe(Probe):
             )
 
     def on_after_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, record, files, **kwargs: Any
     ) -> None:
         after = self._score(engine, args, update.params_after)
         terms = self._entropy_terms(after, engine.accelerator)
@@ -122,7 +127,7 @@ class RolloutEntropyProbe(Probe):
         metrics |= {"entropy/delta_in_sample": change.value, "entropy/delta_in_sample_stderr": change.stderr}
         mean_weights = terms.denominator / self._terms.denominator
         metrics["entropy/importance_ess"] = effective_sample_size(mean_weights).item()
-        self._write(trainer, state.global_step + 1, after)
+        self._write(args, files, record, after)
 
     # ---- measuring
 
@@ -174,14 +179,14 @@ class RolloutEntropyProbe(Probe):
         ):
             return group_rows(model, self._completions, advantages, args, entropy, num_tokens, num_prompts, batch_size)
 
-    def _write(self, trainer: Any, step: int, after: TokenScores) -> None:
+    def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, after: TokenScores) -> None:
         """`probes/entropy/step_*.safetensors`, as from held-out prompts; the completions are the update batch."""
         tensors = self._completions.tensors()
         tensors |= {"logps_before": self._before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": self._before.entropy[0], "entropy_after": after.entropy[0]}
-        if trainer.args.resample_uninformative_groups:
+        if args.resample_uninformative_groups:
             tensors["accepted"] = self._accepted.here
-        trainer.write_probe_file(self.name, step, tensors)
+        files.write(self.name, record.step, tensors)
 
 
 def accepted_of(args: Any, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:

@@ -30,6 +30,7 @@ from trl_entropy.runs.metrics import unit
 from trl_entropy.runs.strict_json import from_line, to_line
 
 _PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
+_LATER = "added_later"  # marks a line of metrics.jsonl that belongs to an earlier one
 CHECKPOINT_SUMMARY = "summary.json"  # of an evaluated checkpoint; a folder without it is not finished
 _ENVIRONMENT_PREFIXES = ("ACCELERATE_", "CUDA_", "HF_HUB_", "OMP_NUM_", "TORCH_", "NCCL_", "WORLD_SIZE")
 
@@ -71,6 +72,10 @@ class RunDirectory:
         self._end_last_line()
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(to_line({"step": step, **_plain(scalars)}) + "\n")
+
+    def append_later(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Add numbers to a step whose line is written already: a line of their own, which readers join to it."""
+        self.append_metrics(step, {_LATER: True, **scalars})
 
     def append_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Put one row into `evaluation/metrics.csv`, in place of an older one of the same step."""
@@ -170,7 +175,7 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """
         Lines of `metrics.jsonl` in order of step, nan and infinities as they were logged; half a line is passed over,
-        of equal steps the last wins.
+        of equal steps the last wins, joined by what was added later.
         """
         if not self.metrics_path.exists():
             return []
@@ -180,7 +185,8 @@ class RunDirectory:
                 row = from_line(line)
             except json.JSONDecodeError:
                 continue  # the run was killed inside this line, or is writing it now
-            rows[row["step"]] = row
+            earlier = rows.get(row["step"], {}) if row.pop(_LATER, False) else {}
+            rows[row["step"]] = earlier | row
         return [rows[step] for step in sorted(rows)]
 
     def evaluation(self) -> list[dict[str, Any]]:

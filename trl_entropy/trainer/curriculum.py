@@ -57,6 +57,7 @@ class PassRateSampler(Sampler[int]):
         self._next_turn = 0
         self._drawn: list[list[int]] = []  # the generations of this epoch
         self._to_replay: list[list[int]] = []
+        self.resumes_within_epoch = False
 
     def __len__(self) -> int:
         return (self.num_prompts // self.batch_size) * self.batch_size * self.mini_repeat_count * self.repeat_count
@@ -118,13 +119,11 @@ class PassRateSampler(Sampler[int]):
             "drawn": self._drawn,
         }
 
-    def load_state_dict(self, state: dict[str, Any], within_epoch: bool) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Go on from a state.
-
-        Args:
-            within_epoch: whether the next iteration is that of the same epoch, whose draws it then repeats first.
+        Go on from a state. Where `resumes_within_epoch` says so, the next iteration is that of the same epoch, whose
+        draws it then repeats first.
         """
         self.rates, self._turn, self._next_turn = state["rates"], state["turn"], state["next_turn"]
         self.generator.set_state(state["generator"])
-        self._to_replay = state["drawn"] if within_epoch else []
+        self._to_replay = state["drawn"] if self.resumes_within_epoch else []

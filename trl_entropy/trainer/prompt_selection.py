@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from trl_entropy.rollouts.batch import GenerationBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key, prompts_of
 from trl_entropy.rollouts.groups import group_numbers, groups_with_different_rewards
 from trl_entropy.trainer.curriculum import PassRateSampler
@@ -29,7 +30,7 @@ from trl_entropy.trainer.group_resampling import (
     round_size,
 )
 from trl_entropy.trainer.resumable import ResumableTrainer
-from trl_entropy.trainer.training_state import plain_logs, restore_logs
+from trl_entropy.trainer.training_state import StateOwner, plain_logs, restore_logs
 
 
 class PromptSelectingTrainer(ResumableTrainer):
@@ -42,6 +43,14 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     _rewards: Tensor
     _replacements: PassRateSampler | None = None
+
+    def state_owners(self) -> dict[str, StateOwner]:
+        owners = super().state_owners()
+        if isinstance(self._train_sampler, PassRateSampler):
+            owners["curriculum"] = self._train_sampler
+        if self._replacements is not None:
+            owners["replacements"] = self._replacements
+        return owners
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.curriculum == "none" and not self.args.resample_uninformative_groups:
@@ -71,7 +80,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         self._rewards = weighted.nansum(dim=1).masked_fill(unscored, torch.nan)
         return rewards_per_func
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
         columns = list(inputs[0])
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
@@ -81,7 +90,7 @@ class PromptSelectingTrainer(ResumableTrainer):
             batch = self._replace_uninformative_groups(batch, columns)
         if isinstance(self._train_sampler, PassRateSampler):
             sizes = self._train_sampler.bucket_sizes()
-            self.record({f"curriculum/num_{name}": size for name, size in sizes.items()})
+            self.record_metrics({f"curriculum/num_{name}": size for name, size in sizes.items()})
         return batch
 
     # ---- curriculum
@@ -102,7 +111,7 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     # ---- uninformative groups
 
-    def _replace_uninformative_groups(self, batch: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    def _replace_uninformative_groups(self, batch: GenerationBatch, columns: list[str]) -> GenerationBatch:
         """Draw and score other prompts until every group has different rewards or the bound is reached. Collective."""
         start, rounds = time.perf_counter(), [self._scored_round(batch)]
         taken = {row for prompt in self._prompts_scored_last() for row in self._rows_of_prompt[prompt]}
@@ -121,7 +130,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         self._record_resampling(rounds, time.perf_counter() - start)
         return rounds[0].batch if len(rounds) == 1 else self._filled(rounds, chosen)
 
-    def _scored_round(self, batch: dict[str, Any]) -> ScoredRound:
+    def _scored_round(self, batch: GenerationBatch) -> ScoredRound:
         numbers = group_numbers(len(self._rewards), self.num_generations, 0, self._rewards.device)
         informative = groups_with_different_rewards(self._rewards, numbers)
         return ScoredRound(batch, self._rewards, informative, plain_logs(self._logs, last=len(self._rewards)))
@@ -159,14 +168,13 @@ class PromptSelectingTrainer(ResumableTrainer):
             for row in repeated[rank * share : (rank + 1) * share]
         ]
 
-    def _filled(self, rounds: list[ScoredRound], chosen: list[tuple[int, int]]) -> dict[str, Any]:
+    def _filled(self, rounds: list[ScoredRound], chosen: list[tuple[int, int]]) -> GenerationBatch:
         """The batch of the chosen groups; rewards and tables likewise. Collective."""
         rank, size = self.accelerator.process_index, self.num_generations
         pad_token_id = self._tokenizer.pad_token_id
         fill = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
         batch = filled_batch(rounds, chosen, size, rank, fill)
-        loss_mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask_of(batch).sum()).sum()
         self._rewards = filled_rewards(rounds, chosen, size)
         restore_logs(self._logs, filled_logs(rounds, chosen, size))
         return batch
@@ -189,7 +197,8 @@ class PromptSelectingTrainer(ResumableTrainer):
         if num_accepted:
             metrics["completions_per_accepted_group"] = num_drawn * self.num_generations / num_accepted
             metrics["tokens_per_accepted_group"] = num_tokens / num_accepted
-        self.record({f"resampling/{name}": value for name, value in metrics.items()} | {"time/resampling": seconds})
+        self.record_metrics({f"resampling/{name}": value for name, value in metrics.items()})
+        self.record_metrics({"time/resampling": seconds})
 
 
 def check_selection(args: Any, dataset: Any) -> None:
