@@ -88,6 +88,7 @@ def pack_completions(
         input_ids=torch.cat([prompts, completions], dim=1),
         attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
         completion_mask=completion_mask,
+        loss_mask=completion_mask,
         prompt_index=torch.arange(first_prompt, first_prompt + len(prompt_ids), device=device),
         sampling_logps=None if sampling_logps is None else padded(sampling_logps, 0.0, "right", torch.float32),
     )
