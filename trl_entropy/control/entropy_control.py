@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
@@ -33,6 +34,7 @@ from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_o
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class EntropyControl(Probe):
         memory: float = 0.7,
         num_prompts: int = 128,
         batch_size: int = 64,
-        draw: Any = None,
+        draw: Callable[[int, int], Completions] | None = None,
     ) -> None:
         super().__init__(every=1)
         self.mode, self.set_point, self.per_step, self.cap = mode, set_point, per_step, cap
@@ -176,7 +178,7 @@ class EntropyControl(Probe):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         before = None if self._before is None else [*self._before[:2], *vars(self._before[2]).values()]
         bias = None if self.set_point is None else self.set_point.bias
         kept = self.running.sums, self.running.weight
@@ -188,7 +190,7 @@ class EntropyControl(Probe):
             "running": kept,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.prediction_check.pairs = [tuple(pair) for pair in state["pairs"]]
         self.active = state["active"] and self.mode != "report"
         self.running.sums, self.running.weight = state["running"]
@@ -235,7 +237,7 @@ class EntropyControl(Probe):
             gradients, _summed(share, engine), update.gradient, update.update, metric_of_step(update)
         )
 
-    def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: Any) -> None:
+    def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: TrainerState) -> None:
         """Compare the last step's predicted change with what came; switch off where the predictions fail."""
         metrics |= {"entropy_control/entropy": entropy.value, "entropy_control/entropy_stderr": entropy.stderr}
         if self._before is None:

@@ -33,7 +33,7 @@ from trl_entropy.estimators.entropy_change.step_change import (
 )
 from trl_entropy.estimators.statistics.estimate import Linearization
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
-from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
@@ -42,6 +42,7 @@ from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.state import StateDict
 
 _NOISE_FLOOR_EVERY = 10  # probed steps between two measurements of rounding noise, which hardly changes
 _RIVALS = {"cov_natural": natural_gradient_terms, "cov_policy_gradient": policy_gradient_terms}
@@ -92,7 +93,7 @@ class EntropyProbe(Probe):
         self._earlier_update: dict[str, Tensor] | None = None
 
     @classmethod
-    def from_config(cls, args: Any) -> Probe:
+    def from_config(cls, args: DrGRPOConfig) -> Probe:
         if args.entropy_probe_completions == "rollouts":
             return RolloutEntropyProbe.from_config(args)
         return cls(
@@ -159,7 +160,7 @@ class EntropyProbe(Probe):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {
             "agreement": self.agreement.state_dict(),
             "num_probed": self._num_probed,
@@ -167,7 +168,7 @@ class EntropyProbe(Probe):
             "attribution": self.attribution and self.attribution.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.agreement.load_state_dict(state["agreement"])
         self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
         if self.attribution is not None and state.get("attribution"):  # it may be turned on later
@@ -176,7 +177,13 @@ class EntropyProbe(Probe):
     # ---- measuring
 
     def _score(
-        self, engine: Engine, args: Any, params: Any, direction: Any, order: int = 1, batch_size: int | None = None
+        self,
+        engine: Engine,
+        args: DrGRPOConfig,
+        params: Params,
+        direction: Params | None,
+        order: int = 1,
+        batch_size: int | None = None,
     ) -> TokenScores:
         """Score E in float32 with `params` in the model. Local inside; all ranks fail together."""
         with (
@@ -226,7 +233,9 @@ class EntropyProbe(Probe):
         self._add_to_agreement(changes, points, prompts)
         return logged | self._halves(points, prompts)
 
-    def _add_to_agreement(self, changes: dict[str, Linearization], points: Any, prompts: Tensor) -> None:
+    def _add_to_agreement(
+        self, changes: dict[str, Linearization], points: tuple[PointTerms, PointTerms], prompts: Tensor
+    ) -> None:
         """Pairs on the same completions, and the integrals."""
         start = policy_entropy(points[0].terms).value.item()
         for name, change in changes.items():
@@ -236,7 +245,7 @@ class EntropyProbe(Probe):
                 difference = (change - changes["measured"]).estimate(prompts)
                 self.agreement.add_pair(f"same_sample_{name}", change.estimate(prompts), self._measured, difference)
 
-    def _halves(self, points: Any, prompts: Tensor) -> dict[str, float]:
+    def _halves(self, points: tuple[PointTerms, PointTerms], prompts: Tensor) -> dict[str, float]:
         """Predict on one half of E by prompt, measure on the other: prediction, where the whole E is calculus."""
         halves = []
         for parity in (0, 1):
@@ -268,7 +277,9 @@ class EntropyProbe(Probe):
         weights = importance_weights(before.logps[0], self._sampling_logps(before), batch.completion_mask)
         return ProbeBatch(batch, weights, self._terms(before, before, accelerator).terms, delta_linear)
 
-    def _noise_floor(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+    def _noise_floor(
+        self, before: TokenScores, args: DrGRPOConfig, update: UpdateContext, engine: Engine
+    ) -> dict[str, float]:
         """What scoring in other chunks changes while nothing moved: rounding."""
         again = self._score(
             engine, args, update.params_before, None, order=0, batch_size=max(1, self.batch_size // 2 - 1)
@@ -284,7 +295,7 @@ class EntropyProbe(Probe):
         terms = entropy_terms(scores.entropy[0], weights, mask)
         return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()
 
-    def _model_change(self, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+    def _model_change(self, args: DrGRPOConfig, update: UpdateContext, engine: Engine) -> dict[str, float]:
         """The change of the low-precision model that training runs: mostly rounding at small learning rates."""
         values, drawn_by = [], None
         for params in (update.params_before, update.params_after):
@@ -297,7 +308,9 @@ class EntropyProbe(Probe):
             values.append(self._entropy(scores, drawn_by, engine.accelerator))
         return {"entropy/delta_measured_model": values[1] - values[0]}
 
-    def _placebo(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+    def _placebo(
+        self, before: TokenScores, args: DrGRPOConfig, update: UpdateContext, engine: Engine
+    ) -> dict[str, float]:
         """Predict this step's change from an earlier update, kept with a chance of 1/n: any of them alike."""
         logged: dict[str, float] = {}
         if self._earlier_update is not None:

@@ -32,7 +32,7 @@ from trl_entropy.estimators.kernel.sketch import CountSketch
 from trl_entropy.estimators.rows.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, Several
 from trl_entropy.gradients.group_gradients import gram_of_all_rows
-from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import consumed, weighted_logps
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
@@ -141,7 +141,7 @@ class FisherProbe(Probe):
         )
 
     def _differentiate(
-        self, args: Any, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
+        self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
     ) -> tuple[Consumer, Float[Tensor, "K N"], Float[Tensor, "3 N"]]:
         """This rank's: what makes the kernel, K_ii by parameter, grad S_i with M g, momentum, decay. Collective."""
         params, vectors, number = update.params_before, _directions(update, metric), len(self._completions)
@@ -173,7 +173,7 @@ class FisherProbe(Probe):
                 return consumer.values
             return gram_of_all_rows(consumer.values, consumer.values, accelerator, blockwise_gram)
 
-    def _predict(self, args: Any, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
+    def _predict(self, args: DrGRPOConfig, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
         """(T12) from the kernel: alpha_j = A_j / (P G L)."""
         num_completions = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
         alphas = self._advantages.double() / (num_completions * args.max_completion_length)
@@ -182,7 +182,7 @@ class FisherProbe(Probe):
             self._kernel * alphas, self._prompts, coefficient_of_step(update), with_gradient, with_momentum, with_decay
         )
 
-    def _score(self, engine: Engine, args: Any, params: Any) -> Float[Tensor, " N"]:
+    def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> Float[Tensor, " N"]:
         """S_i in float32 with `params` in the model. Local inside; all ranks fail together."""
         with (
             rank_symmetric(engine.accelerator, "scoring completions for the Fisher probe"),

@@ -39,6 +39,7 @@ from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
@@ -162,11 +163,11 @@ class NoiseScaleProbe(Probe):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         records = {name: dataclasses.asdict(record.parts) for name, record in self.records.items()}
         return records if self._previous is None else records | {"previous": list(self._previous)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         state = dict(state)
         self._previous = NoiseParts(*state.pop("previous")) if "previous" in state else None
         self.records = {name: NoiseScaleRecord(PooledParts(**parts)) for name, parts in state.items()}
@@ -190,7 +191,7 @@ class NoiseScaleProbe(Probe):
 
     def _from_extra_pass(
         self,
-        args: Any,
+        args: DrGRPOConfig,
         engine: Engine,
         update: UpdateContext,
         rollouts: RolloutBatch,
@@ -213,7 +214,7 @@ class NoiseScaleProbe(Probe):
         update: UpdateContext,
         engine: Engine,
         args: DrGRPOConfig,
-        metrics: dict[str, Any],
+        metrics: dict[str, float],
         record: StepRecord,
         files: ProbeFiles,
     ) -> None:
@@ -234,7 +235,9 @@ class NoiseScaleProbe(Probe):
         files.write_gathered(self.name, record.step, tensors)
         files.write_rollouts(record.step, record.rollouts)
 
-    def _half_products(self, args: Any, engine: Engine, update: UpdateContext, rollouts: RolloutBatch) -> Tensor:
+    def _half_products(
+        self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, rollouts: RolloutBatch
+    ) -> Tensor:
         """Y_a . Y_b of all ranks' groups. Collective."""
         params = update.params_before
         with (

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.runs.state import StateDict
 
 
 class Probe(TrainerCallback):
@@ -125,11 +126,11 @@ class Probe(TrainerCallback):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """What the probe must remember when the run is resumed: tensors, numbers, strings, containers of them."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Put back what `state_dict` gave."""
 
     def watches_updates(self) -> bool:

@@ -29,7 +29,7 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
-from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
@@ -131,7 +131,7 @@ class RolloutEntropyProbe(Probe):
 
     # ---- measuring
 
-    def _score(self, engine: Engine, args: Any, params: Any) -> TokenScores:
+    def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> TokenScores:
         """Score U in float32 with `params` in the model. Local inside; all ranks fail together."""
         with (
             rank_symmetric(engine.accelerator, "scoring the step's completions"),
@@ -147,7 +147,7 @@ class RolloutEntropyProbe(Probe):
         return RatioTerms(*accelerator.gather(terms)[self._accepted.of_rows].unbind(1))
 
     def _predicted_changes(
-        self, args: Any, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
+        self, args: DrGRPOConfig, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
     ) -> dict[str, float]:
         """(T17) from the groups of all ranks. Collective."""
         accelerator = engine.accelerator
@@ -168,7 +168,7 @@ class RolloutEntropyProbe(Probe):
         }
 
     def _group_rows(
-        self, args: Any, engine: Engine, params: Any, advantages: Tensor, entropy: float, num_prompts: int
+        self, args: DrGRPOConfig, engine: Engine, params: Params, advantages: Tensor, entropy: float, num_prompts: int
     ) -> GroupRows:
         """X_n and Y_n of this rank's groups. Local inside; all ranks fail together."""
         num_tokens = self._terms.denominator.sum().item()
@@ -189,7 +189,7 @@ class RolloutEntropyProbe(Probe):
         files.write(self.name, record.step, tensors)
 
 
-def accepted_of(args: Any, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
+def accepted_of(args: DrGRPOConfig, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
     """All, unless uninformative groups were replaced: then those that are informative. Collective."""
     prompts, numbers = rollouts.prompt_index.unique(return_inverse=True)
     groups = rollouts.accepted if args.resample_uninformative_groups else torch.ones_like(prompts, dtype=torch.bool)

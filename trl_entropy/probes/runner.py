@@ -24,6 +24,7 @@ from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.drawing import ProbeBatchSampler
 from trl_entropy.runs import tensorboard
+from trl_entropy.runs.state import StateDict
 
 
 @runtime_checkable
@@ -43,7 +44,7 @@ class StepHost(Protocol):
     def current_step(self) -> int:
         """The step being made: from theta_(step - 1) to theta_step."""
 
-    def record_metrics(self, metrics: Mapping[str, Any]) -> None:
+    def record_metrics(self, metrics: Mapping[str, float]) -> None:
         """Log scalars with the current step."""
 
 
@@ -116,7 +117,7 @@ class ProbeRunner(TrainerCallback):
         host = self._host
         model = host.accelerator.unwrap_model(host.model)
         for probe in self._wanting():
-            metrics: dict[str, Any] = {}
+            metrics: dict[str, float] = {}
             start = time.perf_counter()
             getattr(probe, event)(
                 host.args,
@@ -268,11 +269,11 @@ class ProbeRunner(TrainerCallback):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The state of every probe, by its `state_name`."""
         return {name: probe.state_dict() for name, probe in self.named_probes().items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Give each probe its state back; one that is turned on later has none."""
         for name, probe in self.named_probes().items():
             if name in state:

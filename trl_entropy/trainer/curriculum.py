@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from trl_entropy.runs.state import StateDict
 
 BUCKETS = ("hard", "normal", "easy")
 START_RATE = 0.5
@@ -109,7 +110,7 @@ class PassRateSampler(Sampler[int]):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Everything that later draws depend on, and what this epoch has drawn, the generation fetched ahead too."""
         return {
             "rates": self.rates,
@@ -119,7 +120,7 @@ class PassRateSampler(Sampler[int]):
             "drawn": self._drawn,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """
         Go on from a state. Where `resumes_within_epoch` says so, the next iteration is that of the same epoch, whose
         draws it then repeats first.

@@ -30,12 +30,13 @@ from trl_entropy.rollouts.generation import answer_end, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
 from trl_entropy.runs import tensorboard
 from trl_entropy.runs.console import printing_plain_text
+from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer, check_selection
 from trl_entropy.trainer.step_prompts import StepPrompts
-from trl_entropy.trainer.training_state import LogWindow, StateOwner
+from trl_entropy.trainer.training_state import LogWindow
 
 
 class DrGRPOTrainer(PromptSelectingTrainer):
@@ -89,7 +90,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         """The step being made: from theta_(step - 1) to theta_step."""
         return self.state.global_step + 1
 
-    def record_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def record_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """
         Log scalars through every logger. Call with equal values on all ranks.
 

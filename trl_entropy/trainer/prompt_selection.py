@@ -17,9 +17,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.rollouts.batch import GenerationBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key, prompts_of
 from trl_entropy.rollouts.groups import group_numbers, groups_with_different_rewards
+from trl_entropy.runs.state import StateOwner
 from trl_entropy.trainer.curriculum import PassRateSampler
 from trl_entropy.trainer.group_resampling import (
     ScoredRound,
@@ -30,7 +32,7 @@ from trl_entropy.trainer.group_resampling import (
     round_size,
 )
 from trl_entropy.trainer.resumable import ResumableTrainer
-from trl_entropy.trainer.training_state import StateOwner, plain_logs, restore_logs
+from trl_entropy.trainer.training_state import plain_logs, restore_logs
 
 
 class PromptSelectingTrainer(ResumableTrainer):
@@ -201,7 +203,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         self.record_metrics({"time/resampling": seconds})
 
 
-def check_selection(args: Any, dataset: Any) -> None:
+def check_selection(args: DrGRPOConfig, dataset: object) -> None:
     """
     Refuse a dataset that the settings cannot draw from.
 

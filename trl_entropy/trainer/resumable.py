@@ -20,9 +20,10 @@ from trl_entropy.engine import ending_together, parameter_shape, rank_symmetric
 from trl_entropy.rollouts.drawing import prompts_of
 from trl_entropy.runs import checkpoints, tensorboard
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.state import StateOwner
 from trl_entropy.trainer import training_state
 from trl_entropy.trainer.curriculum import PassRateSampler
-from trl_entropy.trainer.training_state import GenerationWindow, StateOwner
+from trl_entropy.trainer.training_state import GenerationWindow
 
 
 class ResumableTrainer(GRPOTrainer):

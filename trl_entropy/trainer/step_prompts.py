@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+
+from trl_entropy.runs.state import StateDict
 
 
 class StepPrompts:
@@ -31,11 +32,11 @@ class StepPrompts:
         """Every prompt that the step can contain."""
         return set().union(*self._generations)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Prompts and number of groups."""
         return {"num_groups": self.num_groups, "generations": [sorted(prompts) for prompts in self._generations]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Go on from what `state_dict` gave."""
         self.num_groups = state["num_groups"]
         self._generations = deque(map(set, state["generations"]), maxlen=self._generations.maxlen)

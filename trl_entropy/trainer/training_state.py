@@ -12,21 +12,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-
-@runtime_checkable
-class StateOwner(Protocol):
-    """Saves and restores what it must remember: tensors, numbers, strings, None and containers of them."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from trl_entropy.runs.state import StateDict, StateOwner
 
 
 def file_of(checkpoint: Path, rank: int) -> Path:
@@ -52,7 +45,7 @@ class GenerationWindow:
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The batch only inside a window; at its end the next step generates a new one."""
         trainer = self._trainer
         inside_window = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
@@ -63,7 +56,7 @@ class GenerationWindow:
             "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         trainer = self._trainer
         trainer._step = state["step"]
         trainer._buffered_inputs = send_to_device(state["buffered_inputs"], trainer.accelerator.device)
@@ -79,20 +72,20 @@ class LogWindow(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
+        self._restored: StateDict | None = None
 
     def attach(self, trainer: GRPOTrainer) -> None:
         """Name the trainer whose loss it is."""
         self._trainer = trainer
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The sum, and the step up to which it has been logged."""
         return {
             "tr_loss": self._trainer._tr_loss.detach().clone(),
             "globalstep_last_logged": self._trainer._globalstep_last_logged,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self._restored = state
 
     def on_train_begin(
