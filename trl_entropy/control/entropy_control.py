@@ -70,7 +70,7 @@ class EntropyControl(Probe):
         mode: `"hold"` the entropy, or only keep it from falling below (`"floor"`), or `"report"`.
         set_point: what asks for the change of each step; None: `per_step` always.
         per_step: nats per token and step.
-        cap: bound on the correction's length, in that of the optimizer's step, both in M^-1.
+        cap: largest length of the correction, relative to the optimizer's step, both measured in M^-1.
         metric_floor: lower bound of sqrt(v) in that metric, as a multiple of its mean; see [`floored_metric`].
         source: where grad h comes from: `"probe"` or `"rollouts"`.
         memory: of the running mean of grad h, see [`RunningHalves`]; `"probe"` only, as rollouts of earlier steps are
