@@ -147,7 +147,7 @@ def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, c
     with caplog.at_level(logging.WARNING, logger="trl_entropy"):
         trainer.train()
     (message,) = (record.getMessage() for record in caplog.records if "entropy_control" in record.getMessage())
-    assert "off from step 1 on" in message and "entropy_control_cap" in message
+    assert "off from step 1 on" in message and "entropy_control_num_completions" in message
     rows = RunDirectory(trainer.args.output_dir).metrics()
     assert [row["entropy_control/active"] for row in rows] == [0, 0]
     assert rows[0]["entropy_control/delta_predicted"] == rows[0]["entropy_control/delta_optimizer"]
@@ -169,8 +169,8 @@ def test_a_step_that_was_dropped_leaves_nothing_to_the_next():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"entropy_control": "keep"}, "entropy_control to one of"),
-        ({"entropy_control_completions": "probes"}, "entropy_control_completions to one of"),
+        ({"entropy_control": "keep"}, "entropy_control is 'keep'; use one of"),
+        ({"entropy_control_completions": "probes"}, "entropy_control_completions is 'probes'; use one of"),
         ({"entropy_control_per_step": None}, "either entropy_control_target or entropy_control_per_step"),
         ({"entropy_control_target": 0.3}, "either entropy_control_target or entropy_control_per_step"),
         ({"optim": "sgd"}, "optim='adamw_torch_fused'"),

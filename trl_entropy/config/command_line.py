@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from trl import ModelConfig, TrlParser
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.arguments import REWARDS, TaskArguments
 
-if TYPE_CHECKING:
-    from trl import ModelConfig
-
-    from trl_entropy.config.dr_grpo import DrGRPOConfig
-
 
 def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, ModelConfig]:
     """Read the command line and its `--config` file; every error in a setting is raised here, before any loading."""
-    from trl import ModelConfig, TrlParser
-
-    from trl_entropy.config.dr_grpo import DrGRPOConfig
-
     parser = TrlParser([TaskArguments, DrGRPOConfig, ModelConfig])
     # tqdm is off by default once transformers is silenced.
     parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL, disable_tqdm=False)
     task, args, model = parser.parse_args_and_config(argv)
     if unknown := [name for name in task.reward_funcs if name not in REWARDS]:
-        raise ValueError(f"reward_funcs: {unknown} not in trl_entropy.tasks.rewards; use any of {', '.join(REWARDS)}.")
+        raise ValueError(
+            f"reward_funcs: {unknown} are not among the rewards of trl_entropy.tasks.rewards; use any of "
+            f"{', '.join(REWARDS)}."
+        )
     check_model(model)
     if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
         raise ValueError(

@@ -38,6 +38,7 @@ from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_CAP, DEFAULT_METRIC_FLOOR = 1.0, 0.1
 # Added to the step that seeds the draw of E: completions other than those that the entropy probe measures on.
 _OTHER_DRAW = 1_000_000_000
 
@@ -70,8 +71,8 @@ class EntropyControl(Probe):
         mode: `"hold"` the entropy, or only keep it from falling below (`"floor"`), or `"report"`.
         set_point: what asks for the change of each step; None: `per_step` always.
         per_step: nats per token and step.
-        cap: bound on the correction's length, in that of the optimizer's step, both in M^-1.
-        metric_floor: see [`floored_metric`].
+        cap: largest length of the correction, relative to the optimizer's step, both measured in M^-1.
+        metric_floor: lower bound of sqrt(v) in that metric, as a multiple of its mean; see [`floored_metric`].
         source: where grad h comes from: `"probe"` or `"rollouts"`.
         memory: of the running mean of grad h, see [`RunningHalves`]; `"probe"` only, as rollouts of earlier steps are
             in the optimizer's momentum too.
@@ -87,8 +88,8 @@ class EntropyControl(Probe):
         mode: str = "report",
         set_point: SetPoint | None = None,
         per_step: float = 0.0,
-        cap: float = 1.0,
-        metric_floor: float = 0.1,
+        cap: float = DEFAULT_CAP,
+        metric_floor: float = DEFAULT_METRIC_FLOOR,
         source: str = "probe",
         memory: float = 0.7,
         num_prompts: int = 128,
@@ -110,13 +111,10 @@ class EntropyControl(Probe):
     @classmethod
     def from_config(cls, args: DrGRPOConfig) -> EntropyControl:
         target = args.entropy_control_target
-        gains = args.entropy_control_gain, args.entropy_control_integral_gain, args.entropy_control_max_change
         return cls(
             mode=args.entropy_control,
-            set_point=None if target is None else SetPoint(target, *gains),
+            set_point=None if target is None else SetPoint(target, args.entropy_control_gain),
             per_step=args.entropy_control_per_step or 0.0,
-            cap=args.entropy_control_cap,
-            metric_floor=args.entropy_control_metric_floor,
             source=args.entropy_control_completions,
             memory=args.entropy_control_gradient_ema,
             num_prompts=args.entropy_control_num_completions,

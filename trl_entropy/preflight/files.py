@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
@@ -90,4 +91,5 @@ def resumed_checkpoint(plan: Plan) -> Path | None:
     Raises:
         CheckpointError: when it is not whole, or another run's.
     """
-    return check_before_loading(plan.args, world_size=plan.world_size, engine=None)
+    settings = contract_settings(plan.args, world_size=plan.world_size, engine=None)
+    return check_before_loading(plan.args.resume_from_checkpoint, Path(plan.args.output_dir), settings)

@@ -28,9 +28,13 @@ class PassRateSampler(Sampler[int]):
         num_prompts: rows of the dataset.
         batch_size: prompts of one generation, over all processes.
         mini_repeat_count, repeat_count: as `RepeatSampler`: completions of a prompt; uses of a generation.
+        hard_below, easy_above: pass rates between which a prompt is normal.
         weights: of hard, normal, easy.
-        ema: weight of a prompt's newest group in its pass rate.
+        ema: weight of a prompt's newest group in its pass rate, in (0, 1].
         seed: of the order in which prompts come that were drawn equally long ago, and of the buckets.
+
+    Raises:
+        ValueError: for fewer prompts than a generation takes, or bounds, weights or `ema` out of their range.
     """
 
     def __init__(
@@ -45,6 +49,11 @@ class PassRateSampler(Sampler[int]):
         ema: float = 0.5,
         seed: int = 0,
     ) -> None:
+        if not (0 <= hard_below <= easy_above <= 1 and 0 < ema <= 1 and min(weights) >= 0 < max(weights)):
+            raise ValueError(
+                f"hard_below={hard_below}, easy_above={easy_above}, weights={weights}, ema={ema}: needed are 0 <= "
+                "hard_below <= easy_above <= 1, weights of 0 or more of which one is above 0, and ema in (0, 1]."
+            )
         if num_prompts < batch_size:
             raise ValueError(f"the dataset has {num_prompts} prompts, a generation takes {batch_size} distinct ones.")
         self.num_prompts, self.batch_size = num_prompts, batch_size

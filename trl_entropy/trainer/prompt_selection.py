@@ -43,6 +43,7 @@ class PromptSelectingTrainer(ResumableTrainer):
     its tables of completions and in `_rewards`, is the filled batch.
     """
 
+    pass_reward = 1.0  # with this total reward or more a completion passes, for `curriculum`
     _rewards: Tensor
     _replacements: PassRateSampler | None = None
 
@@ -66,13 +67,15 @@ class PromptSelectingTrainer(ResumableTrainer):
         self._train_sampler = self._new_sampler()
         return self._train_sampler
 
-    def _new_sampler(self) -> PassRateSampler:
+    def _new_sampler(self, **buckets: Any) -> PassRateSampler:
+        """`buckets`: arguments of the sampler, by which a subclass has other ones than the defaults."""
         return PassRateSampler(
             num_prompts=len(self.train_dataset),
             batch_size=self.args.generation_batch_size // self.num_generations,
             mini_repeat_count=self.num_generations,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
-            **self.args.curriculum_settings(),
+            seed=self.args.seed,
+            **buckets,
         )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -101,7 +104,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         """Tell the curriculum how the groups did that were scored last, those of all ranks."""
         if not isinstance(self._train_sampler, PassRateSampler):
             return
-        passed = (self._rewards >= self.args.curriculum_pass_reward).double()
+        passed = (self._rewards >= self.pass_reward).double()
         rates = passed.view(-1, self.num_generations).mean(dim=1).tolist()
         for prompt, rate in zip(self._prompts_scored_last(), rates, strict=True):
             self._train_sampler.update(dict.fromkeys(self._rows_of_prompt[prompt], rate))

@@ -16,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.engine import ending_together, parameter_shape, rank_symmetric
 from trl_entropy.rollouts.drawing import prompts_of
 from trl_entropy.runs import checkpoints, tensorboard
@@ -87,7 +88,7 @@ class ResumableTrainer(GRPOTrainer):
         if self._data_fingerprint is None:
             self._data_fingerprint = checkpoints.fingerprint(prompts_of(self.train_dataset))
         return {
-            "settings": checkpoints.settings_of(self.args),
+            "settings": contract_settings(self.args),
             "model": checkpoints.fingerprint(
                 f"{name} {list(parameter_shape(p))} {p.requires_grad}" for name, p in parameters
             ),
