@@ -112,6 +112,10 @@ class ProbeRunner(TrainerCallback):
     def _wanting(self) -> list[Probe]:
         return [probe for probe in self.probes() if probe.wants(self._host.current_step)]
 
+    def wants_step(self) -> bool:
+        """Whether any probe measures the present step."""
+        return bool(self._wanting())
+
     def _send(self, event: str, **kwargs: Any) -> None:
         """Call `event` of every probe that wants this step, and log what it puts into `metrics`."""
         host = self._host

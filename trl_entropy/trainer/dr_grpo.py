@@ -240,7 +240,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         start_logps = self._score_start_policy(inputs) if self._wants_kl() else None
         if self.args.controls_tokens_of("micro_batch"):
             inputs = self._controlled = inputs.copy()  # TRL keeps its own for the next iteration
-        self._around_micro_batch.enter_context(self.probe_runner.around_micro_batch(inputs))
+        if self.probe_runner.wants_step():
+            self._around_micro_batch.enter_context(self.probe_runner.around_micro_batch(inputs))
         loss = super()._compute_loss(model, inputs)
         self._controlled = None
         if self._token_control is not None and self.args.token_control == "kl_cov":
