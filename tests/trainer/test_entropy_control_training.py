@@ -1,7 +1,6 @@
 """The entropy control in training: steps follow it, moments do not see it, off is off, resumed, refused by name."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,10 +152,10 @@ def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, c
     assert rows[0]["entropy_control/delta_predicted"] == rows[0]["entropy_control/delta_optimizer"]
 
 
-def test_a_step_that_was_dropped_leaves_nothing_to_the_next():
+def test_a_step_that_was_dropped_leaves_nothing_to_the_next(tmp_path):
     """Under DeepSpeed a gradient that is not finite makes no step; its coefficients must not join the next one's."""
     recorder, mask = LossCoefficientRecorder(), torch.ones(2, 3, dtype=torch.long)
-    args = SimpleNamespace(use_bias_correction_kl=False)
+    args = DrGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     for factor in (float("nan"), 3.0):
         logps = torch.zeros(2, 3, requires_grad=True)
         recorder.watch({}, logps, torch.zeros(2, 3))

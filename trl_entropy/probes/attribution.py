@@ -128,8 +128,8 @@ class StepAttribution:
         completions = accelerator.gather(contributions.policy.sum(1))
         other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
         if update.correction:
-            made = sum((gradient[name].double() * c.double()).sum() for name, c in update.correction.items())
-            other["entropy_control"] = torch.as_tensor(made).reshape(1)
+            made = engine.dot(update.correction, gradient)
+            other["entropy_control"] = completions.new_tensor([made], dtype=torch.float64)
         attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions, other)
         self._add_to_record(contributions, rollouts, accelerator)
         self._write(files, record, contributions, coefficients)
