@@ -61,7 +61,7 @@ class EntropyProbe(Probe):
         num_prompts: prompts in E over all processes, one completion each.
         batch_size: completions scored at a time; halved on out-of-memory.
         second_order: predict to second order *before* the step, along AdamW's equation (T4).
-        placebo: also predict this step's change from an earlier step's update, whose slope must be 0.
+        placebo: a control: also predict this step's change from an earlier step's update.
         attribution: split the first order (T9) over momentum, decay and each completion (`"sequence"`) or `"token"`;
             `"none"`: do not.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
