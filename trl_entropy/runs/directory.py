@@ -239,7 +239,7 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the checkout that this file belongs to, with `+` when it has uncommitted changes."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 
