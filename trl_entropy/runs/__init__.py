@@ -1,0 +1,1 @@
+"""The run directory: metrics and their table, probe files, checkpoints, console and TensorBoard."""
