@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trl_entropy.analysis import plots
-from trl_entropy.analysis.run import Run, compare_runs, high_entropy_tokens
+from trl_entropy.analysis.comparison import compare_runs
+from trl_entropy.analysis.run import Run, high_entropy_tokens
 from trl_entropy.reporting.figures import Figure, draw
 from trl_entropy.reporting.tables import Table, agreement_table, checkpoint_table
 

@@ -45,8 +45,8 @@ def _low_importance_ess(metrics: Rows) -> Iterator[RunWarning]:
         yield RunWarning(
             "Importance weights are uneven",
             f"entropy/importance_ess is below {LOW_ESS_SHARE:g} of the probe batch: the step moved the policy so far "
-            "that few completions carry the measured change. Raise entropy_probe_num_completions, or lower the learning "
-            "rate.",
+            "that few completions carry the measured change. Raise entropy_probe_num_completions or lower the "
+            "learning rate.",
             tuple(low),
         )
 

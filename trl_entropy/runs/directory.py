@@ -290,7 +290,7 @@ def _plain(value: object) -> object:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _plain_items(values: Mapping[str, object]) -> dict[str, object]:
+def _plain_items(values: Mapping) -> dict[str, object]:
     return {str(key): _plain(item) for key, item in values.items()}
 
 
