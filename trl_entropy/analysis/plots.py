@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib import colormaps
@@ -33,7 +34,7 @@ def series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str, **style: object) -> Axes:
+def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str, **style: Any) -> Axes:
     """`key` over steps as a line; `style` goes to `Axes.plot`."""
     steps, values = series(rows, key)
     axes.plot(steps, values, color=color, label=label, **style)
