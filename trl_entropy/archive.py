@@ -2,10 +2,10 @@
 Archive a run: `trl-entropy archive RUN URL [--metrics-only]` copies RUN to URL/<name of RUN>/ and verifies the copy.
 
 URL is any that fsspec knows: `s3://bucket/folder`, `gs://...`, `file:///mnt/backup`, or a plain folder. The file
-`manifest.json`, with the size and the SHA-256 of every file, is written last: an archive without it is incomplete. Files
-that read back from the archive with the right size and SHA-256 are not copied again, so the same command continues
-after an interruption, updates an older archive, or checks it. Nothing is ever deleted from the archive; a file that the
-manifest does not name does not belong to it. This command imports no torch.
+`manifest.json`, with the size and the SHA-256 of every file, is written last: an archive without it is incomplete.
+Files that read back from the archive with the right size and SHA-256 are not copied again, so the same command
+continues after an interruption, updates an older archive, or checks it. Nothing is ever deleted from the archive; a
+file that the manifest does not name does not belong to it. This command imports no torch.
 """
 
 from __future__ import annotations
@@ -115,14 +115,12 @@ def _digest_there(fs: AbstractFileSystem, path: str) -> FileDigest | None:
 
 
 def _copy(source: Path, fs: AbstractFileSystem, target: str) -> FileDigest:
-    """Copy a file and read it back. The digest is that of the bytes that were sent, as the source may grow meanwhile."""
+    """Copy a file and read it back. The digest is that of the bytes sent, as the source may grow meanwhile."""
     fs.makedirs(target.rpartition("/")[0], exist_ok=True)
     with source.open("rb") as file, fs.open(target, "wb") as copy:
         sent = _drain(file, copy)
     if (arrived := _digest_there(fs, target)) != sent:
-        raise OSError(
-            f"{target} does not read back as it was written: sent {sent}, read {arrived}. Run the command again."
-        )
+        raise OSError(f"{target} does not read back as it was written: sent {sent}, read {arrived}. Try again.")
     return sent
 
 
@@ -156,14 +154,9 @@ def main(argv: list[str] | None = None) -> None:
         description="Copy a run to URL/<its name>/ and verify the copy. Call it again to continue, update or check.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
-    parser.add_argument(
-        "url",
-        metavar="URL",
-        help="the folder for the archive, such as s3://bucket/runs or file:///mnt/backup (any URL of fsspec)",
-    )
-    parser.add_argument(
-        "--metrics-only", action="store_true", help="leave out checkpoint-*/, probes/ and *.safetensors"
-    )
+    where = "where the archive goes: s3://bucket/runs, file:///mnt/backup, or any URL that fsspec knows"
+    parser.add_argument("url", metavar="URL", help=where)
+    parser.add_argument("--metrics-only", action="store_true", help="leave out checkpoint-*/, probes/, *.safetensors")
     args = parser.parse_args(argv)
     try:
         done = archive(args.run, args.url, args.metrics_only)

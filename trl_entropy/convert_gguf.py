@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """Convert the file named on the command line."""
     parser = argparse.ArgumentParser(
         prog="trl-entropy convert-gguf",
-        description="Convert a GGUF file to a folder with model and tokenizer that training can start from.",
+        description="Convert a GGUF file to a folder that training can start from.",
     )
     parser.add_argument("file", type=Path, help="the GGUF file")
     parser.add_argument("folder", type=Path, help="the folder to write")

@@ -1,8 +1,8 @@
 """
 Evaluate the checkpoints of a run: `trl-entropy evaluate --run RUN`.
 
-Each checkpoint is evaluated in a process of its own, which gives its memory back when it ends and whose failure does not
-stop the others. A checkpoint that was evaluated before, with the same weights and settings, is skipped.
+Each checkpoint is evaluated in a process of its own, which gives its memory back when it ends and whose failure does
+not stop the others. A checkpoint that was evaluated before, with the same weights and settings, is skipped.
 """
 
 from __future__ import annotations
@@ -53,15 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoints", default=ALL, help="all (with the start policy, step 0), latest, or steps such as 20,40")
     quick, full = PROFILES["quick"], PROFILES["full"]
     profiles = (
-        f"quick: {quick.num_samples} samples of {quick.num_problems} held-out problems; full: {full.num_samples} samples "
-        "of all held-out problems; both also draw a greedy completion of each problem (default: quick)"
+        f"quick: {quick.num_samples} samples of {quick.num_problems} held-out problems; full: {full.num_samples} "
+        "samples of all held-out problems; both also draw a greedy completion of each problem (default: quick)"
     )
     add("--profile", choices=list(PROFILES), default="quick", help=profiles)
     add("--subset-frac", type=float, help="fraction of the held-out problems, instead of the profile's number")
     add("--num-samples", type=int, help="samples per problem, instead of the profile's number")
-    add(
-        "--batch-size", type=int, default=256, help="completions at a time; halved when memory runs out (default: 256)"
-    )
+    add("--batch-size", type=int, default=256, help="completions at a time, halved if memory runs out (default: 256)")
     add("--timeout", type=float, help="seconds that a checkpoint may take, instead of the profile's number")
     add("--seed", type=int, help="seed of the choice of problems and of the samples (default: 0)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
