@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -27,6 +27,16 @@ MANIFEST = "manifest.json"
 _HEAVY_FOLDERS, _HEAVY_FILES = ("checkpoint-*", "probes"), ("*.safetensors",)
 _UNFINISHED = ("*.tmp", ".rsync-partial")
 _BLOCK = 1 << 22
+
+
+@runtime_checkable
+class _Reader(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+@runtime_checkable
+class _Writer(Protocol):
+    def write(self, data: bytes, /) -> object: ...
 
 
 class FileDigest(NamedTuple):
@@ -124,7 +134,7 @@ def _copy(source: Path, fs: AbstractFileSystem, target: str) -> FileDigest:
     return sent
 
 
-def _drain(file: IO[bytes], copy: IO[bytes] | None = None) -> FileDigest:
+def _drain(file: _Reader, copy: _Writer | None = None) -> FileDigest:
     """Read `file` to its end, block by block, and write it to `copy` if that is given; returns the digest."""
     size, sha256 = 0, hashlib.sha256()
     while block := file.read(_BLOCK):

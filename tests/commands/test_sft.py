@@ -152,7 +152,7 @@ def test_rl_starts_from_the_adapter(adapter, tmp_path, beta, caplog):
     for name, value in saved.items():
         assert torch.equal(trainable[name.replace(".weight", ".default.weight")], value)
     dropouts = [m.p for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.Dropout) and "lora" in n]
-    assert not any(dropouts) and "dropout 0.05 set to 0" in caplog.text
+    assert not any(dropouts) and "dropout 0.05 is set to 0" in caplog.text
     trainer.reward_funcs = [lambda completion_ids, **kwargs: [float(sum(ids) % 2) for ids in completion_ids]]
     trainer.train()
     rows = RunDirectory(tmp_path).metrics()
@@ -165,7 +165,7 @@ def test_rl_starts_from_the_adapter(adapter, tmp_path, beta, caplog):
 
 def test_rl_starts_from_the_merged_model_with_a_new_adapter_but_not_from_two(adapter, tmp_path):
     settings = [*RL, "--use_peft", "--lora_r", "4", "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match=r"holds an adapter, which RL goes on training.*Set use_peft=False"):
+    with pytest.raises(ValueError, match=r"holds an adapter, which RL would continue to train.*Set use_peft=False"):
         parse([*settings, "--model_name_or_path", str(adapter)])
     trainer = build_trainer(*parse([*settings, "--model_name_or_path", str(adapter / "merged")]))
     assert trainer.model.peft_config["default"].base_model_name_or_path == str(adapter / "merged")
