@@ -196,10 +196,9 @@ class FisherProbe(Probe):
         logged: dict[str, float] = {"fisher/num_completions": len(prompts)}
         for name, estimate in kernel_means(self._kernel, prompts).items():
             logged |= with_stderr(f"fisher/{name}", estimate)
-        for prefix, values in (("cosine", cosine), ("cosine_sq", cosine.square())):
-            means = kernel_means(values, prompts, self._rewards)
-            for name in means.keys() - {"diagonal"}:
-                logged |= with_stderr(f"fisher/{prefix}_{name}", means[name])
+        cosines = kernel_means(cosine, prompts, self._rewards)
+        for name in cosines.keys() - {"diagonal"}:
+            logged |= with_stderr(f"fisher/cosine_{name}", cosines[name])
         eigenvalues, participation_ratio, effective_rank = spectrum(self._gram)
         logged |= {"fisher/participation_ratio": participation_ratio, "fisher/effective_rank": effective_rank}
         logged |= {f"fisher/eigenvalue_{i + 1}": eigenvalues[i].item() for i in range(_NUM_EIGENVALUES)}
