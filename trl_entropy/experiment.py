@@ -1,4 +1,4 @@
-"""Experiments on what a run left behind: `trl-entropy experiment NAME [options]`."""
+"""Experiments on a run directory or a checkpoint: `trl-entropy experiment NAME [options]`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 import sys
 
 EXPERIMENTS = {
-    "agreement": "predicted against measured over runs with every step probed, by thirds; reads metrics only",
-    "kernel": "Fisher kernels and spectra of single steps, noise scale, predicted against measured; reads files only",
-    "linearity": "how far does first order hold? The step that AdamW would make, shorter and longer",
-    "conditioning": "SGD, RMSprop, AdamW with and without momentum: entropy change, alignment, shares",
-    "exchange": "what keeping entropy costs in reward: steps of none, lower lr, bonus, Clip-Cov, entropy control",
-    "influence": "which update completion moves which probe completion; row sums are the attribution",
-    "calibration": "are the stated error bars right? Coverage over redraws at a fixed checkpoint",
+    "agreement": "predicted against measured entropy changes over whole runs; reads the metrics only",
+    "kernel": "Fisher kernels and spectra of single steps, and how well they predict a step; reads files only",
+    "linearity": "how far does the first-order prediction hold? AdamW's next step, made shorter and longer",
+    "conditioning": "what does the preconditioner do to the entropy? Steps by SGD, RMSprop and AdamW",
+    "exchange": "what does it cost in reward to keep entropy? Steps by several methods of entropy control",
+    "influence": "which completion of the step changes which completion of a probe batch, and by how much?",
+    "calibration": "are the stated error bars right? Coverage over many redraws at one checkpoint",
 }
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 from entropy_control_cell import FROM
-from step_time import interval as mean_interval
+from measuring import interval as mean_interval
+
+from trl_entropy.experiments.output import saved_figure
 
 Run = dict[str, Any]
 Runs = dict[str, list[Run]]
@@ -35,7 +37,7 @@ def distance(run: Run, target: float) -> float:
 
 def interval(values: Iterable[float]) -> str:
     """Mean and Student's 95 % interval over seeds."""
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(list(values)))
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(values))
 
 
 def last(run: Run, quantity: str) -> float:
@@ -168,13 +170,16 @@ def setting(run: Run) -> str:
 
 def draw(runs: Runs, tried: list[tuple[str, Run]], target: float, path: Path) -> None:
     """Entropy over training; pass@1 and pass@8 against entropy at the end. Means and 95 %; tuning runs are crosses."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colors = dict(zip(runs, colormaps["tab20"].colors, strict=False))
+    with saved_figure(path, (15, 5)) as figure:
+        _draw_into(figure.subplots(1, 3), runs, tried, target, colors)
 
-    colors = dict(zip(runs, plt.get_cmap("tab20").colors, strict=False))
-    figure, (left, *frontiers) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+
+def _draw_into(all_axes, runs: Runs, tried: list[tuple[str, Run]], target: float, colors: dict[str, Any]) -> None:
+    left, *frontiers = all_axes
     for name, own in runs.items():
         entropy = np.mean([list(run["entropy"].values()) for run in own], axis=0)
         left.plot([int(step) for step in own[0]["entropy"]], entropy, color=colors[name], lw=1.2, label=name)
@@ -192,5 +197,3 @@ def draw(runs: Runs, tried: list[tuple[str, Run]], target: float, path: Path) ->
         for name, run in tried:  # those far outside are in the table only
             axes.plot(last(run, "entropy"), last(run, quantity), "x", color=colors[name], ms=5)
         axes.set(xlabel="entropy after the last step, nats/token", ylabel=f"held-out {quantity}", **limits)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

@@ -23,16 +23,15 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
-from sequence_gradients import Ways, build, peak_memory
-from step_time import interval
+from measuring import interval, peak_memory, seconds
+from sequence_gradients import Ways, build
 from torch import Tensor
 
-from trl_entropy.estimators.rows.row_kernels import Gram, ParameterNorms, blockwise_gram
+from trl_entropy.estimators.kernel.row_kernels import Gram, ParameterNorms, blockwise_gram
 from trl_entropy.estimators.rows.row_sums import DotProducts, Several
 
 try:
@@ -115,13 +114,6 @@ def assert_close(kernel: Tensor, expected: Tensor, name: str) -> None:
     error = float(((kernel - expected).abs() / norms.outer(norms)).max())
     if not error < 1e-4:
         raise SystemExit(f"{name} differs from the expected kernel by {error:.1e} of sqrt(K_ii K_jj)")
-
-
-def seconds(function: Callable[[], object]) -> tuple[float, float]:
-    """CPU and wall seconds."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    function()
-    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def measure(functions: dict[str, Callable[[], Tensor | None]], rounds: int) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from trl_entropy.engine.adamw_step import metric_of_step
 from trl_entropy.estimators.kernel.fisher_kernel import spectrum
+from trl_entropy.estimators.kernel.row_kernels import blockwise_gram
 from trl_entropy.estimators.kernel.sketch import CountSketch
-from trl_entropy.estimators.rows.row_kernels import blockwise_gram
 from trl_entropy.estimators.rows.row_sums import Rows
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint

@@ -1,7 +1,7 @@
 """
 Coverage of the noise scale's 95 % intervals at planted noise scales: the table of docs/theory.md, (T14), (T15).
 
-    python tests/benchmarks/noise_scale_coverage.py [--repeats 300] [--prompts 16] [--steps 8]
+    python -m tests.benchmarks.noise_scale_coverage [--repeats 300] [--prompts 16] [--steps 8]
 
 Group gradients are a fixed direction plus isotropic Gaussian noise in 64 dimensions.
 """
@@ -16,12 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trl_entropy.estimators.noise.noise_scale import (
-    NoiseScaleRecord,
-    jackknifed_parts,
-    micro_batch_parts,
-    unbiased_parts,
-)
+from tests.estimators.variance_oracles import unbiased_parts
+from trl_entropy.estimators.noise.noise_scale import NoiseScaleRecord, jackknifed_parts, micro_batch_parts
 from trl_entropy.estimators.statistics.pooled import StepParts
 
 DIMENSIONS = 64

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from step_time import interval as mean_interval
+from measuring import interval as mean_interval
 
+from trl_entropy.experiments.output import saved_figure
 from trl_entropy.runs.directory import RunDirectory
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -96,7 +97,7 @@ def total(rows: list[dict], key: str) -> float:
 
 
 def interval(values: Iterable[float]) -> str:
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*mean_interval(list(values)))
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*mean_interval(values))
 
 
 def table(curves: dict[str, list[Curve]], budget: float) -> str:
@@ -143,21 +144,16 @@ def equal_steps(curves: dict[str, list[Curve]]) -> str:
 
 
 def draw(curves: dict[str, list[Curve]], target: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, QUANTITIES, strict=True):
-        for arm, own in curves.items():
-            generated = np.mean([c.completions for c in own], axis=0)  # at each evaluation, over seeds
-            values = np.array([c.values[name] for c in own])
-            errors = values.std(0, ddof=1) / len(own) ** 0.5
-            axis.errorbar(generated, values.mean(0), errors, label=arm, capsize=2)
-        axis.set(xlabel="completions generated", ylabel=f"held-out {name}" + (", nats/token" * (name == "entropy")))
-    axes[0].legend()
-    figure.savefig(target, dpi=150)
+    with saved_figure(target, (10, 4)) as figure:
+        axes = figure.subplots(1, 2)
+        for axis, name in zip(axes, QUANTITIES, strict=True):
+            for arm, own in curves.items():
+                generated = np.mean([c.completions for c in own], axis=0)  # at each evaluation, over seeds
+                values = np.array([c.values[name] for c in own])
+                errors = values.std(0, ddof=1) / len(own) ** 0.5
+                axis.errorbar(generated, values.mean(0), errors, label=arm, capsize=2)
+            axis.set(xlabel="completions generated", ylabel=f"held-out {name}" + ", nats/token" * (name == "entropy"))
+        axes[0].legend()
 
 
 def main() -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from step_time import build, interval
+from measuring import interval, seconds
+from step_time import build
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.gradients.scores import score
@@ -34,17 +35,15 @@ def main() -> None:
     params = {name: p.detach() for name, p in trainer.model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     direction = {name: 1e-3 * torch.randn(p.shape, generator=generator) for name, p in params.items()}
-    seconds: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    wall: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for _ in range(options.rounds + 1):
-        for order, times in seconds.items():
-            start = time.perf_counter()
-            score(trainer.model, completions, 1.0, 64, params, direction, order)
-            times.append(time.perf_counter() - start)
+        for order, times in wall.items():
+            times.append(seconds(partial(score, trainer.model, completions, 1.0, 64, params, direction, order))[1])
     for order in (1, 2):
-        ratios = [slow / fast for slow, fast in zip(seconds[order][1:], seconds[0][1:], strict=True)]
+        ratios = [slow / fast for slow, fast in zip(wall[order][1:], wall[0][1:], strict=True)]
         mean, low, high = interval(ratios)
         print(f"order {order}: {mean:.2f} times scoring, 95 % interval {low:.2f} to {high:.2f}, {len(ratios)} rounds")
-    print(f"scoring alone: {1e3 * statistics.median(seconds[0]):.0f} ms; {torch.get_num_threads()} thread(s)")
+    print(f"scoring alone: {1e3 * statistics.median(wall[0]):.0f} ms; {torch.get_num_threads()} thread(s)")
 
 
 if __name__ == "__main__":

@@ -22,18 +22,15 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 
 import torch
+from measuring import interval, peak_memory, seconds
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from trl_entropy.engine import trainable_parameters
-from trl_entropy.estimators.statistics.estimate import student_t_quantile
 from trl_entropy.gradients.sequence_gradients import Consumer, Rows, SequenceGradients, SquaredNorms
 
 NUM_SEQUENCES, LENGTH, VOCAB, RANK = 32, 60, 512, 16
@@ -117,29 +114,11 @@ class Ways:
                     values.backward()
 
 
-def peak_memory(function: Callable[[], None]) -> float:
-    """MiB that torch had allocated at the peak, above what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    allocated = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            peak = max(peak, allocated)
-    return peak / 2**20
-
-
-def cpu_seconds(function: Callable[[], None]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def report(name: str, pairs: list[tuple[float, float]], memory: float) -> None:
     ratios = [way / plain for way, plain in pairs]
-    margin = student_t_quantile(0.975, len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
+    mean, _, high = interval(ratios)
     print(
-        f"  {name:8} {statistics.mean(ratios):7.3f} +- {margin:.3f} of a plain pass "
+        f"  {name:8} {mean:7.3f} +- {high - mean:.3f} of a plain pass "
         f"(median {statistics.median(way for way, _ in pairs) * 1e3:.0f} ms against "
         f"{statistics.median(plain for _, plain in pairs) * 1e3:.0f} ms), peak {memory:.0f} MiB"
     )
@@ -160,9 +139,9 @@ def main() -> None:
         for _ in range(options.rounds):
             for name in random.sample(list(functions), len(functions)):
                 first = random.random() < 0.5
-                before = cpu_seconds(ways.plain) if first else 0.0
-                taken = cpu_seconds(functions[name])
-                pairs[name].append((taken, before if first else cpu_seconds(ways.plain)))
+                before = seconds(ways.plain)[0] if first else 0.0
+                taken = seconds(functions[name])[0]
+                pairs[name].append((taken, before if first else seconds(ways.plain)[0]))
         sizes = f"{NUM_SEQUENCES} x {ways.buffer.shape[1]} numbers, {ways.buffer.nbytes / 2**20:.0f} MiB of rows"
         print(f"hidden {hidden}: {sizes}; {options.rounds} rounds; {torch.get_num_threads()} thread(s)")
         for name in functions:

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import interval
 from sequence_gradients import build as build_model
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-from trl_entropy.estimators.statistics.estimate import student_t_quantile
 from trl_entropy.models.warm_start import warm_start
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.tasks import rewards
@@ -127,13 +127,6 @@ def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[s
         for name, rows in results.items():
             rows.append((first[1].median(*([] if name == "whole" else [name])), second[1].median()))
     return results
-
-
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Mean of independent ratios, and its 95 % interval by Student's t."""
-    mean, error = statistics.mean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
-    margin = student_t_quantile(0.975, len(ratios) - 1) * error
-    return mean, mean - margin, mean + margin
 
 
 def report(name: str, results: list[tuple[float, float]], num_completions: str) -> None:

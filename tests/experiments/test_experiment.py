@@ -131,7 +131,9 @@ def test_calibration_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     assert result["environment"]["packages"]["torch"] and result["settings"]["seed"] == 0
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
 
-    monkeypatch.setattr("trl_entropy.experiments.redraws._score", lambda *a: pytest.fail("the chunks are kept"))
+    monkeypatch.setattr(
+        "trl_entropy.experiments.redraws.pool_completions", lambda *a: pytest.fail("the chunks are kept")
+    )
     monkeypatch.setattr("trl_entropy.experiments.redraws.redrawn_rows", lambda *a: pytest.fail("they are kept"))
     main(arguments)
     assert json.loads((tmp_path / "calibration.json").read_text())["quantities"] == rows
@@ -291,7 +293,7 @@ def test_exchange_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("option, message", [
-    (("--num-probe", "60"), "64 problems, a redraw takes 8 of them and --num-probe 60 others; lower the latter"),
+    (("--num-probe", "60"), "64 problems, a redraw takes 8 of them and --num-probe 60 others; lower --num-probe"),
     (("--num-completions", "200"), "--num-completions is 200; use a multiple of 128"),
 ])  # fmt: skip
 def test_exchange_asks_for_what_the_run_has(checkpoint, option, message, monkeypatch):

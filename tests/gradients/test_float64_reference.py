@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from only_float64 import assert_only_float64
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_entropy.engine.strict_float32 import fp32_strict
-from trl_entropy.gradients.float64_reference import assert_only_float64, float64_reference
+from trl_entropy.gradients.float64_reference import float64_reference
 
 VOCAB = 61
 SIZES = {

@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_entropy.engine import trainable_parameters
 from trl_entropy.estimators.rows import row_gradients
 from trl_entropy.gradients.float64_reference import float64_reference
-from trl_entropy.gradients.sequence_gradients import Blocks, DotProducts, Rows, SequenceGradients, SquaredNorms
+from trl_entropy.gradients.sequence_gradients import Consumer, DotProducts, Rows, SequenceGradients, SquaredNorms
 
 VOCAB = 13
 
@@ -116,6 +116,16 @@ def assert_close(actual, expected, tolerance):
 # --- The numbers -----------------------------------------------------------------------------------------------------
 
 
+class Blocks(Consumer):
+    """Keeps the last micro-batch's rows of every parameter, in the order of their numbers."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def add(self, name, gradients, rows):
+        self.blocks[name] = gradients.whole.flatten(1)[rows.argsort()]
+
+
 def check_everything(model, ids, mask, groups, tolerance, **options):
     """All consumers at once, on sequences and on groups."""
     per_sequence = lambda: losses(model, ids, mask)  # noqa: E731
@@ -131,7 +141,7 @@ def check_everything(model, ids, mask, groups, tolerance, **options):
         dots, dot = DotProducts(num_rows, vectors), DotProducts(num_rows, vectors[:1])
         rows = Rows(num_rows, expected.dtype)
         scaled = Rows(num_rows, expected.dtype, {name: value.sqrt() for name, value in named.items()})
-        keep = Blocks(lambda name, grads, numbers, to=blocks: to.update({name: grads.flatten(1)[numbers.argsort()]}))
+        keep = Blocks(blocks)
         collect(
             model,
             [norms, in_metric, dots, dot, rows, scaled, keep],

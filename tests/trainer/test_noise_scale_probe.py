@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
+from variance_oracles import noise_parts
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
-from trl_entropy.estimators.noise.noise_scale import NoiseScaleRecord, jackknifed_parts, noise_parts
+from trl_entropy.estimators.noise.noise_scale import NoiseScaleRecord, jackknifed_parts
 from trl_entropy.gradients.float64_reference import float64_reference
 from trl_entropy.gradients.group_products import MicroBatchNorms
 from trl_entropy.probes import PROBES, NoiseScaleProbe

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from trl_entropy.analysis.comparison import over_runs
 from trl_entropy.analysis.run import cosines_of, spectrum_of
 from trl_entropy.runs.metrics import PASS_AT_1, unit
-from trl_entropy.runs.strict_json import Json, Row
+from trl_entropy.runs.strict_json import Row
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -103,7 +103,7 @@ def plot_prediction(axes: Axes, rows: Rows, predictor: str) -> Axes:
     return axes
 
 
-def plot_integral(axes: Axes, integral: Json) -> Axes:
+def plot_integral(axes: Axes, integral: Mapping[str, Any]) -> Axes:
     """
     The entropy of freshly drawn completions at each step (95 %), and that at the start plus the predicted changes.
 

@@ -1,1 +1,1 @@
-"""Equations on tensors, in folders by the question that they answer; torch and the standard library only."""
+"""Equations on tensors, in folders by the question that they answer; only torch and the standard library."""

@@ -1,1 +1,1 @@
-"""One module an experiment; `trl-entropy experiment NAME` runs the `main` of `trl_entropy.experiments.NAME`."""
+"""Experiments, one in each module; `trl-entropy experiment NAME` calls `main` of `trl_entropy.experiments.NAME`."""

@@ -1,39 +1,87 @@
 """
-Predicted against measured entropy change over a run: `trl-entropy experiment agreement RUN [RUN...]`.
+Predicted against measured entropy changes over a run: `trl-entropy experiment agreement RUN [RUN...]`.
 
-Reads `metrics.jsonl` of runs in which every step was probed (configs/entropy-study.yaml); trains nothing. Prediction
-is across halves: predicted on half a of each probe batch, measured on half b. With `--fresh-completions N` the sum of
-all changes is compared with the entropy's fall on N completions of the first and N of the last policy.
+Reads `metrics.jsonl` of runs in which every step was probed (configs/entropy-study.yaml), and trains nothing. The
+change is predicted on half a of each probe batch and measured on half b, so that the errors of the two are
+independent. With `--fresh-completions N` the sum of all changes is compared with the difference in entropy between the
+first and the last policy, each on N fresh completions of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
+from trl_entropy.experiments.output import Numbers, saved_figure, thirds, with_interval, write_numbers
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.strict_json import without_nan
 
-PREDICTORS = ("linear", "second_order", "trapezoid", "measured")
+Predictor = Literal["linear", "second_order", "trapezoid", "measured"]
+PREDICTORS: tuple[Predictor, ...] = ("linear", "second_order", "trapezoid", "measured")
 RIVALS = ("cov_natural", "cov_policy_gradient")
-Rows = list[dict[str, Any]]
+Rows = Sequence[Numbers]
+
+
+class Integral(TypedDict):
+    """The start and the sum of changes so far before each step, with errors; its distance from fresh entropies."""
+
+    values: list[float]
+    stderr: list[float]
+    largest_deviation: float
+    share_within_2_stderr: float
+
+
+class Integrals(TypedDict):
+    """The entropy of each step's fresh completions, and an [`Integral`] for each predictor that was logged."""
+
+    steps: list[float]
+    fresh: list[float]
+    fresh_stderr: list[float]
+    linear: NotRequired[Integral]
+    second_order: NotRequired[Integral]
+    trapezoid: NotRequired[Integral]
+    measured: NotRequired[Integral]
+
+
+class EndPoint(TypedDict):
+    """Entropy of the first and the last policy and its change; for each predictor the sum of changes over that."""
+
+    start: Numbers
+    end: Numbers
+    change: float
+    linear: NotRequired[Numbers]
+    second_order: NotRequired[Numbers]
+    trapezoid: NotRequired[Numbers]
+    measured: NotRequired[Numbers]
+
+
+class Result(TypedDict):
+    """What `agreement.json` holds of a run; keys of the tables are parts of the run, then predictors."""
+
+    end_point: NotRequired[EndPoint]
+    run: str
+    num_steps: int
+    num_completions: float
+    across_halves: dict[str, dict[str, dict[str, Numbers]]]
+    rivals: dict[str, dict[str, Numbers]]
+    placebo: dict[str, dict[str, Numbers]]
+    same_sample: dict[str, Numbers | None]
+    integral: Integrals
 
 
 def probed_rows(path: Path) -> Rows:
     """
-    The probed steps of a run.
+    The logged rows of the probed steps of a run.
 
     Raises:
-        ValueError: when there are fewer than 9, three for each third.
+        ValueError: if there are fewer than 9, three for each third of the run.
     """
     rows = [row for row in RunDirectory(path).metrics() if "entropy/half_a_measured" in row]
     if len(rows) < 9:
@@ -41,21 +89,15 @@ def probed_rows(path: Path) -> Rows:
     return rows
 
 
-def thirds(rows: Rows) -> dict[str, Rows]:
-    """All steps, and the first, second and last third of them."""
-    cut = [round(len(rows) * i / 3) for i in range(4)]
-    return {"all": rows, **{f"third {i + 1}": rows[cut[i] : cut[i + 1]] for i in range(3)}}
-
-
 def cross_pairs(rows: Rows, predictor: str) -> list[PairMoments]:
-    """One pair a step: predicted on half a, measured on half b; their errors are independent."""
+    """A pair for each step: predicted on half a, measured on half b, so that their errors are independent."""
     x, y = f"entropy/half_a_{predictor}", "entropy/half_b_measured"
     pairs = [(row[x], row[y], row[f"{x}_stderr"], row[f"{y}_stderr"]) for row in rows if x in row]
     return [PairMoments.empty().update(*pair) for pair in pairs]
 
 
 def agreement(rows: Rows) -> dict[str, dict[str, Estimate]]:
-    """Slope, corrected slope, correlation, R^2 and its ceiling of each predictor across halves, jackknife errors."""
+    """Slope, corrected slope, correlation, R^2 and its ceiling for each predictor across halves, jackknife errors."""
     statistics: dict[str, Callable[[PairMoments], Estimate]] = {
         "slope": PairMoments.slope,
         "corrected_slope": PairMoments.corrected_slope,
@@ -64,7 +106,7 @@ def agreement(rows: Rows) -> dict[str, dict[str, Estimate]]:
         "ceiling_r_squared": PairMoments.ceiling_r_squared,
         "share_of_ceiling": PairMoments.share_of_ceiling,
     }
-    table = {}
+    table: dict[str, dict[str, Estimate]] = {}
     for predictor in PREDICTORS:
         if pairs := cross_pairs(rows, predictor):
             table[predictor] = {name: jackknife(pairs, statistic) for name, statistic in statistics.items()}
@@ -72,7 +114,7 @@ def agreement(rows: Rows) -> dict[str, dict[str, Estimate]]:
 
 
 def rival_correlations(rows: Rows) -> dict[str, Estimate]:
-    """Correlation of the rivals (T11), and of the first order, with the change measured on the whole batch."""
+    """Correlation of the rivals (T11), and of the first order, with the change measured on the whole probe batch."""
     found = {}
     for name in (*RIVALS, "linear"):
         moments = PairMoments.empty()
@@ -84,12 +126,13 @@ def rival_correlations(rows: Rows) -> dict[str, Estimate]:
 
 def placebo(rows: Rows) -> dict[str, Estimate] | None:
     """
-    Slopes on the placebo's prediction, whose update is an earlier step's; None without a placebo.
+    Slopes on the prediction of the placebo, which takes the update of an earlier step; None without a placebo.
 
     Returns:
-        `raw`: of the measured change. Updates of one run share a direction and shrink together, so it need not be 0.
-        `left_over`: of measured minus predicted by the step's own update, which must be 0: nothing but the step's own
-        update tells its change.
+        `raw`: slope of the measured change. Updates of one run share a direction and shrink together, so that it need
+        not be 0.
+        `left_over`: slope of the measured change less the prediction from the step's own update. It must be 0, since
+        another step's update can say nothing beyond what the step's own update says.
     """
     rows = [row for row in rows if "entropy/delta_placebo" in row]
     if len(rows) < 3:
@@ -108,18 +151,16 @@ def placebo(rows: Rows) -> dict[str, Estimate] | None:
     return found
 
 
-def integrals(rows: Rows) -> dict[str, Any]:
+def integrals(rows: Rows) -> Integrals:
     """
-    The sum of predicted changes against the entropy of each step's fresh completions.
+    The sums of predicted changes against the entropy of each step's fresh completions.
 
-    Returns:
-        `steps`, `fresh` with `fresh_stderr`, and per predictor the integral up to before each step, its standard
-        error (changes and the start are on independent batches), and the largest deviation in standard errors.
+    Standard errors take the first entropy and all changes as independent, since each has a probe batch of its own.
     """
     fresh = [row["entropy/probe_batch"] for row in rows]
     errors = [row["entropy/probe_batch_stderr"] for row in rows]
-    result: dict[str, Any] = {"steps": [row["step"] for row in rows], "fresh": fresh, "fresh_stderr": errors}
-    for name in ("linear", "second_order", "trapezoid", "measured"):
+    result: Integrals = {"steps": [row["step"] for row in rows], "fresh": fresh, "fresh_stderr": errors}
+    for name in PREDICTORS:
         if f"entropy/delta_{name}" not in rows[0]:
             continue
         total, variance, values, stderrs, deviations = fresh[0], errors[0] ** 2, [fresh[0]], [errors[0]], []
@@ -130,22 +171,30 @@ def integrals(rows: Rows) -> dict[str, Any]:
             stderrs.append(math.sqrt(variance))
             combined = math.sqrt(variance + row["entropy/probe_batch_stderr"] ** 2)
             deviations.append((total - row["entropy/probe_batch"]) / combined)
-        result[name] = {"values": values, "stderr": stderrs, "largest_deviation": max(deviations, key=abs)}
-        result[name]["share_within_2_stderr"] = sum(abs(d) <= 2 for d in deviations) / len(deviations)
+        within = sum(abs(d) <= 2 for d in deviations) / len(deviations)
+        result[name] = {
+            "values": values,
+            "stderr": stderrs,
+            "largest_deviation": max(deviations, key=abs),
+            "share_within_2_stderr": within,
+        }
     return result
 
 
-def end_point(rows: Rows, fall: tuple[Estimate, Estimate]) -> dict[str, Any]:
+def end_point(rows: Rows, fall: tuple[Estimate, Estimate]) -> EndPoint:
     """
-    The sum of all steps' changes over the change between fresh completions of the first and of the last policy.
+    The sum of all steps' changes over the entropy change between the first and the last policy.
+
+    Args:
+        rows: of the probed steps.
+        fall: entropy of the first and of the last policy, nats per token, each on fresh completions.
 
     Returns:
-        `start`, `end` (nats per token, with errors), `change`, and per predictor the ratio with its standard error, to
-        first order in both errors.
+        Each predictor's ratio has a standard error to first order in the errors of both.
     """
     start, end = fall
     change, variance = end.value - start.value, start.stderr**2 + end.stderr**2
-    result: dict[str, Any] = {"start": start.as_dict(), "end": end.as_dict(), "change": change}
+    result: EndPoint = {"start": start.as_dict(), "end": end.as_dict(), "change": change}
     for name in PREDICTORS:
         if f"entropy/delta_{name}" in rows[0]:
             total = sum(row[f"entropy/delta_{name}"] for row in rows)
@@ -156,16 +205,11 @@ def end_point(rows: Rows, fall: tuple[Estimate, Estimate]) -> dict[str, Any]:
     return result
 
 
-def analyse(path: Path, num_fresh: int = 0) -> dict[str, Any]:
-    """Everything about one run, as plain data; with `num_fresh` its policies are loaded and sampled."""
+def analyse(path: Path, num_fresh: int = 0) -> Result:
+    """All numbers of one run; with `num_fresh` its first and last policy are loaded, and sampled as often."""
     rows = probed_rows(path)
     last = rows[-1]
-    fresh = {}
-    if num_fresh:
-        from trl_entropy.experiments.fresh_entropy import entropy_fall
-
-        fresh = {"end_point": end_point(rows, entropy_fall(path, num_fresh))}
-    return fresh | {
+    result: Result = {
         "run": path.name,
         "num_steps": len(rows),
         "num_completions": last["entropy/num_completions"],
@@ -184,21 +228,26 @@ def analyse(path: Path, num_fresh: int = 0) -> dict[str, Any]:
         "same_sample": {name: _running(last, f"same_sample_{name}_slope") for name in PREDICTORS[:3]},
         "integral": integrals(rows),
     }
+    if num_fresh:
+        from trl_entropy.experiments.fresh_entropy import entropy_fall
+
+        result["end_point"] = end_point(rows, entropy_fall(path, num_fresh))
+    return result
 
 
-def _running(row: dict[str, Any], name: str) -> dict[str, float] | None:
+def _running(row: Numbers, name: str) -> Numbers | None:
     key = f"entropy/{name}"
     return {"value": row[key], "stderr": row[f"{key}_stderr"]} if key in row else None
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
-    """The tables of docs/results.md; those of experiments that were not made are left out."""
+def markdown(results: list[Result]) -> str:
+    """The tables of docs/results.md; a table without rows is left out."""
     sections = {
         "run | steps | predictor | slope corrected for noise | correlation | R^2 | its ceiling | share of it": _across,
-        "run | integral of | largest deviation, standard errors | steps within 2": _integral_rows,
-        "run | fresh entropy | sum of | sum / change of the fresh": _end_point_rows,
-        "run | steps | slope on the placebo | of what the prediction left over": _placebo_rows,
-        "run | same sample, slope: first order | second order | trapezoid": _same_sample_rows,
+        "run | sum of changes | largest deviation, standard errors | steps within 2": _integral_rows,
+        "run | entropy, first -> last policy | sum of changes | sum / change of the entropy": _end_point_rows,
+        "run | steps | slope on the placebo | slope of measured - predicted on the placebo": _placebo_rows,
+        "run | slope on the same sample: first order | second order | trapezoid": _same_sample_rows,
         "run | steps | correlation: first order | -Cov(log pi, A) | -Cov(log pi, pi A)": _rival_rows,
     }
     tables = []
@@ -209,81 +258,77 @@ def markdown(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-def _across(result: dict[str, Any]) -> Iterator[list[str]]:
+def _across(result: Result) -> Iterator[list[str]]:
     for part, table in result["across_halves"].items():
         for predictor, values in table.items():
             cells = [f"{values[k]['value']:.3f}" for k in ("correlation", "r_squared", "ceiling_r_squared")]
             yield [
                 part,
                 predictor,
-                _with_interval(values["corrected_slope"]),
+                with_interval(values["corrected_slope"], form=".3f"),
                 *cells,
                 _with_error(values["share_of_ceiling"]),
             ]
 
 
-def _integral_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+def _integral_rows(result: Result) -> Iterator[list[str]]:
     for name in PREDICTORS:
         if entry := result["integral"].get(name):
             yield [name, f"{entry['largest_deviation']:+.2f}", f"{entry['share_within_2_stderr']:.0%}"]
 
 
-def _end_point_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    end = result.get("end_point", {})
+def _end_point_rows(result: Result) -> Iterator[list[str]]:
+    if (end := result.get("end_point")) is None:
+        return
     for name in PREDICTORS:
-        if name in end:
-            ratio = {"value": end[name]["ratio"], "stderr": end[name]["ratio_stderr"]}
+        if entry := end.get(name):
+            ratio = {"value": entry["ratio"], "stderr": entry["ratio_stderr"]}
             yield [f"{_with_error(end['start'])} -> {_with_error(end['end'])}", name, _with_error(ratio)]
 
 
-def _placebo_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+def _placebo_rows(result: Result) -> Iterator[list[str]]:
     for part, table in result["placebo"].items():
-        yield [part, *(_with_interval(table[name]) for name in ("raw", "left_over"))]
+        yield [part, *(with_interval(table[name], form=".3f") for name in ("raw", "left_over"))]
 
 
-def _same_sample_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+def _same_sample_rows(result: Result) -> Iterator[list[str]]:
     yield [_with_error(result["same_sample"][name]) for name in PREDICTORS[:3]]
 
 
-def _rival_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+def _rival_rows(result: Result) -> Iterator[list[str]]:
     for part, table in result["rivals"].items():
         yield [part, *(_with_error(table[name]) for name in ("linear", *RIVALS))]
 
 
-def _with_error(entry: dict[str, float] | None) -> str:
+def _with_error(entry: Numbers | None) -> str:
     return "-" if entry is None else f"{entry['value']:.3f} +- {entry['stderr']:.3f}"
 
 
-def _with_interval(entry: dict[str, float]) -> str:
-    return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-
-
-def draw(paths: list[Path], results: list[dict[str, Any]], target: Path) -> None:
-    """A row per run: predicted against measured across halves; the integral beside the fresh entropies."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(paths: list[Path], results: list[Result], target: Path) -> None:
+    """A row for each run: predicted against measured across halves, and the integral with the fresh entropies."""
     from trl_entropy.analysis import plots
 
-    figure, all_axes = plt.subplots(len(paths), 2, figsize=(10, 3.6 * len(paths)), layout="constrained", squeeze=False)
-    for path, result, (left, right) in zip(paths, results, all_axes, strict=True):
-        plots.plot_prediction(left, probed_rows(path), "second_order")
-        left.set_title(f"{path.name}: predicted before the step, measured after")
-        plots.plot_integral(right, result["integral"])
-        right.set_title("Sum of predictions, and fresh completions")
-    figure.savefig(target, dpi=130)
-    plt.close(figure)
+    with saved_figure(target, (10, 3.6 * len(paths)), dpi=130) as figure:
+        all_axes = figure.subplots(len(paths), 2, squeeze=False)
+        for path, result, (left, right) in zip(paths, results, all_axes, strict=True):
+            plots.plot_prediction(left, probed_rows(path), "second_order")
+            left.set_title(f"{path.name}: predicted before the step, measured after")
+            plots.plot_integral(right, result["integral"])
+            right.set_title("Sum of predictions, and fresh completions")
 
 
 def main(argv: list[str]) -> None:
-    """Tables on the console; `agreement.json` and `agreement.png` in the first run's report folder, or `--output`."""
+    """Print the tables, and write `agreement.json` and `agreement.png` into the first run's report or `--output`."""
     parser = argparse.ArgumentParser(prog="trl-entropy experiment agreement", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory with every step probed")
-    parser.add_argument("--output", type=Path, help="folder for agreement.json and agreement.png")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; every step was probed")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: RUN/report of the first run)")
     parser.add_argument(
-        "--fresh-completions", type=int, default=0, metavar="N", help="sample the first and the last policy; 0: do not"
+        "--fresh-completions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="completions to draw from the first and from the last policy, to compare with the sum of all changes "
+        "(default: 0, none)",
     )
     options = parser.parse_args(argv)
     quiet_libraries()
@@ -293,7 +338,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"Error: {error}")
     output = options.output or RunDirectory(options.runs[0]).report_path
     output.mkdir(parents=True, exist_ok=True)
-    (output / "agreement.json").write_text(json.dumps(without_nan(results), indent=1))
+    write_numbers(output / "agreement.json", results)
     draw(options.runs, results, output / "agreement.png")
     print(markdown(results))
     print(f"\n{output / 'agreement.json'}\n{output / 'agreement.png'}")

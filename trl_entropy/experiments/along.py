@@ -1,4 +1,4 @@
-"""The entropy of a state's policy along one direction: derivatives at theta, and the true change at some lengths."""
+"""The policy's entropy along one direction from a state: its derivatives at theta, its true change at some lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl_entropy.estimators.entropy_change.step_change import PointTerms, point_
 from trl_entropy.estimators.statistics.estimate import Linearization
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.gradients.scores import Params, score
+from trl_entropy.gradients.scores import Params
 from trl_entropy.rollouts.completions import Completions
 
 
@@ -32,33 +32,31 @@ def columns_along(
     batch_size: int,
 ) -> Float[Tensor, "B columns"]:
     """
-    Per-completion terms, for [`points_of`].
+    Per-completion terms of the entropy at theta and at some points along `direction`; [`points_of`] takes them apart.
 
     Returns:
-        Columns: `stacked` terms at theta with `order` derivatives, then numerator and denominator of (T6) at theta
-        plus each factor times `direction`.
+        Columns: `stacked` terms at theta with `order` derivatives, then numerator and denominator of (T6) at
+        theta + factor * `direction` for each factor.
     """
-    mask, temperature = completions.completion_mask, state.args.temperature
-    with state.engine.scoring_model(state.before) as model:
-        at = score(model, completions, temperature, batch_size, state.before, direction, order)
+    mask = completions.completion_mask
+    at = state.score(completions, batch_size, direction=direction, order=order)
     columns = [stacked(point_terms(at.entropy, at.logps, at.logps[0], mask))]
     for factor in factors:
         params = {name: value + factor * direction[name] for name, value in state.before.items()}
-        with state.engine.scoring_model(params) as model:
-            there = score(model, completions, temperature, batch_size, params)
+        there = state.score(completions, batch_size, params)
         weights = importance_weights(there.logps[0], at.logps[0], mask)
         columns.append(torch.stack(entropy_terms(there.entropy[0], weights, mask), dim=1))
     return torch.cat(columns, dim=1).cpu()
 
 
 def points_of(columns: Float[Tensor, "B columns"], num_factors: int) -> tuple[PointTerms, list[RatioTerms]]:
-    """Terms at theta, and those at each factor."""
+    """The terms at theta with their derivatives, and the terms at each factor."""
     width = columns.shape[1] - 2 * num_factors
     return unstacked(columns[:, :width]), [RatioTerms(*pair.unbind(1)) for pair in columns[:, width:].split(2, dim=1)]
 
 
 def changes_at(start: PointTerms, there: RatioTerms, factor: float) -> dict[str, Linearization]:
-    """True change at `factor` times the direction, its prediction from derivatives at 0, and the latter's errors."""
+    """True change at `factor` times the direction, the predictions from derivatives at theta, and their errors."""
 
     def scaled(terms: RatioTerms, by: float) -> RatioTerms:
         return RatioTerms(*(by * column for column in terms))
@@ -73,5 +71,5 @@ def changes_at(start: PointTerms, there: RatioTerms, factor: float) -> dict[str,
 
 
 def sample_size_at(start: PointTerms, there: RatioTerms) -> float:
-    """(T3): effective number of completions there."""
+    """(T3): effective number of completions under the importance weights at that point."""
     return float(effective_sample_size(there.denominator / start.terms.denominator))

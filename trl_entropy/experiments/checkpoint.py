@@ -1,4 +1,4 @@
-"""A checkpoint of a run and the settings that it was made with, checked before anything heavy is loaded."""
+"""A checkpoint of a run and the run's settings, checked before the model is loaded."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _REQUIRED = {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "mask
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A checkpoint folder and the settings of the run that wrote it; nothing heavy is loaded.
+    A checkpoint folder and the settings of the run that wrote it; the model is not loaded.
 
     Attributes:
         path: `RUN/checkpoint-N`.
-        config: `RUN/config.yaml`.
+        config: the contents of `RUN/config.yaml`.
         task: what the run was trained on.
-        num_prompts_per_step: prompts of one of its optimizer steps.
+        num_prompts_per_step: prompts in each of its optimizer steps.
     """
 
     path: Path
@@ -38,10 +38,10 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
         """
-        Check that the folder holds what an experiment needs.
+        Read the settings, and check that the folder holds everything that an experiment needs.
 
         Raises:
-            ValueError: saying what is missing or what is not the embedded task's.
+            ValueError: says what is missing, or in what the run differs from one on the embedded task.
         """
         import yaml
 
@@ -53,16 +53,18 @@ class Checkpoint:
         task = _task(config, environment, path.parent)
         if task.task != "word_problems":
             raise ValueError(
-                f"{path.parent} was trained on {task.task}; only the embedded task, word_problems, is known"
+                f"{path.parent} was trained on {task.task}; experiments know only the embedded task, word_problems"
             )
         if (vocab_size := config.get("model_config", {}).get("vocab_size")) != VOCAB_SIZE:
             raise ValueError(
-                f"{path.parent} trained a model of {vocab_size} token embeddings; only the embedded model is known, "
-                f"which has {VOCAB_SIZE}"
+                f"{path.parent} trained a model of {vocab_size} token embeddings; experiments know only the embedded "
+                f"model, which has {VOCAB_SIZE}"
             )
         for name, needed in _REQUIRED.items():
             if config.get(name, needed) != needed:
-                raise ValueError(f"{path.parent} ran with {name}={config[name]!r}; (T1), (T2) need {name}={needed!r}")
+                raise ValueError(
+                    f"{path.parent} ran with {name}={config[name]!r}; the loss (T1), (T2) needs {name}={needed!r}"
+                )
         completions = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
         completions *= environment.get("num_processes", 1)
         return cls(path, config, task, completions // config["num_generations"])
@@ -73,7 +75,7 @@ class Checkpoint:
         The checkpoint of a run's last logged step.
 
         Raises:
-            ValueError: when there is none.
+            ValueError: if there is none.
         """
         last = max((row["step"] for row in RunDirectory(run).metrics()), default=0)
         path = run / f"checkpoint-{last}"
@@ -82,7 +84,7 @@ class Checkpoint:
         return cls.read(path)
 
     def at_start(self) -> Checkpoint:
-        """The policy that the run began with, under the run's settings; it has no optimizer's state."""
+        """The policy that the run began with, under the run's settings; it has no optimizer state."""
         from trl_entropy.models.warm_start import warm_start
 
         return replace(self, path=warm_start(seed=self.config["seed"]))
@@ -91,22 +93,22 @@ class Checkpoint:
 def _check_files(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(
-            f"{path} is no folder; give a RUN/checkpoint-N (training writes them with save_strategy=steps)"
+            f"{path} is not a folder; give a RUN/checkpoint-N (training writes them with save_strategy=steps)"
         )
     if (path / "adapter_config.json").exists():
         raise ValueError(f"{path} holds a LoRA adapter; only checkpoints of the full embedded model are supported")
     for name, advice in {
         "model.safetensors": "is it a checkpoint of the trainer?",
-        "optimizer.pt": "train with save_only_model=False, and without DeepSpeed, which keeps its state elsewhere",
+        "optimizer.pt": "train with save_only_model=False, and without DeepSpeed, which stores its state elsewhere",
     }.items():
         if not (path / name).exists():
             raise ValueError(f"{path} has no {name}; {advice}")
     if not (path.parent / "config.yaml").exists():
-        raise ValueError(f"{path.parent} has no config.yaml; the checkpoint must lie in the directory of its run")
+        raise ValueError(f"{path.parent} has no config.yaml; the checkpoint must be in the directory of its run")
 
 
 def _task(config: dict[str, Any], environment: dict[str, Any], run: Path) -> TaskArguments:
-    """From `config.yaml` if it says so, else from the command that started the run, as `environment.json` has it."""
+    """What the run was trained on: from `config.yaml`, else from the command in `environment.json` that started it."""
     names = [field.name for field in fields(TaskArguments)]
     if "task" in config:
         return TaskArguments(**{name: config[name] for name in names if name in config})

@@ -1,16 +1,17 @@
 """
-What does it cost in reward to keep entropy? The steps that methods of control make from one state, many times.
+What does it cost in reward to keep entropy? Steps by several methods of entropy control from one fixed state.
 
     trl-entropy experiment exchange --checkpoint RUN/checkpoint-N
 
-For each redraw of the rollouts every method steps by the run's AdamW from the same moments and rollouts: none, a
-lower learning rate, TRL's entropy bonus, Clip-Cov and random tokens at its count, the entropy control (T19). Of each
-step: the change of entropy and of expected reward (T20), to first order on one large set of held-out completions, and
-for some redraws and methods what first order leaves out. KL-Cov is left out: with one update a generation it does
-nothing.
+For each redraw of the rollouts every method makes a step with the run's AdamW, from the same moments and rollouts: no
+control, a lower learning rate, TRL's entropy bonus, Clip-Cov, as many random tokens, and the entropy control (T19).
+For each step the changes of the entropy and of the expected reward (T20) are computed to first order on one large set
+of held-out completions; for some redraws and methods the true changes are measured too. KL-Cov is not among the
+methods, since with one update per generation it does nothing.
 
-A changed gradient enters a step by 1 - b1 of it, the momentum later: changes against none of bonus and token methods
-are a tenth of what they come to in the end. Their exchange, a ratio, is not touched by that.
+A change of the gradient enters a step with the weight 1 - b1, and later steps through the momentum. The changes that
+the bonus and the token methods make in one step, compared with no control, are therefore about a tenth of what they
+become in the end. Their exchange is a ratio, which this does not affect.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 import argparse
 import math
 import zlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -27,9 +29,10 @@ from torch import Tensor
 
 from trl_entropy.estimators.control.exchange import ExchangeRecord, mean_over_redraws, ratio_over_blocks
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.command import Command, with_interval
+from trl_entropy.experiments.command import Command
 from trl_entropy.experiments.exchange_changes import GROUP_SIZE, NUM_BLOCKS, LargeSet, true_changes
 from trl_entropy.experiments.exchange_steps import MEASURED, METHODS, steps_of_methods
+from trl_entropy.experiments.output import Numbers, with_interval
 from trl_entropy.experiments.redraws import Cache, in_chunks
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.rollouts.batch import RolloutBatch
@@ -43,9 +46,58 @@ _REDRAWS_PER_CHUNK = 4
 _QUANTITIES = ("entropy", "reward")
 _NOTES = ("departure", "num_tokens", "infeasible")
 
+Change = Literal[
+    "entropy", "reward", "reward_per_entropy", "entropy_difference", "reward_difference", "exchange"
+]  # fmt: skip
+# What the tables show of a step, with the factor by which it is multiplied.
+_SHOWN: dict[Change, float] = {
+    "entropy": 1e3, "reward": 1e3, "reward_per_entropy": 1, "entropy_difference": 1e3, "reward_difference": 1e3,
+    "exchange": 1,
+}  # fmt: skip
+
+
+class Changes(TypedDict):
+    """Changes by a method's step, `_difference` from those of no control, and the ratios of (T20); with errors."""
+
+    method: str
+    entropy: Numbers
+    reward: Numbers
+    entropy_difference: Numbers
+    reward_difference: Numbers
+    reward_per_entropy: Numbers
+    exchange: Numbers
+
+
+class FirstOrderRow(Changes):
+    """Changes to first order, means over redraws, and what `MadeStep` says of the step."""
+
+    departure: float
+    num_tokens: float
+    infeasible: float
+    stderr_of_redraws: Numbers
+
+
+class TrueRow(Changes):
+    """True changes, and `_correction`: how much they differ from first order."""
+
+    entropy_correction: Numbers
+    reward_correction: Numbers
+
+
+class Result(TypedDict):
+    """What `exchange.json` holds; entropy in nats per token."""
+
+    policy_entropy: float
+    mean_reward: float
+    learning_rate: float
+    num_redraws: int
+    num_measured: int
+    rows: list[FirstOrderRow]
+    true_rows: list[TrueRow]
+
 
 def check(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
-    """Raises `ValueError` if the options ask for what the run cannot give."""
+    """Raises `ValueError` if the options ask for more than the run can give."""
     if options.num_completions % (NUM_BLOCKS * GROUP_SIZE):
         raise ValueError(
             f"--num-completions is {options.num_completions}; use a multiple of {NUM_BLOCKS * GROUP_SIZE}"
@@ -54,7 +106,7 @@ def check(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
     if num_problems < num_prompts + options.num_probe:
         raise ValueError(
             f"the run has {num_problems} problems, a redraw takes {num_prompts} of them and --num-probe "
-            f"{options.num_probe} others; lower the latter"
+            f"{options.num_probe} others; lower --num-probe"
         )
 
 
@@ -62,11 +114,11 @@ def redraws(
     state: FixedState, cache: Cache, large: LargeSet, options: argparse.Namespace
 ) -> Float[Tensor, "R M columns"]:
     """
-    Redraws of the rollouts, and what each method's step from them does.
+    Redraws of the rollouts, and what each method's step from each of them does.
 
     Returns:
-        Columns: `products` with the K blocks of the large set, for entropy and reward; notes on the step; numerator
-        and denominator of the entropy and the reward's terms after it, by block, nan where it is not measured.
+        Columns: `LargeSet.products` with the K blocks, for entropy and reward; the numbers `_NOTES` of the step;
+        `LargeSet.moved` by block, nan where true changes are not measured.
     """
     num_groups, num_probe = len(state.rollouts.prompt_index.unique()), options.num_probe
 
@@ -114,7 +166,7 @@ def of_redraw(
 def first_order(
     columns: Float[Tensor, "R M columns"], summary: Float[Tensor, "3 K"], num_completions: int
 ) -> tuple[Float[Tensor, "R N"], Float[Tensor, "K N"]]:
-    """Entropy changes of all methods, then reward changes: of each redraw, and the influence of the blocks."""
+    """First-order entropy changes of all methods, then reward changes, of each redraw; and the blocks' influence."""
     num_methods = columns.shape[1]
     products = columns[:, :, : 2 * NUM_BLOCKS].unflatten(2, (2, NUM_BLOCKS)).permute(0, 3, 2, 1).flatten(2)
     completions = torch.full_like(summary[1], num_completions / NUM_BLOCKS)
@@ -126,7 +178,7 @@ def first_order(
 def measured(
     columns: Float[Tensor, "R M columns"], summary: Float[Tensor, "3 K"], num_completions: int
 ) -> tuple[Float[Tensor, "R N"], Float[Tensor, "K N"]]:
-    """As [`first_order`], the true changes."""
+    """The true changes, in the form of [`first_order`]."""
     values, influence = [], []
     for redraw in columns[:, :, -3 * NUM_BLOCKS :].unflatten(2, (3, NUM_BLOCKS)):
         changes = [true_changes(summary, moved, num_completions) for moved in redraw]
@@ -136,8 +188,8 @@ def measured(
     return torch.stack(values), torch.stack(influence).mean(0)
 
 
-def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything but the output."""
+def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> Result:
+    """Draw the large set and the redraws, and estimate what each method's step changes."""
     number = options.num_completions
     large = LargeSet(state, number, options.seed, options.batch_size)
     columns = redraws(state, cache, large, options)
@@ -146,15 +198,17 @@ def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dic
     record = ExchangeRecord.of(METHODS, mean_over_redraws(*predicted))
     of_redraws = predicted[0].std(0) / math.sqrt(len(columns))
     notes = columns[:, :, 2 * NUM_BLOCKS :][:, :, : len(_NOTES)].mean(0)
-    rows = []
+    rows: list[FirstOrderRow] = []
     for m, method in enumerate(METHODS):
-        row = {"method": method, **dict(zip(_NOTES, notes[m].tolist(), strict=True))}
-        row["stderr_of_redraws"] = dict(zip(_QUANTITIES, of_redraws[m :: len(METHODS)].tolist(), strict=True))
-        rows.append(row | _changes(record, method))
+        departure, num_tokens, infeasible = notes[m].tolist()
+        rows.append({
+            **_changes(record, method), "departure": departure, "num_tokens": num_tokens, "infeasible": infeasible,
+            "stderr_of_redraws": dict(zip(_QUANTITIES, of_redraws[m :: len(METHODS)].tolist(), strict=True)),
+        })  # fmt: skip
     entropy, tokens, rewards = summary.sum(1).tolist()
-    found = {"policy_entropy": entropy / tokens, "mean_reward": rewards / number}
     return {
-        **found,
+        "policy_entropy": entropy / tokens,
+        "mean_reward": rewards / number,
         "learning_rate": max(state.context.learning_rate.values()),
         "num_redraws": len(columns),
         "num_measured": options.num_measured,
@@ -165,8 +219,8 @@ def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dic
 
 def true_rows(
     columns: Float[Tensor, "R M columns"], num_measured: int, summary: Float[Tensor, "3 K"], num_completions: int
-) -> list[dict[str, Any]]:
-    """True changes of some methods: first order of all redraws, corrected by what it left out in some."""
+) -> list[TrueRow]:
+    """True changes of some methods: first order over all redraws, plus what it leaves out, measured on some."""
     some = columns[:, [METHODS.index(method) for method in MEASURED]]
     values, influence = first_order(some, summary, num_completions)
     same, true = (f(some[:num_measured], summary, num_completions) for f in (first_order, measured))
@@ -174,26 +228,33 @@ def true_rows(
     record = ExchangeRecord.of(MEASURED, mean_over_redraws(values, influence + of_blocks, corrections))
     errors = ExchangeRecord.of(MEASURED, mean_over_redraws(corrections, of_blocks))
     return [
-        {"method": method, **_changes(record, method)}
-        | {f"{name}_correction": errors.change(name, method).as_dict() for name in _QUANTITIES}
+        {
+            **_changes(record, method),
+            "entropy_correction": errors.change("entropy", method).as_dict(),
+            "reward_correction": errors.change("reward", method).as_dict(),
+        }
         for method in MEASURED
     ]
 
 
-def _changes(record: ExchangeRecord, method: str) -> dict[str, Any]:
-    """Of a method's step, and against none."""
-    row: dict[str, Any] = {quantity: record.change(quantity, method).as_dict() for quantity in _QUANTITIES}
-    row |= {f"{name}_difference": record.difference(name, method).as_dict() for name in _QUANTITIES}
-    return row | {"reward_per_entropy": record.reward_per_entropy(method), "exchange": record.exchange(method)}
+def _changes(record: ExchangeRecord, method: str) -> Changes:
+    """The changes by a method's step, alone and against those of no control."""
+    return {
+        "method": method,
+        "entropy": record.change("entropy", method).as_dict(),
+        "reward": record.change("reward", method).as_dict(),
+        "entropy_difference": record.difference("entropy", method).as_dict(),
+        "reward_difference": record.difference("reward", method).as_dict(),
+        "reward_per_entropy": record.reward_per_entropy(method),
+        "exchange": record.exchange(method),
+    }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as text; changes in units of 1e-3, of nats per token and of reward."""
-    names = ("entropy", "reward", "reward_per_entropy", "entropy_difference", "reward_difference", "exchange")
-    scales = (1e3, 1e3, 1, 1e3, 1e3, 1)
+def table(result: Result) -> str:
+    """The result as text, with changes in units of 1e-3 nats per token and 1e-3 of reward."""
 
-    def cells(row: dict[str, Any]) -> str:
-        found = [with_interval(row[name], scale) for name, scale in zip(names, scales, strict=True)]
+    def cells(row: Changes) -> str:
+        found = [with_interval(row[name], scale) for name, scale in _SHOWN.items()]
         return " | ".join(found if row["method"] != METHODS[0] else [*found[:3], "-", "-", "-"])
 
     head = "entropy | reward | reward / entropy | entropy - none | reward - none | exchange"
@@ -201,38 +262,40 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         notes = f"{row['departure']:.3f} | {row['num_tokens']:.0f} | {row['infeasible']:.0%}"
         lines.append(f"| {row['method']} | {cells(row)} | {notes} |")
-    lines += [f"\nfirst order, {result['num_redraws']} redraws\n"]
+    lines += [f"\nfirst order, mean over {result['num_redraws']} redraws\n"]
     lines += [f"| method | {head} | entropy beyond first order | reward beyond |", "|---" * 9 + "|"]
-    for row in result["true_rows"]:
-        beyond = [with_interval(row[f"{name}_correction"], 1e3) for name in _QUANTITIES]
-        lines.append(f"| {row['method']} | {cells(row)} | {' | '.join(beyond)} |")
+    for true in result["true_rows"]:
+        beyond = [with_interval(entry, 1e3) for entry in (true["entropy_correction"], true["reward_correction"])]
+        lines.append(f"| {true['method']} | {cells(true)} | {' | '.join(beyond)} |")
     return "\n".join([
         *lines,
-        f"\ntrue change: first order and what it left out in {result['num_measured']} redraws",
-        "x 1e-3 nats/token and reward; ratios are reward per nat/token; 95 % over redraws and large set",
+        f"\ntrue change: first order, plus what it leaves out, measured on {result['num_measured']} redraws",
+        "changes in 1e-3 nats/token and 1e-3 of reward, ratios in reward per nat/token; 95 % intervals over redraws "
+        "and the large set",
         f"policy entropy {result['policy_entropy']:.4f} nats/token, mean reward {result['mean_reward']:.3f}",
     ])  # fmt: skip
 
 
-def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
-    """Reward change against entropy change, and each exchange of a bounded interval; hollow: true changes."""
+def draw(result: Result, left: Axes, right: Axes) -> None:
+    """Left: reward change against entropy change. Right: exchanges with a bounded interval. Hollow: true changes."""
     from trl_entropy.analysis.plots import BLUE, GREEN, GREY, ORANGE
 
     families = {"none": "black", "lower_lr": GREY, "bonus": ORANGE, "entropy_control": BLUE}
     places = {method: y for y, method in enumerate(METHODS[1:])}
 
-    def point(axes: Axes, x: Any, y: Any, method: str, fill: Any, scale: float, **style: Any) -> None:
-        color = families.get(method.split()[0], GREEN)
+    def point(axes: Axes, x: Numbers, y: float, y_error: float | None, scale: float, style: dict[str, str]) -> None:
         ends = [[scale * (x["value"] - x["low"])], [scale * (x["high"] - x["value"])]]
-        axes.errorbar(scale * x["value"], y, xerr=ends, fmt="o", ms=4, lw=0.7, color=color, fillstyle=fill, **style)
+        drawn = axes.errorbar(scale * x["value"], y, y_error, ends, fmt="o", ms=4, lw=0.7, color=style["color"])
+        drawn[0].set_fillstyle(style["fillstyle"])
 
-    for rows, fill in ((result["rows"], "full"), (result["true_rows"], "none")):
+    series: dict[str, Sequence[Changes]] = {"full": result["rows"], "none": result["true_rows"]}
+    for fill, rows in series.items():
         for row in rows:
             method, reward, exchange = row["method"], row["reward"], row["exchange"]
-            spread = 500 * (reward["high"] - reward["low"])
-            point(left, row["entropy"], 1e3 * reward["value"], method, fill, 1e3, yerr=spread)
+            style = {"color": families.get(method.split()[0], GREEN), "fillstyle": fill}
+            point(left, row["entropy"], 1e3 * reward["value"], 500 * (reward["high"] - reward["low"]), 1e3, style)
             if method in places and math.isfinite(exchange["low"]) and math.isfinite(exchange["high"]):
-                point(right, exchange, places[method] + 0.25 * (fill == "none"), method, fill, 1.0)
+                point(right, exchange, places[method] + 0.25 * (fill == "none"), None, 1.0, style)
     for axes in (left, right):
         axes.axvline(0, color=GREY, lw=0.8)
     left.axhline(0, color=GREY, lw=0.8)
@@ -244,12 +307,12 @@ def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
 
 COMMAND = Command(
     "exchange",
-    "What does it cost in reward to keep entropy? The steps that methods of control make from one state, many times.",
+    "What does it cost in reward to keep entropy? Steps by several methods of entropy control from one fixed state.",
     {
         "num_redraws": (24, 4, "independent redraws of the rollouts"),
-        "num_completions": (4096, 128, "held-out completions that changes are measured on; a multiple of 128"),
-        "num_measured": (6, 2, "redraws whose steps' true changes are measured too"),
-        "num_probe": (128, 4, "completions that the entropy control takes grad h of"),
+        "num_completions": (4096, 128, "held-out completions on which changes are measured; a multiple of 128"),
+        "num_measured": (6, 2, "redraws for which true changes are measured too"),
+        "num_probe": (128, 4, "completions on which the entropy control takes grad h"),
     },
     compute,
     table,

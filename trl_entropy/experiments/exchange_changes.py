@@ -1,4 +1,4 @@
-"""Entropy and reward along steps from a fixed state, on one large set of rewarded completions: in blocks of them."""
+"""Changes of entropy and reward along steps from a fixed state, on blocks of one large set of rewarded completions."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from trl_entropy.estimators.statistics.importance import importance_weights
 from trl_entropy.experiments.redraws import ROWS_PER_CHUNK
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.gradients.group_gradients import flat
-from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.scores import TokenScores
 from trl_entropy.gradients.sequence_products import entropy_shares, gradients_of, weighted_logps
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 
 NUM_BLOCKS = 32
-GROUP_SIZE = 4  # completions of a problem: each one's baseline is the others' mean reward
+GROUP_SIZE = 4  # completions of each problem; the baseline of each is the mean reward of the others
 _LARGE_SET = 5  # second part of a seed
 
 
 class LargeSet:
     """
-    Completions of held-out problems, drawn once from the state's policy and rewarded, in [`NUM_BLOCKS`] blocks.
+    Completions of held-out problems with their rewards, drawn once from the state's policy, in [`NUM_BLOCKS`] blocks.
 
-    Nothing is drawn before it is needed.
+    They are drawn when they are first needed.
 
     Args:
-        state: whose policy.
-        num_completions: a multiple of blocks times group size.
+        state: its policy draws them.
+        num_completions: a multiple of `NUM_BLOCKS` times `GROUP_SIZE`.
         seed: of the draw.
         batch_size: completions scored or differentiated at a time.
     """
@@ -60,17 +60,17 @@ class LargeSet:
 
     @cached_property
     def scores(self) -> TokenScores:
-        return self._score(self.state.before)
+        return self.state.score(Completions.of(self.rollouts), self.batch_size)
 
     @cached_property
     def summary(self) -> Float[Tensor, "3 K"]:
-        """Of each block: sum of token entropies, nats; tokens; sum of rewards."""
+        """For each block the sum of token entropies in nats, the number of tokens, and the sum of rewards."""
         terms = entropy_terms(self.scores.entropy[0], self.rollouts.completion_mask.double(), self._mask)
         return torch.stack([self._summed(column) for column in (*terms, self.rollouts.rewards)])
 
     @cached_property
     def gradients(self) -> Float[Tensor, "2 K D"]:
-        """Of each block's sum of entropy terms (T8) and of A_i log pi(o_i); shares of grad h and of grad J."""
+        """Gradients of each block's sums of entropy terms (T8) and of A_i log pi(o_i), shares of grad h and grad J."""
         state, completions, names = self.state, Completions.of(self.rollouts), list(self.state.engine.parameters)
         entropy, tokens, _ = self.summary.sum(1).tolist()
         weights = self.advantages[:, None].expand(self._mask.shape)
@@ -83,14 +83,15 @@ class LargeSet:
         return torch.stack(rows, dim=1).double()
 
     def products(self, updates: Iterable[Vector]) -> Float[Tensor, "M 2 K"]:
-        """Each block's `gradients` with each step: what [`ratio_over_blocks`] takes."""
+        """Dot products of each block's `gradients` with each step, for [`ratio_over_blocks`]."""
         names = list(self.state.engine.parameters)
         columns = torch.stack([flat(update, names).double() for update in updates], dim=1)
         return (self.gradients @ columns).permute(2, 0, 1)
 
     def moved(self, update: Vector) -> Float[Tensor, "3 K"]:
-        """After the step, of each block: numerator and denominator of (T6), and the sum of (w_i - 1) A_i (T20)."""
-        there = self._score({name: value + update[name] for name, value in self.state.before.items()})
+        """For each block after the step: numerator and denominator of (T6), and the sum of (w_i - 1) A_i (T20)."""
+        params = {name: value + update[name] for name, value in self.state.before.items()}
+        there = self.state.score(Completions.of(self.rollouts), self.batch_size, params)
         weights = importance_weights(there.logps[0], self.scores.logps[0], self._mask)
         terms = entropy_terms(there.entropy[0], weights, self._mask)
         rewards = reward_change_terms(there.logps[0], self.scores.logps[0], self.advantages, self._mask)
@@ -100,11 +101,6 @@ class LargeSet:
     def _mask(self) -> Tensor:
         return self.rollouts.completion_mask
 
-    def _score(self, params: Vector) -> TokenScores:
-        with self.state.engine.scoring_model(params) as model:
-            completions, temperature = Completions.of(self.rollouts), self.state.args.temperature
-            return score(model, completions, temperature, self.batch_size, params)
-
     def _summed(self, values: Float[Tensor, " B"]) -> Float[Tensor, " K"]:
         return values.double()[self.blocks].sum(1)
 
@@ -112,7 +108,7 @@ class LargeSet:
 def true_changes(
     summary: Float[Tensor, "3 K"], moved: Float[Tensor, "3 K"], num_completions: int
 ) -> tuple[Linearization, Linearization]:
-    """(T7), (T20): of the entropy and of the reward, blocks for completions."""
+    """(T7), (T20): the true changes of entropy and reward, with blocks in the place of completions."""
     entropy = delta_measured(RatioTerms(*summary[:2]), RatioTerms(*moved[:2]))
     per_completion = moved[2] * (moved.shape[1] / num_completions)
     return entropy, delta_method(lambda m: m[0], per_completion[:, None])

@@ -1,4 +1,4 @@
-"""The steps that the methods of entropy control make from one redraw of the rollouts, at a fixed state."""
+"""The steps that methods of entropy control make from a fixed state, all from one redraw of the rollouts."""
 
 from __future__ import annotations
 
@@ -35,20 +35,19 @@ from trl_entropy.estimators.control.token_control import (
     token_covariances,
 )
 from trl_entropy.experiments.state import FixedState
-from trl_entropy.gradients.scores import score
 from trl_entropy.gradients.sequence_products import Value, gradients_of, weighted_entropies, weighted_logps
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 
 LOWER_LR = 0.5
 BONUSES = (0.003, 0.01, 0.03)  # TRL's entropy_coef
-FRACTIONS = (0.02, 0.1)  # of the step's tokens that Clip-Cov leaves out
-QUANTILES = (0.8, 1.0)  # of the covariances, between which it takes them
-BUDGETS = {"entropy_control 0": 0.0, "entropy_control 1/2": 0.5}  # share of the predicted change that is left
+FRACTIONS = (0.02, 0.1)  # of the step's tokens, which Clip-Cov leaves out
+QUANTILES = (0.8, 1.0)  # of the covariances; Clip-Cov takes tokens between the two
+BUDGETS = {"entropy_control 0": 0.0, "entropy_control 1/2": 0.5}  # the share of the predicted change that remains
 
-# (covariances, advantages by token, mask, tokens to take, uniform numbers) -> the tokens that are left out of the loss
+# (covariances, advantages by token, mask, number of tokens, uniform numbers) -> the tokens left out of the loss
 Choice = Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor]
-# The others take as many tokens as clip_cov finds.
+# The other two take as many tokens as clip_cov finds.
 CHOICES: dict[str, Choice] = {
     "clip_cov": lambda covs, adv, mask, count, order: clip_cov_tokens(covs, QUANTILES, count, order, True),
     "random": lambda covs, adv, mask, count, order: random_tokens(mask, count, order),
@@ -62,7 +61,7 @@ METHODS = (
     *BUDGETS,
 )
 
-# Those whose true changes are measured as well.
+# Methods whose true changes are measured as well.
 MEASURED = ("none", "lower_lr 0.5", "bonus 0.03", "clip_cov 0.1", *BUDGETS)
 
 
@@ -72,9 +71,10 @@ class MadeStep(NamedTuple):
 
     Attributes:
         update: by parameter name.
-        departure: length of its difference from the step of no control, over that step's, both in M^-1 (T19).
-        num_tokens: left out of the loss.
-        infeasible: whether the cap of the entropy control bound.
+        departure: length of its difference from the step without control, over the length of that step, both in the
+            metric M^-1 (T19).
+        num_tokens: tokens left out of the loss.
+        infeasible: whether the cap of the entropy control limited the correction.
     """
 
     update: Vector
@@ -87,13 +87,14 @@ def steps_of_methods(
     state: FixedState, rollouts: RolloutBatch, probe: Completions, seed: int, batch_size: int
 ) -> dict[str, MadeStep]:
     """
-    Each method's step by AdamW (T4) from the checkpoint's moments and the same rollouts, clipped by its own norm.
+    Each method's step by AdamW (T4) from the checkpoint's moments and the same rollouts, clipped by the norm of the
+    method's own gradient.
 
     Args:
         state: the checkpoint.
-        rollouts: of one step, on-policy, one micro-batch, so that TRL's bonus is a mean over all their tokens.
-        probe: independent completions, of which the entropy control takes grad h.
-        seed: of the tokens that are chosen at random.
+        rollouts: of one step, on-policy and in one micro-batch, so that TRL's bonus is a mean over all their tokens.
+        probe: independent completions on which the entropy control takes grad h.
+        seed: for the tokens that are chosen at random.
         batch_size: completions differentiated at a time.
     """
     gradients, counts = loss_gradients(state, rollouts, seed, batch_size)
@@ -119,7 +120,7 @@ def steps_of_methods(
 def loss_gradients(
     state: FixedState, rollouts: RolloutBatch, seed: int, batch_size: int
 ) -> tuple[dict[str, Vector], dict[str, int]]:
-    """The gradient of the loss of every method that changes it, and how many tokens each leaves out."""
+    """The loss gradient of every method that changes it, and how many tokens each method leaves out."""
     completions, temperature = Completions.of(rollouts), state.args.temperature
     mask, num_rows = rollouts.completion_mask.bool(), len(rollouts.rewards)
     advantages = rollouts.advantages.reshape(num_rows, -1).expand(mask.shape)
@@ -128,9 +129,8 @@ def loss_gradients(
         kept = advantages.where(~left_out, 0.0)
         return weighted_logps(-on_policy_coefficients(kept, mask, num_rows, state.args.max_completion_length))
 
+    chosen = chosen_tokens(state.score(completions, batch_size).logps[0], rollouts, seed)
     with state.engine.scoring_model(state.before) as model:
-        logps = score(model, completions, temperature, batch_size).logps[0]
-        chosen = chosen_tokens(logps, rollouts, seed)
         values = [loss(torch.zeros_like(mask)), weighted_entropies(mask / mask.sum()), *map(loss, chosen.values())]
         plain, entropy, *others = gradients_of(model, completions, values, temperature, batch_size)
     gradients = {"none": plain, **dict(zip(chosen, others, strict=True))}
@@ -140,7 +140,7 @@ def loss_gradients(
 
 
 def chosen_tokens(logps: Float[Tensor, "B T"], rollouts: RolloutBatch, seed: int) -> dict[str, Bool[Tensor, "B T"]]:
-    """Which tokens each method leaves out; the other choices take as many as Clip-Cov found."""
+    """The tokens that each method leaves out; the others leave out as many as Clip-Cov finds."""
     mask = rollouts.completion_mask.bool()
     covariances = token_covariances(logps, rollouts.advantages, mask)
     advantages = rollouts.advantages.reshape(len(mask), -1).expand(mask.shape)
@@ -157,7 +157,7 @@ def chosen_tokens(logps: Float[Tensor, "B T"], rollouts: RolloutBatch, seed: int
 
 
 def context_of(state: FixedState, gradient: Vector) -> UpdateContext:
-    """All that AdamW's step by this gradient is made of; leaves `.grad` as it was."""
+    """The `UpdateContext` of AdamW's step with this gradient; `.grad` is put back afterwards."""
     parameters = state.engine.parameters
     kept = {name: parameter.grad for name, parameter in parameters.items()}
     try:
@@ -174,7 +174,7 @@ def context_of(state: FixedState, gradient: Vector) -> UpdateContext:
 def budget_corrections(
     state: FixedState, context: UpdateContext, step: Vector, metric: Vector, probe: Completions
 ) -> dict[str, tuple[Vector, Correction]]:
-    """What [`EntropyControl`] adds to the step for each budget (T19), in its floored metric, and how it came about."""
+    """What [`EntropyControl`] adds to the step for each budget (T19), in the floored metric, with its `Correction`."""
     args, size = state.args, state.args.probe_batch_size
     halves = score_prompt_halves(state.engine, state.before, probe, args.temperature, size)
     gradients = half_gradients(state.engine, state.before, halves, args.temperature, size)
@@ -188,5 +188,5 @@ def budget_corrections(
 
 
 def _length(vector: Vector, metric: Vector) -> float:
-    """In M^-1, over live coordinates."""
+    """The length in the metric M^-1, over the coordinates with M > 0."""
     return math.sqrt(sum(float((vector[n].double().square() / m)[m > 0].sum()) for n, m in metric.items()))

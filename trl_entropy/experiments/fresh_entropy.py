@@ -1,4 +1,4 @@
-"""The entropy of a run's policy at its start and at its last checkpoint, from fresh completions."""
+"""The entropy of a run's first policy and of its last checkpoint, from fresh completions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from trl_entropy.experiments.redraws import ROWS_PER_CHUNK
 from trl_entropy.experiments.state import Policy
 from trl_entropy.gradients.scores import score
 
-_START, _END = 3, 4  # second part of a seed: draws of their own
+_START, _END = 3, 4  # second part of a seed, so that the draws are independent of all others
 
 
 def entropy_fall(run: Path, num_completions: int, seed: int = 0) -> tuple[Estimate, Estimate]:
     """
-    Policy entropy (T6) before the first and after the last step, nats per token, on completions of their own each.
+    Policy entropy (T6) before the first and after the last step, nats per token, each on completions of its own.
 
-    Prompts are held-out problems, drawn with replacement: the steps' changes, whose sum is compared with this fall,
-    are measured on prompts that the step was not made from; those that a run has trained on fall somewhat further.
+    Prompts are held-out problems, drawn with replacement. They are held out because the steps' changes, whose sum is
+    compared with this fall, are measured on prompts other than the step's own; on prompts that a run has trained on
+    the entropy falls somewhat further.
 
     Raises:
-        ValueError: when the run has no checkpoint of its last step.
+        ValueError: if the run has no checkpoint of its last step.
     """
     last = Checkpoint.last_of(run)
     return (

@@ -1,11 +1,12 @@
 """
-Which completion of the step moves which completion of a probe batch? At one fixed state.
+Which completion of the update batch changes which completion of a probe batch, and by how much? At one fixed state.
 
     trl-entropy experiment influence --checkpoint RUN/checkpoint-N [--check 64]
 
-One pass over the update batch U and two over the probe batch E give two matrices: the change that update completion u
-makes in probe completion e's share of the entropy and in its log-probability, to first order (T9), (T12). Summed over
-E, the first is u's attribution. `--check` leaves completions out of the step and measures what that changes.
+One pass over the update batch U and two over the probe batch E give two matrices: how much completion u of U changes,
+to first order, the share of completion e of E in the entropy (T9), and its log-probability (T12). The sum of the first
+matrix over E is the attribution of u. `--check N` leaves N completions out of the step, one at a time, and measures
+how the entropy change differs without them.
 """
 
 from __future__ import annotations
@@ -14,28 +15,30 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl_entropy.engine.adamw_step import metric_of_step, update_parts
 from trl_entropy.estimators.attribution.shares import UpdateProducts, update_products
 from trl_entropy.estimators.rows.row_sums import Rows
 from trl_entropy.experiments.command import Command
-from trl_entropy.experiments.influence_check import check_by_leaving_out
-from trl_entropy.experiments.redraws import Cache, pool_completions
+from trl_entropy.experiments.influence_check import Check, check_by_leaving_out
+from trl_entropy.experiments.output import Numbers
+from trl_entropy.experiments.redraws import Cache, pool_and_entropy
 from trl_entropy.experiments.state import FixedState
+from trl_entropy.gradients.group_gradients import flat
 from trl_entropy.gradients.scores import score
 from trl_entropy.gradients.sequence_products import (
+    Value,
     consumed,
     entropy_gradient,
     entropy_shares,
     gradient_products,
     weighted_logps,
 )
-from trl_entropy.probes.rollout_entropy import flat
 from trl_entropy.rollouts.completions import Completions
 
 if TYPE_CHECKING:
@@ -45,12 +48,39 @@ _MODES = ("sequence", "token")
 _ROWS_AT_ONCE = 64  # probe completions whose gradients are held
 
 
+class CompletionRow(TypedDict):
+    """A completion of U: what it changes in the entropy and, on average, in E's log-probabilities; and what it is."""
+
+    completion: int
+    prompt: int
+    attribution: float
+    mean_logp_change: float
+    reward: float
+    advantage: float
+    length: int
+    text: str
+
+
+class Result(TypedDict):
+    """What `influence.json` holds; changes in nats per token, `matrices` the file of the two matrices."""
+
+    num_probe_completions: int
+    policy_entropy: float
+    parts: Numbers
+    matrices: str
+    row_sum_error: float
+    rank_one_share: list[float]
+    process_seconds: Numbers
+    completions: list[CompletionRow]
+    check: NotRequired[Check]
+
+
 def influence_matrices(
     state: FixedState, probe: Completions, entropy: float, batch_size: int
 ) -> Float[Tensor, "2 U E"]:
     """
-    What each completion of U changes in each of E: in its share of the entropy (nats per token), in its
-    log-probability (nats).
+    What each completion of U changes in each completion of E: first in its share of the entropy (nats per token),
+    then in its log-probability (nats).
 
     Args:
         probe: E, independent of U.
@@ -61,7 +91,7 @@ def influence_matrices(
     num_tokens = float(probe.lengths.sum())
     values = entropy_shares(entropy, num_tokens), weighted_logps(probe.completion_mask.float())
 
-    def rows(model: Any, completions: Completions, value: Any) -> Float[Tensor, "n D"]:
+    def rows(model: nn.Module, completions: Completions, value: Value) -> Float[Tensor, "n D"]:
         make = partial(Rows, len(completions))
         return consumed(model, completions, value, make, temperature, batch_size).values
 
@@ -77,7 +107,7 @@ def influence_matrices(
 def attribution(
     state: FixedState, probe: Completions, entropy: float, batch_size: int
 ) -> tuple[UpdateProducts, Float[Tensor, " U"]]:
-    """(T9) with grad h of E: momentum, decay, gradient; and the latter by completion, streamed."""
+    """(T9) with grad h of E: the shares of momentum, decay and gradient, and the latter by completion of U."""
     temperature, num_tokens = state.args.temperature, float(probe.lengths.sum())
     with state.engine.scoring_model(state.before) as model:
         gradient = entropy_gradient(model, probe, temperature, batch_size, entropy, num_tokens)
@@ -93,12 +123,12 @@ def attribution(
 
 
 def process_seconds(state: FixedState, batch_size: int) -> dict[str, float]:
-    """CPU seconds of one pass over U: training's forward and backward, attribution by sequence and by token."""
+    """CPU seconds of one pass over U: of a forward and backward pass, of attribution by sequence and by token."""
     completions, coefficients = Completions.of(state.rollouts), state.loss_coefficients
     temperature, direction = state.args.temperature, metric_of_step(state.context)
     entropy, number = 0.0, float(len(completions))
 
-    def seconds(work: Callable[[Any], Any]) -> float:
+    def seconds(work: Callable[[nn.Module], object]) -> float:
         with state.engine.scoring_model(state.before) as model:
             start = time.process_time()
             work(model)
@@ -119,17 +149,14 @@ def process_seconds(state: FixedState, batch_size: int) -> dict[str, float]:
     }
 
 
-def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything but the output; the matrices stay in the cache."""
+def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> Result:
+    """The matrices, their sums against the attribution, and the check. The matrices stay in the cache."""
     num_probe, batch_size = options.num_completions, options.batch_size
-    probe = pool_completions(state, num_probe, options.seed, 0)
-    with state.engine.scoring_model(state.before) as model:
-        scores = score(model, probe, state.args.temperature, batch_size)
-    entropy = float(scores.entropy[0].double().sum() / probe.lengths.sum())
+    probe, entropy = pool_and_entropy(state, num_probe, options.seed, batch_size)
     name = f"influence-{num_probe}"
     matrices = cache.get(name, lambda: influence_matrices(state, probe, entropy, batch_size))
     products, by_completion = attribution(state, probe, entropy, batch_size)
-    result = {
+    result: Result = {
         "num_probe_completions": num_probe,
         "policy_entropy": entropy,
         "parts": products._asdict(),
@@ -145,15 +172,15 @@ def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> dic
 
 
 def _rank_one_share(matrix: Float[Tensor, "U E"]) -> float:
-    """Share of the sum of squares that one direction makes: 1 if all of E is moved alike."""
+    """Share of the first singular value in the sum of squares: 1 if all completions of E are changed alike."""
     squares = torch.linalg.svdvals(matrix.double()).square()
     return float(squares[0] / squares.sum())
 
 
-def _completions(state: FixedState, matrices: Tensor, by_completion: Tensor) -> list[dict[str, Any]]:
-    """One row a completion of U, those that move the entropy most first."""
+def _completions(state: FixedState, matrices: Tensor, by_completion: Tensor) -> list[CompletionRow]:
+    """A row for each completion of U; the one that changes the entropy most comes first."""
     batch, tokenizer = state.rollouts, state.trainer._tokenizer
-    rows = []
+    rows: list[CompletionRow] = []
     for u in by_completion.abs().argsort(descending=True).tolist():
         ids = batch.completion_ids[u][batch.completion_mask[u].bool()]
         rows.append({
@@ -164,8 +191,8 @@ def _completions(state: FixedState, matrices: Tensor, by_completion: Tensor) -> 
     return rows
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as text; changes in units of 1e-3 nats per token."""
+def table(result: Result) -> str:
+    """The result as text, with changes in units of 1e-3 nats per token."""
     parts, rows = result["parts"], result["completions"]
     whole = sum(parts.values())
     lines = ["| part | x 1e-3 nats/token | share |", "|---|---|---|"]
@@ -179,15 +206,16 @@ def table(result: dict[str, Any]) -> str:
     absolute = [abs(row["attribution"]) for row in rows]
     tenth = sum(absolute[: max(1, len(rows) // 10)]) / sum(absolute)
     lines += [
-        f"\nrow sums of the matrix against the streamed attribution: {result['row_sum_error']:.1e} of its sum of |.|",
-        f"a tenth of the completions make {tenth:.0%} of the sum of |attribution|",
-        "one direction makes {:.0%} (entropy) and {:.0%} (log-probability) of the squares".format(
+        "\nlargest difference between row sums of the matrix and the streamed attribution, over the sum of "
+        f"|attribution|: {result['row_sum_error']:.1e}",
+        f"the tenth of the completions with the largest effect make {tenth:.0%} of the sum of |attribution|",
+        "share of the first singular value in the sum of squares: {:.0%} (entropy), {:.0%} (log-probability)".format(
             *result["rank_one_share"]
         ),
-        "cost / that of a forward and backward pass of U: by sequence {:.2f}, by token {:.2f}".format(
+        "CPU time of attribution, in forward and backward passes of U: by sequence {:.2f}, by token {:.2f}".format(
             *(result["process_seconds"][name] / result["process_seconds"]["forward_backward"] for name in _MODES)
         ),
-        "\nmost moving:",
+        "\ncompletions with the largest effect on the entropy:",
     ]
     lines += [
         f"{1e3 * row['attribution']:+.4f}  advantage {row['advantage']:+.3f}  {' '.join(row['text'].split())[:90]}"
@@ -196,18 +224,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *_check_lines(result.get("check"))])
 
 
-def _check_lines(check: dict[str, Any] | None) -> list[str]:
+def _check_lines(check: Check | None) -> list[str]:
     if check is None:
         return []
-    lines = [f"\n{check['num_left_out']} completions left out, {check['scale']:g} of the learning rate, float64:"]
-    for name in ("held", "free"):
-        found = check[name]
-        lines.append(f"M {name}: correlation {found['correlation']:.5f}, slope {found['slope']:.4f}")
+    lines = [
+        f"\n{check['num_left_out']} completions left out of the step, one at a time, in float64 at {check['scale']:g} "
+        "of the learning rate; true change against attribution:"
+    ]
+    for label, found in (("held fixed", check["held"]), ("free", check["free"])):
+        lines.append(f"M {label}: correlation {found['correlation']:.5f}, slope {found['slope']:.4f}")
     return lines
 
 
-def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
-    """Attribution against advantage; the check, or how few completions make most of the change."""
+def draw(result: Result, left: Axes, right: Axes) -> None:
+    """Left: attribution against advantage. Right: the check, or without one the cumulated share of |attribution|."""
     from trl_entropy.analysis.plots import BLUE, GREY, ORANGE
 
     rows = result["completions"]
@@ -218,21 +248,21 @@ def draw(result: dict[str, Any], left: Axes, right: Axes) -> None:
     if check is None:
         total = torch.tensor([abs(row["attribution"]) for row in rows]).cumsum(0)
         right.plot(range(1, len(rows) + 1), (total / total[-1]).tolist(), color=BLUE)
-        right.set(xlabel="completions, most moving first", ylabel="share of the sum of |attribution|", ylim=(0, 1))
+        right.set(xlabel="completions, largest effect first", ylabel="share of the sum of |attribution|", ylim=(0, 1))
         return
-    for name, color in (("free", ORANGE), ("held", BLUE)):
-        right.plot(check["attribution"], check[name]["true"], ".", color=color, label=f"M {name}")
+    for label, found, color in (("free", check["free"], ORANGE), ("held fixed", check["held"], BLUE)):
+        right.plot(check["attribution"], found["true"], ".", color=color, label=f"M {label}")
     right.plot(check["attribution"], check["attribution"], color=GREY, lw=0.8)
-    right.set(xlabel="attribution, nats/token", ylabel="true change by leaving it out, nats/token")
+    right.set(xlabel="attribution, nats/token", ylabel="true change made by the completion, nats/token")
     right.legend(frameon=False)
 
 
 COMMAND = Command(
     "influence",
-    "Which completion of the step moves which completion of a probe batch? At one fixed state.",
+    "Which completion of the update batch changes which completion of a probe batch? At one fixed state.",
     {
         "num_completions": (256, 4, "probe completions"),
-        "check": (0, 0, "completions to leave out of the step, one at a time, in float64; 0: none"),
+        "check": (0, 0, "completions that are left out of the step, one at a time, as a check; 0: none"),
     },
     compute,
     table,

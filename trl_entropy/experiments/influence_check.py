@@ -1,11 +1,11 @@
-"""Attribution against brute force: the true change when one completion's gradient is left out of the step."""
+"""Attribution checked by brute force: the true entropy change with one completion's gradient left out of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -25,19 +25,37 @@ from trl_entropy.gradients.sequence_products import consumed, entropy_gradient, 
 from trl_entropy.rollouts.completions import Completions
 
 SCALE = 0.01  # of the learning rate: short enough for first order, far above float64's rounding
-_NUM_PROBE = 128  # of E: both sides have the same, so more would only take longer
+_NUM_PROBE = 128  # completions of E; attribution and true change use the same, so that more would gain nothing
 ByName = dict[str, Tensor]
+
+
+class Agreement(TypedDict):
+    """True changes, nats per token, with their correlation with the attributions and their slope on them."""
+
+    correlation: float
+    slope: float
+    true: list[float]
+
+
+class Check(TypedDict):
+    """Attributions, nats per token, and true changes: with M and the clip factor held fixed, and as AdamW steps."""
+
+    num_left_out: int
+    scale: float
+    attribution: list[float]
+    held: Agreement
+    free: Agreement
 
 
 class Float64Step:
     """
-    The step of a state in float64, at `SCALE` times its learning rate, from the loss gradients of U's completions.
+    The step of a state in float64 at `SCALE` times its learning rate, from the loss gradients of U's completions.
 
-    Inside `float64_reference(state.model)` only.
+    For use inside `float64_reference(state.model)` only.
 
     Attributes:
-        rows: g_u of every completion, by parameter name.
-        gradient: their sum.
+        rows: the gradient g_u of every completion, by parameter name.
+        gradient: their sum, by parameter name.
     """
 
     def __init__(self, state: FixedState, batch_size: int) -> None:
@@ -62,7 +80,7 @@ class Float64Step:
         return min(1.0, self.max_norm / (float(norm) + 1e-6)) if self.max_norm else 1.0
 
     def params_after(self, gradient: ByName) -> ByName:
-        """theta after AdamW's step by this gradient, which decides M and the clip factor."""
+        """theta after AdamW's step with this gradient, from which M and the clip factor follow."""
         clip, step = self.clip_factor(gradient), self.context.optimizer_step
         return {
             name: value + adamw_update(value, gradient[name], *self._moments(name), step, self.settings[name], clip)
@@ -70,7 +88,7 @@ class Float64Step:
         }
 
     def metric(self) -> ByName:
-        """lr c (1-b1)/(1-b1^t) M of the whole step."""
+        """lr c (1-b1)/(1-b1^t) M of the step with all completions."""
         clip, step = self.clip_factor(self.gradient), self.context.optimizer_step
         return {
             name: gradient_metric(value, self._moments(name)[1], step, self.settings[name], clip)
@@ -83,26 +101,25 @@ class Float64Step:
 
 def check_by_leaving_out(
     state: FixedState, cache: Cache, probe: Completions, num_left_out: int, batch_size: int
-) -> dict[str, Any]:
+) -> Check:
     """
-    Attributions of (T9) and true changes of (T6) on the same probe completions, nats per token, in float64.
+    Attributions (T9) and true entropy changes (T6) on the same probe completions, nats per token, in float64.
 
-    The true change is that of the whole step less that of the step without the completion: with M and the clip factor
-    `held` at those of the whole step, as (T9) has them, and `free`, as AdamW would make the shorter step.
-
-    Returns:
-        `attribution`; `true`, its correlation with that and slope on it, for `held` and `free`.
+    The true change is the entropy change of the whole step less that of the step without the completion. The step
+    without it is made in two ways: `held`, with M and the clip factor of the whole step, as (T9) takes them, and
+    `free`, with those that AdamW would have without the completion.
     """
     probe = probe.rows(torch.arange(min(_NUM_PROBE, len(probe))))
     chosen = left_out(state.rollouts.raw_advantages, num_left_out)
     name = f"left-out-{len(chosen)}-{len(probe)}"
     found = cache.get(name, lambda: _attribution_and_truth(state, probe, chosen, batch_size))
-    attribution, *truths = found.unbind(0)
+    attribution, held, free = found.unbind(0)
     return {
         "num_left_out": len(chosen),
         "scale": SCALE,
         "attribution": attribution.tolist(),
-        **{label: _agreement(attribution, truth) for label, truth in zip(("held", "free"), truths, strict=True)},
+        "held": _agreement(attribution, held),
+        "free": _agreement(attribution, free),
     }
 
 
@@ -133,7 +150,7 @@ def _attribution_and_truth(
 def _entropy_change(
     state: FixedState, probe: Completions, before: ByName, batch_size: int
 ) -> Callable[[ByName], float]:
-    """The function from parameters to (T6) on E less that at `before`."""
+    """The function that gives, for parameters, the entropy (T6) on E less the entropy at `before`."""
 
     def scored(params: ByName) -> TokenScores:
         return score(state.model, probe, state.args.temperature, batch_size, params)
@@ -150,14 +167,14 @@ def _entropy_change(
 
 
 def _entropy_gradient(state: FixedState, probe: Completions, before: ByName, batch_size: int) -> ByName:
-    """grad h of E."""
+    """grad h on E at `before`."""
     num_tokens, temperature = float(probe.lengths.sum()), state.args.temperature
     scores = score(state.model, probe, temperature, batch_size, before)
     entropy = float(scores.entropy[0].sum()) / num_tokens
     return entropy_gradient(state.model, probe, temperature, batch_size, entropy, num_tokens)
 
 
-def _agreement(attribution: Float[Tensor, " n"], truth: Float[Tensor, " n"]) -> dict[str, Any]:
+def _agreement(attribution: Float[Tensor, " n"], truth: Float[Tensor, " n"]) -> Agreement:
     centred = attribution - attribution.mean()
     correlation = torch.corrcoef(torch.stack([attribution, truth]))[0, 1]
     slope = (centred * truth).sum() / centred.square().sum()

@@ -1,26 +1,25 @@
 """
-Fisher kernels of single steps, their spectra, the noise scale, and whether the kernel predicts what a step does.
+Fisher kernels of single steps, their spectra, the noise scale, and how well the kernel predicts what a step does.
 
-Reads what `fisher_probe` (and `noise_scale_probe`, if it was on) left in a run directory; trains nothing.
+Reads the files that `fisher_probe` (and `noise_scale_probe`, if it was on) wrote into a run directory; trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import torch
 
 from trl_entropy.analysis.run import Run, load_run
 from trl_entropy.estimators.kernel.score_change import change_agreement
 from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.experiments.output import Numbers, saved_figure, thirds, with_interval, write_numbers
 from trl_entropy.runs.console import quiet_libraries
-from trl_entropy.runs.strict_json import without_nan
 
 _KERNEL_KEYS = (
     "effective_rank", "participation_ratio", "cosine_same_prompt", "cosine_cross_prompt",
@@ -29,12 +28,40 @@ _KERNEL_KEYS = (
 )  # fmt: skip
 
 
-def analyse(run: Run, steps: list[int] | None) -> dict[str, Any]:
+Group = Literal["numbers", "change_shares", "layers", "matrices"]
+_LABELS: dict[Group, str] = {
+    "numbers": "",
+    "change_shares": "share of the predicted change: ",
+    "layers": "share of the trace: layer ",
+    "matrices": "share of the trace: ",
+}
+
+
+class Kernel(TypedDict):
+    """One step's kernel: its slope and numbers, shares of the predicted change, shares of the trace."""
+
+    slope: Numbers
+    numbers: Numbers
+    change_shares: Numbers
+    layers: Numbers
+    matrices: Numbers
+
+
+class Result(TypedDict):
+    """What `kernel.json` holds: slopes by part of the run, kernels by step, the noise scale at the end."""
+
+    run: str
+    slopes: dict[str, Numbers]
+    kernels: dict[int, Kernel]
+    noise_scale: Numbers
+
+
+def analyse(run: Run, steps: list[int] | None) -> Result:
     """
-    Slopes by part of the run, the kernel's numbers and shares at `steps`, the noise scale at the end.
+    Slopes by part of the run, the kernels at `steps` (by default the first, middle and last), the noise scale.
 
     Raises:
-        ValueError: when the run has no file of a step that is asked for.
+        ValueError: if the run has no Fisher file, or none for one of the `steps`.
     """
     probed = run.probe_steps("fisher")
     if not probed:
@@ -44,20 +71,14 @@ def analyse(run: Run, steps: list[int] | None) -> dict[str, Any]:
         raise ValueError(f"{run.path} has no Fisher file of step {missing[0]}; there are {probed}")
     return {
         "run": str(run.path),
-        "slopes": {name: pooled_slope(run, part) for name, part in parts_of_run(probed).items()},
+        "slopes": {name: pooled_slope(run, part) for name, part in thirds(probed).items()},
         "kernels": {step: _of_kernel(run, step) for step in steps},
         "noise_scale": _noise_scale(run),
     }
 
 
-def parts_of_run(probed: list[int]) -> dict[str, list[int]]:
-    """All probed steps, and thirds of them."""
-    cut = [round(len(probed) * i / 3) for i in range(4)]
-    return {"all": probed, **{f"third {i + 1}": probed[cut[i] : cut[i + 1]] for i in range(3)}}
-
-
-def pooled_slope(run: Run, steps: Iterable[int]) -> dict[str, float]:
-    """(T12): measured on predicted changes of all completions of these steps, jackknife over their prompts."""
+def pooled_slope(run: Run, steps: Iterable[int]) -> Numbers:
+    """(T12): slope of measured on predicted changes over all completions of these steps, jackknife over prompts."""
     predicted, measured, prompts, num_prompts = [], [], [], 0
     for step in steps:
         arrays = run.probe_file("fisher", step)
@@ -73,7 +94,7 @@ def pooled_slope(run: Run, steps: Iterable[int]) -> dict[str, float]:
     return {**slope.as_dict(), "correlation": correlation, "rms": rms}
 
 
-def _of_kernel(run: Run, step: int) -> dict[str, Any]:
+def _of_kernel(run: Run, step: int) -> Kernel:
     row, shares = run.steps.loc[step], run.kernel_shares(step)
     return {
         "slope": pooled_slope(run, [step]),
@@ -88,59 +109,56 @@ def _of_kernel(run: Run, step: int) -> dict[str, Any]:
     }
 
 
-def _noise_scale(run: Run) -> dict[str, float]:
-    """The whole run's, if it was measured."""
+def _noise_scale(run: Run) -> Numbers:
+    """The noise scale over the whole run; empty if it was not measured."""
     rows = run.rows("noise_scale/simple")
     return {key: value for key, value in rows[-1].items() if key.startswith("noise_scale/")} if rows else {}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The slopes and the kernels' numbers in markdown."""
+def table(result: Result) -> str:
+    """The slopes and the kernels' numbers as markdown tables."""
     lines = ["| steps | slope [95 %] | correlation | rms of the change, nats |", "|---|---|---|---|"]
     slopes = result["slopes"] | {f"step {step}": entry["slope"] for step, entry in result["kernels"].items()}
     for name, slope in slopes.items():
-        interval = f"{slope['value']:.3f} [{slope['low']:.3f}, {slope['high']:.3f}]"
-        lines.append(f"| {name} | {interval} | {slope['correlation']:.4f} | {slope['rms']:.2e} |")
+        lines.append(
+            f"| {name} | {with_interval(slope, form='.3f')} | {slope['correlation']:.4f} | {slope['rms']:.2e} |"
+        )
     steps = list(result["kernels"])
     lines += ["", f"| kernel | {' | '.join(f'step {step}' for step in steps)} |", "|---" * (len(steps) + 1) + "|"]
-    for group in ("numbers", "change_shares", "layers", "matrices"):
+    for group, label in _LABELS.items():
         for key in result["kernels"][steps[0]][group]:
             cells = (f"{result['kernels'][step][group].get(key, math.nan):.3g}" for step in steps)
-            name = {"numbers": key, "change_shares": f"share of the predicted change: {key}"}.get(
-                group, f"share of the trace: {'layer ' * (group == 'layers')}{key}"
-            )
-            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+            lines.append(f"| {label}{key.replace('_', ' ')} | {' | '.join(cells)} |")
     lines += [""] + [f"{key} {value:.4g}" for key, value in result["noise_scale"].items()]
     return "\n".join(lines)
 
 
 def draw(run: Run, steps: list[int], target: Path) -> None:
-    """Kernels above; below spectra, the noise scale over training, and the slope of each step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Kernels above; below their spectra, the noise scale over training, and the slope of each step."""
     from trl_entropy.analysis import plots
 
-    figure = plt.figure(figsize=(13, 8), layout="constrained")
-    above, below = figure.subfigures(2, 1)
-    for axes, step in zip(above.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
-        plots.plot_kernel(axes, run.kernel(step)).set_title(f"Step {step}")
-    spectra, noise, slope = below.subplots(1, 3)
-    plots.plot_spectrum(spectra, {f"step {step}": run.kernel(step) for step in steps}).set_title("Spectrum")
-    plots.plot_noise_scale(noise, run.rows("noise_scale/simple")).set_title("Noise scale, steps so far")
-    plots.plot_change_slope(slope, run.rows("fisher/change_slope")).set_title("Change of log-probabilities")
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+    with saved_figure(target, (13, 8), dpi=110) as figure:
+        above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+        for axes, step in zip(above.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
+            plots.plot_kernel(axes, run.kernel(step)).set_title(f"Step {step}")
+        spectra, noise, slope = below.subplots(1, 3)
+        plots.plot_spectrum(spectra, {f"step {step}": run.kernel(step) for step in steps}).set_title("Spectrum")
+        plots.plot_noise_scale(noise, run.rows("noise_scale/simple")).set_title("Noise scale, steps so far")
+        plots.plot_change_slope(slope, run.rows("fisher/change_slope")).set_title("Change of log-probabilities")
 
 
 def main(argv: list[str]) -> None:
-    """Tables on the console; `kernel.json` and `kernel.png` in the run's report folder, or `--output`."""
+    """Print the tables; write `kernel.json` and `kernel.png` into the run's report folder or `--output`."""
     parser = argparse.ArgumentParser(prog="trl-entropy experiment kernel", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory with Fisher files")
-    parser.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="kernels to show; first, middle, last")
-    parser.add_argument("--output", type=Path, help="folder for kernel.json and kernel.png")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a run with fisher_probe=True")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="STEP",
+        help="steps whose kernels are shown (default: the first, the middle and the last probed step)",
+    )
+    parser.add_argument("--output", type=Path, help="folder for kernel.json and kernel.png (default: RUN/report)")
     options = parser.parse_args(argv)
     quiet_libraries()
     try:
@@ -150,6 +168,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f"Error: {error}")
     output = options.output or run.path / "report"
     output.mkdir(parents=True, exist_ok=True)
-    (output / "kernel.json").write_text(json.dumps(without_nan(result), indent=1))
+    write_numbers(output / "kernel.json", result)
     draw(run, list(result["kernels"]), output / "kernel.png")
     print(f"{table(result)}\n\n{output / 'kernel.json'}\n{output / 'kernel.png'}")

@@ -1,4 +1,4 @@
-"""Independent redraws at a fixed state, in chunks that are kept on disk so that a killed experiment goes on."""
+"""Independent redraws at a fixed state, in chunks kept on disk so that an interrupted experiment can continue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.state import FixedState, Policy
 from trl_entropy.gradients.group_gradients import GroupRows, flat, group_rows
-from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.probes.rollout_entropy import metric_of
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -32,7 +31,8 @@ _POOL, _ROLLOUTS = 1, 2  # second part of a seed; 0 is the update batch
 @dataclass(frozen=True)
 class Cache:
     """
-    Results of chunks as files, in a folder named after all that determines them: another state, another folder.
+    Results of chunks as files. Their folder is named after everything that determines them, so that another state or
+    seed has another folder.
 
     Args:
         folder: of this state and seed.
@@ -51,7 +51,7 @@ class Cache:
         return cls(output / f"chunks-{digest.hexdigest()[:12]}")
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """The tensor kept under `name`, computed if there is none."""
+        """The tensor stored under `name`; if there is none it is computed and stored."""
         path = self.folder / f"{name}.pt"
         if path.exists():
             return torch.load(path, weights_only=True)
@@ -64,18 +64,24 @@ class Cache:
 
 
 def pool_completions(policy: Policy, size: int, seed: int, index: int) -> Completions:
-    """Chunk `index` of the pool: one completion each of prompts drawn with replacement."""
+    """Chunk `index` of the pool: prompts drawn with replacement, one completion of each."""
     seeds = (seed, _POOL, index)
     return policy.draw(policy.draw_problems(size, seeds), seeds)
+
+
+def pool_and_entropy(state: FixedState, size: int, seed: int, batch_size: int) -> tuple[Completions, float]:
+    """The pool's first chunk with `size` completions, and the policy entropy h on them before the step, in nats."""
+    completions = pool_completions(state, size, seed, 0)
+    entropy = state.score(completions, batch_size).entropy[0]
+    return completions, float(entropy.double().sum() / completions.lengths.sum())
 
 
 def probe_pool(
     state: FixedState, cache: Cache, num_completions: int, seed: int, batch_size: int
 ) -> Float[Tensor, "B columns"]:
     """
-    Per-completion terms before and after the update, of independent completions: any disjoint rows are redraws of E.
-
-    Prompts are drawn with replacement, one completion each.
+    Per-completion terms before and after the update of independent completions, so that disjoint sets of rows are
+    independent redraws of E. Prompts are drawn with replacement, one completion of each.
 
     Returns:
         Columns: for the per-decision form, then the sequence form, `stacked` terms before (4) and after (4).
@@ -84,7 +90,10 @@ def probe_pool(
 
     def chunk(index: int) -> Tensor:
         completions = pool_completions(state, size, seed, index)
-        before, after = (_score(state, completions, params, batch_size) for params in (state.before, state.after))
+        before, after = (
+            state.score(completions, batch_size, params, state.update, order=1)
+            for params in (state.before, state.after)
+        )
         terms = [
             stacked(point_terms(scores.entropy, scores.logps, before.logps[0], completions.completion_mask, form))
             for form in FORMS
@@ -99,10 +108,11 @@ def rollout_redraws(
     state: FixedState, cache: Cache, num_redraws: int, num_prompts: int, num_generations: int, seed: int
 ) -> Float[Tensor, "R P P"]:
     """
-    For independent rollouts the Gram matrices X_n' M Y_m of (T17), in nats per token: of the update's gradient part.
+    The Gram matrices X_n' M Y_m of (T17) of independent rollouts: entropy changes by the update's gradient part, in
+    nats per token.
 
-    M is that *before* the step, times the coefficient -lr c (1-b1)/(1-b1^t) by which it enters (T5), c that of the
-    state's own step.
+    M is the metric *before* the step times the coefficient -lr c (1-b1)/(1-b1^t) by which it enters (T5), with the
+    clip factor c of the state's own step.
     """
     names = list(state.engine.parameters)
     metric = -flat(metric_of(state.context), names)
@@ -120,11 +130,11 @@ def rollout_redraws(
 
 
 def redrawn_rows(state: FixedState, rollouts: RolloutBatch, index: Int[Tensor, " n"]) -> GroupRows:
-    """X_n and Y_n of (T17) of one redraw, the rows `index` of `rollouts`, with h and mean length its own."""
+    """X_n and Y_n of (T17) of one redraw, the rows `index` of `rollouts`, with the redraw's own h and mean length."""
     completions = Completions.of(rollouts).rows(index)
+    entropy = state.score(completions, len(index)).entropy[0]
+    num_tokens = int(completions.completion_mask.sum())
     with state.engine.scoring_model(state.before) as model:
-        entropy = score(model, completions, state.args.temperature, len(index)).entropy[0]
-        num_tokens = int(completions.completion_mask.sum())
         return group_rows(
             model,
             completions,
@@ -137,13 +147,8 @@ def redrawn_rows(state: FixedState, rollouts: RolloutBatch, index: Int[Tensor, "
         )
 
 
-def _score(state: FixedState, completions: Completions, params: dict[str, Tensor], batch_size: int) -> TokenScores:
-    with state.engine.scoring_model(params) as model:
-        return score(model, completions, state.args.temperature, batch_size, params, state.update, order=1)
-
-
 def in_chunks(cache: Cache, name: str, num: int, size: int, chunk: Callable[[int], Tensor]) -> Tensor:
-    """The first `num` rows of whole chunks of `size`, each computed once; a larger number later uses what is there."""
+    """The first `num` rows from chunks of `size` rows. Stored chunks are used again, also when `num` grows later."""
     indices = tqdm(range(-(-num // size)), desc=name, unit="chunk", mininterval=1.0)
     parts = [cache.get(f"{name}-{size}-{index:05d}", partial(chunk, index)) for index in indices]
     return torch.cat(parts)[:num]

@@ -5,26 +5,30 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import AutoTokenizer
 from trl.trainer.utils import split_tensor_dict
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import UpdateContext
 from trl_entropy.engine.adamw_step import predicted_update
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients
 from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import own_randomness
+from trl_entropy.tasks import rewards
 from trl_entropy.tasks.arguments import load_task
 from trl_entropy.tasks.word_problems import MAX_PROBLEMS
+from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
-# Settings of the run that decide how it samples and steps; all others (logging, saving, probes) are left out.
+# Settings of the run that decide how it samples and how it steps. Logging, saving and probes are left out.
 # fmt: off
 _KEPT_SETTINGS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "generation_kwargs", "learning_rate", "length_normalizer",
@@ -37,12 +41,13 @@ _KEPT_SETTINGS = (
 
 class Policy:
     """
-    The policy of a checkpoint and its sampler: the run's data, rewards and settings. Loads the model; never trains.
+    The policy of a checkpoint and its sampler, with the run's data, rewards and settings. The model is loaded, and
+    never trained.
 
     Args:
         checkpoint: what to load.
-        output_dir: where the trainer may write; nothing is written into the run.
-        held_out: draw from problems that no run trains on, not from the training problems.
+        output_dir: where the trainer may write. Nothing is written into the run's own directory.
+        held_out: draw from held-out problems, which no run trains on, in place of the training problems.
     """
 
     def __init__(self, checkpoint: Checkpoint, output_dir: Path, held_out: bool = False) -> None:
@@ -52,23 +57,23 @@ class Policy:
         self.num_problems = len(self.problems)
 
     def on_held_out(self) -> Policy:
-        """The same policy, drawing from problems that no run trains on."""
+        """The same policy, which draws from held-out problems."""
         other = copy(self)
         other.problems = self.trainer.eval_dataset
         other.num_problems = len(other.problems)
         return other
 
     def draw_problems(self, num: int, seed: tuple[int, ...]) -> np.ndarray:
-        """Rows of the problems, independent of one another: with replacement."""
+        """Row numbers of `num` problems, drawn independently with replacement."""
         return np.random.default_rng(seed).integers(self.num_problems, size=num)
 
     def draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> Completions:
-        """One completion of each problem."""
+        """One completion of each problem, given by its row number."""
         prompts = [self.problems[int(row)]["prompt"] for row in problems]
         return self.trainer.probe_batches.draw_completions(prompts, seed)
 
     def draw_rollouts(self, problems: np.ndarray, num_generations: int, seed: tuple[int, ...]) -> TrainingBatch:
-        """TRL's batch of a group of completions for each problem, rewarded; groups follow one another."""
+        """TRL's batch: a group of completions with rewards for each problem, one group after the other."""
         inputs = [self.problems[int(row)] for row in problems.repeat(num_generations)]
         self.trainer.num_generations = num_generations
         with own_randomness(seed, self.trainer.accelerator.device):
@@ -77,7 +82,7 @@ class Policy:
 
 class FixedState(Policy):
     """
-    A policy and the one step that the run's AdamW would make of it, from a fresh batch. Loads the optimizer too.
+    A policy, and the one step that the run's AdamW would make from it on a fresh batch. The optimizer is loaded too.
 
     Args:
         checkpoint, output_dir: as for [`Policy`].
@@ -85,8 +90,8 @@ class FixedState(Policy):
 
     Attributes:
         context: the `UpdateContext` before that step.
-        rollouts: U, the completions of that step, on-policy under the loss (T2).
-        before, after, update: theta before and after it, and their difference in float32, by parameter name.
+        rollouts: U, the completions that make the step, drawn on-policy for the loss (T2).
+        before, after, update: theta before and after the step, and their difference in float32, by parameter name.
     """
 
     def __init__(self, checkpoint: Checkpoint, output_dir: Path, seed: int) -> None:
@@ -99,19 +104,32 @@ class FixedState(Policy):
         planned = predicted_update(self.context)
         self.before = self.context.params_before
         self.after = {name: value + planned[name] for name, value in self.before.items()}
-        # What float32 makes of the step, so that the direction is that from `before` to `after`.
+        # The difference after rounding to float32, so that the direction leads exactly from `before` to `after`.
         self.update = {name: self.after[name] - value for name, value in self.before.items()}
 
     @property
     def loss_coefficients(self) -> Float[Tensor, "B T"]:
-        """alpha_ik of (T9), of U."""
+        """alpha_ik of (T9) for the completions of U."""
         batch = self.rollouts
         return on_policy_coefficients(
             batch.advantages, batch.completion_mask, len(batch.rewards), self.args.max_completion_length
         )
 
+    def score(
+        self,
+        completions: Completions,
+        batch_size: int,
+        params: Params | None = None,
+        direction: Params | None = None,
+        order: int = 0,
+    ) -> TokenScores:
+        """Scores in float32 with the parameters `params`, by default those before the step; see [`scores.score`]."""
+        params = self.before if params is None else params
+        with self.engine.scoring_model(params) as model:
+            return score(model, completions, self.args.temperature, batch_size, params, direction, order)
+
     def _take_gradient(self, num_prompts: int, seed: tuple[int, ...]) -> None:
-        """Draw U without replacement and leave the gradient of TRL's own loss in `.grad`, a group at a time."""
+        """Draw U, its problems without replacement, and leave the gradient of TRL's own loss in `.grad`."""
         problems = np.random.default_rng(seed).permutation(self.num_problems)[:num_prompts]
         batch = self.draw_rollouts(problems, self.args.num_generations, seed)
         self.trainer.current_gradient_accumulation_steps = num_prompts
@@ -121,14 +139,8 @@ class FixedState(Policy):
             self.trainer.compute_loss(self.model, group).backward()
 
 
-def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> Any:
-    """A trainer on the checkpoint's weights in float32, with the run's data, rewards and sampler; it never trains."""
-    from transformers import AutoTokenizer
-
-    from trl_entropy.config.dr_grpo import DrGRPOConfig
-    from trl_entropy.tasks import rewards
-    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
-
+def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> DrGRPOTrainer:
+    """A trainer with the checkpoint's weights in float32 and the run's data, rewards and sampler. It never trains."""
     settings = {name: checkpoint.config[name] for name in _KEPT_SETTINGS if name in checkpoint.config}
     args = DrGRPOConfig(
         output_dir=str(output_dir),
@@ -143,7 +155,7 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> Any:
     )
     if narrowed := args.truncated_sampling():
         raise ValueError(
-            f"{checkpoint.path.parent} sampled with {narrowed}; the estimators need the full distribution"
+            f"{checkpoint.path.parent} sampled with {narrowed}, but the estimators need the full distribution"
         )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
     task = replace(checkpoint.task, num_eval_problems=MAX_PROBLEMS["test"])
@@ -156,5 +168,5 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> Any:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
-    trainer.model.train()  # what TRL takes for training, and gives training's group size and loss
+    trainer.model.train()  # in training mode TRL uses the group size and the loss of training
     return trainer

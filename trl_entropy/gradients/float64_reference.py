@@ -15,8 +15,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from trl_entropy.engine.strict_float32 import autocast_off, patched
 
@@ -100,30 +98,6 @@ def float64_reference(model: nn.Module) -> Iterator[None]:
         undo.enter_context(sdpa_kernel([SDPBackend.MATH]))
         undo.enter_context(autocast_off())
         yield
-
-
-@contextmanager
-def assert_only_float64() -> Iterator[None]:
-    """Raises `AssertionError` at the first operation that reads or makes a floating tensor that is not float64.
-
-    Sees forward, backward and the recomputation of gradient checkpointing, operation by operation; not the inside of a
-    fused kernel.
-    """
-    with _OnlyFloat64():
-        yield
-
-
-class _OnlyFloat64(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, out)):
-            if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
-                if leaf.dtype in (torch.float64, torch.complex128):
-                    continue
-                raise AssertionError(f"{func} touched a {leaf.dtype} tensor of shape {tuple(leaf.shape)}")
-        return out
 
 
 # --- What is replaced ------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from trl_entropy.engine.parameters import parameter_shape, trainable_parameters
 from trl_entropy.estimators.rows.row_gradients import Grouping, OuterProducts, RowGradients, Sum, WrittenOut
-from trl_entropy.estimators.rows.row_sums import Blocks, Consumer, DotProducts, Rows, SquaredNorms
+from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, SquaredNorms
 from trl_entropy.gradients.layer_rules import Layer, known_layers
 
-__all__ = ["Blocks", "Consumer", "DotProducts", "RowGradients", "Rows", "SequenceGradients", "SquaredNorms"]
+__all__ = ["Consumer", "DotProducts", "RowGradients", "Rows", "SequenceGradients", "SquaredNorms"]
 
 
 class SequenceGradients:

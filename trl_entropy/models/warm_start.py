@@ -155,9 +155,8 @@ def _build_into(directory: Path, seed: int) -> None:
 
 
 def _run_build(building: Path, seed: int) -> None:
-    code = (
-        "import sys; from trl_entropy.models import warm_start as w; w.build_warm_start(sys.argv[1], int(sys.argv[2]))"
-    )
+    module = "trl_entropy.models.warm_start"
+    code = f"import sys, {module} as w; w.build_warm_start(sys.argv[1], int(sys.argv[2]))"
     child = subprocess.run(
         [sys.executable, "-c", code, os.fspath(building), str(seed)],
         env=_single_process_environment(),

@@ -21,6 +21,7 @@ from trl_entropy.estimators.kernel.fisher_kernel import (
     permuted_prompts,
     spectrum,
 )
+from trl_entropy.estimators.kernel.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
 from trl_entropy.estimators.kernel.score_change import (
     ScoreChangeParts,
     change_agreement,
@@ -29,7 +30,6 @@ from trl_entropy.estimators.kernel.score_change import (
     score_change_sums,
 )
 from trl_entropy.estimators.kernel.sketch import CountSketch
-from trl_entropy.estimators.rows.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, Several
 from trl_entropy.gradients.group_gradients import gram_of_all_rows
 from trl_entropy.gradients.scores import Params, score

@@ -1,8 +1,8 @@
 """Which part of a step, which completion and which token made the first-order entropy change (T9).
 
-delta_linear = grad h . dtheta, and dtheta is a sum of parts (T5): so is the change, exactly. grad h comes from a probe
-batch E that is independent of the update batch U; on U itself the completions' contributions carry their
-self-influence (T17).
+delta_linear = grad h . dtheta, and dtheta is a sum of parts (T5), so that the change is exactly the sum of theirs.
+grad h comes from a probe batch E that is independent of the update batch U. If it came from U, the contribution of
+each completion would include what the completion does to itself (T17).
 """
 
 import math
@@ -20,7 +20,7 @@ from trl_entropy.estimators.statistics.pooled import PooledParts, sum_over_promp
 
 
 class UpdateProducts(NamedTuple):
-    """(T9): grad h with each part of the update, summed over the parameters given so far; nats per token."""
+    """(T9): the product of grad h with each part of the update, summed over the parameters so far; nats per token."""
 
     momentum: float
     weight_decay: float
@@ -31,9 +31,9 @@ class UpdateProducts(NamedTuple):
 class Attribution:
     """(T9): delta_linear = momentum + weight decay + other terms + sum of completions + rounding, in nats per token.
 
-    `completions` are delta_i, or delta_ik summed over tokens. `other` are named terms of the loss beside
-    the policy's, such as a bonus, in any pieces. `rounding` is the remainder: float32 parameters, and
-    whatever else was not named. It is a check.
+    `completions` are delta_i, or delta_ik summed over tokens. `other` holds, by name, the contributions of further
+    terms of the loss such as a bonus, in any shape. `rounding` is what remains: the rounding of float32 parameters,
+    and any part that was not named. It serves as a check.
     """
 
     whole: float
@@ -50,7 +50,7 @@ class Attribution:
 
     @property
     def gradient(self) -> float:
-        """What this step's completions make together."""
+        """The sum of the completions' contributions."""
         return float(self.completions.double().sum())
 
     @property
@@ -61,7 +61,7 @@ class Attribution:
         return self.rounding / whole if whole else math.nan
 
     def share(self, part: float) -> float:
-        """A part over the whole; beyond [0, 1] where parts pull apart, nan or inf where the whole is 0."""
+        """A part over the whole; outside [0, 1] where parts have opposite signs, nan or inf where the whole is 0."""
         return float(torch.tensor(part, dtype=torch.float64) / self.whole)
 
 
@@ -70,8 +70,7 @@ def update_products(
 ) -> UpdateProducts:
     """(T9): grad h . (momentum, decay, gradient part) of one parameter, in float64, added to `so_far`.
 
-    `entropy_gradient` is this parameter's piece of grad h (`entropy_surrogate`), `parts` those of
-    `adamw_update_parts`.
+    `entropy_gradient` is grad h for this parameter (`entropy_surrogate`), and `parts` come from `adamw_update_parts`.
     """
     products = (float((entropy_gradient.double() * part.double()).sum()) for part in parts)
     return UpdateProducts(*map(sum, zip(so_far or (0.0, 0.0, 0.0), products, strict=True)))
@@ -95,8 +94,9 @@ def token_contributions(
     """(T9): delta_ik = lr c (1-b1)/(1-b1^t) alpha_ik D_ik, nats per token; 0 under the mask.
 
     `directional_derivatives` are D_ik, of S_ik along M grad h, from one forward-mode pass over U. alpha_ik =
-    -dLoss/dS_ik, `on_policy_coefficients` or from the loss itself, whatever it is. Summed over k they are delta_i.
-    Given U, M and the step, unbiased over E with h and E[T] given; bias O(1/|E|) with their estimates.
+    -dLoss/dS_ik comes from `on_policy_coefficients` or, for any other loss, from the loss itself. Summed over k the
+    contributions are delta_i. Given U, M and the step they are unbiased over E if h and E[T] are given; with estimates
+    of these the bias is O(1/|E|).
     """
     products = loss_coefficients.double() * directional_derivatives.double()
     return (coefficient * products).where(completion_mask.bool(), 0.0)
@@ -110,8 +110,8 @@ def on_policy_coefficients(
 ) -> Float[Tensor, "B T"]:
     """(T9): alpha_ik = -dLoss/dS_ik of (T2) at ratio 1, A_i / (P G L), per nat; 0 under the mask.
 
-    `num_completions` = P G of the whole step, all micro-batches and ranks. `advantages` as the loss gets them: (B,) or
-    (B, T); with `length_normalizer="group_max"` they carry L / L_i.
+    `num_completions` = P G counts the whole step, over all micro-batches and ranks. `advantages` are those that the
+    loss gets, (B,) or (B, T); with `length_normalizer="group_max"` they include the factor L / L_i.
     """
     mask = completion_mask.bool()
     per_token = advantages.double().reshape(len(advantages), -1).expand(mask.shape)
@@ -124,12 +124,13 @@ def kl_coefficients(
     completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     correction: str | None,
 ) -> Float[Tensor, "B T"]:
-    """(T9): dLoss/dS_ik of TRL's KL term alone, per nat, from what one backward pass gives the reference.
+    """(T9): dLoss/dS_ik of TRL's KL term alone, per nat, from the derivative by the reference's log-probabilities.
 
-    The term is sum_ik w_ik c_i(k) KL_ik with KL_ik = e^r - r - 1, r = `log_ratio` = S^ref_ik - S_ik, c the importance
-    ratio or 1. `reference_gradient` is its derivative by S^ref, w c (e^r - 1); by S it is the negative of that, and c,
-    where it is there, adds w c KL_ik: at its own token (`correction="token"`), or spread over the completion's tokens
-    ("sequence"). None: no ratio (`use_bias_correction_kl=False`).
+    The term is sum_ik w_ik c_i(k) KL_ik with KL_ik = e^r - r - 1, r = `log_ratio` = S^ref_ik - S_ik, and c the
+    importance ratio or 1. `reference_gradient` is its derivative by S^ref, w c (e^r - 1), which one backward pass
+    gives. The derivative by S is the negative of that; an importance ratio c adds w c KL_ik, at its own token
+    (`correction="token"`) or spread over the completion's tokens ("sequence"). None: there is no ratio
+    (`use_bias_correction_kl=False`).
     """
     mask, by_reference, r = completion_mask.bool(), reference_gradient.double(), log_ratio.double()
     by_ratio = (by_reference * (1 - torch.where(r == 0, 1.0, r / torch.expm1(r)))).where(mask, 0.0)  # w c KL_ik
@@ -142,17 +143,17 @@ def kl_coefficients(
 
 
 def bin_index(values: Float[Tensor, "*shape"], edges: Sequence[float]) -> Int[Tensor, "*shape"]:
-    """The number of edges at or below each value: bins 0 to len(edges), fixed so that steps merge.
+    """The number of edges at or below each value, which is its bin: 0 to len(edges). Fixed edges let steps be merged.
 
-    Edges increase. Rare tokens: `bin_index(per_token_logps, [math.log(0.1)]) == 0`; wrong answers: rewards below an
-    edge; so too for advantages, entropies, lengths and positions.
+    Edges must increase. Rare tokens, for example, are `bin_index(per_token_logps, [math.log(0.1)]) == 0`, and wrong
+    answers are rewards below an edge; advantages, entropies, lengths and positions are binned in the same way.
     """
     boundaries = torch.tensor(edges, dtype=torch.float64, device=values.device)
     return torch.bucketize(values.double(), boundaries, right=True)
 
 
 def crossed(first: Int[Tensor, "B T"], second: Int[Tensor, "B T"], num_second: int) -> Int[Tensor, "B T"]:
-    """The category of each token under two at once: `first` * `num_second` + `second`."""
+    """Each token's category in a cross of two classifications: `first` * `num_second` + `second`."""
     return first * num_second + second
 
 
@@ -166,8 +167,8 @@ def category_sums(
 ) -> tuple[Float[Tensor, "P C"], Int[Tensor, "C"]]:
     """(T9): per prompt and category the sum of delta_ik in nats per token, and each category's number of tokens.
 
-    Both add over micro-batches and ranks. `prompt_index` < `num_prompts` counts within the step; prompts without a
-    gradient are prompts, with sums 0.
+    Both can be added over micro-batches and ranks. `prompt_index` < `num_prompts` counts within the step. Prompts
+    without a gradient count too, with sums of 0.
     """
     mask = completion_mask.bool()
     cells = (prompt_index[:, None] * num_categories + categories)[mask]
@@ -179,10 +180,11 @@ def category_sums(
 
 @dataclass(frozen=True)
 class CategoryRecord:
-    """(T9): the entropy change by category of tokens over many steps: sums, counts and errors that add; division once.
+    """(T9): the entropy change by category of tokens, summed over many steps with counts and errors, and divided once.
 
-    Errors are over fresh prompts in U, jackknifed, with grad h, M and the step given. Categories partition the tokens
-    of U, so that shares sum to 1: they are shares of the gradient part, and beyond [0, 1] where categories pull apart.
+    Errors are those over fresh prompts in U, by the jackknife, with grad h, M and the step given. The categories
+    partition the tokens of U, so that shares sum to 1. They are shares of the gradient part of the change, and lie
+    outside [0, 1] where categories have opposite signs.
     """
 
     names: tuple[str, ...]
@@ -200,7 +202,7 @@ class CategoryRecord:
         return CategoryRecord(self.names, parts, self.counts + counts.cpu())
 
     def merge(self, other: "CategoryRecord") -> "CategoryRecord":
-        """The record of both sets of steps; of other categories: ValueError."""
+        """The record of both sets of steps. ValueError if their categories differ."""
         if self.names != other.names:
             raise ValueError(f"records of different categories: {self.names} and {other.names}")
         return CategoryRecord(self.names, self.parts.merge(other.parts), self.counts + other.counts)
@@ -210,19 +212,19 @@ class CategoryRecord:
         return self.parts.mean(self._members(names))
 
     def share(self, *names: str) -> Estimate:
-        """These categories' share of the change that all tokens make, summed over steps before it is divided.
+        """These categories' share of the change that all tokens make; both are summed over steps, then divided.
 
         With categories correct/incorrect x rare/common, `share("incorrect/rare")` is the claim of Cui et al.
-        (arXiv:2505.22617) as one number. Bias O(1/(steps P)); where the whole nears 0 read `share_interval`.
+        (arXiv:2505.22617) as one number. Bias O(1/(steps P)); where the whole is near 0 use `share_interval`.
         """
         return self.parts.ratio(self._members(names), self._members(self.names))
 
     def share_interval(self, *names: str, confidence: float = 0.95) -> tuple[float, float]:
-        """The shares that the data do not refute (Fieller); (-inf, inf) where the whole is consistent with 0."""
+        """Fieller's confidence interval of the share; (-inf, inf) where the whole is consistent with 0."""
         return self.parts.ratio_interval(self._members(names), self._members(self.names), confidence)
 
     def token_share(self, *names: str) -> float:
-        """These categories' share of the tokens: what their share of the change is to be compared with."""
+        """These categories' share of the tokens, with which their share of the change is to be compared."""
         return float(self._members(names) @ self.counts.double() / self.counts.sum())
 
     def _members(self, names: Sequence[str]) -> Float[Tensor, "C"]:

@@ -1,1 +1,1 @@
-"""What changes a step on purpose: the correction of its entropy change, tokens that are left out, their price."""
+"""Entropy control: the correction of a step, the choice of tokens to leave out, and what either costs in reward."""

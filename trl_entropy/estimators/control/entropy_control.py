@@ -1,7 +1,7 @@
-"""The smallest correction of a step that gives the policy's entropy the change it is to have, and when to ask for it.
+"""The smallest correction of a step that gives the entropy a wanted change, and which change to want at each step.
 
 Of all steps that change the entropy by b to first order, d' = d + lambda M g is the nearest to the optimizer's step d
-in the metric M^-1, with g = grad h and lambda = (b - g.d) / <g, g>, <x, y> = x'My (T19).
+in the metric M^-1, with g = grad h, lambda = (b - g.d) / <g, g> and <x, y> = x'My (T19).
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from trl_entropy.estimators.statistics.estimate import Estimate
 
-_LEAST_CROSS = 0.25  # of <g, g>: the denominator never gets smaller, however noisy g is
-_CERTAINTY = 3.29  # standard errors
+_LEAST_CROSS = 0.25  # smallest denominator, as a share of <g, g>, however noisy g is
+_CERTAINTY = 3.29  # standard errors: two-sided 99.9 %
 Vector = dict[str, Float[Tensor, "..."]]
 
 
 class BudgetProducts(NamedTuple):
-    """What (T19) needs of the halves g_a, g_b of an estimate g = (g_a + g_b)/2, summed over parameters.
+    """The products that (T19) needs of the halves g_a, g_b of an estimate g = (g_a + g_b)/2, over all parameters.
 
-    `change` g.d in nats per token; `square` <g, g> and `cross` <g_a, g_b>; `step_square` d'M^-1 d where M > 0; `loss`
-    <g_L, g>, g_L the gradient of the loss.
+    `change` is g.d in nats per token, `square` <g, g>, `cross` <g_a, g_b>, `step_square` d'M^-1 d over coordinates
+    with M > 0, and `loss` <g_L, g> with the gradient g_L of the loss.
     """
 
     change: float
@@ -34,24 +34,25 @@ class BudgetProducts(NamedTuple):
 
     @property
     def denominator(self) -> float:
-        """<g, g> without what is noise: the cross product of independent halves, at least a quarter of the plain."""
+        """<g, g> without its noise: the cross product of the independent halves, but at least a quarter of <g, g>."""
         return max(self.cross, _LEAST_CROSS * self.square)
 
     @property
     def noise_share(self) -> float:
-        """The part of <g, g> that is noise of the estimate; 0/0: nan."""
+        """The share of <g, g> that is noise of the estimate; 0/0: nan."""
         return 1 - self.cross / self.square if self.square else math.nan
 
     @property
     def price(self) -> float:
-        """Loss per nat/token of entropy to first order, <g_L, g> / <g, g>: what a correction costs; 0/0: nan."""
+        """What a correction costs in loss per nat/token of entropy, to first order, <g_L, g> / <g, g>; 0/0: nan."""
         return self.loss / self.denominator if self.denominator else math.nan
 
 
 def floored_metric(metric: Vector, floor: float) -> Vector:
     """M with sqrt(v_hat) + eps = 1/M at least `floor` times its mean over live coordinates (those with M > 0).
 
-    Near-dead coordinates have a huge M and would carry the noise of g; `floor` = 0 leaves M as it is.
+    Coordinates that hardly ever had a gradient have a huge M and would dominate <g, g> with their noise. `floor` = 0
+    leaves M as it is.
     """
     inverse, count = 0.0, 0
     for m in metric.values():
@@ -65,7 +66,7 @@ def floored_metric(metric: Vector, floor: float) -> Vector:
 def budget_products(
     halves: tuple[Vector, Vector], step: Vector, metric: Vector, loss_gradient: Vector
 ) -> BudgetProducts:
-    """The products of (T19) in float64, of whole vectors by parameter name; `metric` is M's diagonal."""
+    """The products of (T19) in float64, from whole vectors by parameter name; `metric` is the diagonal of M."""
     g_a, g_b = halves
     sums = torch.zeros(5, dtype=torch.float64)
     for name, m in metric.items():
@@ -80,11 +81,11 @@ def budget_products(
 def crossed_change(
     halves: tuple[Vector, Vector], loss_a: Vector, loss_gradient: Vector, step: Vector, metric: Vector
 ) -> float:
-    """(T19): g . d on the step's own completions, nats per token, without each prompt's effect on itself.
+    """(T19): g . d on the step's own completions, nats per token, without what each prompt does to itself.
 
-    d holds -m g_L, m = `metric` that of (T5), g_L = L_a + L_b the loss gradient and its halves over the same prompts
-    as g_a, g_b. There g.m g_L is replaced by g_a.m L_b + g_b.m L_a, of the same expectation where the halves are
-    independent, given the rest of d and m.
+    d contains -m g_L, with m = `metric` that of (T5) and the loss gradient g_L = L_a + L_b, whose halves are over the
+    same prompts as g_a and g_b. In it g.m g_L is replaced by g_a.m L_b + g_b.m L_a. If the halves are independent this
+    has the same expectation as for independent completions, given the rest of d and m.
     """
     g_a, g_b = halves
     change = 0.0
@@ -99,10 +100,11 @@ def crossed_change(
 
 @dataclass
 class RunningHalves:
-    """Running means of grad h by halves, each half's own: less noise for a g that is up to a few steps old.
+    """A running mean of grad h for each half: less noise, for a g that is in part a few steps old.
 
-    `memory` is the weight of the past, in [0, 1); 0: nothing is kept. As in Adam the mean is divided by the weight
-    that it has seen. A half stays independent of the other, but for what earlier corrections made of theta.
+    `memory` is the weight of the past, in [0, 1); with 0 nothing is kept. As in Adam the mean is divided by the sum of
+    its weights. The halves stay independent of each other, except that both depend on what earlier corrections did to
+    theta.
     """
 
     memory: float
@@ -110,7 +112,7 @@ class RunningHalves:
     weight: float = 0.0
 
     def add(self, halves: tuple[Vector, Vector]) -> tuple[Vector, Vector]:
-        """Take in a step's halves; their running means, read only."""
+        """Add a step's halves, and return the running means of both. They are read only."""
         if not self.memory:
             return halves
         if not self.sums:
@@ -124,7 +126,7 @@ class RunningHalves:
 
 
 class Correction(NamedTuple):
-    """lambda of (T19); the net change predicted with it, nats per token; whether the trust cap bound; |c| / |d|."""
+    """lambda of (T19), the net change predicted with it in nats per token, whether the cap bound, and |c| / |d|."""
 
     multiplier: float
     predicted: float
@@ -135,8 +137,9 @@ class Correction(NamedTuple):
 def correction(products: BudgetProducts, budget: float, floor: bool, cap: float) -> Correction:
     """(T19): lambda = (b - g.d) / <g, g>, with the noise-free denominator; `floor`: never below 0.
 
-    `cap` bounds |lambda M g| by cap |d|, both in M^-1; where it binds the budget is infeasible. The prediction counts
-    the noise-free <g, g>, as the correction's noise moves no entropy on average. <g, g> = 0: no correction.
+    `cap` bounds |lambda M g| by cap |d|, both in the metric M^-1; where it limits the correction the budget is
+    infeasible. The prediction uses the noise-free <g, g>, since the noise in the correction changes no entropy on
+    average. If <g, g> = 0 there is no correction.
     """
     if products.denominator <= 0:
         short = budget > products.change if floor else budget != products.change
@@ -152,12 +155,12 @@ def correction(products: BudgetProducts, budget: float, floor: bool, cap: float)
 
 @dataclass
 class SetPoint:
-    """Which change a step is to make so that the entropy goes to `target`; nats per token.
+    """The change that each step is to make so that the entropy goes to `target`; nats per token.
 
     b = clip(gain (target - h) - bias, +-max_change), where `bias` is a running mean, with weight `integral_gain`, of
-    how much more the entropy changed than predicted. That is integral action: a constant error of the prediction
-    leaves no distance to the target. It cannot wind up, since what saturation or the trust cap kept back was not
-    predicted either.
+    how much more the entropy changed than predicted. This is integral action: a constant error of the prediction
+    leaves no offset from the target. There is no windup, since a change that the clip or the cap withheld is not
+    in the prediction either.
     """
 
     target: float
@@ -167,34 +170,35 @@ class SetPoint:
     bias: float = 0.0
 
     def budget(self, entropy: float) -> float:
-        """b of a step that begins at this entropy."""
+        """b for a step that begins at this entropy."""
         wanted = self.gain * (self.target - entropy) - self.bias
         return max(-self.max_change, min(self.max_change, wanted))
 
     def sensitivity(self, entropy: float) -> float:
-        """By how much b falls per nat/token that h was overestimated, here and a step ago; 0 if saturated."""
+        """How much b falls per nat/token by which h was overestimated, now and one step ago; 0 where b is clipped."""
         return self.gain + self.integral_gain if abs(self.budget(entropy)) < self.max_change else 0.0
 
     def learn(self, predicted: float, realised: float) -> None:
-        """Take in what a step was predicted to change, correction included, and what it changed."""
+        """Update the bias with the change predicted for a step, correction included, and the change that it made."""
         self.bias += self.integral_gain * (realised - predicted - self.bias)
 
 
 @dataclass
 class PredictionCheck:
-    """Whether net changes come as predicted: slope of realised on predicted over the last steps, through the origin.
+    """Whether the net changes are those predicted: slope of realised on predicted over the last steps, through 0.
 
-    Realised is the difference of two estimates of the entropy. A set-point asks for a change by the first of them, so
-    that prediction and realised share its error: their covariance, which is known, is taken out. The slope's error is
-    that of the entropies, or what the pairs scatter by where that is more: noise of grad h moves the entropy too.
-    Failed: with 99.9 %, as it is asked at every step, the slope is below 1/2 or above 2.
+    The realised change is the difference of two estimates of the entropy. A set-point asks for a change that depends
+    on the first of them, so that prediction and realised change share its error; their covariance is known and is
+    subtracted. The standard error of the slope is that of the entropies, or the scatter of the pairs where that is
+    larger, since the noise of grad h changes the entropy too. The check has failed if the slope is below 1/2 or above
+    2 with 99.9 % confidence, a high level because it is checked at every step.
     """
 
     window: int = 20
     pairs: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def add(self, predicted: float, realised: Estimate, shared: float = 0.0) -> None:
-        """One step, `shared` the covariance of the two errors; older ones than `window` are forgotten."""
+        """Add one step; `shared` is the covariance of the two errors. Only the last `window` steps are kept."""
         self.pairs = [*self.pairs, (predicted, realised.value, realised.stderr, shared)][-self.window :]
 
     def slope(self) -> tuple[float, float]:
@@ -209,7 +213,7 @@ class PredictionCheck:
 
     @property
     def failed(self) -> bool:
-        """Whether a full window refutes the predictions."""
+        """Whether a full window contradicts the predictions."""
         slope, error = self.slope()
         if len(self.pairs) < self.window or math.isnan(slope):
             return False

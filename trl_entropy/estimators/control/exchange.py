@@ -1,7 +1,7 @@
-"""What a step pays in reward for the entropy that it keeps: the change of both under several rules of stepping (T20).
+"""What a step pays in reward for the entropy that it keeps: the changes of both, under several update rules (T20).
 
 Expectations over the completions that make a step are means over redraws of them; grad h and grad J are sums over K
-blocks of other completions. The rules share both, so that differences between them are known better than they are.
+blocks of other completions. All rules share both, so that their differences have smaller errors than they themselves.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts
 
 
 def leave_one_out_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """r_i less the mean reward of the rest of its group: then E[A grad log pi(o)] is grad J, without bias; G > 1."""
+    """r_i less the mean reward of the others in its group; E[A grad log pi(o)] is then grad J without bias. G > 1."""
     group_size = rewards.shape[1]
     return group_size / (group_size - 1) * (rewards.double() - rewards.double().mean(1, keepdim=True))
 
@@ -31,15 +31,15 @@ def reward_change_terms(
 ) -> Float[Tensor, "B"]:
     """(T20): (w_i - 1) A_i with the sequence weights of (T6); its expectation is J(theta + dtheta) - J(theta).
 
-    `advantages` of [`leave_one_out_advantages`]: without bias, as E[w - 1] = 0 given the prompt. Its derivative along
-    the step is A_i times that of log pi(o_i), so that first order and true change are paired.
+    With the `advantages` of [`leave_one_out_advantages`] it is unbiased, as E[w - 1] = 0 given the prompt. Its
+    derivative along the step is A_i times that of log pi(o_i), so that first order and true change are paired.
     """
     weights = importance_weights(per_token_logps, sampling_logps, completion_mask, "sequence")[:, 0]
     return (weights - 1) * advantages.double()
 
 
 class BlockRatio(NamedTuple):
-    """N ratios of sums over K blocks, and K times the first-order change of each when a block counts 1/K more."""
+    """N ratios of sums over K blocks, and K times the first-order change of each if a block gets 1/K more weight."""
 
     values: Float[Tensor, "N"]
     influence: Float[Tensor, "K N"]
@@ -48,9 +48,9 @@ class BlockRatio(NamedTuple):
 def ratio_over_blocks(numerators: Float[Tensor, "K N"], sizes: Float[Tensor, "K N"]) -> BlockRatio:
     """(T20): sum of numerators over sum of sizes, and its influence.
 
-    For the entropy: the gradient of `surrogate_terms` of a block, dotted with the step, over its tokens; h in them is
-    that of all blocks, whose own error is neglected as in (T8b). For the reward: of sum_i A_i log pi(o_i), over its
-    completions.
+    For the entropy the numerator is the gradient of a block's `surrogate_terms` times the step, and the size its
+    number of tokens; h in these terms is that of all blocks, whose own error is neglected as in (T8b). For the reward
+    the numerator is the gradient of sum_i A_i log pi(o_i) times the step, and the size the number of completions.
     """
     mean_sizes = sizes.double().mean(0)
     values = numerators.double().mean(0) / mean_sizes
@@ -61,15 +61,15 @@ def mean_over_redraws(
     redraws: Float[Tensor, "R N"], influence: Float[Tensor, "K N"], corrections: Float[Tensor, "S N"] | None = None
 ) -> StepParts:
     """
-    Means of N changes over redraws, with the covariance of both errors: of the redraws, and of the K blocks.
+    Means of N changes over redraws, with the covariance of their errors from the redraws and from the K blocks.
 
-    The covariances add; where both are noise their product is counted twice (T18), so that intervals are slightly too
-    wide. Degrees of freedom: those of the smallest number.
+    The two covariances are added; where both are mostly noise their product is counted twice (T18), so that intervals
+    are slightly too wide. The degrees of freedom are those of the smallest of the numbers.
 
     Args:
-        redraws: the change of each redraw, independent.
-        influence: of the blocks on the means, corrections included.
-        corrections: of the first S redraws, to be added to all: true change less first order.
+        redraws: the change of each redraw; redraws are independent.
+        influence: influence of the blocks on the means, corrections included.
+        corrections: true change less first order for the first S redraws; their mean is added.
     """
     num_redraws, num_blocks = len(redraws), len(influence)
     redraws, influence = redraws.double(), influence.double()
@@ -91,8 +91,8 @@ class ExchangeRecord:
     Mean entropy change (nats per token and step) and reward change (reward per step) of M methods.
 
     Args:
-        methods: their names; the first is what the others are compared with.
-        parts: the entropy change of each, then the reward change of each.
+        methods: their names; the others are compared with the first.
+        parts: the entropy change of each method, then the reward change of each.
     """
 
     methods: tuple[str, ...]
@@ -100,23 +100,23 @@ class ExchangeRecord:
 
     @classmethod
     def of(cls, methods: Sequence[str], parts: StepParts) -> "ExchangeRecord":
-        """From [`mean_over_redraws`] of 2 M columns."""
+        """The record from [`mean_over_redraws`] of 2 M columns."""
         return cls(tuple(methods), PooledParts.empty(2 * len(methods)).update(parts))
 
     def change(self, quantity: str, method: str) -> Estimate:
-        """Of the `"entropy"` or the `"reward"`."""
+        """The change of the `"entropy"` or the `"reward"` by a method's step."""
         return self.parts.mean(self._weights(quantity, method))
 
     def difference(self, quantity: str, method: str) -> Estimate:
-        """To the first method, paired."""
+        """The paired difference of that change from the change by the first method."""
         return self.parts.mean(self._difference(quantity, method))
 
     def reward_per_entropy(self, method: str) -> dict[str, float]:
-        """(T20): reward change per nat/token of the method's own step, with Fieller's interval."""
+        """(T20): reward change over entropy change of the method's step, per nat/token, with Fieller's interval."""
         return self._ratio(*(self._weights(quantity, method) for quantity in ("reward", "entropy")))
 
     def exchange(self, method: str) -> dict[str, float]:
-        """(T20): what the method changes in the reward, per nat/token that it changes in the entropy; Fieller."""
+        """(T20): the same ratio of the differences from the first method, per nat/token, with Fieller's interval."""
         return self._ratio(*(self._difference(quantity, method) for quantity in ("reward", "entropy")))
 
     def _ratio(self, numerator: Float[Tensor, "K"], denominator: Float[Tensor, "K"]) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Which tokens Clip-Cov and KL-Cov act on (arXiv:2505.22617), and random ones at the same count.
+"""The tokens that Clip-Cov and KL-Cov act on (arXiv:2505.22617), and as many random tokens for comparison.
 
 A token's covariance is (S_ik - S_bar) (A_i - A_bar), log-probability and advantage less their means over all tokens of
-the batch: large where a likely token is rewarded, or an unlikely one punished, which is what lowers the entropy (T11).
+the batch. It is large where a likely token is rewarded or an unlikely one is punished, which lowers the entropy (T11).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def token_covariances(
 
 
 def num_chosen(completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], fraction: float) -> int:
-    """How many tokens a fraction of all of them is: at least one, unless the fraction is 0."""
+    """The number of tokens that is this fraction of all: at least one, unless the fraction is 0."""
     return max(1, int(fraction * int(completion_mask.sum()))) if fraction else 0
 
 
@@ -39,12 +39,12 @@ def clip_cov_tokens(
     quantiles: bool = False,
 ) -> Bool[Tensor, "B T"]:
     """
-    Clip-Cov: `count` random ones of the tokens whose covariance lies between the bounds; all of them if fewer.
+    Clip-Cov: `count` random tokens of those whose covariance lies between the bounds, or all of them if fewer.
 
     Args:
-        covariances: of [`token_covariances`].
-        bounds: lower and upper, excluded; with `quantiles` they are quantiles of the covariances, in [0, 1].
-        order: independent uniform numbers; the smallest are taken.
+        covariances: from [`token_covariances`].
+        bounds: lower and upper bound, both excluded; with `quantiles` they are quantiles of the covariances.
+        order: independent uniform numbers; the tokens with the smallest are taken.
     """
     if quantiles:
         known = covariances[~covariances.isnan()]
@@ -61,7 +61,7 @@ def kl_cov_tokens(covariances: Float[Tensor, "B T"], count: int) -> Bool[Tensor,
 def random_tokens(
     completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], count: int, order: Float[Tensor, "B T"]
 ) -> Bool[Tensor, "B T"]:
-    """`count` random tokens: what the choice of tokens is to be compared with."""
+    """`count` random tokens, with which a choice of tokens is to be compared."""
     return _smallest(order, completion_mask.bool(), count)
 
 
@@ -71,7 +71,7 @@ def random_positive_tokens(
     count: int,
     order: Float[Tensor, "B T"],
 ) -> Bool[Tensor, "B T"]:
-    """`count` random ones of the tokens of positive advantage; all of them if fewer."""
+    """`count` random tokens of those with positive advantage, or all of these if fewer."""
     positive = advantages.reshape(len(advantages), -1) > 0
     return _smallest(order, completion_mask.bool() & positive, count)
 
@@ -82,7 +82,7 @@ def ratio_clipped(
     advantages: Float[Tensor, "B *T"],
     epsilons: tuple[float, float],
 ) -> Bool[Tensor, "B T"]:
-    """Where min(ratio A, clip(ratio, 1 - low, 1 + high) A) is the second: those tokens have no gradient anyway."""
+    """Where min(ratio A, clip(ratio, 1 - low, 1 + high) A) is the clipped term, so that a token has no gradient."""
     ratio, per_token = (per_token_logps - old_logps).exp(), advantages.reshape(len(advantages), -1)
     return ratio.clamp(1 - epsilons[0], 1 + epsilons[1]) * per_token < ratio * per_token
 
@@ -103,6 +103,6 @@ def kl_cov_penalty(
 ) -> Float[Tensor, ""]:
     """KL-Cov's term: coefficient |S - S_old| summed over the chosen tokens, over the loss's normalizer.
 
-    Its gradient is 0 where S = S_old: without off-policy updates KL-Cov does nothing.
+    Its gradient is 0 where S = S_old, so that without off-policy updates KL-Cov does nothing.
     """
     return coefficient * (per_token_logps - old_logps.detach()).abs().where(chosen, 0.0).sum() / normalizer

@@ -1,1 +1,1 @@
-"""How much one step changed the entropy, measured and predicted."""
+"""How much one step changes the entropy, measured and predicted."""

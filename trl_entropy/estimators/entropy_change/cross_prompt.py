@@ -1,7 +1,8 @@
-"""What each prompt group contributes to grad h and to the loss gradient, and the entropy change that follows (T17).
+"""The entropy change by a step's own gradient, without what each prompt group does to itself (T17).
 
-Rows X_n and Y_n are the gradients of the two surrogates below, one `torch.autograd.grad` each per group; both are
-sums over completions, so a group may be differentiated in parts. Then mean_n X_n = grad h and mean_n Y_n = g.
+Rows X_n and Y_n are what prompt group n contributes to grad h and to the loss gradient g: the gradients of the two
+surrogates below, each by one `torch.autograd.grad` per group. Both are sums over completions, so that a group may be
+differentiated in parts. mean_n X_n = grad h and mean_n Y_n = g.
 """
 
 import math
@@ -24,8 +25,8 @@ from trl_entropy.estimators.statistics.u_statistic import (
 class CrossPromptChange(NamedTuple):
     """(T17): the entropy change that a step's own gradient makes, to first order, nats per token.
 
-    `cross_prompt` pairs different prompts only. `stderr_jackknife` is its conservative error. `same_sample` is the
-    plain product of the two means, biased by what each group does to itself.
+    `cross_prompt` takes products of different prompts only, and `stderr_jackknife` is its conservative standard error.
+    `same_sample` is the product of the two means, which is biased by what each group does to itself.
     """
 
     cross_prompt: Estimate
@@ -41,10 +42,10 @@ def group_entropy_surrogate(
     num_tokens: float | int,
     num_prompts: int,
 ) -> Float[Tensor, ""]:
-    """(T17), (T8): a scalar whose gradient is X_n, of a group or its part with B completions; its value means nothing.
+    """(T17), (T8): a scalar whose gradient is X_n of a group, or of B of its completions; its value has no meaning.
 
     X_n = P / sum(T) sum_ik [grad H_ik + a_ik grad S_ik], i over the group. `policy_entropy` (nats), `num_tokens` =
-    sum(T) and P are those of all groups of the step: the two estimates make U a ratio, bias O(1/P).
+    sum(T) and P are those of all groups of the step. As the first two are estimates, U is a ratio with bias O(1/P).
     """
     share = entropy_surrogate(token_entropy, per_token_logps, completion_mask, policy_entropy, num_tokens)
     return num_prompts * share
@@ -59,8 +60,9 @@ def group_loss_surrogate(
 ) -> Float[Tensor, ""]:
     """(T2): a scalar whose gradient is Y_n, P times the group's share of the on-policy loss gradient.
 
-    Y_n = -1/(G L) sum_ik A_i grad S_ik: at ratio 1 nothing is clipped. `advantages` are those that the loss gets, per
-    completion (B,) or per token (B, T); with `length_normalizer="group_max"` they carry L / L_i.
+    Y_n = -1/(G L) sum_ik A_i grad S_ik, since nothing is clipped at ratio 1. `advantages` are those that the loss
+    gets, per completion (B,) or per token (B, T); with `length_normalizer="group_max"` they include the factor L /
+    L_i.
     """
     per_token = advantages.double().reshape(len(advantages), -1)
     weighted = (per_token * per_token_logps.double()).where(completion_mask.bool(), 0.0)
@@ -72,8 +74,9 @@ def update_metric(
 ) -> Float[Tensor, "*shape"]:
     """(T17): lr c (1-b1)/(1-b1^t) M, M from `exp_avg_sq` *before* the step; 0 where that is 0.
 
-    With it for M, -U is an entropy change. Coordinates that never had a gradient have no M (1/eps means nothing, T13):
-    they are left out, a choice that the sample has no part in. `step` = t counts this step; 1: nan, undefined.
+    With this in the place of M, -U is an entropy change. Coordinates that never had a gradient have no meaningful M
+    (it would be 1/eps, T13) and are left out; this choice does not depend on the sample. `step` = t counts this step;
+    at step 1 the metric is undefined, nan.
     """
     metric = live_preconditioner(exp_avg_sq, step - 1, settings.betas[1], settings.eps)
     return gradient_coefficient(settings, step, clip_factor) * metric
@@ -82,8 +85,9 @@ def update_metric(
 def cross_prompt_change(gram: Float[Tensor, "P P"]) -> CrossPromptChange:
     """(T17): -U and -Xbar' M Ybar from `gram[n, m]` = X_n' M Y_m with M of `update_metric`.
 
-    The error is over fresh prompts and completions of the step, not of a prediction for the step that was made
-    (T8b): the momentum and decay parts of (T5) are left out, the clip factor is taken as given. Bias O(1/P).
+    The standard error is over fresh prompts and completions of the step; it is not that of a prediction for the step
+    that was made (T8b). The momentum and decay parts of (T5) are left out, and the clip factor is taken as given. Bias
+    O(1/P).
     """
     estimate = u_statistic_estimate(gram)
     negative = Estimate(-estimate.value, estimate.stderr, estimate.dof, estimate.num_samples)
@@ -93,9 +97,9 @@ def cross_prompt_change(gram: Float[Tensor, "P P"]) -> CrossPromptChange:
 def accepted_gram(gram: Float[Tensor, "P P"], accepted: Bool[Tensor, "P"]) -> Float[Tensor, "N N"]:
     """(T14a), (T17): X_n' M Y_m of the N accepted groups alone, where N of them make the step's gradient of P groups.
 
-    X_n are of the entropy of accepted groups: with their h, sum(T) and N for P. Y_m are N times the group's share of
-    the loss gradient, N/P times what `gram` has, so that their mean is the step's gradient. Given N, U is unbiased for
-    what the expected step does to that entropy.
+    X_n must be of the entropy of accepted groups, with their h and sum(T), and N in the place of P. Y_m become N times
+    the group's share of the loss gradient, which is N/P times those in `gram`, so that their mean is the step's
+    gradient. Given N, U is then unbiased for what the expected step does to that entropy.
     """
     return gram[accepted][:, accepted] * (float(accepted.sum()) / len(accepted))
 
@@ -105,7 +109,7 @@ def relative_gradient_error(
 ) -> Float[Tensor, ""]:
     """|mean_n Y_n - g| / |g| with `loss_row_sum` = sum_n Y_n and the optimizer's unclipped g; g = 0: nan (0/0) or inf.
 
-    Rounding, unless training computes something else than the on-policy loss in float32: dropout, bf16.
+    This is rounding, unless training computes anything but the on-policy loss in float32, as with dropout or bf16.
     """
     error = loss_row_sum / num_prompts - gradient
     return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(gradient)

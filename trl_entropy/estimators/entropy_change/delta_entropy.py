@@ -1,18 +1,18 @@
-"""How far a step moved the entropy per token, measured and predicted, from sums over each completion.
+"""How much a step changed the entropy per token, measured and predicted, from sums over each completion.
 
 The policy entropy on a probe batch is a ratio R = sum_i N_i / sum_i D_i whose N_i and D_i depend on theta through the
-importance weights: (T6). Along a step theta + s dtheta everything here is a statement about R(s):
+importance weights (T6). Everything here is about R(s) along the step, theta + s dtheta:
 
     measured      R(1) - R(0)                (T7)        first order   R'(0)                    (T8)
     trapezoid     (R'(0) + R'(1)) / 2        (T10)       second order  R'(0) + R''(0) / 2       (T10)
 
-A micro-batch yields `RatioTerms`, vectors (B,) of N_i and D_i or of their derivatives. They are concatenated over
-micro-batches and gathered over ranks; then one function divides, once, and returns a `Linearization`, whose
-`estimate(prompt_index)` has the standard error clustered by prompt. The tokens of derivatives (`*_tangent`) are what
-`torch.func.jvp` along the update returns, at theta for R'(0) and at theta + dtheta for R'(1).
+A micro-batch yields `RatioTerms`, vectors (B,) of N_i and D_i or of their derivatives. These are concatenated over
+micro-batches and gathered over ranks. Then a function divides once and returns a `Linearization`, whose
+`estimate(prompt_index)` has the standard error clustered by prompt. The derivatives of token scores (`*_tangent`) are
+what `torch.func.jvp` along the update returns, at theta for R'(0) and at theta + dtheta for R'(1).
 
-The weights `weights` and their `form` are those of `importance_weights`; on-policy at theta they are all 1.
-Empty completions count as completions with no tokens; if no completion has a token, values are nan (0/0).
+`weights` and `form` are those of `importance_weights`; on-policy at theta all weights are 1. Empty completions count
+as completions without tokens; if no completion has a token, values are nan (0/0).
 """
 
 from typing import NamedTuple
@@ -42,8 +42,8 @@ def entropy_terms(
 ) -> RatioTerms:
     """(T6): N_i = sum_k w_ik H_ik and D_i = sum_k w_ik.
 
-    With -`per_token_logps` for `token_entropy` it is the sampled form (surprisal); with "decision" weights that is
-    biased away from theta, since the drawn token k itself is not reweighted.
+    With -`per_token_logps` in the place of `token_entropy` this is the sampled form (surprisal). With "decision"
+    weights that form is biased away from theta, since the drawn token k itself is not reweighted.
     """
     mask = completion_mask.bool()
     return RatioTerms(_masked_sum(weights * token_entropy.double(), mask), _masked_sum(weights.double(), mask))
@@ -88,22 +88,6 @@ def second_tangent_terms(
     )
 
 
-def tangent_terms_from_dot_products(
-    contributions: Float[Tensor, "B"], terms: RatioTerms, length_change: float = 0.0
-) -> RatioTerms:
-    """(T8b): stand-in for `tangent_terms` where only c_i = N'_i - h D'_i is known, from a reverse pass.
-
-    c_i is the gradient of `surrogate_terms` of completion i, dotted with the update; h = sum N / sum D.
-    `length_change` = sum D' / sum D, the relative change of the mean length to first order: measured, it is
-    sum D(theta + dtheta) / sum D(theta) - 1. Exact, in value and influence, in every function of this file that takes
-    tangents, for any c_i; a `length_change` left at 0 leaves the value and neglects in the standard error that h was
-    estimated on the same completions.
-    """
-    policy_entropy = terms.numerator.sum() / terms.denominator.sum()
-    denominator = length_change * terms.denominator
-    return RatioTerms(contributions.double() + policy_entropy * denominator, denominator)
-
-
 def policy_entropy(terms: RatioTerms) -> Linearization:
     """(T6): the entropy per token, sum N / sum D, in nats. Bias O(1/B), of a ratio."""
     return delta_method(lambda m: m[0] / m[1], torch.stack(terms, 1))
@@ -113,7 +97,7 @@ def delta_measured(before: RatioTerms, after: RatioTerms) -> Linearization:
     """(T7): h(theta + dtheta) - h(theta), in nats, both on the same completions.
 
     `before` and `after` are `entropy_terms` at theta and at theta + dtheta. Completions must be independent of the
-    update; on the update's own this is `delta_in_sample`. Bias O(1/B).
+    update; on the update's own completions it is the change in sample. Bias O(1/B).
     """
     return delta_method(lambda m: m[2] / m[3] - m[0] / m[1], torch.stack([*before, *after], 1))
 
@@ -121,8 +105,8 @@ def delta_measured(before: RatioTerms, after: RatioTerms) -> Linearization:
 def delta_linear(terms: RatioTerms, tangents: RatioTerms) -> Linearization:
     """(T8): the first-order prediction grad h . dtheta = (sum N' - h sum D') / sum D, in nats, with (T8b).
 
-    Completions must be independent of the update, which is taken as given. Bias O(1/B). The influence also carries
-    that h and the mean length are estimated on these completions; it is the exact derivative of that of (T7).
+    Completions must be independent of the update, which is taken as given. Bias O(1/B). The influence includes that h
+    and the mean length are estimated on these completions; it is the exact derivative of the influence of (T7).
     """
     return delta_method(_slope, torch.stack([*terms, *tangents], 1))
 
@@ -132,33 +116,22 @@ def delta_trapezoid(
 ) -> Linearization:
     """(T10): the trapezoid (grad h(theta) + grad h(theta + dtheta)) . dtheta / 2, in nats; remainder of third order.
 
-    Everything at theta + dtheta carries the importance weights there, the tangents included. Otherwise as (T8).
+    All terms at theta + dtheta, tangents included, have the importance weights of that point. Otherwise as (T8).
     """
     columns = torch.stack([*before, *tangents_before, *after, *tangents_after], 1)
     return delta_method(lambda m: (_slope(m[:4]) + _slope(m[4:])) / 2, columns)
 
 
 def delta_second_order(terms: RatioTerms, tangents: RatioTerms, second_tangents: RatioTerms) -> Linearization:
-    """(T10): grad h . dtheta + dtheta' (hess h) dtheta / 2, in nats; known before the step. Otherwise as (T8)."""
+    """(T10): grad h . dtheta + dtheta' (hess h) dtheta / 2, in nats, known before the step. Otherwise as (T8)."""
     columns = torch.stack([*terms, *tangents, *second_tangents], 1)
     return delta_method(lambda m: _slope(m) + _curvature(m) / 2, columns)
 
 
-def curvature_from_hessian_vector_product(
-    surrogate_curvature: Float[Tensor, ""], delta_linear: Float[Tensor, ""], length_change: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """(T10): dtheta' (hess h) dtheta, in nats, from the Hessian of `ratio_surrogate` summed over micro-batches.
-
-    R'' = dtheta' (hess surrogate) dtheta - 2 R' sum D' / sum D: the surrogate, a sum over completions, lacks the
-    change of the ratio's denominator. `length_change` = sum D' / sum D as in `tangent_terms_from_dot_products`.
-    """
-    return surrogate_curvature.double() - 2 * delta_linear.double() * length_change.double()
-
-
 def critical_step(delta_linear: Float[Tensor, ""], curvature: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """(T10): eta* = 2 |grad h . v| / |v' (hess h) v|, where the second-order term is as large as the first.
+    """(T10): eta* = 2 |grad h . v| / |v' (hess h) v|, at which the second-order term is as large as the first.
 
-    In units of v; with v the update, eta* = 1 says that this step was as long as first order can bear.
+    In units of v. If v is the update, eta* = 1 says that for a longer step the first order would no longer dominate.
     """
     return 2 * delta_linear.double().abs() / curvature.double().abs()
 

@@ -1,4 +1,4 @@
-"""Predictors of the entropy change by others, for comparison on the same step."""
+"""Published predictors of the entropy change, for comparison on the same step."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from trl_entropy.estimators.statistics.estimate import Linearization, delta_meth
 
 
 class CovarianceTerms(NamedTuple):
-    """Per-completion sums over tokens, of which a covariance over all tokens is made."""
+    """Per-completion sums over tokens, from which the covariance over all tokens is computed."""
 
     num_tokens: Float[Tensor, "B"]
     first: Float[Tensor, "B"]
@@ -39,10 +39,11 @@ def policy_gradient_terms(
 def delta_covariance(terms: CovarianceTerms) -> Linearization:
     """(T11): minus the covariance over all tokens of the update batch, to which the entropy change is proportional.
 
-    -Cov(log pi, A) for a natural-gradient step, -Cov(log pi, pi A) for a policy-gradient step, of a softmax that has a
-    parameter of its own for every logit. In nats, up to a step length that is not an optimizer's: compare by
-    correlation. Theirs is a covariance per state; this is the one that Clip-Cov takes, over the tokens of all states
-    (divisor: their number). Bias O(1/B). Source: Cui et al., arXiv:2505.22617.
+    -Cov(log pi, A) for a natural-gradient step and -Cov(log pi, pi A) for a policy-gradient step of a softmax that has
+    a parameter of its own for every logit. In nats, up to a step length that is not that of an optimizer, so that it
+    should be compared by correlation. The paper's covariance is over each state's actions; this one, which Clip-Cov
+    takes too, is over the tokens of all states (divisor: their number). Bias O(1/B). Source: Cui et al.,
+    arXiv:2505.22617.
     """
     return delta_method(lambda m: m[1] / m[0] * m[2] / m[0] - m[3] / m[0], torch.stack(terms, 1))
 

@@ -1,4 +1,4 @@
-"""All that one step did to the entropy on one probe batch, from the scores of its tokens before and after."""
+"""What one step did to the entropy on a probe batch, from the scores of its tokens before and after."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ Derivatives = tuple[Float[Tensor, "B T"], ...]  # a score of every token, and it
 
 
 class PointTerms(NamedTuple):
-    """Per-completion terms at one value of the parameters: of (T6), and of its derivatives as far as known."""
+    """Per-completion terms of (T6) and of its derivatives at one value of the parameters."""
 
     terms: RatioTerms
     tangents: RatioTerms
@@ -39,8 +39,8 @@ def point_terms(
 ) -> PointTerms:
     """The terms of (T6) and their derivatives along the update, first or first and second.
 
-    `entropy` and `logps` (nats) hold value, first and perhaps second derivative of every token's score;
-    `sampling_logps` are of the policy that drew the completions, so that at that policy all weights are 1.
+    `entropy` and `logps` (nats) hold the value, the first and perhaps the second derivative of every token's score.
+    `sampling_logps` are those of the policy that drew the completions; at that policy all weights are 1.
     """
     weights = importance_weights(logps[0], sampling_logps, completion_mask, form)
     first = tangent_terms(entropy[0], entropy[1], logps[1], weights, completion_mask, form)
@@ -53,8 +53,9 @@ def point_terms(
 def step_changes(before: PointTerms, after: PointTerms, planned: PointTerms | None = None) -> dict[str, Linearization]:
     """Measured (T7), first order (T8), trapezoid (T10) and second order (T10) of one step, in nats per token.
 
-    All on the same completions, which must be independent of the update; they are paired, so their differences have
-    small errors. `planned` are the terms before the step with second derivatives, along the update as it was planned.
+    All are on the same completions, which must be independent of the update. They are paired, so that their
+    differences have small errors. `planned` are the terms before the step with second derivatives along the planned
+    update.
     """
     changes = {
         "measured": delta_measured(before.terms, after.terms),
@@ -67,21 +68,21 @@ def step_changes(before: PointTerms, after: PointTerms, planned: PointTerms | No
 
 
 def importance_sample_size(before: PointTerms, after: PointTerms) -> float:
-    """(T3) of each completion's mean weight: how many equally weighted completions the weights leave.
+    """(T3) for each completion's mean weight: how many equally weighted completions are as informative as these.
 
-    The mean over tokens, not the sum: the sum would count a spread of lengths as a loss, with no update at all.
+    The weight is the mean over tokens. Their sum would count different lengths as a loss, even without an update.
     """
     return effective_sample_size(after.terms.denominator / before.terms.denominator).item()
 
 
 def rows(terms: PointTerms, index: Bool[Tensor, "B"] | Int[Tensor, " n"]) -> PointTerms:
-    """The terms of some of the completions: (T6) on a part of the probe batch."""
+    """The terms of some of the completions, for (T6) on a part of the probe batch."""
     parts = [RatioTerms(*(column[index] for column in part)) for part in terms if part is not None]
     return PointTerms(*parts)
 
 
 def stacked(terms: PointTerms) -> Float[Tensor, "B columns"]:
-    """The terms as columns of one tensor, to be gathered over ranks; [`unstacked`] takes them apart."""
+    """The terms as columns of one tensor, for gathering over ranks; [`unstacked`] takes them apart again."""
     return torch.stack([column for part in terms if part is not None for column in part], dim=1)
 
 

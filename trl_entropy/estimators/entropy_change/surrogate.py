@@ -1,9 +1,9 @@
-"""Scalars whose automatic derivatives are those of the policy entropy, summed over micro-batches."""
+"""Scalars whose gradients, summed over micro-batches, are the gradient of the policy entropy."""
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trl_entropy.estimators.statistics.importance import WeightForm, accumulate_transposed, importance_weights
+from trl_entropy.estimators.statistics.importance import WeightForm, accumulate_transposed
 
 
 def score_coefficients(
@@ -18,8 +18,9 @@ def score_coefficients(
     """(T8): a_ik, the coefficients of grad S_ik in grad h, in nats; no gradient flows through them.
 
     "decision": a_ik = sum_{j>k} w_ij (H_ij - h) - b_ik. "sequence": a_ik = sum_j w_ij (H_ij - h) - b_ik.
-    `weights` are those of (T6) at the point where grad h is wanted, all 1 (None) at theta; zero under the mask.
-    b_ik may be any function of q and o_<k; away from theta it must carry the weight of all tokens up to k itself.
+    `weights` are those of (T6) at the point where grad h is wanted; None stands for 1 everywhere, as at theta. The
+    coefficients are 0 under the mask. b_ik may be any function of q and o_<k; away from theta it must be multiplied by
+    the weight of all tokens up to and including k.
     """
     mask = completion_mask.bool()
     centred = token_entropy.detach().double() - policy_entropy
@@ -43,10 +44,11 @@ def surrogate_terms(
 ) -> Float[Tensor, "B"]:
     """(T8): per completion, a value whose gradient is sum_k [ w_ik grad H_ik + a_ik grad S_ik ].
 
-    Divided by the sum of the weights over *all* of E (`num_tokens`; on-policy the number of tokens) these gradients
-    add up to grad h. `policy_entropy` is h at the same point, over all of E (`policy_entropy(terms).value`). With the
-    exact h and mean length the sum is unbiased; with those of the same completions it is a ratio, bias O(1/B).
-    Only the first derivative means anything: coefficients are detached. Its value means nothing.
+    The sum of these gradients over E, divided by the sum of the weights over *all* of E (`num_tokens`; on-policy the
+    number of tokens), is grad h. `policy_entropy` is h at the same point, over all of E
+    (`policy_entropy(terms).value`). With the exact h and mean length the result is unbiased; with those of the same
+    completions it is a ratio with bias O(1/B). Only the first derivative has a meaning, as the coefficients are
+    detached; the value has none.
     """
     coefficients = score_coefficients(
         token_entropy, completion_mask, policy_entropy, weights=weights, form=form, baseline=baseline
@@ -68,8 +70,8 @@ def entropy_surrogate(
 ) -> Float[Tensor, ""]:
     """(T8), and (T10) with `weights`: this micro-batch's share of a scalar whose gradient is grad h.
 
-    sum_i `surrogate_terms`_i / `num_tokens`. Backward once per micro-batch; gradients add up over micro-batches and
-    over ranks (*summed*, not averaged), because h and `num_tokens` = sum D are those of all of E.
+    sum_i `surrogate_terms`_i / `num_tokens`. Call backward once per micro-batch; the gradients of micro-batches and
+    ranks must be *summed*, not averaged, because h and `num_tokens` = sum D are those of all of E.
     """
     terms = surrogate_terms(
         token_entropy,
@@ -81,23 +83,3 @@ def entropy_surrogate(
         baseline=baseline,
     )
     return terms.sum() / num_tokens
-
-
-def ratio_surrogate(
-    token_entropy: Float[Tensor, "B T"],
-    per_token_logps: Float[Tensor, "B T"],
-    sampling_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
-    policy_entropy: float,
-    num_tokens: float | int,
-    form: WeightForm = "decision",
-) -> Float[Tensor, ""]:
-    """(T10): a scalar whose gradient is grad h and whose Hessian enters `curvature_from_hessian_vector_product`.
-
-    sum_i sum_k w_ik (H_ik - h) / `num_tokens` with the weights of (T6) left differentiable. At theta, on-policy,
-    `sampling_logps` are `per_token_logps.detach()`. `policy_entropy` and `num_tokens` as in `entropy_surrogate`.
-    """
-    mask = completion_mask.bool()
-    weights = importance_weights(per_token_logps, sampling_logps.detach(), mask, form)
-    centred = (token_entropy.double() - policy_entropy).where(mask, 0.0)  # before the product: a nan has no gradient
-    return (weights * centred).sum() / num_tokens

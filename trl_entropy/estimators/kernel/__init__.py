@@ -1,1 +1,1 @@
-"""How completions act on one another: the empirical Fisher kernel."""
+"""How completions act on one another: the empirical Fisher kernel, exact and sketched, and what it predicts."""

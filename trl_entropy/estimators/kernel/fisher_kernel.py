@@ -1,10 +1,9 @@
-"""How completions act on one another: the empirical Fisher kernel K_ij = grad S_i' M grad S_j, and what it says (T12).
+"""Summaries of the empirical Fisher kernel K_ij = grad S_i' M grad S_j, by which completions act on one another (T12).
 
-Rows phi_i = grad S_i (N, D) are score gradients of whole completions, nats per unit of the parameter; M enters once.
-They may come one parameter block at a time. Sketched rows (T13) serve too, with M = 1: they carry sqrt(M) already.
+grad S_i are score gradients of whole completions, nats per unit of the parameter. K is computed from them exactly or
+from their sketches (T13), by the consumers of `row_kernels`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,19 +12,10 @@ from torch import Tensor
 
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.pooled import jackknife_covariance
-from trl_entropy.estimators.statistics.u_statistic import cross_gram
-
-
-class KernelBlock(NamedTuple):
-    """What one block of parameters contributes to K, and how many of its parameters have no metric and none of K."""
-
-    gram: Float[Tensor, "N N"]
-    num_parameters: int
-    num_left_out: int
 
 
 class Spectrum(NamedTuple):
-    """The eigenvalues of K, largest first, and how many of them count."""
+    """The eigenvalues of K, largest first, and two measures of how many of them matter."""
 
     eigenvalues: Float[Tensor, "N"]
     participation_ratio: float
@@ -33,7 +23,7 @@ class Spectrum(NamedTuple):
 
 
 class PromptNull(NamedTuple):
-    """Same-prompt mean minus cross-prompt mean, and what it is when prompts are dealt out at random."""
+    """Same-prompt mean minus cross-prompt mean, and its distribution when prompts are assigned at random."""
 
     difference: float
     null_mean: float
@@ -41,35 +31,8 @@ class PromptNull(NamedTuple):
     p_value: float
 
 
-def kernel_block(rows: Float[Tensor, "N D"], preconditioner: Float[Tensor, "D"] | None = None) -> KernelBlock:
-    """(T12): a block's share of K_ij = phi_i' M phi_j, in float64; K is the sum over blocks.
-
-    `preconditioner` is `live_preconditioner`, 0 where parameters were never updated; those are counted. M = 1 (SGD, or
-    a sketch) by default. nats^2 per unit of the update's coefficient. Cost O(N^2 D).
-    """
-    left_out = 0 if preconditioner is None else int((preconditioner == 0).sum())
-    return KernelBlock(cross_gram(rows, rows, preconditioner), rows.shape[1], left_out)
-
-
-def fisher_kernel(blocks: Iterable[KernelBlock]) -> KernelBlock:
-    """(T12): the kernel of all blocks together, one after the other if they come from a generator."""
-    first, *rest = blocks
-    for block in rest:
-        first = KernelBlock(*(a + b for a, b in zip(first, block, strict=True)))
-    return first
-
-
-def block_shares(
-    grams: Mapping[str, Float[Tensor, "N N"]], statistic: Callable[[Float[Tensor, "N N"]], Float[Tensor, ""]]
-) -> dict[str, float]:
-    """Each block's share of a *linear* statistic of K, such as `torch.trace`; the shares sum to 1."""
-    values = {name: float(statistic(gram)) for name, gram in grams.items()}
-    whole = sum(values.values())
-    return {name: value / whole for name, value in values.items()}
-
-
 def cosine_kernel(gram: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
-    """(T12): K_ij / sqrt(K_ii K_jj); nan in the row and column of a completion without gradient."""
+    """(T12): K_ij / sqrt(K_ii K_jj); nan in the row and the column of a completion without a gradient."""
     norms = gram.double().diagonal().sqrt()
     return gram.double() / norms.outer(norms)
 
@@ -77,9 +40,10 @@ def cosine_kernel(gram: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
 def pair_mean(values: Float[Tensor, "N N"], selected: Bool[Tensor, "N N"], prompt_index: Int[Tensor, "N"]) -> Estimate:
     """The mean of K_ij or its cosine over the selected (i, j), with the delete-one-prompt jackknife error.
 
-    Prompts must be independent; completions may depend on one another within one. A ratio of sums, so that prompts
-    with more pairs count more; unbiased where their numbers are fixed. Without a prompt all its rows and columns go.
-    `num_samples` counts completions, dof = P - 1; nothing selected: nan, nothing left without some prompt: stderr nan.
+    Prompts must be independent; completions of one prompt may depend on one another. It is a ratio of sums, so that
+    prompts with more pairs count more, and unbiased where the numbers of pairs are fixed. The jackknife leaves out all
+    rows and columns of a prompt. `num_samples` counts completions, dof = P - 1. If nothing is selected the value is
+    nan; if nothing is left without some prompt the stderr is nan.
     """
     sums = _prompt_block_sums(values.double().where(selected, 0.0), prompt_index)
     counts = _prompt_block_sums(selected.double(), prompt_index)
@@ -94,10 +58,10 @@ def kernel_means(
 ) -> dict[str, Estimate]:
     """(T12): the mean of the diagonal, of same-prompt and of cross-prompt pairs, of K or of its cosine.
 
-    With `rewards` the pairs are split again into equal and unequal reward. Keys: `diagonal`, `same_prompt`,
+    With `rewards` the pairs are also split into those of equal and of unequal reward. Keys: `diagonal`, `same_prompt`,
     `cross_prompt`, and `same_prompt_equal_reward`, ... Errors as in `pair_mean`. Scores have mean zero given the
-    prompt: on-policy, with M given, both pair means of K expect exactly 0, whatever the policy. How strongly
-    completions act on one another is in the split by reward, or in the means of squares,
+    prompt, so that on-policy, with M given, both pair means of K have the expectation 0, whatever the policy. How
+    strongly completions act on one another shows in the split by reward, or in the means of squares,
     `kernel_means(values.square(), ...)`.
     """
     return {name: pair_mean(values, mask, prompt_index) for name, mask in _pair_masks(prompt_index, rewards).items()}
@@ -106,9 +70,10 @@ def kernel_means(
 def spectrum(gram: Float[Tensor, "N N"]) -> Spectrum:
     """(T12): eigenvalues, participation ratio (sum l)^2 / sum l^2, effective rank exp(entropy of l / sum l).
 
-    Of a positive semi-definite K, which rows and their sketches give; as its singular values, that rounding cannot
-    make negative. Both counts lie in [1, N]; K = 0: nan. Not unbiased for those of more completions, and of a sketch
-    at most its dimension. Cost O(N^3). Source: Roy and Vetterli, EUSIPCO 2007.
+    K must be positive semi-definite, as it is from rows and from sketches; its eigenvalues are computed as singular
+    values, which rounding cannot make negative. Both counts lie in [1, N], and from a sketch they are at most its
+    dimension; K = 0: nan. They are no unbiased estimates of those of more completions. Cost O(N^3). Source: Roy and
+    Vetterli, EUSIPCO 2007.
     """
     eigenvalues = torch.linalg.svdvals(gram.double())
     weights = eigenvalues / eigenvalues.sum()
@@ -120,10 +85,10 @@ def spectrum(gram: Float[Tensor, "N N"]) -> Spectrum:
 def permuted_prompts(
     values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"], num_permutations: int, generator: torch.Generator
 ) -> PromptNull:
-    """Whether pairs of one prompt differ from pairs of two, against prompt labels permuted over completions.
+    """A permutation test of whether pairs from one prompt differ from pairs from two prompts.
 
-    `p_value` = (1 + permutations at least as large) / (1 + permutations), one-sided, exact under exchangeability.
-    `generator` is the caller's own, on the CPU. Cost O(N^2) a permutation.
+    Prompt labels are permuted over completions. `p_value` = (1 + permutations at least as large) / (1 + permutations),
+    one-sided, exact under exchangeability. `generator` is the caller's own, on the CPU. Cost O(N^2) per permutation.
     """
     observed = _prompt_difference(values, prompt_index)
     orders = [torch.randperm(len(prompt_index), generator=generator) for _ in range(num_permutations)]
@@ -138,7 +103,8 @@ def length_correlation(
 ) -> Estimate:
     """Pearson's correlation of K_ij, or its cosine, with T_i T_j over cross-prompt pairs; jackknife over prompts.
 
-    Near 1 says that the kernel's pattern is one of lengths: grad S_i is a sum over tokens. Bias O(1/P), dof = P - 1.
+    A value near 1 says that the kernel mostly reflects lengths, as grad S_i is a sum over tokens. Bias O(1/P), dof = P
+    - 1.
     """
     cross = prompt_index[:, None] != prompt_index
     x, y = num_tokens.double().outer(num_tokens.double()), values.double().where(cross, 0.0)
@@ -170,7 +136,7 @@ def _prompt_block_sums(values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "
 
 
 def _without_each(sums: Float[Tensor, "P P *K"]) -> Float[Tensor, "P *K"]:
-    """The total over all pairs of prompts, less those that have prompt p in them, for each p."""
+    """For each prompt p, the total over all pairs of prompts without p."""
     own = sums[range(len(sums)), range(len(sums))]
     return sums.sum((0, 1)) - sums.sum(0) - sums.sum(1) + own
 

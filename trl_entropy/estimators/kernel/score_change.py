@@ -1,4 +1,4 @@
-"""What one step is predicted to do to the log-probability of each completion, and which completions did it (T12)."""
+"""The predicted change of each completion's log-probability by a step, and which completions make it (T12)."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from trl_entropy.estimators.statistics.pooled import PooledParts, sum_over_promp
 class ScoreChangeParts(NamedTuple):
     """(T12): the parts of the first-order change of each S_i, in nats; their sum is grad S_i . dtheta.
 
-    `own` is what completion i does to itself, `same_prompt` what the others of its prompt do, `other_prompts` the rest
-    of this step's gradient, `momentum` and `weight_decay` what earlier gradients and the decay do.
+    `own` is made by completion i itself, `same_prompt` by the others of its prompt, `other_prompts` by the rest of
+    this step's gradient, `momentum` by earlier gradients, and `weight_decay` by the weight decay.
     """
 
     momentum: Float[Tensor, "N"]
@@ -35,10 +35,11 @@ def score_change_parts(
     """(T12): change of S_i = grad S_i . (momentum + decay) + lr c (1-b1)/(1-b1^t) sum over j in U of K_ij alpha_j.
 
     `products[i, j]` = K_ij alpha_j = -grad S_i' M g_j, with g_j completion j's share of the unclipped g; where alpha
-    differs between the tokens of a completion only the second form holds. `score_dot_gradient` = grad S_i' M g over
-    *all* of U: the N rows may be part of U, if they hold whole prompt groups (else mates count as other prompts).
-    `coefficient` is `gradient_coefficient`; momentum and decay are the parts of (T5), M that of the step (T4), this
-    gradient included. Exact to first order; unlike (T17) it is about the step that was made.
+    differs between the tokens of a completion only the second form holds. `score_dot_gradient` = grad S_i' M g is over
+    *all* of U. The N rows may be part of U if they hold whole prompt groups; completions of the same prompt that are
+    not among them would count as other prompts. `coefficient` is `gradient_coefficient`; momentum and decay are the
+    parts of (T5), and M is that of the step (T4), this gradient included. Exact to first order, and, unlike (T17),
+    about the step that was made.
     """
     own_products = products.double().diagonal()
     same = prompt_index[:, None] == prompt_index
@@ -53,7 +54,7 @@ def score_change_parts(
 
 
 def score_change_sums(parts: ScoreChangeParts, prompt_index: Int[Tensor, "N"]) -> Float[Tensor, "P parts"]:
-    """Per prompt, the sum over completions of part_i times the whole change of S_i, for every part."""
+    """For each prompt and part, the sum over completions of part_i times the whole change of S_i."""
     whole = sum(parts)
     return torch.stack([cluster_sums(part * whole, prompt_index) for part in parts], 1)
 
@@ -61,8 +62,9 @@ def score_change_sums(parts: ScoreChangeParts, prompt_index: Int[Tensor, "N"]) -
 def score_change_shares(prompt_sums: Float[Tensor, "P parts"]) -> dict[str, Estimate]:
     """(T12): each part's share of the predicted change, sum_i part_i whole_i / sum_i whole_i^2; the shares sum to 1.
 
-    A projection, since parts have either sign and plain sums cancel. From `score_change_sums` of a step, or of several
-    steps with their prompts concatenated. Jackknife over prompts, bias O(1/P); negative where a part works against it.
+    They are projections on the whole change, since parts of both signs would cancel in plain sums. The argument is
+    from `score_change_sums`, of a step or of several with their prompts concatenated. Errors by the jackknife over
+    prompts, bias O(1/P). A share is negative where the part works against the whole.
     """
     pooled = PooledParts.empty(len(ScoreChangeParts._fields)).update(sum_over_prompts(prompt_sums))
     unit = torch.eye(len(ScoreChangeParts._fields), dtype=torch.float64)
@@ -74,7 +76,8 @@ def change_agreement(
 ) -> tuple[Estimate, float]:
     """(T12): slope through the origin of measured on predicted changes, sum p m / sum p^2, and their correlation.
 
-    The slope with its jackknife error over prompts, bias O(1/P); 1 where the step is linear. No change: nan (0/0).
+    The slope has a jackknife error over prompts and bias O(1/P). It is 1 where first order holds. No change: nan
+    (0/0).
     """
     predicted, measured = predicted.double(), measured.double()
     products = torch.stack([predicted * measured, predicted.square()])
@@ -82,15 +85,3 @@ def change_agreement(
     pooled = PooledParts.empty(2).update(sum_over_prompts(sums))
     top, bottom = torch.eye(2, dtype=torch.float64)
     return pooled.ratio(top, bottom), float(torch.corrcoef(torch.stack([predicted, measured]))[0, 1])
-
-
-def score_form_coefficients(
-    sequence_logps: Float[Tensor, "B"], num_tokens: Int[Tensor, "B"] | Float[Tensor, "B"], policy_entropy: float
-) -> Float[Tensor, "B"]:
-    """(T12): w_i = -(S_i + h T_i) / sum T, with which sum_i w_i grad S_i is grad h in expectation only.
-
-    Turns changes of S_i into one of the entropy, sum_i w_i (change of S_i), from scores alone. Unbiased with h and
-    E[T] given, bias O(1/B) with their estimates; more variance than (T8), which has the token entropies' gradients.
-    """
-    lengths = num_tokens.double()
-    return -(sequence_logps.double() + policy_entropy * lengths) / lengths.sum()

@@ -16,11 +16,12 @@ _CHUNK = 2**24  # float64 values cast at a time
 class CountSketch:
     """(T13): phi_i = R sqrt(M) x_i, R having one random sign in each column at one random row of `dim`.
 
-    phi_i . phi_j is unbiased for x_i' M x_j over seeds: of one seed all products share their errors. Its variance is
-    (K_ii K_jj + K_ij^2 - 2 sum_d M_d^2 x_id^2 x_jd^2)/dim. Signs and places come from two cubic polynomials modulo
-    2^31 - 1, whose values at four points are independent (unbiased and with this variance up to dim/2^31), with
-    coefficients from `seed` and the name of the block alone: the same on any device, in any order, on any number of
-    ranks. Sources: Charikar, Chen, Farach-Colton (2002); Carter, Wegman (1979); Weinberger et al., arXiv:0902.2206.
+    phi_i . phi_j is unbiased for x_i' M x_j over seeds; with one seed the errors of all products are dependent. Its
+    variance is (K_ii K_jj + K_ij^2 - 2 sum_d M_d^2 x_id^2 x_jd^2)/dim. Signs and places come from two cubic
+    polynomials modulo 2^31 - 1, whose values at four points are independent (unbiased and with this variance up to
+    dim/2^31), with coefficients from `seed` and the name of the block alone: the same on any device, in any order, on
+    any number of ranks. Sources: Charikar, Chen, Farach-Colton (2002); Carter, Wegman (1979); Weinberger et al.,
+    arXiv:0902.2206.
     """
 
     dim: int
@@ -35,9 +36,9 @@ class CountSketch:
     ) -> Float[Tensor, "N dim"]:
         """What one block of parameters adds to the sketch, in float64; the sketch is the sum over blocks.
 
-        `name` is the block's own: two blocks of one name would share their hashes. A rank that holds part of a block
-        passes the `offset` of its first coordinate. `preconditioner` >= 0 is M, 1 by default. Cost O(N D) once, O(1)
-        memory beside rows and result. Coordinates beyond 2^31 - 2: ValueError, split the block.
+        `name` must be different for each block, as blocks of one name would share their hashes. A rank that holds part
+        of a block passes the `offset` of its first coordinate. `preconditioner` >= 0 is M, 1 by default. Cost O(N D),
+        with O(1) memory besides rows and result. ValueError for coordinates beyond 2^31 - 2: split the block.
         """
         if offset + rows.shape[1] > _PRIME:
             raise ValueError(f"block {name!r} has {offset + rows.shape[1]} coordinates, more than 2^31 - 1: split it")
@@ -66,13 +67,3 @@ class CountSketch:
             coefficient = int.from_bytes(digest[8 * i : 8 * i + 8], "little") % _PRIME
             value = (value * positions + coefficient) % _PRIME
         return value
-
-
-def sketch_stderr(gram: Float[Tensor, "N N"], dim: int) -> Float[Tensor, "N N"]:
-    """(T13): the standard error of every entry of a sketched Gram, sqrt((K_ii K_jj + K_ij^2)/dim).
-
-    Relative to sqrt(K_ii K_jj) that is sqrt((1 + cos^2)/dim): sqrt(2/dim) on the diagonal. An upper bound: the exact
-    variance has 2 sum_d M_d^2 x_id^2 x_jd^2 / dim less, which no Gram knows and which many-parameter rows do not have.
-    """
-    diagonal = gram.double().diagonal()
-    return ((diagonal.outer(diagonal) + gram.double().square()) / dim).sqrt()

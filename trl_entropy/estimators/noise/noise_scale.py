@@ -1,12 +1,12 @@
 """The gradient noise scale: how much of a batch gradient is signal, and at which number of prompts that changes.
 
-The independent unit is the prompt group: its completions share a prompt and their advantages sum to zero. Rows Y_n are
-P times group n's share of the loss gradient, before clipping, so that g = mean_n Y_n. A group with zero gradient is a
-group: it stays in P. If groups were resampled, it is the noise of the accepted distribution that is read, and groups
-that were kept only because the bound was reached must be left out (`accepted_products`).
+The independent unit is the prompt group, since its completions share a prompt and their advantages sum to zero. Rows
+Y_n are P times group n's share of the loss gradient before clipping, so that g = mean_n Y_n. Groups with zero gradient
+count in P too. If groups were resampled, the noise is that of the accepted distribution, and groups that were kept
+only because the bound on rounds was reached must be left out (`accepted_products`).
 
-|x|^2 and x . y below may be the optimizer's, x' M x and x' M y with M from *before* the step (T16): the same functions
-on other numbers. With this step's own gradient in M, M depends on the sample and nothing is unbiased.
+|x|^2 and x . y below may also be those of the optimizer's metric, x' M x and x' M y with M from *before* the step
+(T16); the functions are the same. With this step's own gradient in M, M depends on the sample and nothing is unbiased.
 """
 
 import math
@@ -21,10 +21,7 @@ from torch import Tensor
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts, jackknife_covariance, means_without_one
 from trl_entropy.estimators.statistics.u_statistic import (
-    jackknife_variance,
-    row_means,
     row_means_from_products,
-    u_statistic_variance,
 )
 
 _BLOCK = 2**14  # columns of rows that are summed in their own dtype
@@ -33,8 +30,8 @@ _BLOCK = 2**14  # columns of rows that are summed in their own dtype
 class NoiseParts(NamedTuple):
     """(T14)-(T16): |G|^2, the squared norm of the expected gradient, and tr(Sigma), the variance of one group's Y_n.
 
-    Each is unbiased and may be negative. `variance_trace / grad_sq_norm` is the noise scale in prompts; as a ratio of
-    one step's parts it is biased and wild: pool first (`NoiseScaleRecord`).
+    Each is unbiased and may be negative. `variance_trace / grad_sq_norm` is the noise scale in prompts. As a ratio of
+    one step's parts it is biased and very noisy, so that parts should be pooled first (`NoiseScaleRecord`).
     """
 
     grad_sq_norm: float
@@ -42,7 +39,7 @@ class NoiseParts(NamedTuple):
 
 
 class GroupProducts(NamedTuple):
-    """(T14), (T16): what the parts need of every group, |Y_n|^2 and Y_n . g, or the same in the metric; float64."""
+    """(T14), (T16): |Y_n|^2 and Y_n . g of every group, plain or in the metric, which give the parts; float64."""
 
     sq_norms: Float[Tensor, "P"]
     dot_batch: Float[Tensor, "P"]
@@ -53,9 +50,10 @@ def group_products(
     batch_gradient: Float[Tensor, "D"],
     preconditioners: Sequence[Float[Tensor, "D"] | None] = (None,),
 ) -> list[GroupProducts]:
-    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n by each diagonal M, None for 1. Cost O(P D), rows are read once.
+    """(T14), (T16): |Y_n|^2 and Y_n . g of rows Y_n for each diagonal M, None for 1. Cost O(P D); rows are read once.
 
-    Blocks of columns in the rows' dtype, their sums in float64: within 1e-6 of float64 for float32 rows.
+    Blocks of columns are summed in the rows' dtype, and the blocks in float64: within 1e-6 of float64 for float32
+    rows.
     """
     products = [GroupProducts(*rows.new_zeros(2, len(rows), dtype=torch.float64)) for _ in preconditioners]
     for start in range(0, rows.shape[1], _BLOCK):
@@ -72,9 +70,9 @@ def group_products(
 def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> GroupProducts:
     """(T14a): the products of the N accepted groups alone, of P; the others have no gradient.
 
-    Their mean Y_n is P/N times the step's gradient. Given N the accepted groups are independent, so (T14) of these
-    products is unbiased for one accepted group's |G|^2 and tr(Sigma); N < 2: nan. With the others left in it is not:
-    their number depends on the rest.
+    Their mean Y_n is P/N times the step's gradient. Given N the accepted groups are independent, so that (T14) of
+    these products is unbiased for |G|^2 and tr(Sigma) of accepted groups; N < 2: nan. With the other groups left in it
+    would be biased, since their number depends on the rest.
     """
     num_accepted = int(accepted.sum())
     sq_norms, dot_batch = (values[accepted] for values in products)
@@ -82,20 +80,9 @@ def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> G
 
 
 def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> float:
-    """|mean_n Y_n . g / |g|^2 - 1| with the gradient that the optimizer got: rounding, if the rows are its shares."""
+    """|mean_n Y_n . g / |g|^2 - 1| with the optimizer's g: only rounding, if the rows are the shares of g."""
     ratio = products.dot_batch.mean() / torch.tensor(batch_sq_norm, dtype=torch.float64)
     return float((ratio - 1).abs())
-
-
-def noise_parts(group_sq_norms: Float[Tensor, "P"], batch_sq_norm: float) -> NoiseParts:
-    """(T14): |G|^2 = (P |g|^2 - mean_n |Y_n|^2)/(P-1), tr(Sigma) = P/(P-1) (mean_n |Y_n|^2 - |g|^2), from one batch.
-
-    `group_sq_norms` are |Y_n|^2 and `batch_sq_norm` |g|^2, in squared units of the gradient or of the metric (T16).
-    Unbiased if groups are independent and identically distributed. P = 1: nan.
-    Source: McCandlish et al., arXiv:1812.06162, A.1, with group and batch as the two sizes.
-    """
-    num_prompts = len(group_sq_norms)
-    return noise_parts_two_sizes(group_sq_norms, batch_sq_norm, 1, num_prompts)
 
 
 def noise_parts_two_sizes(
@@ -104,8 +91,9 @@ def noise_parts_two_sizes(
     """(T15): the parts from K batches of b = `small_size` prompts and one of B = `big_size`.
 
     |G|^2 = (B |g_B|^2 - b mean|g_b|^2)/(B - b); tr(Sigma) = (mean|g_b|^2 - |g_B|^2)/(1/b - 1/B). Both sizes count
-    prompts; no group may be split. The small batches may be parts of the big one, as micro-batches are: expectations
-    do not mind. Unbiased; larger b has the larger variance. B = b: nan (0/0) or inf. Source: arXiv:1812.06162, A.1.
+    prompts; no group may be split. The small batches may be parts of the big one, as micro-batches are, since this
+    does not change expectations. Unbiased, with a variance that grows with b. B = b: nan (0/0) or inf. Source:
+    arXiv:1812.06162, A.1.
     """
     small_sq_norm = small_sq_norms.double().mean()
     difference = torch.tensor(big_size - small_size, dtype=torch.float64)
@@ -116,17 +104,17 @@ def noise_parts_two_sizes(
 def micro_batch_parts(
     sq_norms: Float[Tensor, "K"], batch_sq_norm: float, num_prompts: int, previous: NoiseParts | None = None
 ) -> tuple[NoiseParts, PooledParts]:
-    """(T15): a step's parts from its K micro-batches of whole groups, and what the step adds to the pool.
+    """(T15): a step's parts from its K micro-batches of whole groups, and the sums that the step adds to the pool.
 
-    Norms alone give no error within a step, so that it comes from the scatter over steps: half the outer product of
-    the change since the `previous` step's parts, with 2/3 degrees of freedom, as neighbouring changes share a step.
-    Conservative while the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
+    Norms alone give no error within a step. The error comes from the scatter over steps instead: half the outer
+    product of the change since the `previous` step's parts, with 2/3 degrees of freedom, as neighbouring changes share
+    a step. It is conservative while the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
 
     Args:
-        sq_norms: of the K micro-batches' mean gradients.
-        batch_sq_norm: |g|^2 of the mean of these.
-        num_prompts: P of the step, all micro-batches of the same size.
-        previous: the parts of the step before.
+        sq_norms: squared norms of the K micro-batches' mean gradients.
+        batch_sq_norm: |g|^2 of the mean of these gradients.
+        num_prompts: P of the step; all micro-batches have the same size.
+        previous: the parts of the previous step.
     """
     parts = noise_parts_two_sizes(sq_norms, batch_sq_norm, num_prompts // len(sq_norms), num_prompts)
     if previous is None or not all(map(math.isfinite, (*parts, *previous))):
@@ -143,9 +131,10 @@ def jackknifed_parts(
 ) -> StepParts:
     """(T14): |G|^2, tr(Sigma) and, from `half_products`, the between-prompt trace, with their jackknife covariance.
 
-    `group_dot_batch` are Y_n . g, whose mean is |g|^2. |g_-n|^2 needs them, and no pair of groups: |G|^2 is the
-    U-statistic of (T17) with X = Y, so that |G|^2_-n = (P |G|^2 - 2 r_n)/(P - 2). `half_products` are Y_a . Y_b of
-    `half_advantages`. P < 3: covariance nan. Its part from |G|^2 is conservative: see `unbiased_parts`.
+    `group_dot_batch` are Y_n . g, whose mean is |g|^2. They give |g_-n|^2 without products of pairs of groups: |G|^2
+    is the U-statistic of (T17) with X = Y, so that |G|^2_-n = (P |G|^2 - 2 r_n)/(P - 2). `half_products` are Y_a . Y_b
+    from `half_advantages`. P < 3: the covariance is nan. The jackknife overstates the variance of |G|^2; an unbiased
+    estimate would need all products of pairs (T17).
     """
     sq_norms = group_sq_norms.double()
     num_prompts = len(sq_norms)
@@ -159,28 +148,14 @@ def jackknifed_parts(
     return StepParts(values, jackknife_covariance(left_out), num_prompts)
 
 
-def unbiased_parts(gram: Float[Tensor, "P P"], half_products: Float[Tensor, "P"] | None = None) -> StepParts:
-    """(T14), (T17): as `jackknifed_parts`, from all products Y_n . Y_m, with an unbiased covariance; P < 4: nan.
-
-    Only the variance of |G|^2 is overstated by the jackknife, and enters the other parts with the opposite sign. One
-    step's variance may come out negative; it is for pooling.
-    """
-    gram = gram.double()
-    parts = jackknifed_parts(gram.diagonal(), gram.mean(1), half_products)
-    excess = jackknife_variance(row_means(gram)) - u_statistic_variance(gram)
-    signs = -torch.ones_like(parts.values)
-    signs[0] = 1.0
-    return parts._replace(covariance=parts.covariance - excess * signs.outer(signs))
-
-
 def half_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """(T14), last line: advantages under which each *half* of a group has the expected gradient of the whole, Y_n.
 
-    (G-1)/H (r_i - mean of r over the others of i's half), H the size of i's half (the first G // 2 completions, the
-    rest). Put into the loss in place of A_i = r_i - mean r (T1), with the same 1/(P G L), each half alone gives Y_a or
-    Y_b, and E[Y_a . Y_b | prompt] = |E[Y_n | prompt]|^2, since the halves share nothing but the prompt. Exact for
-    centred, unscaled advantages and a fixed L: with `scale_rewards` or `group_max` the halves meet in the scale.
-    G < 4: ValueError, a half needs two completions.
+    (G-1)/H (r_i - mean of r over the others of i's half), with H the size of i's half; the halves are the first G // 2
+    completions and the rest. If these replace A_i = r_i - mean r (T1) in the loss, with the same 1/(P G L), each half
+    alone gives Y_a or Y_b, and E[Y_a . Y_b | prompt] = |E[Y_n | prompt]|^2, since the halves share only the prompt.
+    This is exact for centred, unscaled advantages and a fixed L; with `scale_rewards` or `group_max` both halves would
+    enter the scale. ValueError for G < 4, since a half needs two completions.
     """
     num_generations = rewards.shape[1]
     if num_generations < 4:
@@ -193,21 +168,21 @@ def half_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 @dataclass(frozen=True)
 class NoiseScaleRecord:
-    """(T14), (T16): the parts of many steps with their errors; parts are pooled, then divided, never the other way.
+    """(T14), (T16): the parts of many steps with their errors. Parts are pooled first and divided afterwards.
 
-    Sums that add over steps and runs. Errors of `jackknifed_parts` are conservative: the variance of |G|^2 is up to
-    2 (P-1)/(P-2) times too large where noise dominates, that of tr(Sigma) some 10 % at P = 8.
+    The sums can be added over steps and runs. Errors of `jackknifed_parts` are conservative: where noise dominates,
+    the variance of |G|^2 is up to 2 (P-1)/(P-2) times too large, and that of tr(Sigma) by about 10 % at P = 8.
     """
 
     parts: PooledParts
 
     @classmethod
     def empty(cls, with_halves: bool = False) -> "NoiseScaleRecord":
-        """The record of no steps; `with_halves` if its steps have `half_products`."""
+        """The record of no steps; set `with_halves` if its steps will have `half_products`."""
         return cls(PooledParts.empty(3 if with_halves else 2))
 
     def update(self, step: StepParts) -> "NoiseScaleRecord":
-        """The record with one step added: its `jackknifed_parts`, or its `unbiased_parts` where pairs are known."""
+        """The record with one step added: its parts with their covariance, such as `jackknifed_parts`."""
         return NoiseScaleRecord(self.parts.update(step))
 
     def merge(self, other: "NoiseScaleRecord") -> "NoiseScaleRecord":
@@ -215,7 +190,7 @@ class NoiseScaleRecord:
         return NoiseScaleRecord(self.parts.merge(other.parts))
 
     def grad_sq_norm(self) -> Estimate:
-        """|G|^2, mean over steps; unbiased. An interval that reaches 0 says that no signal was seen."""
+        """|G|^2, mean over steps; unbiased. If its interval includes 0, no signal was detected."""
         return self.parts.mean(self._part(0))
 
     def variance_trace(self) -> Estimate:
@@ -223,7 +198,7 @@ class NoiseScaleRecord:
         return self.parts.mean(self._part(1))
 
     def noise_scale(self) -> Estimate:
-        """tr(Sigma)/|G|^2 in prompts; bias O(1/(steps P)). Its stderr serves while it is small: else `interval`."""
+        """tr(Sigma)/|G|^2 in prompts; bias O(1/(steps P)). Use the stderr only while it is small, else `interval`."""
         return self.parts.ratio(self._part(1), self._part(0))
 
     def signal_to_noise(self, num_prompts: int = 1) -> Estimate:
@@ -231,10 +206,10 @@ class NoiseScaleRecord:
         return self.parts.ratio(num_prompts * self._part(0), self._part(1))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The noise scales, in prompts, that the data do not refute; (lower, inf) where |G|^2 is consistent with 0.
+        """The confidence interval of the noise scale, in prompts; (lower, inf) where |G|^2 is consistent with 0.
 
-        The reciprocal of Fieller's interval of the signal to noise of one prompt; as |G|^2 >= 0, what that leaves
-        below 0 counts as 0. (inf, inf): |G|^2 was read significantly negative.
+        It is the reciprocal of Fieller's interval of the signal to noise of one prompt, in which negative bounds count
+        as 0, since |G|^2 >= 0. (inf, inf): the estimate of |G|^2 is significantly negative.
         """
         low, high = self.parts.ratio_interval(self._part(0), self._part(1), confidence)
         if math.isnan(low):
@@ -242,17 +217,17 @@ class NoiseScaleRecord:
         return _reciprocal(high), _reciprocal(low)
 
     def suggested_num_prompts(self, efficiency: float = 0.5, confidence: float = 0.95) -> tuple[float, float]:
-        """The range of batch sizes, in prompts, at which a step makes `efficiency` of a noise-free step's progress.
+        """Batch sizes, in prompts, at which a step makes the share `efficiency` of a noise-free step's progress.
 
-        N e/(1 - e) over the interval of the noise scale N: progress is 1/(1 + N/P) (arXiv:1812.06162, equation 2.7),
-        for SGD at its best learning rate, with N in the metric of the optimizer (T16) as a heuristic for AdamW. e =
-        1/2 doubles the steps and doubles the completions against the fewest possible of either.
+        N e/(1 - e) at both ends of the interval of the noise scale N, since progress is 1/(1 + N/P) (arXiv:1812.06162,
+        equation 2.7) for SGD at its best learning rate; with N in the metric of the optimizer (T16) it is a heuristic
+        for AdamW. e = 1/2 takes twice the fewest possible steps, and twice the fewest possible completions.
         """
         low, high = self.interval(confidence)
         return low * efficiency / (1 - efficiency), high * efficiency / (1 - efficiency)
 
     def between_prompt_trace(self) -> Estimate:
-        """tr Cov(E[Y_n | prompt]), mean over steps: noise that more completions a prompt do not reduce. Unbiased."""
+        """tr Cov(E[Y_n | prompt]), mean over steps: noise that more completions per prompt do not reduce. Unbiased."""
         return self.parts.mean(self._part(2))
 
     def within_prompt_trace(self) -> Estimate:

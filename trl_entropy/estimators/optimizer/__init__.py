@@ -1,1 +1,1 @@
-"""The step of AdamW from its ingredients, and summaries of its moments."""
+"""The step of AdamW from gradient and moments, in its parts, and summaries of the moments."""

@@ -1,4 +1,4 @@
-"""The update of one AdamW step from its ingredients, whole and in its named parts, for one parameter at a time."""
+"""The update of one AdamW step from gradient and moments, as a whole and in named parts, one parameter at a time."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,11 +35,11 @@ def adamw_moments(
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """(T4): the moments after the step, m' = b1 m + (1-b1) c g and v' = b2 v + (1-b2) c^2 g^2.
 
-    `grad` is averaged over ranks and accumulation and not clipped; `clip_factor` c is the factor that the engine
-    really applied. The arguments are left as they are.
+    `grad` is averaged over ranks and accumulation steps, and not clipped; `clip_factor` c is the factor that the
+    engine applied. The arguments are not changed.
     """
     clipped = grad * clip_factor
-    return exp_avg.lerp(clipped, 1 - betas[0]), exp_avg_sq * betas[1] + (1 - betas[1]) * clipped.square()
+    return exp_avg.lerp(clipped, 1 - betas[0]), _second_moment(clipped, exp_avg_sq, betas[1])
 
 
 def preconditioner(
@@ -47,7 +47,7 @@ def preconditioner(
 ) -> Float[Tensor, "*shape"]:
     """M, the diagonal of the optimizer metric: 1 / (sqrt(v_hat) + eps) with v_hat = v / (1 - b2^t).
 
-    `step` counts the updates inside v: t after the step (T5), t - 1 before it (T16, T17), where 0 has no M (nan).
+    `step` counts the updates in v: t after the step (T5), t - 1 before it (T16, T17). At 0 there is no M (nan).
     """
     return (exp_avg_sq / torch.tensor(1 - beta2**step, dtype=exp_avg_sq.dtype)).sqrt().add(eps).reciprocal()
 
@@ -55,10 +55,10 @@ def preconditioner(
 def live_preconditioner(
     exp_avg_sq: Float[Tensor, "*shape"], step: int, beta2: float, eps: float
 ) -> Float[Tensor, "*shape"]:
-    """(T13): `preconditioner`, but 0 where `exp_avg_sq` is: never had a gradient, 1/eps means nothing.
+    """(T13): `preconditioner`, but 0 where `exp_avg_sq` is 0: without any gradient so far 1/eps has no meaning.
 
-    With `exp_avg_sq` from after the step this leaves momentum and gradient parts as they are, since both are 0 there
-    (up to an underflow of squares). The number left out is that of the zeros, as M > 0 elsewhere; a nan stays visible.
+    With `exp_avg_sq` from after the step this does not change the momentum and gradient parts, since both are 0 there
+    (up to an underflow of squares). The zeros are the coordinates left out, as M > 0 elsewhere. A nan stays a nan.
     """
     return preconditioner(exp_avg_sq, step, beta2, eps).where(exp_avg_sq != 0, 0.0)
 
@@ -79,12 +79,12 @@ def adamw_update_parts(
 ) -> UpdateParts:
     """(T5): momentum -lr b1/(1-b1^t) M m, weight decay -lr wd theta, gradient -lr c (1-b1)/(1-b1^t) M g.
 
-    Everything as it is *before* the step; `step` = t counts this step, so it is 1 at the first. M is that of (T4),
-    this step's gradient included. `grad` may be the share g_i of one completion only if M is held fixed: use
-    `preconditioner` and `gradient_coefficient` for that.
+    All arguments are those *before* the step; `step` = t counts this step, so that it is 1 at the first. M is that of
+    (T4), this step's gradient included. For the share g_i of one completion M must be held fixed: use `preconditioner`
+    and `gradient_coefficient` for that.
     """
     beta1, beta2 = settings.betas
-    _, exp_avg_sq_after = adamw_moments(grad, exp_avg, exp_avg_sq, settings.betas, clip_factor)
+    exp_avg_sq_after = _second_moment(grad * clip_factor, exp_avg_sq, beta2)
     metric = preconditioner(exp_avg_sq_after, step, beta2, settings.eps)
     return UpdateParts(
         momentum=-settings.lr * beta1 / (1 - beta1**step) * metric * exp_avg,
@@ -104,8 +104,8 @@ def adamw_update(
 ) -> Float[Tensor, "*shape"]:
     """(T4): dtheta = -lr [ (m'/(1-b1^t)) / (sqrt(v'/(1-b2^t)) + eps) + wd theta ], arguments as in (T5).
 
-    Agrees with the change that `torch.optim.AdamW` (amsgrad off) makes up to rounding; float32 rounds theta + dtheta,
-    so compare with that within a unit in the last place of theta.
+    It agrees with the change that `torch.optim.AdamW` (amsgrad off) makes up to rounding. As float32 rounds
+    theta + dtheta, the two may differ by a unit in the last place of theta.
     """
     return sum(adamw_update_parts(param, grad, exp_avg, exp_avg_sq, step, settings, clip_factor))
 
@@ -119,10 +119,16 @@ def gradient_metric(
 ) -> Float[Tensor, "*shape"]:
     """(T5), (T9): lr c (1-b1)/(1-b1^t) M of (T4), by which the share -g_i of each completion enters the update.
 
-    This step's `grad` is in M; arguments as in `adamw_update_parts`. 0 where no gradient ever was: see
+    M includes this step's `grad`; arguments as in `adamw_update_parts`. It is 0 where there never was a gradient, see
     `live_preconditioner`.
     """
-    clipped = grad * clip_factor
-    exp_avg_sq_after = exp_avg_sq * settings.betas[1] + (1 - settings.betas[1]) * clipped.square()
+    exp_avg_sq_after = _second_moment(grad * clip_factor, exp_avg_sq, settings.betas[1])
     metric = live_preconditioner(exp_avg_sq_after, step, settings.betas[1], settings.eps)
     return gradient_coefficient(settings, step, clip_factor) * metric
+
+
+def _second_moment(
+    clipped: Float[Tensor, "*shape"], exp_avg_sq: Float[Tensor, "*shape"], beta2: float
+) -> Float[Tensor, "*shape"]:
+    """v' = b2 v + (1-b2) (c g)^2."""
+    return exp_avg_sq * beta2 + (1 - beta2) * clipped.square()

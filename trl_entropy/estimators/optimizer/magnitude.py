@@ -13,9 +13,9 @@ _NUM_BINS = (_LARGEST - _SMALLEST) * _BINS_PER_DECADE
 
 def magnitude_counts(tensors: Iterable[Float[Tensor, "..."]]) -> Int[Tensor, " bins"]:
     """
-    Counts of |x| over all tensors on fixed logarithmic bins, zeros left out; ranks merge by addition.
+    Counts of |x| over all tensors in fixed logarithmic bins, without zeros; counts of ranks can be added.
 
-    Bins are 32 to a decade from 1e-46 to 1e10; what lies beyond is counted in the outermost bin.
+    There are 32 bins to a decade from 1e-46 to 1e10; values beyond these are counted in the outermost bins.
     """
     counts = torch.zeros(_NUM_BINS, dtype=torch.int64)
     for tensor in tensors:
@@ -28,7 +28,7 @@ def magnitude_counts(tensors: Iterable[Float[Tensor, "..."]]) -> Int[Tensor, " b
 
 
 def magnitude_quantile(counts: Int[Tensor, " bins"], q: float) -> float:
-    """The q-quantile of the counted |x|, the geometric middle of its bin: within 3.7 %. No value: nan."""
+    """The q-quantile of the counted |x| as the geometric middle of its bin, within 3.7 %. Without any value: nan."""
     total = int(counts.sum())
     if total == 0:
         return math.nan

@@ -1,1 +1,1 @@
-"""Per-completion gradients of one parameter as the factors of a backward pass, and what is made of them."""
+"""Per-sequence gradients as the factors that a backward pass gives, and sums, norms and products made of them."""

@@ -1,9 +1,9 @@
 """Per-row gradients of one parameter, kept as the factors that a backward pass hands out and reduced from these.
 
-A row is a sequence, or several whose gradients are summed: then their tokens stand one after the other, and the row is
-one longer sequence. Rows that are alike (R of them, T tokens each, padded by tokens without gradient) are one object.
+A row is a sequence, or several sequences whose gradients are summed; their tokens then follow one another as in one
+longer sequence. One object holds R rows of T tokens each, padded with tokens that have no gradient.
 
-Sums over tokens are made in the factors' dtype, which is float32 or float64.
+Sums over tokens are computed in the factors' dtype, which is float32 or float64.
 """
 
 import abc
@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Numbers written out at a time, at least one row: 64 MiB in float32.
+# How many numbers are written out at a time, but at least one row: 64 MiB in float32.
 CHUNK_NUMEL = 2**24
-# From here on an outer product is faster with the longer side last, by half on a CPU, though it must be transposed.
+# From this many tokens on an outer product with the longer side last takes half the time on a CPU, transposed or not.
 _MANY_TOKENS = 128
 
 
@@ -26,9 +26,10 @@ class Grouping:
     """Which sequences make up which row.
 
     Attributes:
-        numbers: of the rows, each once.
-        members: sequences of each row, filled up with its own; None if they follow one another, as many for each.
-        is_member: False where it was filled up.
+        numbers: the numbers of the rows, each once.
+        members: the sequences of each row, filled up with repetitions to one length; None if the rows follow one
+            another and all have the same number of sequences.
+        is_member: False where `members` was filled up.
     """
 
     num_sequences: int
@@ -56,7 +57,7 @@ class Grouping:
         return cls(len(rows), numbers, members, slots < counts[:, None])
 
     def by_row(self, inputs: Tensor, grads: Float[Tensor, "B *T d"]) -> tuple[Tensor, Float[Tensor, "R T d"]]:
-        """Token ids (B, *T) or features (B, *T, d), and gradients, as rows with one axis of tokens."""
+        """Token ids (B, *T) or features (B, *T, d), and gradients, rearranged as rows with one axis of tokens."""
         num_rows = len(self.numbers) if self.members is None else self.num_sequences
         inputs = inputs.reshape(num_rows, -1, *inputs.shape[-1:] * inputs.is_floating_point())
         grads = grads.reshape(num_rows, -1, grads.shape[-1])
@@ -68,7 +69,7 @@ class Grouping:
 
 
 class RowGradients(abc.ABC):
-    """Gradients of one parameter, R rows of its shape; written out only as far as a reduction needs it.
+    """Gradients of one parameter, R rows of its shape, written out only as far as a reduction needs them.
 
     Attributes:
         num_rows: R.
@@ -80,15 +81,15 @@ class RowGradients(abc.ABC):
 
     @abc.abstractmethod
     def dense(self, rows: slice) -> Float[Tensor, "R *shape"]:
-        """The gradients of some rows, written out; read only."""
+        """The gradients of some rows, written out. They must not be changed."""
 
     @functools.cached_property
     def whole(self) -> Float[Tensor, "R *shape"]:
-        """All rows written out, once for everyone who asks; read only."""
+        """All rows, written out once for all callers. They must not be changed."""
         return self.dense(slice(0, self.num_rows))
 
     def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "R *shape"]]]:
-        """All rows, written out at most `CHUNK_NUMEL` numbers at a time, with their place."""
+        """All rows with their places, written out at most `CHUNK_NUMEL` numbers at a time."""
         size = max(1, CHUNK_NUMEL // max(1, self.shape.numel()))
         if size >= self.num_rows:
             yield slice(0, self.num_rows), self.whole
@@ -98,7 +99,7 @@ class RowGradients(abc.ABC):
             yield rows, self.dense(rows)
 
     def squared_norms(self, metric: Float[Tensor, "*shape"] | None = None) -> Float[Tensor, " R"]:
-        """G' M G of every row with the diagonal M = `metric`, 1 if not given."""
+        """G' M G of every row with the diagonal M = `metric`, by default 1."""
         return torch.cat([_squared_norms(grads, metric) for _, grads in self.chunks()])
 
     def dots(self, vectors: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "K R"]:
@@ -107,7 +108,7 @@ class RowGradients(abc.ABC):
 
 
 class WrittenOut(RowGradients):
-    """Gradients that are there: of a bias or a norm's weight, where they cost no more than their factors."""
+    """Gradients written out from the start: of a bias or a norm's weight, where they are no larger than factors."""
 
     def __init__(self, grads: Float[Tensor, "R *shape"]) -> None:
         super().__init__(len(grads), grads.shape[1:])
@@ -118,10 +119,10 @@ class WrittenOut(RowGradients):
 
 
 class OuterProducts(RowGradients):
-    """Of a linear layer's weight: sum_t g_t x_t', from the layer's inputs x and the gradients g of its outputs.
+    """Gradients of a linear layer's weight, sum_t g_t x_t', from the layer's inputs x and its output gradients g.
 
-    Multiplications a row: T i o to write it out, T^2 (i + o) for a norm without metric from the T x T products of
-    tokens ("ghost" norm), T i o for a dot product from the factors, which leaves nothing of the weight's size.
+    Multiplications per row: T i o to write it out; T^2 (i + o) for a norm without a metric, from the T x T products of
+    tokens ("ghost" norm); T i o for a dot product, which from the factors needs no memory of the weight's size.
     """
 
     def __init__(self, inputs: Float[Tensor, "R T i"], grads: Float[Tensor, "R T o"]) -> None:
@@ -146,7 +147,7 @@ class OuterProducts(RowGradients):
         return products.sum(dim=(1, 2))
 
     def dots(self, vectors: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "K R"]:
-        # From the second vector on, reading what is written out costs less than T multiplications for each number.
+        # For two or more vectors, reading written-out gradients costs less than T multiplications for each number.
         if len(vectors) != 1 or "whole" in vars(self):
             return super().dots(vectors)
         vector = vectors[0].to(self.grads.dtype)
@@ -156,7 +157,7 @@ class OuterProducts(RowGradients):
 
 
 class Lookups(RowGradients):
-    """Of an embedding's table: g_t added to the line of token t. All but writing it out costs T d a row."""
+    """Gradients of an embedding table: g_t is added to the line of token t. Norms and products cost T d per row."""
 
     def __init__(self, ids: Int[Tensor, "R T"], grads: Float[Tensor, "R T d"], num_embeddings: int) -> None:
         super().__init__(len(grads), (num_embeddings, grads.shape[-1]))
@@ -179,12 +180,12 @@ class Lookups(RowGradients):
         return torch.stack([(lines * self.grads).sum(dim=(1, 2)) for lines in looked_up])
 
     def _lines(self, ids: Int[Tensor, "R T"]) -> Int[Tensor, "R T"]:
-        """Lines of the R tables, one below the other."""
+        """Line numbers in the R tables put one below the other."""
         return ids + self.shape[0] * torch.arange(len(ids), device=ids.device)[:, None]
 
 
 class Sum(RowGradients):
-    """Of a parameter that is used more than once: the parts are added before anything is squared."""
+    """Gradients of a parameter that is used more than once: the parts are added before anything is squared."""
 
     def __init__(self, parts: Sequence[RowGradients]) -> None:
         super().__init__(parts[0].num_rows, parts[0].shape)
@@ -197,7 +198,7 @@ class Sum(RowGradients):
         return functools.reduce(torch.add, (part.dots(vectors) for part in self.parts))
 
 
-# Products and their sum, not a BLAS dot product, which adds 10^7 float32 numbers one after the other: 3e-4 off.
+# Products and then their sum: a BLAS dot product adds 10^7 float32 numbers in sequence and is off by 3e-4.
 
 
 def _squared_norms(grads: Float[Tensor, "R *shape"], metric: Float[Tensor, "..."] | None) -> Float[Tensor, " R"]:

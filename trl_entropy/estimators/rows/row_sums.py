@@ -1,10 +1,9 @@
-"""What can be asked of per-row gradients as they come, parameter by parameter, micro-batch by micro-batch.
+"""Norms, dot products and sums of per-row gradients, made as these come: by parameter and by micro-batch.
 
-A *row* is what the caller numbers: a sequence, or a group of sequences whose gradients are summed.
+A *row* is whatever the caller gives a number: a sequence, or a group of sequences whose gradients are summed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -16,16 +15,18 @@ ByName = Mapping[str, Float[Tensor, "..."]]
 
 
 class Consumer:
-    """Takes each parameter's gradients once per micro-batch; memory that it keeps is its own affair."""
+    """Takes each parameter's gradients once per micro-batch, and makes `values` of them (but for [`Several`])."""
+
+    values: Float[Tensor, "..."]
 
     def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-        """Called once before all else, with the shapes of the trainable parameters in their order."""
+        """Called once, before everything else, with the shapes of the trainable parameters in their order."""
 
     def begin(self, rows: Int[Tensor, " R"]) -> None:
-        """Called before a micro-batch, with the numbers of its rows (on the CPU, no number twice)."""
+        """Called before each micro-batch, with the numbers of its rows, on the CPU and each once."""
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        """Called with each parameter's gradients for these rows, parameters in any order."""
+        """Called with each parameter's gradients for these rows; parameters come in any order."""
         raise NotImplementedError
 
 
@@ -33,12 +34,12 @@ class SquaredNorms(Consumer):
     """
     G_n' M G_n of every row's gradient, (T14), (T16); float64, in `values` (N,).
 
-    Local to the process. A square needs the whole sum, so all sequences of a row must come in one micro-batch; where
-    groups are scattered, collect `Rows` and square these.
+    Local to the process. A square needs the whole sum, so that all sequences of a row must come in one micro-batch.
+    Where groups are scattered over micro-batches, collect `Rows` and square these.
 
     Args:
         num_rows: N.
-        metric: the diagonal of M by parameter name; 1 if not given.
+        metric: the diagonal of M by parameter name, by default 1.
 
     Raises:
         ValueError: if a row comes in a second micro-batch, or `metric` does not fit the parameters.
@@ -100,15 +101,16 @@ class DotProducts(Consumer):
 
 class Rows(Consumer):
     """
-    The gradients themselves, in one buffer `values` (N, D), D in the order of `trainable_parameters`. Local.
+    The gradients themselves, in one buffer `values` (N, D), with D in the order of `trainable_parameters`. Local to
+    the process.
 
-    A row that comes in several micro-batches is summed, in the buffer's dtype: float32 for groups that are scattered.
+    A row that comes in several micro-batches is summed in the buffer's dtype, which should then be float32.
 
     Args:
-        num_rows: N. The buffer takes N x D numbers of `dtype`.
+        num_rows: N. The buffer holds N x D numbers of `dtype`.
         dtype: of the buffer. A gradient is rounded to it once, after scaling.
-        scale: factors by parameter name: sqrt(M) for `values @ values.T` to be the kernel of (T12).
-        out: a buffer (N, D) to use again, whose dtype counts; rows that do not come keep what it has.
+        scale: factors by parameter name; with sqrt(M), `values @ values.T` is the kernel of (T12).
+        out: a buffer (N, D) to use again, in its own dtype; rows that do not come are left as they are.
 
     Attributes:
         columns: each parameter's share of D.
@@ -167,25 +169,10 @@ class Rows(Consumer):
             block.index_copy_(0, rows.to(block.device), grads.to(block.dtype))
 
 
-class Blocks(Consumer):
-    """
-    Hands every parameter's rows (R, *shape) of a micro-batch to a function and forgets them: for sketches, for Grams.
-
-    Args:
-        function: called with the parameter's name, its gradients for all rows of the micro-batch, in float32 or
-            float64 and read only, and the rows' numbers (on the CPU); parameters come in any order, each once.
-    """
-
-    def __init__(self, function: Callable[[str, Float[Tensor, "R *shape"], Int[Tensor, " R"]], None]) -> None:
-        self.function = function
-
-    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        self.function(name, gradients.whole, rows)
-
-
 class HalfProducts(Consumer):
     """
-    (T14): G_2n . G_2n+1 of every pair of rows, float64, in `values` (N,), for halves of a group. Local.
+    (T14): G_2n . G_2n+1 of every pair of rows, which are halves of a group; float64, in `values` (N,). Local to the
+    process.
 
     Both rows of a pair must come in one micro-batch.
     """
@@ -200,7 +187,7 @@ class HalfProducts(Consumer):
 
     def begin(self, rows: Int[Tensor, " R"]) -> None:
         if rows.tolist() != [number for pair in (rows // 2).unique().tolist() for number in (2 * pair, 2 * pair + 1)]:
-            raise ValueError(f"rows {rows.tolist()} are no whole pairs of halves 2n, 2n + 1")
+            raise ValueError(f"rows {rows.tolist()} are not whole pairs of halves 2n, 2n + 1")
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         whole = gradients.whole
@@ -209,10 +196,10 @@ class HalfProducts(Consumer):
 
 
 class Several(Consumer):
-    """Hands everything to each of its `consumers`, of one pass."""
+    """Passes everything on to each of its `consumers`, so that one pass serves them all."""
 
     def __init__(self, *consumers: Consumer) -> None:
-        self.consumers: tuple[Any, ...] = consumers
+        self.consumers = consumers
 
     def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         for consumer in self.consumers:

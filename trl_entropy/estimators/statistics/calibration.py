@@ -1,4 +1,4 @@
-"""Whether stated standard errors are right: many independent redraws of one estimate against the truth."""
+"""Whether stated standard errors are right: many independent redraws of an estimate compared with the truth."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 
 @dataclass(frozen=True)
 class Coverage:
-    """How the stated errors of one estimator did over redraws. Units of the estimate, or shares of redraws.
+    """How well an estimator's stated errors fit its redraws; in units of the estimate, or as shares of redraws.
 
     Attributes:
-        truth: what the intervals should cover.
-        num_redraws: redraws with a standard error: all below is over them, `scatter` and `bias` too.
-        num_without_stderr: redraws whose standard error is nan (a negative variance estimate), counted apart.
-        covered, covered_low, covered_high: share of intervals that hold the truth, and its own Wilson interval.
-        missed_above, missed_below: shares of intervals that lie wholly above, wholly below the truth.
+        truth: the value that the intervals should cover.
+        num_redraws: redraws with a standard error; everything below is over these, `scatter` and `bias` too.
+        num_without_stderr: redraws whose standard error is nan (a negative variance estimate), counted separately.
+        covered, covered_low, covered_high: share of intervals that cover the truth, and its own Wilson interval.
+        missed_above, missed_below: shares of intervals that lie wholly above and wholly below the truth.
         mean_stderr, rms_stderr: mean of the stated errors, root of the mean of their squares.
         scatter, scatter_stderr: standard deviation of the values over the redraws, which the stated errors estimate,
             and its own error, from the values' kurtosis.
@@ -44,12 +44,12 @@ class Coverage:
 
     @property
     def stderr_ratio(self) -> float:
-        """Mean stated error over scatter; below 1 the errors are stated too small."""
+        """Mean stated error over scatter; below 1 the stated errors are too small."""
         return _ratio(self.mean_stderr, self.scatter)
 
     @property
     def rms_stderr_ratio(self) -> float:
-        """As `stderr_ratio` with the root mean square, whose expectation is 1 for an unbiased variance."""
+        """As `stderr_ratio` with the root mean square, which is about 1 for an unbiased variance."""
         return _ratio(self.rms_stderr, self.scatter)
 
     @property
@@ -59,11 +59,11 @@ class Coverage:
 
 
 def coverage(estimates: Sequence[Estimate], truth: float, confidence: float = 0.95) -> Coverage:
-    """Coverage of the stated t intervals of `truth`, and stated error against scatter, over independent redraws.
+    """How often the stated t intervals cover `truth`, and stated error against scatter, over independent redraws.
 
-    A truth taken from the redraws themselves has an error of 1/sqrt(R) of a redraw's. That lowers the expected
-    coverage by about z phi(z) / R where truth and redraws are independent, and raises it as much where the truth is
-    the mean of these redraws: 0.11 / R at 95 %, far below the binomial error, in either case. Not corrected for.
+    A truth that is estimated from R redraws has an error of 1/sqrt(R) of a redraw's. This lowers the expected coverage
+    by about z phi(z) / R where truth and redraws are independent, and raises it as much where the truth is the mean of
+    these redraws. In either case it is 0.11 / R at 95 %, far below the binomial error, and not corrected for.
 
     Args:
         estimates: R independent redraws of one estimator.
@@ -117,8 +117,8 @@ def wilson_interval(num_hits: int, num_trials: int, confidence: float = 0.95) ->
 def kurtosis(values: Float[Tensor, "B"]) -> float:
     """E[(x - mean)^4] / variance^2: 3 for a normal distribution.
 
-    Of the influences of single completions it says how many of them an interval needs: the variance estimated from B
-    of them has a relative error of about sqrt((kurtosis - 1) / B).
+    For the influences of single completions it tells how many completions an interval needs: a variance estimated from
+    B of them has a relative error of about sqrt((kurtosis - 1) / B).
     """
     centred = values.double() - values.double().mean()
     return float(centred.pow(4).mean() / centred.square().mean().square())

@@ -1,4 +1,4 @@
-"""An estimate with its standard error, and the one way by which functions of sample means get theirs."""
+"""An estimate with its standard error, and the delta method, by which functions of sample means get theirs."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from torch import Tensor
 class Estimate:
     """A number, its standard error, the degrees of freedom of that error, and how many samples went in.
 
-    `num_samples` counts completions where the estimator takes completions, groups where it takes groups, steps where
-    it takes steps. Nothing is clamped: a stderr that could not be estimated is nan.
+    `num_samples` counts what the estimator takes: completions, groups or steps. Nothing is clamped; a stderr that
+    could not be estimated is nan.
     """
 
     value: float
@@ -39,10 +39,10 @@ class Estimate:
 class Linearization:
     """The value of a smooth function of sample means, and the influence of every completion on it.
 
-    influence_i is B times the first-order change of the value when completion i is given weight 1/B more. It has mean
+    influence_i is B times the first-order change of the value when completion i gets 1/B more weight. Its mean is
     zero, and the error of the value is mean_i influence_i up to O(1/B). Sums, differences and multiples of
-    linearizations on the *same* completions are paired, so `(predicted - measured).estimate(prompt_index)` has the
-    standard error of the paired difference.
+    linearizations on the *same* completions are paired, so that `(predicted - measured).estimate(prompt_index)` has
+    the standard error of the paired difference.
     """
 
     value: Float[Tensor, ""]
@@ -60,8 +60,8 @@ class Linearization:
     def estimate(self, prompt_index: Int[Tensor, "B"]) -> Estimate:
         """The value with its standard error clustered by prompt, and P - 1 degrees of freedom.
 
-        stderr^2 = P/(P-1) sum_p (sum_{i in p} influence_i)^2 / B^2, P the distinct prompts. Completions may depend on
-        one another within a prompt, prompts must be independent. Bias of stderr^2 O(1/P) relative; nan for P < 2.
+        stderr^2 = P/(P-1) sum_p (sum_{i in p} influence_i)^2 / B^2 with P distinct prompts. Completions of one prompt
+        may depend on one another, but prompts must be independent. stderr^2 has a relative bias O(1/P); nan for P < 2.
         """
         sums = cluster_sums(self.influence, prompt_index)
         num_prompts, num_completions = len(sums), len(self.influence)
@@ -95,7 +95,7 @@ def delta_method(
 
 @lru_cache
 def student_t_quantile(probability: float, dof: float) -> float:
-    """The t with P(T <= t) = probability for Student's T with `dof` > 0 (not only whole) degrees of freedom.
+    """The t with P(T <= t) = probability for Student's T with `dof` > 0 degrees of freedom, not only whole numbers.
 
     Newton's method within a bracket on P(|T| > t) = I_x(dof/2, 1/2), x = dof/(dof + t^2); dof = inf is the normal
     distribution, dof <= 0 or nan has no quantile (nan). Absolute error about 2e-11 (1 + |t|) for dof <= 1e6.

@@ -1,4 +1,4 @@
-"""A histogram of log-ratios whose bins never change, so that ranks and micro-batches merge by addition."""
+"""A histogram of log-ratios with fixed bins, so that those of ranks and micro-batches can be added."""
 
 import math
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ def _edges(device: torch.device | None = None) -> Float[Tensor, " edges"]:
 
 @dataclass(frozen=True)
 class LogRatioHistogram:
-    """Counts of log-ratios on fixed, signed-logarithmic bins, with the exact sum and extrema beside them.
+    """Counts of log-ratios in fixed, signed-logarithmic bins, with their exact sum and extrema.
 
     Bins are symmetric about zero, 32 to a decade of |x| from 1e-8 to 1e2, with one bin for exactly zero, one at each
-    end for what lies beyond and one for nan. To cross ranks add `counts` and `total`, take the larger `maximum` and
-    the smaller `minimum`. An empty histogram has extrema -inf and inf, mean nan and quantiles nan.
-    Units: those of the values (nats for a log-ratio). Error of a quantile: at most 3.7 % of its value for
-    1e-8 <= |x| <= 1e2, below 1e-8 at most 1e-8; exact at zero and at both extremes.
+    end for values beyond, and one for nan. To merge ranks add `counts` and `total`, and take the larger `maximum` and
+    the smaller `minimum`. An empty histogram has extrema -inf and inf, mean nan and quantiles nan. Units: those of the
+    values (nats for a log-ratio). Error of a quantile: at most 3.7 % of its value for 1e-8 <= |x| <= 1e2, below 1e-8
+    at most 1e-8; exact at zero and at both extremes.
     """
 
     counts: Int[Tensor, " bins"]
@@ -49,7 +49,7 @@ class LogRatioHistogram:
     def update(
         self, values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | Int[Tensor, "*shape"]
     ) -> "LogRatioHistogram":
-        """The histogram with the values under a true `mask` added; the others may be anything, nan included."""
+        """The histogram with the values added where `mask` is true; other values may be anything, nan included."""
         if values.numel() == 0:
             return self
         mask = mask.bool()
@@ -101,7 +101,7 @@ def _bin_index(values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 def _bin_centre(index: int) -> float:
-    """The geometric middle of a bin, signed; its finite edge for a bin that is open or reaches zero."""
+    """The geometric middle of a bin with its sign; for a bin that is open or reaches zero, its finite edge."""
     distance = abs(index - _ZERO_BIN)
     if distance == 0:
         return 0.0

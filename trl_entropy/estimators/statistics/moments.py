@@ -1,4 +1,4 @@
-"""Slope, correlation and R^2 of measured on predicted over many steps, as running sums that merge by addition."""
+"""Slope, correlation and R^2 of measured on predicted over many steps, from running sums that can be added."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,14 +25,15 @@ class _Variances(NamedTuple):
 
 @dataclass(frozen=True)
 class PairMoments:
-    """The sum over pairs of the outer product of their features: all that the statistics below and their errors need.
+    """Sums over pairs of the outer product of their features, from which the statistics and their errors follow.
 
-    A pair is one step's predicted value x and measured value y, each with the standard error of its own, and the
-    covariance of the two errors (0 if they come from independent probe batches). Pairs must be independent of one
-    another. Every statistic is a smooth function f of the mean features; its stderr^2 is grad f' Cov grad f / (n - 2)
-    (sandwich: errors may differ from pair to pair, as they do along a run), with n - 2 degrees of freedom and bias
-    O(1/n). Where few pairs carry most of the slope that is some 10 % too small: `jackknife` is the safer for tables.
-    Sums are raw moments in float64: a mean 1000 times the spread costs 12 of the 16 digits of the stderr.
+    A pair is one step's predicted value x and measured value y, each with its standard error, and the covariance of
+    the two errors (0 if they come from independent probe batches). Pairs must be independent of one another. Every
+    statistic is a smooth function f of the mean features; its stderr^2 is grad f' Cov grad f / (n - 2), with n - 2
+    degrees of freedom and bias O(1/n). This is the sandwich form: errors may differ from pair to pair, as they do
+    along a run. Where a few pairs determine most of the slope the stderr is some 10 % too small; for tables
+    `jackknife` is safer. The sums are raw moments in float64: a mean of 1000 times the spread costs 12 of the 16
+    digits of the stderr.
     """
 
     sums: Float[Tensor, "features features"]
@@ -50,7 +51,7 @@ class PairMoments:
         measured_stderr: float = 0.0,
         error_covariance: float = 0.0,
     ) -> "PairMoments":
-        """The moments with one pair added. A nan in a pair makes every statistic nan: leave such a step out."""
+        """The moments with one pair added. A nan in a pair makes every statistic nan, so leave such a step out."""
         x, y = predicted, measured
         errors = (predicted_stderr**2, error_covariance, measured_stderr**2)
         features = torch.tensor([1.0, x, y, x * x, x * y, y * y, *errors], dtype=torch.float64)
@@ -67,16 +68,16 @@ class PairMoments:
     def slope(self) -> Estimate:
         """The least-squares slope of measured on predicted, with intercept: Cov(x, y) / Var(x).
 
-        Noise in x draws it towards zero; see `corrected_slope`.
+        Noise in x biases it towards zero; see `corrected_slope`.
         """
         return self._estimate(lambda v: v.xy / v.xx)
 
     def corrected_slope(self) -> Estimate:
         """The slope corrected for noise: (Cov(x, y) - error covariance) / (Var(x) - error variance of x).
 
-        Errors enter by their mean over pairs, and are taken as known. Unclamped: where noise is all the variance the
-        denominator is near or below zero and the interval means nothing. Source: W. A. Fuller, Measurement Error
-        Models (1987), section 1.2 and, for errors that differ from pair to pair, 3.1.
+        Errors enter by their mean over pairs, and are taken as known. Nothing is clamped: where noise is all the
+        variance, the denominator is near or below zero and the interval has no meaning. Source: W. A. Fuller,
+        Measurement Error Models (1987), section 1.2 and, for errors that differ from pair to pair, 3.1.
         """
         return self._estimate(lambda v: (v.xy - v.error_xy) / (v.xx - v.error_xx))
 
@@ -89,7 +90,7 @@ class PairMoments:
         return self._estimate(lambda v: v.xy.square() / (v.xx * v.yy))
 
     def ceiling_r_squared(self) -> Estimate:
-        """The R^2 that a perfect prediction would have, given the stated errors of both.
+        """The R^2 that a perfect prediction would have with the stated errors of both values.
 
         A perfect prediction has corrected correlation 1, hence R^2 = (sqrt(Vx Vy) + c)^2 / (Var(x) Var(y)) with Vx, Vy
         the variances less the errors' and c the errors' covariance. nan where the errors exceed the variance.
@@ -97,7 +98,7 @@ class PairMoments:
         return self._estimate(_ceiling_r_squared)
 
     def share_of_ceiling(self) -> Estimate:
-        """`r_squared` over `ceiling_r_squared`: 1 if nothing but scale, constant and stated errors lies between."""
+        """`r_squared` over `ceiling_r_squared`: 1 if the two differ only by scale, constant and the stated errors."""
         return self._estimate(lambda v: v.xy.square() / (v.xx * v.yy) / _ceiling_r_squared(v))
 
     def _estimate(self, function: Callable[[_Variances], Float[Tensor, ""]]) -> Estimate:
@@ -116,7 +117,7 @@ class PairMoments:
 def jackknife(pairs: Sequence[PairMoments], statistic: Callable[[PairMoments], Estimate]) -> Estimate:
     """A statistic of many pairs, each given as the moments of one, with its delete-one-pair jackknife error.
 
-    stderr^2 = (n-1)/n sum_i (f_-i - mean f_-i)^2, n - 2 degrees of freedom; slightly conservative. Example:
+    stderr^2 = (n-1)/n sum_i (f_-i - mean f_-i)^2 with n - 2 degrees of freedom; slightly conservative. Example:
     `jackknife([PairMoments.empty().update(x, y) for x, y in steps], PairMoments.slope)`. Cost: n times the statistic.
     """
     count = len(pairs)

@@ -1,4 +1,4 @@
-"""pass@k from n samples a prompt, and bootstrap intervals over prompts."""
+"""pass@k from n samples per prompt, and bootstrap intervals over prompts."""
 
 import math
 
@@ -12,9 +12,9 @@ _RESAMPLES_AT_ONCE = 256
 def pass_at_k(num_correct: Int[Tensor, "P"], num_samples: int, k: int) -> Float[Tensor, "P"]:
     """Per prompt, the probability that k samples drawn without replacement from its n contain a correct one.
 
-    pass@k = 1 - C(n - c, k) / C(n, k), c correct among n samples; in float64, as a product of k factors. Unbiased for
-    1 - (1 - p)^k, p the chance that a sample is correct, for independent samples. Taking the first k of the n is
-    unbiased too, with larger variance.
+    pass@k = 1 - C(n - c, k) / C(n, k) with c correct among n samples; in float64, as a product of k factors. For
+    independent samples it is unbiased for 1 - (1 - p)^k, p the probability that a sample is correct. Taking the first
+    k of the n samples would be unbiased too, with a larger variance.
 
     Args:
         num_correct: c of each prompt.
@@ -37,7 +37,7 @@ def pass_at_k(num_correct: Int[Tensor, "P"], num_samples: int, k: int) -> Float[
 
 
 def powers_of_two_up_to(num_samples: int) -> list[int]:
-    """1, 2, 4, 8, ... as far as there are samples."""
+    """1, 2, 4, 8, ... up to the number of samples."""
     return [2**exponent for exponent in range(int(math.log2(num_samples)) + 1)]
 
 
@@ -48,17 +48,19 @@ def bootstrap_intervals(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Float[Tensor, "K 2"]:
-    """Percentile intervals of K ratios sum(numerator) / sum(denominator), whole prompts drawn again with replacement.
+    """Percentile intervals of K ratios sum(numerator) / sum(denominator), by resampling whole prompts.
 
     Args:
-        numerators: a value of each prompt, or its sum over the prompt's tokens or samples.
-        denominators: the prompt's number of these; ones, and the ratio is a mean over prompts.
+        numerators: a value for each prompt, or its sum over the prompt's tokens or samples.
+        denominators: the prompt's number of tokens or samples; with ones the ratio is a mean over prompts.
         confidence: of the intervals.
-        num_resamples: bootstrap samples; the same `seed` draws the same prompts, so checkpoints are paired.
+        num_resamples: bootstrap samples.
+        seed: the same seed draws the same prompts, so that intervals of checkpoints are paired.
 
     Returns:
-        Both ends of each; nan for fewer than two prompts. Coverage errs by O(1/sqrt(P)); where all prompts agree the
-        interval has no width, however few they are. Resamples without a denominator are left out.
+        Both ends of each interval; nan for fewer than two prompts. The error of the coverage is O(1/sqrt(P)); where
+        all prompts agree the interval has no width, however few they are. Resamples whose denominator is 0 are left
+        out.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13. Cost: num_resamples P K.
     """

@@ -1,7 +1,8 @@
-"""Quantities summed over steps, with the covariance of their errors: divided once, at the end, with an interval.
+"""Quantities summed over steps with the covariance of their errors, then divided once, with an interval.
 
-Every step gives K values and what each would have been without one prompt. Prompts are independent within a step given
-the policy, and the errors of later steps given earlier ones, so the jackknife covariances of the steps add up.
+Every step gives K values, and what each would have been without each single prompt. Prompts are independent within a
+step given the policy, and so are the errors of later steps given earlier ones, so that the jackknife covariances of
+the steps can be added.
 """
 
 import math
@@ -25,11 +26,10 @@ class StepParts(NamedTuple):
 
 @dataclass(frozen=True)
 class PooledParts:
-    """Sums over steps of K quantities, of the covariance of their errors and of counts; they merge by addition.
+    """Sums over steps of K quantities, of the covariance of their errors, and of counts; two such sums can be added.
 
-    The target is the sum (or mean) over the very steps that went in, each at its own parameters; the error is over
-    fresh prompts and completions. `dof` = sum over steps of P - 1. A step with a nan makes everything nan: leave it
-    out.
+    They estimate the sum (or mean) over exactly these steps, each at its own parameters; the error is over fresh
+    prompts and completions. `dof` = sum over steps of P - 1. A step with a nan makes everything nan, so leave it out.
     """
 
     values: Float[Tensor, "K"]
@@ -45,7 +45,7 @@ class PooledParts:
         return cls(zeros.sum(0), zeros, 0, 0, 0.0)
 
     def update(self, step: StepParts) -> "PooledParts":
-        """The sums with one step added, which counts as much as any other; `num_samples` counts its prompts."""
+        """The sums with one step added; all steps have the same weight, and `num_samples` counts prompts."""
         values, covariance = step.values.double().cpu(), step.covariance.double().cpu()
         return self.merge(PooledParts(values, covariance, 1, step.num_prompts, float(step.num_prompts - 1)))
 
@@ -68,7 +68,7 @@ class PooledParts:
     def ratio(self, numerator: Float[Tensor, "K"], denominator: Float[Tensor, "K"]) -> Estimate:
         """The ratio of two linear combinations, stderr by the delta method; bias O(1/(steps P)), 0/0: nan.
 
-        Where the denominator is within a few of its standard errors of 0 the stderr means nothing: `ratio_interval`.
+        Where the denominator is within a few standard errors of 0 the stderr has no meaning; use `ratio_interval`.
         """
         top, bottom = numerator @ self.values, denominator @ self.values
         weights = (numerator - top / bottom * denominator) / bottom
@@ -77,10 +77,11 @@ class PooledParts:
     def ratio_interval(
         self, numerator: Float[Tensor, "K"], denominator: Float[Tensor, "K"], confidence: float = 0.95
     ) -> tuple[float, float]:
-        """The ratios rho that the data do not refute: |numerator - rho denominator| <= t stderr (Fieller).
+        """Fieller's confidence interval of the ratio: all rho with |numerator - rho denominator| <= t stderr.
 
-        Keeps its coverage however small the denominator is. Where that is consistent with 0 no bounded interval could:
-        (-inf, inf). nan without errors. Source: E. C. Fieller, J. Roy. Statist. Soc. B 16 (1954) 175.
+        It keeps its coverage however small the denominator is. Where the denominator is consistent with 0 no bounded
+        interval can do so, and it is (-inf, inf). Without errors: nan. Source: E. C. Fieller, J. Roy. Statist. Soc. B
+        16 (1954) 175.
         """
         both = torch.stack([numerator, denominator])
         quantile = student_t_quantile(0.5 + confidence / 2, self.dof)
@@ -91,7 +92,7 @@ class PooledParts:
             return math.nan, math.nan
         if a <= 0:
             return -math.inf, math.inf
-        # b^2 >= a c whenever a > 0, since the ratio itself is never refuted; max: only rounding makes it negative.
+        # b^2 >= a c whenever a > 0, since the ratio itself is in the interval; max: rounding can make it negative.
         half_width = math.sqrt(max(b * b - a * c, 0.0)) / a
         return b / a - half_width, b / a + half_width
 
@@ -100,9 +101,9 @@ class PooledParts:
 
 
 def sum_over_prompts(prompt_values: Float[Tensor, "P K"]) -> StepParts:
-    """A step's sums over P prompts, each prompt's K values given; their covariance is that of the jackknife.
+    """A step's sums over P prompts of K values per prompt, with their covariance by the jackknife.
 
-    Which is P/(P-1) sum_p (x_p - mean)(x_p - mean)', unbiased: without prompt p the sum is P times the others' mean.
+    This is P/(P-1) sum_p (x_p - mean)(x_p - mean)', unbiased: without prompt p the sum is P times the others' mean.
     """
     prompt_values = prompt_values.double()
     num_prompts = len(prompt_values)
@@ -111,7 +112,7 @@ def sum_over_prompts(prompt_values: Float[Tensor, "P K"]) -> StepParts:
 
 
 def means_without_one(values: Float[Tensor, "P *K"]) -> Float[Tensor, "P *K"]:
-    """The mean over all prompts but p, for each p. P = 1: nan (0/0)."""
+    """For each prompt p, the mean over all other prompts. P = 1: nan (0/0)."""
     return (values.sum(0) - values) / torch.tensor(len(values) - 1, dtype=torch.float64, device=values.device)
 
 

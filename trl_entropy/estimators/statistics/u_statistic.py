@@ -1,12 +1,11 @@
-"""The inner product of two mean gradients, from the same prompts or from two batches, and its variance.
+"""The inner product of two mean gradients that come from the same prompts, and its variance.
 
-Rows X_n, Y_n (P, D) are what prompt group n contributes: entropy-gradient term and P times its share of the loss
-gradient. Everything is a function of the Gram `gram[n, m]` = X_n' M Y_m, with M the diagonal of the optimizer metric
-*before* the step (else it depends on the sample). Groups must be independent of one another.
+Rows X_n, Y_n (P, D) are what prompt group n contributes: its entropy-gradient term, and P times its share of the loss
+gradient. Everything is a function of the Gram matrix `gram[n, m]` = X_n' M Y_m, with M the diagonal of the optimizer's
+metric *before* the step, since after it M depends on the sample. Groups must be independent of one another.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,21 +16,10 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 _GRAM_COLUMNS = 2**22
 
 
-class ZetaComponents(NamedTuple):
-    """(T17): Hoeffding's variances of the symmetric kernel k_nm = (X_n' M Y_m + X_m' M Y_n) / 2.
-
-    `zeta_1` is the variance of its mean given one group, `zeta_2` its variance over pairs. Estimates are unbiased and
-    may be negative.
-    """
-
-    zeta_1: float
-    zeta_2: float
-
-
 def cross_gram(
     x: Float[Tensor, "P D"], y: Float[Tensor, "Q D"], preconditioner: Float[Tensor, "D"] | None = None
 ) -> Float[Tensor, "P Q"]:
-    """X_n' M Y_m in float64, to which `_GRAM_COLUMNS` columns at a time are cast; M = 1 by default. Cost O(P Q D)."""
+    """X_n' M Y_m in float64, `_GRAM_COLUMNS` columns at a time; M = 1 by default. Cost O(P Q D)."""
     gram = x.new_zeros(len(x), len(y), dtype=torch.float64)
     metric = x.new_ones(x.shape[1]) if preconditioner is None else preconditioner
     for part, other, weights in zip(*(rows.split(_GRAM_COLUMNS, dim=-1) for rows in (x, y, metric)), strict=True):
@@ -42,8 +30,8 @@ def cross_gram(
 def u_statistic(gram: Float[Tensor, "P P"]) -> float:
     """(T17): the mean of X_n' M Y_m over pairs of *different* groups, unbiased for E[X]' M E[Y].
 
-    U = P/(P-1) Xbar'M Ybar - 1/(P(P-1)) sum_n X_n'M Y_n. Unbiased with the h and E[T] inside X_n given; with their
-    estimates from the same groups a ratio, bias O(1/P). P < 2: nan. Source: Hoeffding (1948).
+    U = P/(P-1) Xbar'M Ybar - 1/(P(P-1)) sum_n X_n'M Y_n. Unbiased if the h and E[T] in X_n are given; with
+    their estimates from the same groups it is a ratio with bias O(1/P). P < 2: nan. Source: Hoeffding (1948).
     """
     return float(row_means(gram).mean())
 
@@ -58,7 +46,7 @@ def row_means(gram: Float[Tensor, "P P"]) -> Float[Tensor, "P"]:
 def row_means_from_products(
     self_products: Float[Tensor, "P"], x_dot_mean_y: Float[Tensor, "P"], y_dot_mean_x: Float[Tensor, "P"]
 ) -> Float[Tensor, "P"]:
-    """(T17): r_n from X_n'M Y_n, X_n'M Ybar and Y_n'M Xbar, which need no pairs: cost O(P D)."""
+    """(T17): r_n from X_n'M Y_n, X_n'M Ybar and Y_n'M Xbar, without products of pairs: cost O(P D)."""
     num_prompts = len(self_products)
     both = x_dot_mean_y.double() + y_dot_mean_x.double()
     excess = num_prompts * both / 2 - self_products.double()
@@ -66,7 +54,7 @@ def row_means_from_products(
 
 
 def u_statistic_variance(gram: Float[Tensor, "P P"]) -> float:
-    """(T17): the variance of U, unbiased for P >= 4 (else nan), hence negative at times.
+    """(T17): the variance of U, unbiased for P >= 4 (else nan), and therefore sometimes negative.
 
     Var(U) = 4(P-2) zeta_1/(P(P-1)) + 2 zeta_2/(P(P-1)). With s2 the sample variance of the r_n and q the mean of
     (k_nm - U)^2 over pairs, zeta_2 = q + Var(U) and zeta_1 = ((P-1)^2 s2/(P-2) - zeta_2)/(P-4); solved for Var(U):
@@ -80,16 +68,8 @@ def u_statistic_variance(gram: Float[Tensor, "P P"]) -> float:
     return (between_rows - between_pairs) / (num_prompts * (num_prompts - 2) * (num_prompts - 3))
 
 
-def zeta_components(gram: Float[Tensor, "P P"]) -> ZetaComponents:
-    """(T17): zeta_1 and zeta_2, unbiased for P >= 4 (else nan); zeta_1 near 0 says that noise dominates."""
-    num_prompts, variance = len(gram), u_statistic_variance(gram)
-    zeta_2 = _pair_variance(gram) + variance
-    zeta_1 = (num_prompts * (num_prompts - 1) * variance - 2 * zeta_2) / (4 * (num_prompts - 2))
-    return ZetaComponents(zeta_1, zeta_2)
-
-
 def jackknife_variance(row_means: Float[Tensor, "P"]) -> float:
-    """(T17): the variance of U without the Gram of pairs, conservative: 2 times too large where noise dominates.
+    """(T17): the variance of U without products of pairs; conservative, twice too large where noise dominates.
 
     (P-1)/P sum_n (U_-n - mean)^2 with U_-n = (P U - 2 r_n)/(P - 2), that is 4 (P-1)^2 s2 / (P (P-2)^2); P < 3: nan.
     """
@@ -100,7 +80,7 @@ def jackknife_variance(row_means: Float[Tensor, "P"]) -> float:
 
 
 def u_statistic_estimate(gram: Float[Tensor, "P P"]) -> Estimate:
-    """(T17): U with the corrected standard error; nan where the estimated variance is negative. P - 1 dof."""
+    """(T17): U with the unbiased standard error, nan where the estimated variance is negative. P - 1 dof."""
     return _estimate(u_statistic(gram), u_statistic_variance(gram), float(len(gram) - 1), len(gram))
 
 
@@ -109,33 +89,6 @@ def u_statistic_jackknife_estimate(row_means: Float[Tensor, "P"]) -> Estimate:
     num_prompts = len(row_means)
     value = float(row_means.double().mean())
     return _estimate(value, jackknife_variance(row_means), float(num_prompts - 1), num_prompts)
-
-
-def independent_batches_variance(gram: Float[Tensor, "P Q"]) -> float:
-    """(T18): the variance of Xbar'M Ybar over fresh draws of both batches; unbiased, negative at times.
-
-    y'Sx y/P + x'Sy x/Q - tr(Sx Sy)/(P Q) with the sample means for x, y: they contain tr(Sx Sy) twice, so that it is
-    subtracted, where the population means would have it added. P < 2 or Q < 2: nan.
-    """
-    gram = gram.double()
-    num_x, num_y = gram.shape
-    centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
-    trace = centred.square().sum() / torch.tensor((num_x - 1) * (num_y - 1), dtype=torch.float64)
-    return float(gram.mean(1).var() / num_x + gram.mean(0).var() / num_y - trace / (num_x * num_y))
-
-
-def independent_batches_estimate(gram: Float[Tensor, "P Q"]) -> Estimate:
-    """(T18): Xbar'M Ybar of two independent batches of P and Q groups, with its error over fresh draws of both.
-
-    stderr is nan where the estimated variance is negative. Degrees of freedom after Satterthwaite, from the smaller of
-    P - 1 and Q - 1 up to their sum; `num_samples` = P + Q. This is not the error of a prediction for a given update:
-    that is (T8b).
-    """
-    gram = gram.double()
-    num_x, num_y = gram.shape
-    over_x, over_y = gram.mean(1).var() / num_x, gram.mean(0).var() / num_y
-    dof = (over_x + over_y).square() / (over_x.square() / (num_x - 1) + over_y.square() / (num_y - 1))
-    return _estimate(float(gram.mean()), independent_batches_variance(gram), float(dof), num_x + num_y)
 
 
 def _pair_variance(gram: Float[Tensor, "P P"]) -> float:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from trl_entropy.estimators.kernel import row_kernels
+from trl_entropy.estimators.kernel.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
 from trl_entropy.estimators.kernel.sketch import CountSketch
-from trl_entropy.estimators.rows import row_kernels
 from trl_entropy.estimators.rows.row_gradients import OuterProducts, WrittenOut
-from trl_entropy.estimators.rows.row_kernels import Gram, ParameterNorms, SketchedRows, blockwise_gram
 from trl_entropy.estimators.rows.row_sums import Several
 
 SHAPES = {"weight": torch.Size((4, 3)), "bias": torch.Size((4,))}

@@ -1,4 +1,4 @@
-"""Consumers of per-row gradients that make the Fisher kernel (T12), its sketch (T13) and its exact diagonal."""
+"""The Fisher kernel (T12), its sketch (T13) and its exact diagonal, made of per-row gradients as they come."""
 
 from collections.abc import Mapping
 
@@ -17,8 +17,8 @@ def blockwise_gram(x: Float[Tensor, "N D"], y: Float[Tensor, "M D"]) -> Float[Te
     """
     X Y' in float64, summed over blocks of columns whose products are made in the rows' own dtype.
 
-    Of float32 rows that is off by some 1e-7 of |x_n| |y_m|, at a third of the time of products in float64 on a CPU;
-    on a GPU with TF32 off. Cost O(N M D).
+    For float32 rows the error is about 1e-7 of |x_n| |y_m|, and the time on a CPU a third of that of products in
+    float64. On a GPU TF32 must be off. Cost O(N M D).
     """
     gram = x.new_zeros(len(x), len(y), dtype=torch.float64)
     for part, other in zip(x.split(_BLOCK_COLUMNS, dim=1), y.split(_BLOCK_COLUMNS, dim=1), strict=True):
@@ -28,10 +28,11 @@ def blockwise_gram(x: Float[Tensor, "N D"], y: Float[Tensor, "M D"]) -> Float[Te
 
 class Gram(Consumer):
     """
-    (T12): G_n' M G_m of every pair of rows, float64, in `values` (N, N). Local.
+    (T12): G_n' M G_m of every pair of rows, float64, in `values` (N, N). Local to the process.
 
     If one micro-batch holds all rows, products are taken of each parameter's gradients as they come and no gradient is
-    kept: memory is that of the largest parameter's rows. Else float32 rows of all parameters are, until the end.
+    kept, so that memory is that of the largest parameter's rows. Otherwise float32 rows of all parameters are kept
+    until the end.
 
     Args:
         num_rows: N.
@@ -80,7 +81,7 @@ class Gram(Consumer):
 
 class SketchedRows(Consumer):
     """
-    (T13): every row's gradient as a CountSketch of R sqrt(M) G, float64, in `values` (N, dim). Local.
+    (T13): every row's gradient as a CountSketch of R sqrt(M) G, float64, in `values` (N, dim). Local to the process.
 
     Args:
         num_rows: N.
@@ -105,10 +106,12 @@ class SketchedRows(Consumer):
 
 class ParameterNorms(Consumer):
     """
-    Each parameter's share of every G_n' M G_n, float64, in `values` (K, N), parameters in their order. Local.
+    Each parameter's share of every G_n' M G_n, float64, in `values` (K, N), parameters in their order. Local to the
+    process.
 
-    All sequences of a row must come in one micro-batch, as each completion is. Their sum over parameters is the
-    diagonal of K, exact beside a sketch too; that over rows tells which layers and matrices its trace is of.
+    All sequences of a row must come in one micro-batch; a single completion always does. The sum over parameters is
+    the diagonal of K, exact even where K is sketched; the sums over rows tell which layers and matrices make its
+    trace.
     """
 
     values: Float[Tensor, "K N"]

@@ -1,4 +1,4 @@
-"""The kernel and its summaries against loops over pairs, by block, and against planted structure."""
+"""The kernel and its summaries against loops over pairs, and against planted structure."""
 
 import itertools
 import math
@@ -7,14 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_oracles import exact_kernel
 from tiny_groups import TinyGroups
 from tiny_policy import TinyPolicy, multisets
 
 from trl_entropy.estimators.kernel.fisher_kernel import (
-    block_shares,
     cosine_kernel,
-    fisher_kernel,
-    kernel_block,
     kernel_means,
     length_correlation,
     pair_mean,
@@ -22,6 +20,7 @@ from trl_entropy.estimators.kernel.fisher_kernel import (
     spectrum,
 )
 from trl_entropy.estimators.optimizer.adamw import live_preconditioner, preconditioner
+from trl_entropy.estimators.statistics.u_statistic import cross_gram
 
 PROMPTS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3, 3])
 REWARDS = torch.tensor([1.0, 0, 1, 1, 1, 0, 0, 1, 0, 1])
@@ -43,41 +42,27 @@ def random_metric(dim=9):
 
 def test_kernel_has_the_metric_once_and_only_where_it_means_something():
     rows, (metric, exp_avg_sq) = random_rows(), random_metric()
-    block = kernel_block(rows, metric)
+    gram = cross_gram(rows, rows, metric)
     weights = [1 / (math.sqrt(float(v) / (1 - 0.99**3)) + 1e-8) if v > 0 else 0.0 for v in exp_avg_sq]
     for i, j in itertools.product(range(10), repeat=2):
         expected = sum(w * float(a) * float(b) for w, a, b in zip(weights, rows[i], rows[j], strict=True))
-        assert float(block.gram[i, j]) == pytest.approx(expected)
-    assert (block.num_parameters, block.num_left_out) == (9, 3)
-    with_dead = kernel_block(rows, preconditioner(exp_avg_sq, 3, 0.99, 1e-8)).gram
-    assert float(with_dead.trace()) > 1e6 * float(block.gram.trace())  # 1/eps
-    assert kernel_block(rows).num_left_out == 0
-
-
-def test_blocks_add_up():
-    rows, (metric, _) = random_rows(), random_metric()
-    whole = kernel_block(rows, metric)
-    pieces = [kernel_block(r, m) for r, m in zip(rows.split([2, 3, 4], 1), metric.split([2, 3, 4]), strict=True)]
-    summed = fisher_kernel(piece for piece in pieces)
-    torch.testing.assert_close(summed.gram, whole.gram)
-    assert summed[1:] == whole[1:]
-    assert fisher_kernel(kernel_block(r.float()) for r in rows.split(3, 1)).gram.dtype == torch.float64
-    shares = block_shares({str(i): piece.gram for i, piece in enumerate(pieces)}, torch.trace)
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares["1"] == pytest.approx(float(pieces[1].gram.trace() / whole.gram.trace()))
+        assert float(gram[i, j]) == pytest.approx(expected)
+    assert int((metric == 0).sum()) == 3
+    with_dead = cross_gram(rows, rows, preconditioner(exp_avg_sq, 3, 0.99, 1e-8))
+    assert float(with_dead.trace()) > 1e6 * float(gram.trace())  # 1/eps
 
 
 def test_cosine():
     rows = random_rows()
     rows[4] = 0.0
-    cosine = cosine_kernel(kernel_block(rows).gram)
+    cosine = cosine_kernel(exact_kernel(rows))
     for i, j in itertools.product(range(10), repeat=2):
         expected = torch.nn.functional.cosine_similarity(rows[i], rows[j], dim=0)
         assert cosine[i, j].isnan() if 4 in (i, j) else float(cosine[i, j]) == pytest.approx(float(expected))
 
 
 def test_means_against_loops():
-    gram = kernel_block(random_rows()).gram
+    gram = exact_kernel(random_rows())
     kept = {
         "diagonal": lambda i, j: i == j,
         "same_prompt": lambda i, j: i != j and PROMPTS[i] == PROMPTS[j],
@@ -109,7 +94,7 @@ def test_means_are_unbiased_and_those_of_pairs_expect_zero():
     p, prompts, metric = groups.probability, torch.tensor([0, 0, 1, 1]), 1 + groups.theta.abs()
     mean, square = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for rows, q in multisets(p.tolist(), 2):
-        gram = kernel_block(groups.scores[rows].flatten(0, 1), metric).gram
+        gram = exact_kernel(groups.scores[rows].flatten(0, 1), metric)
         mean += q * torch.tensor([e.value for e in kernel_means(gram, prompts).values()], dtype=torch.float64)
         square += q * torch.tensor([e.value for e in kernel_means(gram**2, prompts).values()], dtype=torch.float64)
     a, b = groups.scores.unbind(1)
@@ -135,7 +120,7 @@ def test_mean_interval_covers():
     """Prompts of 4 completions with a common part: same-prompt products expect `shared` times the dimension."""
     prompts, covered = torch.arange(24).repeat_interleave(4), {"same_prompt": 0, "cross_prompt": 0}
     for seed in range(100):
-        means = kernel_means(kernel_block(random_rows(0.5, prompts, 20, seed)).gram, prompts)
+        means = kernel_means(exact_kernel(random_rows(0.5, prompts, 20, seed)), prompts)
         for name, truth in (("same_prompt", 10.0), ("cross_prompt", 0.0)):
             low, high = means[name].interval()
             covered[name] += low <= truth <= high
@@ -159,7 +144,7 @@ def test_spectrum_of_known_matrices():
 
 def test_permuted_prompts_find_planted_structure_and_nothing_else():
     prompts = torch.arange(8).repeat_interleave(4)
-    gram = kernel_block(random_rows(0.5, prompts, 20)).gram
+    gram = exact_kernel(random_rows(0.5, prompts, 20))
     state = torch.random.get_rng_state()
     null = permuted_prompts(gram, prompts, 199, torch.Generator().manual_seed(0))
     assert torch.equal(state, torch.random.get_rng_state())
@@ -173,7 +158,7 @@ def test_permuted_prompts_find_planted_structure_and_nothing_else():
 def test_permutation_p_values_are_uniform_without_structure():
     prompts, generator = torch.arange(4).repeat_interleave(3), torch.Generator().manual_seed(0)
     p_values = [
-        permuted_prompts(kernel_block(random_rows(0.0, prompts, 6, seed)).gram, prompts, 19, generator).p_value
+        permuted_prompts(exact_kernel(random_rows(0.0, prompts, 6, seed)), prompts, 19, generator).p_value
         for seed in range(100)
     ]
     assert 0.4 < sum(p_values) / 100 < 0.65
@@ -185,7 +170,7 @@ def test_length_correlation():
     lengths = torch.arange(1, 13)
     gram = lengths.double().outer(lengths.double())
     assert length_correlation(gram + 3.0, lengths, prompts).value == pytest.approx(1)
-    noisy = gram + 40 * kernel_block(random_rows(0.0, prompts, 4)).gram
+    noisy = gram + 40 * exact_kernel(random_rows(0.0, prompts, 4))
     estimate = length_correlation(noisy, lengths, prompts)
 
     def direct(kept):
@@ -199,7 +184,7 @@ def test_length_correlation():
 
 @given(st.permutations(range(10)))
 def test_order_of_completions_does_not_matter(order):
-    gram = kernel_block(random_rows()).gram
+    gram = exact_kernel(random_rows())
     one = kernel_means(gram, PROMPTS, REWARDS)
     other = kernel_means(gram[order][:, order], PROMPTS[list(order)], REWARDS[list(order)])
     for name, estimate in one.items():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from entropy_oracles import tangent_terms_from_dot_products
 from tiny_groups import TinyGroups, rewards_of
 from tiny_policy import TinyPolicy, loglog_slope
 
@@ -15,7 +16,6 @@ from trl_entropy.estimators.control.exchange import (
 from trl_entropy.estimators.entropy_change.delta_entropy import (
     RatioTerms,
     delta_linear,
-    tangent_terms_from_dot_products,
 )
 from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 

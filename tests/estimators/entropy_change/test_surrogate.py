@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from entropy_oracles import ratio_surrogate
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import TinyPolicy
 
 from trl_entropy.estimators.entropy_change.surrogate import (
     entropy_surrogate,
-    ratio_surrogate,
     score_coefficients,
     surrogate_terms,
 )

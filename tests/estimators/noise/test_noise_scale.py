@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_groups import TinyGroups
 from tiny_policy import TinyPolicy, multisets
+from variance_oracles import noise_parts, unbiased_parts
 
 from trl_entropy.estimators.entropy_change.cross_prompt import group_loss_surrogate
 from trl_entropy.estimators.noise.noise_scale import (
@@ -17,10 +18,8 @@ from trl_entropy.estimators.noise.noise_scale import (
     half_advantages,
     jackknifed_parts,
     micro_batch_parts,
-    noise_parts,
     noise_parts_two_sizes,
     relative_product_error,
-    unbiased_parts,
 )
 
 POLICY = TinyPolicy(max_length=1)

@@ -4,17 +4,16 @@ import functools
 
 import pytest
 import torch
+from kernel_oracles import exact_kernel, score_form_coefficients
 from tiny_groups import TinyGroups, score_gradients
 from tiny_policy import TinyPolicy, multisets
 from tiny_step import DEAD, TinyStep
 
-from trl_entropy.estimators.kernel.fisher_kernel import kernel_block
 from trl_entropy.estimators.kernel.score_change import (
     change_agreement,
     score_change_parts,
     score_change_shares,
     score_change_sums,
-    score_form_coefficients,
 )
 
 
@@ -26,7 +25,7 @@ def tiny_step():
 def parts_of(step, rows):
     """The prediction for some of the completions, whole prompts, from the Gram of those alone."""
     scores = step.scores[rows]
-    products = kernel_block(scores, step.metric).gram * step.alpha[rows, 0]
+    products = exact_kernel(scores, step.metric) * step.alpha[rows, 0]
     return score_change_parts(
         products,
         step.prompt_index[rows],

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import TinyPolicy, multisets
+from variance_oracles import independent_batches_estimate, independent_batches_variance, zeta_components
 
 from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 from trl_entropy.estimators.statistics.u_statistic import (
     cross_gram,
-    independent_batches_estimate,
-    independent_batches_variance,
     jackknife_variance,
     row_means,
     row_means_from_products,
@@ -21,7 +20,6 @@ from trl_entropy.estimators.statistics.u_statistic import (
     u_statistic_estimate,
     u_statistic_jackknife_estimate,
     u_statistic_variance,
-    zeta_components,
 )
 
 PROBABILITIES = [0.5, 0.3, 0.2]

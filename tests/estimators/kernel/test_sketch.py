@@ -5,9 +5,10 @@ import itertools
 
 import pytest
 import torch
+from kernel_oracles import exact_kernel, sketch_stderr
 
-from trl_entropy.estimators.kernel.fisher_kernel import kernel_block, spectrum
-from trl_entropy.estimators.kernel.sketch import CountSketch, sketch_stderr
+from trl_entropy.estimators.kernel.fisher_kernel import spectrum
+from trl_entropy.estimators.kernel.sketch import CountSketch
 
 X = torch.tensor([[1.0, -0.5, 2.0], [0.3, 1.5, 0.7]], dtype=torch.float64)
 METRIC = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64)
@@ -37,7 +38,7 @@ def test_every_hash_in_turn():
         object.__setattr__(sketch, "flips", torch.tensor(flips, dtype=torch.float64))
         rows = sketch.block(X, "block", METRIC)
         grams.append(rows @ rows.T)
-    exact = kernel_block(X, METRIC).gram
+    exact = exact_kernel(X, METRIC)
     grams = torch.stack(grams)
     torch.testing.assert_close(grams.mean(0), exact)
     fourth = 2 * (METRIC.square() * X.square()) @ X.square().T
@@ -54,7 +55,7 @@ def sketched_grams(rows, dim, seeds, metric=None):
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_seeds_are_such_draws(dim):
     """2000 seeds of the hash that is used: mean within 4.5 of its standard errors, variance within 15 %."""
-    exact, grams = kernel_block(X, METRIC).gram, sketched_grams(X, dim, range(2000), METRIC)
+    exact, grams = exact_kernel(X, METRIC), sketched_grams(X, dim, range(2000), METRIC)
     stderr = grams.std(0) / 2000**0.5
     assert ((grams.mean(0) - exact).abs() < 4.5 * stderr + 1e-12).all()
     fourth = 2 * (METRIC.square() * X.square()) @ X.square().T
@@ -73,7 +74,7 @@ def correlated_rows(num=6, dim=4000):
 def test_error_falls_as_the_formula(dim):
     """Error over 100 seeds, relative to sqrt(K_ii K_jj), against sqrt((1 + cos^2)/dim): ratio 1 within 10 %."""
     rows = correlated_rows()
-    exact = kernel_block(rows).gram
+    exact = exact_kernel(rows)
     error = (sketched_grams(rows, dim, range(100)) - exact).square().mean(0)
     assert float((error / sketch_stderr(exact, dim).square()).mean().sqrt()) == pytest.approx(1, abs=0.1)
     norms = exact.diagonal().sqrt()
@@ -114,9 +115,9 @@ def test_chunks_do_not_matter(monkeypatch):
 def test_what_is_not_linear_is_biased():
     """The effective rank of a sketch is too small, and right when the sketch is much wider than the rank."""
     rows = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = spectrum(kernel_block(rows).gram).effective_rank
+    exact = spectrum(exact_kernel(rows)).effective_rank
     sketched = {dim: CountSketch(dim, 0).block(rows, "a") for dim in (20, 4096)}
-    ranks = {dim: spectrum(kernel_block(part).gram).effective_rank for dim, part in sketched.items()}
+    ranks = {dim: spectrum(exact_kernel(part)).effective_rank for dim, part in sketched.items()}
     assert ranks[20] <= 20 < 0.6 * exact
     assert ranks[4096] == pytest.approx(exact, rel=0.02)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from entropy_oracles import curvature_from_hessian_vector_product, ratio_surrogate, tangent_terms_from_dot_products
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_policy import TinyPolicy, loglog_slope, multisets
@@ -12,7 +13,6 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
     RatioTerms,
     critical_length,
     critical_step,
-    curvature_from_hessian_vector_product,
     delta_linear,
     delta_measured,
     delta_second_order,
@@ -21,9 +21,8 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
     policy_entropy,
     second_tangent_terms,
     tangent_terms,
-    tangent_terms_from_dot_products,
 )
-from trl_entropy.estimators.entropy_change.surrogate import ratio_surrogate, surrogate_terms
+from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 from trl_entropy.estimators.statistics.importance import importance_weights
 
 FORMS = ["decision", "sequence"]
