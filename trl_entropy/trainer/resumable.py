@@ -28,7 +28,7 @@ from trl_entropy.trainer.training_state import GenerationWindow
 
 
 class ResumableTrainer(GRPOTrainer):
-    """What [`~trl_entropy.DrGRPOTrainer`] does about checkpoints; see `checkpoints.py` and `training_state.py`."""
+    """What [`~trl_entropy.DrGRPOTrainer`] does about checkpoints: `runs/checkpoints.py` and `training_state.py`."""
 
     _train_sampler: Any = None
     _data_fingerprint: str | None = None
