@@ -17,7 +17,7 @@ from trl_entropy.estimators.statistics.importance import importance_weights
 from trl_entropy.experiments.redraws import ROWS_PER_CHUNK
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.gradients.group_gradients import flat
-from trl_entropy.gradients.scores import TokenScores
+from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.gradients.sequence_products import entropy_shares, gradients_of, weighted_logps
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
@@ -60,7 +60,7 @@ class LargeSet:
 
     @cached_property
     def scores(self) -> TokenScores:
-        return self.state.score(Completions.of(self.rollouts), self.batch_size)
+        return self._score(self.state.before)
 
     @cached_property
     def summary(self) -> Float[Tensor, "3 K"]:
@@ -90,8 +90,7 @@ class LargeSet:
 
     def moved(self, update: Vector) -> Float[Tensor, "3 K"]:
         """For each block after the step: numerator and denominator of (T6), and the sum of (w_i - 1) A_i (T20)."""
-        params = {name: value + update[name] for name, value in self.state.before.items()}
-        there = self.state.score(Completions.of(self.rollouts), self.batch_size, params)
+        there = self._score({name: value + update[name] for name, value in self.state.before.items()})
         weights = importance_weights(there.logps[0], self.scores.logps[0], self._mask)
         terms = entropy_terms(there.entropy[0], weights, self._mask)
         rewards = reward_change_terms(there.logps[0], self.scores.logps[0], self.advantages, self._mask)
@@ -100,6 +99,13 @@ class LargeSet:
     @property
     def _mask(self) -> Tensor:
         return self.rollouts.completion_mask
+
+    def _score(self, params: Vector) -> TokenScores:
+        # Not `state.score`: at its first use the set is drawn inside this block, with `params` in the model. In `moved`
+        # it is then drawn by the policy after a step; to draw it from `state.before` would change published numbers.
+        with self.state.engine.scoring_model(params) as model:
+            completions, temperature = Completions.of(self.rollouts), self.state.args.temperature
+            return score(model, completions, temperature, self.batch_size, params)
 
     def _summed(self, values: Float[Tensor, " B"]) -> Float[Tensor, " K"]:
         return values.double()[self.blocks].sum(1)
