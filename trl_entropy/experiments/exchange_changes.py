@@ -101,8 +101,8 @@ class LargeSet:
         return self.rollouts.completion_mask
 
     def _score(self, params: Vector) -> TokenScores:
-        # Not `state.score`: at its first use the set is drawn inside this block, with `params` in the model. In `moved`
-        # it is then drawn by the policy after a step; to draw it from `state.before` would change published numbers.
+        # Not `state.score`: at its first use the set is drawn inside this block, with `params` in the model. In
+        # `moved` it is then drawn by the policy after a step; `state.before` would change published numbers.
         with self.state.engine.scoring_model(params) as model:
             completions, temperature = Completions.of(self.rollouts), self.state.args.temperature
             return score(model, completions, temperature, self.batch_size, params)
