@@ -1,11 +1,11 @@
 """
-Archive of a run: `trl-entropy archive RUN URL [--metrics-only]` copies RUN to URL/<name of RUN>/.
+Archive a run: `trl-entropy archive RUN URL [--metrics-only]` copies RUN to URL/<name of RUN>/ and verifies the copy.
 
-URL is any that fsspec knows: `s3://bucket/folder`, `gs://...`, `file:///mnt/backup`, or a plain folder.
-`manifest.json`, with size and SHA-256 of every file, is written last: an archive without it is not complete. A file
-counts as archived when what lies there reads back with its size and SHA-256. Only others are copied, so that the same
-command goes on after an interruption, brings an older archive up to date, or checks it. No file of a run is ever
-deleted there, but what the manifest does not name is not of this archive. Imports no torch.
+URL is any that fsspec knows: `s3://bucket/folder`, `gs://...`, `file:///mnt/backup`, or a plain folder. The file
+`manifest.json`, with the size and the SHA-256 of every file, is written last: an archive without it is incomplete.
+Files that read back from the archive with the right size and SHA-256 are not copied again, so the same command
+continues after an interruption, updates an older archive, or checks it. Nothing is ever deleted from the archive; a
+file that the manifest does not name does not belong to it. This command imports no torch.
 """
 
 from __future__ import annotations
@@ -17,24 +17,37 @@ import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 MANIFEST = "manifest.json"
-# Left out with --metrics-only, as in launch/sync.sh.
+# What --metrics-only leaves out, the same as in launch/sync.sh.
 _HEAVY_FOLDERS, _HEAVY_FILES = ("checkpoint-*", "probes"), ("*.safetensors",)
 _UNFINISHED = ("*.tmp", ".rsync-partial")
 _BLOCK = 1 << 22
 
 
+@runtime_checkable
+class _Reader(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+@runtime_checkable
+class _Writer(Protocol):
+    def write(self, data: bytes, /) -> object: ...
+
+
 class FileDigest(NamedTuple):
-    """Size in bytes and SHA-256 of a file."""
+    """The size of a file in bytes and its SHA-256."""
 
     size: int
     sha256: str
 
 
 class Archived(NamedTuple):
-    """What `archive` did: the archive's URL, the digest of every file by its path, the paths that were copied."""
+    """The result of `archive`: its URL, the digest of every file by its path, and the paths that were copied now."""
 
     url: str
     files: dict[str, FileDigest]
@@ -46,14 +59,14 @@ def archive(run: Path, url: str, metrics_only: bool = False) -> Archived:
     Copy a run to `url`/<name of the run>/ and verify it there.
 
     Args:
-        run: the run directory. A run that is still being written: `metrics_only`, as its checkpoints come and go.
-        url: of the folder that is to hold the archive.
-        metrics_only: without checkpoints, weights and the probes' tensors.
+        run: the run directory. Use `metrics_only` while the run is going on, since it deletes old checkpoints.
+        url: the folder in which the archive is made.
+        metrics_only: leave out checkpoints, weights and the files of probes.
 
     Raises:
-        ValueError: when `run` is no run directory, nothing knows the protocol of `url`, or `url` lies in `run`.
-        ImportError: when the package of its protocol is not installed.
-        OSError: when a file does not read back as it was written, or reading or writing fails.
+        ValueError: when `run` is not a run directory, the protocol of `url` is unknown, or `url` lies inside `run`.
+        ImportError: when the package for the protocol of `url` is not installed.
+        OSError: when reading or writing fails, or a file does not read back as it was written.
     """
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run} holds no config.yaml; is it a run directory?")
@@ -69,8 +82,8 @@ def archive(run: Path, url: str, metrics_only: bool = False) -> Archived:
     return Archived(fs.unstrip_protocol(target), files, stale)
 
 
-def _open_target(run: Path, url: str) -> tuple[Any, str]:
-    """File system, and path of the archive on it."""
+def _open_target(run: Path, url: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of `url`, and the path of the archive on it."""
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 
@@ -80,12 +93,12 @@ def _open_target(run: Path, url: str) -> tuple[Any, str]:
         raise ImportError(f"{url} needs a package that is not installed. {error}") from error
     target = f"{folder.rstrip('/')}/{run.resolve().name}"
     if isinstance(fs, LocalFileSystem) and Path(target).resolve().is_relative_to(run.resolve()):
-        raise ValueError(f"{url} would put the archive of {run} into the run itself; choose another folder.")
+        raise ValueError(f"{url} would put the archive of {run} into the run itself. Choose another folder.")
     return fs, target
 
 
 def _names(run: Path, metrics_only: bool) -> Iterator[str]:
-    """Paths below `run`, in order."""
+    """The relative paths of the files to archive, sorted."""
     for path in sorted(run.rglob("*")):
         parts = path.relative_to(run).parts
         heavy = _any_matches(parts[:-1], _HEAVY_FOLDERS) or _any_matches(parts[-1:], _HEAVY_FILES)
@@ -103,26 +116,26 @@ def _digest_here(path: Path) -> FileDigest:
         return _drain(file)
 
 
-def _digest_there(fs: Any, path: str) -> FileDigest | None:
-    """Of what reads back; None when nothing lies there."""
+def _digest_there(fs: AbstractFileSystem, path: str) -> FileDigest | None:
+    """The digest of the archived file; None if there is none."""
     if not fs.exists(path):
         return None
     with fs.open(path, "rb") as file:
         return _drain(file)
 
 
-def _copy(source: Path, fs: Any, target: str) -> FileDigest:
-    """Stream a file there and read it back. The digest is of the bytes sent: a live run's file may have grown."""
+def _copy(source: Path, fs: AbstractFileSystem, target: str) -> FileDigest:
+    """Copy a file and read it back. The digest is that of the bytes sent, as the source may grow meanwhile."""
     fs.makedirs(target.rpartition("/")[0], exist_ok=True)
     with source.open("rb") as file, fs.open(target, "wb") as copy:
         sent = _drain(file, copy)
     if (arrived := _digest_there(fs, target)) != sent:
-        raise OSError(f"{target} does not read back as it was written: sent {sent}, there is {arrived}. Run again.")
+        raise OSError(f"{target} does not read back as it was written: sent {sent}, read {arrived}. Try again.")
     return sent
 
 
-def _drain(file: Any, copy: Any = None) -> FileDigest:
-    """Read to the end, into `copy` if there is one, a block at a time."""
+def _drain(file: _Reader, copy: _Writer | None = None) -> FileDigest:
+    """Read `file` to its end, block by block, and write it to `copy` if that is given; returns the digest."""
     size, sha256 = 0, hashlib.sha256()
     while block := file.read(_BLOCK):
         size += len(block)
@@ -132,17 +145,15 @@ def _drain(file: Any, copy: Any = None) -> FileDigest:
     return FileDigest(size, sha256.hexdigest())
 
 
-def _write_manifest(fs: Any, path: str, files: dict[str, FileDigest]) -> None:
+def _write_manifest(fs: AbstractFileSystem, path: str, files: dict[str, FileDigest]) -> None:
     content = {"files": {name: digest._asdict() for name, digest in files.items()}}
     text = json.dumps(content, indent=1, sort_keys=True).encode()
     if fs.exists(path):
         if fs.cat_file(path) == text:
             return
         fs.rm_file(path)
-    with (
-        fs.transaction,
-        fs.open(path, "wb") as file,
-    ):  # appears whole, at the end; fs.mv takes [1] in a name for a glob
+    # In a transaction the file appears when it is complete. Not `fs.mv`, which would read [1] in a name as a pattern.
+    with fs.transaction, fs.open(path, "wb") as file:
         file.write(text)
 
 
@@ -150,12 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     """Archive the run named on the command line."""
     parser = argparse.ArgumentParser(
         prog="trl-entropy archive",
-        description="Copy a run to URL/<its name>/ and verify it there. The same command goes on, updates, checks.",
+        description="Copy a run to URL/<its name>/ and verify the copy. Call it again to continue, update or check.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument(
-        "url", metavar="URL", help="a folder: s3://bucket/runs, file:///mnt/backup, any that fsspec knows"
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    where = "where the archive goes: s3://bucket/runs, file:///mnt/backup, or any URL that fsspec knows"
+    parser.add_argument("url", metavar="URL", help=where)
     parser.add_argument("--metrics-only", action="store_true", help="leave out checkpoint-*/, probes/, *.safetensors")
     args = parser.parse_args(argv)
     try:

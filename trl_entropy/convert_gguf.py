@@ -1,8 +1,7 @@
 """
-Turn a GGUF file into a folder that training can start from: `trl-entropy convert-gguf FILE FOLDER`.
+Convert a GGUF file to a folder that training can start from: `trl-entropy convert-gguf FILE FOLDER`.
 
-transformers reads GGUF, but holds such a model for quantized and refuses to save it; what it has in memory are plain
-weights.
+transformers reads GGUF into plain weights, but still marks the model as quantized and refuses to save it.
 """
 
 from __future__ import annotations
@@ -10,9 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trl_entropy.runs.console import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TEXTS = ("<think> 3+4=7 </think> <answer>7</answer>", "Ana has 12 eggs.\n\tHow many?  2*31-4", "é ß 漢字 \U0001f95a")
 
@@ -22,8 +24,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     Write the model and the tokenizer of a GGUF file as `from_pretrained` takes them, in float32.
 
     Raises:
-        ValueError: when there is no such file, the folder is there already, the package `gguf` is missing, or the
-            tokenizer does not survive being saved.
+        ValueError: when there is no such file, the folder exists already, the package `gguf` is missing, or the saved
+            tokenizer splits texts differently.
     """
     _check(file, folder)
     import torch
@@ -37,11 +39,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
     saved = AutoTokenizer.from_pretrained(str(folder))
     for text in _TEXTS:
         if saved(text)["input_ids"] != tokenizer(text)["input_ids"]:
-            raise ValueError(f"the tokenizer saved in {folder} splits {text!r} otherwise than that of {file}")
+            raise ValueError(f"the tokenizer saved in {folder} splits {text!r} differently from that of {file}")
 
 
-def without_quantization(model: Any) -> Any:
-    """The same model, of the same weights, that does not say that it was quantized: it can be saved and trained."""
+def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with the same weights that is not marked as quantized, so that it can be saved and trained."""
     settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     plain = type(model)(type(model.config)(**settings))
     plain.load_state_dict(model.state_dict())
@@ -55,15 +57,16 @@ def _check(file: Path, folder: Path) -> None:
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     if folder.exists():
-        raise ValueError(f"{folder} is there already; remove it or name another folder")
+        raise ValueError(f"{folder} exists already; remove it or name another folder")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading GGUF needs the package gguf: pip install 'trl_entropy[gguf]' or pip install gguf")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Unpack the file named on the command line."""
+    """Convert the file named on the command line."""
     parser = argparse.ArgumentParser(
-        prog="trl-entropy convert-gguf", description="Turn a GGUF file into a folder that training can start from."
+        prog="trl-entropy convert-gguf",
+        description="Convert a GGUF file to a folder that training can start from.",
     )
     parser.add_argument("file", type=Path, help="the GGUF file")
     parser.add_argument("folder", type=Path, help="the folder to write")
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         convert_gguf(args.file, args.folder)
     except ValueError as error:
         sys.exit(f"Error: {error}")
-    print(f"model and tokenizer {args.folder}")
+    print(f"model and tokenizer are in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
-The page and the figures of a run: `trl-entropy report RUN [RUN...]`.
+Write the page and the figures of a run: `trl-entropy report RUN [RUN...]`.
 
-Writes `RUN/report/index.html`, one file that opens without network, and the figures on it as PNG; several runs are
-laid over one another on one page.
+Writes `RUN/report/index.html`, a single file that needs no network, and its figures as PNG. For several runs it also
+writes one page that compares them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from trl_entropy.runs.directory import RunDirectory
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the figures and write the page of the runs named on the command line."""
+    """Write the figures and the page of the runs named on the command line."""
     parser = argparse.ArgumentParser(
-        prog="trl-entropy report", description="Draw the figures of a run, and write its page."
+        prog="trl-entropy report", description="Write the page of a run (HTML) and its figures."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument(
-        "--output", type=Path, help="the page; else RUN/report/index.html, and comparison.html for several runs"
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run directory; several are also compared on one page"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="where to write the page (default: RUN/report/index.html; for several runs comparison.html beside it)",
     )
     args = parser.parse_args(argv)
     try:

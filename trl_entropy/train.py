@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_entropy.config.command_line import parse
+from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, model_init_kwargs
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         task, args, model = parse(argv)
-        checkpoints.check_before_loading(args)
+        settings = contract_settings(args)
+        checkpoints.check_before_loading(args.resume_from_checkpoint, Path(args.output_dir), settings)
     except ValueError as error:
         sys.exit(f"Error in the settings: {error}")
     if int(os.environ.get("RANK", "0")) > 0:

@@ -11,14 +11,12 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
+from trl_entropy.analysis.comparison import compare_runs, over_runs, student_t
 from trl_entropy.analysis.run import (
-    compare_runs,
     cosines_of,
     high_entropy_tokens,
     load_run,
-    over_runs,
     spectrum_of,
-    student_t,
     token_dump,
     token_table,
 )
@@ -96,17 +94,17 @@ def test_a_killed_run_shows_what_was_whole(real_run, tmp_path, caplog):
     run, whole = load_run(killed), load_run(real_run)
     assert run.steps.index.tolist() == [1]
     pd.testing.assert_series_equal(run.steps["reward"], whole.steps["reward"].loc[[1]])
-    assert len(run.completions) < len(whole.completions) and "is not finished" in caplog.text
+    assert len(run.completions) < len(whole.completions) and "the file is incomplete" in caplog.text
     assert set(run.evaluation["step"]) == {0}
 
 
 def test_a_run_without_a_kernel_says_so(tmp_path):
-    with pytest.raises(ValueError, match="holds no Fisher kernel; train with fisher_probe: true"):
+    with pytest.raises(ValueError, match=r"holds no Fisher kernel\. Train with fisher_probe: true"):
         load_run(tmp_path).kernel()
 
 
 def test_a_path_that_is_no_run(tmp_path):
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="There is no directory"):
         load_run(tmp_path / "none")
 
 

@@ -87,10 +87,10 @@ def test_set_point_with_the_entropy_and_its_errors(axes):
     assert axes.lines[-1].get_ydata()[0] == 0.22
 
 
-def test_budget_shows_what_was_realised_at_the_step_that_made_it(axes):
-    assert plots.plot_budget(axes, BUDGET) is axes
+def test_a_controlled_change_is_shown_at_the_step_that_made_it(axes):
+    assert plots.plot_controlled_change(axes, BUDGET) is axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert drawn["realised"] == [[1, -0.03]] and drawn["with correction, predicted"] == [[1, -0.02], [2, -0.01]]
+    assert drawn["measured"] == [[1, -0.03]] and drawn["predicted, with correction"] == [[1, -0.02], [2, -0.01]]
 
 
 def test_kernel_shows_cosines_and_parts_prompts(axes):

@@ -108,7 +108,7 @@ class Measure(TrainerCallback):
         """Texts of one completion of each problem at temperature 1, and their mean token entropy."""
         trainer, config = self.trainer, self.trainer.generation_config
         temperature, config.temperature = config.temperature, 1.0
-        drawn = trainer.draw_completions([self.problems[int(row)]["prompt"] for row in problems], seed)
+        drawn = trainer.probe_batches.draw_completions([self.problems[int(row)]["prompt"] for row in problems], seed)
         config.temperature = temperature
         entropy, mask = score(trainer.model, drawn, 1.0, 256).entropy[0], drawn.completion_mask.bool()
         ids = [row[kept] for row, kept in zip(drawn.input_ids[:, -mask.shape[1] :], mask, strict=True)]

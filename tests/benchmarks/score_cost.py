@@ -30,8 +30,8 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = build(DrGRPOTrainer, DrGRPOConfig, Path(folder), steps=1)
-        trainer._step_prompts.append(set())
-        completions = trainer.draw_probe_batch(64, "held_out", step=1)
+        trainer.step_prompts.add([], 0)
+        completions = trainer.probe_batches.draw(64, "held_out", step=1)
     params = {name: p.detach() for name, p in trainer.model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     direction = {name: 1e-3 * torch.randn(p.shape, generator=generator) for name, p in params.items()}

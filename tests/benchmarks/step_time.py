@@ -152,7 +152,7 @@ def noise_scale(hidden: int, options: argparse.Namespace) -> None:
             DrGRPOTrainer, DrGRPOConfig, Path(folder), 4 * options.rounds, build_model(hidden), odd_tokens,
             noise_scale_probe=True, per_device_train_batch_size=32, num_generations=4,
         )  # fmt: skip
-        (probe,) = trainer.named_probes().values()
+        (probe,) = trainer.probe_runner.named_probes().values()
         probe.wants = lambda step: step % 4 in (3, 0)  # from the second step on: off, on, on, off
         trainer.train()
     for clock, name in ((watch.cpu_seconds, "CPU"), (watch.seconds, "wall")):

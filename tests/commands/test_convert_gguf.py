@@ -28,7 +28,7 @@ def test_refusals(tmp_path):
     with pytest.raises(SystemExit, match="there is no file"):
         main([str(file), str(tmp_path / "new")])
     file.touch()
-    with pytest.raises(SystemExit, match="is there already; remove it or name another folder"):
+    with pytest.raises(SystemExit, match="exists already; remove it or name another folder"):
         main([str(file), str(tmp_path)])
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_entropy import sft
 from trl_entropy.config.command_line import parse
 from trl_entropy.models.embedded import build_model, build_tokenizer
+from trl_entropy.models.fine_tuning import tokenize_demonstrations, train_sft
 from trl_entropy.models.warm_start import WARM_START_RECIPE, warm_start_config
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.word_problems import load_demonstrations
@@ -30,7 +31,7 @@ def tokenizer():
 
 
 def test_only_completion_and_end_token_are_taught(tokenizer):
-    dataset = sft.tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), tokenizer)
+    dataset = tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), tokenizer)
     assert dataset.column_names == ["input_ids", "labels"]
     for row, prompt, text in zip(dataset, DEMONSTRATIONS["prompt"], ["1+1=2", "2+2+2=6"], strict=True):
         num_prompt = len(tokenizer(prompt)["input_ids"])
@@ -39,32 +40,32 @@ def test_only_completion_and_end_token_are_taught(tokenizer):
 
 
 def test_demonstrations_that_do_not_fit_are_dropped(tokenizer, caplog):
-    dataset = sft.tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), tokenizer, max_length=6)
+    dataset = tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), tokenizer, max_length=6)
     assert [tokenizer.decode(ids) for ids in dataset["input_ids"]] == ["1+1=2<|endoftext|>"]
     assert "dropped 1 of 2 demonstrations longer than 6 tokens" in caplog.text
     with pytest.raises(ValueError, match="the shortest has 6"):
-        sft.tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), tokenizer, max_length=5)
+        tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), tokenizer, max_length=5)
 
 
 def test_bad_input_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"missing: \['completion'\]"):
-        sft.tokenize_demonstrations(Dataset.from_dict({"prompt": ["a"]}), tokenizer)
+        tokenize_demonstrations(Dataset.from_dict({"prompt": ["a"]}), tokenizer)
     endless = build_tokenizer()
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
-        sft.tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), endless)
+        tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), endless)
 
 
 def test_training_matches_a_plain_loop(tokenizer, tmp_path):
     """Three steps of `SFTTrainer` by the recipe against AdamW written out."""
     dataset = load_demonstrations(48)
-    trained = sft.train_sft(build_model(tokenizer, 0), tokenizer, dataset, warm_start_config(tmp_path, 0)).model
+    trained = train_sft(build_model(tokenizer, 0), tokenizer, dataset, warm_start_config(tmp_path, 0)).model
     model = build_model(tokenizer, 0)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    tokenized = sft.tokenize_demonstrations(dataset, tokenizer)
+    tokenized = tokenize_demonstrations(dataset, tokenizer)
     for step in range(3):
         rows = tokenized.select(range(16 * step, 16 * step + 16))
         ids, labels = (
@@ -124,7 +125,7 @@ def test_the_command_leaves_adapter_tokenizer_settings_and_the_merged_model(adap
     (["--model_name_or_path", ""], "model_name_or_path is not set"),
 ])  # fmt: skip
 def test_errors_of_the_command_come_before_anything_is_loaded(tmp_path, more, message, monkeypatch):
-    monkeypatch.setattr("trl_entropy.models.fine_tuning.train_sft", lambda *a: pytest.fail("training"))
+    monkeypatch.setattr("trl_entropy.sft.train_sft", lambda *a: pytest.fail("training"))
     with pytest.raises(SystemExit, match=message):
         sft.main(["--config", str(SFT_CONFIG), "--output_dir", str(tmp_path), *SMALL, *more])
 
@@ -151,7 +152,7 @@ def test_rl_starts_from_the_adapter(adapter, tmp_path, beta, caplog):
     for name, value in saved.items():
         assert torch.equal(trainable[name.replace(".weight", ".default.weight")], value)
     dropouts = [m.p for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.Dropout) and "lora" in n]
-    assert not any(dropouts) and "dropout 0.05 set to 0" in caplog.text
+    assert not any(dropouts) and "dropout 0.05 is set to 0" in caplog.text
     trainer.reward_funcs = [lambda completion_ids, **kwargs: [float(sum(ids) % 2) for ids in completion_ids]]
     trainer.train()
     rows = RunDirectory(tmp_path).metrics()
@@ -164,7 +165,7 @@ def test_rl_starts_from_the_adapter(adapter, tmp_path, beta, caplog):
 
 def test_rl_starts_from_the_merged_model_with_a_new_adapter_but_not_from_two(adapter, tmp_path):
     settings = [*RL, "--use_peft", "--lora_r", "4", "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match=r"holds an adapter, which RL goes on training.*Set use_peft=False"):
+    with pytest.raises(ValueError, match=r"holds an adapter, which RL would continue to train.*Set use_peft=False"):
         parse([*settings, "--model_name_or_path", str(adapter)])
     trainer = build_trainer(*parse([*settings, "--model_name_or_path", str(adapter / "merged")]))
     assert trainer.model.peft_config["default"].base_model_name_or_path == str(adapter / "merged")

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from trl_entropy import sft
-from trl_entropy.config.command_line import parse
+from trl_entropy.config.command_line import parse, parse_sft
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.train import _say_start, main
 
@@ -36,7 +35,7 @@ def test_every_shipped_config_is_read(path, tmp_path):
     assert text.startswith("# ") and "# Hardware:" in text and "# Start:" in text
     given = yaml.safe_load(text)
     fine_tuning = path.name.startswith("sft-")
-    read = sft.parse if fine_tuning else parse
+    read = parse_sft if fine_tuning else parse
     task, args, model = read(["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "True"])
     assert args.learning_rate == given["learning_rate"] and task.task == given["task"]
     command = "trl_entropy.sft" if fine_tuning else "trl_entropy.train"

@@ -3,7 +3,8 @@
     accelerate launch --config_file launch/zero2-cpu.yaml tests/distributed/resume_worker.py OUTPUT_DIR SETTINGS...
 
 Each of SETTINGS is one run as JSON: `name`, a folder of OUTPUT_DIR; `stop_after`, a step; `resume`; `lora`; fields of
-DrGRPOConfig. The hash of the trained parameters is left in `weights.txt`.
+DrGRPOConfig; `pass_reward`, with which the curriculum's pass rates are those of the newest group. The
+hash of the trained parameters is left in `weights.txt`.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ def train(
     resume=None,
     lora=False,
     equal_often=False,
+    pass_reward=None,
     **settings,
 ) -> None:
     from datasets import Dataset
@@ -47,6 +49,13 @@ def train(
             if state.global_step == stop_after:
                 control.should_training_stop = True
 
+    class QuickCurriculum(DrGRPOTrainer):
+        def _new_sampler(self):
+            return super()._new_sampler(ema=1.0)
+
+    trainer_class = DrGRPOTrainer
+    if pass_reward is not None:
+        trainer_class, QuickCurriculum.pass_reward = QuickCurriculum, pass_reward
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     defaults = {
         "num_generations": 4,
@@ -68,7 +77,7 @@ def train(
         "save_steps": 1,
         "disable_tqdm": True,
     }
-    trainer = DrGRPOTrainer(
+    trainer = trainer_class(
         model=model_path,
         reward_funcs=sparse_reward if equal_often else reward,
         args=DrGRPOConfig(output_dir=str(output_dir / name), **(defaults | settings)),

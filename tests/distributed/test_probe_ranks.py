@@ -108,7 +108,8 @@ def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, e
     for step, row in enumerate(rows, start=1):
         file = load_file(run / "probes" / "entropy" / f"step_{step:06d}.safetensors")
         completions = Completions(
-            *(file[name] for name in ("input_ids", "attention_mask", "completion_mask", "prompt_index"))
+            *(file[name] for name in ("input_ids", "attention_mask", "completion_mask", "prompt_index")),
+            loss_mask=file["completion_mask"],
         )
         parameters = load_file(run / f"parameters_{step}.safetensors")
         before, after = (

@@ -16,7 +16,7 @@ CASES = {
     "lora": {"lora": True},
     "generation window": {"steps_per_generation": 3, "num_iterations": 1},
     "two iterations": {"num_iterations": 2},
-    "curriculum": {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_pass_reward": 0.9},
+    "curriculum": {"curriculum": "pass_rate", "pass_reward": 0.9},
     "resampling": {"resample_uninformative_groups": True, "equal_often": True, "max_resample_rounds": 2},
     "second epoch": {"num_prompts_per_step": 16},  # two steps an epoch
 }

@@ -77,7 +77,7 @@ def check_tables(run, summaries):
 def test_a_timeout_is_said_and_leaves_nothing_half(run, capsys):
     with pytest.raises(SystemExit, match="1 of 1 failed"):
         main(["--run", str(run), "--checkpoints", "2", "--timeout", "0.2", "--seed", "7"])
-    assert "failed: not done after 0 s; raise --timeout" in capsys.readouterr().out
+    assert "failed: not finished after 0 s; raise --timeout" in capsys.readouterr().out
     assert not list((run / "evaluation").glob(".step*"))
 
 

@@ -79,7 +79,7 @@ def test_done_means_these_weights_under_these_settings(run):
 
 def test_a_run_that_does_not_say_its_task(run):
     (run / "config.yaml").write_text("seed: 0\n")
-    with pytest.raises(ValueError, match="Write `task: word_problems`"):
+    with pytest.raises(ValueError, match="add `task: word_problems`"):
         read_config(run)
     with pytest.raises(ValueError, match=r"no config\.yaml"):
         read_config(run / "checkpoint-5")

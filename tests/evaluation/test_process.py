@@ -47,5 +47,5 @@ def test_it_is_ended_when_cancelled_and_when_late(run):
     cancel, start = threading.Event(), time.monotonic()
     threading.Timer(0.3, cancel.set).start()
     assert run("import time; time.sleep(100)", cancel=cancel) == process.CANCELLED
-    assert run("import time; time.sleep(100)", timeout=0.3) == "not done after 0 s; raise --timeout"
+    assert run("import time; time.sleep(100)", timeout=0.3) == "not finished after 0 s; raise --timeout"
     assert time.monotonic() - start < 20

@@ -201,6 +201,7 @@ def test_scoring_is_within_the_stated_factor(shape_of, changes, rows, prompt, co
         torch.ones(rows, prompt + completion, dtype=torch.long),
         torch.ones(rows, completion, dtype=torch.long),
         torch.arange(rows),
+        loss_mask=torch.ones(rows, completion, dtype=torch.long),
     )
     direction = {name: torch.ones_like(param) for name, param in model.named_parameters()}
     with LiveBytes() as live:

@@ -61,7 +61,7 @@ def test_attention_is_refused_where_scoring_has_no_derivative(attention):
     config = Qwen2Config(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1, attn_implementation=attention)  # fmt: skip
     model, ones = Qwen2ForCausalLM(config), torch.ones(2, 6, dtype=torch.long)
-    completions = Completions(ones, ones, ones[:, :3], torch.arange(2))
+    completions = Completions(ones, ones, ones[:, :3], torch.arange(2), loss_mask=ones[:, :3])
     direction = {name: torch.ones_like(param) for name, param in model.named_parameters()}
     supported = support.ATTENTIONS[attention] is None
     for order in (1, 2):

@@ -22,7 +22,7 @@ QUANTISATION = "preflight/test_support.py::test_quantised_base_is_refused_by_flo
 # Axis -> the test of a probe that scores the model, supported or refused; and of one that does not.
 SCORING = {"attention": ATTENTION, "quantisation": QUANTISATION}
 NOT_SCORING = dict.fromkeys(SCORING, "trainer/test_trainer.py::test_probes_that_take_any_kernel_do_not_score")
-KL_UNDER_ZERO3 = "test_config.py::test_kl_is_refused_under_zero3"
+KL_UNDER_ZERO3 = "config/test_config.py::test_kl_is_refused_under_zero3"
 
 
 def probes_of(name: str, directory: Path) -> set[str]:

@@ -131,7 +131,7 @@ def test_a_live_run_of_one_step_has_a_page(tmp_path):
     RunDirectory(tmp_path / "live").append_metrics(1, {"reward": 0.25, "entropy/policy": 0.5})
     page = Page(write_page([tmp_path / "live"], tmp_path / "page.html").read_text())
     assert [text for _, text in page.numbers] == ["0.25", "0.25", "0.5", "0.5"]
-    assert "Nothing to warn of." in "".join(page.text)
+    assert "No warnings." in "".join(page.text)
 
 
 def test_plain_text_keeps_lines_and_letters():

@@ -19,7 +19,7 @@ def test_a_good_run_raises_none():
 @pytest.mark.parametrize("changed, title", [
     ({"entropy/importance_ess": 31.9}, "Importance weights are uneven"),
     ({"entropy/delta_measured": 1e-8, "entropy/error_linear": 0.0}, "Noise floor reached"),
-    ({"entropy/error_linear": 0.007}, "Linear regime left"),
+    ({"entropy/error_linear": 0.007}, "First-order prediction fails"),
     ({"entropy/policy": 0.09}, "Entropy has collapsed"),
     ({"grad_norm": float("nan")}, "Not a finite number"),
     ({"frac_reward_zero_std": 1.0}, "No learning signal"),

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -87,6 +88,9 @@ def test_config_and_environment(tmp_path):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["num_processes"] == 2
     assert environment["packages"]["torch"] and environment["python"]
+    checkout = Path(__file__).parents[2]
+    git = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert (environment["git_commit"] or "").removesuffix("+") == git.stdout.strip()
 
 
 def test_reading_a_run_imports_no_torch():

@@ -94,7 +94,8 @@ def test_resumed_draws_are_those_of_the_unbroken_run(seen):
                 state = {k: v.clone() if hasattr(v, "clone") else v for k, v in straight.state_dict().items()}
                 state["drawn"] = [list(chunk) for chunk in state["drawn"]]
     resumed, got = sampler(), []
-    resumed.load_state_dict(state, within_epoch=seen < 5)
+    resumed.resumes_within_epoch = seen < 5
+    resumed.load_state_dict(state)
     if seen < 5:
         for number, rows in enumerate(generations(resumed)):
             got.append(rows)

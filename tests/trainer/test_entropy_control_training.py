@@ -1,7 +1,6 @@
 """The entropy control in training: steps follow it, moments do not see it, off is off, resumed, refused by name."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,16 +62,16 @@ def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
 class Watch(Probe):
     """Keeps a step's completions and the parameters that it starts from."""
 
-    def on_rollouts(self, args, state, control, *, rollouts, trainer, **kwargs):
+    def on_rollouts(self, args, state, control, *, rollouts, model, **kwargs):
         self.rollouts = Completions.of(rollouts)
-        self.params = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+        self.params = {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
 @pytest.mark.parametrize("settings, pooled", [({}, True), ({"num_iterations": 2}, False)], ids=str)
 def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, problems, settings, pooled):
     watch = Watch()
     trainer, rows = trained(make_trainer, problems, callbacks=[watch], max_steps=1, **settings, **CONTROL)
-    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_control"))
+    control = trainer.probe_runner.named_probes()["EntropyControl"]
     trainer.model.load_state_dict(watch.params, strict=False)
     total = count = 0.0
     for completions in [control._completions, *([watch.rollouts] if pooled else [])]:
@@ -140,23 +139,23 @@ def test_composes_with_lora_losses_and_off_policy_steps(make_trainer, problems):
 
 def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, caplog):
     trainer = make_trainer(dataset=problems, max_steps=2, lr_scheduler_type="constant", **CONTROL)
-    (control,) = (probe for name, probe in trainer.named_probes().items() if name.endswith("entropy_control"))
+    control = trainer.probe_runner.named_probes()["EntropyControl"]
     for _ in range(20):
         control.prediction_check.add(0.01, Estimate(-0.01, 0.001, 30.0, 16))
     control.load_state_dict(control.state_dict() | {"before": [1e-9, 0.0, 9.0, 0.001, 30.0, 16]})
     with caplog.at_level(logging.WARNING, logger="trl_entropy"):
         trainer.train()
     (message,) = (record.getMessage() for record in caplog.records if "entropy_control" in record.getMessage())
-    assert "off from step 1 on" in message and "entropy_control_cap" in message
+    assert "off from step 1 on" in message and "entropy_control_num_completions" in message
     rows = RunDirectory(trainer.args.output_dir).metrics()
     assert [row["entropy_control/active"] for row in rows] == [0, 0]
     assert rows[0]["entropy_control/delta_predicted"] == rows[0]["entropy_control/delta_optimizer"]
 
 
-def test_a_step_that_was_dropped_leaves_nothing_to_the_next():
+def test_a_step_that_was_dropped_leaves_nothing_to_the_next(tmp_path):
     """Under DeepSpeed a gradient that is not finite makes no step; its coefficients must not join the next one's."""
     recorder, mask = LossCoefficientRecorder(), torch.ones(2, 3, dtype=torch.long)
-    args = SimpleNamespace(use_bias_correction_kl=False)
+    args = DrGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     for factor in (float("nan"), 3.0):
         logps = torch.zeros(2, 3, requires_grad=True)
         recorder.watch({}, logps, torch.zeros(2, 3))
@@ -169,8 +168,8 @@ def test_a_step_that_was_dropped_leaves_nothing_to_the_next():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"entropy_control": "keep"}, "entropy_control to one of"),
-        ({"entropy_control_completions": "probes"}, "entropy_control_completions to one of"),
+        ({"entropy_control": "keep"}, "entropy_control is 'keep'; use one of"),
+        ({"entropy_control_completions": "probes"}, "entropy_control_completions is 'probes'; use one of"),
         ({"entropy_control_per_step": None}, "either entropy_control_target or entropy_control_per_step"),
         ({"entropy_control_target": 0.3}, "either entropy_control_target or entropy_control_per_step"),
         ({"optim": "sgd"}, "optim='adamw_torch_fused'"),

@@ -114,7 +114,7 @@ def test_probe_batch_is_independent_of_the_step(make_trainer, problems):
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            seen.append(set().union(*trainer._step_prompts))
+            seen.append(trainer.step_prompts.all())
 
     trainer = make_trainer(max_steps=3, dataset=problems, callbacks=[Look()], **PROBE)
     trainer.train()

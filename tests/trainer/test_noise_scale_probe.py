@@ -337,7 +337,7 @@ def config(tmp_path, **settings):
             "length_normalizer='max_completion_length'",
         ),
         ({"noise_scale_within_prompt": True, "num_generations": 2}, "num_generations=4"),
-        ({"noise_scale_from": "halves"}, "'micro_batches'"),
+        ({"noise_scale_from": "halves"}, "is 'halves'; use one of groups, micro_batches"),
         (MICRO | {"per_device_train_batch_size": 32}, "batch_size=16 with gradient_accumulation_steps=2"),
         (
             MICRO | {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4},

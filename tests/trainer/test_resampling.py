@@ -6,6 +6,7 @@ from collections import Counter
 import pandas as pd
 import pytest
 import torch
+from curriculum_trainer import with_curriculum
 from datasets import Dataset
 
 from trl_entropy import DrGRPOConfig, Probe
@@ -202,7 +203,7 @@ def test_where_all_are_informative_training_is_as_without(trained, problems, set
 
 
 def test_the_curriculum_learns_from_replaced_groups_too(trained):
-    settings = {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_pass_reward": 1e-9}
+    settings = {"curriculum": "pass_rate", "trainer_class": with_curriculum(pass_reward=1e-9, ema=1.0)}
     _, rows, trainer = trained(**ON, **settings, max_steps=1, max_resample_rounds=20)
     drawn = rows[0]["resampling/num_completions"] / 4
     learned = (trainer._train_sampler.rates != 0.5).sum()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from curriculum_trainer import with_curriculum
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
@@ -82,12 +83,12 @@ CASES = {
     "noise scale of an adapter": {"noise_scale_probe": True, "lora": True, "steps_per_generation": 2},
     "rollouts source": {"entropy_probe": True, "entropy_probe_completions": "rollouts"},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2},
-    "curriculum": {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_pass_reward": 0.5},
+    "curriculum": {"curriculum": "pass_rate", "trainer_class": with_curriculum(pass_reward=0.5, ema=1.0)},
     "curriculum in the second epoch": {"curriculum": "pass_rate", "per_device_train_batch_size": 32},
     "resampling": {"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "dataset_factor": 2},
     "resampling by pass rate": {
         **{"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "curriculum": "pass_rate"},
-        **{"curriculum_ema": 1.0, "noise_scale_probe": True, "lora": True},
+        **{"trainer_class": with_curriculum(ema=1.0), "noise_scale_probe": True, "lora": True},
     },
     "resampling inside a generation window": {
         **{"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "max_resample_rounds": 1},
@@ -194,6 +195,7 @@ def test_a_broken_checkpoint_is_named_and_passed_over(make_trainer, run, harm, m
     [
         ({"seed": 1}, "seed was 42 and is 1"),
         ({"learning_rate": 5e-4}, "learning_rate was 0.001 and is 0.0005"),
+        ({"token_control": "random"}, "token_control was 'none' and is 'random'"),
         ({"max_steps": 9}, "max_steps was 3 and is 9.*use additional_steps"),
         ({"dataset": Dataset.from_dict({"prompt": ["other"] * 8})}, "data was"),
         ({"lora": True}, "model was"),

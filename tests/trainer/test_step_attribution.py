@@ -206,7 +206,9 @@ def test_parts_sum_in_float64(model_path):
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
     lr, betas, eps, decay = 1e-3, (0.9, 0.99), 1e-8, 0.1
     ids, mask = torch.randint(2, 300, (6, 14)), torch.ones(6, 14, dtype=torch.long)
-    update_batch, probe_batch = (Completions(x, mask, mask[:, :8], torch.arange(6)) for x in (ids, ids.flip(0, 1)))
+    update_batch, probe_batch = (
+        Completions(x, mask, mask[:, :8], torch.arange(6), loss_mask=mask[:, :8]) for x in (ids, ids.flip(0, 1))
+    )
     coefficients = torch.randn(6, 8, dtype=torch.float64) / 50
     with float64_reference(model):
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -2,16 +2,16 @@
 
 import itertools
 import logging
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from published_token_control import PublishedLoss
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
-from trl_entropy.control import control_micro_batch
+from trl_entropy.control import TokenControl
 from trl_entropy.estimators.control.token_control import kl_cov_tokens, token_covariances
-from trl_entropy.probes.step_statistics import StepStatistics
 from trl_entropy.runs.directory import RunDirectory
 
 CLIP = {"token_control": "clip_cov", "token_control_bounds": [0.2, 0.9], "token_control_quantiles": True,
@@ -136,15 +136,17 @@ def test_kl_cov_of_micro_batches_is_the_published_loss(make_trainer):
     assert rows[1]["token_control/mean_covariance"] == pytest.approx(sum(covariances) / len(covariances), rel=1e-5)
 
 
-def test_chance_depends_on_seed_step_micro_batch_and_rank_alone():
+def test_chance_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path):
+    random = {"token_control": "random", "token_control_fraction": 0.3, "use_cpu": True, "bf16": False}
+    by_seed = [DrGRPOConfig(output_dir=str(tmp_path), seed=seed, **random) for seed in (0, 1)]
+
     def chosen(seed, step, number, rank):
-        args = SimpleNamespace(seed=seed, token_control="random", token_control_fraction=0.3)
-        accelerator = SimpleNamespace(process_index=rank)
-        trainer = SimpleNamespace(args=args, accelerator=accelerator, step=step, epsilon_low=0.2, epsilon_high=0.2)
+        accelerator = Mock(spec=Accelerator, process_index=rank)
+        control = TokenControl(by_seed[seed], accelerator, score=pytest.fail)
         logps, mask = torch.zeros(4, 10), torch.ones(4, 10, dtype=torch.long)
         inputs = {"advantages": torch.ones(4), "completion_mask": mask}
-        statistics = StepStatistics(torch.device("cpu"))
-        return control_micro_batch(trainer, inputs, logps, number, statistics)["advantages"] == 0
+        control.change_micro_batch(inputs, logps, step, number)
+        return inputs["advantages"] == 0
 
     settings = list(itertools.product((0, 1), repeat=4))
     found = [frozenset(places(chosen(*numbers))) for numbers in settings]
@@ -249,14 +251,14 @@ def test_kl_cov_is_warned_of_where_no_update_is_off_policy(tmp_path, caplog, set
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"token_control": "clip"}, "token_control to one of"),
+        ({"token_control": "clip"}, "token_control is 'clip'; use one of none, clip_cov"),
         ({"token_control_fraction": 0.0}, "token_control_fraction"),
         ({"token_control_bounds": [0.5, 0.4]}, "token_control_bounds"),
         ({"token_control_bounds": [0.5, 1.5]}, "token_control_bounds"),
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"token_control": "kl_cov", "loss_type": "dapo"}, "loss_type='dr_grpo'"),
         ({"fisher_probe": True, "fisher_num_sequences": 16}, "token_control='none'"),
-        ({"token_control_scope": "rollouts"}, "token_control_scope to one of"),
+        ({"token_control_scope": "rollouts"}, "token_control_scope is 'rollouts'; use one of"),
         ({"token_control_scope": "micro_batch", "loss_type": "cispo"}, "loss_type to one of"),
         ({"token_control_scope": "micro_batch", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ({"token_control": "kl_cov", "noise_scale_probe": True}, "token_control other than 'kl_cov'"),

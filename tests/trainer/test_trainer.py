@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from curriculum_trainer import with_curriculum
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -287,7 +288,7 @@ def test_the_curriculum_learns_from_every_scored_group(make_trainer, tmp_path):
         return [float(prompt.startswith("Ann")) for prompt in prompts]
 
     recorder = Recorder()
-    settings = {"curriculum": "pass_rate", "curriculum_ema": 1.0, "curriculum_easy_weight": 0.0}
+    settings = {"curriculum": "pass_rate", "trainer_class": with_curriculum(weights=(1.0, 2.0, 0.0), ema=1.0)}
     trainer = make_trainer(
         dataset=Dataset.from_dict({"prompt": prompts}),
         reward_funcs=reward,

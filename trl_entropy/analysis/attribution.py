@@ -1,7 +1,7 @@
 """
-Who moved the entropy: a run's attributed change (T9) by token, completion, prompt and kind of token, from its files.
+What changed the entropy: a step's first-order change (T9) by token, completion, prompt and kind of token.
 
-    run = load_run("runs/quickstart")             # of a run with entropy_attribution: token
+    run = load_run("runs/quickstart")             # a run with entropy_attribution: token
     tokens = attribution_table(run)
     shares(tokens, categories(tokens, "outcome_probability"))
 
@@ -16,10 +16,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from trl_entropy.analysis.run import Run, student_t
+from trl_entropy.analysis.comparison import student_t
+from trl_entropy.analysis.run import Run
 from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
 
-# Edges that steps and runs share.
+# Fixed edges of bins, so that steps and runs can be compared.
 _EDGES = {
     "probability": (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0),
     "pass_rate": (0.0, 0.25, 0.5, 0.75, 1.0),
@@ -29,17 +30,21 @@ BY = ("outcome", "outcome_probability", "probability", "entropy", "position", "l
 
 def attribution_table(run: Run, steps: Iterable[int] | None = None) -> pd.DataFrame:
     """
-    What each token of the steps' own completions did to the policy's entropy, to first order.
+    How much each token of the steps' own completions changed the policy's entropy, to first order.
 
     Args:
-        run: with `entropy_attribution: token`; with `sequence` a row is a completion, without what is a token's.
-        steps: those to read; all that have a file.
+        run: a run with `entropy_attribution: token`; with `sequence` a row is a completion and lacks the columns of a
+            token.
+        steps: the steps to read; by default all that have a file.
 
     Returns:
-        A row a completion token: `step`, `row`, `prompt_index`, `position` (0: the completion's first), `token_id`,
-        `token`, `attribution` (nats per token), `advantage` (T1), `reward`, `pass_rate` (mean reward of the prompt's
-        group: the larger, the easier), `length` (tokens of the completion), `probability` and `entropy` (nats) under
+        A row for each completion token: `step`, `row`, `prompt_index`, `position` (0 is the first token of the
+        completion), `token_id`, `token`, `attribution` (nats per token), `advantage` (T1), `reward`, `pass_rate` (mean
+        reward of the prompt's group), `length` (tokens of the completion), `probability` and `entropy` (nats) under
         the policy before the step.
+
+    Raises:
+        ValueError: when the files of a step do not belong together.
     """
     steps = run.probe_steps("attribution") if steps is None else steps
     tables = [_table_of(run, step) for step in steps]
@@ -49,7 +54,9 @@ def attribution_table(run: Run, steps: Iterable[int] | None = None) -> pd.DataFr
 def _table_of(run: Run, step: int) -> pd.DataFrame:
     given, rollouts = run.probe_file("attribution", step), run.probe_file("rollouts", step)
     if not np.array_equal(given["prompt_index"], rollouts["prompt_index"]):
-        raise ValueError(f"step {step}: the rows of probes/attribution and of probes/rollouts differ")
+        raise ValueError(
+            f"step {step}: probes/attribution and probes/rollouts have different rows; are they files of two runs?"
+        )
     rewards = pd.Series(rollouts["rewards"].astype(float))
     of_rows = pd.DataFrame({
         "advantage": given.get("raw_advantages", rollouts["advantages"]), "reward": rewards,
@@ -71,16 +78,17 @@ def _table_of(run: Run, step: int) -> pd.DataFrame:
 
 def categories(table: pd.DataFrame, by: str, edges: Sequence[float] | None = None) -> pd.Series:
     """
-    What each row of an [`attribution_table`] belongs to.
+    The category of each row of an [`attribution_table`].
 
     Args:
         table: the rows.
-        by: one of `BY`. An outcome is correct above advantage 0 and incorrect below; at 0 a row belongs to none.
-        edges: of the bins of a quantity, ascending; by default a quarter of the rows each, but for `probability` and
-            `pass_rate`, which have fixed ones.
+        by: one of `BY`. The outcome is correct if the advantage is above 0 and incorrect if it is below; a row with
+            advantage 0 has no category.
+        edges: edges of the bins of a quantity, ascending. By default those of `probability` and `pass_rate` are fixed,
+            and other quantities are divided at their quartiles.
 
     Raises:
-        ValueError: for what the table has not.
+        ValueError: when the table has no such column.
     """
     if by not in BY or (by not in table and not by.startswith("outcome")):
         raise ValueError(f"by is {by!r}: use one of {[name for name in BY if name in table or 'outcome' in name]}")
@@ -104,16 +112,16 @@ def _binned(values: pd.Series, edges: Sequence[float] | None) -> pd.Series:
 
 def shares(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
     """
-    Each category's share of the change that all of them make, summed over steps before it is divided (T9).
+    Each category's share of the total change (T9); numerator and denominator are summed over steps before division.
 
     Args:
-        table: of [`attribution_table`].
-        category: of each of its rows, from [`categories`] or your own; rows of no category (nan) are left out.
+        table: from [`attribution_table`].
+        category: the category of each row, from [`categories`] or your own; rows without one (nan) are left out.
 
     Returns:
-        By category: `change`, nats per token and step; `share` of it, beyond [0, 1] where categories pull apart, with
-        its 95 % interval `low`, `high` (Fieller; jackknife over prompts, steps independent given the policy), infinite
-        where the whole is consistent with 0; `token_share`, the share of rows.
+        By category: `change`, nats per token and step; `share` of the total, outside [0, 1] if categories have
+        opposite signs, with its 95 % interval `low`, `high` (Fieller; jackknife over prompts, with steps independent
+        given the policy), which is infinite if the total is consistent with 0; `token_share`, the share of the rows.
     """
     groups = table.assign(category=category).groupby(["step", "prompt_index", "category"], observed=False)
     sums = groups["attribution"].sum().unstack("category", fill_value=0.0)
@@ -135,7 +143,7 @@ def shares(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
 
 
 def _fieller(top: float, bottom: float, top_var: float, cov: float, bottom_var: float, quantile: float) -> Sequence:
-    """Ratios rho with |top - rho bottom| <= quantile stderr; as `PooledParts.ratio_interval`."""
+    """The ratios rho with |top - rho bottom| <= quantile * stderr, as in `PooledParts.ratio_interval`."""
     a, b, c = bottom**2 - quantile**2 * bottom_var, top * bottom - quantile**2 * cov, top**2 - quantile**2 * top_var
     if np.isnan(a + b + c):
         return np.nan, np.nan
@@ -147,15 +155,15 @@ def _fieller(top: float, bottom: float, top_var: float, cov: float, bottom_var: 
 
 def most_moving_tokens(tokens: pd.DataFrame, num: int = 20, context: int = 12) -> pd.DataFrame:
     """
-    The single tokens of the largest |attribution|, in their sentences.
+    The tokens with the largest |attribution|, each with the text around it.
 
     Args:
-        tokens: of [`attribution_table`], by token.
+        tokens: from [`attribution_table`], by token.
         num: how many.
-        context: tokens shown on each side.
+        context: how many tokens of text on each side.
 
     Returns:
-        Largest first, the table's columns and `text`: the token in brackets among its neighbours.
+        The table's columns, the largest first, and `text`: the token in brackets between its neighbours.
     """
     chosen = tokens.loc[tokens["attribution"].abs().sort_values(ascending=False).index[:num]]
     completions = dict(list(tokens.groupby(["step", "row"])["token"]))
@@ -174,11 +182,11 @@ def _in_sentence(tokens: list[str], position: int, context: int) -> str:
 
 def ranked_prompts(run: Run, table: pd.DataFrame, num: int = 10) -> pd.DataFrame:
     """
-    Prompt groups by how much they moved the entropy, up or down.
+    The prompt groups that changed the entropy most, up or down.
 
     Args:
-        run: that the table is of.
-        table: of [`attribution_table`].
+        run: the run.
+        table: its [`attribution_table`].
         num: how many.
 
     Returns:

@@ -1,4 +1,8 @@
-"""Figures from the rows of a run directory. Every function takes and returns axes; colours are colour-blind safe."""
+"""
+Figures of a run, from the tables of `analysis.run` or the lines of `metrics.jsonl` (`Run.rows`).
+
+Every function draws into the axes that it is given and returns them. The colours suit colour-blind readers too.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +16,26 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from trl_entropy.analysis.run import cosines_of, over_runs, spectrum_of
+from trl_entropy.analysis.comparison import over_runs
+from trl_entropy.analysis.run import cosines_of, spectrum_of
 from trl_entropy.runs.metrics import PASS_AT_1, unit
+from trl_entropy.runs.strict_json import Row
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 _SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Row]
 
 
 def series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `key`, over the rows that have it."""
+    """The steps and values of `key` in the rows that have it."""
     pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str, **style: Any) -> Axes:
-    """Draw `key` over steps."""
+    """`key` over steps as a line; `style` goes to `Axes.plot`."""
     steps, values = series(rows, key)
     axes.plot(steps, values, color=color, label=label, **style)
     axes.set_xlabel("optimizer step")
@@ -46,14 +52,14 @@ def plot_reward(axes: Axes, metrics: Rows) -> Axes:
 
 
 def plot_pass_at_1(axes: Axes, evaluation: Rows) -> Axes:
-    """pass@1 on held-out problems: the share of sampled completions that are right."""
+    """pass@1 on held-out problems: the fraction of sampled completions that are correct."""
     plot_key(axes, evaluation, PASS_AT_1, "held out", ORANGE, marker="o", lw=1.5)
-    axes.set(title="Held-out pass@1", ylabel="share of completions right", ylim=(0, 1))
+    axes.set(title="Held-out pass@1", ylabel="fraction of completions correct", ylim=(0, 1))
     return axes
 
 
 def plot_entropy_change(axes: Axes, metrics: Rows) -> Axes:
-    """Entropy change of each probed step: measured, with 95 % intervals, and predicted to first order."""
+    """The entropy change of each probed step: measured, with 95 % intervals, and predicted to first order."""
     probed = [row for row in metrics if row.get("entropy/delta_measured") is not None]
     steps = [row["step"] for row in probed]
     errors = [1.96 * row["entropy/delta_measured_stderr"] for row in probed]
@@ -67,11 +73,18 @@ def plot_entropy_change(axes: Axes, metrics: Rows) -> Axes:
 
 
 def plot_prediction(axes: Axes, rows: Rows, predictor: str) -> Axes:
-    """Measured on one half of each probe batch against predicted on the other, one point a step, 95 % intervals."""
+    """
+    Measured change on one half of the prompts against predicted change on the other, a point for each step, with 95 %
+    intervals.
+
+    Args:
+        rows: `Run.rows("entropy/half_b_measured")`.
+        predictor: `linear`, `second_order` or `trapezoid`; `linear` is drawn where the run does not have it.
+    """
     predictor = predictor if f"entropy/half_a_{predictor}" in rows[0] else "linear"
     x, y = f"entropy/half_a_{predictor}", "entropy/half_b_measured"
     ends = [min(row[x] for row in rows), max(row[x] for row in rows)]
-    axes.plot(ends, ends, color=GREY, lw=0.8, label="equal")
+    axes.plot(ends, ends, color=GREY, lw=0.8, label="prediction = measurement")
     axes.errorbar(
         [row[x] for row in rows],
         [row[y] for row in rows],
@@ -81,7 +94,7 @@ def plot_prediction(axes: Axes, rows: Rows, predictor: str) -> Axes:
         fmt="o",
         ms=3,
         lw=0.7,
-        label="a step, 95 %",
+        label="one step, 95 %",
     )
     name = predictor.replace("_", " ")
     axes.set(xlabel=f"predicted ({name}), nats/token", ylabel="measured on other prompts, nats/token")
@@ -91,7 +104,12 @@ def plot_prediction(axes: Axes, rows: Rows, predictor: str) -> Axes:
 
 
 def plot_integral(axes: Axes, integral: Mapping[str, Any]) -> Axes:
-    """Entropy of each step's fresh completions (95 %), and the start plus the sum of predicted changes."""
+    """
+    The entropy of freshly drawn completions at each step (95 %), and that at the start plus the predicted changes.
+
+    Args:
+        integral: `steps`, `fresh`, `fresh_stderr`, and by name of a prediction its `values`.
+    """
     errors = [1.96 * error for error in integral["fresh_stderr"]]
     axes.errorbar(
         integral["steps"],
@@ -115,12 +133,12 @@ def plot_integral(axes: Axes, integral: Mapping[str, Any]) -> Axes:
 
 def plot_checkpoints(axes: Axes, evaluation: pd.DataFrame, metrics: Sequence[str], run: str = "") -> Axes:
     """
-    Numbers of evaluated checkpoints over steps, with 95 % intervals over prompts where they have one.
+    Metrics of evaluated checkpoints over steps, with their 95 % intervals over prompts.
 
     Args:
         evaluation: `Run.evaluation`.
-        metrics: names, of one unit.
-        run: put before each name in the legend.
+        metrics: names of metrics with the same unit.
+        run: name of the run, put before each metric in the legend.
     """
     for metric, (color, marker) in zip(metrics, _SERIES, strict=False):
         rows = evaluation[evaluation["metric"] == metric].sort_values("step")
@@ -129,7 +147,7 @@ def plot_checkpoints(axes: Axes, evaluation: pd.DataFrame, metrics: Sequence[str
         label = f"{run} {metric}".strip()
         axes.errorbar(rows["step"], values, errors, color=color, marker=marker, ms=5, lw=1.3, capsize=3, label=label)
     axes.set(
-        xlabel="optimizer step of the checkpoint", ylabel="share" if unit(metrics[0]) == "1" else unit(metrics[0])
+        xlabel="optimizer step of the checkpoint", ylabel="fraction" if unit(metrics[0]) == "1" else unit(metrics[0])
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _finished(axes)
@@ -137,12 +155,12 @@ def plot_checkpoints(axes: Axes, evaluation: pd.DataFrame, metrics: Sequence[str
 
 def plot_positions(axes: Axes, positions: pd.DataFrame, column: str = "entropy", min_tokens: int = 10) -> Axes:
     """
-    Entropy or surprisal by token position, a line a checkpoint, 95 % bands over prompts.
+    Entropy or surprisal by token position, a line for each checkpoint, with 95 % bands over prompts.
 
     Args:
         positions: `Run.positions`.
         column: `entropy` or `surprisal`.
-        min_tokens: leave positions out that fewer samples reach.
+        min_tokens: positions that fewer samples reach are left out.
     """
     steps = sorted(positions["step"].unique())
     for place, step in enumerate(steps):
@@ -158,11 +176,11 @@ def plot_positions(axes: Axes, positions: pd.DataFrame, column: str = "entropy",
 
 def plot_runs(axes: Axes, steps: pd.DataFrame, key: str) -> Axes:
     """
-    One key of several runs, a thin line each, with the mean and its 95 % Student interval over runs.
+    One key of several runs, a thin line each, with the mean over runs and its 95 % interval (Student's t).
 
     Args:
-        steps: of `analysis.compare_runs`.
-        key: a column.
+        steps: from `analysis.comparison.compare_runs`.
+        key: a column of it.
     """
     given = steps[steps[key].notna()]
     for (run, rows), (color, marker) in zip(given.groupby("run"), itertools.cycle(_SERIES)):
@@ -177,13 +195,13 @@ def plot_runs(axes: Axes, steps: pd.DataFrame, key: str) -> Axes:
 
 def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
     """
-    Gradient noise scale over the steps so far, with its 95 % interval, beside the prompts that a step has.
+    The gradient noise scale with its 95 % interval, and the number of prompts in a step.
 
-    Where the interval has no upper end, as |G|^2 is consistent with 0, a mark stands at its lower one.
+    Where |G|^2 is consistent with 0 the interval has no upper end; a triangle then marks its lower end.
 
     Args:
         rows: `Run.rows("noise_scale/simple")`.
-        metric: `simple`, or `adam` for AdamW's metric.
+        metric: `simple`, or `adam` for the noise scale in AdamW's metric.
     """
     key = f"noise_scale/{metric}"
     rows = [row for row in rows if row.get(key) is not None]
@@ -194,8 +212,8 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
         axes.fill_between([row["step"] for row in closed], low, high, color=BLUE, alpha=0.2, lw=0, label="95 %")
     if without_end := [row for row in bounded if not _is_finite(row.get(f"{key}_upper"))]:
         steps, low = ([row[name] for row in without_end] for name in ("step", f"{key}_lower"))
-        axes.plot(steps, low, color=BLUE, ls="none", marker="^", ms=4, label="95 %: from here upwards")
-    plot_key(axes, rows, "noise_scale/num_prompts", "prompts of a step", ORANGE, ls="--")
+        axes.plot(steps, low, color=BLUE, ls="none", marker="^", ms=4, label="95 %, no upper end")
+    plot_key(axes, rows, "noise_scale/num_prompts", "prompts in a step", ORANGE, ls="--")
     axes.set(ylabel="prompts")
     axes.set_yscale("symlog", linthresh=10)
     return _finished(axes)
@@ -203,32 +221,32 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
 
 def plot_set_point(axes: Axes, rows: Rows, target: float | None = None) -> Axes:
     """
-    The entropy that `entropy_control` sees before each step, 95 %, and its set-point.
+    The entropy before each step as `entropy_control` measures it, with 95 % intervals, and its target.
 
     Args:
         rows: `Run.rows("entropy_control/entropy")`.
-        target: nats per token; the setting `entropy_control_target`.
+        target: the setting `entropy_control_target`, in nats per token.
     """
     steps, values = series(rows, "entropy_control/entropy")
     errors = [1.96 * row["entropy_control/entropy_stderr"] for row in rows]
     axes.errorbar(steps, values, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label="before the step, 95 %")
     if target is not None:
-        axes.axhline(target, color=ORANGE, ls="--", label="set-point")
+        axes.axhline(target, color=ORANGE, ls="--", label="target")
     axes.set(xlabel="optimizer step", ylabel=unit("entropy_control/entropy"))
     return _finished(axes)
 
 
-def plot_budget(axes: Axes, rows: Rows) -> Axes:
+def plot_controlled_change(axes: Axes, rows: Rows) -> Axes:
     """
-    Change of entropy in each step: what the optimizer alone was predicted to make, with the correction, and realised.
+    The entropy change of each step under `entropy_control`: predicted without and with the correction, and measured.
 
     Args:
         rows: `Run.rows("entropy_control/entropy")`.
     """
-    plot_key(axes, rows, "entropy_control/delta_optimizer", "optimizer alone, predicted", GREY, lw=1.2)
-    plot_key(axes, rows, "entropy_control/delta_predicted", "with correction, predicted", BLUE, lw=1.2)
+    plot_key(axes, rows, "entropy_control/delta_optimizer", "predicted, optimizer alone", GREY, lw=1.2)
+    plot_key(axes, rows, "entropy_control/delta_predicted", "predicted, with correction", BLUE, lw=1.2)
     steps, values = series(rows, "entropy_control/realised_previous")
-    axes.plot([step - 1 for step in steps], values, color=ORANGE, marker="o", ms=3, lw=0, label="realised")
+    axes.plot([step - 1 for step in steps], values, color=ORANGE, marker="o", ms=3, lw=0, label="measured")
     axes.axhline(0, color=GREY, lw=0.8)
     axes.set(ylabel=unit("entropy_control/delta_predicted"))
     return _finished(axes)
@@ -236,7 +254,7 @@ def plot_budget(axes: Axes, rows: Rows) -> Axes:
 
 def plot_kernel(axes: Axes, kernel: pd.DataFrame) -> Axes:
     """
-    Cosines of a Fisher kernel's completions, prompt by prompt; lines part the prompts.
+    The cosines of a Fisher kernel, completion by completion; lines separate the prompts.
 
     Args:
         kernel: `Run.kernel(step)`.
@@ -253,22 +271,23 @@ def plot_kernel(axes: Axes, kernel: pd.DataFrame) -> Axes:
 
 def plot_spectrum(axes: Axes, kernels: Mapping[str, pd.DataFrame]) -> Axes:
     """
-    Eigenvalues of Fisher kernels as shares of their sum, from the largest.
+    The eigenvalues of Fisher kernels, each divided by the kernel's trace, the largest first.
 
     Args:
-        kernels: `Run.kernel(step)` by the label that it gets.
+        kernels: label -> `Run.kernel(step)`.
     """
     for (label, kernel), (color, marker) in zip(kernels.items(), itertools.cycle(_SERIES)):
         values = spectrum_of(kernel)
         axes.plot(values.index, values / values.sum(), color=color, marker=marker, ms=3, lw=1, label=label)
-    axes.set(xlabel="eigenvalue", ylabel="share of the trace", yscale="log")
+    axes.set(xlabel="eigenvalue", ylabel="fraction of the trace", yscale="log")
     axes.set_ylim(1e-7, 2)  # below is rounding
     return _finished(axes)
 
 
 def plot_change_slope(axes: Axes, rows: Rows) -> Axes:
     """
-    Measured on predicted change of the completions' log-probabilities at each step, 95 % over prompts; 1: linear.
+    The slope of measured on predicted change of the completions' log-probabilities at each step, with 95 % intervals
+    over prompts. A slope of 1 says that the first-order prediction holds.
 
     Args:
         rows: `Run.rows("fisher/change_slope")`.
@@ -276,13 +295,13 @@ def plot_change_slope(axes: Axes, rows: Rows) -> Axes:
     steps, slopes = series(rows, "fisher/change_slope")
     errors = [1.96 * row["fisher/change_slope_stderr"] for row in rows]
     axes.axhline(1, color=GREY, lw=0.8)
-    axes.errorbar(steps, slopes, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label="a step, 95 %")
+    axes.errorbar(steps, slopes, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label="one step, 95 %")
     axes.set(xlabel="optimizer step", ylabel="slope, measured on predicted")
     return _finished(axes)
 
 
 def plot_tokens(axes: Axes, tokens: pd.DataFrame, column: str = "entropy") -> Axes:
-    """One completion token by token: a bar a token, in nats."""
+    """One completion, a bar for each token, in nats."""
     axes.bar(range(len(tokens)), tokens[column], color=BLUE)
     axes.set_xticks(range(len(tokens)), _labels(tokens["token"]), rotation=90, fontsize=8)
     axes.set(xlabel="token", ylabel=f"{column}, nats")
@@ -292,18 +311,18 @@ def plot_tokens(axes: Axes, tokens: pd.DataFrame, column: str = "entropy") -> Ax
 
 def plot_high_entropy_tokens(axes: Axes, table: pd.DataFrame, num_tokens: int = 12) -> Axes:
     """
-    Tokens that hold most of the entropy, the largest on top: a bar a token, its count beside it.
+    The tokens with the largest share of the entropy, the largest on top; how often each was drawn stands at its bar.
 
     Args:
-        table: of `analysis.high_entropy_tokens`.
-        num_tokens: how many, at most.
+        table: from `analysis.run.high_entropy_tokens`.
+        num_tokens: how many at most.
     """
     rows = table.head(num_tokens)[::-1]
     axes.barh(range(len(rows)), rows["share_of_entropy"], color=BLUE)
     for place, (share, count) in enumerate(zip(rows["share_of_entropy"], rows["count"], strict=True)):
         axes.annotate(f" {count}", (share, place), va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), _labels(rows.index), fontsize=8)
-    axes.set(xlabel="share of all entropy (times drawn beside the bar)", ylabel="token")
+    axes.set(xlabel="share of all entropy (number of draws at the bar)", ylabel="token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -330,7 +349,7 @@ def _finished(axes: Axes) -> Axes:
 
 
 def plot_entropy(axes: Axes, metrics: Rows, evaluation: Rows) -> Axes:
-    """Policy entropy of the training batches and of held-out completions."""
+    """The policy's entropy on the training batches and on held-out prompts."""
     plot_key(axes, metrics, "entropy/policy", "training batch", BLUE, lw=1.2)
     plot_key(axes, evaluation, "entropy", "held out", ORANGE, marker="o", lw=1.5)
     axes.set(title="Policy entropy", ylabel=unit("entropy/policy"))
@@ -341,11 +360,11 @@ def plot_entropy(axes: Axes, metrics: Rows, evaluation: Rows) -> Axes:
 
 def plot_shares(axes: Axes, shares: pd.DataFrame, title: str = "") -> Axes:
     """
-    Shares of an entropy change by category with 95 % intervals, beside the categories' shares of tokens.
+    Each category's share of an entropy change with its 95 % interval, and its share of the tokens.
 
     Args:
-        shares: of `attribution_shares.shares`; ends that are infinite are drawn to the edge.
-        title: what the categories are of.
+        shares: from `analysis.attribution.shares`; infinite ends of intervals are drawn to the edge of the figure.
+        title: what the categories divide.
     """
     places = range(len(shares))
     axes.barh(places, shares["share"], height=0.55, color=BLUE, label="of the change")

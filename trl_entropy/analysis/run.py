@@ -1,9 +1,11 @@
 """
-A run directory as pandas DataFrames, read when asked for: live, killed and resumed runs too. Imports no torch.
+A run directory as pandas DataFrames. Runs that still go on, were killed or were resumed can be read too.
 
     run = load_run("runs/quickstart")
     run.steps["entropy/policy"].plot()
     high_entropy_tokens(run.evaluation_tokens)
+
+Files are read when a table is first asked for. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -14,40 +16,41 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import unit
+from trl_entropy.runs.strict_json import Json, Row
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _TOKEN_COLUMNS = [
     "step", "prompt_id", "sample", "position", "token_id", "token", "entropy", "surprisal", "correct",
 ]  # fmt: skip
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
-_STUDENT_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
     """
-    The run of a directory; nothing is read yet.
+    The run in the directory `path`. Its files are read later, when a table is asked for.
 
     Raises:
         ValueError: when there is no such directory.
     """
     if not Path(path).is_dir():
-        raise ValueError(f"{path} is no directory; give a run directory, such as runs/quickstart")
+        raise ValueError(f"There is no directory {path}. Give a run directory, such as runs/quickstart.")
     return Run(Path(path))
 
 
 class Run:
     """
-    What a run directory holds, as DataFrames. A property reads its files at its first use; `load_run` again to see
-    what a live run has written since.
+    A run directory as DataFrames. A property reads its files when it is first used and then keeps them; call
+    `load_run` again to see what a run in progress has written since.
 
     Args:
         path: the run directory.
@@ -64,33 +67,33 @@ class Run:
 
     @functools.cached_property
     def steps(self) -> pd.DataFrame:
-        """`metrics.jsonl`: a row a step (the index), a column a key; nan where a step has no such key."""
+        """`metrics.jsonl`: a row for each step (the index), a column for each key; nan where a step lacks the key."""
         return _by_step(self._directory.metrics())
 
-    def rows(self, key: str = "step") -> list[dict[str, Any]]:
-        """Lines of `metrics.jsonl` that have `key`, as `plots` takes them: without what a step lacks."""
+    def rows(self, key: str = "step") -> list[Row]:
+        """The lines of `metrics.jsonl` that have `key`, as the functions of `analysis.plots` take them."""
         return [row for row in self._directory.metrics() if row.get(key) is not None]
 
     @functools.cached_property
     def training_evaluation(self) -> pd.DataFrame:
-        """`evaluation/metrics.csv`, what training evaluated on held-out prompts, by step."""
+        """`evaluation/metrics.csv`: what training measured on held-out prompts, a row for each evaluated step."""
         return _by_step(self._directory.evaluation())
 
     @functools.cached_property
     def completions(self) -> pd.DataFrame:
-        """`completions/*.parquet`: TRL's table of prompts, completions, rewards and advantages, a row a completion."""
+        """`completions/*.parquet`, TRL's table: prompt, completion, rewards, advantage; a row for each completion."""
         return _concatenated(_read_parquets(sorted(self.path.glob("completions/*.parquet"))))
 
     @functools.cached_property
-    def config(self) -> dict[str, Any]:
-        """`config.yaml`; empty when the run was killed before it was written."""
+    def config(self) -> Json:
+        """`config.yaml`: all settings; empty if the run was killed before it wrote them."""
         import yaml
 
         path = self.path / "config.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @functools.cached_property
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Json:
         """`environment.json`: versions, machine, command line."""
         path = self.path / "environment.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -98,11 +101,11 @@ class Run:
     # ---- probe files
 
     def probe_steps(self, probe: str) -> list[int]:
-        """Steps whose file of a probe (`entropy`, `rollouts`, ...) is there."""
+        """The steps of which a file of `probe` (`entropy`, `rollouts`, ...) exists."""
         return sorted(int(path.stem.split("_")[1]) for path in self.path.glob(f"probes/{probe}/step_*.safetensors"))
 
     def probe_file(self, probe: str, step: int) -> dict[str, np.ndarray]:
-        """The arrays of one probed step, by name."""
+        """The arrays that `probe` wrote at `step`, by name."""
         from safetensors.numpy import load_file
 
         return load_file(self.path / "probes" / probe / f"step_{step:06d}.safetensors")
@@ -110,25 +113,26 @@ class Run:
     @functools.cached_property
     def tokens(self) -> pd.DataFrame:
         """
-        A row a completion token of the entropy probe's batches E: `step`, `row`, `prompt_index`, `position` (0: the
-        completion's first), `token_id`, `token`, and every (B, T) array of the file, such as `entropy_before`.
+        The completion tokens of the entropy probe's batches E, a row for each: `step`, `row`, `prompt_index`,
+        `position` (0 is the first token of the completion), `token_id`, `token`, and a column for every (B, T) array
+        of the file, such as `entropy_before`.
         """
         return _concatenated(self.tokens_of("entropy", step) for step in self.probe_steps("entropy"))
 
     def tokens_of(self, probe: str, step: int) -> pd.DataFrame:
-        """The same of one step's file of any probe that has a `completion_mask`; cheaper than all of them."""
+        """[`Run.tokens`] of one step and of any probe whose file has a `completion_mask`; reads this file only."""
         table = self.tokens_in(self.probe_file(probe, step))
         table.insert(0, "step", step)
         return table
 
     def tokens_in(self, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
-        """[`token_table`] of a probe file's arrays, with each token's text."""
+        """[`token_table`] of the arrays of a probe file, with the text of each token."""
         table = token_table(arrays)
         table.insert(4, "token", self._texts(table["token_id"]))
         return table
 
     def prompt_text(self, step: int, prompt_index: int) -> str:
-        """Text of a prompt of the step's own completions (`probes/rollouts`)."""
+        """The text of a prompt that `step` was trained on, from `probes/rollouts`."""
         arrays = self.probe_file("rollouts", step)
         row = int(np.flatnonzero(arrays["prompt_index"] == prompt_index)[0])
         width = arrays["input_ids"].shape[1] - arrays["completion_mask"].shape[1]
@@ -138,8 +142,8 @@ class Run:
     @functools.cached_property
     def groups(self) -> pd.DataFrame:
         """
-        A row a prompt group of the probed steps' own completions (`probes/rollouts`): `step`, `prompt_index`,
-        `num_completions`, `reward_mean`, `reward_std`, `length_mean` in tokens.
+        The prompt groups that the probed steps were trained on (`probes/rollouts`), a row for each: `step`,
+        `prompt_index`, `num_completions`, `reward_mean`, `reward_std`, `length_mean` in tokens.
         """
         return _concatenated(
             _groups_of(step, self.probe_file("rollouts", step)) for step in self.probe_steps("rollouts")
@@ -147,25 +151,27 @@ class Run:
 
     def kernel(self, step: int | None = None) -> pd.DataFrame:
         """
-        The Fisher kernel K_ij of a step in nats^2, prompt by prompt: rows and columns by `prompt_index`, `row`.
+        The Fisher kernel K_ij of a step in nats^2; rows and columns are completions, indexed and sorted by
+        `prompt_index` and `row`.
 
         Args:
-            step: a probed one; None: the last.
+            step: a probed step; None is the last one.
 
         Raises:
-            ValueError: when no step has one.
+            ValueError: when the run has no Fisher kernel.
         """
         steps = self.probe_steps("fisher")
         if not steps:
-            raise ValueError(f"{self.path} holds no Fisher kernel; train with fisher_probe: true")
+            raise ValueError(f"{self.path} holds no Fisher kernel. Train with fisher_probe: true.")
         arrays = self.probe_file("fisher", steps[-1] if step is None else step)
         names = pd.MultiIndex.from_arrays([arrays["prompt_index"], arrays["rows"]], names=["prompt_index", "row"])
         return pd.DataFrame(arrays["kernel"], index=names, columns=names).sort_index().sort_index(axis=1)
 
     def kernel_shares(self, step: int) -> pd.DataFrame:
         """
-        What of the trace of a step's Fisher kernel each parameter makes, in their order: `parameter`, `layer` (nan
-        outside of numbered layers), `matrix` (the name within the layer, LoRA's A and B too), `share`; they sum to 1.
+        How the trace of a step's Fisher kernel is divided among the parameters, a row for each: `parameter`, `layer`
+        (nan outside the numbered layers), `matrix` (the name within the layer, LoRA's A and B apart), and `share`. The
+        shares sum to 1.
         """
         from safetensors import safe_open
 
@@ -179,7 +185,7 @@ class Run:
 
     @functools.cached_property
     def evaluation(self) -> pd.DataFrame:
-        """A row a number of an evaluated checkpoint: `step`, `metric`, `value`, `low`, `high` (95 %), `unit`."""
+        """Numbers of evaluated checkpoints, a row each: `step`, `metric`, `value`, `low`, `high` (95 %), `unit`."""
         rows = [
             {"step": summary["step"], "metric": name, **entry, "unit": unit(name)}
             for summary in self._directory.checkpoint_summaries()
@@ -189,24 +195,24 @@ class Run:
 
     @functools.cached_property
     def records(self) -> pd.DataFrame:
-        """A row a completion that was drawn to evaluate a checkpoint, with its token ids, log-probs, entropies."""
+        """The completions of evaluated checkpoints, a row each, with token ids, log-probabilities and entropies."""
         return self._evaluated("records.parquet")
 
     @functools.cached_property
     def prompts(self) -> pd.DataFrame:
-        """A row a held-out prompt and checkpoint: pass@k, counts and sums over its samples."""
+        """A row for each held-out prompt and checkpoint: pass@k, and counts and sums over the prompt's samples."""
         return self._evaluated("prompts.parquet")
 
     @functools.cached_property
     def positions(self) -> pd.DataFrame:
-        """A row a token position and checkpoint: mean entropy and surprisal with 95 % intervals."""
+        """A row for each token position and checkpoint: mean entropy and surprisal with 95 % intervals."""
         return self._evaluated("positions.csv")
 
     @functools.cached_property
     def evaluation_tokens(self) -> pd.DataFrame:
         """
-        A row a token of the evaluated samples: `step`, `prompt_id`, `sample`, `position`, `token_id`, `token`,
-        `entropy`, `surprisal`, `correct`.
+        The tokens of the evaluated samples, a row for each: `step`, `prompt_id`, `sample`, `position`, `token_id`,
+        `token`, `entropy`, `surprisal`, `correct` (whether the sample is).
         """
         columns = ["step", "prompt_id", "sample", "correct", "completion_ids", "logps", "entropies"]
         if self.records.empty:
@@ -230,7 +236,7 @@ class Run:
         return _concatenated(tables)
 
     def _texts(self, token_ids: pd.Series) -> pd.Series:
-        """Text of each token; `#12` where the run keeps no tokenizer (it wrote no checkpoint)."""
+        """The text of each token; `#12` for token 12 if the run has no checkpoint, and so no tokenizer."""
         texts = {token: self._text(token) for token in token_ids.unique().tolist()}
         return token_ids.map(texts)
 
@@ -240,7 +246,7 @@ class Run:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     @functools.cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer | None:
         from tokenizers import Tokenizer
 
         path = next(iter(sorted(self.path.glob("checkpoint-*/tokenizer.json"))), None)
@@ -248,7 +254,7 @@ class Run:
 
 
 def token_table(arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """A row a completion token of a probe file, padding left out: every (B, T) array becomes a column."""
+    """The completion tokens of a probe file, a row for each, without padding; every (B, T) array becomes a column."""
     mask: np.ndarray = arrays["completion_mask"].astype(bool)
     rows, positions = np.nonzero(mask)
     width = mask.shape[1]
@@ -265,56 +271,33 @@ def token_table(arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 
 def cosines_of(kernel: pd.DataFrame) -> pd.DataFrame:
-    """K_ij / sqrt(K_ii K_jj); nan in the rows of a completion whose K_ii is not positive."""
+    """K_ij / sqrt(K_ii K_jj); nan in the row and the column of a completion whose K_ii is not positive."""
     diagonal = np.diag(kernel)
     norms = np.sqrt(np.where(diagonal > 0, diagonal, np.nan))
     return kernel / np.outer(norms, norms)
 
 
 def spectrum_of(kernel: pd.DataFrame) -> pd.Series:
-    """Eigenvalues of a kernel from the largest, nats^2, by their rank 1, 2, ..."""
+    """The eigenvalues of a kernel in nats^2, the largest first, indexed by rank 1, 2, ..."""
     values = np.linalg.eigvalsh(kernel.to_numpy())[::-1]
     return pd.Series(values, index=pd.RangeIndex(1, len(values) + 1, name="rank"), name="eigenvalue")
-
-
-def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
-    """The steps of several runs, one below the other: the columns `run` (its directory's name) and `step` first."""
-    runs = [load_run(path) for path in paths]
-    return _concatenated(run.steps.reset_index().assign(run=run.name) for run in runs).pipe(_first, ["run", "step"])
-
-
-def over_runs(steps: pd.DataFrame, key: str) -> pd.DataFrame:
-    """
-    Mean of `key` over runs at each step, with the 95 % Student interval of that mean.
-
-    Args:
-        steps: of [`compare_runs`].
-        key: a column.
-
-    Returns:
-        By step: `mean`, `low`, `high`, `num_runs`; a step that only one run has reached has no interval.
-    """
-    table = steps.groupby("step")[key].agg(["mean", "std", "count"])
-    margin = table["std"] / np.sqrt(table["count"]) * table["count"].map(lambda count: student_t(count - 1))
-    ends = {"low": table["mean"] - margin, "high": table["mean"] + margin, "num_runs": table["count"]}
-    return table[["mean"]].assign(**ends)
 
 
 def high_entropy_tokens(
     tokens: pd.DataFrame, column: str = "entropy", quantile: float = 0.8, min_count: int = 5
 ) -> pd.DataFrame:
     """
-    Which tokens are drawn where the policy is undecided.
+    Which tokens are drawn from distributions of high entropy.
 
     Args:
-        tokens: a row a token: `Run.evaluation_tokens`, or `Run.tokens` with `column="entropy_before"`.
-        column: the entropy, in nats.
-        quantile: a token is undecided above this quantile of the entropy.
-        min_count: leave tokens out that were drawn less often.
+        tokens: a row for each token: `Run.evaluation_tokens`, or `Run.tokens` with `column="entropy_before"`.
+        column: the column of the entropy, in nats.
+        quantile: entropies above this quantile count as high.
+        min_count: tokens that were drawn less often are left out.
 
     Returns:
-        By `token`, the largest share first: `count`; `entropy_mean`, nats; `high_fraction`, how often it was drawn
-        undecidedly; `share_of_entropy`, its part of the sum over all tokens.
+        By `token`, the largest share first: `count`; `entropy_mean` in nats; `high_fraction`, the fraction of its
+        draws with high entropy; `share_of_entropy`, its part of the entropy summed over all tokens.
     """
     high = tokens[column] > tokens[column].quantile(quantile)
     groups = tokens.assign(high=high).groupby("token", sort=False)
@@ -325,11 +308,12 @@ def high_entropy_tokens(
 
 def token_dump(tokens: pd.DataFrame, columns: Sequence[str] = ("entropy", "surprisal"), width: int = 30) -> str:
     """
-    One completion token by token, as text: position, token, numbers in nats, and a bar as long as the first of them.
+    One completion as text, a line for each token: position, token, numbers in nats, and a bar for the first number.
 
     Args:
         tokens: the rows of one completion, in order.
-        columns: what to print; the first is drawn, `width` characters for the largest.
+        columns: the numbers to print.
+        width: length of the longest bar in characters.
     """
     largest = tokens[columns[0]].max() or 1.0
     heads = "  ".join(f"{column:>14}" for column in columns)
@@ -341,7 +325,7 @@ def token_dump(tokens: pd.DataFrame, columns: Sequence[str] = ("entropy", "surpr
     return "\n".join(lines)
 
 
-def _by_step(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def _by_step(rows: list[Row]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("step") if rows else pd.DataFrame(index=pd.Index([], name="step"))
 
 
@@ -359,7 +343,7 @@ def _groups_of(step: int, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 
 def _read_parquets(paths: list[Path]) -> Iterator[pd.DataFrame]:
-    """All of them; TRL writes in place, so a killed or live run may leave the newest unfinished: it is named."""
+    """All tables; the newest may be incomplete, since TRL does not write it in one step: a warning says so."""
     from pyarrow import ArrowInvalid
 
     for path in paths:
@@ -368,24 +352,11 @@ def _read_parquets(paths: list[Path]) -> Iterator[pd.DataFrame]:
         except ArrowInvalid as error:
             if path != paths[-1]:
                 raise
-            logger.warning("%s is not finished (killed while writing, or live): left out (%s)", path, error)
+            logger.warning(
+                "left out %s: the file is incomplete, it is being written or the run was killed (%s)", path, error
+            )
 
 
 def _concatenated(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     tables = list(tables)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def _first(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    return table[[*names, *(name for name in table if name not in names)]]
-
-
-def student_t(dof: int) -> float:
-    """97.5 % quantile of Student's t; nan without degrees of freedom, within 2e-4 above 10 (Cornish-Fisher)."""
-    if dof < 1:
-        return float("nan")
-    if dof <= len(_STUDENT_T):
-        return _STUDENT_T[dof - 1]
-    z = NormalDist().inv_cdf(0.975)
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / dof**power for power, term in enumerate(terms, start=1))

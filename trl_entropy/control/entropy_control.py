@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.engine.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
 from trl_entropy.estimators.control.entropy_control import (
@@ -28,15 +29,16 @@ from trl_entropy.estimators.control.entropy_control import (
 )
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms, policy_entropy
 from trl_entropy.estimators.statistics.estimate import Estimate
-from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_of, weighted_logps
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_CAP, DEFAULT_METRIC_FLOOR = 1.0, 0.1
 # Added to the step that seeds the draw of E: completions other than those that the entropy probe measures on.
 _OTHER_DRAW = 1_000_000_000
 
@@ -69,8 +71,8 @@ class EntropyControl(Probe):
         mode: `"hold"` the entropy, or only keep it from falling below (`"floor"`), or `"report"`.
         set_point: what asks for the change of each step; None: `per_step` always.
         per_step: nats per token and step.
-        cap: bound on the correction's length, in that of the optimizer's step, both in M^-1.
-        metric_floor: see [`floored_metric`].
+        cap: largest length of the correction, relative to the optimizer's step, both measured in M^-1.
+        metric_floor: lower bound of sqrt(v) in that metric, as a multiple of its mean; see [`floored_metric`].
         source: where grad h comes from: `"probe"` or `"rollouts"`.
         memory: of the running mean of grad h, see [`RunningHalves`]; `"probe"` only, as rollouts of earlier steps are
             in the optimizer's momentum too.
@@ -86,13 +88,13 @@ class EntropyControl(Probe):
         mode: str = "report",
         set_point: SetPoint | None = None,
         per_step: float = 0.0,
-        cap: float = 1.0,
-        metric_floor: float = 0.1,
+        cap: float = DEFAULT_CAP,
+        metric_floor: float = DEFAULT_METRIC_FLOOR,
         source: str = "probe",
         memory: float = 0.7,
         num_prompts: int = 128,
         batch_size: int = 64,
-        draw: Any = None,
+        draw: Callable[[int, int], Completions] | None = None,
     ) -> None:
         super().__init__(every=1)
         self.mode, self.set_point, self.per_step, self.cap = mode, set_point, per_step, cap
@@ -105,40 +107,36 @@ class EntropyControl(Probe):
         self._before: tuple[float, float, Estimate] | None = None
         # Of the step's own completions, this process's: entropy terms and prompts.
         self._own: list[tuple[RatioTerms, Tensor]] = []
-        self._loss = LossCoefficientRecorder()
 
     @classmethod
-    def from_config(cls, args: Any) -> EntropyControl:
+    def from_config(cls, args: DrGRPOConfig) -> EntropyControl:
         target = args.entropy_control_target
-        gains = args.entropy_control_gain, args.entropy_control_integral_gain, args.entropy_control_max_change
         return cls(
             mode=args.entropy_control,
-            set_point=None if target is None else SetPoint(target, *gains),
+            set_point=None if target is None else SetPoint(target, args.entropy_control_gain),
             per_step=args.entropy_control_per_step or 0.0,
-            cap=args.entropy_control_cap,
-            metric_floor=args.entropy_control_metric_floor,
             source=args.entropy_control_completions,
             memory=args.entropy_control_gradient_ema,
             num_prompts=args.entropy_control_num_completions,
             batch_size=args.probe_batch_size,
         )
 
+    @property
+    def needs_loss_coefficients(self) -> bool:
+        return self.source == "rollouts"
+
+    def reset(self) -> None:
+        self._own.clear()
+
     # ---- events
 
-    def around_micro_batch(self, args, state, control, *, inputs, **kwargs: Any) -> AbstractContextManager[Any]:
-        return self._loss.around(inputs) if self.source == "rollouts" else nullcontext()
-
-    def on_micro_batch(
-        self, args, state, control, *, metrics, inputs, mask, loss_logps, loss_entropy, token_entropy, **kwargs: Any
-    ) -> None:
-        if self.source == "rollouts":
-            self._loss.watch(inputs, loss_logps, loss_entropy)
-        elif args.rollouts_are_the_policys():
+    def on_micro_batch(self, args, state, control, *, metrics, inputs, mask, token_entropy, **kwargs: Any) -> None:
+        if self.source != "rollouts" and args.rollouts_are_the_policys():
             terms = entropy_terms(token_entropy, mask.double(), mask)
             self._own.append((terms, inputs["prompt_index"]))
 
     def on_before_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, rollouts, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, sampler, rollouts, **kwargs: Any
     ) -> None:
         step, rank = state.global_step + 1, engine.accelerator.process_index
         if self.source == "rollouts":
@@ -146,14 +144,13 @@ class EntropyControl(Probe):
         elif self.draw is not None:
             self._completions = self.draw(step, rank)
         else:
-            self._completions = trainer.draw_probe_batch(self.num_prompts, "held_out", step + _OTHER_DRAW)
+            self._completions = sampler.draw(self.num_prompts, "held_out", step + _OTHER_DRAW)
         read_before_step(update)
 
     def on_after_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, record, **kwargs: Any
     ) -> None:
         if update.step_skipped:
-            self._loss.forget()
             self._own.clear()
             return
         params, temperature = update.params_before, args.temperature
@@ -164,7 +161,7 @@ class EntropyControl(Probe):
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
         products = budget_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
-            change = self._change_across_halves(args, update, engine, rollouts, gradients)
+            change = self._change_across_halves(args, update, engine, record, gradients)
             products = products._replace(change=change)
         budget = self.per_step if self.set_point is None else self.set_point.budget(entropy.value)
         asked = correction(products, budget, self.mode == "floor", self.cap)
@@ -179,7 +176,7 @@ class EntropyControl(Probe):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         before = None if self._before is None else [*self._before[:2], *vars(self._before[2]).values()]
         bias = None if self.set_point is None else self.set_point.bias
         kept = self.running.sums, self.running.weight
@@ -191,7 +188,7 @@ class EntropyControl(Probe):
             "running": kept,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.prediction_check.pairs = [tuple(pair) for pair in state["pairs"]]
         self.active = state["active"] and self.mode != "report"
         self.running.sums, self.running.weight = state["running"]
@@ -214,17 +211,18 @@ class EntropyControl(Probe):
 
     def _change_across_halves(
         self,
-        args: Any,
+        args: DrGRPOConfig,
         update: UpdateContext,
         engine: Engine,
-        rollouts: RolloutBatch,
+        record: StepRecord,
         gradients: tuple[Vector, Vector],
     ) -> float:
         """
         g . d with this step's gradient in d crossed over halves: on the step's own completions the plain product also
         holds each prompt's effect on itself. Collective.
         """
-        found = self._loss.of_step(rollouts.completion_mask, args, engine.accelerator.num_processes)
+        found, rollouts = record.loss_coefficients, record.rollouts
+        assert found is not None, "needs_loss_coefficients"
         coefficients = found.policy if found.kl is None else found.policy + found.kl
         even = rollouts.prompt_index % 2 == 0
         with (
@@ -237,7 +235,7 @@ class EntropyControl(Probe):
             gradients, _summed(share, engine), update.gradient, update.update, metric_of_step(update)
         )
 
-    def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: Any) -> None:
+    def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: TrainerState) -> None:
         """Compare the last step's predicted change with what came; switch off where the predictions fail."""
         metrics |= {"entropy_control/entropy": entropy.value, "entropy_control/entropy_stderr": entropy.stderr}
         if self._before is None:

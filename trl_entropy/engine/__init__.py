@@ -25,9 +25,11 @@ from trl_entropy.engine.parameters import (
     trainable_parameters,
 )
 from trl_entropy.engine.ranks import OtherRankFailed, ending_together, rank_symmetric
+from trl_entropy.engine.reader import EngineReader
 
 __all__ = [
     "Engine",
+    "EngineReader",
     "OtherRankFailed",
     "UpdateContext",
     "build_engine",

@@ -1,4 +1,4 @@
-"""AdamW's equation (T4) on a whole `UpdateContext`: what it plans, and by which metric each gradient enters."""
+"""AdamW's step (T4) from an `UpdateContext`: the update, its parts, and the metric that multiplies the gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from trl_entropy.engine import UpdateContext
+from trl_entropy.engine.context import UpdateContext
 from trl_entropy.estimators.optimizer.adamw import (
     AdamWSettings,
     UpdateParts,
@@ -22,7 +22,7 @@ ByName = dict[str, Tensor]
 
 
 def adamw_settings(update: UpdateContext) -> dict[str, AdamWSettings]:
-    """Of each parameter, at this step."""
+    """AdamW's settings of each parameter at this step."""
     lr, betas, eps, decay = update.learning_rate, update.betas, update.eps, update.weight_decay
     return {name: AdamWSettings(lr[name], betas[name], eps[name], decay[name]) for name in lr}
 
@@ -40,7 +40,7 @@ def predicted_update(update: UpdateContext) -> ByName:
 
 
 def update_parts(update: UpdateContext) -> Iterator[tuple[str, UpdateParts]]:
-    """(T5), parameter by parameter; those that the optimizer leaves alone have none."""
+    """The parts of the update (T5), by parameter, without those that the step does not change. Collective."""
     settings, clip, step = adamw_settings(update), update.clip_factor, update.optimizer_step
     params, gradient = update.params_before, update.gradient
     exp_avg, exp_avg_sq = update.exp_avg, update.exp_avg_sq
@@ -50,14 +50,18 @@ def update_parts(update: UpdateContext) -> Iterator[tuple[str, UpdateParts]]:
 
 
 def metric_of_step(update: UpdateContext) -> ByName:
-    """lr c (1-b1)/(1-b1^t) M of (T4) by parameter, this step's gradient in M; 0 where nothing ever had a gradient."""
+    """
+    lr c (1-b1)/(1-b1^t) M of (T4) by parameter, M with this step's gradient. Collective.
+
+    0 where every gradient so far was 0.
+    """
     settings, step, clip = adamw_settings(update), update.optimizer_step, update.clip_factor
     gradient, exp_avg_sq = update.gradient, update.exp_avg_sq
     return {name: gradient_metric(gradient[name], exp_avg_sq[name], step, settings[name], clip) for name in gradient}
 
 
 def preconditioner_of_step(update: UpdateContext) -> ByName:
-    """M of (T4) by parameter, this step's gradient included; 0 where nothing ever had a gradient. Collective."""
+    """M of (T4) by parameter, with this step's gradient; 0 where every gradient so far was 0. Collective."""
     settings, step, clip = adamw_settings(update), update.optimizer_step, update.clip_factor
     gradient, exp_avg, exp_avg_sq = update.gradient, update.exp_avg, update.exp_avg_sq
     metric = {}
@@ -85,7 +89,7 @@ def coefficient_of_step(update: UpdateContext) -> float:
 
 
 def read_before_step(update: UpdateContext) -> None:
-    """Have all that (T4) is made of kept, before the optimizer overwrites it. Collective."""
+    """Reads all that (T4) needs, so that `update` keeps it when the optimizer overwrites it. Collective."""
     update.check_adamw()
     _ = update.optimizer_step, update.without_gradient, update.clip_factor
     _ = update.gradient, update.exp_avg, update.exp_avg_sq, update.params_before

@@ -1,4 +1,4 @@
-"""`build_engine`: picks the engine, and refuses by name what none of them reads correctly."""
+"""`build_engine`: picks the engine, and refuses by name each way of training that no engine reads correctly."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from trl_entropy.engine.base import Engine, torch_optimizer
+from trl_entropy.engine.base import Engine
 from trl_entropy.engine.deepspeed import DeepSpeedEngine, ZeroEngine
 from trl_entropy.engine.plain import PlainEngine
+from trl_entropy.engine.reader import torch_optimizer
 
 _WORKS = "use one process, DDP (distributed_type: MULTI_GPU), or DeepSpeed with zero_stage: 2"
 _ZERO_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3")
 
 
-def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float | None) -> Engine:
+def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: object, max_grad_norm: float | None) -> Engine:
     """The engine for the training that `accelerator` was prepared for.
 
     Args:
@@ -49,7 +50,7 @@ def _zero_engine(stage: int) -> type[DeepSpeedEngine]:
     return Zero3Engine
 
 
-def _refuse_common(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+def _refuse_common(accelerator: Accelerator, model: nn.Module, optimizer: object) -> None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise NotImplementedError(f"training with {kind.value} is not supported; {_WORKS}")

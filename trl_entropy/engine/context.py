@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from trl_entropy.engine.base import Engine
+from trl_entropy.engine.reader import EngineReader, GroupSettings
 
+Option = TypeVar("Option")
 _PHASES = {"before": "in `before_update`", "after": "in `after_update`", "closed": "after `after_update` returned"}
 
 
-def _read_once(*phases: str) -> Callable:
+def _read_once(*phases: str) -> Callable[[Callable[[UpdateContext], object]], property]:
     """A property that is computed on first access, in one of `phases` only, and kept."""
 
-    def decorate(read: Callable[[UpdateContext], Any]) -> property:
+    def decorate(read: Callable[[UpdateContext], object]) -> property:
         @functools.wraps(read)
-        def get(self: UpdateContext) -> Any:
+        def get(self: UpdateContext) -> object:
             if read.__name__ not in self._values:
                 self._require(read.__name__, phases)
                 self._values[read.__name__] = read(self)
@@ -36,25 +36,26 @@ class UpdateContext:
     """Everything about one optimizer step, read when it is asked for and then kept.
 
     theta is what the optimizer updates: the float32 parameters, or under ZeRO with bf16 their float32 master
-    (`has_float32_master`). Dictionaries have the names of `accelerator.unwrap_model(model).named_parameters()`, the
-    trainable ones only, and full tensors of the parameter's shape, equal on all ranks, float32 (float64 for a float64
-    model). They are shared between probes: do not write into them.
+    (`has_float32_master`). Dictionaries are by the names of `accelerator.unwrap_model(model).named_parameters()`, the
+    trainable ones only, and hold whole tensors of the parameter's shape, equal on all ranks, float32 (float64 for a
+    float64 model). All probes get the same tensors: do not write into them.
 
     *Collective* (every rank must read it, in the same order, and never inside `rank_symmetric`): `gradient`,
     `grad_norm`, `clip_factor`, `exp_avg`, `exp_avg_sq`, `params_before`, `params_after`, `update`. Everything else
-    is local. Plain and DDP training communicate nothing for any of them, but code that relies on it hangs under ZeRO.
+    is local. Plain and DDP training communicate nothing for any of them, but code that relies on that hangs under
+    ZeRO.
 
-    What belongs to the state before the step must first be read in `before_update`, what belongs to the state after
-    it in `after_update`: afterwards the optimizer has overwritten it. `params_before` can be read in both.
+    What belongs to the state before the step must first be read in `before_update`, because the step overwrites it;
+    what belongs to the state after it, in `after_update`. `params_before` can be read in both.
 
     Raises:
         RuntimeError: on reading something too early or too late.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineReader) -> None:
         self._engine = engine
         self._phase = "before"
-        self._values: dict[str, Any] = {}
+        self._values: dict[str, object] = {}
         # Only what this rank holds of theta: under ZeRO a share, assembled if somebody asks.
         self._theta_before = {name: theta.detach().clone() for name, theta in engine.theta().items()}
         self._groups = engine.param_groups()
@@ -80,12 +81,12 @@ class UpdateContext:
 
     @_read_once("before")
     def grad_norm(self) -> float:
-        """|g|, the 2-norm over all parameters, before clipping. Collective."""
+        """|g|, the 2-norm of the gradient of all parameters, before clipping. Collective."""
         return self._engine.grad_norm()
 
     @_read_once("before")
     def clip_factor(self) -> float:
-        """c of (T4): min(1, max_norm / (|g| + 1e-6)), or 1 with clipping off. Collective; nan if the norm is."""
+        """c of (T4): min(1, max_norm / (|g| + 1e-6)), or 1 with clipping off. nan if |g| is. Collective."""
         max_norm, norm = self._engine.max_grad_norm, torch.tensor(self.grad_norm, dtype=torch.float32)
         return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0)) if max_norm > 0 else 1.0
 
@@ -111,7 +112,7 @@ class UpdateContext:
     # ---- the settings of this step, readable at any time
 
     @property
-    def options(self) -> Mapping[str, Mapping[str, Any]]:
+    def options(self) -> Mapping[str, GroupSettings]:
         """By parameter name, the settings of its parameter group as they were for this step."""
         return self._groups
 
@@ -158,12 +159,15 @@ class UpdateContext:
 
     @_read_once("after")
     def update(self) -> dict[str, Float[Tensor, "..."]]:
-        """dtheta, the true change: `params_after - params_before` in float32. Any optimizer. Collective.
+        """dtheta, the true change: `params_after - params_before` in float32, whatever the optimizer. Collective.
 
         float32 itself rounds theta + dtheta: an equation for dtheta agrees within a unit in the last place of theta.
         """
         return self._engine.assemble(
-            {name: _wide(theta.detach()) - _wide(self._theta_before[name]) for name, theta in self._theta()}
+            {
+                name: _wide(theta.detach()) - _wide(self._theta_before[name])
+                for name, theta in self._engine.theta().items()
+            }
         )
 
     @_read_once("after")
@@ -174,7 +178,7 @@ class UpdateContext:
         """
         return self._engine.step_skipped()
 
-    # ---- a change of one's own
+    # ---- changing the step
 
     @property
     def correction(self) -> Mapping[str, Float[Tensor, "..."]]:
@@ -182,17 +186,16 @@ class UpdateContext:
         return self._correction
 
     def correct(self, change: Mapping[str, Float[Tensor, "..."]]) -> None:
-        """Add to theta behind the optimizer's back, once, in `after_update`. Collective.
+        """Changes the parameters without changing the optimizer's state, once, in `after_update`. Collective.
 
-        `update` and `params_after` are from then on those of step and correction together; the optimizer's moments
-        never see it.
+        From then on `update` and `params_after` are those of step and correction together.
 
         Args:
             change: by parameter name, all trainable ones, equal on all ranks.
 
         Raises:
             RuntimeError: at another time, or a second time.
-            ValueError: if theta is not float32, which would round most of it away.
+            ValueError: if theta is narrower than float32, so that rounding would lose most of the change.
         """
         if self._phase != "after" or self._correction:
             raise RuntimeError("`correct` is called once for a step, in `after_update`")
@@ -208,10 +211,7 @@ class UpdateContext:
 
     # ---- bookkeeping
 
-    def _theta(self) -> Any:
-        return self._engine.theta().items()
-
-    def _option(self, key: str, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    def _option(self, key: str, convert: Callable[..., Option]) -> dict[str, Option]:
         for name, group in self._groups.items():
             if key not in group:
                 raise ValueError(

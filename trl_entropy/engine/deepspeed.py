@@ -21,10 +21,10 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trl_entropy.engine.base import Engine, group_settings
+from trl_entropy.engine.base import Engine
 from trl_entropy.engine.parameters import parameter_shape
-from trl_entropy.engine.plain import names_by_group
 from trl_entropy.engine.ranks import rank_symmetric
+from trl_entropy.engine.reader import GroupSettings, group_settings, names_by_group
 
 _BUCKET_NUMEL = 2**26  # elements of one all_reduce: 256 MiB of float32
 
@@ -53,7 +53,7 @@ class DeepSpeedEngine(Engine):
         original = engine.step
 
         @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(*args: object, **kwargs: object) -> object:
             if not engine.is_gradient_accumulation_boundary():
                 return original(*args, **kwargs)
             self._num_hooked_steps += 1
@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         self._num_hooked_steps = 0
 
     def update_done(self) -> None:
-        """Nothing: `engine.step` has already told."""
+        """Does nothing: the wrapped `engine.step` has already reported the update."""
 
     def close(self) -> None:
         vars(self._deepspeed).pop("step", None)
@@ -127,11 +127,11 @@ class DeepSpeedEngine(Engine):
         self._theta_to_model()
 
     def _set_share(self, name: str, share: Tensor) -> None:
-        """Makes `share` this rank's slice of theta, where `theta` does not hand out the live one."""
+        """Writes `share` into this rank's slice of theta, where `theta` returns a copy of it."""
 
     @abc.abstractmethod
     def _theta_to_model(self) -> None:
-        """Has the model compute with theta as it is, as after a step of DeepSpeed's. Collective."""
+        """Copies theta into the parameters that the model computes with, as DeepSpeed's step does. Collective."""
 
     def grad_norm(self) -> float:
         with rank_symmetric(self.accelerator, "taking the norm of its slices of the gradient"):
@@ -142,7 +142,7 @@ class DeepSpeedEngine(Engine):
 
     # ---- the optimizer
 
-    def param_groups(self) -> dict[str, dict[str, Any]]:
+    def param_groups(self) -> dict[str, GroupSettings]:
         return group_settings(self.optimizer.param_groups, self._names_by_group)
 
     def step_skipped(self) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,12 +14,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_shape(param: nn.Parameter) -> torch.Size:
-    """Also of a parameter that ZeRO-3 has partitioned, whose own shape is empty."""
+    """Shape of a parameter, also of one that ZeRO-3 has partitioned, whose own shape is empty."""
     return torch.Size(getattr(param, "ds_shape", param.shape))
 
 
 def num_trainable(model: nn.Module) -> int:
-    """Numbers that training changes, over all of its parameters."""
+    """How many numbers training changes: the elements of all trainable parameters."""
     return sum(parameter_shape(param).numel() for param in trainable_parameters(model).values())
 
 
@@ -42,7 +41,7 @@ def snapshot_parameters(model: nn.Module) -> dict[str, Float[Tensor, "..."]]:
 def swapped_parameters(
     model: nn.Module, values: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = None
 ) -> Iterator[nn.Module]:
-    """Lets `model` compute with other values of its trainable parameters; its own are back afterwards, always.
+    """Lets `model` compute with other values of its trainable parameters; afterwards, always, its own are back.
 
     The model's `nn.Parameter` objects are replaced by new ones for the time being. The old ones are never written to
     (assigning a `.data` of another dtype would silently drop the hooks by which DDP and DeepSpeed reduce gradients),
@@ -76,7 +75,7 @@ def swapped_parameters(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """No dropout, and no gradient checkpointing of transformers; every submodule's own mode is back afterwards.
+    """Turns off dropout and transformers' gradient checkpointing; every submodule's own mode is back afterwards.
 
     Reentrant checkpointing would refuse `torch.autograd.grad`.
     """
@@ -123,8 +122,8 @@ def _cast_if_floating(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def replaced_tensors(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[None]:
-    """Puts `replacements[id(tensor)]` in the place of every parameter and buffer of every submodule, and back."""
-    places: list[tuple[dict[str, Any], str, Tensor]] = [
+    """Replaces every parameter and buffer by `replacements[id(tensor)]`, and afterwards puts the originals back."""
+    places: list[tuple[dict[str, Tensor | None], str, Tensor]] = [
         (table, key, tensor)
         for module in model.modules()
         for table in (module._parameters, module._buffers)

@@ -1,15 +1,14 @@
 """One process, or DDP: every rank holds everything, and DDP has averaged the gradient when backward returns."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trl_entropy.engine.base import Engine, group_settings
-from trl_entropy.engine.parameters import trainable_parameters
+from trl_entropy.engine.base import Engine
+from trl_entropy.engine.reader import GroupSettings, group_settings, names_by_group
 
 
 class PlainEngine(Engine):
@@ -28,7 +27,7 @@ class PlainEngine(Engine):
         self._end_update()
 
     def close(self) -> None:
-        """Nothing: no hook was set."""
+        """Does nothing: no hook was set."""
 
     def theta(self) -> dict[str, Tensor]:
         return {name: param.detach() for name, param in self.parameters.items()}
@@ -59,7 +58,7 @@ class PlainEngine(Engine):
         # torch's own function on the gradients' own dtype, so that the norm is the one clipping uses, to the bit.
         return float(torch.nn.utils.get_total_norm(list(self.local_gradient().values())))
 
-    def param_groups(self) -> dict[str, dict[str, Any]]:
+    def param_groups(self) -> dict[str, GroupSettings]:
         return group_settings(self.optimizer.param_groups, self._names_by_group)
 
     def step_counts(self) -> dict[str, int]:
@@ -68,19 +67,3 @@ class PlainEngine(Engine):
         counts = [torch.as_tensor(state.get(self.parameters[name], {}).get("step", 0)) for name in names]
         on_one_device = [count.detach().reshape(()).to(self.accelerator.device, torch.float64) for count in counts]
         return dict(zip(names, torch.stack(on_one_device).long().tolist(), strict=True)) if names else {}
-
-
-def names_by_group(module: nn.Module, groups: list[list[nn.Parameter]]) -> list[list[str]]:
-    """Names of the trainable parameters in each parameter group.
-
-    Raises:
-        ValueError: if a trainable parameter is in none, so that no step would ever change it.
-    """
-    name_of = {id(param): name for name, param in trainable_parameters(module).items()}
-    names = [[name_of[id(param)] for param in group if id(param) in name_of] for group in groups]
-    if homeless := set(name_of.values()).difference(*names):
-        raise ValueError(
-            f"{len(homeless)} trainable parameters are in no parameter group of the optimizer, the first is "
-            f"{min(homeless)!r}; freeze them (requires_grad_(False)) or let the optimizer have them"
-        )
-    return names

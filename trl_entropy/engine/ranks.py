@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,16 +14,13 @@ from accelerate import Accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainingArguments
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextmanager
 def rank_symmetric(accelerator: Accelerator, what: str) -> Iterator[None]:
     """Runs local work so that either every rank leaves it, or every rank raises the same `RuntimeError`.
 
-    On exit the ranks agree on the first of them that failed (one `all_reduce` of one integer). Without it the rank
-    that raised would leave, and the others would wait in the next collective until the backend's timeout.
+    On exit the ranks agree on the first of them that failed (one `all_reduce` of one integer). Otherwise the rank that
+    raised would leave, and the others would wait in the next collective until the backend's timeout.
 
         with rank_symmetric(engine.accelerator, "scoring the probe batch"):
             logps = score(model, batch)         # local: any rank may run out of memory here
@@ -83,13 +79,14 @@ _num_sections = itertools.count()
 
 @contextmanager
 def ending_together(accelerator: Accelerator) -> Iterator[None]:
-    """Runs work with collectives in it, training above all; when one rank leaves it by an exception, all end.
+    """Runs work that contains collectives, such as training, so that all ranks end when one raises an exception.
 
-    A rank that fails outside `rank_symmetric` leaves the others waiting for it. Here it says so in the process group's
-    store first, and raises its own exception on. The others' collectives then fail (gloo), and that error is replaced
-    by what was said; or they never return (NCCL), and after 15 s the process prints what was said and ends.
+    A rank that fails outside `rank_symmetric` leaves the others waiting for it. Here it first writes a message into
+    the process group's store and then raises its own exception. On the other ranks the pending collective either fails
+    (gloo), and its error is replaced by the message; or it never returns (NCCL), and after 15 s the process prints the
+    message and ends.
 
-    With one process nothing is done. All ranks must enter, as often.
+    With one process nothing is done. Every rank must enter it, equally often.
 
     Raises:
         OtherRankFailed: on the ranks that did not fail first, with rank and exception of the one that did.
@@ -116,7 +113,7 @@ class _Notice:
         self._store, self._key = _get_default_store(), f"trl_entropy/failure/{next(_num_sections)}"
 
     def first_failure(self, text: str) -> str | None:
-        """Says that this rank failed with `text`; what another said before, unless that was the same."""
+        """Records that this rank failed with `text`; returns what another rank recorded before, if it differs."""
         said = json.dumps([self._rank, text])
         with suppress(dist.DistError):  # the store has gone with the process that kept it
             said = self._store.compare_set(self._key, "", said).decode()

@@ -1,10 +1,9 @@
-"""float32 arithmetic as float32 says: autocast and the TF32 modes of matrix products are off for the while."""
+"""Strict float32: contexts in which autocast and the TF32 modes of matrix products are off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ def fp32_strict(model: nn.Module | None = None) -> Iterator[None]:
     Args:
         model (`torch.nn.Module`, *optional*):
             The model to be scored. Under mixed precision accelerate puts autocast *inside* `model.forward`, where no
-            outer context reaches it; a model given here has its own forward back for the duration.
+            outer context reaches it; a model given here computes with its own forward, without autocast, meanwhile.
     """
     with ExitStack() as undo:
         undo.enter_context(autocast_off())
@@ -32,7 +31,8 @@ def fp32_strict(model: nn.Module | None = None) -> Iterator[None]:
         yield
 
 
-def patched(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:
+def patched(undo: ExitStack, module: nn.Module, name: str, value: object) -> None:
+    """Sets an attribute of `module` until `undo` is closed."""
     if name in vars(module):
         undo.callback(setattr, module, name, vars(module)[name])
     else:
@@ -42,6 +42,7 @@ def patched(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:
 
 @contextmanager
 def autocast_off() -> Iterator[None]:
+    """Autocast off on the CPU and on the accelerator, if there is one."""
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as undo:
         for device_type in {"cpu", accelerator.type if accelerator is not None else "cpu"}:

@@ -10,7 +10,6 @@ and release parameters around every layer (`parameter_offload`'s `forward_hooks`
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from deepspeed.utils import (
 )
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from trl_entropy.engine.deepspeed import DeepSpeedEngine, buckets_of
 from trl_entropy.engine.parameters import parameter_shape, replaced_tensors
@@ -40,23 +40,23 @@ class Zero3Engine(DeepSpeedEngine):
             groups[self._zero.sub_group_to_group_id[number]] += params
         return groups
 
-    def _start(self, param: Any) -> int:
+    def _start(self, param: nn.Parameter) -> int:
         return min(dist.get_rank(self._zero.dp_process_group) * param.ds_tensor.ds_numel, param.ds_numel)
 
-    def _own(self, param: Any, padded: Tensor) -> Tensor:
-        """A slice without what lies behind the parameter's end; empty where that is all of it."""
+    def _own(self, param: nn.Parameter, padded: Tensor) -> Tensor:
+        """A slice without the padding behind the parameter's end; empty where all of it is padding."""
         return padded.detach().view(-1)[: param.ds_numel - self._start(param)]
 
     def theta(self) -> dict[str, Tensor]:
         return {name: self._own(param, safe_get_local_fp32_param(param)) for name, param in self.parameters.items()}
 
     def _set_share(self, name: str, share: Tensor) -> None:
-        param: Any = self.parameters[name]
+        param = self.parameters[name]
         safe_set_local_fp32_param(param, torch.nn.functional.pad(share, (0, param.ds_tensor.numel() - share.numel())))
 
     def _theta_to_model(self) -> None:
         for name, value in self.theta().items():
-            param: Any = self.parameters[name]
+            param = self.parameters[name]
             self._own(param, param.ds_tensor).copy_(value)
         if persistent := self._zero.persistent_parameters:  # small ones, which stay whole on every rank
             persistent[0].partition(persistent)
@@ -85,7 +85,7 @@ class Zero3Engine(DeepSpeedEngine):
     def scoring_model(
         self, params: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = torch.float32
     ) -> Iterator[nn.Module]:
-        """As [`Engine.scoring_model`]; the whole model is on every rank meanwhile, and DeepSpeed out of its way.
+        """As [`Engine.scoring_model`]; meanwhile every rank holds the whole model, without DeepSpeed's hooks.
 
         *Entering is collective* where parameters are frozen (LoRA's base), which are gathered; everything after is
         local. Inside `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
@@ -104,14 +104,14 @@ class Zero3Engine(DeepSpeedEngine):
             yield model
 
     def _whole_parameters(self) -> dict[int, nn.Parameter]:
-        """Plain parameters for DeepSpeed's, by their `id`; trainable ones are stand-ins that take no memory."""
+        """Plain parameters to replace DeepSpeed's, by `id` of these; trainable ones are stand-ins without memory."""
         whole: dict[int, nn.Parameter] = {}
         for param in self.parameters.values():
             zero = torch.zeros((), dtype=param.dtype, device=self.accelerator.device)
             whole[id(param)] = nn.Parameter(zero.expand(parameter_shape(param)))
         frozen = {name: param for name, param in self.module.named_parameters() if not param.requires_grad}
         for bucket in buckets_of(frozen):  # one at a time: gathered in float32, kept in its own dtype
-            shares = {name: self._own(param, param.ds_tensor) for name, param in bucket.items()}  # type: ignore[attr-defined]
+            shares = {name: self._own(param, param.ds_tensor) for name, param in bucket.items()}
             values = self._assembled(bucket, shares)
             with rank_symmetric(self.accelerator, "gathering the frozen parameters"):
                 for name, param in bucket.items():
@@ -120,7 +120,7 @@ class Zero3Engine(DeepSpeedEngine):
 
 
 @contextmanager
-def _without_hooks(handles: list[Any]) -> Iterator[None]:
+def _without_hooks(handles: list[RemovableHandle]) -> Iterator[None]:
     """Takes module hooks out for a while.
 
     Not by TRL's `remove_hooks` and `add_hooks`: they throw away DeepSpeed's trace of the order in which layers fetch
@@ -137,7 +137,7 @@ def _without_hooks(handles: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def _torch_linear() -> Iterator[None]:
-    """torch's own `linear`, which has a forward mode."""
+    """Puts torch's own `linear` back for a while, which has a forward mode."""
     current = nn.functional.linear
     nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", current)
     try:

@@ -1,1 +1,1 @@
-"""Evaluation of a run's checkpoints: what to do (plan), one checkpoint's samples (sampling) and numbers (summary)."""
+"""Evaluation of checkpoints: which and how (plan), one process for each (worker), its samples and its numbers."""

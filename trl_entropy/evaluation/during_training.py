@@ -1,4 +1,4 @@
-"""The evaluation of checkpoints while training goes on: `evaluate_checkpoints` of [`~trl_entropy.DrGRPOConfig`]."""
+"""Evaluation of checkpoints during training: the setting `evaluate_checkpoints` of [`~trl_entropy.DrGRPOConfig`]."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,16 +24,17 @@ _LOOK_EVERY = 0.1  # seconds
 
 class EvaluateCheckpoints(TrainerCallback):
     """
-    Evaluates the start policy and each checkpoint as soon as it is written, as `trl-entropy evaluate` would.
+    Evaluates the start policy, and each checkpoint as soon as it is written, as `trl-entropy evaluate` does.
 
-    Each is evaluated in a process of its own, which the main process starts, one after another; training's random
-    state, memory and numbers are as without. A checkpoint that fails is named and stops nothing; the command makes up
-    for it. A run that is resumed evaluates what is missing up to its step.
+    The main process starts one evaluation after another, each in a process of its own, so that the random state, the
+    memory and the numbers of training do not change. If an evaluation fails, a warning names the checkpoint and
+    training goes on; `trl-entropy evaluate` can repeat it later. A resumed run first evaluates the checkpoints that
+    are still missing.
 
     Args:
-        when: `"background"`: training goes on meanwhile, and its end waits for what is left; `"wait"`: all processes
-            wait for each evaluation.
-        profile: of `trl-entropy evaluate`, `"quick"` or `"full"`.
+        when: `"background"`: training goes on meanwhile, and exits only after the last evaluation has finished;
+            `"wait"`: all processes wait for each evaluation.
+        profile: `"quick"` or `"full"`, as in `trl-entropy evaluate`.
     """
 
     def __init__(self, when: str, profile: str) -> None:
@@ -44,9 +44,9 @@ class EvaluateCheckpoints(TrainerCallback):
         self._thread: threading.Thread | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """After [`RunLogCallback`], which writes `config.yaml`."""
+        """Queue what is not evaluated yet. Runs after [`RunLogCallback`], which writes `config.yaml`."""
         self._run = Path(args.output_dir)
         if state.is_world_process_zero:
             self._config = read_config(self._run)
@@ -56,28 +56,28 @@ class EvaluateCheckpoints(TrainerCallback):
                     self._targets.put(target)
         self._wait_if_asked(args)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.is_world_process_zero:
             step = state.global_step
             self._targets.put(Target(step, str(self._run / f"checkpoint-{step}")))
         self._wait_if_asked(args)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Wait for what is left; a run that was told to stop does not."""
+        """Wait for the evaluations that are left; a run that was stopped early does not wait."""
         left = self._targets.unfinished_tasks
         if state.global_step < state.max_steps:
             self._cancel.set()
             if left:
-                logger.warning("stopped with %d evaluations left: trl-entropy evaluate --run %s", left, self._run)
+                logger.warning("%d evaluations are left; to do them: trl-entropy evaluate --run %s", left, self._run)
         elif left:
             logger.info("training is done; waiting for %d evaluations of its checkpoints", left)
         self._wait(args)
         self._cancel.set()
 
     def _start(self) -> None:
-        """The one thread that evaluates; that of an earlier training which raised goes on."""
+        """Start the thread that evaluates, unless that of an earlier `train()` which failed still runs."""
         if self._thread is not None and self._cancel.is_set():
             self._thread.join()
         if self._thread is None or not self._thread.is_alive():
@@ -90,12 +90,12 @@ class EvaluateCheckpoints(TrainerCallback):
             self._wait(args)
 
     def _wait(self, args: TrainingArguments) -> None:
-        """All processes, until the main one has evaluated what it has to; in short turns, so that none times out."""
+        """Wait on all ranks until the main one has no evaluation left; polling, so that no collective times out."""
         while any_rank(self._targets.unfinished_tasks > 0, args):
             time.sleep(_LOOK_EVERY)
 
     def _work(self) -> None:
-        """In a thread of the main process: evaluate whatever comes."""
+        """Evaluate what is queued; runs in a thread of the main process."""
         while not self._cancel.is_set():
             try:
                 target = self._targets.get(timeout=_LOOK_EVERY)

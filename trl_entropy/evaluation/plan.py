@@ -1,17 +1,16 @@
-"""What `trl-entropy evaluate` does: which checkpoints, on how many problems, drawn how. Imports no torch."""
+"""The plan of an evaluation: which checkpoints, how many problems, and how to sample. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.runs.checkpoints import checkpoints_of
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.strict_json import Json
 
 ALL, LATEST = "all", "latest"
 TRANSFORMERS, VLLM = "transformers", "vllm"
@@ -22,12 +21,12 @@ _WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json")
 @dataclass(frozen=True)
 class Profile:
     """
-    How much is drawn.
+    The size of an evaluation.
 
     Attributes:
-        num_problems: of the held-out problems, at most; None for all of them.
-        num_samples: samples a problem, beside one greedy completion.
-        timeout: seconds for a checkpoint.
+        num_problems: held-out problems, at most; None for all of them.
+        num_samples: samples per problem, in addition to one greedy completion.
+        timeout: seconds per checkpoint.
     """
 
     num_problems: int | None
@@ -41,20 +40,20 @@ PROFILES = {"quick": Profile(64, 8, 1800.0), "full": Profile(None, 16, 6 * 3600.
 @dataclass(frozen=True)
 class Settings:
     """
-    All that decides the numbers of an evaluation beside the weights.
+    Everything besides the weights that determines the numbers of an evaluation.
 
     Attributes:
-        num_problems: held-out problems, at most; None for all.
-        subset_frac: their share, in place of `num_problems`; None when that is used.
-        num_samples: samples a problem, beside one greedy completion.
-        seed: of the choice of problems and of the samples; the same for all checkpoints.
-        max_completion_length: tokens.
-        sampling: temperature, top_k, top_p and the like, as the run trained with them.
-        stop_at_answer: end completions at the closing answer tag, as the run did.
-        task: the run's task, data and reward functions.
-        model_seed: the seed of the embedded model's warm start.
-        dtype: of the weights while they are evaluated.
-        sampler: what draws, `"transformers"` or `"vllm"`; the scores are the model's own.
+        num_problems: held-out problems, at most; None for all of them.
+        subset_frac: fraction of the held-out problems, used instead of `num_problems`; None to use `num_problems`.
+        num_samples: samples per problem, in addition to one greedy completion.
+        seed: seed of the choice of problems and of the samples, the same for all checkpoints.
+        max_completion_length: in tokens.
+        sampling: temperature, top_k, top_p and so on, the same as in training.
+        stop_at_answer: whether completions end at the closing answer tag, as in training.
+        task: the task of the run, its data and its reward functions.
+        model_seed: seed of the embedded model's warm start.
+        dtype: dtype of the weights during the evaluation.
+        sampler: what generates the completions, `"transformers"` or `"vllm"`. Either way the model scores them itself.
     """
 
     num_problems: int | None
@@ -62,15 +61,15 @@ class Settings:
     num_samples: int
     seed: int
     max_completion_length: int
-    sampling: dict[str, Any]
+    sampling: Json
     stop_at_answer: bool
-    task: dict[str, Any]
+    task: Json
     model_seed: int
     dtype: str
     sampler: str = TRANSFORMERS
 
     def num_of(self, num_held_out: int) -> int:
-        """How many of the held-out problems."""
+        """The number of problems to take out of `num_held_out`."""
         if self.subset_frac is not None:
             return max(1, round(self.subset_frac * num_held_out))
         return num_held_out if self.num_problems is None else min(self.num_problems, num_held_out)
@@ -82,15 +81,15 @@ class Target:
     One policy to evaluate.
 
     Attributes:
-        step: optimizer steps that it has had.
-        model: a checkpoint folder; for step 0 the name or folder that the run started from, or `"embedded"`.
+        step: the number of optimizer steps that it was trained for.
+        model: a checkpoint folder; for step 0 the name or folder from which the run started, or `"embedded"`.
     """
 
     step: int
     model: str
 
     def fingerprint(self) -> str:
-        """A hash of the weights' files, or the name of a model that is no folder: another policy has another one."""
+        """A hash of the weights, which tells policies apart; for a model that is not a folder its name."""
         folder, digest = Path(self.model), hashlib.sha256()
         if not folder.is_dir():
             return self.model
@@ -102,7 +101,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint's evaluation, as it is handed to a process of its own."""
+    """The evaluation of one checkpoint, as it is passed to the process that does it."""
 
     target: Target
     settings: Settings
@@ -119,12 +118,12 @@ class Job:
         return cls(**{**values, "target": Target(**values["target"]), "settings": Settings(**values["settings"])})
 
 
-def read_config(run: Path) -> dict[str, Any]:
+def read_config(run: Path) -> Json:
     """
-    The run's `config.yaml`.
+    The `config.yaml` of the run.
 
     Raises:
-        ValueError: when it is missing or does not say what the run was trained on.
+        ValueError: when it is missing, or does not name the task of the run.
     """
     import yaml
 
@@ -134,15 +133,33 @@ def read_config(run: Path) -> dict[str, Any]:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "task" not in config:
         raise ValueError(
-            f"{path} does not say what the run was trained on. Write `task: word_problems` or `task: gsm8k` (and "
-            "dataset_path, reward_funcs, model_name_or_path) into it if it was one of these."
+            f"{path} does not say on which task the run was trained. If it was one of these, add "
+            "`task: word_problems` or `task: gsm8k`, and dataset_path, reward_funcs and model_name_or_path."
         )
     return config
 
 
-def settings_of(config: Mapping[str, Any], profile: Profile, **chosen: Any) -> Settings:
-    """The run's own sampler and task; `chosen` replaces fields where it is not None."""
-    sampling = {
+def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
+    """The settings of the run and the profile; entries of `chosen` that are not None replace fields."""
+    settings = Settings(
+        num_problems=profile.num_problems,
+        subset_frac=None,
+        num_samples=profile.num_samples,
+        seed=0,
+        max_completion_length=config["max_completion_length"],
+        sampling=_sampling_of(config),
+        stop_at_answer=bool(config.get("stop_at_answer")),
+        task={name: config[name] for name in _TASK_FIELDS if name in config},
+        model_seed=config["seed"],
+        dtype="bfloat16" if config.get("bf16") else "float32",
+    )
+    given: Json = {name: value for name, value in chosen.items() if value is not None}
+    settings = replace(settings, **given)
+    return replace(settings, num_problems=None) if settings.subset_frac is not None else settings
+
+
+def _sampling_of(config: Json) -> Json:
+    return {
         "temperature": config.get("temperature", 1.0),
         "top_k": config.get("top_k", 0),
         "top_p": config.get("top_p", 1.0),
@@ -150,29 +167,14 @@ def settings_of(config: Mapping[str, Any], profile: Profile, **chosen: Any) -> S
         "repetition_penalty": config.get("repetition_penalty", 1.0),
         **(config.get("generation_kwargs") or {}),
     }
-    settings = Settings(
-        num_problems=profile.num_problems,
-        subset_frac=None,
-        num_samples=profile.num_samples,
-        seed=0,
-        max_completion_length=config["max_completion_length"],
-        sampling=sampling,
-        stop_at_answer=bool(config.get("stop_at_answer")),
-        task={name: config[name] for name in _TASK_FIELDS if name in config},
-        model_seed=config["seed"],
-        dtype="bfloat16" if config.get("bf16") else "float32",
-    )
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    settings = replace(settings, **chosen)
-    return replace(settings, num_problems=None) if settings.subset_frac is not None else settings
 
 
-def targets_of(run: Path, config: Mapping[str, Any], which: str) -> list[Target]:
+def targets_of(run: Path, config: Json, which: str) -> list[Target]:
     """
-    The policies that `--checkpoints` names, in order of step; `all` begins with the start policy, step 0.
+    The policies that `--checkpoints` names, in order of step; `all` includes the start policy, step 0.
 
     Raises:
-        ValueError: for a step that has no checkpoint, saying which there are.
+        ValueError: when a step has no checkpoint; the message lists the steps that have one.
     """
     start = Target(0, str(config.get("model_name_or_path", EMBEDDED_MODEL)))
     found = {0: start}
@@ -186,15 +188,15 @@ def targets_of(run: Path, config: Mapping[str, Any], which: str) -> list[Target]
     try:
         steps = sorted({int(step) for step in which.split(",")})
     except ValueError:
-        raise ValueError(f"--checkpoints is {which!r}; use all, latest, or steps such as 20,40") from None
+        raise ValueError(f"--checkpoints is {which!r}; use all, latest, or steps such as 20,40.") from None
     if missing := [step for step in steps if step not in found]:
         have = ", ".join(map(str, found))
-        raise ValueError(f"{run} has no checkpoint of step {', '.join(map(str, missing))}; it has {have}")
+        raise ValueError(f"{run} has no checkpoint of step {', '.join(map(str, missing))}; it has {have}.")
     return [found[step] for step in steps]
 
 
 def is_done(run: Path, target: Target, settings: Settings) -> bool:
-    """Whether these weights were evaluated under these settings."""
+    """Whether the run has an evaluation of these weights with these settings."""
     summary = RunDirectory(run).checkpoint_summary(target.step)
     if summary is None or summary["settings"] != json.loads(json.dumps(asdict(settings))):
         return False

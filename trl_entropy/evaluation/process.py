@@ -1,4 +1,4 @@
-"""One checkpoint's evaluation in a process of its own: start it, follow it, end it, say what came of it."""
+"""Runs the evaluation of one checkpoint in a process of its own, follows its progress, and ends it in time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trl_entropy.evaluation.plan import Job
+from trl_entropy.runs.directory import CheckpointSummary, Measured
 
 CANCELLED = "cancelled"
 _TAIL = 12  # lines of a failed process's messages that are shown
 _LOOK_EVERY = 0.1  # seconds
-# What a launcher tells the processes of a training run; an evaluation is none of them.
+# Variables that a launcher sets for the processes of a training run; the evaluation is not one of them.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",
              "ACCELERATE_", "FSDP_")  # fmt: skip
 
@@ -24,18 +24,19 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "
 def run_job(
     job: Job,
     timeout: float,
-    show: Callable[[int, int], Any] = lambda done, total: None,
+    show: Callable[[int, int], object] = lambda done, total: None,
     cancel: threading.Event | None = None,
 ) -> str | None:
     """
-    Evaluate in a process of its own, killed after `timeout` seconds or when this one is interrupted.
+    Evaluate one checkpoint in a process of its own, which is killed after `timeout` seconds or on an interrupt.
 
     Args:
-        show: called with the completions done and all of them, as it goes on.
-        cancel: when set, the process is killed.
+        show: called from time to time with the number of completions that are done and the number of all.
+        cancel: the process is killed when this event is set.
 
     Returns:
-        None, or why it failed. All that the process says goes to `evaluation/step_N.log`, which a success removes.
+        None, or why the evaluation failed. The messages of the process are in `evaluation/step_N.log`, which is
+        deleted if it succeeds.
     """
     log = Path(f"{job.output}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def run_job(
     if cancel.is_set():
         return CANCELLED
     if process.returncode != 0 and time.monotonic() > deadline:
-        return f"not done after {timeout:.0f} s; raise --timeout"
+        return f"not finished after {timeout:.0f} s; raise --timeout"
     return _outcome(process.returncode, log)
 
 
@@ -69,8 +70,8 @@ def _end_in_time(process: subprocess.Popen[str], deadline: float, cancel: thread
             return
 
 
-def _follow(process: subprocess.Popen[str], show: Callable[[int, int], Any]) -> None:
-    """Read the progress that the process writes, to its end."""
+def _follow(process: subprocess.Popen[str], show: Callable[[int, int], object]) -> None:
+    """Report the progress of the process until it ends."""
     assert process.stdout is not None
     for line in process.stdout:
         match line.split():
@@ -84,20 +85,20 @@ def _outcome(returncode: int, log: Path) -> str | None:
         log.unlink()
         return None
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "\n".join([f"exit status {returncode}; its last lines, all in {log}:", *lines[-_TAIL:]])
+    return "\n".join([f"exit status {returncode}; all messages are in {log}, the last lines are:", *lines[-_TAIL:]])
 
 
-def describe(summary: dict[str, Any] | None) -> str:
-    """A checkpoint's numbers in a line, with 95 % intervals over prompts."""
+def describe(summary: CheckpointSummary | None) -> str:
+    """The main results of a checkpoint in one line, with 95 % intervals over prompts."""
     assert summary is not None
     metrics = summary["metrics"]
-
-    def shown(name: str) -> str:
-        entry = metrics[name]
-        interval = "" if entry["low"] is None else f" ({entry['low']:.3f}-{entry['high']:.3f})"
-        return f"{entry['value']:.3f}{interval}"
-
     last = max((name for name in metrics if name.startswith("pass@")), key=lambda name: int(name.split("@")[1]))
-    parts = [f"pass@1 {shown('pass@1')}"] + ([f"{last} {shown(last)}"] if last != "pass@1" else [])
-    parts += [f"greedy {shown('greedy_accuracy')}", f"entropy {shown('entropy_mean')} nats/token"]
+    parts = [f"{name} {_shown(metrics[name])}" for name in dict.fromkeys(["pass@1", last])]
+    parts.append(f"greedy {_shown(metrics['greedy_accuracy'])}")
+    parts.append(f"entropy {_shown(metrics['entropy_mean'])} nats/token")
     return ", ".join([*parts, f"{summary['seconds']:.0f} s"])
+
+
+def _shown(entry: Measured) -> str:
+    interval = "" if entry["low"] is None else f" ({entry['low']:.3f}-{entry['high']:.3f})"
+    return f"{entry['value']:.3f}{interval}"

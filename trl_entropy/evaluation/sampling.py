@@ -1,14 +1,13 @@
-"""Completions of held-out prompts and their token scores: batched, left-padded, batches halved on out-of-memory."""
+"""Draws completions of held-out prompts and scores their tokens, in batches that are halved when memory runs out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from trl_entropy.evaluation.plan import VLLM, Settings
 from trl_entropy.evaluation.vllm_engine import VllmEngine
@@ -17,15 +16,18 @@ from trl_entropy.gradients.scores import score
 from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
 from trl_entropy.rollouts.drawing import own_randomness, pack_completions
 from trl_entropy.rollouts.generation import answer_end
+from trl_entropy.runs.strict_json import Row
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
-# That scoring makes at once, in float32: 1 GiB; 64 MiB on a CPU, which larger batches do not make faster.
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Logits in float32 that scoring may hold at once: 1 GiB; on a CPU 64 MiB, where larger batches are not faster.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**28, 2**24
-Row = dict[str, Any]
 
 
-def load_policy(model: str, settings: Settings, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint, an adapter's folder, a name, or the embedded start policy."""
+def load_policy(model: str, settings: Settings, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a folder (a model or an adapter), from a name, or of the embedded start policy."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,15 +36,15 @@ def load_policy(model: str, settings: Settings, device: str) -> tuple[Any, Any]:
     if is_adapter(name):
         base = base_model_of(name)
         if settings.task["task"] == "word_problems" and Path(base).is_absolute() and not Path(base).exists():
-            base = _start_policy(settings)  # the run began from another machine's cache
+            base = _start_policy(settings)  # the folder is the cache of another machine
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
     policy = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype))
     if is_adapter(name):
         policy = PeftModel.from_pretrained(policy, name)
-        if settings.sampler == VLLM:  # which takes whole weights: the ones drawn from and the ones scored are the same
+        if settings.sampler == VLLM:  # vLLM takes whole weights, and the same weights must draw and score
             policy = policy.merge_and_unload()
-    # With `logits_to_keep` the head would get a slice. Of a slice and a weight that needs no gradient torch's `linear`
-    # makes one product a completion, in bfloat16 on a CPU with a copy of the weight for each.
+    # With `logits_to_keep` the head gets a slice. torch's `linear` would multiply it completion by completion, since
+    # the weight needs no gradient; in bfloat16 on a CPU it would copy the weight each time.
     policy.get_output_embeddings().register_forward_pre_hook(lambda head, given: (given[0].contiguous(), *given[1:]))
     return policy.to(device).eval(), tokenizer
 
@@ -56,16 +58,16 @@ def _start_policy(settings: Settings) -> str:
 @dataclass
 class Sampler:
     """
-    Draws completions and scores them; `batch_size` is halved, for good, when memory does not suffice.
+    Draws completions and scores them. When memory runs out, `batch_size` is halved for the rest of the evaluation.
 
     Attributes:
-        settings: how to draw.
+        settings: how to sample.
         batch_size: completions at a time.
-        engine: what draws in place of the model's own `generate`; the model scores.
+        engine: generates the completions in place of the model's `generate`; the model still scores them.
     """
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     settings: Settings
     batch_size: int
     engine: VllmEngine | None = None
@@ -74,14 +76,15 @@ class Sampler:
         from transformers import GenerationConfig
 
         self._ends = end_token_ids(self.model, self.tokenizer)
-        self.model.generation_config = GenerationConfig()  # its defaults, such as a top_k, would narrow the sampler
+        self.model.generation_config = GenerationConfig()  # drop the model's own defaults, such as a top_k
 
     def draw(self, prompts: list[str], greedy: bool) -> Iterator[tuple[int, Row]]:
         """
-        One completion of each prompt, the longest prompts first: (place of the prompt, its row).
+        Draw one completion of each prompt, the longest prompts first, and yield (index of the prompt, its row).
 
-        A row has `completion`, `completion_ids`, `logps` and `entropies` of its tokens in nats (at the sampling
-        temperature, over the full vocabulary; greedy ones too), `length` and `clipped`: no end within the limit.
+        A row has `completion`, `completion_ids`, `logps` and `entropies` of the tokens in nats (at the sampling
+        temperature, over the full vocabulary, for greedy completions too), `length`, and `clipped`: whether it reached
+        the maximum length.
         """
         prompt_ids = self.tokenizer(prompts)["input_ids"]
         drawn = None if self.engine is None else self.engine.draw(prompt_ids, greedy, self._ends)
@@ -97,7 +100,7 @@ class Sampler:
     def _within_memory(
         self, prompt_ids: list[list[int]], drawn: list[list[int]] | None, greedy: bool, start: int
     ) -> list[Row]:
-        """Rows of the first of these prompts, as many as fit."""
+        """The rows of the first of these prompts, of as many as fit into memory."""
 
         def attempt(size: int) -> list[Row]:
             self.batch_size = size
@@ -120,10 +123,10 @@ class Sampler:
             )  # fmt: skip
         return output[:, width:].tolist()
 
-    def _generation_config(self, greedy: bool) -> Any:
+    def _generation_config(self, greedy: bool) -> GenerationConfig:
         from transformers import GenerationConfig
 
-        how: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, **self.settings.sampling}
+        how: Row = {"do_sample": False} if greedy else {"do_sample": True, **self.settings.sampling}
         if self.settings.stop_at_answer:
             how["stop_strings"] = ANSWER_CLOSE
         return GenerationConfig(
@@ -134,7 +137,7 @@ class Sampler:
         )
 
     def _cut(self, ids: list[int]) -> tuple[list[int], bool]:
-        """The completion with its end token and nothing after it; whether it was clipped at the limit."""
+        """The completion up to its end token, and whether it was cut off at the maximum length."""
         cut, ended = first_end(ids, self._ends)
         if self.settings.stop_at_answer and (answered := answer_end(self.tokenizer, cut, ANSWER_CLOSE)) is not None:
             return cut[:answered], False
@@ -163,17 +166,17 @@ class Sampler:
 
 
 def first_end(ids: list[int], ends: set[int]) -> tuple[list[int], bool]:
-    """Tokens up to the first end token, which counts, and whether there is one."""
+    """The tokens up to and with the first end token, and whether there is one."""
     place = next((place for place, token in enumerate(ids) if token in ends), None)
     return (ids, False) if place is None else (ids[: place + 1], True)
 
 
-def end_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """The tokens that end a completion: the tokenizer's and the generation config's."""
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a completion: that of the tokenizer and those of the generation config."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}
 
 
-def _pad_token_id(tokenizer: Any) -> int:
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,32 +1,45 @@
-"""From the records of one checkpoint to its numbers: per prompt, per token position, and over all."""
+"""The numbers of one checkpoint from its completions: per prompt, per token position, and over all."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from trl_entropy.estimators.statistics.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
+from trl_entropy.runs.directory import Measured
 
-Metrics = dict[str, dict[str, float | None]]
+Metrics = dict[str, Measured]
+Column = pd.Series | np.ndarray
 
 
 def prompt_table(records: pd.DataFrame) -> pd.DataFrame:
     """
-    One row a prompt: counts and sums over its samples, the greedy completion's verdict, pass@k.
+    A row for each prompt: counts and sums over its samples, whether the greedy completion is correct, and pass@k.
 
     Args:
-        records: one row a completion, as the worker writes them; every prompt has the same number of samples.
+        records: a row for each completion, as the worker writes them; every prompt has the same number of samples.
+
+    Raises:
+        ValueError: when prompts have different numbers of samples.
     """
-    sampled = records[~records["greedy"]].assign(
+    table = _counts_and_sums(records[~records["greedy"]])
+    greedy = records[records["greedy"]].set_index("prompt_id")["correct"]
+    table["greedy_correct"] = greedy.reindex(table.index).astype(bool)
+    num_samples = _equal(table["num_samples"])
+    for k in powers_of_two_up_to(num_samples):
+        correct = torch.tensor(table["num_correct"].to_numpy())
+        table[f"pass@{k}"] = pass_at_k(correct, num_samples, k).numpy()
+    return table.reset_index()
+
+
+def _counts_and_sums(samples: pd.DataFrame) -> pd.DataFrame:
+    sampled = samples.assign(
         entropy_sum=lambda rows: rows["entropies"].map(np.sum),
         surprisal_sum=lambda rows: -rows["logps"].map(np.sum),
         correct_length=lambda rows: rows["length"].where(rows["correct"]),
     )
-    groups = sampled.groupby("prompt_id", sort=False)
-    table = groups.agg(
+    return sampled.groupby("prompt_id", sort=False).agg(
         num_samples=("sample", "size"),
         num_correct=("correct", "sum"),
         num_answer_tags=("answer_tags", "sum"),
@@ -38,13 +51,6 @@ def prompt_table(records: pd.DataFrame) -> pd.DataFrame:
         distinct_answers=("extracted", "nunique"),
         max_correct_length=("correct_length", "max"),
     )
-    greedy = records[records["greedy"]].set_index("prompt_id")["correct"]
-    table["greedy_correct"] = greedy.reindex(table.index).astype(bool)
-    num_samples = _equal(table["num_samples"])
-    for k in powers_of_two_up_to(num_samples):
-        correct = torch.tensor(table["num_correct"].to_numpy())
-        table[f"pass@{k}"] = pass_at_k(correct, num_samples, k).numpy()
-    return table.reset_index()
 
 
 def _equal(counts: pd.Series) -> int:
@@ -55,9 +61,9 @@ def _equal(counts: pd.Series) -> int:
 
 def position_table(records: pd.DataFrame) -> pd.DataFrame:
     """
-    One row a token position (0: a completion's first token): mean entropy and surprisal of the samples that reach it.
+    A row for each token position (0 is the first): mean entropy and surprisal of the samples that reach it.
 
-    Columns `position`, `num_tokens`, and `entropy`, `surprisal` with the ends of their 95 % bootstrap intervals.
+    The columns are `position`, `num_tokens`, and `entropy` and `surprisal` with their 95 % bootstrap intervals.
     """
     sampled = records[~records["greedy"]]
     codes, _ = pd.factorize(sampled["prompt_id"])
@@ -77,16 +83,18 @@ def position_table(records: pd.DataFrame) -> pd.DataFrame:
 
 def metrics_of(records: pd.DataFrame, prompts: pd.DataFrame) -> Metrics:
     """
-    All of `runs.metrics.EVALUATION`, each `{"value", "low", "high"}`; the ends of a 95 % bootstrap interval
-    over prompts are None where a number has none.
+    All metrics of `runs.metrics.EVALUATION`: value, and the ends of the 95 % bootstrap interval over prompts, None for
+    metrics without an interval.
     """
     return _means(prompts) | _spreads(records[~records["greedy"]])
 
 
 def _means(prompts: pd.DataFrame) -> Metrics:
-    """Ratios of sums over prompts."""
+    """The metrics that are ratios of sums over prompts, with intervals."""
     one, samples, tokens = np.ones(len(prompts)), prompts["num_samples"], prompts["num_tokens"]
-    ratios: dict[str, tuple[Any, Any]] = {name: (prompts[name], one) for name in prompts if name.startswith("pass@")}
+    ratios: dict[str, tuple[Column, Column]] = {
+        name: (prompts[name], one) for name in prompts if name.startswith("pass@")
+    }
     ratios |= {
         "greedy_accuracy": (prompts["greedy_correct"], one),
         "answer_tags": (prompts["num_answer_tags"], samples),
@@ -112,7 +120,7 @@ def _known(end: float) -> float | None:
 
 
 def _spreads(sampled: pd.DataFrame) -> Metrics:
-    """Extremes, spreads and percentiles over samples or tokens; without interval."""
+    """Extremes, standard deviations and percentiles over samples or tokens, without intervals."""
     lengths, right = sampled["length"], sampled.loc[sampled["correct"], "length"]
     values: dict[str, float | None] = {
         "length_std": lengths.std(ddof=0),

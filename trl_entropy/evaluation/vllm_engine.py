@@ -1,16 +1,20 @@
-"""vLLM as what draws the completions of an evaluation; they are scored by the model itself all the same."""
+"""vLLM as the generator of an evaluation's completions; the model itself scores them."""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trl_entropy.evaluation.plan import Settings
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
-# Half for vLLM's weights and cache, half for the model that scores.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from vllm import SamplingParams
+
+# Half of the memory is for vLLM's weights and cache, half for the model that scores.
 _GPU_MEMORY_UTILIZATION = 0.5
 
 
@@ -19,12 +23,12 @@ class VllmEngine:
     Draws completions of all prompts at once.
 
     Args:
-        model: the policy; an adapter must be merged. It is written to a temporary folder for vLLM to load.
-        tokenizer: goes there too.
-        settings: how to draw.
+        model: the policy, with its adapter merged. It is saved to a temporary folder, from which vLLM loads it.
+        tokenizer: is saved there too.
+        settings: how to sample.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         from vllm import LLM
 
         self._settings = settings
@@ -40,16 +44,16 @@ class VllmEngine:
 
     def draw(self, prompt_ids: list[list[int]], greedy: bool, ends: set[int]) -> list[list[int]]:
         """
-        Token ids of one completion of each prompt, the token or tag that ended it included.
+        The token ids of one completion of each prompt, with the token or tag that ended it.
 
-        Each prompt has a seed of its own, so what is drawn for it does not depend on the others of its batch.
+        Each prompt has a seed of its own, so that its completion does not depend on the other prompts of the batch.
         """
         parameters = [self._sampling_params(greedy, ends, place) for place in range(len(prompt_ids))]
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         outputs = self._llm.generate(prompts, sampling_params=parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def _sampling_params(self, greedy: bool, ends: set[int], place: int) -> Any:
+    def _sampling_params(self, greedy: bool, ends: set[int], place: int) -> SamplingParams:
         from vllm import SamplingParams
 
         how = {"temperature": 0.0} if greedy else {**self._settings.sampling}

@@ -1,4 +1,4 @@
-"""One checkpoint's evaluation in a process of its own: `python -m trl_entropy.evaluation.worker JOB` (JSON)."""
+"""The program that evaluates one checkpoint: `python -m trl_entropy.evaluation.worker JOB`, with JOB as JSON."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from trl_entropy.evaluation.plan import VLLM, Job, Settings
-from trl_entropy.evaluation.sampling import Row, Sampler, load_policy
+from trl_entropy.evaluation.sampling import Sampler, load_policy
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
 from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.runs.console import quiet_libraries
-from trl_entropy.runs.directory import CHECKPOINT_SUMMARY
+from trl_entropy.runs.directory import CHECKPOINT_SUMMARY, CheckpointSummary
+from trl_entropy.runs.strict_json import Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
 from trl_entropy.tasks.arguments import TaskArguments, load_task
 from trl_entropy.tasks.word_problems import MAX_PROBLEMS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROGRESS = "progress"
 _EVERY_HELD_OUT = {"word_problems": MAX_PROBLEMS["test"], "gsm8k": 10**9}
 
 
 def evaluate(job: Job) -> None:
-    """Draw, score, judge and summarize; the output folder appears at the end, whole."""
+    """Draw completions, score and check them, and write the results; the output folder appears when it is complete."""
     start = time.monotonic()
     device = _device(job.device)
     model, tokenizer = load_policy(job.target.model, job.settings, device)
@@ -40,7 +44,7 @@ def evaluate(job: Job) -> None:
     sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine)
     records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), job.settings))
     prompts = prompt_table(records)
-    summary = {
+    summary: CheckpointSummary = {
         "step": job.target.step,
         "model": Path(job.target.model).name,
         "fingerprint": job.target.fingerprint(),
@@ -54,8 +58,8 @@ def evaluate(job: Job) -> None:
     _write(Path(job.output), records, prompts, summary)
 
 
-def held_out_problems(settings: Settings, tokenizer: Any) -> list[dict[str, Any]]:
-    """The chosen held-out problems; a smaller choice of the same seed is part of a larger one."""
+def held_out_problems(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The held-out problems to evaluate on; with the same seed a smaller selection is part of a larger one."""
     task = TaskArguments(**{**settings.task, "num_train_problems": 1})
     task.num_eval_problems = _EVERY_HELD_OUT[task.task]
     _, problems = load_task(task, tokenizer, seed=0)
@@ -63,8 +67,8 @@ def held_out_problems(settings: Settings, tokenizer: Any) -> list[dict[str, Any]
     return [problems[int(row)] for row in chosen]
 
 
-def _drawn(sampler: Sampler, problems: list[dict[str, Any]]) -> Iterator[Row]:
-    """A greedy completion and the samples of each problem, with the problem's own columns; says how far it is."""
+def _drawn(sampler: Sampler, problems: list[Row]) -> Iterator[Row]:
+    """A greedy completion and the samples of each problem, with the problem's columns; prints the progress."""
     num_samples = sampler.settings.num_samples
     total, done = len(problems) * (num_samples + 1), 0
     for greedy, copies in ((True, 1), (False, num_samples)):
@@ -79,7 +83,7 @@ def _drawn(sampler: Sampler, problems: list[dict[str, Any]]) -> Iterator[Row]:
 
 
 def _judged(rows: list[Row], settings: Settings) -> list[Row]:
-    """Rows with their rewards, one column a reward function, and what the metrics count."""
+    """The rows with a column for each reward function, and the columns that the metrics count."""
     texts, answers = [row["completion"] for row in rows], [row["answer"] for row in rows]
     names = settings.task.get("reward_funcs", ["tag_pref"])
     right = next((name for name in names if name != "format_reward"), "tag_pref")
@@ -100,7 +104,7 @@ def _judged(rows: list[Row], settings: Settings) -> list[Row]:
     return rows
 
 
-def _write(output: Path, records: pd.DataFrame, prompts: pd.DataFrame, summary: dict[str, Any]) -> None:
+def _write(output: Path, records: pd.DataFrame, prompts: pd.DataFrame, summary: CheckpointSummary) -> None:
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -10,7 +10,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trl_entropy.control.entropy_control import half_gradients, score_prompt_halves
+from trl_entropy.control.entropy_control import (
+    DEFAULT_CAP,
+    DEFAULT_METRIC_FLOOR,
+    half_gradients,
+    score_prompt_halves,
+)
 from trl_entropy.engine import UpdateContext
 from trl_entropy.engine.adamw_step import preconditioner_of_step, predicted_update, read_before_step
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients
@@ -96,7 +101,7 @@ def steps_of_methods(
     contexts = {method: context_of(state, gradient) for method, gradient in gradients.items()}
     updates = {method: predicted_update(context) for method, context in contexts.items()}
     plain, metric = updates["none"], preconditioner_of_step(contexts["none"])
-    metric = floored_metric(metric, state.args.entropy_control_metric_floor)
+    metric = floored_metric(metric, DEFAULT_METRIC_FLOOR)
     updates[f"lower_lr {LOWER_LR:g}"] = {name: LOWER_LR * d for name, d in plain.items()}
     asked = budget_corrections(state, contexts["none"], plain, metric, probe)
     updates |= {method: {n: d + change[n] for n, d in plain.items()} for method, (change, _) in asked.items()}
@@ -176,7 +181,7 @@ def budget_corrections(
     products, g = budget_products(gradients, step, metric, context.gradient), mean_of(gradients)
     found = {}
     for method, share in BUDGETS.items():
-        asked = correction(products, share * products.change, floor=False, cap=args.entropy_control_cap)
+        asked = correction(products, share * products.change, floor=False, cap=DEFAULT_CAP)
         change = {name: (asked.multiplier * m * g[name]).to(m.dtype) for name, m in metric.items()}
         found[method] = change, asked
     return found

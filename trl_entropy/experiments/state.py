@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.gradients.scores import Params, TokenScores, score
-from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import own_randomness
 from trl_entropy.tasks import rewards
@@ -70,9 +69,10 @@ class Policy:
 
     def draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> Completions:
         """One completion of each problem, given by its row number."""
-        return self.trainer.draw_completions([self.problems[int(row)]["prompt"] for row in problems], seed)
+        prompts = [self.problems[int(row)]["prompt"] for row in problems]
+        return self.trainer.probe_batches.draw_completions(prompts, seed)
 
-    def draw_rollouts(self, problems: np.ndarray, num_generations: int, seed: tuple[int, ...]) -> dict[str, Any]:
+    def draw_rollouts(self, problems: np.ndarray, num_generations: int, seed: tuple[int, ...]) -> TrainingBatch:
         """TRL's batch: a group of completions with rewards for each problem, one group after the other."""
         inputs = [self.problems[int(row)] for row in problems.repeat(num_generations)]
         self.trainer.num_generations = num_generations

@@ -1,8 +1,8 @@
-"""Contexts that fix the arithmetic a model is scored in: a float64 reference and strict float32.
+"""A float64 reference: a context in which a model computes everything in float64.
 
-`model.double()` does not make a transformers model float64: RMSNorm and the rotary embedding cast to float32 inside,
+`model.double()` is not enough for that: the RMSNorm and the rotary embedding of transformers cast to float32 inside,
 and eager attention takes its softmax in float32. [`float64_reference`] replaces exactly these, and refuses a model in
-which it finds anything that it does not know, rather than hand out a reference that is one in name only.
+which it finds anything that it does not know, since such a model might still compute in float32.
 """
 
 import functools
@@ -11,7 +11,6 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -104,23 +103,23 @@ def float64_reference(model: nn.Module) -> Iterator[None]:
 # --- What is replaced ------------------------------------------------------------------------------------------------
 
 
-def _rms_norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _rms_norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
     return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
 
 @torch.no_grad()
-def _rotary_forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_forward(self: nn.Module, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     freqs = position_ids[..., None].to(x.dtype) * self.inv_freq
     emb = torch.cat((freqs, freqs), dim=-1)
     return emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
 
 
-def _logits_forward(model: Any) -> Callable:
+def _logits_forward(model: nn.Module) -> Callable:
     plain = _class_forward(model)
 
     @functools.wraps(plain)
-    def forward(*args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(*args: object, fused_lm_head: bool = False, labels: object = None, **kwargs: object) -> object:
         if fused_lm_head or labels is not None:
             raise ValueError(
                 "float64_reference: the model's own loss (labels=) and TRL's fused head (fused_lm_head=True) compute "
@@ -131,7 +130,7 @@ def _logits_forward(model: Any) -> Callable:
     return forward
 
 
-def _class_forward(module: Any) -> Callable:
+def _class_forward(module: nn.Module) -> Callable:
     return types.MethodType(type(module).forward, module)
 
 
@@ -221,7 +220,7 @@ def _forward_objections(module: nn.Module, role: str | None) -> Iterator[str]:
         yield "has a patched forward, neither of TRL's fused head nor of accelerate (or float64_reference is nested)"
 
 
-def _is_known_patch(module: Any, forward: Any) -> bool:
+def _is_known_patch(module: nn.Module, forward: object) -> bool:
     """Whether `forward` is the class's own, under any number of the wrappers that TRL and accelerate put around it."""
     function = getattr(forward, "__func__", forward)
     if function is type(module).forward:
@@ -259,7 +258,7 @@ def _tensor_objections(name: str, tensor: torch.Tensor, owners: dict[int, torch.
             yield f"shares the storage of {name!r} with another parameter without being the same object"
 
 
-def _attention_objections(module: Any) -> Iterator[str]:
+def _attention_objections(module: nn.Module) -> Iterator[str]:
     rotate = vars(sys.modules[type(module).__module__])["apply_rotary_pos_emb"]
     if getattr(rotate, "__module__", None) != type(module).__module__:
         yield f"uses an apply_rotary_pos_emb from {getattr(rotate, '__module__', None)}, put in by a patch"
@@ -271,17 +270,17 @@ def _attention_objections(module: Any) -> Iterator[str]:
         yield f"is in training mode with attention_dropout={module.attention_dropout}; call .eval() or set it to 0"
 
 
-def _rotary_objections(module: Any) -> Iterator[str]:
+def _rotary_objections(module: nn.Module) -> Iterator[str]:
     if module.rope_type not in _ROPE_TYPES:
         yield f"has rope type {module.rope_type!r}; known are {', '.join(_ROPE_TYPES)}"
 
 
-def _dropout_objections(module: Any) -> Iterator[str]:
+def _dropout_objections(module: nn.Module) -> Iterator[str]:
     if module.training and module.p > 0:
         yield f"is in training mode with p={module.p}; call .eval() or set it to 0"
 
 
-def _lora_objections(module: Any) -> Iterator[str]:
+def _lora_objections(module: nn.Module) -> Iterator[str]:
     for adapter, variant in module.lora_variant.items():
         yield f"has adapter {adapter!r} of variant {type(variant).__name__}; only vanilla LoRA is known"
     if module.merged_adapters:
@@ -294,6 +293,3 @@ _ROLE_OBJECTIONS: dict[str | None, Callable] = {
     "Dropout": _dropout_objections,
     "LoraLinear": _lora_objections,
 }
-
-
-# --- Process-wide switches -------------------------------------------------------------------------------------------

@@ -1,25 +1,23 @@
-"""The rows X_n and Y_n of (T17): gradients of each prompt group's entropy and loss terms, by one backward each."""
+"""X_n and Y_n of (T17): the gradients of each prompt group's entropy and loss terms, by one backward pass each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from jaxtyping import Float
 from torch import Tensor, nn
+from trl import GRPOConfig
 
-from trl_entropy.engine import trainable_parameters
+from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.cross_prompt import group_entropy_surrogate, group_loss_surrogate
 from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.rollouts.completions import Completions
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
 
 
 class GroupRows(NamedTuple):
@@ -102,7 +100,7 @@ def gram_of_all_rows(
     accelerator: Accelerator,
     product: Callable[[Tensor, Tensor], Float[Tensor, "N N"]] = cross_gram,
 ) -> Float[Tensor, "M M"]:
-    """`product` of x and y, over the rows of all ranks in rank order; y travel, one rank's at a time. Collective."""
+    """`product` of the x and y of all ranks, in rank order; y is broadcast, one rank's at a time. Collective."""
     columns = []
     for rank in range(accelerator.num_processes):
         of_rank = y if rank == accelerator.process_index else torch.empty_like(y)

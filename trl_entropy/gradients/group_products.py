@@ -1,19 +1,20 @@
 """
 What each prompt group adds to the loss gradient, Y_n of (T14), from training's own backward or by an extra pass; and
-the squared norm of what each micro-batch does (T15).
+the squared norm of what each micro-batch adds (T15).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from trl import GRPOConfig
 
-from trl_entropy.engine import trainable_parameters
+from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.cross_prompt import group_loss_surrogate
 from trl_entropy.estimators.noise.noise_scale import GroupProducts, half_advantages
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, HalfProducts, Rows, Several, SquaredNorms
@@ -22,22 +23,20 @@ from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.sequence_gradients import SequenceGradients
 from trl_entropy.rollouts.completions import Completions
 
-if TYPE_CHECKING:
-    from trl import GRPOConfig
-
 AnyConsumer = TypeVar("AnyConsumer", bound=Consumer)
 Vector = Mapping[str, Float[Tensor, "..."]]
 
 
 class BackwardGroupGradients:
     """
-    One float32 row (D numbers) for each prompt group of a step, summed over its micro-batches from training's own
-    backward. A row is the group's share of this process's gradient: of any loss that is a sum over completions.
+    Each prompt group's share of this process's gradient, one float32 row of D numbers, from training's own backward.
 
-    Local. One instance serves a run, step after step; training stays bit-identical.
+    Shares are summed over the step's micro-batches. The loss may be any that is a sum over completions. Local. One
+    instance serves a run, step after step; training stays bit-identical.
 
     Args:
-        model: unwrapped, without a trained head: TRL's fused head is not called, so that nothing is known of it.
+        model: unwrapped, without a trained language-model head: TRL's fused head bypasses the hooks, so its gradient
+            is not available.
         num_groups: of this process, at most.
     """
 
@@ -77,10 +76,11 @@ class BackwardGroupGradients:
 
 class MicroBatchNorms:
     """
-    (T15): |A s_k|^2 of a step's A micro-batches, s_k what k adds to this process's gradient: its mean gradient.
+    (T15): |A s_k|^2 of a step's A micro-batches, where s_k is what micro-batch k adds to this process's gradient.
 
-    Seen where a parameter's gradient enters its `.grad`, before processes are averaged: any model, any loss, any
-    engine; memory of the largest parameter. Local. One instance serves a run; training stays bit-identical.
+    A s_k is the mean gradient of the micro-batch. Hooks read it where it is added to each parameter's `.grad`, before
+    processes are averaged; so model, loss and engine may be any, and the memory is that of the largest parameter.
+    Local. One instance serves a run; training stays bit-identical.
     """
 
     def __init__(self, model: nn.Module, num_generations: int) -> None:
@@ -153,9 +153,9 @@ def half_products(
     model: nn.Module, completions: Completions, rewards: Float[Tensor, " B"], args: GRPOConfig, batch_size: int
 ) -> Float[Tensor, " P"]:
     """
-    Y_a . Y_b of the halves of every group, for the between-prompt part of (T14), by a pass of their own.
+    Y_a . Y_b, the gradients of every group's two halves, for the between-prompt part of (T14), by an extra pass.
 
-    As [`products_by_extra_pass`]; `rewards` make the halves' advantages (see `half_advantages`).
+    As [`products_by_extra_pass`], but each half has advantages of its own, from `rewards` (see `half_advantages`).
     """
     prompts, groups = completions.prompt_index.unique(return_inverse=True)
     by_group = groups.argsort(stable=True).view(len(prompts), -1)
@@ -178,7 +178,7 @@ def _consumed_by_groups(
     make_consumer: Callable[[], AnyConsumer],
     batch_size: int,
 ) -> AnyConsumer:
-    """The consumer after a pass with whole groups in each batch, `make_consumer` anew when memory did not suffice."""
+    """The consumer after a pass with whole groups in each batch; a new one for each try, when memory runs out."""
     groups = completions.prompt_index.unique()
 
     def all_groups(groups_at_once: int) -> AnyConsumer:

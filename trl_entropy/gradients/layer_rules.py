@@ -1,10 +1,9 @@
-"""Layers whose per-sequence gradients are known: how their inputs and the gradients of their outputs make them."""
+"""Per-sequence gradients of the known layers, from their inputs and the gradients of their outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +12,8 @@ from torch.nn import functional as F
 
 from trl_entropy.estimators.rows.row_gradients import Lookups, OuterProducts, RowGradients, WrittenOut
 
-Rule = Callable[[Any, Tensor, Tensor], RowGradients]
+# (a layer of the rule's class, its inputs, the gradients of its outputs) -> the parameter's gradients
+Rule = Callable[..., RowGradients]
 
 
 def _summable(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -41,7 +41,7 @@ def _layer_norm_weight(module: nn.LayerNorm, inputs: Float[Tensor, "R T d"], gra
     return WrittenOut((normed * _summable(grads)).sum(dim=1))
 
 
-def _rms_norm_weight(module: Any, inputs: Float[Tensor, "R T d"], grads: Tensor) -> RowGradients:
+def _rms_norm_weight(module: nn.Module, inputs: Float[Tensor, "R T d"], grads: Tensor) -> RowGradients:
     eps = module.eps if isinstance(module, nn.RMSNorm) else module.variance_epsilon
     normed = F.rms_norm(_summable(inputs), inputs.shape[-1:], eps=eps)
     # Transformers rounds what the weight multiplies to the dtype of the inputs.
@@ -72,6 +72,12 @@ class Layer:
 
 
 def known_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Layer]:
+    """
+    The modules of `model` that hold `parameters`, with the rule of each parameter.
+
+    Raises:
+        ValueError: if there are no `parameters`, or no rule covers one of them; names it, its module and the reason.
+    """
     names = {id(param): name for name, param in parameters.items()}
     if not names:
         raise ValueError("the model has no trainable parameters")
@@ -91,7 +97,7 @@ def known_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> li
     return layers
 
 
-def _objection(module: Any, own: Mapping[str, str], rules: Mapping[str, Rule]) -> str | None:
+def _objection(module: nn.Module, own: Mapping[str, str], rules: Mapping[str, Rule]) -> str | None:
     if not own.keys() <= rules.keys():
         return f"is not among those known: {', '.join(sorted(_RULES))}"
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):

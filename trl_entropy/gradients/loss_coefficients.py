@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from trl import GRPOConfig
 
 from trl_entropy.estimators.attribution.shares import kl_coefficients
-
-_REFERENCE = "ref_per_token_logps"
+from trl_entropy.rollouts.batch import TrainingBatch
 
 
 class LossCoefficients(NamedTuple):
     """
-    alpha_ik = -dLoss/dS_ik per nat, by term of a loss averaged over ranks; None: there is no such term.
+    alpha_ik = -dLoss/dS_ik per nat, by term of a loss averaged over ranks; None for a term that the loss lacks.
 
     Attributes:
-        policy: of everything but the KL.
+        policy: of all terms but the KL.
         kl: of the KL to the reference.
-        entropy_bonus: -dLoss/dH_ik, by the token's entropy.
+        entropy_bonus: -dLoss/dH_ik, H_ik the token's entropy.
     """
 
     policy: Float[Tensor, "B T"]
@@ -32,10 +32,10 @@ class LossCoefficients(NamedTuple):
 
 class LossCoefficientRecorder:
     """
-    Hooks on what TRL's loss is a function of: log-probabilities, entropies, the reference's log-probabilities.
+    Hooks on the inputs of TRL's loss: log-probabilities, entropies, and the reference's log-probabilities.
 
-    The KL is told apart by its derivative by the reference, which nothing else in the loss depends on: no pass more,
-    and training stays bit-identical. Local.
+    The KL is the only term that depends on the reference, so its coefficients follow from the loss's derivative with
+    respect to the reference's log-probabilities. No further pass is made, and training stays bit-identical. Local.
     """
 
     def __init__(self) -> None:
@@ -45,35 +45,42 @@ class LossCoefficientRecorder:
         self._log_ratios: list[Tensor] = []
 
     @contextlib.contextmanager
-    def around(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """Around a micro-batch's forward and backward: have the loss differentiated by its reference, if any."""
-        given = inputs.get(_REFERENCE)
+    def around(self, inputs: TrainingBatch) -> Iterator[None]:
+        """Around a micro-batch's forward and backward: has backward differentiate by the reference, if any."""
+        given = inputs.get("ref_per_token_logps")
         if given is not None:
-            inputs[_REFERENCE] = given.detach().clone().requires_grad_()
-            inputs[_REFERENCE].register_hook(self._by_reference.append)
+            inputs["ref_per_token_logps"] = given.detach().clone().requires_grad_()
+            inputs["ref_per_token_logps"].register_hook(self._by_reference.append)
         try:
             yield
         finally:
             if given is not None:
-                inputs[_REFERENCE] = given
+                inputs["ref_per_token_logps"] = given
 
     def watch(
-        self, inputs: dict[str, Any], loss_logps: Float[Tensor, "b T"], loss_entropy: Float[Tensor, "b T"]
+        self, inputs: TrainingBatch, loss_logps: Float[Tensor, "b T"], loss_entropy: Float[Tensor, "b T"]
     ) -> None:
-        """Between a micro-batch's forward and backward."""
+        """Sets the hooks of a micro-batch; to be called between its forward and its backward."""
         loss_logps.register_hook(self._by_logps.append)
         if loss_entropy.requires_grad:
             loss_entropy.register_hook(self._by_entropy.append)
-        if _REFERENCE in inputs:
-            self._log_ratios.append(inputs[_REFERENCE].detach() - loss_logps.detach())
+        if "ref_per_token_logps" in inputs:
+            self._log_ratios.append(inputs["ref_per_token_logps"].detach() - loss_logps.detach())
 
     def forget(self) -> None:
-        """Leave out what was watched since the last step."""
+        """Discards what was recorded since the last step."""
         for parts in (self._by_logps, self._by_entropy, self._by_reference, self._log_ratios):
             parts.clear()
 
-    def of_step(self, mask: Int[Tensor, "B T"], args: Any, num_processes: int) -> LossCoefficients:
-        """Of the step's micro-batches, which are forgotten; `mask` of its completions, `args` those of the loss."""
+    def of_step(self, mask: Int[Tensor, "B T"], args: GRPOConfig, num_processes: int) -> LossCoefficients:
+        """
+        The coefficients of the step's micro-batches, which are then discarded.
+
+        Args:
+            mask: of the step's completions on this process.
+            args: of the loss.
+            num_processes: over which the loss is averaged.
+        """
         correction = args.importance_sampling_level if args.use_bias_correction_kl else None
         total = _joined(self._by_logps, mask).double()
         kl = entropy = None

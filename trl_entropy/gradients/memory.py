@@ -1,4 +1,4 @@
-"""Halves a batch when memory runs out, and goes on."""
+"""What to do when a pass needs more memory than there is: the same with half the batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ Result = TypeVar("Result")
 
 def halved_on_out_of_memory(function: Callable[[int], Result], size: int) -> Result:
     """
-    `function(size)`, with the size halved as long as memory does not suffice.
+    `function(size)`; whenever memory runs out it is called again with half the size.
 
-    Accelerate's `find_executable_batch_size` collects garbage before the first try too, which takes half the time of
-    scoring a small batch.
+    Instead of accelerate's `find_executable_batch_size`, which collects garbage before the first try too: that takes
+    half the time of scoring a small batch.
+
+    Raises:
+        Exception: whatever `function` raises, unless it is for want of memory and `size` is above 1.
     """
     while True:
         try:

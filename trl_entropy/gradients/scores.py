@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trl_entropy.engine import evaluation_mode
+from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.rollouts.completions import Completions

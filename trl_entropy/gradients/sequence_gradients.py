@@ -18,13 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from trl_entropy.engine import parameter_shape, trainable_parameters
+from trl_entropy.engine.parameters import parameter_shape, trainable_parameters
 from trl_entropy.estimators.rows.row_gradients import Grouping, OuterProducts, RowGradients, Sum, WrittenOut
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, SquaredNorms
 from trl_entropy.gradients.layer_rules import Layer, known_layers
@@ -39,9 +39,9 @@ class SequenceGradients:
     A sequence is a row of the first dimension of the layers' inputs. Known layers: `nn.Linear` (LoRA's A and B are
     such), `nn.Embedding`, `nn.LayerNorm`, `nn.RMSNorm` and the RMSNorm of Qwen2 and Llama; tied weights; layers used
     more than once in a forward; both kinds of gradient checkpointing; autocast and bf16, summed in float32. Weights
-    are never read. Forwards without gradient (generation) are not looked at.
+    are never read. Forwards without gradient (generation) are ignored.
 
-    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They only look: training stays
+    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They only read: training stays
     bit-identical. The input of each layer lives as long as the graph does, where checkpointing does not recompute it.
     Local to the process: no communication.
 
@@ -97,7 +97,7 @@ class SequenceGradients:
     @contextlib.contextmanager
     def batch(self, rows: Int[Tensor, " B"]) -> Iterator[None]:
         """
-        Takes the gradients of the backward pass inside: one pass, of one forward. Others are not looked at.
+        Takes the gradients of the one backward pass inside, of one forward pass; passes outside are ignored.
 
         Args:
             rows: number of each sequence's row, from 0, in the consumers. Sequences with the same number are summed
@@ -105,8 +105,8 @@ class SequenceGradients:
 
         Raises:
             ValueError: if a layer saw another number of sequences than `rows` has.
-            RuntimeError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. What
-                the consumers hold after an exception means nothing.
+            RuntimeError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. Do
+                not use what the consumers hold after an exception.
         """
         batch = _Batch(Grouping.of(rows))
         for consumer in self.consumers:
@@ -134,16 +134,16 @@ class SequenceGradients:
 
     # ---- hooks
 
-    def _start_forward(self, module: nn.Module, args: Any) -> None:
+    def _start_forward(self, module: nn.Module, args: tuple) -> None:
         self._in_forward = True
         for layer in self._layers:
             layer.num_calls = 0
 
-    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         self._in_forward = False
 
     def _on_forward(self, layer: Layer) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> None:
             # Calls without gradient count too, recomputation does not: reentrant checkpointing has both.
             layer.num_calls += self._in_forward
             layer.is_reused |= layer.num_calls > 1
@@ -158,7 +158,7 @@ class SequenceGradients:
 
         return hook
 
-    def _on_gradient(self, layer: Layer, kept: Any, grads: Float[Tensor, "B *T d"]) -> None:
+    def _on_gradient(self, layer: Layer, kept: BackwardCFunction, grads: Float[Tensor, "B *T d"]) -> None:
         batch = self._batch
         if batch is None:
             return
@@ -193,17 +193,17 @@ class SequenceGradients:
 class _Keep(torch.autograd.Function):
     """A node of the graph that keeps a tensor as autograd keeps its own: checkpointing drops and recomputes it.
 
-    Whoever needs it holds the node. Nothing flows through it.
+    No gradient flows through the node; it lives as long as somebody refers to it.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, anchor: Tensor, kept: Tensor) -> Tensor:
         ctx.save_for_backward(kept)
         return anchor.clone()
 
 
 def _exact(device: torch.device) -> AbstractContextManager[object]:
-    """No graph under `create_graph=True`, no bf16 where backward is called under autocast."""
+    """No graph is built, even under `create_graph=True`, and nothing is rounded to bf16, even under autocast."""
     if torch.is_autocast_enabled(device.type):
         return _without_graph_and_autocast(device.type)
     return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
@@ -217,7 +217,7 @@ def _without_graph_and_autocast(device_type: str) -> Iterator[None]:
 
 @dataclass
 class _Batch:
-    """What came in one backward pass so far."""
+    """The gradients that one backward pass has brought so far."""
 
     grouping: Grouping
     num_gradients: Counter[str] = field(default_factory=Counter)
@@ -225,7 +225,7 @@ class _Batch:
     waiting: dict[str, list[RowGradients]] = field(default_factory=dict)
 
     def keep(self, name: str, gradients: RowGradients) -> None:
-        """Until all parts of a parameter are there: as factors or written out, whichever is smaller."""
+        """Keeps a part until all parts of its parameter are there: as factors or written out, whichever is smaller."""
         if isinstance(gradients, OuterProducts) and gradients.is_larger_than_whole:
             gradients = WrittenOut(gradients.whole)
         self.waiting.setdefault(name, []).append(gradients)

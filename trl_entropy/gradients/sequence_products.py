@@ -1,4 +1,4 @@
-"""Extra passes over given completions: grad h as a whole, and every completion's own gradient for a consumer."""
+"""Extra passes over given completions: grad h as a whole, and each completion's own gradient for a consumer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_entropy.engine import trainable_parameters
+from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts
 from trl_entropy.gradients.group_gradients import token_scores
@@ -52,11 +52,11 @@ def gradient_of(
     model: nn.Module, completions: Completions, value: Value, temperature: float, batch_size: int
 ) -> dict[str, Float[Tensor, "..."]]:
     """
-    The gradient of a value that is a sum over completions, by parameter name; 0 for none. Local; leaves no `.grad`.
+    The gradient of a value that is a sum over completions, by parameter name. Local; leaves no `.grad`.
 
     Args:
         model: unwrapped, in evaluation mode, with the parameters it is to be differentiated at.
-        completions: may be none.
+        completions: if there are none, the gradient is zeros.
         value: of some of them; the sum over all is differentiated.
         temperature, batch_size: as in [`entropy_gradient`].
     """
@@ -66,7 +66,7 @@ def gradient_of(
 def gradients_of(
     model: nn.Module, completions: Completions, values: Sequence[Value], temperature: float, batch_size: int
 ) -> list[dict[str, Float[Tensor, "..."]]]:
-    """As [`gradient_of`], of several values: one forward pass, and a backward pass of each."""
+    """As [`gradient_of`], for several values: one forward pass, and one backward pass for each value."""
     params = trainable_parameters(model)
 
     def summed(rows_at_once: int) -> list[dict[str, Tensor]]:
@@ -100,7 +100,7 @@ def consumed(
         model: unwrapped, in evaluation mode, with the parameters it is to be differentiated at.
         completions: their gradients are taken.
         value: a sum over completions; completion i's row is the gradient of its share.
-        make_consumer: called anew when memory does not suffice and the pass begins again with half as many at a time.
+        make_consumer: called again when memory runs out and the pass begins anew with half as many at a time.
         temperature, batch_size: as in [`entropy_gradient`].
     """
 
@@ -137,7 +137,7 @@ def weighted_entropies(coefficients: Float[Tensor, "B T"]) -> Value:
 
 
 def entropy_shares(policy_entropy: float, num_tokens: float, weights: Float[Tensor, "B T"] | None = None) -> Value:
-    """Completions' shares of grad h (T8); `weights` of (T6), if another sampler drew them."""
+    """The completions' shares of grad h (T8); `weights` are those of (T6), if another sampler drew them."""
 
     def value(entropy: Tensor, logps: Tensor, rows: Completions, index: Tensor) -> Tensor:
         own = None if weights is None else weights[index, : rows.completion_mask.shape[1]]
@@ -154,14 +154,14 @@ def gradient_products(
     temperature: float,
     batch_size: int,
 ) -> Float[Tensor, " B"]:
-    """(T9): g_i' v of each completion, g_i the gradient of its share of `value`; streamed, none is kept."""
+    """(T9): g_i' v of each completion, g_i the gradient of its share of `value`; no g_i is kept."""
     num_rows = len(completions)
     dots = consumed(model, completions, value, lambda: DotProducts(num_rows, [direction]), temperature, batch_size)
     return dots.values[0]
 
 
 def _chunks(completions: Completions, rows_at_once: int) -> Iterator[tuple[Int[Tensor, " n"], Completions]]:
-    """Completions of about one length at a time: their numbers, and they without empty columns; of none: nothing."""
+    """Completions of similar length at a time: their numbers, and their rows without empty columns."""
     if not len(completions):
         return
     for index in completions.lengths.argsort(descending=True, stable=True).split(rows_at_once):

@@ -1,1 +1,1 @@
-"""What can be trained: models by name, adapters, the embedded model and its warm start, fine-tuning."""
+"""Models to train: by name or folder, with adapters, the embedded model and its warm start; supervised fine-tuning."""

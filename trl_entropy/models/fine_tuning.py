@@ -22,18 +22,18 @@ def train_sft(
     args: SFTConfig,
     peft_config: PeftConfig | None = None,
 ) -> SFTTrainer:
-    """Trains a model on demonstrations; the loss covers the completion and the end token.
+    """Trains a model on demonstrations; the loss covers the completion and its end token.
 
     Args:
-        model: A model, or the name or path of one. It is trained in place.
-        tokenizer: Its tokenizer; must have an end-of-text token, which is taught.
+        model: A model, which is trained in place, or the name or path of one.
+        tokenizer: Its tokenizer; it must have an end-of-text token, which the model learns to write.
         dataset: Columns `prompt` and `completion`, plain strings. Rows longer than `args.max_length` tokens are
-            dropped, as a cut demonstration would teach no end.
+            dropped, since a truncated demonstration would not teach the model to stop.
         args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset.
         peft_config: Trains an adapter instead of the whole model.
 
     Returns:
-        The trainer after training; `trainer.model` is the trained model, `trainer.state.log_history` the log.
+        The trainer after training, with the trained model in `trainer.model`.
 
     Raises:
         ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
@@ -51,12 +51,12 @@ def train_sft(
 def tokenize_demonstrations(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> Dataset:
-    """Tokenizes prompt and completion apart, as RL does: there the prompt's tokens are fixed before the completion's.
+    """Tokenizes prompt and completion separately, as in RL, where the prompt is tokenized first.
 
     Args:
         dataset: Columns `prompt` and `completion`, plain strings; other columns are dropped.
-        tokenizer: Must have an end-of-text token; it is put behind every completion that lacks it.
-        max_length: Longest row in tokens; longer rows are dropped and their number is logged. `None`: no limit.
+        tokenizer: It must have an end-of-text token, which is added to every completion that does not end with it.
+        max_length: Rows with more tokens are dropped, and their number is logged. `None`: no limit.
 
     Returns:
         A dataset with the columns `input_ids` and `labels` (-100 on the prompt).

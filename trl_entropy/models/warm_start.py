@@ -1,4 +1,4 @@
-"""The embedded model after a supervised warm start, built once and kept: RL on word problems starts from it."""
+"""The embedded model after supervised training (the warm start), from which RL on word problems starts; cached."""
 
 import hashlib
 import json
@@ -9,18 +9,19 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_entropy.models import embedded as embedded_model
 from trl_entropy.models.fine_tuning import train_sft
+from trl_entropy.runs.strict_json import Json
 from trl_entropy.tasks import r1_template, word_problems
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-# Everything that determines the warm start beside the files that write the data and build the model. Raise the version
-# when the code of this file changes the result.
-WARM_START_RECIPE: dict[str, Any] = {
+# What determines the warm start, in addition to the files that write the data and build the model. Raise the version
+# when a change of this file changes the result.
+WARM_START_RECIPE: Json = {
     "version": 1,
     "num_clean": 7_200,
     "num_flawed": 2_400,
@@ -38,22 +39,22 @@ COMPLETE_MARK = "warm_start.json"  # written last: a directory without it is not
 
 
 def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Path:
-    """Returns the directory of the embedded model after its warm start, and builds it when it is missing.
+    """Returns the directory of the embedded model after its warm start, and builds it if it is missing.
 
-    The result is cached under a hash of all that determines it. Building happens in a process of its own, so the
-    caller's random state, threads and accelerator stay as they are, and any rank of a distributed run may call this:
-    the first builds, the others wait for it. What a killed build leaves behind is never used.
+    The result is cached under a hash of everything that determines it. It is built in a process of its own, so that
+    the random state, the threads and the accelerator of the caller do not change. All ranks of a distributed run may
+    call this: one builds, and the others wait. The remains of a build that was killed are never used.
 
     Args:
-        cache_dir: Where to keep it; by default `$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else
+        cache_dir: Where to cache it; by default `$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else
             `~/.cache/trl_entropy`.
         seed: Of the initial weights and of the demonstrations.
 
     Returns:
-        A directory that `from_pretrained` loads both model and tokenizer from.
+        A directory from which `from_pretrained` loads model and tokenizer.
 
     Raises:
-        RuntimeError: If the build fails; the message ends with what it wrote last.
+        RuntimeError: If the build fails; the message ends with the last lines that it printed.
     """
     from filelock import FileLock
 
@@ -64,7 +65,7 @@ def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Pat
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{directory.name}.lock"):
         if not (directory / COMPLETE_MARK).exists():
-            print(f"building warm start, about 35 s; cached in {directory}", file=sys.stderr, flush=True)
+            print(f"building the warm start, about 35 s; cached in {directory}", file=sys.stderr, flush=True)
             _build_into(directory, seed)
     return directory
 
@@ -77,10 +78,10 @@ def default_cache_dir() -> Path:
 
 
 def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
-    """Trains the embedded model by the recipe and saves model, tokenizer and the mark of completeness.
+    """Trains the embedded model by the recipe and saves model, tokenizer, and the file that marks them as complete.
 
     Args:
-        directory: Where to save; made if missing.
+        directory: Where to save them; it is created if it is missing.
         seed: Of the initial weights and of the demonstrations.
     """
     from datasets import concatenate_datasets, disable_progress_bars
@@ -89,7 +90,7 @@ def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
     recipe, directory = WARM_START_RECIPE, Path(directory)
     tokenizer = embedded_model.build_tokenizer()
     model = embedded_model.build_model(tokenizer, seed)
-    # First the skill, then the sloppiness: mixed from the start, flawed results cost twice the steps.
+    # Correct demonstrations first: with flawed ones among them from the start, training takes twice as many steps.
     clean = word_problems.load_demonstrations(recipe["num_clean"], seed, flawed_share=0.0)
     flawed = word_problems.load_demonstrations(recipe["num_flawed"], seed + 1_000_000, recipe["flawed_share"])
     args = warm_start_config(directory, seed)
@@ -100,7 +101,7 @@ def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
 
 
 def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
-    """The `SFTConfig` of the warm start: one pass in the order of the dataset, float32 on the CPU, nothing logged."""
+    """The `SFTConfig` of the warm start: one epoch in the order of the dataset, float32 on the CPU, no logs."""
     from trl import SFTConfig
 
     own = ("version", "num_clean", "num_flawed", "flawed_share")
@@ -123,7 +124,7 @@ def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
 
 
 def _recipe(seed: int) -> dict:
-    """All that determines the weights: recipe, seed, versions, the files that write the data and build the model."""
+    """What determines the weights: recipe, seed, versions, and the files that write the data and build the model."""
     files = (r1_template, word_problems, embedded_model)
     return {
         "recipe": WARM_START_RECIPE,
@@ -140,10 +141,10 @@ def _recipe_hash(seed: int) -> str:
 
 
 def _build_into(directory: Path, seed: int) -> None:
-    """Builds beside `directory` and moves the result there in one step; the caller holds the lock."""
+    """Builds in a temporary directory and moves the result to `directory` in one step; the caller holds the lock."""
     for leftover in directory.parent.glob(f"{directory.name}.building-*"):
         shutil.rmtree(leftover)
-    if directory.exists():  # without its mark: something deleted files in it
+    if directory.exists():  # the file that marks it as complete is missing: files were deleted in it
         shutil.rmtree(directory)
     building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
     try:
@@ -170,11 +171,11 @@ def _run_build(building: Path, seed: int) -> None:
 
 
 def _single_process_environment() -> dict[str, str]:
-    """The environment without what a launcher put there: the build would otherwise wait for ranks that wait for it."""
+    """The environment without a launcher's variables: the build would wait for ranks that wait for it."""
     prefixes = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "OMPI_", "MV2_", "MASTER_", "GROUP_", "ROLE_")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     kept = {name: value for name, value in os.environ.items() if name not in names and not name.startswith(prefixes)}
-    # Two threads suit this model. When something else wants their cores, threads that spin while they wait were up to
-    # 25 times slower than one thread; waiting asleep costs little on an idle machine. The weights are the same.
+    # Two threads are best for this model. They wait asleep: on busy cores, threads that wait actively were up to 25
+    # times slower than one thread, and on idle cores sleeping costs little. The weights are the same.
     threads = {"OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)), "OMP_WAIT_POLICY": "passive"}
     return {**threads, **kept, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,4 +1,4 @@
-"""What a run will do, need and be refused, before it starts: `trl-entropy doctor`, and in short at every start."""
+"""Checks of a run before it starts: all of them in `trl-entropy doctor`, a summary at the start of training."""
 
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.report import full_report, short_report

@@ -1,4 +1,4 @@
-"""What would go wrong: each check looks at a plan and returns problems, with what to do about them."""
+"""The checks of a planned run. Each yields the problems that it finds, with what to do about them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_entropy.probes.rollout_entropy import check_memory
 
 
 def findings(plan: Plan) -> list[Finding]:
-    """Everything that the checks find, problems first."""
+    """The findings of all checks, problems first."""
     found = [finding for check in CHECKS for finding in check(plan)]
     return sorted(found, key=lambda finding: not finding.is_problem)
 
@@ -29,25 +29,25 @@ def processes(plan: Plan) -> Findings:
     launch, hardware = plan.launch, plan.hardware
     if launch.num_asked > launch.num_processes:
         yield Finding(
-            f"{launch.source} asks for {launch.num_asked} processes and starts ONE, without a word: accelerate does "
-            "so for distributed_type MULTI_CPU and NO, and for --cpu.",
+            f"{launch.source} asks for {launch.num_asked} processes and starts ONE: accelerate ignores num_processes, "
+            "without a message, for distributed_type MULTI_CPU and NO and for --cpu.",
             "Set distributed_type: MULTI_GPU, with use_cpu: true on a CPU (launch/ddp-cpu.yaml); or num_processes: 1.",
         )
     if hardware.has_gpu and not launch.use_cpu and launch.num_local_processes > hardware.num_devices:
         yield Finding(
-            f"{launch.num_local_processes} processes on a machine with {hardware.num_devices} GPU(s).",
+            f"There are {launch.num_local_processes} processes on a machine with {hardware.num_devices} GPU(s).",
             f"Set num_processes: {hardware.num_devices * launch.num_machines}.",
         )
     if launch.duplicates:
         yield Finding(
-            f"DeepSpeed is configured twice: {launch.source} names a deepspeed_config_file and sets "
+            f"DeepSpeed is configured twice: {launch.source} names a deepspeed_config_file and also sets "
             f"{', '.join(launch.duplicates)}.",
-            "Remove these settings from the YAML, or the file (launch/zero2.yaml has none).",
+            "Remove these settings from the YAML file, or remove deepspeed_config_file, as launch/zero2.yaml does.",
         )
     if plan.args.deepspeed and launch.zero_stage is not None and launch.source != "the environment":
         yield Finding(
             f"DeepSpeed is configured twice: by {launch.source} and by deepspeed={plan.args.deepspeed}.",
-            "Remove the setting `deepspeed`; the accelerate YAML is enough.",
+            "Remove the setting `deepspeed`; the YAML file of accelerate is enough.",
         )
 
 
@@ -55,21 +55,21 @@ def devices(plan: Plan) -> Findings:
     launch, args = plan.launch, plan.args
     if plan.hardware.has_gpu:
         if args.use_cpu:
-            yield Finding("There is a GPU, and use_cpu=True leaves it alone.", is_problem=False)
+            yield Finding("There is a GPU, but it is not used because of use_cpu: true.", is_problem=False)
         return
     if launch.use_cpu and not args.use_cpu:
-        yield Finding("The launcher uses the CPU, the training arguments do not say so.", "Set use_cpu: true.")
+        yield Finding("The launcher uses the CPU, but use_cpu is not set.", "Set use_cpu: true.")
     elif not args.use_cpu:
         yield Finding(
-            "No GPU is here, and use_cpu is not set: the settings are meant for a GPU.",
-            "Set use_cpu: true, bf16: false and use launch/cpu.yaml; or check another machine with --hardware.",
+            "No GPU is here, and use_cpu is not set.",
+            "Set use_cpu: true and bf16: false, and use launch/cpu.yaml; or name another machine with --hardware.",
         )
     elif not launch.use_cpu and launch.num_processes > 1:
-        yield Finding(f"{launch.source} starts processes on GPUs; none is here.", "Use launch/ddp-cpu.yaml.")
+        yield Finding(f"{launch.source} starts processes on GPUs, but no GPU is here.", "Use launch/ddp-cpu.yaml.")
 
 
 def packages(plan: Plan) -> Findings:
-    """Optional packages; on another machine they may be there, so only a note."""
+    """Optional packages; for another machine a missing one is only a note, as it may be installed there."""
     attention = str(plan.model.attn_implementation)
     report_to = plan.args.report_to if isinstance(plan.args.report_to, list) else [plan.args.report_to]
     needed = {
@@ -91,12 +91,12 @@ def packages(plan: Plan) -> Findings:
             text = f"The settings need the package {package}, which is not installed here."
             yield Finding(text, f"Do: {remedy}.", plan.hardware.is_this_machine)
     if plan.launch.zero_stage is not None and not plan.hardware.has_gpu and shutil.which("c++") is None:
-        yield Finding("DeepSpeed compiles its communication on a CPU and finds no c++.", "Install a C++ compiler.")
+        yield Finding("On a CPU DeepSpeed compiles its communication, and there is no c++.", "Install a C++ compiler.")
     for message in untested_versions():
         yield Finding(f"{message}.", "Install the versions of constraints.txt.", is_problem=False)
 
 
-# ---- what a probe or TRL refuses later
+# ---- what a probe or TRL will refuse
 
 
 def refusals(plan: Plan) -> Findings:
@@ -104,30 +104,33 @@ def refusals(plan: Plan) -> Findings:
     for probe in support.probe_names(plan):
         for axis, value in values.items():
             if remedy := support.remedy(probe, axis, value):
-                yield Finding(f"{probe} does not work with {axis} {value}.", f"Turn it off, or {remedy}.")
+                yield Finding(f"{probe} does not work with {axis} {value}.", f"Turn the probe off, or {remedy}.")
     readers = ", ".join(support.reads_updates(plan))
     if readers and (plan.args.fp16 or plan.launch.mixed_precision in ("fp16", "fp8")):
-        yield Finding(f"{readers}: loss scaling changes gradients and skips steps.", "Set bf16: true, fp16: false.")
+        text = f"{readers}: loss scaling changes gradients and skips steps."
+        yield Finding(text, "Set bf16: true, fp16: false.")
     if readers and plan.launch.offloads_optimizer:
-        yield Finding(f"{readers}: the optimizer is offloaded.", "Set offload_optimizer_device: none.")
+        text = f"{readers}: the state of an offloaded optimizer cannot be read."
+        yield Finding(text, "Set offload_optimizer_device: none.")
     optim = str(getattr(plan.args.optim, "value", plan.args.optim))
     if plan.args.optimizer_state_probe and "adam" not in optim:
         yield Finding(
-            f"optimizer_state_probe reads Adam's moments, optim is {optim}.", "Set optim: adamw_torch_fused."
+            f"optimizer_state_probe reads Adam's moments, but optim is {optim}.", "Set optim: adamw_torch_fused."
         )
 
 
 def float32_values(plan: Plan) -> Findings:
     if estimate.trained_bytes(plan) == 2 and plan.launch.zero_stage is None:
         yield Finding(
-            "What is trained is bf16 with no float32 copy: at small learning rates most updates round away.",
-            "Use ZeRO-2, which keeps one; or dtype: float32 with bf16: true, not quantised.",
+            "The trained parameters are bf16 with no float32 copy: at small learning rates most updates are lost in "
+            "rounding.",
+            "Use ZeRO-2, which keeps such a copy, or set dtype: float32 with bf16: true and no quantisation.",
             is_problem=False,
         )
 
 
 def rows_of_groups(plan: Plan) -> Findings:
-    """The limit that `RolloutEntropyProbe` checks when training begins, by its own function."""
+    """The limit on memory that `RolloutEntropyProbe` checks when training begins."""
     if plan.shape is None or not plan.args.entropy_probe or plan.args.entropy_probe_completions != "rollouts":
         return
     rows = plan.args.per_device_train_batch_size * plan.args.gradient_accumulation_steps
@@ -142,8 +145,8 @@ def reentrant_checkpointing(plan: Plan) -> Findings:
     reentrant = plan.args.gradient_checkpointing and kwargs.get("use_reentrant")
     if plan.engine == "ddp" and plan.has_adapter and reentrant and plan.args.gradient_accumulation_steps > 1:
         yield Finding(
-            "DDP, LoRA, reentrant checkpointing and gradient accumulation together fail: a parameter is 'marked ready "
-            "only once'.",
+            "DDP fails with LoRA, reentrant checkpointing and gradient accumulation together: a parameter is "
+            "'marked ready only once'.",
             "Set gradient_checkpointing_kwargs: {use_reentrant: false}.",
         )
 
@@ -157,7 +160,7 @@ def memory(plan: Plan) -> Findings:
     needed = estimate.estimate(plan)
     available = plan.hardware.memory_per_process(plan.launch.num_local_processes)
     text = (
-        f"A process needs about {needed.peak / GIB:.1f} GiB at its peak ({needed.peak_phase}), and has "
+        f"A process needs about {needed.peak / GIB:.1f} GiB at its peak ({needed.peak_phase}) and has "
         f"{available / GIB:.1f} GiB."
     )
     if needed.peak > available:
@@ -169,7 +172,7 @@ def memory(plan: Plan) -> Findings:
 def _memory_remedy(plan: Plan, phase: str) -> str:
     smaller_model = "use LoRA (use_peft) or ZeRO-2"
     return {
-        "generation": "Lower steps_per_generation (it may be as low as 1) or max_completion_length, or set use_vllm.",
+        "generation": "Lower steps_per_generation (1 is the least) or max_completion_length, or set use_vllm.",
         "loss and backward": "Lower per_device_train_batch_size and keep num_prompts_per_step, set "
         f"gradient_checkpointing: true, or {smaller_model}.",
         "probes": f"Lower probe_batch_size, set entropy_second_order: false, or {smaller_model}.",
@@ -177,14 +180,14 @@ def _memory_remedy(plan: Plan, phase: str) -> str:
 
 
 def disk(plan: Plan) -> Findings:
-    """The file system of the run directory, if that is on this machine."""
+    """Free space on the file system of the run directory, if that is on this machine."""
     if plan.shape is None or not plan.hardware.is_this_machine:
         return
     needed = estimate.checkpoint_bytes(plan) * estimate.num_checkpoints(plan) + estimate.probe_file_bytes(plan)
     free = shutil.disk_usage(_existing_parent(Path(plan.args.output_dir))).free
     if needed > free:
         yield Finding(
-            f"Checkpoints and probe files will take {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free at "
+            f"Checkpoints and probe files will take {needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB are free at "
             f"{plan.args.output_dir}.",
             "Set save_total_limit, raise save_steps, set probe_files_keep, or choose another output_dir.",
         )

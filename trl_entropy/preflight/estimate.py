@@ -1,4 +1,4 @@
-"""A plan's memory: the formulas of `memory.py` put together for a run, per process, in the phases of a step."""
+"""The memory of a planned run, per process and phase of a step, from the formulas of `memory.py`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 @dataclass(frozen=True)
 class Estimate:
     """
-    Bytes of one process, by item. What is always there, and what is there besides in each phase of a step: phases
-    follow one another, so their largest counts.
+    The bytes of one process by item: what is always there, and what each phase of a step adds. The phases follow one
+    another, so the largest of them counts.
     """
 
     always: dict[str, int]
@@ -32,7 +32,7 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """What a process of `plan` needs. Requires `plan.shape`."""
+    """The estimate for a process of `plan`, which must have a `shape`."""
     gradients = _gradients(plan)
     return Estimate(
         always=_always(plan),
@@ -45,7 +45,7 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def estimates_by_engine(plan: Plan) -> dict[str, Estimate]:
-    """The same run under each engine, with the plan's number of processes (2 where it has one)."""
+    """The estimate of the same run under each engine, with the plan's number of processes (at least 2)."""
     world_size = max(2, plan.world_size)
     launches = {
         engine: replace(plan.launch, engine=engine, num_processes=1 if engine == "plain" else world_size)
@@ -60,21 +60,21 @@ def shape_of(plan: Plan) -> ModelShape:
 
 
 def base_bytes(plan: Plan) -> int:
-    """Bytes of a number of the base model: DeepSpeed casts it to bf16 when training is in bf16."""
+    """Bytes per parameter of the base model; DeepSpeed converts it to bf16 when training is in bf16."""
     if plan.launch.zero_stage is not None and plan.args.bf16:
         return 2
     return memory.DTYPE_BYTES[plan.model.dtype or "float32"]
 
 
 def trained_bytes(plan: Plan) -> int:
-    """Bytes of a number that is trained: peft keeps adapters in float32, TRL those of a quantised model in bf16."""
+    """Bytes per trained parameter; peft keeps adapters in float32, TRL those of a quantised model in bf16."""
     if not plan.has_adapter or plan.launch.zero_stage is not None:
         return base_bytes(plan)
     return 4 if plan.quantisation == "none" else 2
 
 
 def _mixed(plan: Plan) -> bool:
-    """Whether autocast computes in bf16 with float32 weights."""
+    """Whether weights are float32 and autocast computes in bf16."""
     return bool(plan.args.bf16) and base_bytes(plan) == 4
 
 
@@ -83,7 +83,7 @@ def _compute_bytes(plan: Plan) -> int:
 
 
 def optimizer_bytes(plan: Plan) -> int:
-    """Of one process."""
+    """Bytes of the optimizer's state on one process."""
     optim = str(getattr(plan.args.optim, "value", plan.args.optim))
     trained = shape_of(plan).num_trainable
     return memory.optimizer(trained, trained_bytes(plan), optim, plan.engine, plan.world_size)
@@ -117,7 +117,7 @@ def _gradients(plan: Plan) -> dict[str, int]:
 
 def _generation(plan: Plan) -> dict[str, int]:
     if plan.args.use_vllm:
-        return {}  # vLLM reserves its own share: vllm_gpu_memory_utilization
+        return {}  # vLLM reserves memory of its own: vllm_gpu_memory_utilization
     shape, rows = shape_of(plan), plan.generation_rows
     gathered = memory.weights(shape, base_bytes(plan), plan.quantisation)
     return {
@@ -146,7 +146,7 @@ def _loss(plan: Plan) -> dict[str, int]:
 
 
 def probe_items(plan: Plan) -> dict[str, int]:
-    """Each enabled probe's own: full float32 copies of what is trained, on every process, and its scoring."""
+    """What each enabled probe needs: float32 copies of all trained parameters on every process, and its scoring."""
     args, copy = plan.args, 4 * shape_of(plan).num_trainable
     items: dict[str, int] = {}
     if args.entropy_probe and args.entropy_probe_completions == "rollouts":
@@ -161,19 +161,19 @@ def probe_items(plan: Plan) -> dict[str, int]:
         items |= _entropy_control(plan, copy)
     if args.optimizer_state_probe:
         items["optimizer_state_probe"] = copy
-    if items and (plan.engine.startswith("zero") or not args.entropy_probe):  # else it is one of the copies above
+    if items and (plan.engine.startswith("zero") or not args.entropy_probe):  # otherwise it is one of the copies above
         items["own share of the parameters"] = copy // memory.shards(plan.engine, "optimizer", plan.world_size)
     return items
 
 
 def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
-    """Copies before and after, the update; gradient, moments besides for the second order; three more for (T9)."""
+    """Copies: parameters before and after, update; for the second order gradient and moments; three more for (T9)."""
     args, shape = plan.args, shape_of(plan)
     order = 2 if args.entropy_second_order else 1
     rows = min(args.probe_batch_size, max(1, args.entropy_probe_num_completions // plan.world_size))
     scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order)
     attributed = args.entropy_attribution != "none"
-    if attributed:  # grad h, and g_i by sequence, are reverse passes
+    if attributed:  # grad h, and by sequence every g_i, need a backward pass
         graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
         scored = max(scored, graph)
     copies = 9 if attributed else 6 if args.entropy_second_order else 3
@@ -184,7 +184,7 @@ def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
 
 
 def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
-    """Copies before and after, gradient, second moment and metric; two rows a prompt group; a graph in float32."""
+    """Copies: parameters before and after, gradient, second moment, metric. Two per prompt group; a float32 graph."""
     args, shape = plan.args, shape_of(plan)
     groups = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations)
     rows = min(args.probe_batch_size, args.num_generations)
@@ -192,15 +192,15 @@ def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
     scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order=0)
     return {
         "entropy_probe: parameters": 5 * copy,
-        "entropy_probe: rows of (T17)": 2 * groups * copy,
+        "entropy_probe: group gradients (T17)": 2 * groups * copy,
         "entropy_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
     }
 
 
 def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
     """
-    Copy before, update, gradient, second moment, metric and the floored one, halves of grad h, their mean, correction;
-    sums and means of the halves where there is a memory.
+    Copies: parameters before, update, gradient, second moment, metric without and with its floor, both halves of grad
+    h, their mean, correction; with entropy_control_gradient_ema also running sums and means of the halves.
     """
     args, shape = plan.args, shape_of(plan)
     from_probe = args.entropy_control_completions == "probe"
@@ -215,13 +215,13 @@ def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
 
 
 def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
-    """Gradient, second moment, metric; a row a prompt group, or by an extra pass M g; a float32 graph for such."""
+    """Copies: gradient, second moment, metric; and one per prompt group, or M g and the graph of an extra pass."""
     args, shape = plan.args, shape_of(plan)
     if args.noise_scale_from == "micro_batches":
         return {}
     rows = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations) * copy
     from_training = plan.has_adapter and rows <= MAX_ROWS_BYTES
-    items = {"noise_scale_probe: rows of (T14)": rows} if from_training else {}
+    items = {"noise_scale_probe: group gradients": rows} if from_training else {}
     if from_training and not args.noise_scale_within_prompt:
         return {"noise_scale_probe: copies": 3 * copy, **items}
     at_once = max(args.num_generations, min(args.probe_batch_size, args.per_device_train_batch_size))
@@ -235,7 +235,7 @@ def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
 
 
 def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
-    """Copies before and after, gradient, moments, M, three directions; a row a completion; a float32 graph."""
+    """Copies: parameters before and after, gradient, moments, M, 3 directions; one per completion; a float32 graph."""
     args, shape = plan.args, shape_of(plan)
     number = args.fisher_num_sequences // plan.world_size
     row = 8 * args.fisher_sketch_dim or copy
@@ -244,7 +244,7 @@ def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
     scored = memory.scoring(shape, at_once, plan.sequence_length, args.max_completion_length, order=0)
     return {
         "fisher_probe: parameters": 9 * copy,
-        "fisher_probe: rows of (T12)": number * row * (2 if plan.world_size > 1 else 1),
+        "fisher_probe: rows (T12)": number * row * (2 if plan.world_size > 1 else 1),
         "fisher_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
     }
 
@@ -253,7 +253,7 @@ def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """One checkpoint; `save_only_model` leaves the optimizer out."""
+    """Bytes of a checkpoint; `save_only_model` leaves out the optimizer."""
     base = memory.weights(shape_of(plan), base_bytes(plan), plan.quantisation)
     of_all_processes = optimizer_bytes(plan) * memory.shards(plan.engine, "optimizer", plan.world_size)
     return memory.checkpoint(
@@ -266,7 +266,7 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 
 def num_checkpoints(plan: Plan) -> int:
-    """Checkpoints on the disk at a time: one more than `save_total_limit` while the new one is written."""
+    """The most checkpoints on the disk: one more than `save_total_limit`, while the newest is being written."""
     strategy = str(getattr(plan.args.save_strategy, "value", plan.args.save_strategy))
     if strategy == "no":
         return 0
@@ -276,8 +276,8 @@ def num_checkpoints(plan: Plan) -> int:
 
 def probe_file_bytes(plan: Plan) -> int:
     """
-    All files of the entropy probe: 16 L + 24 T bytes a completion, of the probe batch and of the step's own; 20 T more
-    for the latter's attribution.
+    Bytes of all files of the entropy probe: 16 L + 24 T for each completion of the probe batch and of the step, and 20
+    T more for each completion of the step that is attributed.
     """
     args = plan.args
     if not args.entropy_probe or args.probe_files_keep == 0:

@@ -1,10 +1,11 @@
-"""What a run reads, and what it resumes from: is it there? Only looks; nothing is downloaded or written."""
+"""Checks of the files that a run reads: model, dataset, checkpoint. Nothing is downloaded or written."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
@@ -12,7 +13,7 @@ from trl_entropy.runs.checkpoints import CheckpointError, check_before_loading
 
 
 def model_files(plan: Plan) -> Findings:
-    """Weights and tokenizer, as far as looking is cheap: nothing is downloaded."""
+    """Weights and tokenizer, as far as they are on this machine."""
     name, here = str(plan.model.model_name_or_path), plan.hardware.is_this_machine
     if plan.shape is None or name == EMBEDDED_MODEL:
         return
@@ -22,17 +23,17 @@ def model_files(plan: Plan) -> Findings:
         offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
         yield Finding(
             f"The weights of {name} are not on this machine"
-            + (", and HF_HUB_OFFLINE=1 keeps them away." if offline else "; they will be downloaded."),
-            "Download the model first, or name a folder that has it." if offline else "",
+            + (", and HF_HUB_OFFLINE=1 forbids a download." if offline else "; they will be downloaded."),
+            "Download the model first, or name a folder that holds it." if offline else "",
             is_problem=here and offline,
         )
 
 
 def positions(plan: Plan) -> Findings:
-    """Rotary embeddings go on beyond what a model was trained for; its quality need not."""
+    """Whether sequences are longer than the model was made for; rotary embeddings allow it, at a loss of quality."""
     if plan.shape is not None and 0 < plan.shape.max_positions < plan.sequence_length:
         yield Finding(
-            f"Prompt and completion may take {plan.sequence_length} tokens, the model was made for "
+            f"Prompt and completion together may have {plan.sequence_length} tokens, the model was made for "
             f"{plan.shape.max_positions}.",
             "Lower max_completion_length or max_prompt_length.",
             is_problem=False,
@@ -56,7 +57,7 @@ def _local_tokenizer(folder: Path, vocab_size: int) -> Findings:
 
 
 def dataset(plan: Plan) -> Findings:
-    """The file that `load_gsm8k` would read; elsewhere it may be there, so only a note."""
+    """The file that `load_gsm8k` will read; for another machine a missing one is only a note."""
     if plan.task.task != "gsm8k":
         return
     name = plan.task.dataset_path
@@ -64,14 +65,14 @@ def dataset(plan: Plan) -> Findings:
     looks_local = path.suffix == ".jsonl" or path.is_absolute() or name.startswith(".")
     if looks_local and not path.is_file():
         yield Finding(
-            f"dataset_path: there is no {path} (from {Path.cwd()}).",
-            "Correct the path; it needs train.jsonl and test.jsonl.",
+            f"dataset_path: there is no file {path} (seen from {Path.cwd()}).",
+            "Correct the path; the folder must hold train.jsonl and test.jsonl.",
             plan.hardware.is_this_machine,
         )
     elif not path.is_file() and os.environ.get("HF_HUB_OFFLINE", "0") == "1":
         yield Finding(
-            f"dataset_path {name} is on the hub, and HF_HUB_OFFLINE=1: it must be in the local cache.",
-            "Or name a local folder with train.jsonl and test.jsonl.",
+            f"dataset_path {name} is on the hub; with HF_HUB_OFFLINE=1 it must be in the local cache.",
+            "If it is not, name a local folder with train.jsonl and test.jsonl.",
             is_problem=False,
         )
 
@@ -85,9 +86,10 @@ def resume(plan: Plan) -> Findings:
 
 def resumed_checkpoint(plan: Plan) -> Path | None:
     """
-    The folder that training would continue from; None: the beginning.
+    The checkpoint from which training will resume; None if it starts from the beginning.
 
     Raises:
-        CheckpointError: when it is not whole, or another run's.
+        CheckpointError: when the checkpoint is incomplete or belongs to another run.
     """
-    return check_before_loading(plan.args, world_size=plan.world_size, engine=None)
+    settings = contract_settings(plan.args, world_size=plan.world_size, engine=None)
+    return check_before_loading(plan.args.resume_from_checkpoint, Path(plan.args.output_dir), settings)

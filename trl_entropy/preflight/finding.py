@@ -1,4 +1,4 @@
-"""`Finding`: a problem of a run, or a note, in words."""
+"""`Finding`: a problem or a note about a run, in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """What was found and what to do; a note (`is_problem=False`) stops nothing."""
+    """What was found, and what to do about it. With `is_problem=False` it is a note, and the run can start."""
 
     text: str
     remedy: str = ""

@@ -1,4 +1,4 @@
-"""The doctor on a supervised fine-tuning run: what it will do and what is missing; its memory is not estimated."""
+"""The doctor's report on a supervised fine-tuning run. It does not estimate the memory."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def fine_tuning_report(plan: Plan) -> list[str]:
 
 
 def fine_tuning_findings(plan: Plan) -> list[Finding]:
-    """What the checks that do not depend on RL have found."""
+    """The findings of the checks that do not depend on RL."""
     return [finding for check in (processes, devices, model_files, dataset) for finding in check(plan)]

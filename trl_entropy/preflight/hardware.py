@@ -1,4 +1,4 @@
-"""The machine that a run is checked for: this one, or one that is only named ("2xH100-80GB")."""
+"""The machine for which a run is checked: this one, or one that is given by its name ("2xH100-80GB")."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 @dataclass(frozen=True)
 class Hardware:
     """
-    Devices of one machine.
+    The devices of one machine.
 
     Attributes:
-        num_devices: GPUs; 0 on a machine that has none.
-        memory: bytes of each GPU; without GPU those of the machine, which its processes share.
-        is_this_machine: whether packages, files and the disk that we see here are those of the run.
+        num_devices: number of GPUs; 0 on a machine without any.
+        memory: bytes of each GPU; without a GPU the bytes of the machine, which its processes share.
+        is_this_machine: whether the packages, the files and the disk of this machine are those of the run.
     """
 
     name: str
@@ -35,22 +35,22 @@ class Hardware:
         return self.num_devices > 0
 
     def memory_per_process(self, num_processes: int) -> float:
-        """Bytes that each of `num_processes` on this machine may use."""
+        """The bytes that each of `num_processes` on this machine can use."""
         return self.memory if self.has_gpu else self.memory / num_processes
 
     def __str__(self) -> str:
-        where = "this machine" if self.is_this_machine else "as --hardware says"
+        where = "this machine" if self.is_this_machine else "given by --hardware"
         return f"{self.name}, {self.memory / GIB:.1f} GiB{' each' if self.num_devices > 1 else ''} ({where})"
 
 
 def named_hardware(text: str) -> Hardware:
     """
-    The machine that `text` names: `2xH100-80GB` (GPUs of *one* machine), `cpu-16GB`.
+    The machine that `text` describes: `2xH100-80GB` (the GPUs of *one* machine) or `cpu-16GB`.
 
-    A GPU of "80 GB" has at least 80e9 bytes; that is what is counted.
+    A GPU of "80 GB" has at least 80e9 bytes, and counts as that.
 
     Raises:
-        ValueError: when the text names none.
+        ValueError: when the text has another form.
     """
     if found := _NAMED.fullmatch(text.strip()):
         number, name, gigabytes = found.groups()
@@ -61,7 +61,7 @@ def named_hardware(text: str) -> Hardware:
 
 
 def this_machine(use_cpu: bool = False) -> Hardware:
-    """The GPUs that are visible here, or else the machine's memory."""
+    """This machine: its visible GPUs, or without one its CPU and memory."""
     if torch.cuda.is_available() and not use_cpu:
         number = torch.cuda.device_count()
         # Not `mem_get_info`, which would leave a context of this process on every GPU.
@@ -71,7 +71,7 @@ def this_machine(use_cpu: bool = False) -> Hardware:
 
 
 def _main_memory() -> int:
-    """Bytes of the machine, or of the container that limits this process."""
+    """The memory of the machine in bytes, or the limit of the container around this process."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
     return installed if limit == "max" else min(installed, int(limit))

@@ -1,4 +1,4 @@
-"""How processes are started: what an accelerate YAML, or the environment under its launcher, really does."""
+"""How a run is started: number of processes and engine, from a YAML file of accelerate or from the environment."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from trl_entropy.runs.strict_json import Json
+
 _ENGINES = {"MULTI_GPU": "ddp", "FSDP": "fsdp", "MEGATRON_LM": "megatron", "XLA": "xla"}
-# Without them in a DeepSpeed file of its own, accelerate refuses the YAML: DeepSpeedPlugin._deepspeed_config_checks.
+# accelerate refuses these beside a deepspeed_config_file: DeepSpeedPlugin._deepspeed_config_checks.
 _DEEPSPEED_DUPLICATES = (
     "gradient_accumulation_steps",
     "gradient_clipping",
@@ -29,14 +30,15 @@ _DEEPSPEED_DUPLICATES = (
 @dataclass(frozen=True)
 class Launch:
     """
-    Processes and engine of a run.
+    The processes and the engine of a run.
 
     Attributes:
         engine: `plain` (one process), `ddp`, `zero0` to `zero3`, `fsdp`, `megatron`, `xla`.
-        num_processes: that really take part, over all machines.
-        num_asked: that the settings ask for; more than `num_processes` in the trap of `MULTI_CPU`.
-        duplicates: settings of DeepSpeed that stand in two places.
-        offloads_optimizer: whether DeepSpeed keeps the optimizer elsewhere.
+        num_processes: the processes that accelerate starts, on all machines together.
+        num_asked: the processes that the settings ask for. With `MULTI_CPU` accelerate starts only one of them.
+        source: where this was read from.
+        duplicates: DeepSpeed settings that are given in two places.
+        offloads_optimizer: whether DeepSpeed keeps the optimizer's state outside of the GPU.
     """
 
     engine: str
@@ -60,14 +62,14 @@ class Launch:
 
 def read_accelerate_config(path: Path, num_processes: int | None = None, use_cpu: bool = False) -> Launch:
     """
-    What `accelerate launch --config_file path [--num_processes N] [--cpu]` does.
+    What `accelerate launch --config_file path [--num_processes N] [--cpu]` starts.
 
     Raises:
-        ValueError: when the file is no accelerate YAML.
+        ValueError: when the file is not a YAML file of accelerate.
     """
     settings = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict) or "distributed_type" not in settings:
-        raise ValueError(f"{path} is no accelerate YAML: it has no distributed_type. See launch/cpu.yaml.")
+        raise ValueError(f"{path} is not a YAML file of accelerate: distributed_type is missing.")
     asked = num_processes or int(settings.get("num_processes") or 1)
     kind = str(settings["distributed_type"]).upper()
     deepspeed = settings.get("deepspeed_config") or {}
@@ -86,14 +88,14 @@ def read_accelerate_config(path: Path, num_processes: int | None = None, use_cpu
 
 
 def launch_from_options(num_devices: int, num_processes: int | None, use_cpu: bool) -> Launch:
-    """What is started without a YAML: DDP over several GPUs; `--cpu` and any number give ONE process."""
+    """What starts without a YAML file: DDP over several GPUs, but with `--cpu` always one process."""
     asked = num_processes or max(1, num_devices)
     engine = "ddp" if asked > 1 and not use_cpu and num_devices > 1 else "plain"
     return Launch(engine, asked if engine == "ddp" else 1, asked, "no --accelerate_config", use_cpu=use_cpu)
 
 
 def launch_from_environment(world_size: int, environ: Mapping[str, str] = os.environ) -> Launch:
-    """What this process was started by, from the variables that accelerate's launcher sets."""
+    """How this process was started, from the variables that accelerate's launcher sets."""
     stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     flags = {f"zero{stage}": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
     engines = [engine for engine, flag in flags.items() if environ.get(flag, "false").lower() in ("1", "true")]
@@ -113,21 +115,21 @@ def _engine(kind: str, zero_stage: int, num_processes: int) -> str:
     if kind == "DEEPSPEED":
         return f"zero{zero_stage}"
     if kind in ("NO", "MULTI_CPU") or (kind == "MULTI_GPU" and num_processes == 1):
-        return "plain"  # MULTI_CPU starts one process, whatever num_processes says
+        return "plain"  # accelerate ignores num_processes for MULTI_CPU
     return _ENGINES.get(kind, kind.lower())
 
 
-def _zero_stage(deepspeed: dict[str, Any], folder: Path) -> int:
-    """Of the YAML, or of the DeepSpeed file that it names, relative to where accelerate is started or to the YAML."""
+def _zero_stage(deepspeed: Json, folder: Path) -> int:
+    """The stage in the YAML file, or in the DeepSpeed file that it names (relative to here or to the YAML file)."""
     if name := deepspeed.get("deepspeed_config_file"):
         found = next((path for path in (Path(name), folder / name) if path.is_file()), None)
         if found is None:
-            raise ValueError(f"deepspeed_config_file: {name} does not exist. Correct the path, or set zero_stage.")
+            raise ValueError(f"deepspeed_config_file: there is no file {name}. Correct it, or set zero_stage.")
         return int(json.loads(found.read_text()).get("zero_optimization", {}).get("stage", 0))
     return int(deepspeed.get("zero_stage", 2))
 
 
-def _duplicates(settings: dict[str, Any], deepspeed: dict[str, Any]) -> list[str]:
+def _duplicates(settings: Json, deepspeed: Json) -> list[str]:
     if "deepspeed_config_file" not in deepspeed:
         return []
     given = [*deepspeed, *(["mixed_precision"] if "mixed_precision" in settings else [])]

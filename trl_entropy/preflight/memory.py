@@ -1,7 +1,9 @@
 """
-Formulas of a process's memory, in bytes. Counts (parameters, optimizer, caches) are exact; what is marked *estimate*
-(activations, the probes' scoring) was checked on a CPU only, and leaves out the allocator's fragmentation, CUDA's own
-context (about 0.5 GiB) and kernels' workspaces.
+Formulas for the memory of a process, in bytes.
+
+Parameters, optimizer state and caches are counted exactly. Formulas marked *estimate* (activations, the scoring of
+probes) were checked on a CPU only; they leave out fragmentation, the CUDA context (about 0.5 GiB) and workspaces of
+kernels.
 """
 
 from __future__ import annotations
@@ -9,26 +11,26 @@ from __future__ import annotations
 from trl_entropy.preflight.shapes import ModelShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
-# Numbers that an optimizer keeps for each trainable parameter, and bytes of each.
+# Numbers that an optimizer keeps for each trainable parameter.
 _OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
-# TRL's fused head: tokens and vocabulary entries of the tile of logits that exists at a time (trl 1.16).
+# TRL's fused head computes one tile of logits at a time: so many tokens by vocabulary entries (trl 1.16).
 HEAD_TOKENS, HEAD_ENTRIES = 4096, 32768
-# Numbers of DeepSpeed's buffer for gradients on their way (`reduce_bucket_size`), allocated at the first backward.
+# Size of DeepSpeed's buffer for gradients (`reduce_bucket_size`), which the first backward pass allocates.
 REDUCE_BUCKET = 500_000_000
 
 
 def weights(shape: ModelShape, bytes_each: int, quantisation: str) -> int:
-    """Base model without adapter: D numbers; quantised Linear layers take 1 byte, or 4 bits and a scale for each 64.
+    """The base model without adapter. A quantised weight takes 1 byte, or 4 bits and 1/64 of a scale.
 
-    Source: Dettmers et al. 2023 (arXiv 2305.14314), blocks of 64 with a float32 scale; the scales of 8 bits (one a
-    row) are left out.
+    Source: Dettmers et al. 2023 (arXiv 2305.14314), blocks of 64 with a float32 scale. The scales of 8-bit
+    weights, one per row, are left out.
     """
     quantised_bytes = {"none": bytes_each, "8bit": 1.0, "4bit": 0.5 + 4 / 64}[quantisation]
     return int((shape.num_parameters - shape.num_quantised) * bytes_each + shape.num_quantised * quantised_bytes)
 
 
 def shards(engine: str, what: str, world_size: int) -> int:
-    """Number of processes that `weights`, `gradients` or `optimizer` are divided among.
+    """The number of processes among which `weights`, `gradients` or `optimizer` are divided.
 
     Source: Rajbhandari et al. 2020 (arXiv 1910.02054), figure 1: ZeRO-1 divides the optimizer, ZeRO-2 the gradients
     too, ZeRO-3 (and FSDP with full sharding) everything.
@@ -39,13 +41,13 @@ def shards(engine: str, what: str, world_size: int) -> int:
 
 
 def gradients(num_trainable: int, bytes_each: int, engine: str, world_size: int) -> int:
-    """One number a trainable parameter, divided among processes from ZeRO-2 on."""
+    """One number per trainable parameter, divided among the processes by ZeRO-2 and ZeRO-3."""
     return num_trainable * bytes_each // shards(engine, "gradients", world_size)
 
 
 def communication(num_trainable: int, bytes_each: int, engine: str, has_gpu: bool) -> int:
-    """Buffers that gradients travel in: DDP's buckets hold a second copy; DeepSpeed's has 5e8 numbers whatever is
-    trained (on a CPU only the part that is written to counts).
+    """Buffers for the communication of gradients: DDP's buckets hold a second copy. DeepSpeed's buffer has 5e8 numbers
+    whatever is trained; on a CPU only the part that is used takes memory.
     """
     if engine == "ddp":
         return num_trainable * bytes_each
@@ -57,7 +59,7 @@ def communication(num_trainable: int, bytes_each: int, engine: str, has_gpu: boo
 def optimizer(num_trainable: int, bytes_each: int, optim: str, engine: str, world_size: int) -> int:
     """AdamW: two moments in the parameters' dtype; under ZeRO in float32, with a float32 master copy beside them.
 
-    An optimizer that is not listed counts as AdamW; those whose name has `8bit` keep a byte a number.
+    An optimizer that is not listed counts as AdamW; with `8bit` in its name it keeps one byte per number.
     """
     num_states = next((number for name, number in _OPTIMIZER_STATES.items() if name in optim), 2)
     if engine.startswith("zero"):
@@ -71,10 +73,11 @@ def activations(
 ) -> int:
     """What the backbone keeps for backward: *estimate* for layers like Qwen2's and Llama's (RMSNorm, gated MLP).
 
-    A token of a layer: 10 h + 4 kv + 4 f numbers, and heads x L of them with eager attention. With checkpointing h for
-    each layer's input, and one layer as it is recomputed. Under autocast the residual stream and the norms (10 h) stay
-    float32. Form: Korthikanti et al. 2022 (arXiv 2205.05198), section 4; coefficients: counted in transformers 5.23.
-    Against the tensors that autograd saves in tiny models on a CPU: within a factor of 1.3.
+    A layer keeps 10 h + 4 kv + 4 f numbers per token, and heads x L more with eager attention. With checkpointing it
+    keeps its input (h), and one layer at a time is recomputed in full. Under autocast the residual stream and the
+    norms (10 h) stay float32. The form is that of Korthikanti et al. 2022 (arXiv 2205.05198), section 4; the
+    coefficients were counted in transformers 5.23. For tiny models on a CPU it is within a factor of 1.3 of the
+    tensors that autograd saves.
     """
     wide, narrow = (4, 2) if mixed else (bytes_each, bytes_each)
     inner = 4 * shape.kv_size + 4 * shape.intermediate_size
@@ -88,35 +91,34 @@ def activations(
 def loss_head(shape: ModelShape, rows: int, completion_length: int, trains_head: bool) -> int:
     """TRL's fused language-model head: two float32 tiles of logits, and the head's float32 gradient if it is trained.
 
-    The whole (rows, length, vocabulary) logits never exist in the loss.
+    The loss never holds the (rows, length, vocabulary) logits as a whole.
     """
     tile = min(rows * completion_length, HEAD_TOKENS) * min(shape.vocab_size, HEAD_ENTRIES) * 4
     return 2 * tile + (shape.vocab_size * shape.hidden_size * 4 if trains_head else 0)
 
 
 def autocast_copies(shape: ModelShape, mixed: bool, bytes_each: int) -> int:
-    """bf16 copies of float32 Linear weights that autocast keeps during a forward pass: 2 bytes a number."""
+    """The bf16 copies of float32 Linear weights that autocast keeps during a forward pass."""
     return 2 * shape.num_quantised if mixed and bytes_each == 4 else 0
 
 
 def kv_cache(shape: ModelShape, rows: int, length: int, bytes_each: int) -> int:
-    """Key and value of every token in every layer: 2 x layers x kv x rows x length numbers (transformers' cache)."""
+    """Keys and values of all tokens in all layers: 2 x layers x kv x rows x length numbers (transformers' cache)."""
     return 2 * shape.num_layers * shape.kv_size * rows * length * bytes_each
 
 
 def generation_logits(shape: ModelShape, rows: int) -> int:
-    """Logits of the last position, their float32 copy and the softmax that is sampled from: *estimate*, three times
-    rows x vocabulary float32."""
+    """The logits of the last position, their float32 copy and their softmax: *estimate*, 3 x rows x vocabulary."""
     return 3 * rows * shape.vocab_size * 4
 
 
 def scoring(shape: ModelShape, rows: int, length: int, completion_length: int, order: int) -> int:
     """A probe's forward pass over `rows` completions in float32, without a graph: *estimate*.
 
-    The largest of three, which do not exist at the same time: five tensors of the size of all completion tokens'
-    logits (logits, log-probabilities, probabilities, their product); the layer's 4 f + 4 h numbers a token; where
-    derivatives are taken, four tensors of attention weights (heads x L x L). Times the 2^order tensors that forward
-    mode carries. Against the tensors alive in tiny models on a CPU: within a factor of 1.5.
+    It is the largest of three parts that do not exist at the same time: five tensors of the size of the completions'
+    logits (logits, log-probabilities, probabilities, their product); 4 f + 4 h numbers per token in a layer; and, if
+    derivatives are taken, four tensors of attention weights (heads x L x L). Forward mode carries 2^order times as
+    much. For tiny models on a CPU this is within a factor of 1.5 of the tensors that are alive.
     """
     logits = 5 * rows * completion_length * shape.vocab_size
     layer = 4 * rows * length * (shape.intermediate_size + shape.hidden_size)
@@ -125,11 +127,11 @@ def scoring(shape: ModelShape, rows: int, length: int, completion_length: int, o
 
 
 def float32_base(shape: ModelShape, bytes_each: int) -> int:
-    """Float32 copy of frozen parameters of a narrower dtype, while a probe scores in float32."""
+    """The float32 copy of frozen bf16 or fp16 parameters that exists while a probe scores in float32."""
     num_frozen = shape.num_parameters + shape.num_adapter - shape.num_trainable
     return 4 * num_frozen if bytes_each < 4 else 0
 
 
 def checkpoint(weight_bytes: int, num_trainable: int, bytes_each: int, has_adapter: bool, optimizer_bytes: int) -> int:
-    """A checkpoint's size on disk: the model, or its adapter alone, and the optimizer's state of all processes."""
+    """A checkpoint on disk: the model or only its adapter, and the optimizer's state of all processes."""
     return (num_trainable * bytes_each if has_adapter else weight_bytes) + optimizer_bytes

@@ -1,10 +1,10 @@
-"""`Plan`: everything that the checks and the estimates look at."""
+"""`Plan`: what the checks and the estimates know about a run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_entropy.models.loading import is_adapter
 from trl_entropy.preflight.hardware import Hardware
@@ -15,16 +15,25 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from trl_entropy.config.dr_grpo import DrGRPOConfig
+    from trl_entropy.tasks.arguments import TaskArguments
 
-# The word problems are shorter than what `max_prompt_length` allows; no tokenizer is run to know by how much.
+# For word problems, which are shorter than `max_prompt_length`; no tokenizer is run here to count their tokens.
 ASSUMED_PROMPT_LENGTH = 200
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as its settings, its launcher and its machine make it; `shape` is None when the model is not known."""
+    """
+    A planned run: its settings, its launcher and its machine.
 
-    task: Any
+    For `trl-entropy sft`, `task` is a `DemonstrationArguments` and `args` an `SFTConfig`; only the checks and the
+    report of `fine_tuning.py` take such a plan.
+
+    Attributes:
+        shape: None if the shape of the model is not known.
+    """
+
+    task: TaskArguments
     args: DrGRPOConfig
     model: ModelConfig
     launch: Launch
@@ -61,14 +70,14 @@ class Plan:
 
     @property
     def generation_rows(self) -> int:
-        """Completions that a process draws at once: those of a whole generation, or of an evaluation batch."""
+        """The completions that a process generates at once, in training or in an evaluation."""
         rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
         evaluates = self.args.eval_strategy != "no"
         return max(rows, self.args.per_device_eval_batch_size if evaluates else 0)
 
     @property
     def prompt_length(self) -> int:
-        """Tokens, at most."""
+        """The largest number of tokens in a prompt."""
         return self.task.max_prompt_length if self.task.task == "gsm8k" else ASSUMED_PROMPT_LENGTH
 
     @property
@@ -77,12 +86,12 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run, by its settings: the dataset may hold fewer problems than it asks for."""
+        """The optimizer steps of the run by its settings; the dataset may hold fewer problems than they ask for."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         problems = self.task.num_train_problems * self.args.num_iterations
         return max(1, math.ceil(self.args.num_train_epochs * problems / self.prompts_per_step))
 
     def every(self, interval: float) -> int:
-        """Steps between two events of a setting such as `save_steps`, which below 1 is a share of the run."""
+        """The steps of a setting such as `save_steps`, where a value below 1 is a fraction of the run."""
         return max(1, math.ceil(interval * self.num_steps) if interval < 1 else int(interval))

@@ -1,11 +1,11 @@
-"""A plan in words: the sections of `trl-entropy doctor`, and the few lines at the start of training."""
+"""A planned run as text: the sections of `trl-entropy doctor`, and the summary at the start of training."""
 
 from __future__ import annotations
 
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,54 +24,55 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from trl_entropy.config.dr_grpo import DrGRPOConfig
+    from trl_entropy.tasks.arguments import TaskArguments
 
 WIDTH = 100
 _PACKAGES = ("trl_entropy", "torch", "trl", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "vllm")
 
 
-def short_report(task: Any, args: DrGRPOConfig, model: ModelConfig) -> list[str]:
+def short_report(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> list[str]:
     """
-    A few lines on the run that is about to start, for the main process: batch plan, memory, problems and notes.
+    A summary of the run that is about to start, for the main process: batches, memory, problems and notes.
 
-    Nothing is stopped by it. Call it with what `parse` returned, before the model is loaded.
+    It stops nothing. Call it with what `parse` returned, before the model is loaded.
     """
     try:
         shape = model_shape(model)
     except UnknownShape:
-        shape = None  # training itself says what is wrong with the model
+        shape = None  # training will say what is wrong with the model
     plan = Plan(task, args, model, launch_from_environment(args.world_size), this_machine(args.use_cpu), shape)
     lines = [_batch_line(plan)] + ([_memory_line(plan)] if shape is not None else [])
     return lines + [f"{'problem' if found.is_problem else 'note'}: {found}" for found in findings(plan)]
 
 
 def full_report(plan: Plan) -> list[str]:
-    """All sections but the problems; lines of at most 100 columns."""
+    """All sections of the report except the problems, in lines of at most 100 columns."""
     sections = {
         "Versions": versions(),
         "Machine and processes": machine_lines(plan),
         "Batch plan": _batches(plan),
         "Memory of a process, GiB": _memory(plan),
         "Disk": _disk(plan),
-        "Probes: what they work with": _support(plan),
+        "Probes: what they support": _support(plan),
         "Resuming": _resuming(plan),
     }
     return [line for title, lines in sections.items() for line in section(title, lines)]
 
 
 def section(title: str, lines: list[str]) -> list[str]:
-    """A titled block, indented and folded."""
+    """A title and its lines, indented and wrapped."""
     return [title, *(part for line in lines for part in fold(line)), ""]
 
 
 def fold(line: str, indent: str = "  ") -> list[str]:
-    """`line` in lines of at most 100 columns; what fits is left as it is."""
+    """`line` wrapped at 100 columns; a line that fits is not changed."""
     if len(indent + line) <= WIDTH:
         return [indent + line]
     return textwrap.wrap(line, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
 
 
 def problem_lines(found: list[Finding]) -> list[str]:
-    """Problems and notes, each with its remedy on a line of its own."""
+    """The problems and notes, each with its remedy on a line below it."""
     lines: list[str] = []
     for finding in found:
         lines += fold(f"{'PROBLEM' if finding.is_problem else 'note   '}  {finding.text}")
@@ -121,12 +122,12 @@ def _batches(plan: Plan) -> list[str]:
     assumed = "at most" if plan.task.task == "gsm8k" else "an assumed"
     evaluation = [
         f"evaluation: {plan.task.num_eval_problems} problems x {args.num_generations_eval or args.num_generations} "
-        f"completions, {args.per_device_eval_batch_size} at a time a process"
+        f"completions, {args.per_device_eval_batch_size} at a time on each process"
     ]
     return [
         _batch_line(plan),
-        f"a process draws {args.per_device_train_batch_size * args.steps_per_generation} completions at once; prompts "
-        f"of {assumed} {plan.prompt_length} tokens, completions of at most {args.max_completion_length}",
+        f"a process generates {args.per_device_train_batch_size * args.steps_per_generation} completions at once; "
+        f"prompts of {assumed} {plan.prompt_length} tokens, completions of at most {args.max_completion_length}",
         f"{plan.num_steps} steps{'' if args.max_steps > 0 else ' (from num_train_epochs and num_train_problems)'}",
         *(evaluation if args.eval_strategy != "no" else []),
     ]
@@ -145,7 +146,7 @@ def _memory_line(plan: Plan) -> str:
     needed = estimate.estimate(plan)
     available = plan.hardware.memory_per_process(plan.launch.num_local_processes)
     return (
-        f"memory: about {needed.peak / GIB:.1f} GiB a process at the peak ({needed.peak_phase}, estimate), of "
+        f"memory: about {needed.peak / GIB:.1f} GiB a process at the peak ({needed.peak_phase}; an estimate), of "
         f"{available / GIB:.1f} GiB; engine {plan.engine}"
     )
 
@@ -163,12 +164,12 @@ def _memory(plan: Plan) -> list[str]:
     lines += _rows("always", [column.always for column in columns])
     for phase in columns[0].phases:
         lines += _rows(phase, [column.phases[phase] for column in columns])
-    lines.append(_row("PEAK: always and the largest phase", [column.peak for column in columns]))
+    lines.append(_row("PEAK: always + the largest phase", [column.peak for column in columns]))
     return [
         *lines,
-        f"* this run. plain has 1 process, the others {world_size}. Phases follow one another: the largest counts.",
-        "(estimate): within a factor of 1.5 on tiny models on a CPU. Logits and buffers: as upstream's code",
-        "says, not measured. CUDA takes 1-2 GiB more.",
+        f"* is this run. plain has 1 process, the others {world_size}. Phases follow one another: the largest counts.",
+        "(estimate): within a factor of 1.5 for tiny models on a CPU. Logits and buffers are taken from the code of",
+        "the libraries and were not measured. CUDA takes 1-2 GiB more.",
     ]
 
 
@@ -199,7 +200,7 @@ def _disk(plan: Plan) -> list[str]:
 
 
 def _support(plan: Plan) -> list[str]:
-    """A row a probe, a column a value; `*` marks this run's values."""
+    """A row for each probe, a column for each engine, attention and quantisation; `*` marks those of this run."""
     ours = {plan.engine, plan.attention, plan.quantisation}
     values = [(axis, value) for axis, options in support.AXES.items() for value in options]
     rare = {"zero0", "fsdp", "megatron", "xla", "flex_attention", "8bit"} - ours
@@ -213,7 +214,7 @@ def _support(plan: Plan) -> list[str]:
         lines.append(f"{'*' if probe in enabled else ' '}{probe:<27}" + "".join(f"{cell:>7}" for cell in cells))
     return [
         *lines,
-        "* on in this run, or its value. Engine, attention and quantisation must all say yes.",
+        "* is used in this run. A probe needs a yes for the engine, the attention and the quantisation.",
     ]
 
 
@@ -222,10 +223,10 @@ def _resuming(plan: Plan) -> list[str]:
     try:
         found = resumed_checkpoint(plan)
     except CheckpointError:
-        return [f"nothing from {plan.args.resume_from_checkpoint}, see the problems below"]
+        return [f"not possible from {plan.args.resume_from_checkpoint}, see the problems below"]
     if found is not None:
         return [f"from {found}"]
     rows = RunDirectory(folder).metrics()
     there = f"{folder} holds a run of {rows[-1]['step']} steps" if rows else f"{folder} holds no run"
     newest = checkpoints_of(Path(folder))[:1]
-    return [f"nothing; {there}" + (f", newest checkpoint {newest[0]}" if newest else "")]
+    return [f"no, the run starts from the beginning; {there}" + (f", newest checkpoint {newest[0]}" if newest else "")]

@@ -1,24 +1,25 @@
-"""How large a model is, from its `config.json` alone: built on torch's meta device, where tensors have no data."""
+"""The sizes of a model from its `config.json` alone, built on torch's meta device, where tensors have no data."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
+from trl_entropy.runs.strict_json import Json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
     from trl import ModelConfig
 
 
-def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: object) -> Json:
     return {
         "model_type": "qwen2",
         "vocab_size": 151936,
@@ -33,8 +34,8 @@ def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
     }
 
 
-# What the config.json of these models says, for a machine that does not reach the hub. "-Instruct" has the same shape.
-KNOWN_SHAPES: dict[str, dict[str, Any]] = {
+# From the config.json of these models, for a machine without access to the hub. "-Instruct" has the same shape.
+KNOWN_SHAPES: dict[str, Json] = {
     "Qwen/Qwen2.5-0.5B": _qwen2(896, 4864, 24, 14, 2),
     "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2),
     "Qwen/Qwen2.5-3B": _qwen2(2048, 11008, 36, 16, 2),
@@ -46,20 +47,20 @@ KNOWN_SHAPES: dict[str, dict[str, Any]] = {
 
 
 class UnknownShape(ValueError):
-    """No `config.json` of the model was found, and its shape is not built in."""
+    """There is no `config.json` of the model, and its shape is not in `KNOWN_SHAPES`."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """
-    Sizes of a model with its adapter; counts are of numbers, tied ones counted once.
+    The sizes of a model and its adapter; tied parameters count once.
 
     Attributes:
-        module: the model on the meta device, adapter included: names, shapes and `requires_grad`, no data.
+        module: the model with its adapter on the meta device: names, shapes and `requires_grad`, without data.
         source: where the shape comes from.
-        num_parameters: of the model without adapter.
-        num_quantised: weights of Linear layers, without the language-model head: what bitsandbytes quantises.
-        kv_size: numbers that a token's key takes in one layer.
+        num_parameters: parameters of the model without the adapter.
+        num_quantised: weights of Linear layers except the language-model head, which bitsandbytes quantises.
+        kv_size: size of a token's key in one layer.
     """
 
     module: nn.Module
@@ -79,11 +80,12 @@ class ModelShape:
 
 def model_shape(model: ModelConfig) -> ModelShape:
     """
-    The shape of the model that `model` names, with the adapter that it asks for.
+    The shape of the model that `model` names, with its adapter.
 
     Raises:
-        UnknownShape: when it is neither local, nor in the hub's cache, nor built in, and the hub is not reached.
-        ValueError: from peft, when the adapter does not fit the model.
+        UnknownShape: when the model is not in a local folder, the hub's cache or `KNOWN_SHAPES`, and the hub cannot be
+            reached.
+        ValueError: when the adapter does not fit the model (from peft).
     """
     name = str(model.model_name_or_path)
     module, source = _build(base_model_of(name) if is_adapter(name) else name)
@@ -93,9 +95,8 @@ def model_shape(model: ModelConfig) -> ModelShape:
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and not name.endswith("lm_head")
     )
-    config: Any = module.config
+    config = module.config.get_text_config()
     module = _with_adapter(module, model)
-    config = config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         module=module,
@@ -114,8 +115,8 @@ def model_shape(model: ModelConfig) -> ModelShape:
     )
 
 
-def _with_adapter(module: Any, model: ModelConfig) -> nn.Module:
-    """With the adapter of the folder that is named, or the new one that is asked for, or none."""
+def _with_adapter(module: PreTrainedModel, model: ModelConfig) -> nn.Module:
+    """`module` with the adapter of the folder that `model` names, or with a new one if it asks for that."""
     from peft import PeftConfig, get_peft_model
     from trl import get_peft_config
 
@@ -123,16 +124,16 @@ def _with_adapter(module: Any, model: ModelConfig) -> nn.Module:
     config = PeftConfig.from_pretrained(name) if is_adapter(name) else get_peft_config(model)
     if config is None:
         return module
-    config.inference_mode = False  # as saved it is True, and would freeze the adapter
+    config.inference_mode = False  # a saved config has True, which would freeze the adapter
     with torch.device("meta"):
         return get_peft_model(module, config)
 
 
-def _numel(params: Any) -> int:
+def _numel(params: Iterable[nn.Parameter]) -> int:
     return sum(param.numel() for param in params)
 
 
-def _build(name: str) -> tuple[Any, str]:
+def _build(name: str) -> tuple[PreTrainedModel, str]:
     """The model on the meta device, and where its shape comes from."""
     from transformers import AutoModelForCausalLM
 
@@ -149,7 +150,7 @@ def _build(name: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _without_zero3() -> Iterator[None]:
-    """Outside of what transformers does under ZeRO-3, where building a model is collective; this is one rank's."""
+    """Turn off transformers' ZeRO-3 mode, where building a model is collective; here one rank builds alone."""
     from transformers.integrations import deepspeed
 
     kept = deepspeed._hf_deepspeed_config_weak_ref
@@ -161,14 +162,14 @@ def _without_zero3() -> Iterator[None]:
 
 
 def read_config(name: str) -> tuple[PretrainedConfig, str]:
-    """A model's config: of a folder, the hub's cache, the table above, the hub; in this order, and which it was."""
+    """A model's config and its source: a folder, the hub's cache, `KNOWN_SHAPES` or the hub, in this order."""
     from transformers import AutoConfig
 
     if Path(name).is_dir():
         return AutoConfig.from_pretrained(name), f"config.json of {name}"
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True), "config.json in the hub's local cache"
-    except OSError:  # not in the cache; asking is the only way to know
+    except OSError:  # it is not in the cache, which only a try can tell
         pass
     if (known := KNOWN_SHAPES.get(name.removesuffix("-Instruct"))) is not None:
         return AutoConfig.for_model(**known), "built-in table; the model's config.json is not on this machine"
@@ -176,7 +177,7 @@ def read_config(name: str) -> tuple[PretrainedConfig, str]:
         return AutoConfig.from_pretrained(name), "config.json from the hub"
     except OSError as error:
         raise UnknownShape(
-            f"model_name_or_path={name} is no folder here, not in the hub's cache, and the hub is not reached. "
+            f"model_name_or_path={name} is no folder here and not in the hub's cache, and the hub cannot be reached. "
             "Give a folder with the model, or download it first. "
-            f"Shapes built in: {', '.join(KNOWN_SHAPES)}."
+            f"The shapes of these models are built in: {', '.join(KNOWN_SHAPES)}."
         ) from error

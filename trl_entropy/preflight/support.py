@@ -1,6 +1,6 @@
 """
-What each probe works with: engine, attention, quantisation. Tested against the code's own refusals
-(`trl_entropy.engine.build_engine`, `swapped_parameters`, `score`).
+Which engines, kinds of attention and quantisations each probe supports. A test compares this table with what the code
+refuses (`trl_entropy.engine.build_engine`, `swapped_parameters`, `score`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _USE_DDP = "use distributed_type: MULTI_GPU (DDP) or DeepSpeed with zero_stage: 
 _USE_SDPA = "set attn_implementation: sdpa (or eager)"
 _USE_BF16 = "load the base model with dtype: bfloat16 instead of quantised"
 
-# Value -> what to set instead; None: supported.
+# Value -> what to set instead; None if it is supported.
 ENGINES: dict[str, str | None] = {
     "plain": None,
     "ddp": None,
@@ -43,9 +43,9 @@ AXES: dict[str, Mapping[str, str | None]] = {
     "quantisation": QUANTISATIONS,
 }
 
-# Probe -> the axes that it depends on; on the others it takes everything. A probe that reads the update needs an
-# engine that can be read; one that scores in float32 needs parameters that have a float32 value, and kernels for it.
-# `(extra)`: with halves, or a trained head, gradients come from a float32 pass of its own, not from training's.
+# Probe -> the axes on which its support depends. A probe that reads the update needs an engine that can be read; a
+# probe that scores in float32 needs parameters with a float32 value, and an attention kernel for float32. `(extra)`:
+# for halves, or with a trained head, the gradients come from a float32 pass of the probe, not from training.
 DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "entropy_probe": ("engine", "attention", "quantisation"),
     "entropy_probe (rollouts)": ("engine", "attention", "quantisation"),
@@ -57,13 +57,13 @@ DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "effective_sample_size_probe": (),
     "kl_every": ("engine",),
 }
-# The KL builds no engine, but it swaps parameters, which must be whole on every process.
+# kl_every builds no engine, but it swaps parameters, which must be whole on every process.
 KL_ENGINES: dict[str, str | None] = {**ENGINES, "zero0": None, "zero3": _USE_ZERO2}
 _EVERY_AXIS = tuple(AXES)
 
 
 def remedy(probe: str, axis: str, value: str) -> str | None:
-    """What to set instead where `probe` is refused with `value`; None where it is supported."""
+    """What to set instead if `probe` does not work with `value`; None if it does."""
     if axis not in DEPENDS_ON.get(probe, _EVERY_AXIS):
         return None
     if (probe, axis) == ("kl_every", "engine"):
@@ -73,14 +73,14 @@ def remedy(probe: str, axis: str, value: str) -> str | None:
 
 
 def cell(probe: str, engine: str, attention: str, quantisation: str) -> str:
-    """`supported`, or `refused: ` and all that has to be set."""
+    """`supported`, or `refused: ` and what to set instead."""
     values = {"engine": engine, "attention": attention, "quantisation": quantisation}
     remedies = [text for axis, value in values.items() if (text := remedy(probe, axis, value))]
     return f"refused: {', '.join(remedies)}" if remedies else "supported"
 
 
 def probe_names(plan: Plan) -> list[str]:
-    """Rows of the table that the plan turns on; a toggle that the table does not know keeps its name."""
+    """The rows of the table that the plan turns on; a toggle that is not in the table keeps its name."""
     names = list(plan.args.enabled_probes())
     if plan.args.entropy_probe and plan.args.entropy_probe_completions == "rollouts":
         names[names.index("entropy_probe")] = "entropy_probe (rollouts)"
@@ -93,5 +93,5 @@ def probe_names(plan: Plan) -> list[str]:
 
 
 def reads_updates(plan: Plan) -> list[str]:
-    """Enabled probes for which an engine is built."""
+    """The enabled probes that read the update, for which an engine is built."""
     return [name for name in probe_names(plan) if name != "kl_every" and "engine" in DEPENDS_ON.get(name, _EVERY_AXIS)]

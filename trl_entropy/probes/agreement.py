@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, error_covariance
+from trl_entropy.runs.state import StateDict
 
 _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared", "ceiling_r_squared")
 
@@ -49,11 +49,11 @@ class RunningAgreement:
                 logged[f"entropy/{kind}_{statistic}_stderr"] = estimate.stderr
         return logged
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The sums so far."""
         return {"pairs": {kind: moments.sums for kind, moments in self._pairs.items()}, "integrals": self._integrals}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Go on from sums that `state_dict` gave."""
         self._pairs = {kind: PairMoments(sums) for kind, sums in state["pairs"].items()}
         self._integrals = dict(state["integrals"])

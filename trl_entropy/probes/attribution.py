@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.engine.adamw_step import metric_of_step, read_before_step, update_parts
 from trl_entropy.estimators.attribution.shares import (
@@ -26,7 +27,7 @@ from trl_entropy.estimators.attribution.shares import (
 )
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, policy_entropy
 from trl_entropy.estimators.statistics.pooled import PooledParts
-from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder, LossCoefficients
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.gradients.sequence_gradients import SequenceGradients
 from trl_entropy.gradients.sequence_products import (
@@ -36,9 +37,12 @@ from trl_entropy.gradients.sequence_products import (
     weighted_entropies,
     weighted_logps,
 )
+from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
+from trl_entropy.runs.state import StateDict
 
 # Mode -> what the contributions are pooled by.
 CATEGORIES = {"sequence": OUTCOMES, "token": OUTCOMES_BY_PROBABILITY}
@@ -89,11 +93,10 @@ class StepAttribution:
     def __init__(self, mode: str, batch_size: int) -> None:
         self.mode, self.batch_size = mode, batch_size
         self.record = CategoryRecord.empty(CATEGORIES[mode])
-        self.loss = LossCoefficientRecorder()
 
     # ---- what the probe calls, in this order
 
-    def check(self, args: Any, model: nn.Module) -> None:
+    def check(self, args: DrGRPOConfig, model: nn.Module) -> None:
         """Raises `ValueError` for a loss or a trainable module that (T9) does not cover, by name."""
         args.check_attribution()
         if self.mode == "sequence":
@@ -104,33 +107,40 @@ class StepAttribution:
         read_before_step(update)
 
     def after_update(
-        self, trainer: Any, update: UpdateContext, engine: Engine, rollouts: RolloutBatch, probe: ProbeBatch
+        self,
+        args: DrGRPOConfig,
+        update: UpdateContext,
+        engine: Engine,
+        record: StepRecord,
+        probe: ProbeBatch,
+        files: ProbeFiles,
     ) -> dict[str, float]:
         """Attribute the first-order change, write the contributions, and return what is logged. Collective."""
-        accelerator, temperature = engine.accelerator, trainer.args.temperature
+        accelerator, temperature = engine.accelerator, args.temperature
+        rollouts, coefficients = record.rollouts, record.loss_coefficients
+        assert coefficients is not None, "the entropy probe needs_loss_coefficients"
         gradient = self._entropy_gradient(update, engine, probe, temperature)
         products = UpdateProducts(0.0, 0.0, 0.0)
         for name, parts in update_parts(update):
             products = update_products(gradient[name], parts, products)
         direction = {name: metric * gradient[name] for name, metric in metric_of_step(update).items()}
-        coefficients = self.loss.of_step(rollouts.completion_mask, trainer.args, accelerator.num_processes)
         contributions = self._contributions(update, engine, rollouts, coefficients, direction, temperature)
         completions = accelerator.gather(contributions.policy.sum(1))
         other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
         if update.correction:
-            made = sum((gradient[name].double() * c.double()).sum() for name, c in update.correction.items())
-            other["entropy_control"] = torch.as_tensor(made).reshape(1)
+            made = engine.dot(update.correction, gradient)
+            other["entropy_control"] = completions.new_tensor([made], dtype=torch.float64)
         attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions, other)
         self._add_to_record(contributions, rollouts, accelerator)
-        self._write(trainer, rollouts, contributions, coefficients)
+        self._write(files, record, contributions, coefficients)
         return _logged(attribution) | self._pooled()
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"parts": {**vars(self.record.parts)}, "counts": self.record.counts}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.record = CategoryRecord(self.record.names, PooledParts(**state["parts"]), state["counts"])
 
     # ---- its steps
@@ -204,9 +214,10 @@ class StepAttribution:
         return logged
 
     def _write(
-        self, trainer: Any, rollouts: RolloutBatch, contributions: Contributions, coefficients: LossCoefficients
+        self, files: ProbeFiles, record: StepRecord, contributions: Contributions, coefficients: LossCoefficients
     ) -> None:
         """`probes/attribution/step_*.safetensors`, rows and columns as in that of the rollouts."""
+        rollouts = record.rollouts
         tensors = {
             "completion_mask": rollouts.completion_mask,
             "prompt_index": rollouts.prompt_index,
@@ -216,7 +227,7 @@ class StepAttribution:
         }
         if contributions.scores is not None:
             tensors |= {"logps": contributions.scores.logps[0], "entropy": contributions.scores.entropy[0]}
-        trainer.write_probe_file(self.name, trainer.step, tensors)
+        files.write(self.name, record.step, tensors)
 
 
 def _by_token(

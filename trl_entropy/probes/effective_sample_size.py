@@ -23,6 +23,9 @@ class EffectiveSampleSizeProbe(Probe):
         super().__init__(every)
         self._ratios: list[Tensor] = []
 
+    def reset(self) -> None:
+        self._ratios.clear()
+
     def on_micro_batch(self, args, state, control, *, metrics, log_ratio: Tensor | None, mask, **kwargs: Any) -> None:
         sums = torch.zeros(len(mask)) if log_ratio is None else (log_ratio.double() * mask).sum(dim=1)
         self._ratios.append(sums.exp().to(mask.device))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.engine.adamw_step import predicted_update
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
@@ -33,13 +33,16 @@ from trl_entropy.estimators.entropy_change.step_change import (
 )
 from trl_entropy.estimators.statistics.estimate import Linearization
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
-from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
+from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import changes_logged, with_stderr
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.state import StateDict
 
 _NOISE_FLOOR_EVERY = 10  # probed steps between two measurements of rounding noise, which hardly changes
 _RIVALS = {"cov_natural": natural_gradient_terms, "cov_policy_gradient": policy_gradient_terms}
@@ -58,7 +61,7 @@ class EntropyProbe(Probe):
         num_prompts: prompts in E over all processes, one completion each.
         batch_size: completions scored at a time; halved on out-of-memory.
         second_order: predict to second order *before* the step, along AdamW's equation (T4).
-        placebo: also predict this step's change from an earlier step's update, whose slope must be 0.
+        placebo: a control: also predict this step's change from an earlier step's update.
         attribution: split the first order (T9) over momentum, decay and each completion (`"sequence"`) or `"token"`;
             `"none"`: do not.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
@@ -90,7 +93,7 @@ class EntropyProbe(Probe):
         self._earlier_update: dict[str, Tensor] | None = None
 
     @classmethod
-    def from_config(cls, args: Any) -> Probe:
+    def from_config(cls, args: DrGRPOConfig) -> Probe:
         if args.entropy_probe_completions == "rollouts":
             return RolloutEntropyProbe.from_config(args)
         return cls(
@@ -104,28 +107,29 @@ class EntropyProbe(Probe):
             attribution=args.entropy_attribution,
         )
 
-    # ---- events
+    # ---- before training
 
-    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+    @property
+    def needs_loss_coefficients(self) -> bool:
+        return self.attribution is not None
+
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         if self.attribution is not None:
             self.attribution.check(args, model)
 
-    def around_micro_batch(self, args, state, control, *, inputs, **kwargs: Any) -> AbstractContextManager[Any]:
-        return nullcontext() if self.attribution is None else self.attribution.loss.around(inputs)
+    def reset(self) -> None:
+        for parts in self._rivals.values():
+            parts.clear()
 
-    def on_micro_batch(
-        self, args, state, control, *, metrics, inputs, per_token_logps, loss_logps, loss_entropy, mask, **kwargs: Any
-    ) -> None:
-        if self.attribution is not None:
-            self.attribution.loss.watch(inputs, loss_logps, loss_entropy)
+    # ---- events
+
+    def on_micro_batch(self, args, state, control, *, metrics, inputs, per_token_logps, mask, **kwargs: Any) -> None:
         for name, terms in _RIVALS.items():
             self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
 
-    def on_before_update(self, args, state, control, *, metrics, update, engine, trainer, **kwargs: Any) -> None:
+    def on_before_update(self, args, state, control, *, metrics, update, engine, sampler, **kwargs: Any) -> None:
         step, rank, start = state.global_step + 1, engine.accelerator.process_index, time.perf_counter()
-        draw = self.draw or (
-            lambda step, _: trainer.draw_probe_batch(self.num_prompts, self.source, step, self.sampler)
-        )
+        draw = self.draw or (lambda step, _: sampler.draw(self.num_prompts, self.source, step, self.sampler))
         self._completions = draw(step, rank)
         metrics["time/entropy_draw"] = time.perf_counter() - start
         params = update.params_before
@@ -136,16 +140,14 @@ class EntropyProbe(Probe):
         if self.attribution is not None:
             self.attribution.before_update(update)
 
-    def on_after_update(
-        self, args, state, control, *, metrics, update, engine, rollouts, trainer, **kwargs: Any
-    ) -> None:
+    def on_after_update(self, args, state, control, *, metrics, update, engine, record, files, **kwargs: Any) -> None:
         before = self._score(engine, args, update.params_before, update.update)
         after = self._score(engine, args, update.params_after, update.update)
         metrics |= self._changes(before, after, engine.accelerator)
         metrics |= self._rival_changes(engine.accelerator)
         if self.attribution is not None:
             probe = self._batch_before(before, metrics["entropy/delta_linear"], engine.accelerator)
-            metrics |= self.attribution.after_update(trainer, update, engine, rollouts, probe)
+            metrics |= self.attribution.after_update(args, update, engine, record, probe, files)
         if self._num_probed % _NOISE_FLOOR_EVERY == 0:
             metrics |= self._noise_floor(before, args, update, engine)
         if computes_below_float32(engine):
@@ -154,11 +156,11 @@ class EntropyProbe(Probe):
             metrics |= self._placebo(before, args, update, engine)
         metrics |= self.agreement.metrics()
         self._num_probed += 1
-        self._write(trainer, state.global_step + 1, before, after, engine.accelerator)
+        self._write(files, record, before, after, engine.accelerator)
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {
             "agreement": self.agreement.state_dict(),
             "num_probed": self._num_probed,
@@ -166,7 +168,7 @@ class EntropyProbe(Probe):
             "attribution": self.attribution and self.attribution.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.agreement.load_state_dict(state["agreement"])
         self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
         if self.attribution is not None and state.get("attribution"):  # it may be turned on later
@@ -175,7 +177,13 @@ class EntropyProbe(Probe):
     # ---- measuring
 
     def _score(
-        self, engine: Engine, args: Any, params: Any, direction: Any, order: int = 1, batch_size: int | None = None
+        self,
+        engine: Engine,
+        args: DrGRPOConfig,
+        params: Params,
+        direction: Params | None,
+        order: int = 1,
+        batch_size: int | None = None,
     ) -> TokenScores:
         """Score E in float32 with `params` in the model. Local inside; all ranks fail together."""
         with (
@@ -225,7 +233,9 @@ class EntropyProbe(Probe):
         self._add_to_agreement(changes, points, prompts)
         return logged | self._halves(points, prompts)
 
-    def _add_to_agreement(self, changes: dict[str, Linearization], points: Any, prompts: Tensor) -> None:
+    def _add_to_agreement(
+        self, changes: dict[str, Linearization], points: tuple[PointTerms, PointTerms], prompts: Tensor
+    ) -> None:
         """Pairs on the same completions, and the integrals."""
         start = policy_entropy(points[0].terms).value.item()
         for name, change in changes.items():
@@ -235,7 +245,7 @@ class EntropyProbe(Probe):
                 difference = (change - changes["measured"]).estimate(prompts)
                 self.agreement.add_pair(f"same_sample_{name}", change.estimate(prompts), self._measured, difference)
 
-    def _halves(self, points: Any, prompts: Tensor) -> dict[str, float]:
+    def _halves(self, points: tuple[PointTerms, PointTerms], prompts: Tensor) -> dict[str, float]:
         """Predict on one half of E by prompt, measure on the other: prediction, where the whole E is calculus."""
         halves = []
         for parity in (0, 1):
@@ -267,7 +277,9 @@ class EntropyProbe(Probe):
         weights = importance_weights(before.logps[0], self._sampling_logps(before), batch.completion_mask)
         return ProbeBatch(batch, weights, self._terms(before, before, accelerator).terms, delta_linear)
 
-    def _noise_floor(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+    def _noise_floor(
+        self, before: TokenScores, args: DrGRPOConfig, update: UpdateContext, engine: Engine
+    ) -> dict[str, float]:
         """What scoring in other chunks changes while nothing moved: rounding."""
         again = self._score(
             engine, args, update.params_before, None, order=0, batch_size=max(1, self.batch_size // 2 - 1)
@@ -283,7 +295,7 @@ class EntropyProbe(Probe):
         terms = entropy_terms(scores.entropy[0], weights, mask)
         return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()
 
-    def _model_change(self, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+    def _model_change(self, args: DrGRPOConfig, update: UpdateContext, engine: Engine) -> dict[str, float]:
         """The change of the low-precision model that training runs: mostly rounding at small learning rates."""
         values, drawn_by = [], None
         for params in (update.params_before, update.params_after):
@@ -296,7 +308,9 @@ class EntropyProbe(Probe):
             values.append(self._entropy(scores, drawn_by, engine.accelerator))
         return {"entropy/delta_measured_model": values[1] - values[0]}
 
-    def _placebo(self, before: TokenScores, args: Any, update: UpdateContext, engine: Engine) -> dict[str, float]:
+    def _placebo(
+        self, before: TokenScores, args: DrGRPOConfig, update: UpdateContext, engine: Engine
+    ) -> dict[str, float]:
         """Predict this step's change from an earlier update, kept with a chance of 1/n: any of them alike."""
         logged: dict[str, float] = {}
         if self._earlier_update is not None:
@@ -314,14 +328,14 @@ class EntropyProbe(Probe):
         return logged
 
     def _write(
-        self, trainer: Any, step: int, before: TokenScores, after: TokenScores, accelerator: Accelerator
+        self, files: ProbeFiles, record: StepRecord, before: TokenScores, after: TokenScores, accelerator: Accelerator
     ) -> None:
         """`probes/entropy/step_*.safetensors`: with checkpoints s-1 and s anyone can recompute every number."""
         tensors = self._completions.tensors()
         tensors |= {"logps_before": before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": before.entropy[0], "entropy_after": after.entropy[0]}
-        trainer.write_probe_file(self.name, step, tensors, distribution="all prompts")
-        trainer.write_rollouts(step)
+        files.write(self.name, record.step, tensors, distribution="all prompts")
+        files.write_rollouts(record.step, record.rollouts)
 
 
 def computes_below_float32(engine: Engine) -> bool:

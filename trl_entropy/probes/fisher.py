@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.adamw_step import coefficient_of_step, preconditioner_of_step, read_before_step, update_parts
 from trl_entropy.engine.strict_float32 import fp32_strict
@@ -31,10 +32,12 @@ from trl_entropy.estimators.kernel.score_change import (
 from trl_entropy.estimators.kernel.sketch import CountSketch
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, Several
 from trl_entropy.gradients.group_gradients import gram_of_all_rows
-from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import consumed, weighted_logps
+from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 
@@ -74,7 +77,7 @@ class FisherProbe(Probe):
         self.num_sequences, self.sketch_dim, self.batch_size, self.seed = num_sequences, sketch_dim, batch_size, seed
 
     @classmethod
-    def from_config(cls, args: Any) -> FisherProbe:
+    def from_config(cls, args: DrGRPOConfig) -> FisherProbe:
         return cls(
             every=args.fisher_probe_every,
             num_sequences=args.fisher_num_sequences,
@@ -83,12 +86,14 @@ class FisherProbe(Probe):
             seed=args.seed,
         )
 
-    # ---- events
+    # ---- before training
 
-    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         args.check_fisher_probe(self.num_sequences)
         if not self.sketch_dim:
             check_memory(self.num_sequences // args.world_size * (2 if args.world_size > 1 else 1), model)
+
+    # ---- events
 
     def on_before_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
@@ -112,7 +117,7 @@ class FisherProbe(Probe):
         metrics |= _adapter_shares(self._norms.sum(1), self._names)
 
     def on_after_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, record, files, **kwargs: Any
     ) -> None:
         before, after = (self._score(engine, args, params) for params in (update.params_before, update.params_after))
         measured = engine.accelerator.gather(after - before)
@@ -121,7 +126,7 @@ class FisherProbe(Probe):
         metrics |= with_stderr("fisher/change_slope", slope)
         metrics["fisher/change_correlation"] = correlation
         metrics["fisher/change_measured_rms"] = measured.square().mean().sqrt().item()
-        self._write(trainer, state.global_step + 1, predicted, measured)
+        self._write(files, record, predicted, measured)
 
     # ---- measuring
 
@@ -136,7 +141,7 @@ class FisherProbe(Probe):
         )
 
     def _differentiate(
-        self, args: Any, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
+        self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
     ) -> tuple[Consumer, Float[Tensor, "K N"], Float[Tensor, "3 N"]]:
         """This rank's: what makes the kernel, K_ii by parameter, grad S_i with M g, momentum, decay. Collective."""
         params, vectors, number = update.params_before, _directions(update, metric), len(self._completions)
@@ -168,7 +173,7 @@ class FisherProbe(Probe):
                 return consumer.values
             return gram_of_all_rows(consumer.values, consumer.values, accelerator, blockwise_gram)
 
-    def _predict(self, args: Any, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
+    def _predict(self, args: DrGRPOConfig, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
         """(T12) from the kernel: alpha_j = A_j / (P G L)."""
         num_completions = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
         alphas = self._advantages.double() / (num_completions * args.max_completion_length)
@@ -177,7 +182,7 @@ class FisherProbe(Probe):
             self._kernel * alphas, self._prompts, coefficient_of_step(update), with_gradient, with_momentum, with_decay
         )
 
-    def _score(self, engine: Engine, args: Any, params: Any) -> Float[Tensor, " N"]:
+    def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> Float[Tensor, " N"]:
         """S_i in float32 with `params` in the model. Local inside; all ranks fail together."""
         with (
             rank_symmetric(engine.accelerator, "scoring completions for the Fisher probe"),
@@ -191,10 +196,9 @@ class FisherProbe(Probe):
         logged: dict[str, float] = {"fisher/num_completions": len(prompts)}
         for name, estimate in kernel_means(self._kernel, prompts).items():
             logged |= with_stderr(f"fisher/{name}", estimate)
-        for prefix, values in (("cosine", cosine), ("cosine_sq", cosine.square())):
-            means = kernel_means(values, prompts, self._rewards)
-            for name in means.keys() - {"diagonal"}:
-                logged |= with_stderr(f"fisher/{prefix}_{name}", means[name])
+        cosines = kernel_means(cosine, prompts, self._rewards)
+        for name in cosines.keys() - {"diagonal"}:
+            logged |= with_stderr(f"fisher/cosine_{name}", cosines[name])
         eigenvalues, participation_ratio, effective_rank = spectrum(self._gram)
         logged |= {"fisher/participation_ratio": participation_ratio, "fisher/effective_rank": effective_rank}
         logged |= {f"fisher/eigenvalue_{i + 1}": eigenvalues[i].item() for i in range(_NUM_EIGENVALUES)}
@@ -210,7 +214,7 @@ class FisherProbe(Probe):
             "fisher/cosine_prompt_difference_p_value": null.p_value,
         }
 
-    def _write(self, trainer: Any, step: int, predicted: Tensor, measured: Tensor) -> None:
+    def _write(self, files: ProbeFiles, record: StepRecord, predicted: Tensor, measured: Tensor) -> None:
         """
         `probes/fisher/step_*.safetensors`; `rows` are indices into the step's file of rollouts, `parameter_norms`
         (K, N) what each of the metadata's `parameters` adds to K_ii.
@@ -220,8 +224,8 @@ class FisherProbe(Probe):
         tensors |= {"logps_change_predicted": predicted, "logps_change_measured": measured}
         tensors |= {f"logps_change_{name}": part for name, part in self._parts._asdict().items()}
         tensors["parameter_norms"] = self._norms
-        trainer.write_gathered_probe_file(self.name, step, tensors, parameters=json.dumps(self._names))
-        trainer.write_rollouts(step)
+        files.write_gathered(self.name, record.step, tensors, parameters=json.dumps(self._names))
+        files.write_rollouts(record.step, record.rollouts)
 
 
 def check_memory(num_rows: int, model: nn.Module) -> None:

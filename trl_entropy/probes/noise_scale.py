@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.strict_float32 import fp32_strict
 from trl_entropy.estimators.noise.noise_scale import (
@@ -33,9 +34,12 @@ from trl_entropy.gradients.group_products import (
     half_products,
     products_by_extra_pass,
 )
+from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.probe import Probe
-from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.probes.step_record import StepRecord
+from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +91,14 @@ class NoiseScaleProbe(Probe):
         self._previous: NoiseParts | None = None  # of the step measured before, for (T15)
 
     @classmethod
-    def from_config(cls, args: Any) -> NoiseScaleProbe:
+    def from_config(cls, args: DrGRPOConfig) -> NoiseScaleProbe:
         return cls(
             args.noise_scale_probe_every, args.probe_batch_size, args.noise_scale_within_prompt, args.noise_scale_from
         )
 
-    # ---- events
+    # ---- before training
 
-    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         args.check_noise_scale_probe()
         if self.source == "micro_batches":
             return args.check_noise_scale_micro_batches(self.halves)
@@ -106,16 +110,20 @@ class NoiseScaleProbe(Probe):
         if reason is not None:
             args.check_dr_grpo_step(f"noise_scale_probe, as {reason},")
         way = f"an extra pass before the update, as {reason}" if reason else "training's own backward"
-        if state.is_world_process_zero:
+        if args.process_index == 0:
             logger.info("noise scale: gradients of prompt groups come from %s", way)
 
+    def reset(self) -> None:
+        self._shares = None
+
+    # ---- events
+
     def around_micro_batch(
-        self, args, state, control, *, inputs: dict[str, Any], trainer: Any, **kwargs: Any
+        self, args, state, control, *, inputs: TrainingBatch, model: nn.Module, **kwargs: Any
     ) -> AbstractContextManager[None]:
         if self.source == "groups" and self._by_extra_pass:
             return contextlib.nullcontext()
         if self._shares is None:
-            model = trainer.accelerator.unwrap_model(trainer.model)
             by_groups = self.source == "groups"
             self._shares = (
                 BackwardGroupGradients(model, self._num_groups)
@@ -125,10 +133,11 @@ class NoiseScaleProbe(Probe):
         return self._shares.micro_batch(inputs["prompt_index"])
 
     def on_before_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, trainer, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, record, files, **kwargs: Any
     ) -> None:
         if isinstance(self._shares, MicroBatchNorms):
-            return self._from_micro_batches(self._shares.finish(), update, engine, args, metrics, trainer)
+            return self._from_micro_batches(self._shares.finish(), update, engine, args, metrics, record, files)
+        rollouts = record.rollouts
         has_metric = isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1
         if has_metric:
             num_dead = sum(v.numel() - int(v.count_nonzero()) for v in update.exp_avg_sq.values())
@@ -150,15 +159,15 @@ class NoiseScaleProbe(Probe):
         metrics["noise_scale/num_prompts"] = len(prompts)
         for name, one in zip(_METRICS, products, strict=False):  # the metric's are not there at the first step
             metrics |= self._measured(name, one, halves if name == "simple" else None)
-        self._write(trainer, state.global_step + 1, prompts, products)
+        self._write(files, record, prompts, products)
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         records = {name: dataclasses.asdict(record.parts) for name, record in self.records.items()}
         return records if self._previous is None else records | {"previous": list(self._previous)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         state = dict(state)
         self._previous = NoiseParts(*state.pop("previous")) if "previous" in state else None
         self.records = {name: NoiseScaleRecord(PooledParts(**parts)) for name, parts in state.items()}
@@ -182,7 +191,7 @@ class NoiseScaleProbe(Probe):
 
     def _from_extra_pass(
         self,
-        args: Any,
+        args: DrGRPOConfig,
         engine: Engine,
         update: UpdateContext,
         rollouts: RolloutBatch,
@@ -200,7 +209,14 @@ class NoiseScaleProbe(Probe):
             )
 
     def _from_micro_batches(
-        self, local: Tensor, update: UpdateContext, engine: Engine, args: Any, metrics: dict[str, Any], trainer: Any
+        self,
+        local: Tensor,
+        update: UpdateContext,
+        engine: Engine,
+        args: DrGRPOConfig,
+        metrics: dict[str, float],
+        record: StepRecord,
+        files: ProbeFiles,
     ) -> None:
         """Log (T15) from this process's norms, and write them. Collective."""
         sq_norms, batch_sq_norm = engine.accelerator.gather(local), update.grad_norm**2
@@ -216,10 +232,12 @@ class NoiseScaleProbe(Probe):
         }
         batch = torch.tensor(batch_sq_norm, dtype=torch.float64)
         tensors = {"micro_batch_sq_norms": sq_norms, "batch_sq_norm": batch, "num_prompts": torch.tensor(num_prompts)}
-        trainer.write_gathered_probe_file(self.name, trainer.step, tensors)
-        trainer.write_rollouts(trainer.step)
+        files.write_gathered(self.name, record.step, tensors)
+        files.write_rollouts(record.step, record.rollouts)
 
-    def _half_products(self, args: Any, engine: Engine, update: UpdateContext, rollouts: RolloutBatch) -> Tensor:
+    def _half_products(
+        self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, rollouts: RolloutBatch
+    ) -> Tensor:
         """Y_a . Y_b of all ranks' groups. Collective."""
         params = update.params_before
         with (
@@ -237,7 +255,7 @@ class NoiseScaleProbe(Probe):
             self.records[name] = self.records[name].update(parts)
         return _step_logged(_prefix(name), parts) | _pool_logged(name, self.records[name], parts.num_prompts)
 
-    def _write(self, trainer: Any, step: int, prompts: Tensor, products: list[GroupProducts]) -> None:
+    def _write(self, files: ProbeFiles, record: StepRecord, prompts: Tensor, products: list[GroupProducts]) -> None:
         """`probes/noise_scale/step_*.safetensors`: with it every number can be pooled anew."""
         tensors = {"prompt_index": prompts}
         for suffix, one in zip(("", "_adam"), products, strict=False):
@@ -246,8 +264,8 @@ class NoiseScaleProbe(Probe):
                 f"group_dot_batch{suffix}": one.dot_batch,
                 f"batch_sq_norm{suffix}": one.dot_batch.mean(),
             }
-        trainer.write_gathered_probe_file(self.name, step, tensors)
-        trainer.write_rollouts(step)
+        files.write_gathered(self.name, record.step, tensors)
+        files.write_rollouts(record.step, record.rollouts)
 
 
 def why_extra_pass(model: nn.Module, num_groups: int) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-if TYPE_CHECKING:
-    from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.runs.state import StateDict
 
 
 class Probe(TrainerCallback):
@@ -17,8 +18,18 @@ class Probe(TrainerCallback):
 
     A subclass is turned on by a toggle of [`DrGRPOConfig`] or passed in `callbacks=[MyProbe(every=5)]`, and overrides
     any of the events below (all of `TrainerCallback`'s work too). Every event gets `args`, `state`, `control` and, as
-    keywords, what is named here; take `**kwargs` for the rest. Events run on all ranks, in the same order. What an
-    event puts into `metrics` is logged with the step (average over events of the same name and step).
+    keywords, what is named here and in its docstring; take `**kwargs` for the rest. Events run on all ranks, in the
+    same order. What an event puts into `metrics` is logged with the step; values of the same name and step are
+    averaged.
+
+    Keywords of every event but `around_micro_batch`: `metrics`; `accelerator`; `model`, unwrapped; `sampler`
+    ([`ProbeBatchSampler`], draws probe batches); `files` ([`ProbeFiles`], writes `probes/<name>/step_*.safetensors`).
+
+    Attributes:
+        name: of the probe's files and of its key `time/<name>`.
+        state_name: under which checkpoints keep the probe's state. Two probes of a run must differ in it.
+        needs_loss_coefficients: whether to record how the loss depends on each token's score, by hooks on training's
+            own backward pass; the events of the update then find it in `record.loss_coefficients`.
 
     Args:
         every: cadence in optimizer steps.
@@ -38,16 +49,49 @@ class Probe(TrainerCallback):
         """The probe that the toggle `<name>_probe` turns on."""
         return cls(every=getattr(args, f"{cls.name}_probe_every"))
 
+    @property
+    def state_name(self) -> str:
+        """The class's name, unless a subclass says otherwise."""
+        return type(self).__name__
+
+    @property
+    def needs_loss_coefficients(self) -> bool:
+        """False, unless a subclass says otherwise."""
+        return False
+
     def wants(self, step: int) -> bool:
-        """Whether step `step` (1, 2, ...) is measured; the trainer sends the events below on these steps only."""
+        """Whether step `step` (1, 2, ...) is measured; the events below are sent on these steps only."""
         return step % self.every == 0
+
+    # ---- before training
+
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        """
+        Called when training begins, with the unwrapped model: refuse what the probe's equation does not cover.
+
+        Raises:
+            ValueError: saying what was found and what to change.
+        """
+
+    def reset(self) -> None:
+        """Called when `train()` begins: forget what a training that ended inside a step has left half done."""
+
+    # ---- events of a step, in their order
+
+    def on_rollouts_drawn(
+        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+    ) -> None:
+        """
+        Each time completions were generated and rewarded, by the parameters after the last step, before they are
+        shuffled and split: `drawn` (`RolloutBatch`), `record` (`StepRecord` of the step before, or None).
+        """
 
     def around_micro_batch(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> AbstractContextManager[Any]:
         """
-        Entered before a micro-batch's forward and left after its backward: `inputs` (TRL's dict), `trainer`. Under
-        DeepSpeed the update comes inside the last micro-batch's backward.
+        Entered before a micro-batch's forward and left after its backward: `inputs` (TRL's batch), `model`, unwrapped.
+        Under DeepSpeed the update comes inside the last micro-batch's backward.
         """
         return nullcontext()
 
@@ -55,30 +99,38 @@ class Probe(TrainerCallback):
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
-        After the loss of a micro-batch, before its backward: `inputs` (TRL's dict), `per_token_logps`, `token_entropy`
-        (B, T); `loss_logps`, `loss_entropy`: the same with the loss's graph, for hooks on their gradients.
+        After the loss of a micro-batch, before its backward: `inputs` (TRL's batch), `mask` (of the tokens that the
+        loss counts), `per_token_logps`, `token_entropy`, `log_ratio` (B, T), nats; `loss_logps`, `loss_entropy`: the
+        first two with the loss's graph, for hooks on their gradients.
         """
 
     def on_rollouts(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
-        """Once a step, when its completions are all in and before the update: `rollouts` (`RolloutBatch`)."""
+        """
+        Once a step, when its completions are all in and before the update: `rollouts` (`RolloutBatch`), `record`
+        (`StepRecord`).
+        """
 
     def on_before_update(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
-        """Once a step, gradient complete, nothing clipped or moved yet: `update`, `engine`, `rollouts`."""
+        """Once a step, gradient complete, nothing clipped or moved: `update`, `engine`, `rollouts`, `record`."""
 
     def on_after_update(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
-        """Once a step, after the optimizer stepped: the same `update` (`UpdateContext`), `engine`, `rollouts`."""
+        """
+        Once a step, after the optimizer stepped: the same `update` (`UpdateContext`), `engine`, `rollouts`, `record`.
+        """
 
-    def state_dict(self) -> dict[str, Any]:
+    # ---- resuming
+
+    def state_dict(self) -> StateDict:
         """What the probe must remember when the run is resumed: tensors, numbers, strings, containers of them."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Put back what `state_dict` gave."""
 
     def watches_updates(self) -> bool:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.adamw_step import adamw_settings
 from trl_entropy.estimators.entropy_change.cross_prompt import (
@@ -28,8 +29,10 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
-from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.scores import Params, TokenScores, score
+from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 
@@ -79,15 +82,17 @@ class RolloutEntropyProbe(Probe):
         self._said_undefined = False
 
     @classmethod
-    def from_config(cls, args: Any) -> RolloutEntropyProbe:
+    def from_config(cls, args: DrGRPOConfig) -> RolloutEntropyProbe:
         return cls(every=args.entropy_probe_every, batch_size=args.probe_batch_size)
 
-    # ---- events
+    # ---- before training
 
-    def on_train_begin(self, args, state, control, *, model: nn.Module, **kwargs: Any) -> None:
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         args.check_rollouts_source()
         num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_memory(num_rows // args.num_generations, model)
+
+    # ---- events
 
     def on_before_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
@@ -114,7 +119,7 @@ class RolloutEntropyProbe(Probe):
             )
 
     def on_after_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, trainer, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, record, files, **kwargs: Any
     ) -> None:
         after = self._score(engine, args, update.params_after)
         terms = self._entropy_terms(after, engine.accelerator)
@@ -122,11 +127,11 @@ class RolloutEntropyProbe(Probe):
         metrics |= {"entropy/delta_in_sample": change.value, "entropy/delta_in_sample_stderr": change.stderr}
         mean_weights = terms.denominator / self._terms.denominator
         metrics["entropy/importance_ess"] = effective_sample_size(mean_weights).item()
-        self._write(trainer, state.global_step + 1, after)
+        self._write(args, files, record, after)
 
     # ---- measuring
 
-    def _score(self, engine: Engine, args: Any, params: Any) -> TokenScores:
+    def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> TokenScores:
         """Score U in float32 with `params` in the model. Local inside; all ranks fail together."""
         with (
             rank_symmetric(engine.accelerator, "scoring the step's completions"),
@@ -142,7 +147,7 @@ class RolloutEntropyProbe(Probe):
         return RatioTerms(*accelerator.gather(terms)[self._accepted.of_rows].unbind(1))
 
     def _predicted_changes(
-        self, args: Any, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
+        self, args: DrGRPOConfig, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
     ) -> dict[str, float]:
         """(T17) from the groups of all ranks. Collective."""
         accelerator = engine.accelerator
@@ -163,7 +168,7 @@ class RolloutEntropyProbe(Probe):
         }
 
     def _group_rows(
-        self, args: Any, engine: Engine, params: Any, advantages: Tensor, entropy: float, num_prompts: int
+        self, args: DrGRPOConfig, engine: Engine, params: Params, advantages: Tensor, entropy: float, num_prompts: int
     ) -> GroupRows:
         """X_n and Y_n of this rank's groups. Local inside; all ranks fail together."""
         num_tokens = self._terms.denominator.sum().item()
@@ -174,17 +179,17 @@ class RolloutEntropyProbe(Probe):
         ):
             return group_rows(model, self._completions, advantages, args, entropy, num_tokens, num_prompts, batch_size)
 
-    def _write(self, trainer: Any, step: int, after: TokenScores) -> None:
+    def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, after: TokenScores) -> None:
         """`probes/entropy/step_*.safetensors`, as from held-out prompts; the completions are the update batch."""
         tensors = self._completions.tensors()
         tensors |= {"logps_before": self._before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": self._before.entropy[0], "entropy_after": after.entropy[0]}
-        if trainer.args.resample_uninformative_groups:
+        if args.resample_uninformative_groups:
             tensors["accepted"] = self._accepted.here
-        trainer.write_probe_file(self.name, step, tensors)
+        files.write(self.name, record.step, tensors)
 
 
-def accepted_of(args: Any, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
+def accepted_of(args: DrGRPOConfig, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
     """All, unless uninformative groups were replaced: then those that are informative. Collective."""
     prompts, numbers = rollouts.prompt_index.unique(return_inverse=True)
     groups = rollouts.accepted if args.resample_uninformative_groups else torch.ones_like(prompts, dtype=torch.bool)

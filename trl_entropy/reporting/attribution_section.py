@@ -1,7 +1,8 @@
-"""Who moved the entropy, on a run's page: shares, real completions token by token, prompts ranked (T9)."""
+"""The page's section on what changed the entropy (T9): shares, completions token by token, and ranked prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,8 +19,10 @@ from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.figures import Figure, draw
 from trl_entropy.reporting.tables import Table, share_table
 from trl_entropy.runs.metrics import OUTCOMES
+from trl_entropy.runs.strict_json import Row
 
 _STEPS, _COMPLETIONS, _PROMPTS, _TOKENS, _PROMPT_END = 60, 3, 10, 15, 200
+_RAISED, _LOWERED = "213 94 0", "0 114 178"  # orange and blue
 _PANELS = {
     "outcome_probability": "outcome and rarity",
     "outcome": "outcome",
@@ -31,7 +34,7 @@ _PANELS = {
 
 @dataclass(frozen=True)
 class ColouredToken:
-    """A token's text, a colour and how much of it, and what the pointer shows."""
+    """The text of a token, its colour and the colour's strength in percent, and what the pointer shows."""
 
     text: str
     rgb: str
@@ -40,89 +43,104 @@ class ColouredToken:
 
 
 @dataclass(frozen=True)
-class AttributedCompletion:
-    """A completion, token or prompt with what it did."""
+class ColouredCompletion:
+    """A completion whose tokens are coloured by a number of each."""
 
     title: str
     tokens: list[ColouredToken]
 
 
 @dataclass(frozen=True)
-class WhoMovedIt:
+class AttributionSection:
     """What the page shows of one run."""
 
     run: str
     steps: str
     figure: Figure
     table: Table | None
-    completions: list[AttributedCompletion]
-    sentences: list[str]
+    completions: list[ColouredCompletion]
+    tokens: list[str]
     prompts: list[str]
 
 
-def who_moved_it(run: Run) -> WhoMovedIt | None:
-    """Of the run's attributed steps, at most 60 of them, evenly; None for a run without attribution."""
+def attribution_section(run: Run) -> AttributionSection | None:
+    """The section of a run, from at most 60 of its attributed steps, evenly spaced; None without attribution."""
     steps = run.probe_steps("attribution")
     if not steps:
         return None
     steps = steps[:: -(-len(steps) // _STEPS)]
     table = attribution_table(run, steps)
     by_token = "token" in table
-    shown = {
-        by: title
-        for by, title in _PANELS.items()
-        if by in table or by == ("outcome_probability" if by_token else "outcome")
-    }
-    panels = [
-        lambda axes, by=by, title=title: plots.plot_shares(axes, shares(table, categories(table, by)), title)
-        for by, title in shown.items()
-    ]
     caption = (
-        f"{run.name}, steps {steps[0]} to {steps[-1]}: share of the change that the steps' own completions made, 95 % "
-        "interval over prompts, beside the share of tokens."
+        f"{run.name}, steps {steps[0]} to {steps[-1]}: each category's share of the change that the steps' own "
+        "completions made, with 95 % intervals over prompts, and its share of the tokens."
     )
-    prompts = ranked_prompts(run, table, _PROMPTS)
-    return WhoMovedIt(
-        run.name,
-        f"{steps[0]} to {steps[-1]}",
-        draw(f"who-moved-it-{run.name}", caption, panels),
-        share_table(run),
-        _completions(table) if by_token else [],
-        [_sentence(row) for row in most_moving_tokens(table, _TOKENS).to_dict("records")] if by_token else [],
-        [f"{_signed(row)}, step {row['step']}, pass rate {row['pass_rate']:.3g}: …{row['prompt'][-_PROMPT_END:]}"
-         for row in prompts.to_dict("records")],
-    )  # fmt: skip
+    return AttributionSection(
+        run=run.name,
+        steps=f"{steps[0]} to {steps[-1]}",
+        figure=draw(f"attribution-{run.name}", caption, _panels(table, by_token)),
+        table=share_table(run),
+        completions=_completions(table) if by_token else [],
+        tokens=[_token_line(row) for row in _rows(most_moving_tokens(table, _TOKENS))] if by_token else [],
+        prompts=[_prompt_line(row) for row in _rows(ranked_prompts(run, table, _PROMPTS))],
+    )
 
 
-def _completions(tokens: pd.DataFrame) -> list[AttributedCompletion]:
-    """Those that moved the entropy most, each token coloured by what it did."""
+def _rows(table: pd.DataFrame) -> list[Row]:
+    return table.to_dict("records")
+
+
+def _panels(table: pd.DataFrame, by_token: bool) -> list[Callable]:
+    always = "outcome_probability" if by_token else "outcome"
+    return [
+        lambda axes, by=by, title=title: plots.plot_shares(axes, shares(table, categories(table, by)), title)
+        for by, title in _PANELS.items()
+        if by in table or by == always
+    ]
+
+
+def _completions(tokens: pd.DataFrame) -> list[ColouredCompletion]:
+    """The completions that changed the entropy most, each token coloured by its own contribution."""
     sums = tokens.groupby(["step", "row"])["attribution"].sum()
-    movers = []
+    found = []
     for step, row in sums.abs().sort_values(ascending=False).index[:_COMPLETIONS]:
         mine = tokens[(tokens["step"] == step) & (tokens["row"] == row)]
         largest = mine["attribution"].abs().max() or 1.0
         first = mine.iloc[0]
-        outcome = OUTCOMES[int(first["advantage"] <= 0)]
-        title = f"step {first['step']}, {outcome}, reward {first['reward']:.3g}: {sums[step, row]:+.2e} nats per token"
-        movers.append(AttributedCompletion(title, [_coloured(token, largest) for token in mine.to_dict("records")]))
-    return movers
+        title = (
+            f"step {first['step']}, {_outcome(first)}, reward {first['reward']:.3g}: {sums[step, row]:+.2e} nats/token"
+        )
+        found.append(ColouredCompletion(title, [_coloured(token, largest) for token in _rows(mine)]))
+    return found
 
 
-def _coloured(token: dict, largest: float) -> ColouredToken:
-    moved = token["attribution"]
+def _coloured(token: Row, largest: float) -> ColouredToken:
+    change = token["attribution"]
     return ColouredToken(
         token["token"],
-        "213 94 0" if moved > 0 else "0 114 178",
-        round(80 * (abs(moved) / largest) ** 0.5),
-        f"{moved:+.2e} nats per token, probability {token.get('probability', float('nan')):.3g}",
+        _RAISED if change > 0 else _LOWERED,
+        round(80 * (abs(change) / largest) ** 0.5),
+        f"{change:+.2e} nats/token, probability {_probability(token)}",
     )
 
 
-def _sentence(token: dict) -> str:
-    outcome = OUTCOMES[int(token["advantage"] <= 0)]
-    probability = token.get("probability", float("nan"))
-    return f"{_signed(token)}, step {token['step']}, {outcome}, probability {probability:.3g}: {token['text']}"
+def _token_line(token: Row) -> str:
+    outcome, probability = _outcome(token), _probability(token)
+    return f"{_change(token)}, step {token['step']}, {outcome}, probability {probability}: {token['text']}"
 
 
-def _signed(row: dict) -> str:
-    return f"{row['attribution']:+.2e} nats per token"
+def _prompt_line(prompt: Row) -> str:
+    about = f"{_change(prompt)}, step {prompt['step']}, pass rate {prompt['pass_rate']:.3g}"
+    return f"{about}: …{prompt['prompt'][-_PROMPT_END:]}"
+
+
+def _change(row: Row) -> str:
+    return f"{row['attribution']:+.2e} nats/token"
+
+
+def _outcome(row: Row | pd.Series) -> str:
+    return OUTCOMES[int(row["advantage"] <= 0)]
+
+
+def _probability(token: Row) -> str:
+    return f"{token.get('probability', float('nan')):.3g}"

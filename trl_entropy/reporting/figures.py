@@ -1,4 +1,4 @@
-"""Figures of a run's page: drawn once, as PNG."""
+"""Figures of the page as PNG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure of `num_panels` panels side by side."""
+    """A figure of `num_panels` panels side by side."""
 
     name: str
     caption: str
@@ -23,15 +23,15 @@ class Figure:
 
 
 def draw(name: str, caption: str, panels: list[Callable]) -> Figure:
-    """A row of panels as PNG."""
+    """A figure with a panel for each of the functions, which get axes to draw into."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.5), layout="constrained", squeeze=False)
-    for draw, panel in zip(panels, axes[0], strict=True):
-        draw(panel)
+    for draw_panel, panel in zip(panels, axes[0], strict=True):
+        draw_panel(panel)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130)
     plt.close(figure)

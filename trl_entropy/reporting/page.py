@@ -1,4 +1,4 @@
-"""The page of one or several runs: its sections, and texts of the models, made harmless."""
+"""The page of one or several runs as HTML. Texts that a model wrote are escaped and cannot change the page."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from trl_entropy.analysis.run import Run, load_run
-from trl_entropy.reporting.attribution_section import who_moved_it
+from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
 from trl_entropy.reporting.figures import Figure
 from trl_entropy.reporting.sections import sections_of
 from trl_entropy.reporting.tables import glance_table
 from trl_entropy.reporting.warnings import warnings_of
+from trl_entropy.runs.strict_json import Row
 
 _NUM_SAMPLES, _NUM_TEXT = 4, 4000
-# Control characters and direction marks: a completion must not turn the page's text around.
+_ENTROPY = "213 94 0"  # orange
+# Control characters and text-direction marks: a completion must not reverse the text of the page.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
     """
-    The page of the runs as HTML that needs no network, and its figures.
+    The page of the runs, as one HTML text that loads nothing from a network, and the figures on it.
 
     Raises:
-        ValueError: for a directory without metrics.
+        ValueError: when a directory holds no metrics.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -35,7 +36,7 @@ def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
         if run.steps.empty:
             raise ValueError(f"{run.path} holds no metrics.jsonl with a line in it; is it a run directory?")
     sections = sections_of(runs)
-    movers = [mover for run in runs if (mover := who_moved_it(run)) is not None]
+    attributions = [section for run in runs if (section := attribution_section(run)) is not None]
     environment = Environment(loader=PackageLoader("trl_entropy.reporting"), autoescape=True)
     environment.filters["plain"] = plain
     page = environment.get_template("report.html").render(
@@ -43,40 +44,38 @@ def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
         glance=glance_table(runs),
         warned=[(run.name, found) for run in runs if (found := warnings_of(run.rows()))],
         sections=sections,
-        movers=movers,
-        dumps=[dump for run in runs for dump in _dumps(run)],
+        attributions=attributions,
+        evaluated=[completion for run in runs for completion in _evaluated(run)],
         samples=[sample for run in runs for sample in _samples(run)],
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
     figures = [figure for section in sections for figure in section.figures]
-    return page, [*figures, *(mover.figure for mover in movers)]
+    return page, [*figures, *(attribution.figure for attribution in attributions)]
 
 
-def _dumps(run: Run) -> list[dict[str, Any]]:
-    """The first sample of the first evaluated prompt, token by token, of each checkpoint."""
+def _evaluated(run: Run) -> list[ColouredCompletion]:
+    """For each checkpoint its first sample on the first evaluated prompt, tokens coloured by their entropy."""
     tokens = run.evaluation_tokens
     if tokens.empty:
         return []
     chosen = tokens[(tokens["prompt_id"] == tokens["prompt_id"].iloc[0]) & (tokens["sample"] == 0)]
     largest = chosen["entropy"].max() or 1.0
     return [
-        {
-            "title": f"{run.name}, step {step}: {rows['prompt_id'].iloc[0]}",
-            "tokens": [
-                {
-                    "text": plain(row["token"]),
-                    "shade": round(75 * row["entropy"] / largest),
-                    "hint": f"entropy {row['entropy']:.4g}, surprisal {row['surprisal']:.4g} nats",
-                }
-                for row in rows.to_dict("records")
-            ],
-        }
+        ColouredCompletion(
+            f"{run.name}, step {step}: {rows['prompt_id'].iloc[0]}",
+            [_coloured(row, largest) for row in rows.to_dict("records")],
+        )
         for step, rows in chosen.groupby("step")
     ]
 
 
+def _coloured(token: Row, largest: float) -> ColouredToken:
+    hint = f"entropy {token['entropy']:.4g}, surprisal {token['surprisal']:.4g} nats"
+    return ColouredToken(token["token"], _ENTROPY, round(75 * token["entropy"] / largest), hint)
+
+
 def _samples(run: Run) -> list[dict[str, str]]:
-    """A few completions of the last logged step."""
+    """A few completions of the last step that logged some."""
     table = run.completions
     if table.empty:
         return []
@@ -93,12 +92,12 @@ def _samples(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float | int) else str(value)
 
 
 def plain(text: str) -> str:
-    """`text` without control characters and direction marks; the template escapes the rest."""
+    """`text` without control characters and text-direction marks; the template escapes HTML."""
     return _UNSEEN.sub("", text)
 
 

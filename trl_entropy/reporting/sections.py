@@ -1,4 +1,4 @@
-"""Sections of a run's page: what each shows, its figures and tables."""
+"""The sections of the page: a text, figures and tables for each thing that a run may have measured."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trl_entropy.analysis import plots
-from trl_entropy.analysis.run import Run, compare_runs, high_entropy_tokens
+from trl_entropy.analysis.comparison import compare_runs
+from trl_entropy.analysis.run import Run, high_entropy_tokens
 from trl_entropy.reporting.figures import Figure, draw
 from trl_entropy.reporting.tables import Table, agreement_table, checkpoint_table
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what belongs to it."""
+    """A heading with its text, figures and tables."""
 
     title: str
     text: str
@@ -22,16 +23,20 @@ class Section:
 
 
 def sections_of(runs: list[Run]) -> list[Section]:
-    """Those that the runs have files for."""
+    """The sections for which the runs have files."""
     return [section for build in _SECTIONS if (section := build(runs)) is not None]
 
 
 def _training(runs: list[Run]) -> Section:
     steps = compare_runs([run.path for run in runs])
     keys = [key for key in ("reward", "entropy/policy") if key in steps]
-    figure = draw("training-overview", "Reward and entropy of each step's own completions.",
+    figure = draw("training-overview", "Mean reward and entropy of the completions of each step.",
                    [lambda axes, key=key: plots.plot_runs(axes, steps, key) for key in keys])  # fmt: skip
-    return Section("Reward and entropy", "What training did, step by step.", [figure])
+    return Section(
+        "Reward and entropy",
+        "Reward and policy entropy over training, measured on each step's own completions.",
+        [figure],
+    )
 
 
 def _prediction(runs: list[Run]) -> Section | None:
@@ -43,12 +48,12 @@ def _prediction(runs: list[Run]) -> Section | None:
         panels: list[Callable] = [lambda axes, rows=rows: plots.plot_entropy_change(axes, rows)]
         if halves := [row for row in rows if row.get("entropy/half_b_measured") is not None]:
             panels.append(lambda axes, halves=halves: plots.plot_prediction(axes, halves, "second_order"))
-        caption = f"{run.name}: each probed step's change of entropy, and prediction against measurement."
+        caption = f"{run.name}: entropy change of each probed step; right: prediction against measurement."
         figures.append(draw(f"entropy-change-{run.name}", caption, panels))
     text = (
-        "How much each probed step changed the policy's entropy, measured on completions of their own, and what the "
-        "update predicted. On the right one half of the prompts predicts and the other measures: points on the line "
-        "agree."
+        "How much each probed step changed the policy's entropy, measured on completions that it was not trained on, "
+        "and the change that was predicted from the update. On the right, the prediction comes from one half of the "
+        "prompts and the measurement from the other; on the line both are equal."
     )
     return Section("Entropy change: predicted against measured", text, figures,
                    [table for run, _ in probed if (table := agreement_table(run)) is not None])  # fmt: skip
@@ -69,11 +74,12 @@ def _evaluation(runs: list[Run]) -> Section | None:
             lambda axes, run=run: plots.plot_checkpoints(axes, run.evaluation, ["entropy_mean", "surprisal_mean"]),
             lambda axes, run=run: plots.plot_positions(axes, run.positions),
         ]
-        caption = f"{run.name}: held-out problems, 95 % intervals over problems."
+        caption = f"{run.name}: results on held-out problems, with 95 % intervals over problems."
         figures.append(draw(f"evaluation-{run.name}", caption, panels))
     text = (
-        "Held-out problems, drawn by trl-entropy evaluate. pass@k is the chance that at least one of k samples is "
-        "right. Intervals come from drawing problems again; where all problems agree they have no width."
+        "Results of trl-entropy evaluate on held-out problems. pass@k is the probability that at least one of k "
+        "samples is correct. The intervals are bootstrap intervals over problems; they have no width where all "
+        "problems agree."
     )
     return Section("Evaluation across checkpoints", text, figures, [checkpoint_table(run) for run in evaluated])
 
@@ -90,20 +96,20 @@ def _high_entropy_section(runs: list[Run]) -> Section | None:
             for step in dict.fromkeys([*steps[:1], *steps[-1:]])
         ]
         if panels:
-            caption = f"{run.name}: tokens that hold most of the entropy, first and last evaluated checkpoint."
+            caption = f"{run.name}: tokens with most of the entropy, at the first and the last evaluated checkpoint."
             figures.append(draw(f"tokens-{run.name}", caption, panels))
     text = (
-        "The entropy of the distribution that each token was drawn from, summed by token over all samples of a "
-        "checkpoint: tokens with a long bar are drawn where the policy is undecided."
+        "For each token, the entropy of the distributions from which it was drawn, summed over all samples of a "
+        "checkpoint, as a share of the total. A token has a long bar if it is drawn often where the entropy is high."
     )
-    return Section("Tokens that hold the entropy", text, figures) if figures else None
+    return Section("Tokens with most of the entropy", text, figures) if figures else None
 
 
 def _noise_scale(runs: list[Run]) -> Section | None:
     figures = [
         draw(
             f"noise-scale-{run.name}",
-            f"{run.name}: noise scale of the steps so far, 95 % interval, and the prompts that a step has.",
+            f"{run.name}: gradient noise scale over the steps so far (95 %), and the prompts in a step.",
             [
                 lambda axes, rows=rows, metric=metric: plots.plot_noise_scale(axes, rows, metric)
                 for metric in ("simple", "adam")
@@ -114,27 +120,29 @@ def _noise_scale(runs: list[Run]) -> Section | None:
         if (rows := run.rows("noise_scale/simple"))
     ]
     text = (
-        "The noise scale says, in prompts, at which batch size the gradient's noise equals its signal: a step with "
-        "far fewer prompts follows noise, one with far more gains little by them."
+        "The gradient noise scale is the number of prompts at which the noise of the gradient equals its signal. With "
+        "far fewer prompts a step is mostly noise; with far more it gains little from them."
     )
     if any(run.rows("resampling/num_rounds") for run in runs):
-        text += " Where uninformative groups were replaced, it is that of accepted groups, not of all prompts."
-    return Section("How noisy the gradient is", text, figures) if figures else None
+        text += (
+            " Where groups with equal rewards were replaced, it is about the accepted groups, not about all prompts."
+        )
+    return Section("Gradient noise", text, figures) if figures else None
 
 
 def _kernel(runs: list[Run]) -> Section | None:
     figures = []
     for run in runs:
         for step in run.probe_steps("fisher")[-1:]:
-            caption = f"{run.name}, step {step}: cosines of the Fisher kernel, completions prompt by prompt."
+            caption = f"{run.name}, step {step}: cosines of the Fisher kernel; lines separate the prompts."
             figures.append(
                 draw(f"kernel-{run.name}", caption, [lambda a, r=run, s=step: plots.plot_kernel(a, r.kernel(s))])
             )
     text = (
-        "How completions act on one another: a step along one's score raises the log-probability of those with a "
-        "positive cosine and lowers the others'. Lines part the prompts."
+        "The cosine of two completions says how training on one changes the log-probability of the other: making one "
+        "more likely makes the other more likely if the cosine is positive, and less likely if it is negative."
     )
-    return Section("How completions act on one another", text, figures) if figures else None
+    return Section("How completions influence one another", text, figures) if figures else None
 
 
 _SECTIONS: tuple[Callable[[list[Run]], Section | None], ...] = (

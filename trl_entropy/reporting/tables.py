@@ -1,24 +1,29 @@
-"""Tables of a run's page: every number with the file that it stands in."""
+"""Tables of the page: every number with the file, key and step that it was read from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas as pd
 
 from trl_entropy.analysis.run import Run
 from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, PASS_AT_1, unit
+from trl_entropy.runs.strict_json import Row
 
 _SHARES = (*OUTCOMES, *OUTCOMES_BY_PROBABILITY)
 _GLANCE = ("reward", "entropy/policy", "entropy/surprisal", "completions/mean_length")
-_AGREEMENT = ("cross_linear", "cross_second_order", "same_sample_linear", "placebo")
+_AGREEMENT = {
+    "cross_linear": "first order, predicted and measured on different prompts",
+    "cross_second_order": "second order, predicted and measured on different prompts",
+    "same_sample_linear": "first order, predicted and measured on the same completions",
+    "placebo": "control: first order, predicted from an earlier step's update",
+}
 _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of the page and where it stands in the run's files; the ends of its interval, if it has one."""
+    """A number of the page, where it stands in the run's files, and the two ends of its interval if it has one."""
 
     run: str
     file: str
@@ -34,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a label and its cells; None for what is not there."""
+    """Column heads and rows; a row is a label and its cells, None where there is no number."""
 
     heads: list[str]
     rows: list[tuple[str, list[Cell | None]]]
@@ -42,7 +47,7 @@ class Table:
 
 
 def glance_table(runs: list[Run]) -> Table:
-    """First and last value of what a reader asks for first."""
+    """Reward, entropy, length and held-out results at the first and the last step."""
     rows: list[tuple[str, list[Cell | None]]] = []
     for key in _GLANCE:
         rows.append((_named(key), [cell for run in runs for cell in _ends(run, "metrics.jsonl", run.steps, key)]))
@@ -67,17 +72,18 @@ def _named(key: str) -> str:
 
 
 def agreement_table(run: Run) -> Table | None:
-    """Agreement of prediction and measurement over the run so far, as its last step logged it."""
+    """How well predictions agree with measurements over the run, as its last probed step logged it."""
     rows = []
     for kind in _AGREEMENT:
         cells = [_ends(run, "metrics.jsonl", run.steps, f"entropy/{kind}_{name}")[1] for name in _STATISTICS]
         if any(cells):
-            rows.append((kind.replace("_", " "), cells))
-    return Table(["measured on predicted", *_STATISTICS], rows, run.name) if rows else None
+            rows.append((_AGREEMENT[kind], cells))
+    heads = ["measured on predicted change", *(name.replace("_", " ") for name in _STATISTICS)]
+    return Table(heads, rows, run.name) if rows else None
 
 
 def share_table(run: Run) -> Table | None:
-    """Shares of the change that completions made over the run so far (T9), as its last attributed step logged them."""
+    """Each outcome's share of the change that the completions made over the run (T9), as logged last."""
     rows = []
     for name in _SHARES:
         share, tokens = (
@@ -88,22 +94,22 @@ def share_table(run: Run) -> Table | None:
                 _ends(run, "metrics.jsonl", run.steps, f"entropy/share_{name}_{end}")[1] for end in ("low", "high")
             ]
             rows.append((name.replace("_", ", "), [replace(share, ends=tuple(end for end in ends if end)), tokens]))
-    heads = ["over the run", "share of the change, 95 %", "share of tokens"]
+    heads = ["over the run", "share of the change (95 %)", "share of the tokens"]
     return Table(heads, rows, run.name) if rows else None
 
 
 def checkpoint_table(run: Run) -> Table:
-    """A row a number, a column a checkpoint."""
+    """A row for each metric, a column for each evaluated checkpoint."""
     steps = sorted(run.evaluation["step"].unique())
     rows = []
     for metric, group in run.evaluation.groupby("metric", sort=False):
         found = {row["step"]: _checkpoint_cell(run, row) for row in group.to_dict("records")}
         rows.append((_named(str(metric)), [found.get(step) for step in steps]))
-    return Table(["95 % intervals over problems", *(f"step {step}" for step in steps)], rows, run.name)
+    return Table(["with 95 % intervals over problems", *(f"step {step}" for step in steps)], rows, run.name)
 
 
-def _checkpoint_cell(run: Run, row: dict[str, Any]) -> Cell | None:
-    """A number of an evaluated checkpoint; None where it has no value, such as the longest right sample of none."""
+def _checkpoint_cell(run: Run, row: Row) -> Cell | None:
+    """A number of an evaluated checkpoint; None if it has no value (no sample is correct, so none is longest)."""
     file = "evaluation/checkpoints.csv"
     if pd.isna(row["value"]):
         return None

@@ -1,13 +1,14 @@
-"""What a reader of a run should be warned of, from its files alone: each warning with the numbers that raised it."""
+"""Warnings about a run, found in its `metrics.jsonl` alone; each names the steps and the numbers behind it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Rows = Sequence[dict[str, Any]]
+from trl_entropy.runs.strict_json import Row
+
+Rows = Sequence[Row]
 
 LOW_ESS_SHARE = 0.5
 LOW_ENTROPY_SHARE = 0.25
@@ -19,9 +20,9 @@ class RunWarning:
     One warning.
 
     Attributes:
-        title: what is the matter, in a few words.
-        text: the numbers, and what to do.
-        steps: at which steps.
+        title: the problem in a few words.
+        text: which numbers show it, and what to do.
+        steps: the steps at which it was found.
     """
 
     title: str
@@ -30,12 +31,12 @@ class RunWarning:
 
 
 def warnings_of(metrics: Rows) -> list[RunWarning]:
-    """All warnings that the lines of `metrics.jsonl` give rise to."""
+    """All warnings about the lines of `metrics.jsonl`."""
     return [warning for check in _CHECKS for warning in check(metrics)]
 
 
 def _low_importance_ess(metrics: Rows) -> Iterator[RunWarning]:
-    """Fewer than half of the probe's completions count after the step: the measured change is not to be trusted."""
+    """The effective sample size after the step is below half of the probe's completions."""
     low = [
         row["step"]
         for row in _having(metrics, "entropy/importance_ess", "entropy/num_completions")
@@ -52,7 +53,7 @@ def _low_importance_ess(metrics: Rows) -> Iterator[RunWarning]:
 
 
 def _noise_floor(metrics: Rows) -> Iterator[RunWarning]:
-    """The change is no larger than what scoring in other chunks makes; a step with learning rate 0 has none."""
+    """The measured change is not larger than rounding; a step with learning rate 0 is left out, it changes nothing."""
     low = [
         row["step"]
         for row in _having(metrics, "entropy/noise_floor", "entropy/delta_measured")
@@ -61,14 +62,14 @@ def _noise_floor(metrics: Rows) -> Iterator[RunWarning]:
     if low:
         yield RunWarning(
             "Noise floor reached",
-            "|entropy/delta_measured| is not above entropy/noise_floor, what rounding alone makes of the same scores: "
-            "nothing was measured there.",
+            "|entropy/delta_measured| is not above entropy/noise_floor, the difference that rounding alone makes: the "
+            "measured change says nothing at these steps.",
             tuple(low),
         )
 
 
 def _prediction_fails(metrics: Rows) -> Iterator[RunWarning]:
-    """The first-order prediction misses the measured change by more than 3 paired standard errors and half of it."""
+    """The first-order prediction is off by more than 3 standard errors and by over half of the measured change."""
     failed = [
         row["step"]
         for row in _having(metrics, "entropy/error_linear", "entropy/error_linear_stderr", "entropy/delta_measured")
@@ -77,15 +78,16 @@ def _prediction_fails(metrics: Rows) -> Iterator[RunWarning]:
     ]
     if failed:
         yield RunWarning(
-            "Linear regime left",
+            "First-order prediction fails",
             "|entropy/error_linear| is above 3 standard errors and above half of the measured change: the step is "
-            "too large for the first-order prediction; see the second order (entropy_second_order) and trapezoid.",
+            "too large for the first-order prediction. Look at entropy/delta_trapezoid, or at "
+            "entropy/delta_second_order with entropy_second_order: true.",
             tuple(failed),
         )
 
 
 def _collapse(metrics: Rows) -> Iterator[RunWarning]:
-    """Entropy fell below a quarter of its start."""
+    """The entropy is below a quarter of its value at the start."""
     rows = _having(metrics, "entropy/policy")
     low = [row["step"] for row in rows if row["entropy/policy"] < LOW_ENTROPY_SHARE * rows[0]["entropy/policy"]]
     if low:
@@ -97,18 +99,19 @@ def _collapse(metrics: Rows) -> Iterator[RunWarning]:
 
 
 def _not_finite(metrics: Rows) -> Iterator[RunWarning]:
-    """A loss, gradient norm or entropy that is not a number."""
+    """A loss, gradient norm or entropy is nan or infinite."""
     keys = ("loss", "grad_norm", "entropy/policy", "entropy/delta_measured")
     bad = [row["step"] for row in metrics if any(not math.isfinite(row[k]) for k in keys if row.get(k) is not None)]
     if bad:
-        yield RunWarning("Not a finite number", f"one of {', '.join(keys)} is nan or infinite.", tuple(bad))
+        yield RunWarning("Not a finite number", f"One of {', '.join(keys)} is nan or infinite.", tuple(bad))
 
 
 def _no_signal(metrics: Rows) -> Iterator[RunWarning]:
-    """Every group of a step got equal rewards: its gradient is zero."""
+    """In every group of the step all rewards are equal, so the gradient is zero."""
     silent = [row["step"] for row in _having(metrics, "frac_reward_zero_std") if row["frac_reward_zero_std"] == 1]
     if silent:
-        yield RunWarning("No learning signal", "all completions of every prompt were rewarded equally.", tuple(silent))
+        text = "In every prompt group all completions got the same reward, so the policy gradient is zero."
+        yield RunWarning("No learning signal", text, tuple(silent))
 
 
 _CHECKS: tuple[Callable[[Rows], Iterator[RunWarning]], ...] = (
@@ -121,5 +124,5 @@ _CHECKS: tuple[Callable[[Rows], Iterator[RunWarning]], ...] = (
 )
 
 
-def _having(metrics: Rows, *keys: str) -> list[dict[str, Any]]:
+def _having(metrics: Rows, *keys: str) -> list[Row]:
     return [row for row in metrics if all(row.get(key) is not None for key in keys)]

@@ -1,4 +1,4 @@
-"""Writes what `trl-entropy report` leaves: the figure of a run, and the page of one or several runs."""
+"""Writes the files of `trl-entropy report`: the training figure of a run, and the page of one or several runs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ from trl_entropy.runs.directory import RunDirectory
 
 def write_report(path: Path) -> Path:
     """
-    Draw reward, held-out pass@1, entropy, and its change in single steps where it was probed; write the page too.
+    Write the page of a run, and one figure of its reward, held-out pass@1, entropy, and measured entropy changes.
 
     Args:
         path: the run directory.
 
     Returns:
-        Path of the figure; the page is `index.html` beside it.
+        The path of the figure, `report/training.png`; the page is `report/index.html`.
 
     Raises:
         ValueError: when the directory holds no metrics.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     from trl_entropy.analysis import plots
+    from trl_entropy.reporting.figures import draw
 
     run = RunDirectory(path)
     metrics, evaluation = run.metrics(), run.evaluation()
@@ -39,23 +35,19 @@ def write_report(path: Path) -> Path:
     ]
     if any("entropy/delta_measured" in row for row in metrics):
         panels.append(lambda axes: plots.plot_entropy_change(axes, metrics))
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
-    for draw, axes in zip(panels, all_axes, strict=True):
-        draw(axes)
     run.report_path.mkdir(parents=True, exist_ok=True)
     target = run.report_path / "training.png"
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
+    target.write_bytes(draw("training", "", panels).png)
     write_page([path], run.report_path / "index.html")
     return target
 
 
 def write_page(paths: Sequence[Path], target: Path) -> Path:
     """
-    Write the page of one or several runs, and its figures as PNG beside it.
+    Write the page of one or several runs, and its figures as PNG files beside it.
 
     Args:
-        paths: run directories of different names.
+        paths: run directories; their names must differ.
         target: the HTML file.
 
     Raises:
@@ -65,7 +57,9 @@ def write_page(paths: Sequence[Path], target: Path) -> Path:
 
     names = [Path(path).resolve().name for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"runs are told apart by their directories' names, and these are not all different: {names}")
+        raise ValueError(
+            f"The page names each run by its directory, and these names are not all different: {names}. Rename one."
+        )
     page, figures = render(paths)
     target.parent.mkdir(parents=True, exist_ok=True)
     for figure in figures:

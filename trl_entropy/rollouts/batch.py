@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trl_entropy.rollouts.groups import groups_with_different_rewards
+
+
+class GenerationBatch(TypedDict):
+    """TRL's batch of completions: of a generation, or a micro-batch of it."""
+
+    prompt_ids: Int[Tensor, "B S"]
+    prompt_mask: Int[Tensor, "B S"]
+    completion_ids: Int[Tensor, "B T"]
+    completion_mask: Int[Tensor, "B T"]
+    advantages: Float[Tensor, "B *T"]
+    num_items_in_batch: NotRequired[Tensor]
+    tool_mask: NotRequired[Int[Tensor, "B T"]]  # 0 for tokens of tools and environments, which the policy did not draw
+    old_per_token_logps: NotRequired[Float[Tensor, "B T"]]
+    ref_per_token_logps: NotRequired[Float[Tensor, "B T"]]
+
+
+class TrainingBatch(GenerationBatch):
+    """The same with what `DrGRPOTrainer` adds, see [`RolloutBatch`], and `token_control`."""
+
+    prompt_index: Int[Tensor, " B"]
+    rewards: Float[Tensor, " B"]
+    raw_advantages: Float[Tensor, " B"]
+    length_scale: Float[Tensor, " B"]
+    token_control_mask: NotRequired[Bool[Tensor, "B T"]]
+
+
+def loss_mask_of(batch: GenerationBatch) -> Int[Tensor, "B T"]:
+    """1 for the tokens that the policy drew and the loss counts; 0 for padding and for tokens of tools."""
+    tool_mask = batch.get("tool_mask")
+    return batch["completion_mask"] if tool_mask is None else batch["completion_mask"] * tool_mask
 
 
 @dataclass(frozen=True)
@@ -20,6 +51,7 @@ class RolloutBatch:
     Attributes:
         prompt_ids, prompt_mask: the prompts, padded on the left.
         completion_ids, completion_mask: the completions, padded on the right; the end token counts.
+        loss_mask: the tokens of the completions that the policy drew: not those of tools and environments.
         prompt_index: number of the row's prompt group, unique over processes and over the run.
         rewards: weighted sum of the reward functions.
         raw_advantages: equation (T1), before `length_normalizer` or any entropy control.
@@ -31,6 +63,7 @@ class RolloutBatch:
     prompt_mask: Int[Tensor, "B S"]
     completion_ids: Int[Tensor, "B T"]
     completion_mask: Int[Tensor, "B T"]
+    loss_mask: Int[Tensor, "B T"]
     prompt_index: Int[Tensor, " B"]
     rewards: Float[Tensor, " B"]
     raw_advantages: Float[Tensor, " B"]
@@ -38,11 +71,10 @@ class RolloutBatch:
     advantages: Float[Tensor, "B *T"]
 
     @classmethod
-    def from_micro_batches(cls, micro_batches: list[dict[str, Any]]) -> RolloutBatch:
+    def from_micro_batches(cls, micro_batches: Sequence[TrainingBatch]) -> RolloutBatch:
         """Join the micro-batches of one optimizer step; those of one generation are padded alike by TRL."""
-        return cls(
-            **{name: join_rows([batch[name] for batch in micro_batches], name) for name in cls.__dataclass_fields__}
-        )
+        parts: list[dict[str, Any]] = [{**batch, "loss_mask": loss_mask_of(batch)} for batch in micro_batches]
+        return cls(**{name: join_rows([part[name] for part in parts], name) for name in cls.__dataclass_fields__})
 
     @property
     def input_ids(self) -> Int[Tensor, "B L"]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class Completions:
         completion_mask: from the token ids: the end token counts, nothing after it.
         prompt_index: group of each row; completions of different prompts are independent.
         sampling_logps: log-probability of each completion token under what drew it, nats, if that is not the policy.
+        loss_mask: of the completion tokens that the policy drew: all of `completion_mask`, but for those of tools.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -28,15 +31,25 @@ class Completions:
     completion_mask: Int[Tensor, "B T"]
     prompt_index: Int[Tensor, " B"]
     sampling_logps: Float[Tensor, "B T"] | None = None
+    loss_mask: Int[Tensor, "B T"] = field(kw_only=True)
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> Completions:
         """Those of a step's rollouts."""
-        return cls(batch.input_ids, batch.attention_mask, batch.completion_mask, batch.prompt_index)
+        return cls(
+            batch.input_ids,
+            batch.attention_mask,
+            batch.completion_mask,
+            batch.prompt_index,
+            loss_mask=batch.loss_mask,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is, by name."""
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """What there is, by name; `loss_mask` only where it is not `completion_mask`."""
+        return self._given({"loss_mask"} if torch.equal(self.loss_mask, self.completion_mask) else set())
+
+    def _given(self, omitted: Collection[str] = ()) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in omitted}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def __len__(self) -> int:
@@ -48,7 +61,7 @@ class Completions:
 
     def rows(self, index: Any) -> Completions:
         """The rows of `index`, in its order."""
-        return Completions(**{name: tensor[index] for name, tensor in self.tensors().items()})
+        return Completions(**{name: tensor[index] for name, tensor in self._given().items()})
 
     def trimmed(self) -> Completions:
         """Without the columns in which no row has a token."""
@@ -62,4 +75,5 @@ class Completions:
             self.completion_mask[:, :keep],
             self.prompt_index,
             None if self.sampling_logps is None else self.sampling_logps[:, :keep],
+            loss_mask=self.loss_mask[:, :keep],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,23 @@ from datasets import Dataset
 from trl.trainer.utils import pad
 
 from trl_entropy.rollouts.completions import Completions
+
+
+@runtime_checkable
+class ProbeBatchSampler(Protocol):
+    """What draws a probe batch E: completions that are independent of the step's own."""
+
+    def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
+        """
+        This process's share of a probe batch drawn from the policy as it is, one completion a prompt.
+
+        Args:
+            num_prompts: over all processes.
+            source: `"held_out"`: training prompts that are not among this step's; `"eval"`: `eval_dataset`.
+            step: seeds the draw, with the run's seed.
+            sampler: `"model"`: the model's own `generate`; `"vllm"`: what generates the rollouts, whose
+                log-probabilities then come along. vLLM's random state is its own: it does move on.
+        """
 
 
 def prompt_key(prompt: Any) -> str:
@@ -71,6 +88,7 @@ def pack_completions(
         input_ids=torch.cat([prompts, completions], dim=1),
         attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
         completion_mask=completion_mask,
+        loss_mask=completion_mask,
         prompt_index=torch.arange(first_prompt, first_prompt + len(prompt_ids), device=device),
         sampling_logps=None if sampling_logps is None else padded(sampling_logps, 0.0, "right", torch.float32),
     )

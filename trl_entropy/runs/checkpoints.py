@@ -22,35 +22,9 @@ SEAL = "checkpoint_complete.json"
 LATEST = "latest"
 _CHUNK = 2**22
 
-# Settings that make another run if they change. Logging, saving, evaluation and probes leave training as it is.
-# fmt: off
-SETTINGS = (
-    "seed", "world_size", "engine", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "steps_per_generation", "num_iterations", "num_generations", "max_completion_length", "temperature", "top_k",
-    "top_p", "min_p", "repetition_penalty", "stop_at_answer", "use_vllm", "shuffle_dataset", "loss_type",
-    "scale_rewards", "length_normalizer", "beta", "epsilon", "epsilon_high", "mask_truncated_completions",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "weight_decay", "max_grad_norm", "bf16", "fp16", "disable_dropout", "max_steps", "curriculum",
-    "curriculum_hard_below", "curriculum_easy_above", "curriculum_hard_weight", "curriculum_normal_weight",
-    "curriculum_easy_weight", "curriculum_ema", "curriculum_pass_reward",
-    "resample_uninformative_groups", "max_resample_rounds",
-)
-# fmt: on
-_CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed, or could not be written."""
-
-
-def settings_of(args: Any) -> dict[str, Any]:
-    """The values of `SETTINGS`, as JSON has them; known before any model is loaded."""
-    plugin = args.deepspeed_plugin
-    derived = {"engine": f"ZeRO-{plugin.zero_stage}" if plugin else "plain or DDP", "world_size": args.world_size}
-    values = {name: derived[name] if name in derived else getattr(args, name, None) for name in SETTINGS}
-    if values["lr_scheduler_type"] in _CONSTANT_SCHEDULES or args.additional_steps:
-        del values["max_steps"]  # the length of the run changes nothing before its end, or is to change
-    return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
 
 
 def seal(path: Path, contract: Mapping[str, Any]) -> None:
@@ -145,21 +119,21 @@ def resolve(resume_from: str | bool | None, run: Path, checksums: bool = True) -
     return path
 
 
-def check_before_loading(args: Any, **known: Any) -> Path | None:
+def check_before_loading(resume_from: str | bool | None, run: Path, settings: Mapping[str, object]) -> Path | None:
     """
     The checkpoint that a run will go on from, checked as far as that needs no model and reads no large file.
 
     Args:
-        args: `DrGRPOConfig`.
-        known: settings that are planned otherwise than `args` says; None: leave it out.
+        resume_from, run: as [`resolve`].
+        settings: those that a resumed run must share, and their values; only names that the checkpoint has too are
+            compared.
 
     Raises:
         CheckpointError: as [`resolve`] and [`check_contract`].
     """
-    path = resolve(args.resume_from_checkpoint, Path(args.output_dir), checksums=False)
+    path = resolve(resume_from, run, checksums=False)
     if path is not None:
-        settings = settings_of(args) | known
-        check_contract(path, {"settings": {name: value for name, value in settings.items() if value is not None}})
+        check_contract(path, {"settings": settings})
     return path
 
 

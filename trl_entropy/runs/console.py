@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: a progress bar, plain-text completions, and silence from the libraries."""
+"""Output to the terminal: the progress bar, completions as plain text, and fewer messages from the libraries."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer import grpo_trainer
 
 from trl_entropy.runs.metrics import PASS_AT_1
+from trl_entropy.runs.strict_json import Row
 
 # ANSI sequences first (CSI, OSC up to its end, two-character escapes), then whatever control character is left.
 _CONTROL = re.compile(
@@ -24,12 +24,12 @@ _SHOWN = {"reward": "reward", "entropy/policy": "entropy", "step_time": "s/step"
 
 
 def plain_text(text: str) -> str:
-    """`text` without control characters, ANSI sequences and direction marks; tabs and line ends stay."""
+    """`text` without ANSI sequences, control characters and text-direction marks; tabs and line breaks are kept."""
     return _CONTROL.sub("", text)
 
 
-def _plain_entry(entry: Any) -> Any:
-    """A completion or prompt, string or conversation, as plain text."""
+def _plain_entry(entry: object) -> object:
+    """A prompt or completion, a string or a conversation, with [`plain_text`] applied to every string in it."""
     if isinstance(entry, str):
         return plain_text(entry)
     if isinstance(entry, list):
@@ -41,10 +41,10 @@ def _plain_entry(entry: Any) -> Any:
 
 @contextlib.contextmanager
 def printing_plain_text() -> Iterator[None]:
-    """Clean the samples that TRL prints (`num_completions_to_print`): a completion must not steer the terminal."""
+    """Inside, the samples that TRL prints (`num_completions_to_print`) cannot send control codes to the terminal."""
     original = grpo_trainer.print_prompt_completions_sample
 
-    def printing(prompts: Any, completions: Any, *args: Any, **kwargs: Any) -> None:
+    def printing(prompts: Iterable[object], completions: Iterable[object], *args: object, **kwargs: object) -> None:
         original(_plain_entry(list(prompts)), _plain_entry(list(completions)), *args, **kwargs)
 
     grpo_trainer.print_prompt_completions_sample = printing
@@ -55,10 +55,15 @@ def printing_plain_text() -> Iterator[None]:
 
 
 class ConsoleProgress(ProgressCallback):
-    """The Trainer's progress bar with reward, entropy and step time beside it, in place of a dictionary a step."""
+    """The Trainer's progress bar, which shows reward, entropy and step time; the metrics of a step are not printed."""
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Row | None = None,
+        **kwargs: object,
     ) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
@@ -70,19 +75,19 @@ class ConsoleProgress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step:>4}  held out: {describe_evaluation(evaluation)}")
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """No second bar."""
+        """Show no progress bar for the evaluation."""
 
 
-def describe_evaluation(row: Mapping[str, Any]) -> str:
-    """An evaluation in a line: pass@1 where that reward is used, else the mean reward; entropy."""
+def describe_evaluation(row: Row) -> str:
+    """One line: pass@1 if the run has the reward whose mean it is, else the mean reward; then the entropy."""
     quality = f"pass@1 {row[PASS_AT_1]:.3f}" if PASS_AT_1 in row else f"reward {row['reward']:.3f}"
     return f"{quality}, entropy {row['entropy']:.3f} nats/token"
 
 
 def quiet_libraries() -> None:
-    """Keep libraries to their errors. Called by the entry points only: a user's own script keeps its settings."""
+    """Let the libraries report errors only. Only the commands call this: a user's own script keeps its settings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,13 +1,13 @@
 """
-The run directory: the only writer, and the reader.
+The run directory: everything that a run leaves is written here and read here.
 
     runs/<name>/  config.yaml  environment.json  metrics.jsonl (one line a step)  tensorboard/  checkpoint-N/
                   completions/  probes/<probe>/step_000012.safetensors  report/
                   evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
                                 prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
 
-Every write is a whole line or a whole file moved into place, so a run killed at any moment stays readable. Imports no
-torch and no transformers: a laptop without either opens any run.
+A write appends one whole line or moves one whole file into place, so a run killed at any moment stays readable.
+This module imports neither torch nor transformers: a laptop without them can read a run.
 """
 
 from __future__ import annotations
@@ -24,14 +24,38 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from trl_entropy.runs.metrics import unit
-from trl_entropy.runs.strict_json import from_line, to_line
+from trl_entropy.runs.strict_json import Json, Row, from_line, to_line
 
 _PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
-CHECKPOINT_SUMMARY = "summary.json"  # of an evaluated checkpoint; a folder without it is not finished
+_LATER = "added_later"  # marks a line of metrics.jsonl that belongs to an earlier one
+CHECKPOINT_SUMMARY = "summary.json"  # of an evaluated checkpoint; written last, so a folder without it is incomplete
+_CONSOLIDATED = ["step", "source", "metric", "value", "low", "high", "unit"]
 _ENVIRONMENT_PREFIXES = ("ACCELERATE_", "CUDA_", "HF_HUB_", "OMP_NUM_", "TORCH_", "NCCL_", "WORLD_SIZE")
+
+
+class Measured(TypedDict):
+    """A number of an evaluated checkpoint with its 95 % interval; an entry that does not exist is None."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class CheckpointSummary(TypedDict):
+    """`summary.json` of an evaluated checkpoint: which weights, under which settings, and the numbers."""
+
+    step: int
+    model: str
+    fingerprint: str
+    settings: Json
+    device: str
+    batch_size: int
+    num_prompts: int
+    seconds: float
+    metrics: dict[str, Measured]
 
 
 class RunDirectory:
@@ -39,7 +63,7 @@ class RunDirectory:
     Paths, writer and reader of one run.
 
     Args:
-        path: the directory; made at the first write.
+        path: the directory; it is created by the first write.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -51,59 +75,53 @@ class RunDirectory:
 
     # ---- writer
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write `config.yaml`: every setting of the run, resolved."""
+    def write_config(self, config: Mapping[str, object]) -> None:
+        """Write `config.yaml`: every setting of the run with the value that was used."""
         import yaml
 
         self._replace("config.yaml", yaml.safe_dump(_plain(config), sort_keys=True, allow_unicode=True))
 
-    def write_environment(self, **extra: Any) -> None:
-        """Write `environment.json`: versions, machine, command line, code revision, and `extra`."""
+    def write_environment(self, **extra: object) -> None:
+        """Write `environment.json`: versions, machine, command line, commit of the code, and `extra`."""
         self._replace("environment.json", json.dumps(_plain({**describe_environment(), **extra}), indent=2))
 
-    def append_metrics(self, step: int, scalars: Mapping[str, Any]) -> None:
+    def append_metrics(self, step: int, scalars: Mapping[str, object]) -> None:
         """
-        Append one line to `metrics.jsonl`; a step is the update from theta_(s-1) to theta_s.
+        Append one line to `metrics.jsonl`; step s is the update from theta_(s-1) to theta_s.
 
-        JSON has no nan and no infinity: they are null, and the line's `not_finite` says by name what they were.
+        JSON has no nan and no infinity: they are written as null, and the entry `not_finite` of the line names them.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._end_last_line()
         with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(to_line({"step": step, **_plain(scalars)}) + "\n")
+            file.write(to_line({"step": step, **_plain_items(scalars)}) + "\n")
 
-    def append_evaluation(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Put one row into `evaluation/metrics.csv`, in place of an older one of the same step."""
+    def append_later(self, step: int, scalars: Mapping[str, object]) -> None:
+        """Add numbers to a step whose line is written already: a line of their own, which readers join to it."""
+        self.append_metrics(step, {_LATER: True, **scalars})
+
+    def append_evaluation(self, step: int, scalars: Mapping[str, object]) -> None:
+        """Add a row to `evaluation/metrics.csv`; it replaces an older row of the same step."""
         self._write_evaluation(
-            [row for row in self.evaluation() if row["step"] != step] + [{"step": step, **_plain(scalars)}]
+            [row for row in self.evaluation() if row["step"] != step] + [{"step": step, **_plain_items(scalars)}]
         )
 
-    def _write_evaluation(self, rows: list[dict[str, Any]]) -> None:
+    def _write_evaluation(self, rows: list[Row]) -> None:
         self._write_csv(self.evaluation_path, rows)
 
     def write_checkpoint_tables(self) -> None:
         """
-        Put what the folders of `trl-entropy evaluate` say into `evaluation/checkpoints.csv`, one row a checkpoint, and
-        into `evaluation/consolidated_metrics.csv`, one row a number, beside what training evaluated.
+        Write `evaluation/checkpoints.csv`, a row for each checkpoint that `trl-entropy evaluate` has evaluated, and
+        `evaluation/consolidated_metrics.csv`, a row for each number, those that training measured included.
         """
-        rows, numbers = [], []
-        for row in self.evaluation():
-            named = {name: value for name, value in row.items() if name != "step"}
-            numbers += [{"step": row["step"], "source": "training", "metric": n, "value": v} for n, v in named.items()]
-        for summary in self.checkpoint_summaries():
-            about = {"step": summary["step"], "num_prompts": summary["num_prompts"]}
-            rows.append({**about, "num_samples": summary["settings"]["num_samples"], **_with_ends(summary["metrics"])})
-            numbers += [
-                {"step": summary["step"], "source": "evaluate", "metric": name, "unit": unit(name), **entry}
-                for name, entry in summary["metrics"].items()
-            ]
+        summaries = self.checkpoint_summaries()
+        numbers = [number for row in self.evaluation() for number in _numbers_of_training(row)]
+        numbers += [number for summary in summaries for number in _numbers_of_checkpoint(summary)]
         folder = self.evaluation_path.parent
-        self._write_csv(folder / "checkpoints.csv", rows)
-        self._write_csv(
-            folder / "consolidated_metrics.csv", numbers, ["step", "source", "metric", "value", "low", "high", "unit"]
-        )
+        self._write_csv(folder / "checkpoints.csv", [_row_of_checkpoint(summary) for summary in summaries])
+        self._write_csv(folder / "consolidated_metrics.csv", numbers, _CONSOLIDATED)
 
-    def _write_csv(self, path: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+    def _write_csv(self, path: Path, rows: list[Row], columns: list[str] | None = None) -> None:
         columns = columns or list(dict.fromkeys(name for row in rows for name in row))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -114,14 +132,15 @@ class RunDirectory:
         temporary.replace(path)
 
     def write_probe_file(
-        self, probe: str, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, Any], keep: int | None
+        self, probe: str, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, object], keep: int | None
     ) -> Path:
         """
-        Write `probes/<probe>/step_000012.safetensors` and drop the oldest files beyond the newest `keep` (None: all).
+        Write `probes/<probe>/step_000012.safetensors`, then delete all but the newest `keep` files of this probe.
 
         Args:
-            tensors: torch tensors by name.
-            metadata: scalars; `step` is added.
+            tensors: torch tensors by name. This module does not import torch, hence `Any`.
+            metadata: scalars, which are stored as strings; `step` is added.
+            keep: None keeps all files.
         """
         from safetensors.torch import save_file
 
@@ -137,7 +156,7 @@ class RunDirectory:
         return target
 
     def cut_after(self, step: int) -> None:
-        """Drop what is of later steps, before a run goes on after `step`: no step is logged twice."""
+        """Delete what was written about steps after `step`, from which a run resumes: no step is logged twice."""
         if self.metrics_path.exists():
             lines = [to_line(row) + "\n" for row in self.metrics() if row["step"] <= step]
             self._replace(self.metrics_path.name, "".join(lines))
@@ -151,7 +170,7 @@ class RunDirectory:
                 file.unlink()
 
     def _end_last_line(self) -> None:
-        """A run killed inside a write leaves half a line: end it, so that the next line stands alone."""
+        """End the half line that a run leaves when it is killed while writing, so that the next line is readable."""
         if not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0:
             return
         with open(self.metrics_path, "rb+") as file:
@@ -167,24 +186,25 @@ class RunDirectory:
 
     # ---- reader
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Row]:
         """
-        Lines of `metrics.jsonl` in order of step, nan and infinities as they were logged; half a line is passed over,
-        of equal steps the last wins.
+        The lines of `metrics.jsonl` in order of step, nan and infinities restored. An incomplete line is skipped; of
+        several lines of one step the last counts, joined by what was added later.
         """
         if not self.metrics_path.exists():
             return []
-        rows: dict[int, dict[str, Any]] = {}
+        rows: dict[int, Row] = {}
         for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
             try:
                 row = from_line(line)
             except json.JSONDecodeError:
                 continue  # the run was killed inside this line, or is writing it now
-            rows[row["step"]] = row
+            earlier = rows.get(row["step"], {}) if row.pop(_LATER, False) else {}
+            rows[row["step"]] = earlier | row
         return [rows[step] for step in sorted(rows)]
 
-    def evaluation(self) -> list[dict[str, Any]]:
-        """Rows of `evaluation/metrics.csv` in order of step, numbers as numbers."""
+    def evaluation(self) -> list[Row]:
+        """The rows of `evaluation/metrics.csv` in order of step, with numbers parsed."""
         if not self.evaluation_path.exists():
             return []
         with open(self.evaluation_path, newline="", encoding="utf-8") as file:
@@ -192,32 +212,45 @@ class RunDirectory:
         return sorted(rows, key=lambda row: row["step"])
 
     def checkpoint_folder(self, step: int) -> Path:
-        """Where `trl-entropy evaluate` puts what it found of the checkpoint of `step`."""
+        """The folder into which `trl-entropy evaluate` writes the results of the checkpoint of `step`."""
         return self.evaluation_path.parent / f"step_{step:06d}"
 
-    def checkpoint_summary(self, step: int) -> dict[str, Any] | None:
-        """The settings and metrics of an evaluated checkpoint; None when it is not evaluated."""
+    def checkpoint_summary(self, step: int) -> CheckpointSummary | None:
+        """Settings and metrics of an evaluated checkpoint; None if it has not been evaluated."""
         path = self.checkpoint_folder(step) / CHECKPOINT_SUMMARY
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def checkpoint_summaries(self) -> list[dict[str, Any]]:
-        """Those of all evaluated checkpoints in order of step."""
+    def checkpoint_summaries(self) -> list[CheckpointSummary]:
+        """The summaries of all evaluated checkpoints in order of step."""
         paths = sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}"))
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def _with_ends(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A column a metric, with `_low` and `_high` where it has an interval."""
-    columns = {}
-    for name, entry in metrics.items():
+def _row_of_checkpoint(summary: CheckpointSummary) -> Row:
+    """A column for each metric, with `_low` and `_high` beside it where it has an interval."""
+    columns: Row = {"step": summary["step"], "num_prompts": summary["num_prompts"]}
+    columns["num_samples"] = summary["settings"]["num_samples"]
+    for name, entry in summary["metrics"].items():
         columns[name] = entry["value"]
         if entry["low"] is not None:
             columns |= {f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
     return columns
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine, command line, code revision: what a later reader needs to run it again."""
+def _numbers_of_training(row: Row) -> list[Row]:
+    named = {name: value for name, value in row.items() if name != "step"}
+    return [{"step": row["step"], "source": "training", "metric": n, "value": v} for n, v in named.items()]
+
+
+def _numbers_of_checkpoint(summary: CheckpointSummary) -> list[Row]:
+    return [
+        {"step": summary["step"], "source": "evaluate", "metric": name, "unit": unit(name), **entry}
+        for name, entry in summary["metrics"].items()
+    ]
+
+
+def describe_environment() -> Json:
+    """Versions, machine, command line and commit of the code: what a reader needs to repeat the run."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -238,8 +271,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that this file belongs to, with `+` when it has uncommitted changes."""
-    root = Path(__file__).resolve().parent.parent
+    """The commit of the checkout that holds this file, with `+` if there are uncommitted changes; None elsewhere."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 
@@ -250,10 +283,10 @@ def _git_commit() -> str | None:
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
-def _plain(value: Any) -> Any:
-    """`value` with only JSON and YAML types: scalars of numpy and torch become numbers, the rest its string."""
+def _plain(value: object) -> object:
+    """`value` in types of JSON and YAML: scalars of numpy and torch become numbers, other objects their string."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return _plain_items(value)
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
     if isinstance(value, enum.Enum):
@@ -263,7 +296,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _number(text: str) -> Any:
+def _plain_items(values: Mapping) -> dict[str, object]:
+    return {str(key): _plain(item) for key, item in values.items()}
+
+
+def _number(text: str) -> float | str:
+    """`text` as an int, else as a float, else as it is."""
     for kind in (int, float):
         try:
             return kind(text)

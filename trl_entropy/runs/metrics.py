@@ -1,28 +1,34 @@
 """
-The table of every metric key that trl_entropy adds: name, unit, how it is reduced over ranks and micro-batches.
+The table of metric keys that trl_entropy adds: name, unit, meaning, and how each is reduced over ranks.
 
 TRL's own keys (`reward`, `entropy`, `clip_ratio/*`, `completions/*`, ...) keep TRL's meaning; those that the console
-and the figures use are listed too. Imports no torch: a laptop that only reads run directories needs this file.
+and the figures show are listed too. This module imports no torch, so that a run can be read on a laptop without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Metric:
     """
-    One key of `metrics.jsonl`. `reduce` says what crosses ranks and micro-batches before the one division: sums, a
-    maximum, a histogram, (`"E"`) the per-completion sums of the probe batch, (`"U"`) products of prompt groups of the
-    step's own completions (`entropy_probe_completions="rollouts"`), (`"groups"`) two products of each prompt group with the
-    gradient and itself, or (`"pairs"`) products of all pairs of completions.
+    One key of `metrics.jsonl`.
 
-    What a number is about: `"E"` is all prompts, or those of `eval_dataset`. TRL's keys on rewards and completions are
-    of the prompts as drawn. What comes of the step's own completions (`"U"`, `"groups"`, `"pairs"`, `entropy/policy`,
-    ...) is of those prompts too, but with `resample_uninformative_groups` of accepted groups: `"U"` and `"groups"` of
-    those alone, the rest of the step as it is, with groups that were kept uninformative in it. With `curriculum`
-    prompts are drawn by it. Probe files say which in their metadata (`distribution`).
+    A key of the probe batch E is about all training prompts, or about those of `eval_dataset`. A key of the step's own
+    completions is about the prompts that were drawn; with `curriculum`, that is how the curriculum draws them. With
+    `resample_uninformative_groups`, `"U"` and `"groups"` are about the groups whose rewards differ only, and
+    `entropy/policy` and the other keys of the step's completions include groups that could not be replaced. TRL's keys
+    on rewards and completions are about the prompts as first drawn. A probe file says which it is, in the entry
+    `distribution` of its metadata.
+
+    Attributes:
+        reduce: what is summed over ranks and micro-batches before the one division: `"sum"`; `"max"`; `"histogram"`;
+            `"E"`, sums over each completion of the probe batch; `"U"`, products between the prompt groups of the
+            step's own completions (`entropy_probe_completions="rollouts"`); `"groups"`, the products of each prompt
+            group's gradient with the whole gradient and with itself; `"pairs"`, products between all pairs of
+            completions; `"none"`, all ranks have the same number; `"TRL"`, as TRL does it.
     """
 
     name: str
@@ -31,137 +37,128 @@ class Metric:
     reduce: str = "sum"
 
 
-_TRL = [
-    Metric("reward", "reward", "mean over the completions of the generation batch", "TRL"),
-    Metric("loss", "reward", "loss of the step, mean over micro-batches and ranks", "TRL"),
-    Metric("grad_norm", "1", "norm of the accumulated gradient before clipping", "TRL"),
-    Metric("learning_rate", "1", "learning rate that this step used", "TRL"),
-    Metric("step_time", "s", "seconds of the optimizer step, generation included", "TRL"),
-    Metric("entropy", "nats/token", "mean over micro-batches of TRL's token mean; see entropy/policy", "TRL"),
-    Metric(
-        "kl", "nats/token", "KL to the start policy (k3 estimate): TRL's when beta > 0, else every kl_every", "sum"
-    ),
-]
+def _keys(reduce: str, rows: Iterable[tuple[str, str, str]], prefix: str = "") -> list[Metric]:
+    """Metrics of rows of name, unit and meaning."""
+    return [Metric(prefix + name, unit_, text, reduce) for name, unit_, text in rows]
 
-# The reward that says whether the answer is right; its mean over sampled completions is pass@1.
+
+# fmt: off
+_TRL = _keys("TRL", [
+    ("reward", "reward", "mean reward of the completions of the generation batch"),
+    ("loss", "reward", "loss of the step, mean over micro-batches and ranks"),
+    ("grad_norm", "1", "norm of the accumulated gradient before clipping"),
+    ("learning_rate", "1", "learning rate that this step used"),
+    ("step_time", "s", "seconds of the optimizer step, generation included"),
+    ("entropy", "nats/token", "TRL's mean token entropy, averaged over micro-batches; see entropy/policy"),
+    ("answer_check/rejected_fraction", "1", "completions whose answer is beyond the checker's limits: reward 0"),
+    ("answer_check/timeout_fraction", "1", "completions whose check ran out of time: reward 0"),
+    ("answer_check/failed_fraction", "1", "completions whose check failed: reward 0"),
+])
+
+# The reward for a correct answer; its mean over sampled completions is pass@1.
 PASS_AT_1 = "rewards/tag_pref/mean"
 
-_STEP = [
-    Metric("entropy/policy", "nats/token", "sum of token entropies / number of tokens of the step's completions"),
-    Metric("entropy/surprisal", "nats/token", "sum of -log pi of the sampled tokens / number of tokens"),
-    Metric("ratio/mean", "1", "importance ratio pi/pi_old, mean over tokens"),
-    Metric("ratio/max", "1", "largest importance ratio", "max"),
-    Metric("ratio/median", "1", "median importance ratio, to the width of a histogram bin", "histogram"),
-    Metric("ratio/p90", "1", "90th percentile of the importance ratio, to the width of a histogram bin", "histogram"),
-    Metric("ratio/p99", "1", "99th percentile of the importance ratio, to the width of a histogram bin", "histogram"),
-    Metric("completions/think_length", "tokens", "mean length of the text before </think>, where there is one"),
-    Metric("answer_check/rejected_fraction", "1", "completions whose answer is outside the limits: reward 0", "TRL"),
-    Metric(
-        "answer_check/timeout_fraction", "1", "completions whose check was killed at its deadline: reward 0", "TRL"
-    ),
-    Metric("answer_check/failed_fraction", "1", "completions whose check failed: reward 0", "TRL"),
-    Metric("completions/answered", "1", "share of completions that stopped at the closing answer tag"),
-]
+_STEP = _keys("sum", [
+    ("kl", "nats/token", "KL to the start policy (k3 estimator): TRL's if beta > 0, else every kl_every steps"),
+    ("entropy/policy", "nats/token", "mean entropy of the policy over all tokens of the step's completions"),
+    ("entropy/surprisal", "nats/token", "mean of -log pi(token) over all tokens of the step's completions"),
+    ("ratio/mean", "1", "importance ratio pi/pi_old, mean over tokens"),
+    ("completions/think_length", "tokens", "mean number of tokens before </think>, over completions that have it"),
+    ("completions/answered", "1", "fraction of completions that ended at the closing answer tag (stop_at_answer)"),
+]) + _keys("max", [
+    ("ratio/max", "1", "largest importance ratio of a token"),
+]) + _keys("histogram", [
+    ("ratio/median", "1", "median importance ratio, accurate to one histogram bin"),
+    ("ratio/p90", "1", "90th percentile of the importance ratio, accurate to one histogram bin"),
+    ("ratio/p99", "1", "99th percentile of the importance ratio, accurate to one histogram bin"),
+])
 
-_PROBES = [
-    Metric("ess/loss_weights", "completions", "effective sample size of the loss weights (T3)"),
-    Metric("ess/importance_weights", "completions", "effective sample size of the sequence ratios (T3)"),
-    Metric("ess/num_completions", "completions", "completions with a non-zero advantage"),
-]
+_EFFECTIVE_SAMPLE_SIZE = _keys("sum", [
+    ("loss_weights", "completions", "effective sample size of the weights of completions in the loss (T3)"),
+    ("importance_weights", "completions", "effective sample size of the importance ratios of whole completions (T3)"),
+    ("num_completions", "completions", "completions with a non-zero advantage"),
+], "ess/")
 
-_OPTIMIZER_STATE = [
-    Metric(f"optimizer_state/{moment}_p{percent}", "1", f"{percent}th percentile of |{moment}|", "none")
-    for moment in ("exp_avg", "exp_avg_sq")
-    for percent in (1, 10, 50, 90, 99)
-] + [
-    Metric("optimizer_state/exp_avg_sq_num_zero", "parameters", "coordinates never updated (exp_avg_sq = 0)", "none"),
-    Metric("optimizer_state/exp_avg_sq_num_below_eps_sq", "parameters", "coordinates with sqrt(v) below eps", "none"),
-]
+_OPTIMIZER_STATE = _keys("none", [
+    *((f"{moment}_p{percent}", "1", f"percentile {percent} of |{moment}| over the trained parameters")
+      for moment in ("exp_avg", "exp_avg_sq") for percent in (1, 10, 50, 90, 99)),
+    ("exp_avg_sq_num_zero", "parameters", "parameters that never had a gradient (exp_avg_sq = 0)"),
+    ("exp_avg_sq_num_below_eps_sq", "parameters", "parameters with sqrt(exp_avg_sq) below Adam's epsilon"),
+], "optimizer_state/")
+
+_CURRICULUM = _keys("none", [
+    ("num_hard", "prompts", "training prompts whose estimated pass rate is below curriculum_hard_below"),
+    ("num_normal", "prompts", "training prompts whose estimated pass rate is between the two bounds"),
+    ("num_easy", "prompts", "training prompts whose estimated pass rate is above curriculum_easy_above"),
+], "curriculum/")
+
+_RESAMPLING = _keys("none", [
+    ("num_rounds", "rounds", "rounds of generation after the first"),
+    ("num_uninformative", "groups", "groups of the first round whose rewards were all equal"),
+    ("num_kept_uninformative", "groups", "trained groups whose rewards were all equal"),
+    ("num_unused", "groups", "generated groups with unequal rewards that were not needed"),
+    ("num_completions", "completions", "completions generated in all rounds"),
+    ("informative_share", "1", "fraction of the groups of all rounds whose rewards differ"),
+    ("completions_per_accepted_group", "completions", "generated completions per trained group whose rewards differ"),
+], "resampling/") + _keys("sum", [
+    ("tokens_per_accepted_group", "tokens", "generated tokens per trained group whose rewards differ"),
+], "resampling/")
 
 _CHANGES = {
-    "measured": "measured change (T7), per-decision weights",
+    "measured": "measured change (T7), weighted token by token",
     "linear": "first-order prediction (T8)",
-    "second_order": "second-order prediction before the step (T10)",
-    "trapezoid": "trapezoid after the step (T10)",
+    "second_order": "second-order prediction (T10)",
+    "trapezoid": "trapezoid rule with the gradients before and after the step (T10)",
 }
-_CURRICULUM = [
-    Metric(f"curriculum/num_{name}", "prompts", f"training prompts whose pass rate is {text}", "none")
-    for name, text in (("hard", "low"), ("normal", "between the bounds"), ("easy", "high"))
-]
+_PREDICTIONS = [name for name in _CHANGES if name != "measured"]
+_STATISTICS = {
+    "slope": "regression slope",
+    "corrected_slope": "regression slope corrected for the noise of the prediction",
+    "correlation": "correlation",
+    "r_squared": "squared correlation",
+    "ceiling_r_squared": "largest squared correlation that the noise allows",
+}
+_COMPARED = [*(f"same_sample_{name}" for name in _PREDICTIONS), *(f"cross_{name}" for name in _CHANGES), "placebo"]
+_ENTROPY = _keys("E", [
+    ("probe_batch", "nats/token", "entropy of the policy before the step, estimated on the probe batch E"),
+    ("num_completions", "completions", "completions in E"),
+    ("importance_ess", "completions", "effective sample size of E under the policy after the step (T3)"),
+    ("sampler_ess", "completions", "effective sample size of E if vLLM drew it, by the ratio of policy to sampler"),
+    ("noise_floor", "nats/token", "apparent change when E is scored again in other batches: rounding alone"),
+    ("delta_measured_model", "nats/token", "measured change of the model in the precision of training"),
+    ("delta_measured_sequence", "nats/token", "measured change, weighted by whole completions (T6)"),
+    ("delta_linear_sequence", "nats/token", "first-order prediction, weighted by whole completions (T8)"),
+    ("delta_placebo", "nats/token", "control: first-order prediction from an earlier step's update instead"),
+    ("delta_cov_natural", "nats/token", "published predictor -Cov(log pi, A) over the step's tokens (T11)"),
+    ("delta_cov_policy_gradient", "nats/token", "published predictor -Cov(log pi, pi A) over the step's tokens (T11)"),
+    *((f"delta_{name}", "nats/token", text) for name, text in _CHANGES.items()),
+    *((f"half_{half}_{name}", "nats/token", f"{text}, from half {half} of the prompts of E")
+      for half in "ab" for name, text in _CHANGES.items()),
+    *((f"error_{name}", "nats/token", f"{_CHANGES[name]} minus measured change, on the same completions")
+      for name in _PREDICTIONS),
+    *((f"integral_{name}", "nats/token", f"entropy at the first probed step plus the sum of each {text} since")
+      for name, text in _CHANGES.items()),
+    *((f"{kind}_{name}", "1", f"{text}, measured change on prediction, over the steps so far")
+      for kind in _COMPARED for name, text in _STATISTICS.items()),
+], "entropy/")
 
-_RESAMPLING = [
-    Metric("resampling/num_rounds", "rounds", "rounds of generation beyond the first draw", "none"),
-    Metric("resampling/num_uninformative", "groups", "groups of the first draw whose rewards are all equal", "none"),
-    Metric(
-        "resampling/num_kept_uninformative", "groups", "of the groups trained on, those without a gradient", "none"
-    ),
-    Metric("resampling/num_unused", "groups", "informative groups that were drawn beyond need", "none"),
-    Metric("resampling/num_completions", "completions", "generated in all rounds", "none"),
-    Metric("resampling/informative_share", "1", "informative share of the groups of all rounds", "none"),
-    Metric(
-        "resampling/completions_per_accepted_group", "completions", "generated / informative groups trained on", "none"
-    ),
-    Metric("resampling/tokens_per_accepted_group", "tokens", "the same in tokens of completions"),
-]
-
-_ENTROPY = (
-    [
-        Metric("entropy/probe_batch", "nats/token", "entropy of the probe batch E before the step", "E"),
-        Metric("entropy/num_completions", "completions", "size of E", "E"),
-        Metric("entropy/importance_ess", "completions", "effective sample size of E after the step (T3)", "E"),
-        Metric("entropy/sampler_ess", "completions", "the same of the weights of policy over sampler (vLLM)", "E"),
-        Metric("entropy/noise_floor", "nats/token", "change by scoring E in other chunks, nothing moved", "E"),
-        Metric("entropy/delta_measured_model", "nats/token", "change of the model in training's own precision", "E"),
-        Metric("entropy/delta_measured_sequence", "nats/token", "measured change, sequence weights (T6)", "E"),
-        Metric("entropy/delta_linear_sequence", "nats/token", "first order, sequence form (T8)", "E"),
-        Metric("entropy/delta_placebo", "nats/token", "first order along an earlier step's update", "E"),
-        Metric("entropy/delta_cov_natural", "nats/token", "rival: -Cov(log pi, A) over the step's tokens (T11)", "E"),
-        Metric("entropy/delta_cov_policy_gradient", "nats/token", "rival: -Cov(log pi, pi A) (T11)", "E"),
-    ]
-    + [Metric(f"entropy/delta_{name}", "nats/token", text, "E") for name, text in _CHANGES.items()]
-    + [
-        Metric(f"entropy/half_{half}_{name}", "nats/token", f"{text}, on half {half} of E's prompts", "E")
-        for half in "ab"
-        for name, text in _CHANGES.items()
-    ]
-    + [
-        Metric(f"entropy/error_{name}", "nats/token", f"{text} minus measured, on the same completions", "E")
-        for name, text in _CHANGES.items()
-        if name != "measured"
-    ]
-    + [
-        Metric(f"entropy/integral_{name}", "nats/token", f"entropy at the start plus every {text} since", "E")
-        for name, text in _CHANGES.items()
-    ]
-    + [
-        Metric(f"entropy/{kind}_{statistic}", "1", f"{statistic} of measured on predicted over the steps so far", "E")
-        for kind in (
-            [f"same_sample_{name}" for name in _CHANGES if name != "measured"]
-            + [f"cross_{name}" for name in _CHANGES]
-            + ["placebo"]
-        )
-        for statistic in ("slope", "corrected_slope", "correlation", "r_squared", "ceiling_r_squared")
-    ]
-)
-
-_ENTROPY_OF_ROLLOUTS = [
-    Metric("entropy/delta_in_sample", "nats/token", "measured change (T7) on the step's own completions", "U"),
-    Metric(
-        "entropy/delta_cross_prompt", "nats/token", "first order, by this step's gradient, across prompts (T17)", "U"
-    ),
-    Metric("entropy/delta_cross_prompt_stderr_jackknife", "nats/token", "its conservative standard error (T17)", "U"),
-    Metric("entropy/delta_same_sample", "nats/token", "the same with each prompt's effect on itself: biased", "U"),
-    Metric("entropy/rollouts_gradient_error", "1", "|sum of the groups' gradients - gradient| / |gradient|", "U"),
-    Metric("entropy/num_coordinates_without_metric", "parameters", "coordinates left out: exp_avg_sq = 0", "none"),
-]
+_ENTROPY_OF_ROLLOUTS = _keys("U", [
+    ("delta_in_sample", "nats/token", "measured change (T7) on the completions that the step was trained on"),
+    ("delta_cross_prompt", "nats/token", "first-order effect of this step's gradient across different prompts (T17)"),
+    ("delta_cross_prompt_stderr_jackknife", "nats/token", "conservative standard error of delta_cross_prompt (T17)"),
+    ("delta_same_sample", "nats/token", "as delta_cross_prompt, with each prompt's effect on itself, hence biased"),
+    ("rollouts_gradient_error", "1", "relative difference between the sum of the groups' gradients and the gradient"),
+], "entropy/") + _keys("none", [
+    ("num_coordinates_without_metric", "parameters", "parameters left out because exp_avg_sq = 0"),
+], "entropy/")
 
 _PARTS = {
-    "momentum": "what the momentum of earlier steps makes",
-    "weight_decay": "what weight decay makes",
-    "gradient": "what this step's own completions make by the policy loss",
-    "kl": "what the KL to the reference makes (beta)",
-    "entropy_bonus": "what TRL's entropy bonus makes (entropy_coef)",
-    "entropy_control": "what the correction by entropy_control makes",
+    "momentum": "due to the momentum of earlier steps",
+    "weight_decay": "due to weight decay",
+    "gradient": "due to the policy loss on this step's completions",
+    "kl": "due to the KL term (beta)",
+    "entropy_bonus": "due to TRL's entropy bonus (entropy_coef)",
+    "entropy_control": "due to the correction by entropy_control",
 }
 RARE = 0.1  # a token is rare below this probability
 OUTCOMES = ("correct", "incorrect")
@@ -169,182 +166,138 @@ OUTCOMES_BY_PROBABILITY = ("correct_rare", "correct_common", "incorrect_rare", "
 _CATEGORIES = {
     "correct": "completions with an advantage above 0",
     "incorrect": "completions with an advantage below 0",
-    "correct_rare": "tokens of less than probability 0.1 in completions with an advantage above 0",
+    "correct_rare": "tokens below probability 0.1 in completions with an advantage above 0",
     "correct_common": "the other tokens of completions with an advantage above 0",
-    "incorrect_rare": "tokens of less than probability 0.1 in completions with an advantage below 0",
+    "incorrect_rare": "tokens below probability 0.1 in completions with an advantage below 0",
     "incorrect_common": "the other tokens of completions with an advantage below 0",
 }
-_ATTRIBUTION = (
-    [
-        Metric(f"entropy/delta_{name}", "nats/token", f"{text} of entropy/delta_linear (T9)")
-        for name, text in _PARTS.items()
-    ]
-    + [
-        Metric(f"entropy/share_{name}", "1", f"{text}, over entropy/delta_linear (T9)")
-        for name, text in _PARTS.items()
-    ]
-    + [Metric("entropy/attribution_rounding", "1", "what no part explains / sum of absolute values of all parts (T9)")]
-    + [
-        Metric(f"entropy/{key}", "1", f"{what}: {text}, over the run so far")
-        for name, text in _CATEGORIES.items()
-        for key, what in {
-            f"share_{name}": "share of delta_gradient (T9)",
-            f"share_{name}_low": "lower end of its 95 % interval (Fieller)",
-            f"share_{name}_high": "upper end of its 95 % interval (Fieller)",
-            f"token_share_{name}": "share of tokens (of completions, by sequence)",
-        }.items()
-    ]
-)
+_OF_CATEGORY = {
+    "share_{}": "share of entropy/delta_gradient (T9)",
+    "share_{}_low": "lower end of the 95 % interval of that share (Fieller)",
+    "share_{}_high": "upper end of the 95 % interval of that share (Fieller)",
+    "token_share_{}": "share of the tokens (of the completions if attributed by sequence)",
+}
+_ATTRIBUTION = _keys("sum", [
+    *((f"delta_{name}", "nats/token", f"part of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
+    *((f"share_{name}", "1", f"fraction of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
+    ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),
+    *((key.format(name), "1", f"{text}: {what}, over the run so far")
+      for name, text in _CATEGORIES.items() for key, what in _OF_CATEGORY.items()),
+], "entropy/")
 
-_NOISE_SCALE = [
-    Metric("noise_scale/num_prompts", "prompts", "prompt groups of the step", "groups"),
-    Metric("noise_scale/gradient_error", "1", "|mean_n Y_n . g / |g|^2 - 1|", "groups"),
-    Metric(
-        "noise_scale/between_prompt_trace", "1", "tr(Sigma) that more completions a prompt leave, pooled", "groups"
-    ),
-    Metric("noise_scale/within_prompt_trace", "1", "the rest of tr(Sigma), which falls as 1/G, pooled", "groups"),
-    Metric("noise_scale/between_prompt_share", "1", "share of tr(Sigma) between prompts, pooled", "groups"),
-    Metric("noise_scale/num_coordinates_without_metric", "parameters", "left out of (T16): exp_avg_sq = 0", "none"),
-] + [
-    Metric(name.format(*names), unit, f"{text}{where}", "groups")
-    for names, where in ((("simple", ""), ""), (("adam", "adam_"), ", in AdamW's metric before the step (T16)"))
-    for name, unit, text in (
-        ("noise_scale/{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14), (T15)"),
-        ("noise_scale/{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14), (T15)"),
-        ("noise_scale/{0}", "prompts", "tr(Sigma) / |G|^2, both pooled over the steps so far"),
-        ("noise_scale/{0}_lower", "prompts", "lower end of its 95 % interval (Fieller)"),
-        ("noise_scale/{0}_upper", "prompts", "upper end; none where |G|^2 is consistent with 0"),
-        ("noise_scale/{1}signal_to_noise", "1", "|G|^2 / (tr(Sigma) / P) of a step, over the steps so far"),
-        ("noise_scale/{1}suggested_prompts_lower", "prompts", "prompts for half of a noise-free step's progress"),
-        ("noise_scale/{1}suggested_prompts_upper", "prompts", "the same at the interval's upper end"),
-    )
-]
+# (name of the noise scale, prefix of the other keys) -> where it is measured.
+_METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in AdamW's metric before the step (T16)"}
+_NOISE_SCALE = _keys("groups", [
+    ("num_prompts", "prompts", "prompt groups of the step that the estimate uses"),
+    ("gradient_error", "1", "relative error of the groups' gradients Y_n along the gradient g"),
+    ("between_prompt_trace", "1", "part of tr(Sigma) that stays with any number of completions per prompt, pooled"),
+    ("within_prompt_trace", "1", "part of tr(Sigma) that falls as 1/G with G completions per prompt, pooled"),
+    ("between_prompt_share", "1", "fraction of tr(Sigma) that lies between prompts, pooled"),
+    *((name.format(*names), unit_, text + where)
+      for names, where in _METRICS_OF_NOISE.items() for name, unit_, text in (
+        ("{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14), (T15)"),
+        ("{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14), (T15)"),
+        ("{0}", "prompts", "noise scale tr(Sigma) / |G|^2, both pooled over the steps so far"),
+        ("{0}_lower", "prompts", "lower end of the noise scale's 95 % interval (Fieller)"),
+        ("{0}_upper", "prompts", "upper end of that interval; infinite where |G|^2 is consistent with 0"),
+        ("{1}signal_to_noise", "1", "|G|^2 / (tr(Sigma) / P), signal to noise of a step, pooled over steps"),
+        ("{1}suggested_prompts_lower", "prompts", "prompts per step for half of a noise-free step's progress"),
+        ("{1}suggested_prompts_upper", "prompts", "the same from the upper end of the noise scale's interval"),
+    )),
+], "noise_scale/") + _keys("none", [
+    ("num_coordinates_without_metric", "parameters", "parameters left out of (T16) because exp_avg_sq = 0"),
+], "noise_scale/")
 
-_PAIRS = {"same_prompt": "pairs of one prompt", "cross_prompt": "pairs of two prompts"}
+_PAIRS = {"same_prompt": "pairs of completions of one prompt", "cross_prompt": "pairs of completions of two prompts"}
 _PAIRS_BY_REWARD = _PAIRS | {
     f"{pairs}_{reward}": f"{text}, {reward.replace('_', ' ')}"
-    for pairs, text in _PAIRS.items()
-    for reward in ("equal_reward", "unequal_reward")
+    for pairs, text in _PAIRS.items() for reward in ("equal_reward", "unequal_reward")
 }
-_FISHER = (
-    [
-        Metric("fisher/num_completions", "completions", "completions in the kernel (T12)", "pairs"),
-        Metric("fisher/diagonal", "nats^2", "mean of K_ii", "pairs"),
-        Metric("fisher/num_coordinates_without_metric", "parameters", "left out of M: exp_avg_sq = 0", "none"),
-        Metric("fisher/effective_rank", "1", "exp(entropy of the normalised spectrum of K)", "pairs"),
-        Metric("fisher/participation_ratio", "1", "(sum l)^2 / sum l^2 over the eigenvalues l of K", "pairs"),
-        Metric("fisher/length_correlation", "1", "of cosines with T_i T_j, pairs of two prompts", "pairs"),
-        Metric("fisher/cosine_prompt_difference", "1", "mean cosine of one prompt less that of two", "pairs"),
-        Metric("fisher/cosine_prompt_difference_null_stddev", "1", "its spread when prompts are permuted", "pairs"),
-        Metric("fisher/cosine_prompt_difference_p_value", "1", "share of permutations at least as large", "pairs"),
-        Metric("fisher/change_predicted_rms", "nats", "predicted change of S_i by the step (T12), rms", "pairs"),
-        Metric("fisher/change_measured_rms", "nats", "measured change of S_i, rms", "pairs"),
-        Metric("fisher/change_slope", "1", "measured on predicted change, through the origin", "pairs"),
-        Metric("fisher/change_correlation", "1", "of measured and predicted change", "pairs"),
-    ]
-    + [
-        Metric(f"fisher/eigenvalue_{i}", "nats^2", f"eigenvalue {i} of K, from the largest", "pairs")
-        for i in (1, 2, 3)
-    ]
-    + [Metric(f"fisher/{name}", "nats^2", f"mean of K_ij, {text}", "pairs") for name, text in _PAIRS.items()]
-    + [
-        Metric(f"fisher/{form}_{name}", "1", f"mean {text}, {pairs}", "pairs")
-        for form, text in (("cosine", "cosine"), ("cosine_sq", "squared cosine"))
-        for name, pairs in _PAIRS_BY_REWARD.items()
-    ]
-    + [
-        Metric(f"fisher/change_share_{part}", "1", f"share of the predicted change: {text}", "pairs")
-        for part, text in (
-            ("own", "of the completion itself"),
-            ("same_prompt", "of the others of its prompt"),
-            ("other_prompts", "of other prompts"),
-            ("momentum", "of earlier gradients"),
-            ("weight_decay", "of the decay"),
-        )
-    ]
-    + [
-        Metric(f"fisher/trace_share_lora_{letter}", "1", f"share of LoRA's {letter} matrices in the trace of K", "sum")
-        for letter in "AB"
-    ]
-)
+_SOURCES = {
+    "own": "the completion itself",
+    "same_prompt": "the other completions of its prompt",
+    "other_prompts": "completions of other prompts",
+    "momentum": "the momentum of earlier steps",
+    "weight_decay": "weight decay",
+}
+_FISHER = _keys("pairs", [
+    ("num_completions", "completions", "completions in the kernel (T12)"),
+    ("diagonal", "nats^2", "mean of K_ii, the squared norms of the completions' scores"),
+    ("effective_rank", "1", "exp(entropy of the normalised spectrum of K)"),
+    ("participation_ratio", "1", "(sum l)^2 / sum l^2 over the eigenvalues l of K"),
+    ("length_correlation", "1", "correlation of cosine and product of lengths, pairs of completions of two prompts"),
+    ("cosine_prompt_difference", "1", "mean cosine of pairs of one prompt minus that of pairs of two prompts"),
+    ("cosine_prompt_difference_null_stddev", "1", "standard deviation of that difference when prompts are permuted"),
+    ("cosine_prompt_difference_p_value", "1", "fraction of permutations with a difference at least as large"),
+    ("change_predicted_rms", "nats", "root mean square of the predicted changes of log pi(completion) (T12)"),
+    ("change_measured_rms", "nats", "root mean square of the measured changes of log pi(completion)"),
+    ("change_slope", "1", "regression slope through the origin, measured change on predicted change"),
+    ("change_correlation", "1", "correlation of measured and predicted change"),
+    *((f"eigenvalue_{i}", "nats^2", f"eigenvalue {i} of K, from the largest") for i in (1, 2, 3)),
+    *((name, "nats^2", f"mean of K_ij, {text}") for name, text in _PAIRS.items()),
+    *((f"cosine_{name}", "1", f"mean cosine, {text}") for name, text in _PAIRS_BY_REWARD.items()),
+    *((f"change_share_{name}", "1", f"fraction of the predicted change due to {text}")
+      for name, text in _SOURCES.items()),
+], "fisher/") + _keys("none", [
+    ("num_coordinates_without_metric", "parameters", "parameters left out of the metric M because exp_avg_sq = 0"),
+], "fisher/") + _keys("sum", [
+    (f"trace_share_lora_{letter}", "1", f"fraction of the trace of K in LoRA's {letter} matrices") for letter in "AB"
+], "fisher/")
 
-_ENTROPY_CONTROL = [
-    Metric(f"entropy_control/{name}", unit_, text, "E")
-    for name, unit_, text in (
-        ("entropy", "nats/token", "entropy before the step, of the control's own completions and the step's"),
-        ("target_change", "nats/token", "change that the step was to make (T19)"),
-        ("delta_optimizer", "nats/token", "first-order change by the optimizer's step alone"),
-        ("delta_predicted", "nats/token", "first-order change by the step with its correction"),
-        (
-            "realised_previous",
-            "nats/token",
-            "change by the step before, between independent batches",
-        ),
-        ("slope", "1", "realised on predicted over the last 20 steps"),
-        ("correction_coefficient", "1", "coefficient of the correction, made or only reported"),
-        ("correction_coefficient_over_lr", "1", "the same over the learning rate: an entropy bonus's coefficient"),
-        ("relative_size", "1", "length of the correction over that of the optimizer's step, in its metric"),
-        ("infeasible", "1", "1 where the cap kept the correction below what the budget takes"),
-        ("noise_share", "1", "part of <g, g> that is noise of the estimate of grad h"),
-        ("price", "loss per nat/token", "loss that a nat per token costs, to first order"),
-        ("active", "1", "whether steps are corrected"),
-    )
-]
+_ENTROPY_CONTROL = _keys("E", [
+    ("entropy", "nats/token", "entropy before the step, from the control's own completions and the step's"),
+    ("target_change", "nats/token", "change that the step is meant to make (T19)"),
+    ("delta_optimizer", "nats/token", "first-order prediction of the change by the optimizer's step alone"),
+    ("delta_predicted", "nats/token", "first-order prediction of the change by the corrected step"),
+    ("realised_previous", "nats/token", "measured change by the previous step, from independent batches"),
+    ("slope", "1", "regression slope of measured on predicted change, over the last 20 steps"),
+    ("correction_coefficient", "1", "coefficient of the correction (T19), also when it is only reported"),
+    ("correction_coefficient_over_lr", "1", "correction_coefficient / learning rate; compares with an entropy bonus"),
+    ("relative_size", "1", "length of the correction over that of the optimizer's step, in the optimizer's metric"),
+    ("infeasible", "1", "1 if entropy_control_cap made the correction smaller than the target needs"),
+    ("noise_share", "1", "fraction of <g, g> that is noise in the estimated entropy gradient g"),
+    ("price", "loss per nat/token", "first-order increase of the loss per nat per token of entropy"),
+    ("active", "1", "1 if the step is corrected, 0 if the correction is only reported"),
+], "entropy_control/")
 
-_TOKEN_CONTROL = [
-    Metric("token_control/num_tokens", "tokens", "tokens that token_control acts on in the step"),
-    Metric(
-        "token_control/mean_covariance", "nats x advantage", "their mean covariance of log-probability and advantage"
-    ),
-]
+_TOKEN_CONTROL = _keys("sum", [
+    ("num_tokens", "tokens", "tokens of the step whose contribution token_control changes"),
+    ("mean_covariance", "nats x advantage", "mean covariance of log-probability and advantage over these tokens"),
+], "token_control/")
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for metric in _TRL
-    + _CURRICULUM
-    + _RESAMPLING
-    + _STEP
-    + _PROBES
-    + _OPTIMIZER_STATE
-    + _ENTROPY
-    + _ENTROPY_OF_ROLLOUTS
-    + _NOISE_SCALE
-    + _FISHER
-    + _ATTRIBUTION
-    + _ENTROPY_CONTROL
-    + _TOKEN_CONTROL
+    for metric in [
+        *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_OPTIMIZER_STATE, *_ENTROPY,
+        *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION, *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
+    ]
 }
 
-# What `trl-entropy evaluate` measures, each `_low` and `_high` where it has an interval; `pass@k` for k = 2, 4, ..
-EVALUATION: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("pass@1", "1", "chance that one sample is right; pass@k: that one of k is, unbiased"),
-        Metric("greedy_accuracy", "1", "share of prompts whose greedy completion is right"),
-        Metric("answer_tags", "1", "share of samples with exactly one closed answer tag"),
-        Metric("answer_tags_any", "1", "share of prompts with such a sample"),
-        Metric("well_formed", "1", "share of samples of the form that the prompt asks for"),
-        Metric("clipped", "1", "share of samples that did not end within the limit"),
-        Metric("length_mean", "tokens", "mean length of samples, the end token counted"),
-        Metric("length_std", "tokens", "standard deviation of the length over samples"),
-        Metric("length_min", "tokens", "shortest sample"),
-        Metric("length_max", "tokens", "longest sample"),
-        Metric("max_correct_length", "tokens", "longest right sample"),
-        Metric("entropy_mean", "nats/token", "entropy of the next-token distribution, sum over tokens / tokens"),
-        Metric("entropy_std", "nats/token", "its standard deviation over tokens"),
-        Metric("entropy_max", "nats/token", "its maximum over tokens"),
-        Metric("entropy_p95", "nats/token", "its 95th percentile over tokens"),
-        Metric("surprisal_mean", "nats/token", "-log pi of the sampled tokens, sum over tokens / tokens"),
-        Metric("surprisal_std", "nats/token", "its standard deviation over tokens"),
-        Metric("surprisal_max", "nats/token", "its maximum over tokens"),
-        Metric("surprisal_p95", "nats/token", "its 95th percentile over tokens"),
-        Metric("distinct_answers", "answers", "different answers among a prompt's samples, mean over prompts"),
-    )
-}
+# What `trl-entropy evaluate` measures, with `_low` and `_high` where there is an interval; pass@k for k = 1, 2, 4, ...
+EVALUATION: dict[str, Metric] = {metric.name: metric for metric in _keys("sum", [
+    ("pass@1", "1", "probability that a sample is correct; pass@k: that at least one of k samples is (unbiased)"),
+    ("greedy_accuracy", "1", "fraction of prompts whose greedy completion is correct"),
+    ("answer_tags", "1", "fraction of samples with exactly one closed answer tag"),
+    ("answer_tags_any", "1", "fraction of prompts with at least one such sample"),
+    ("well_formed", "1", "fraction of samples in the format that the prompt asks for"),
+    ("clipped", "1", "fraction of samples cut off at the maximum length"),
+    ("length_mean", "tokens", "mean length of the samples, end token included"),
+    ("length_std", "tokens", "standard deviation of the samples' length"),
+    ("length_min", "tokens", "length of the shortest sample"),
+    ("length_max", "tokens", "length of the longest sample"),
+    ("max_correct_length", "tokens", "length of the longest correct sample"),
+    *((f"{name}_{statistic}", "nats/token", text.format(what))
+      for name, what in (("entropy", "entropy of the next token"), ("surprisal", "surprisal -log pi(token)"))
+      for statistic, text in (
+          ("mean", "{}, mean over all sampled tokens"), ("std", "{}, standard deviation over tokens"),
+          ("max", "{}, largest of a token"), ("p95", "{}, 95th percentile over tokens"))),
+    ("distinct_answers", "answers", "number of different answers among a prompt's samples, mean over prompts"),
+])}
+# fmt: on
 
 
 def unit(key: str) -> str:
-    """Unit of a key; `<key>_stderr` has its key's unit, `time/*` is in seconds. Empty when unknown (a user's own)."""
+    """The unit of a key, the same for `<key>_stderr`; `time/*` is in seconds. Empty for an unknown key."""
     key = key.removeprefix("eval_").removesuffix("_stderr")
     if key.startswith("time/"):
         return "s"

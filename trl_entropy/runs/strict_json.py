@@ -1,4 +1,4 @@
-"""JSON that any reader opens, without the nan and the infinities that Python writes into it. Standard library only."""
+"""Strict JSON lines: nan and infinities, which JSON does not have, are written as null and named beside it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+# An object of JSON or YAML, as `json.loads` and `yaml.safe_load` give it.
+Json = dict[str, Any]
+# A line of `metrics.jsonl`, or a row of another table: values by name, numbers for the most part, None where unknown.
+Row = dict[str, Any]
+
 NOT_FINITE = "not_finite"
 
 
-def without_nan(value: Any) -> Any:
-    """nan and infinities as null, however deep."""
+def without_nan(value: object) -> object:
+    """`value` with every nan and infinity replaced by None, at any depth."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -19,18 +24,18 @@ def without_nan(value: Any) -> Any:
     return None if _is_not_finite(value) else value
 
 
-def to_line(row: Mapping[str, Any]) -> str:
-    """One line: what is not finite is null, and `not_finite` beside it says what it was, as `{"loss": "nan"}`."""
+def to_line(row: Mapping[str, object]) -> str:
+    """`row` as one line of JSON; a nan is written as null, and `not_finite` says what it was: `{"loss": "nan"}`."""
     not_finite = {name: str(value) for name, value in row.items() if _is_not_finite(value)}
     named = {NOT_FINITE: not_finite} if not_finite else {}
-    return json.dumps(without_nan(row) | named, allow_nan=False)
+    return json.dumps({name: without_nan(value) for name, value in row.items()} | named, allow_nan=False)
 
 
-def from_line(text: str) -> dict[str, Any]:
-    """The row of [`to_line`], nan and infinities restored. Lines with Python's `NaN` in them are read too."""
+def from_line(text: str) -> Row:
+    """The row that [`to_line`] wrote, with nan and infinities restored; Python's own `NaN` is read too."""
     row = json.loads(text)
     return row | {name: float(value) for name, value in row.pop(NOT_FINITE, {}).items()}
 
 
-def _is_not_finite(value: Any) -> bool:
+def _is_not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)

@@ -101,3 +101,11 @@ def lay_out(callbacks: Iterable[TrainerCallback], probes: Collection[str]) -> No
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_custom_scalars(layout_of(probes))
+
+
+def add_later(callbacks: Iterable[TrainerCallback], step: int, metrics: Mapping[str, float]) -> None:
+    """Have TensorBoard show numbers of an earlier step."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for name, value in metrics.items():
+                callback.tb_writer.add_scalar(_tag(name), value, step)

@@ -1,1 +1,1 @@
-"""What is trained on: prompts, the rewards of completions, and how an answer is compared with the right one."""
+"""Tasks: their prompts, the rewards of completions, and the comparison of an answer with the correct one."""

@@ -1,4 +1,4 @@
-"""Which task a run trains on, and its problems as datasets."""
+"""The settings of the task, and its problems as datasets."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ REWARDS = ("tag_pref", "tag_math_correct", "format_reward")
 
 @dataclass
 class TaskArguments:
-    """What is trained on; the settings of training itself are [`DrGRPOConfig`], those of the model `ModelConfig`."""
+    """Which problems to train on. Training is set by [`DrGRPOConfig`], the model by TRL's `ModelConfig`."""
 
-    task: str = field(default="word_problems", metadata={"help": "The task.", "choices": list(TASKS)})
+    task: str = field(default="word_problems", metadata={"help": "The task to train on.", "choices": list(TASKS)})
     dataset_path: str = field(
         default="openai/gsm8k", metadata={"help": "gsm8k: name on the hub, or a local JSONL file or folder."}
     )
-    num_train_problems: int = field(default=4096, metadata={"help": "Problems to train on, at most."})
-    num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems to evaluate on, at most."})
-    max_prompt_length: int = field(default=200, metadata={"help": "gsm8k: drop prompts of more tokens than this."})
+    num_train_problems: int = field(default=4096, metadata={"help": "Largest number of training problems."})
+    num_eval_problems: int = field(default=256, metadata={"help": "Largest number of held-out problems."})
+    max_prompt_length: int = field(default=200, metadata={"help": "gsm8k: prompts with more tokens are dropped."})
     reward_funcs: list[str] = field(
-        default_factory=lambda: ["tag_pref"], metadata={"help": "Functions of trl_entropy.tasks.rewards, summed."}
+        default_factory=lambda: ["tag_pref"],
+        metadata={"help": "Reward functions of trl_entropy.tasks.rewards; rewards are summed."},
     )
 
 
 def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset]:
-    """Problems to train on and held-out problems, with columns `prompt`, `answer`, `prompt_id`."""
+    """The training problems and the held-out problems, with the columns `prompt`, `answer` and `prompt_id`."""
     if task.task == "word_problems":
         from trl_entropy.tasks.word_problems import load_word_problems
 

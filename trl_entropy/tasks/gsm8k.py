@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 class GSM8KProblem(NamedTuple):
-    """A parsed record: the question, the worked solution without calculator marks, and the answer without commas."""
+    """A parsed record: the question, the worked solution without calculator annotations, the answer without commas."""
 
     question: str
     solution: str
@@ -32,7 +32,7 @@ class GSM8KProblem(NamedTuple):
 
     @property
     def prompt_id(self) -> str:
-        """Depends on the question alone, so it survives filters, reordered files and the way to the data."""
+        """An id that depends on the question alone: filters, the order of files and their source do not change it."""
         return f"gsm8k/{hashlib.sha256(self.question.encode()).hexdigest()[:16]}"
 
 
@@ -46,17 +46,17 @@ def load_gsm8k(
 
     Args:
         path_or_name: A JSON lines file, a directory with `train.jsonl` and `test.jsonl`, or a dataset of the hub. Each
-            record has a `question` and an `answer` whose end is `#### NUMBER`.
-        split: `"train"` or `"test"`; without effect when a file is named.
-        tokenizer: The tokenizer in use; with it prompts longer than `max_prompt_length` are dropped.
-        max_prompt_length: In tokens, template included; `None`: no limit.
+            record has a `question` and an `answer` that ends with `#### NUMBER`.
+        split: `"train"` or `"test"`; ignored when a file is named.
+        tokenizer: The tokenizer of the model; if it is given, prompts longer than `max_prompt_length` are dropped.
+        max_prompt_length: In tokens, with the template; `None`: no limit.
 
     Returns:
         A dataset with the columns `prompt`, `answer` (a string such as `"-1080"`), `prompt_id` and `question`.
 
     Raises:
         FileNotFoundError: If `path_or_name` is a path without the file.
-        ValueError: If a record cannot be parsed (named by file and line), or none is there or left.
+        ValueError: If a record cannot be parsed (the message names file and line), or no record is found or left.
     """
     problems = _read(path_or_name, split)
     rows = {
@@ -144,7 +144,7 @@ def _parse(record: object, where: str) -> GSM8KProblem:
 def _to_dataset(
     rows: dict[str, list], tokenizer: "PreTrainedTokenizerBase | None", max_prompt_length: int | None
 ) -> "Dataset":
-    """Drops prompts that are too long, says how many, and refuses an empty result."""
+    """The rows as a dataset without prompts that are too long; their number is logged. Raises if none is left."""
     from datasets import Dataset
 
     dataset = Dataset.from_dict(rows)

@@ -1,10 +1,11 @@
-"""Rewards in {0, 1} with TRL's signature, for completions that end in `<answer>...</answer>`.
+"""Reward functions with TRL's signature and values 0 and 1, for completions that end in `<answer>...</answer>`.
 
-The gold answer stands in the dataset column `answer`. Several rewards may be summed, with `reward_weights` as in TRL:
+The correct ("gold") answer is in the dataset column `answer`. Several rewards are summed with `reward_weights`, as in
+TRL:
 
     DrGRPOTrainer(..., reward_funcs=[tag_pref, format_reward])
 
-No text of a model makes a reward raise or hang: `trl_entropy.tasks.answers` compares the answers within bounds.
+A reward never raises or hangs, whatever a model writes: `trl_entropy.tasks.answers` limits every comparison.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trl_entropy.tasks.answers import Verdict, clean_answer, plain_number, rejec
 
 logger = logging.getLogger(__name__)
 
-Completion = str | list[dict[str, Any]]
+Completion = str | list[dict[str, object]]
 
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -27,17 +28,17 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 def tag_pref(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 iff there is exactly one `<answer>...</answer>` and math-verify finds it equal to the gold answer.
+    """1.0 if there is exactly one `<answer>...</answer>` and math-verify finds it equal to the gold answer, else 0.0.
 
     Args:
-        prompts: Unused, part of TRL's signature.
-        completions: Texts, or conversations of which the assistant's messages are read.
-        completion_ids: Unused, part of TRL's signature.
-        **kwargs: The other columns of the dataset, of which `answer` is needed, and TRL's `log_metric`.
+        prompts: Not used; part of TRL's signature.
+        completions: Texts, or conversations, of which the assistant's messages are read.
+        completion_ids: Not used; part of TRL's signature.
+        **kwargs: The other columns of the dataset, `answer` among them, and TRL's `log_metric`.
 
     Returns:
-        One reward for each completion. What the comparison could not decide is 0.0 and is logged, as fractions of the
-        completions: `answer_check/rejected_fraction` (answer or gold answer outside the limits),
+        One reward for each completion. A comparison that could not be decided gives 0.0; the fractions of completions
+        with such comparisons are logged: `answer_check/rejected_fraction` (answer or gold answer beyond the limits),
         `answer_check/timeout_fraction` and `answer_check/failed_fraction` (the worker died).
 
     Raises:
@@ -49,9 +50,9 @@ def tag_pref(
 def tag_math_correct(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 iff math-verify finds the last closed `<answer>...</answer>` equal to the gold answer.
+    """1.0 if math-verify finds the last closed `<answer>...</answer>` equal to the gold answer, else 0.0.
 
-    Arguments, metrics and errors are those of [`tag_pref`].
+    Arguments, logged metrics and errors are the same as those of [`tag_pref`].
     """
     return _compare([extract_answer(completion) for completion in completions], kwargs)
 
@@ -59,12 +60,12 @@ def tag_math_correct(
 def format_reward(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 iff the completion has the form that the prompt asks for, right or wrong: see [`is_well_formed`]."""
+    """1.0 if the completion has the format that the prompt asks for, correct or not ([`is_well_formed`]), else 0.0."""
     return [float(is_well_formed(completion)) for completion in completions]
 
 
 def completion_text(completion: Completion) -> str:
-    """The text of a completion; of a conversation, what the assistant said."""
+    """The text of a completion; for a conversation, the text of the assistant's messages."""
     if isinstance(completion, str):
         return completion
     contents = (message.get("content") for message in completion if message.get("role", "assistant") == "assistant")
@@ -72,16 +73,16 @@ def completion_text(completion: Completion) -> str:
 
 
 def extract_answer(completion: Completion) -> str | None:
-    """The content of the last closed answer tag, or `None` if there is none."""
+    """The content of the last closed answer tag; `None` if there is none."""
     text = completion_text(completion)
     start = text.rfind(ANSWER_OPEN, 0, max(text.rfind(ANSWER_CLOSE), 0))
     return None if start < 0 else text[start + len(ANSWER_OPEN) : text.find(ANSWER_CLOSE, start)]
 
 
 def is_well_formed(completion: Completion) -> bool:
-    """Whether a completion reads `thoughts</think> <answer>...</answer>`: each tag once, then only whitespace.
+    """Whether a completion has the form `thoughts</think> <answer>...</answer>`, each tag once, and ends after it.
 
-    `<think>` is the last word of the prompt, so the completion must not open it again.
+    The prompt ends with `<think>`, so the completion must not open it again.
     """
     thoughts, closed, rest = completion_text(completion).partition(THINK_CLOSE)
     rest = rest.strip()
@@ -92,7 +93,7 @@ def is_well_formed(completion: Completion) -> bool:
 
 
 def think_length(completion: Completion) -> int:
-    """Characters before the first `</think>`; all of them if the thoughts were never closed."""
+    """The number of characters before the first `</think>`; of all characters if there is none."""
     return len(completion_text(completion).partition(THINK_CLOSE)[0])
 
 
@@ -102,18 +103,18 @@ def _only_answer(text: str) -> str | None:
     return extract_answer(text)
 
 
-def _content_text(content: Any) -> str:
+def _content_text(content: object) -> str:
     if isinstance(content, list):  # parts of a multimodal message
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""
 
 
 def _compare(answers: list[str | None], kwargs: dict[str, Any]) -> list[float]:
-    """Rewards for the extracted answers; `None`, no answer, is 0.0 without a comparison."""
+    """The rewards of the extracted answers; a missing answer (`None`) gets 0.0."""
     golds = kwargs.get("answer")
     if golds is None:
         raise ValueError(
-            "this reward compares with the gold answer in the dataset column `answer`, and the dataset has no such "
+            "this reward compares with the gold answer in the dataset column `answer`, but the dataset has no such "
             f"column: the reward got {sorted(kwargs)}. Rename yours, `dataset.rename_column('solution', 'answer')`, "
             "and keep `remove_unused_columns=False`."
         )
@@ -127,7 +128,7 @@ def _compare(answers: list[str | None], kwargs: dict[str, Any]) -> list[float]:
 
 
 def _log_fractions(verdicts: list[Verdict], log_metric: Callable[[str, float], None] | None) -> None:
-    # TRL averages what is logged over calls and ranks, so fractions, which stay what their name says
+    # TRL averages logged values over calls and ranks; the mean of fractions is a fraction.
     if log_metric is None or not verdicts:
         return
     for kind in (Verdict.REJECTED, Verdict.TIMEOUT, Verdict.FAILED):
@@ -136,12 +137,12 @@ def _log_fractions(verdicts: list[Verdict], log_metric: Callable[[str, float], N
 
 @functools.lru_cache(maxsize=10_000)
 def _warn_of_unusable(gold: str) -> None:
-    """Say once if no completion can earn the reward for this gold answer, or only one that repeats it literally."""
+    """Warn once if no completion can earn the reward of this gold answer, or only one that repeats it literally."""
     if not gold:
-        logger.warning("a gold answer is empty: no completion of its prompt can earn a reward")
+        logger.warning("a gold answer is empty: no completion of its prompt can earn the reward")
     elif plain_number(gold) is None and (reason := reject_reason(gold)):
         logger.warning(
-            "the gold answer %.80r is outside the limits of trl_entropy.tasks.answers (%s): only a completion that "
+            "the gold answer %.80r is beyond the limits of trl_entropy.tasks.answers (%s): only a completion that "
             "repeats it literally earns the reward",
             gold,
             reason,

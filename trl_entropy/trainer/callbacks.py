@@ -1,4 +1,4 @@
-"""Callbacks that every run has: the run directory, the update's events, a clean end on SIGTERM."""
+"""Callbacks that every run has: the run directory, and a clean end on SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import logging
 import os
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.engine.ranks import any_rank
-from trl_entropy.runs import tensorboard
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.trainer.training_state import restore_log_window
-
-if TYPE_CHECKING:
-    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -60,38 +56,10 @@ class RunLogCallback(TrainerCallback):
         elif "loss" in logs:  # not the summary at the end of training, which is of no step
             self.run.append_metrics(state.global_step, logs)
 
-
-class UpdateEvents(TrainerCallback):
-    """Tells the trainer's engine when training starts and ends, and when the optimizer has stepped."""
-
-    def __init__(self, trainer: DrGRPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.start_engine()
-        restore_log_window(self.trainer)
-        names = {probe.name for probe in self.trainer.named_probes().values()}
-        tensorboard.lay_out(self.trainer.callback_handler.callbacks, names)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.engine is not None:
-            self.trainer.engine.update_done()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.end_step()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.engine is not None:
-            self.trainer.engine.close()
-            self.trainer.engine = None
+    def add_later(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add numbers to a step whose line is written already; on the main process."""
+        if hasattr(self, "run"):
+            self.run.append_later(step, metrics)
 
 
 class StopOnSignal(TrainerCallback):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from trl_entropy.runs.state import StateDict
 
 BUCKETS = ("hard", "normal", "easy")
 START_RATE = 0.5
@@ -27,9 +28,13 @@ class PassRateSampler(Sampler[int]):
         num_prompts: rows of the dataset.
         batch_size: prompts of one generation, over all processes.
         mini_repeat_count, repeat_count: as `RepeatSampler`: completions of a prompt; uses of a generation.
+        hard_below, easy_above: pass rates between which a prompt is normal.
         weights: of hard, normal, easy.
-        ema: weight of a prompt's newest group in its pass rate.
+        ema: weight of a prompt's newest group in its pass rate, in (0, 1].
         seed: of the order in which prompts come that were drawn equally long ago, and of the buckets.
+
+    Raises:
+        ValueError: for fewer prompts than a generation takes, or bounds, weights or `ema` out of their range.
     """
 
     def __init__(
@@ -44,6 +49,11 @@ class PassRateSampler(Sampler[int]):
         ema: float = 0.5,
         seed: int = 0,
     ) -> None:
+        if not (0 <= hard_below <= easy_above <= 1 and 0 < ema <= 1 and min(weights) >= 0 < max(weights)):
+            raise ValueError(
+                f"hard_below={hard_below}, easy_above={easy_above}, weights={weights}, ema={ema}: needed are 0 <= "
+                "hard_below <= easy_above <= 1, weights of 0 or more of which one is above 0, and ema in (0, 1]."
+            )
         if num_prompts < batch_size:
             raise ValueError(f"the dataset has {num_prompts} prompts, a generation takes {batch_size} distinct ones.")
         self.num_prompts, self.batch_size = num_prompts, batch_size
@@ -57,6 +67,7 @@ class PassRateSampler(Sampler[int]):
         self._next_turn = 0
         self._drawn: list[list[int]] = []  # the generations of this epoch
         self._to_replay: list[list[int]] = []
+        self.resumes_within_epoch = False
 
     def __len__(self) -> int:
         return (self.num_prompts // self.batch_size) * self.batch_size * self.mini_repeat_count * self.repeat_count
@@ -108,7 +119,7 @@ class PassRateSampler(Sampler[int]):
 
     # ---- resuming
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Everything that later draws depend on, and what this epoch has drawn, the generation fetched ahead too."""
         return {
             "rates": self.rates,
@@ -118,13 +129,11 @@ class PassRateSampler(Sampler[int]):
             "drawn": self._drawn,
         }
 
-    def load_state_dict(self, state: dict[str, Any], within_epoch: bool) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """
-        Go on from a state.
-
-        Args:
-            within_epoch: whether the next iteration is that of the same epoch, whose draws it then repeats first.
+        Go on from a state. Where `resumes_within_epoch` says so, the next iteration is that of the same epoch, whose
+        draws it then repeats first.
         """
         self.rates, self._turn, self._next_turn = state["rates"], state["turn"], state["next_turn"]
         self.generator.set_state(state["generator"])
-        self._to_replay = state["drawn"] if within_epoch else []
+        self._to_replay = state["drawn"] if self.resumes_within_epoch else []

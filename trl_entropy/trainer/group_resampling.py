@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object, send_to_device
 from jaxtyping import Bool
 from torch import Tensor
 
-from trl_entropy.rollouts.batch import join_rows
+from trl_entropy.rollouts.batch import GenerationBatch, join_rows
 
 # Round and number of a group or row, in the order of all processes.
 Place = tuple[int, int]
@@ -35,7 +35,7 @@ class ScoredRound:
         logs: TRL's tables of completions, rows of all processes.
     """
 
-    batch: dict[str, Any]
+    batch: GenerationBatch
     rewards: Tensor
     informative: Bool[Tensor, " P"]
     logs: dict[str, Any]
@@ -71,14 +71,15 @@ def chosen_groups(informative: list[Tensor]) -> list[Place]:
 
 def filled_batch(
     rounds: list[ScoredRound], chosen: list[Place], num_generations: int, rank: int, fill: dict[str, int]
-) -> dict[str, Any]:
+) -> GenerationBatch:
     """
     TRL's batch of this process with the chosen groups in place. Collective.
 
     Args:
         fill: value of padding by the name of a tensor; 0 for others.
     """
-    first, num_rows = rounds[0].batch, _num_rows(rounds[0].batch)
+    first: dict[str, Any] = {**rounds[0].batch}
+    num_rows = _num_rows(rounds[0].batch)
     rows = _rows_of(chosen, num_generations)
     moved = [place for place in rows if place[0]]
     names = [name for name, values in first.items() if isinstance(values, Tensor) and values.ndim]
@@ -94,7 +95,7 @@ def filled_batch(
         )
         return joined[index.to(device)]
 
-    return first | {name: taken(name) for name in names}
+    return cast(GenerationBatch, first | {name: taken(name) for name in names})
 
 
 def filled_rewards(rounds: list[ScoredRound], chosen: list[Place], num_generations: int) -> Tensor:
@@ -122,7 +123,7 @@ def _rows_of(groups: list[Place], num_generations: int) -> list[Place]:
     return [(number, group * num_generations + i) for number, group in groups for i in range(num_generations)]
 
 
-def _num_rows(batch: dict[str, Any]) -> int:
+def _num_rows(batch: GenerationBatch) -> int:
     return len(batch["completion_ids"])
 
 
@@ -137,6 +138,7 @@ def _gathered_rows(
         local = torch.tensor(
             [row - begin for k, row in places if k == number and begin <= row < begin + num_rows], dtype=torch.long
         )
-        payload.append({name: one.batch[name].cpu()[local] for name in names})
+        batch: dict[str, Any] = {**one.batch}
+        payload.append({name: batch[name].cpu()[local] for name in names})
     of_ranks = gather_object([payload])
     return list(itertools.chain.from_iterable(zip(*of_ranks, strict=True)))

@@ -17,8 +17,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.rollouts.batch import GenerationBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key, prompts_of
 from trl_entropy.rollouts.groups import group_numbers, groups_with_different_rewards
+from trl_entropy.runs.state import StateOwner
 from trl_entropy.trainer.curriculum import PassRateSampler
 from trl_entropy.trainer.group_resampling import (
     ScoredRound,
@@ -40,8 +43,17 @@ class PromptSelectingTrainer(ResumableTrainer):
     its tables of completions and in `_rewards`, is the filled batch.
     """
 
+    pass_reward = 1.0  # with this total reward or more a completion passes, for `curriculum`
     _rewards: Tensor
     _replacements: PassRateSampler | None = None
+
+    def state_owners(self) -> dict[str, StateOwner]:
+        owners = super().state_owners()
+        if isinstance(self._train_sampler, PassRateSampler):
+            owners["curriculum"] = self._train_sampler
+        if self._replacements is not None:
+            owners["replacements"] = self._replacements
+        return owners
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.curriculum == "none" and not self.args.resample_uninformative_groups:
@@ -55,13 +67,15 @@ class PromptSelectingTrainer(ResumableTrainer):
         self._train_sampler = self._new_sampler()
         return self._train_sampler
 
-    def _new_sampler(self) -> PassRateSampler:
+    def _new_sampler(self, **buckets: Any) -> PassRateSampler:
+        """`buckets`: arguments of the sampler, by which a subclass has other ones than the defaults."""
         return PassRateSampler(
             num_prompts=len(self.train_dataset),
             batch_size=self.args.generation_batch_size // self.num_generations,
             mini_repeat_count=self.num_generations,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
-            **self.args.curriculum_settings(),
+            seed=self.args.seed,
+            **buckets,
         )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -71,7 +85,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         self._rewards = weighted.nansum(dim=1).masked_fill(unscored, torch.nan)
         return rewards_per_func
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
         columns = list(inputs[0])
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
@@ -81,7 +95,7 @@ class PromptSelectingTrainer(ResumableTrainer):
             batch = self._replace_uninformative_groups(batch, columns)
         if isinstance(self._train_sampler, PassRateSampler):
             sizes = self._train_sampler.bucket_sizes()
-            self.record({f"curriculum/num_{name}": size for name, size in sizes.items()})
+            self.record_metrics({f"curriculum/num_{name}": size for name, size in sizes.items()})
         return batch
 
     # ---- curriculum
@@ -90,7 +104,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         """Tell the curriculum how the groups did that were scored last, those of all ranks."""
         if not isinstance(self._train_sampler, PassRateSampler):
             return
-        passed = (self._rewards >= self.args.curriculum_pass_reward).double()
+        passed = (self._rewards >= self.pass_reward).double()
         rates = passed.view(-1, self.num_generations).mean(dim=1).tolist()
         for prompt, rate in zip(self._prompts_scored_last(), rates, strict=True):
             self._train_sampler.update(dict.fromkeys(self._rows_of_prompt[prompt], rate))
@@ -102,7 +116,7 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     # ---- uninformative groups
 
-    def _replace_uninformative_groups(self, batch: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    def _replace_uninformative_groups(self, batch: GenerationBatch, columns: list[str]) -> GenerationBatch:
         """Draw and score other prompts until every group has different rewards or the bound is reached. Collective."""
         start, rounds = time.perf_counter(), [self._scored_round(batch)]
         taken = {row for prompt in self._prompts_scored_last() for row in self._rows_of_prompt[prompt]}
@@ -121,7 +135,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         self._record_resampling(rounds, time.perf_counter() - start)
         return rounds[0].batch if len(rounds) == 1 else self._filled(rounds, chosen)
 
-    def _scored_round(self, batch: dict[str, Any]) -> ScoredRound:
+    def _scored_round(self, batch: GenerationBatch) -> ScoredRound:
         numbers = group_numbers(len(self._rewards), self.num_generations, 0, self._rewards.device)
         informative = groups_with_different_rewards(self._rewards, numbers)
         return ScoredRound(batch, self._rewards, informative, plain_logs(self._logs, last=len(self._rewards)))
@@ -159,14 +173,13 @@ class PromptSelectingTrainer(ResumableTrainer):
             for row in repeated[rank * share : (rank + 1) * share]
         ]
 
-    def _filled(self, rounds: list[ScoredRound], chosen: list[tuple[int, int]]) -> dict[str, Any]:
+    def _filled(self, rounds: list[ScoredRound], chosen: list[tuple[int, int]]) -> GenerationBatch:
         """The batch of the chosen groups; rewards and tables likewise. Collective."""
         rank, size = self.accelerator.process_index, self.num_generations
         pad_token_id = self._tokenizer.pad_token_id
         fill = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
         batch = filled_batch(rounds, chosen, size, rank, fill)
-        loss_mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_mask_of(batch).sum()).sum()
         self._rewards = filled_rewards(rounds, chosen, size)
         restore_logs(self._logs, filled_logs(rounds, chosen, size))
         return batch
@@ -189,10 +202,11 @@ class PromptSelectingTrainer(ResumableTrainer):
         if num_accepted:
             metrics["completions_per_accepted_group"] = num_drawn * self.num_generations / num_accepted
             metrics["tokens_per_accepted_group"] = num_tokens / num_accepted
-        self.record({f"resampling/{name}": value for name, value in metrics.items()} | {"time/resampling": seconds})
+        self.record_metrics({f"resampling/{name}": value for name, value in metrics.items()})
+        self.record_metrics({"time/resampling": seconds})
 
 
-def check_selection(args: Any, dataset: Any) -> None:
+def check_selection(args: DrGRPOConfig, dataset: object) -> None:
     """
     Refuse a dataset that the settings cannot draw from.
 

@@ -16,19 +16,29 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.engine import ending_together, parameter_shape, rank_symmetric
 from trl_entropy.rollouts.drawing import prompts_of
 from trl_entropy.runs import checkpoints, tensorboard
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.state import StateOwner
 from trl_entropy.trainer import training_state
+from trl_entropy.trainer.curriculum import PassRateSampler
+from trl_entropy.trainer.training_state import GenerationWindow
 
 
 class ResumableTrainer(GRPOTrainer):
-    """What [`~trl_entropy.DrGRPOTrainer`] does about checkpoints; see `checkpoints.py` and `training_state.py`."""
+    """What [`~trl_entropy.DrGRPOTrainer`] does about checkpoints: `runs/checkpoints.py` and `training_state.py`."""
 
     _train_sampler: Any = None
     _data_fingerprint: str | None = None
-    _log_window: dict[str, Any] | None = None
+
+    def state_owners(self) -> dict[str, StateOwner]:
+        """What a checkpoint keeps beside transformers' own files: by name, who saves and restores it."""
+        return {"generation_window": GenerationWindow(self)}
+
+    def begin_training(self) -> None:
+        """Called when `train()` begins, before a checkpoint is loaded: forget what an exception has left half done."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -45,6 +55,7 @@ class ResumableTrainer(GRPOTrainer):
         with ending_together(self.accelerator):
             checkpoint = self._checked_checkpoint(resume_from_checkpoint)
             self._prepare_run(checkpoint, resumes=bool(resume_from_checkpoint))
+            self.begin_training()
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _prepare_run(self, checkpoint: Path | None, resumes: bool) -> None:
@@ -77,7 +88,7 @@ class ResumableTrainer(GRPOTrainer):
         if self._data_fingerprint is None:
             self._data_fingerprint = checkpoints.fingerprint(prompts_of(self.train_dataset))
         return {
-            "settings": checkpoints.settings_of(self.args),
+            "settings": contract_settings(self.args),
             "model": checkpoints.fingerprint(
                 f"{name} {list(parameter_shape(p))} {p.requires_grad}" for name, p in parameters
             ),
@@ -94,14 +105,15 @@ class ResumableTrainer(GRPOTrainer):
         if isinstance(self._train_sampler, RepeatSampler) and self._train_sampler.shuffle:
             for _ in range(epochs_trained):
                 torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
-        self.resumed_within_epoch = steps_in_epoch > 0
+        if isinstance(self._train_sampler, PassRateSampler):
+            self._train_sampler.resumes_within_epoch = steps_in_epoch > 0
         return epochs_trained, steps_in_epoch
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        training_state.load(self, Path(checkpoint))
+        training_state.load(self.state_owners(), Path(checkpoint), self.args.process_index)
         if self.args.additional_steps:  # the loaded rate is that of the shorter run's schedule
             scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
             scheduler.last_epoch -= 1
@@ -130,7 +142,7 @@ class ResumableTrainer(GRPOTrainer):
             self.args.save_total_limit = limit
         if self.args.save_only_model:
             return
-        training_state.save(self, path)
+        training_state.save(self.state_owners(), path, self.args.process_index)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})

@@ -165,8 +165,8 @@ class SetPoint:
 
     target: float
     gain: float
-    integral_gain: float
-    max_change: float
+    integral_gain: float = 0.1
+    max_change: float = 0.02
     bias: float = 0.0
 
     def budget(self, entropy: float) -> float:

@@ -1,15 +1,15 @@
 """
-Is this answer equal to the gold answer? math-verify decides, in worker processes that can be killed.
+Comparison of an answer with the gold answer by math-verify, in worker processes that can be killed.
 
-Three questions are asked in this order, so that the speed of the machine never changes a reward:
+There are three stages, in this order, so that the speed of the machine never changes a reward:
 
-1. Can it be decided without mathematics (`text.py`)? Identical text is equal, plain numbers are compared exactly, an
-   empty answer is wrong.
-2. Is the text within limits (`limits.py`)? `reject_reason` looks at length, characters, nesting, commands and a bound
-   on how large the text can grow when it is evaluated. It is a pure function of the text.
-3. math-verify decides, in a worker (`checker.py`, `worker.py`). Within the limits it needs milliseconds, rarely a
-   second. What still runs into the deadline of many seconds of CPU time is a `Verdict.TIMEOUT`, which is counted and
-   logged.
+1. Comparison of the texts (`text.py`): identical texts are equal, plain numbers are compared exactly, and an empty
+answer
+   is wrong.
+2. Limits (`limits.py`): `reject_reason` checks length, characters, nesting, commands, and a bound on the size that the
+   text can have when it is evaluated. The result depends on the text alone.
+3. math-verify in a worker (`checker.py`, `worker.py`). Within the limits it needs milliseconds, rarely a second. A
+   comparison that still exceeds the deadline of many seconds of CPU time is a `Verdict.TIMEOUT`, which is logged.
 """
 
 from trl_entropy.tasks.answers.checker import AnswerChecker, shared_checker

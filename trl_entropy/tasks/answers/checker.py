@@ -22,8 +22,9 @@ from trl_entropy.tasks.answers.text import Verdict, clean_answer, quick_verdict
 
 PROGRAM = Path(__file__).with_name("worker.py")
 
-# The deadline of a comparison is CPU time, which the worker limits by itself: a busy machine changes no verdict. This
-# factor is for what does not compute. It also keeps one call of `AnswerChecker.check` below a collective's time-out.
+# The deadline of a comparison is CPU time, which the worker limits itself, so that a busy machine changes no verdict.
+# After this many times the deadline in wall-clock time a worker counts as hanging. The factor also keeps a call of
+# `AnswerChecker.check` shorter than the timeout of a collective.
 _WALL_CLOCK_FACTOR = 12
 
 
@@ -49,7 +50,7 @@ class _Process:
         self._wait_until_ready()
 
     def ask(self, request: bytes, timeout: float) -> bytes | None:
-        """One byte of reply; empty if the process is gone, `None` if the time is over."""
+        """The reply, one byte; empty if the process has ended, `None` if the time is over."""
         self.num_requests += 1
         try:
             self._requests.write(request)
@@ -58,7 +59,7 @@ class _Process:
         return self._read(timeout)
 
     def kill(self) -> int:
-        """End the process and return its exit code, which tells if it had ended before."""
+        """End the process and return its exit code, which shows whether it had ended by itself."""
         self._process.kill()
         self._requests.close()
         self._replies.close()
@@ -82,9 +83,9 @@ class _Process:
 
 
 class _Worker:
-    """A place for one process: started when first asked, killed when it hangs, replaced when it died."""
+    """One worker process, started at the first comparison, killed when it hangs, and replaced when it dies."""
 
-    _CHECKS_PER_PROCESS = 2000  # then a fresh one: the caches of sympy and of the LaTeX parser grow
+    _CHECKS_PER_PROCESS = 2000  # then a new process, as the caches of sympy and of the LaTeX parser grow
 
     def __init__(self, deadline: float, memory_limit: int, verify_path: str | None):
         self._deadline = deadline
@@ -97,7 +98,7 @@ class _Worker:
 
     def check(self, gold: str, answer: str) -> Verdict:
         request = json.dumps([gold, answer]).encode() + b"\n"
-        for _ in range(3):  # killed from outside while idle and again while it checks: that must not change a verdict
+        for _ in range(3):  # a process killed from outside, even twice, must not change a verdict
             reply = self._running().ask(request, _WALL_CLOCK_FACTOR * self._deadline)
             if reply == b"1" or reply == b"0":
                 return Verdict.EQUAL if reply == b"1" else Verdict.DIFFERENT
@@ -122,11 +123,11 @@ class AnswerChecker:
     """Compares answers with gold answers, by math-verify where needed, in worker processes of its own.
 
     Args:
-        num_workers: Processes that run math-verify. They start when the first answer comes that is not a plain number.
-        deadline: Seconds of CPU time for one comparison, far more than what the limits let through needs.
+        num_workers: Processes that run math-verify. They start with the first answer that is not a plain number.
+        deadline: Seconds of CPU time for one comparison, far more than a text within the limits needs.
         memory_limit: Bytes of address space of a worker.
-        cache_size: Verdicts kept, least recently used first out.
-        verify_path: For tests: `file.py:function` to call in the worker in place of `math_verify_equal`.
+        cache_size: Number of verdicts to keep; the least recently used is dropped first.
+        verify_path: For tests: `file.py:function`, which the worker calls in place of `math_verify_equal`.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class AnswerChecker:
         """The verdict on each pair of gold answer and answer, in order.
 
         Raises:
-            RuntimeError: No worker can be started. No text is a reason to raise.
+            RuntimeError: If no worker can be started. No text makes this raise.
         """
         keys = [(clean_answer(gold), clean_answer(answer)) for gold, answer in pairs]
         with self._lock:
@@ -158,8 +159,8 @@ class AnswerChecker:
         return [known[key] or verified[key] for key in keys]
 
     def close(self) -> None:
-        """End the workers. A later `check` starts them again."""
-        if os.getpid() == self._owner:  # not from a process that was forked off this one
+        """End the workers. A later `check` starts new ones."""
+        if os.getpid() == self._owner:  # not in a forked process
             for worker in self._workers:
                 worker.kill()
 
@@ -201,5 +202,5 @@ def _checker_of_process(pid: int) -> AnswerChecker:
 
 
 def shared_checker() -> AnswerChecker:
-    """The checker of this process; one forked off it gets its own."""
+    """The checker of this process; a forked process gets its own."""
     return _checker_of_process(os.getpid())

@@ -1,4 +1,4 @@
-"""Limits within which math-verify needs milliseconds: on the text, and on how large it can grow when evaluated."""
+"""Limits within which math-verify needs milliseconds: on the text, and on its size when it is evaluated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_DEGREE = 100.0  # of the largest polynomial that the text can expand to
 MAX_TERMS = 300.0  # of that polynomial
 
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
-# Commands that stand for a bounded amount of work. Not here: integrals, sums, limits, determinants, operator names ...
+# Commands with a bounded amount of work; not integrals, sums, limits, determinants or operator names.
 _COMMAND_NAMES = """
 frac dfrac tfrac cfrac sqrt binom dbinom tbinom cdot cdots times div pm mp left right mleft mright text textbf
 textit textrm textnormal mathrm mathbf mathit mathbb mathcal mathsf mbox boxed fbox rm displaystyle textstyle pi
@@ -37,7 +37,7 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}")
 
 
 def reject_reason(text: str) -> str | None:
-    """Why a cleaned text is not shown to math-verify, or `None`: a function of the text alone, in linear time."""
+    """Why a cleaned text is not given to math-verify, else `None`. Depends on the text alone; takes linear time."""
     if len(text) > MAX_CHARS:
         return "length"
     if not text.isprintable():  # control and format characters, surrogates, private use
@@ -75,11 +75,11 @@ class _Size(NamedTuple):
 
 
 class _SizeBound:
-    """Upper bounds on what a text, LaTeX or not, has when evaluated and expanded: digits, degree and terms.
+    """Upper bounds on digits, degree and terms of a text, LaTeX or not, when it is evaluated and expanded.
 
-    Everything that stands side by side is taken as a product, which bounds sums too (a number counts as at least 2).
-    A power multiplies by the value of its exponent, `n!` and `\\binom` by the value of `n`. It is deliberately coarse
-    and blind to syntax: what it forbids has no place in an answer, and no text should slip below it.
+    Things side by side count as a product, which also bounds their sum (a number counts as at least 2). A power
+    multiplies by the value of its exponent, `n!` and `\\binom` by the value of `n`. The bounds are coarse and ignore
+    the syntax on purpose: no text may exceed its bound, and what they reject has no place in an answer.
     """
 
     _TOKEN = re.compile(
@@ -102,7 +102,7 @@ class _SizeBound:
         return self._group(is_text=True)
 
     def _group(self, is_text: bool = False) -> _Size:
-        """Consumes up to the closing bracket, or to the end of the text."""
+        """Reads up to the closing bracket or the end of the text."""
         total, last = _Size(), _Size()  # `last` is what a power or a factorial applies to, `total` is the rest
         while self._tokens:
             kind, token = self._tokens.pop()
@@ -132,7 +132,7 @@ class _SizeBound:
         return self._command(token) if kind == "command" else _Size()
 
     def _command(self, token: str) -> _Size:
-        """A command with all bracketed arguments that follow it."""
+        """A command with the arguments in brackets that follow it."""
         if token == r"\exp":
             return self._exponential()
         size = _Size(0.5, 1.0) if token == r"\pi" else _Size(0.0, 1.0)
@@ -153,7 +153,7 @@ class _SizeBound:
         return _power(size, argument)
 
     def _exponent(self) -> _Size:
-        """The next atom with the powers on it, which bind first: a tower counts from its top."""
+        """The next atom with its own powers, which bind more tightly: a tower is evaluated from its top."""
         while self._next_is("operator"):
             self._tokens.pop()
         if not self._tokens or self._next_is("close"):

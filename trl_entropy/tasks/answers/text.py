@@ -1,4 +1,4 @@
-"""What can be said about two answers without mathematics."""
+"""The comparison of two answers as texts, where no mathematics is needed."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from trl_entropy.tasks.answers.limits import reject_reason
 
 
 class Verdict(enum.Enum):
-    """What came of one comparison; only `EQUAL` earns a reward."""
+    """The result of a comparison; only `EQUAL` earns a reward."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
-    REJECTED = "rejected"  # outside the limits, never shown to math-verify
-    TIMEOUT = "timeout"  # the worker ran into its deadline
-    FAILED = "failed"  # the worker died or ran out of memory, and again in a fresh one
+    REJECTED = "rejected"  # beyond the limits, not given to math-verify
+    TIMEOUT = "timeout"  # the worker reached its deadline
+    FAILED = "failed"  # the worker died or ran out of memory, and so did a new one
 
 
-# At most 15 digits, six of them decimals: there exact equality is math-verify's, which rounds floats to six decimals.
+# At most 15 digits, six of them decimals: math-verify rounds floats to six decimals, so exact comparison agrees with
+# it.
 _PLAIN_NUMBER = re.compile(
     r"\$?(?P<sign>-?)(?P<value>(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?:\.[0-9]{0,6})?|\.[0-9]{1,6})"
 )
 
 
 def clean_answer(answer: object) -> str:
-    """The text that is compared: `None` is empty, whitespace is collapsed, bold markers (`**72**`) and a plus go."""
+    """The text to compare: `None` is empty, whitespace is collapsed, bold markers (`**72**`) and a plus removed."""
     text = "" if answer is None else " ".join(str(answer).split())
     return text.strip("* ").lstrip("+ ").replace("−", "-")
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The exact value of an integer or decimal such as `72`, `-1,234.50` or `$5`; `None` for any other text."""
+    """The exact value of an integer or decimal such as `72`, `-1,234.50` or `$5`; `None` for other texts."""
     match = _PLAIN_NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -41,7 +42,7 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def quick_verdict(gold: str, answer: str) -> Verdict | None:
-    """The verdict on two cleaned texts where it takes no mathematics, `None` where math-verify has to decide."""
+    """The verdict on two cleaned texts if no mathematics is needed; `None` if math-verify has to decide."""
     if not gold or not answer:
         return Verdict.DIFFERENT
     if gold == answer:

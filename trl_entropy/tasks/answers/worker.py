@@ -1,8 +1,8 @@
 """
-The program of a worker: answers comparisons by math-verify, one line each, within limits on CPU time and memory.
+The program of a worker: compares answers by math-verify, one line each, within limits on CPU time and memory.
 
-It is started by path in a fresh interpreter: `multiprocessing` would import the training script a second time, and
-torch with it. It ends when its standard input closes, whatever became of the process that started it.
+It is started by its path in a new interpreter, because `multiprocessing` would import the training script and torch
+again. It ends when its standard input closes, which also happens when the process that started it dies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROSE = re.compile(r"(?<!\S)(?!(?:and|sqrt|sin|cos|tan|cot|sec|csc|log|exp|inf)
 
 
 def math_verify_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two cleaned answers equal. Without bounds on time and memory: for the worker."""
+    """Whether math-verify finds two cleaned answers equal. Without limits on time and memory: only for the worker."""
     from math_verify import verify
     from sympy.core.random import seed
 
@@ -35,8 +35,9 @@ def math_verify_equal(gold: str, answer: str) -> bool:
 def _parse(text: str) -> list:
     """What math-verify extracts from an answer.
 
-    It looks for LaTeX only inside of a math environment, and elsewhere for numbers: of a bare `2x+3` it reads the 2.
-    So an answer is put into one, unless it brings its own or is prose, where the last number counts (`72 dollars`).
+    math-verify reads LaTeX only inside a math environment and elsewhere looks for numbers: of a bare `2x+3` it reads
+    2. An answer is therefore put into an environment, unless it has one or is prose, where the last number counts (`72
+    dollars`).
     """
     from math_verify import parse
 
@@ -69,10 +70,10 @@ def _limit_cpu_time(seconds: float) -> None:
 
 
 def _serve(deadline: str, memory_limit: str, verify_path: str | None = None) -> None:
-    """Answer each line `[gold, answer]` by one byte, `1` or `0`, until the standard input closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; this process ends with its input
+    """Reply to each line `[gold, answer]` with one byte, `1` or `0`, until the standard input closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; this process ends when its input closes
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # what a library prints must not count as a reply
     try:
         _limit(resource.RLIMIT_CORE, 0)
         if sys.platform == "linux":  # macOS refuses to set it
@@ -87,8 +88,8 @@ def _serve(deadline: str, memory_limit: str, verify_path: str | None = None) -> 
         try:
             equal = verify(*json.loads(line))
         except MemoryError:
-            os._exit(1)  # the parent tries once more in a fresh process
-        except Exception:  # an answer that cannot be read equals nothing
+            os._exit(1)  # the parent tries again in a new process
+        except Exception:  # an answer that cannot be read is not equal to anything
             equal = False
         replies.write(b"1" if equal else b"0")
 

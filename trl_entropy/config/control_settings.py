@@ -1,0 +1,121 @@
+"""The settings of what changes a step to steer the entropy: `entropy_control` and `token_control`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl_entropy.config.setting import setting
+
+
+@dataclass
+class ControlSettings:
+    """The part of [`~trl_entropy.DrGRPOConfig`] that turns controls on and says how they act."""
+
+    entropy_control: str = setting(
+        "After each optimizer step, add the smallest change of the parameters that gives the entropy the change that "
+        "is asked for (T19). hold: keep the entropy at its target. floor: only keep it from falling below. report: "
+        "change nothing, and log what would be done. Needs AdamW.",
+        "none",
+        choices=("none", "report", "floor", "hold"),
+        probe="entropy_control",
+        changes_training=("floor", "hold"),
+        logs="*changes the step*, except `report`: the smallest change of the parameters that moves the entropy to "
+        "`entropy_control_target`, or by `entropy_control_per_step`, is added after the optimizer's step (T19); "
+        "`entropy_control/*`: predicted and realised change of the entropy, size of the correction, price of entropy",
+        cost="drawing a batch of completions, and two forward and one backward passes over it, which doubles the "
+        "time of a step; with `entropy_control_completions: rollouts` nothing is drawn and the passes are over the "
+        "step's own completions",
+    )
+    entropy_control_target: float | None = setting(
+        "The entropy to steer to. Set either this or entropy_control_per_step.",
+        None,
+        unit="nats per token",
+        probe="entropy_control",
+        changes_training=True,
+    )
+    entropy_control_per_step: float | None = setting(
+        "The change of the entropy that is asked of every step, in place of a target. With floor, the least change.",
+        None,
+        unit="nats per token",
+        probe="entropy_control",
+        changes_training=True,
+    )
+    entropy_control_gain: float = setting(
+        "Which share of the distance to the target each step is asked to go.",
+        0.4,
+        probe="entropy_control",
+        changes_training=True,
+    )
+    entropy_control_completions: str = setting(
+        "Which completions the gradient of the entropy is computed from. probe: a batch drawn for this purpose. "
+        "rollouts: the step's own completions.",
+        "probe",
+        choices=("probe", "rollouts"),
+        probe="entropy_control",
+        changes_training=True,
+    )
+    entropy_control_gradient_ema: float = setting(
+        "Weight of earlier steps in the running mean of the entropy's gradient. 0 takes this step's gradient alone, "
+        "as is always done with entropy_control_completions=rollouts.",
+        0.7,
+        probe="entropy_control",
+        changes_training=True,
+    )
+    entropy_control_num_completions: int = setting(
+        "Size of the batch that is drawn for the entropy control, over all processes, with one completion for each "
+        "prompt.",
+        128,
+        unit="completions",
+        probe="entropy_control",
+        changes_training=True,
+    )
+
+    token_control: str = setting(
+        "Change the loss of a few tokens to keep the entropy up. clip_cov: leave out random tokens whose covariance "
+        "of log-probability and advantage is within token_control_bounds. kl_cov: add a penalty that holds the "
+        "tokens of the largest covariance to the policy that sampled them. Both are from arXiv:2505.22617. To "
+        "compare with: random leaves out random tokens, random_positive random tokens of positive advantage.",
+        "none",
+        choices=("none", "clip_cov", "kl_cov", "random", "random_positive"),
+        probe="token_control",
+        changes_training=True,
+        logs="*changes the loss* of a fraction of the tokens; `token_control/*`: how many tokens, and their mean "
+        "covariance of log-probability and advantage",
+        cost="a forward pass over the step's completions, unless the loss is off-policy; none with "
+        "`token_control_scope: micro_batch`",
+    )
+    token_control_scope: str = setting(
+        "Which tokens are compared with one another when some are chosen. optimizer_batch: all tokens of the step, on "
+        "all processes. micro_batch: those of one process's micro-batch, as in the code of the paper's authors.",
+        "optimizer_batch",
+        choices=("optimizer_batch", "micro_batch"),
+        probe="token_control",
+        changes_training=True,
+    )
+    token_control_fraction: float = setting(
+        "Fraction of the completion tokens that is changed. The paper's authors take 2e-4 for clip_cov.",
+        2e-3,
+        probe="token_control",
+        changes_training=True,
+    )
+    token_control_bounds: list[float] = setting(
+        "clip_cov: the lower and the upper bound of the covariance.",
+        [1.0, 5.0],
+        unit="nats x advantage; with token_control_quantiles, quantiles",
+        probe="token_control",
+        changes_training=True,
+    )
+    token_control_quantiles: bool = setting(
+        "clip_cov: read token_control_bounds as quantiles of the covariances, from 0 to 1, not as covariances.",
+        False,
+        probe="token_control",
+        changes_training=True,
+    )
+    token_control_coefficient: float = setting(
+        "kl_cov: weight of the penalty, which is the absolute log-ratio of the policy to the one that sampled, at "
+        "each chosen token.",
+        1.0,
+        unit="per nat",
+        probe="token_control",
+        changes_training=True,
+    )

@@ -1,0 +1,86 @@
+"""`docs/toggles.md`, written from the settings: `python -m trl_entropy.config.document > docs/toggles.md`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from trl import GRPOConfig
+
+from trl_entropy.config.control_settings import ControlSettings
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_settings import ProbeSettings
+from trl_entropy.config.setting import Setting, default_of, own_settings
+from trl_entropy.config.training_settings import TrainingSettings
+
+_INTRODUCTION = """\
+# Settings
+
+`DrGRPOConfig` has all fields of TRL's `GRPOConfig` and those below. Each can stand in a YAML file or on the command
+line (`--entropy_probe true`), or be given to `DrGRPOConfig(...)`. (T1), (T2), ... are equations of
+[theory.md](theory.md); the metric keys are explained in `trl_entropy/runs/metrics.py`. This page is written by
+`python -m trl_entropy.config.document`.
+"""
+_TABLES = (
+    ("Probes", ProbeSettings, "Probes only measure. Training is, bit for bit, what it is without them."),
+    ("Controls", ControlSettings, "Controls change the step or the loss to steer the entropy."),
+    ("Training", TrainingSettings, "What is trained on, and when it is evaluated."),
+)
+_CHANGES_TRAINING = (
+    "A setting that *changes training* is part of the resume contract: a checkpoint is not resumed with another "
+    "value. The settings of a control that is off are not compared."
+)
+
+
+def document() -> str:
+    """The page, in Markdown."""
+    parts = [_INTRODUCTION, "## What can be turned on\n", _table(("toggle", "logs", "cost"), _toggle_rows())]
+    parts += ["\n## All settings\n", f"{_CHANGES_TRAINING}\n"]
+    for title, config, text in _TABLES:
+        header = ("setting", "default", "choices", "unit", "changes training", "what it does")
+        parts += [f"### {title}\n", f"{text}\n", _table(header, _setting_rows(config)), ""]
+    parts += ["## TRL's fields with another default\n", _table(("field", "TRL", "here"), _changed_defaults())]
+    return "\n".join(parts)
+
+
+def _toggle_rows() -> Iterable[tuple[str, ...]]:
+    for name, setting in (one for _, config, _ in _TABLES for one in own_settings(config).items()):
+        if setting.logs:
+            turned_on = ", ".join(f"`{choice}`" for choice in setting.choices if choice != "none")
+            yield (f"`{name}`" + (f": {turned_on}" if turned_on else ""), setting.logs, setting.cost)
+
+
+def _setting_rows(config: type) -> Iterable[tuple[str, ...]]:
+    for name, setting in own_settings(config).items():
+        choices = ", ".join(f"`{choice}`" for choice in setting.choices)
+        default = _shown(default_of(config, name))
+        yield f"`{name}`", default, choices, setting.unit, _changes_training(setting), setting.help
+
+
+def _changes_training(setting: Setting) -> str:
+    if isinstance(setting.changes_training, tuple):
+        return ", ".join(f"`{choice}`" for choice in setting.changes_training)
+    return "yes" if setting.changes_training else "no"
+
+
+def _changed_defaults() -> Iterable[tuple[str, ...]]:
+    ours = {field.name: field.default for field in dataclasses.fields(DrGRPOConfig)}
+    for field in dataclasses.fields(GRPOConfig):
+        if ours[field.name] != field.default:
+            yield f"`{field.name}`", _shown(field.default), _shown(ours[field.name])
+
+
+def _shown(value: object) -> str:
+    """As YAML has it."""
+    if value is None:
+        return "not set"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(document())

@@ -1,0 +1,222 @@
+"""The settings of the probes, which measure and leave training as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl_entropy.config.setting import setting
+
+
+@dataclass
+class ProbeSettings:
+    """The part of [`~trl_entropy.DrGRPOConfig`] that turns probes on and says how they measure."""
+
+    entropy_probe: bool = setting(
+        "Measure how much each optimizer step changes the policy's entropy, and predict that change from the update.",
+        False,
+        unit="nats per token",
+        probe="entropy_probe",
+        changes_training=False,
+        logs="`entropy/delta_measured`, `_linear`, `_trapezoid` and their `_stderr`; over the run, how well "
+        "prediction and measurement agree",
+        cost="drawing a batch of completions, and about 8 forward passes over it",
+    )
+    entropy_probe_every: int = setting(
+        "The entropy probe measures every this many steps.",
+        1,
+        unit="steps",
+        probe="entropy_probe",
+        changes_training=False,
+    )
+    entropy_probe_num_completions: int = setting(
+        "Size of the batch that the entropy probe draws, over all processes, with one completion for each prompt.",
+        64,
+        unit="completions",
+        probe="entropy_probe",
+        changes_training=False,
+    )
+    entropy_probe_completions: str = setting(
+        "Which completions the entropy probe measures on. held_out: drawn for training prompts that are not in this "
+        "step. eval: drawn for prompts of eval_dataset. rollouts: the step's own completions; nothing is generated, "
+        "and a completion never predicts its own prompt's change (T17).",
+        "held_out",
+        choices=("held_out", "eval", "rollouts"),
+        probe="entropy_probe",
+        changes_training=False,
+        logs="`rollouts`: `entropy/delta_cross_prompt`, `_in_sample` (T17) in place of the others",
+        cost="`rollouts`: about 3 forward and 2 backward passes over the step's completions",
+    )
+    entropy_probe_sampler: str = setting(
+        "What draws the entropy probe's completions. model: the model's own generate. vllm: vLLM, which is faster; "
+        "completions are then weighted by the ratio of the policy's probabilities to vLLM's, and vLLM's random state "
+        "moves on.",
+        "model",
+        choices=("model", "vllm"),
+        probe="entropy_probe",
+        changes_training=False,
+    )
+    entropy_second_order: bool = setting(
+        "Also predict the change of the entropy to second order, before the step is made. Needs AdamW.",
+        False,
+        unit="nats per token",
+        probe="entropy_probe",
+        changes_training=False,
+        logs="`entropy/delta_second_order`, known before the step",
+        cost="about 13 forward passes over the probe's completions",
+    )
+    entropy_placebo: bool = setting(
+        "A control for the prediction: an earlier update, used in place of this one, predicts this step's change. It "
+        "must not explain what the step's own prediction leaves over.",
+        False,
+        unit="nats per token",
+        probe="entropy_probe",
+        changes_training=False,
+        logs="`entropy/delta_placebo`",
+        cost="a forward-mode pass over the probe's completions, and a stored copy of an earlier update",
+    )
+    entropy_attribution: str = setting(
+        "Split the predicted change of the entropy over momentum, weight decay and each completion of the step "
+        "(sequence), or each of their tokens (token). Needs AdamW.",
+        "none",
+        choices=("none", "sequence", "token"),
+        unit="nats per token",
+        probe="entropy_probe",
+        changes_training=False,
+        logs="`entropy/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus` (T9); over the run, the "
+        "shares of right and wrong, rare and common tokens; each completion's or token's part in a file",
+        cost="a forward and backward pass over the probe's completions, and one over the step's completions "
+        "(`sequence`) or a forward-mode pass over them (`token`)",
+    )
+
+    probe_batch_size: int = setting(
+        "Number of completions that a probe scores at a time. It is halved when memory runs out.",
+        64,
+        unit="completions",
+        changes_training=False,
+    )
+    probe_files_keep: int | None = setting(
+        "How many of its newest files each probe keeps. 0 keeps none; if it is not set, all are kept.",
+        None,
+        unit="files",
+        changes_training=False,
+    )
+
+    kl_every: int = setting(
+        "Measure the KL divergence to the start policy every this many steps when beta=0. 0 turns it off.",
+        0,
+        unit="steps",
+        changes_training=False,
+        logs="`kl` to the start policy when `beta=0`",
+        cost="a forward pass over the step's completions, and a stored copy of the trained parameters",
+    )
+    effective_sample_size_probe: bool = setting(
+        "Log the effective sample size of the loss weights: the number of equally weighted completions that they are "
+        "worth.",
+        False,
+        unit="completions",
+        probe="effective_sample_size_probe",
+        changes_training=False,
+        logs="`ess/loss_weights`, `ess/importance_weights` (T3)",
+        cost="none",
+    )
+    effective_sample_size_probe_every: int = setting(
+        "The effective sample size probe measures every this many steps.",
+        1,
+        unit="steps",
+        probe="effective_sample_size_probe",
+        changes_training=False,
+    )
+
+    noise_scale_probe: bool = setting(
+        "Measure the gradient noise scale from each step's own prompts, and suggest a number of prompts per step.",
+        False,
+        unit="prompts",
+        probe="noise_scale_probe",
+        changes_training=False,
+        logs="`noise_scale/grad_sq_norm`, `/grad_variance_trace` of each step (T14); over the steps so far the noise "
+        "scale in prompts with its interval, and a suggested number of prompts; the same in AdamW's metric (T16)",
+        cost="with LoRA one float32 copy of the adapter's gradient for each prompt group, taken from training's own "
+        "backward pass; with a trained head one forward and backward pass over the step's completions",
+    )
+    noise_scale_probe_every: int = setting(
+        "The noise scale probe measures every this many steps.",
+        1,
+        unit="steps",
+        probe="noise_scale_probe",
+        changes_training=False,
+    )
+    noise_scale_from: str = setting(
+        "What the noise scale is computed from. groups: the gradient of each prompt group. micro_batches: the norms "
+        "of the micro-batches' gradients, which costs little and works for any model, but with larger errors.",
+        "groups",
+        choices=("groups", "micro_batches"),
+        probe="noise_scale_probe",
+        changes_training=False,
+        logs="`micro_batches`: the same, from micro-batches of whole groups (T15), without AdamW's metric (T16)",
+        cost="`micro_batches`: reading each gradient once",
+    )
+    noise_scale_within_prompt: bool = setting(
+        "Also split the noise into its parts within and between prompts. Takes an extra pass with the two halves of "
+        "each prompt's completions, of which there must be at least 4.",
+        False,
+        probe="noise_scale_probe",
+        changes_training=False,
+        logs="the noise within and between prompts (T14)",
+        cost="one forward and backward pass over the step's completions",
+    )
+
+    fisher_probe: bool = setting(
+        "Measure how completions act on one another: the Fisher kernel of their gradients, and each completion's "
+        "predicted and measured change of log-probability. Needs AdamW.",
+        False,
+        unit="nats",
+        probe="fisher_probe",
+        changes_training=False,
+        logs="how `fisher_num_sequences` completions act on one another (T12): cosine similarities, eigenvalues, and "
+        "permutation tests to compare them with; each completion's change of log-probability, predicted by parts and "
+        "measured",
+        cost="one forward and backward pass over these completions and two forward passes; one float32 gradient (or "
+        "`fisher_sketch_dim` numbers) for each completion, but no gradients are stored when all completions fit into "
+        "one batch on one process",
+    )
+    fisher_probe_every: int = setting(
+        "The Fisher probe measures every this many steps.",
+        1,
+        unit="steps",
+        probe="fisher_probe",
+        changes_training=False,
+    )
+    fisher_num_sequences: int = setting(
+        "How many of the step's completions are in the Fisher kernel, over all processes, in whole prompt groups.",
+        32,
+        unit="completions",
+        probe="fisher_probe",
+        changes_training=False,
+    )
+    fisher_sketch_dim: int = setting(
+        "Length of the random sketch that stands in for each completion's gradient (T13); 0 takes the gradient "
+        "itself. In a sketch the kernel's diagonal K_ii stays exact. An entry K_ij has an error of sqrt((1 + "
+        "cos^2)/dim) times sqrt(K_ii K_jj), which is 0.05 at dim = 400 (at 800 where cosines are near 1). The error "
+        "of the whole kernel is 0.05 at dim = 400 (1 + fisher/participation_ratio), that of its eigenvalues 0.05 at "
+        "dim = 20 fisher/effective_rank.",
+        0,
+        unit="numbers",
+        probe="fisher_probe",
+        changes_training=False,
+    )
+
+    optimizer_state_probe: bool = setting(
+        "Log percentiles of the optimizer's moments, and for how many parameters the second moment is tiny.",
+        False,
+        probe="optimizer_state_probe",
+        changes_training=False,
+        logs="`optimizer_state/*`: percentiles of the moments, and how many parameters were never or hardly updated",
+        cost="reading the moments once",
+    )
+    optimizer_state_probe_every: int = setting(
+        "The optimizer state probe measures every this many steps.",
+        1,
+        unit="steps",
+        probe="optimizer_state_probe",
+        changes_training=False,
+    )

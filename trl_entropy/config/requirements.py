@@ -1,0 +1,108 @@
+"""What several checks ask of the settings of a run; each refusal says what to change."""
+
+from __future__ import annotations
+
+from trl import GRPOConfig
+
+from trl_entropy.config.control_settings import ControlSettings
+from trl_entropy.config.probe_settings import ProbeSettings
+from trl_entropy.config.setting import own_settings
+from trl_entropy.config.training_settings import TrainingSettings
+
+
+class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig):
+    """All settings, and the questions that the checks of probes, controls and prompts share."""
+
+    def _check_choices(self) -> None:
+        for name, described in own_settings(self).items():
+            value = getattr(self, name)
+            if described.choices and value not in described.choices:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(described.choices)}.")
+
+    @staticmethod
+    def _check_settings(remedies: dict[str, bool], needs: str, otherwise: str) -> None:
+        if needed := [setting for setting, holds in remedies.items() if not holds]:
+            raise ValueError(f"{needs}. Set {', '.join(needed)}, or {otherwise}.")
+
+    def _optimizer_name(self) -> str:
+        return str(getattr(self.optim, "value", self.optim))
+
+    def _step_of_adamw(self) -> dict[str, bool]:
+        """Setting -> whether it holds."""
+        return {"optim='adamw_torch_fused'": "adamw" in self._optimizer_name()}
+
+    def _on_policy_dr_grpo(self) -> dict[str, bool]:
+        """What makes the step's loss (T2) at ratio 1 and nothing else: setting -> whether it holds."""
+        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+        return {
+            "loss_type='dr_grpo'": self.loss_type == "dr_grpo",
+            "beta=0": self.beta == 0,
+            "num_iterations=1": self.num_iterations == 1,
+            f"steps_per_generation={accumulation} (a step uses whole generations)": accumulation % generation == 0,
+            "entropy_coef=0": self.entropy_coef == 0,
+            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
+            "vllm_importance_sampling_correction=False": not (
+                self.use_vllm and self.vllm_importance_sampling_correction
+            ),
+            "top_entropy_quantile=1": self.top_entropy_quantile == 1,
+            "off_policy_mask_threshold=None": self.off_policy_mask_threshold is None,
+        }
+
+    def _check_groups_of_a_step(self, what: str, otherwise: str) -> None:
+        """Whole prompt groups in every process's part of a step, and enough of them for standard errors."""
+        for steps in (self.steps_per_generation, self.gradient_accumulation_steps):
+            if self.per_device_train_batch_size * steps % self.num_generations:
+                below = self.per_device_train_batch_size // self.num_generations * self.num_generations
+                raise ValueError(
+                    f"{what} needs all completions of a prompt on one process and in one step, but "
+                    f"per_device_train_batch_size={self.per_device_train_batch_size} x {steps} "
+                    f"step(s) splits groups of num_generations={self.num_generations}. Try "
+                    f"per_device_train_batch_size={below + self.num_generations}, a multiple of num_generations."
+                )
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        num_prompts = self.world_size * rows // self.num_generations
+        if num_prompts < 4:
+            raise ValueError(
+                f"{what} needs at least 4 prompts a step for its standard error, this step has {num_prompts}. "
+                f"Set num_prompts_per_step=4 or more, or {otherwise}."
+            )
+
+    def _check_full_distribution(self, names: list[str]) -> None:
+        """Raises `ValueError` unless completions are drawn from the policy's own distribution, and all are kept."""
+        if not names:
+            return
+        if truncation := self.truncated_sampling():
+            raise ValueError(
+                f"{', '.join(names)}: the estimators hold for completions drawn from the policy's full distribution, "
+                f"but {truncation} changes it. Set top_k=0, top_p=1, min_p=None, repetition_penalty=1, or turn the "
+                "probe off."
+            )
+        if self.mask_truncated_completions:
+            raise ValueError(
+                f"{', '.join(names)}: mask_truncated_completions=True drops completions by their outcome, which "
+                "biases every estimator. Set mask_truncated_completions=False, or turn the probe off."
+            )
+
+    def rollouts_are_the_policys(self) -> bool:
+        """Whether a step's completions are draws of the policy that it starts from, on prompts chosen by nothing."""
+        fresh = self.num_iterations == 1 and self.gradient_accumulation_steps % self.steps_per_generation == 0
+        return fresh and not self.use_vllm and self.distribution_of_rollouts() == "all prompts"
+
+    def distribution_of_rollouts(self) -> str:
+        """Which prompts, and which of their groups, a step's completions are of, in words for the probes' files."""
+        groups = "accepted groups" if self.resample_uninformative_groups else "all prompts"
+        return groups if self.curriculum == "none" else f"{groups}, drawn by {self.curriculum}"
+
+    def enabled_probes(self) -> list[str]:
+        """Names of the probes that are turned on."""
+        return [name for name in self.__dataclass_fields__ if name.endswith("_probe") and getattr(self, name)]
+
+    def truncated_sampling(self) -> str:
+        """The sampling settings that keep tokens from being drawn with the policy's probability; empty if none."""
+        full = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0, None)}
+        extra = self.generation_kwargs or {}
+        found = {name: extra.get(name, getattr(self, name)) for name in full}
+        narrowed = {name: value for name, value in found.items() if value not in full[name]}
+        known = {*full, "stop", "stop_strings", "include_stop_str_in_output", "max_tokens", "seed"}
+        narrowed |= {name: value for name, value in extra.items() if name not in known}
+        return ", ".join(f"{name}={value}" for name, value in narrowed.items())

@@ -1,0 +1,76 @@
+"""What probes leave in the run directory: `probes/<probe>/step_*.safetensors`, gathered over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.runs.directory import RunDirectory
+
+_ROLLOUTS = ("input_ids", "attention_mask", "completion_mask", "prompt_index", "rewards", "advantages")
+
+
+class ProbeFiles:
+    """
+    Writes the files of all probes of a run.
+
+    Args:
+        args: where to, and how many files to keep.
+        accelerator: of the processes whose rows are gathered.
+        learning_rate: that of the present step, for the files' metadata.
+    """
+
+    def __init__(self, args: DrGRPOConfig, accelerator: Accelerator, learning_rate: Callable[[], float]) -> None:
+        self._args, self._accelerator, self._learning_rate = args, accelerator, learning_rate
+        self._rollouts_written: int | None = None  # the step whose rollouts were written last
+
+    def reset(self) -> None:
+        """Training begins anew: the next step's rollouts are not written yet."""
+        self._rollouts_written = None
+
+    def write(self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None) -> None:
+        """
+        Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective.
+
+        Args:
+            tensors: this process's rows by name; `completion_mask` is among them and says how many columns the
+                completions have.
+            distribution: which prompts and groups the numbers are about, where these are not the step's own.
+        """
+        width = torch.tensor([tensors["completion_mask"].shape[1]], device=self._accelerator.device)
+        missing = int(self._accelerator.gather(width).max() - width)  # columns that other ranks have more
+        gathered = {}
+        for name, rows in tensors.items():
+            if rows.ndim > 1:  # completions are padded on the right, then prompts on the left
+                rows = torch.nn.functional.pad(rows, (0, missing))
+                rows = self._accelerator.pad_across_processes(rows, dim=1, pad_first=True)
+            gathered[name] = self._accelerator.gather(rows)
+        self.write_gathered(probe, step, gathered, distribution)
+
+    def write_gathered(
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None, **more: str
+    ) -> None:
+        """Write `probes/<probe>/step_*.safetensors` on the main process, from tensors of all processes. Local."""
+        args = self._args
+        if not self._accelerator.is_main_process or args.probe_files_keep == 0:
+            return
+        metadata = {
+            "temperature": args.temperature,
+            "learning_rate": self._learning_rate(),
+            "sampler": "vllm" if "sampling_logps" in tensors else "policy",
+            "distribution": distribution or args.distribution_of_rollouts(),
+            **more,
+        }
+        RunDirectory(args.output_dir).write_probe_file(probe, step, tensors, metadata, args.probe_files_keep)
+
+    def write_rollouts(self, step: int, rollouts: RolloutBatch) -> None:
+        """Write the step's own completions, once however many probes ask for them. Collective."""
+        if self._rollouts_written == step:
+            return
+        self._rollouts_written = step
+        self.write("rollouts", step, {name: getattr(rollouts, name) for name in _ROLLOUTS})

@@ -1,0 +1,284 @@
+"""`ProbeRunner`: sends a step's events to the probes, measures the time they take, and holds the engine they read."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.engine import Engine, UpdateContext, build_engine
+from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
+from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_record import StepRecord
+from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
+from trl_entropy.rollouts.drawing import ProbeBatchSampler
+from trl_entropy.runs import tensorboard
+from trl_entropy.runs.state import StateDict
+
+
+@runtime_checkable
+class StepHost(Protocol):
+    """What the runner needs of the trainer that it works for."""
+
+    args: DrGRPOConfig
+    state: TrainerState
+    control: TrainerControl
+    accelerator: Accelerator
+    model: nn.Module
+    model_wrapped: nn.Module
+    optimizer: Any  # what `accelerator.prepare` returned
+    callback_handler: CallbackHandler
+
+    @property
+    def current_step(self) -> int:
+        """The step being made: from theta_(step - 1) to theta_step."""
+
+    def record_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log scalars with the current step."""
+
+
+@dataclass(frozen=True)
+class ScoredMicroBatch:
+    """
+    What the loss computed about a micro-batch anyway.
+
+    Attributes:
+        loss_logps: log pi of the sampled tokens, nats, with the loss's graph.
+        loss_entropy: entropy of the next-token distributions, nats, with the loss's graph.
+        log_ratio: log pi - log pi_old, nats; None on policy, where it is zero by definition.
+        mask: 1 for the tokens that the loss counts.
+    """
+
+    loss_logps: Float[Tensor, "b T"]
+    loss_entropy: Float[Tensor, "b T"]
+    log_ratio: Float[Tensor, "b T"] | None
+    mask: Int[Tensor, "b T"]
+
+
+class ProbeRunner(TrainerCallback):
+    """
+    The trainer tells it where training stands; it calls the probes that want the step, in the order of the trainer's
+    callbacks, and logs what they put into `metrics` and how long they took.
+
+    A callback itself, for the events that transformers sends; it stands before the probes. The rest comes through
+    [`around_micro_batch`], [`micro_batch_done`], [`rollouts_drawn`], [`rollouts_complete`] and [`gradients_ready`].
+    """
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.last_step: StepRecord | None = None
+        self._micro_batches: list[TrainingBatch] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._coefficients = LossCoefficientRecorder()
+
+    def attach(self, host: StepHost, sampler: ProbeBatchSampler, files: ProbeFiles) -> None:
+        """Name what to work with; before that no event may come."""
+        self._host, self._sampler, self._files = host, sampler, files
+
+    # ---- the probes
+
+    def probes(self) -> list[Probe]:
+        """All probes of the run, in the order in which events reach them."""
+        return [callback for callback in self._host.callback_handler.callbacks if isinstance(callback, Probe)]
+
+    def named_probes(self) -> dict[str, Probe]:
+        """
+        The probes by `Probe.state_name`, under which a checkpoint has their state.
+
+        Raises:
+            ValueError: when two probes that have a state share a name.
+        """
+        named: dict[str, Probe] = {}
+        for probe in self.probes():
+            if probe.state_name in named and type(probe).state_dict is not Probe.state_dict:
+                raise ValueError(
+                    f"two probes have the state_name {probe.state_name!r}, by which a checkpoint knows their state. "
+                    "Give one of them another state_name."
+                )
+            named.setdefault(probe.state_name, probe)
+        return named
+
+    def _wanting(self) -> list[Probe]:
+        return [probe for probe in self.probes() if probe.wants(self._host.current_step)]
+
+    def wants_step(self) -> bool:
+        """Whether any probe measures the present step."""
+        return bool(self._wanting())
+
+    def _send(self, event: str, **kwargs: Any) -> None:
+        """Call `event` of every probe that wants this step, and log what it puts into `metrics`."""
+        host = self._host
+        model = host.accelerator.unwrap_model(host.model)
+        for probe in self._wanting():
+            metrics: dict[str, float] = {}
+            start = time.perf_counter()
+            getattr(probe, event)(
+                host.args,
+                host.state,
+                host.control,
+                metrics=metrics,
+                accelerator=host.accelerator,
+                model=model,
+                sampler=self._sampler,
+                files=self._files,
+                **kwargs,
+            )
+            self._seconds[probe.name] += time.perf_counter() - start
+            host.record_metrics(metrics)
+
+    # ---- training begins and ends
+
+    def reset(self) -> None:
+        """Forget what an earlier training left that ended inside a step, with an exception."""
+        self._micro_batches.clear()
+        self._seconds.clear()
+        self._coefficients.forget()
+        self._files.reset()
+        self.last_step = None
+        if self.engine is not None:
+            self._close_engine()
+        for probe in self.probes():
+            probe.reset()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask each probe whether its equations hold; read the update if one listens to it."""
+        host, probes = self._host, self.probes()
+        model = host.accelerator.unwrap_model(host.model)
+        self.named_probes()  # refuses two of one name
+        for probe in probes:
+            probe.check_model(host.args, model)
+        if any(probe.watches_updates() for probe in probes):  # only then must the engine be one that we can read
+            self._start_engine()
+        tensorboard.lay_out(host.callback_handler.callbacks, {probe.name for probe in probes})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.engine is not None:
+            self._close_engine()
+
+    def _start_engine(self) -> None:
+        host = self._host
+        self.engine = build_engine(host.accelerator, host.model_wrapped, host.optimizer, host.args.max_grad_norm)
+        self.engine.register(
+            wants=lambda: any(probe.watches_updates() for probe in self._wanting()),
+            before_update=self._before_update,
+            after_update=self._after_update,
+        )
+
+    def _close_engine(self) -> None:
+        assert self.engine is not None
+        self.engine.close()
+        self.engine = None
+
+    # ---- rollouts and micro-batches
+
+    def rollouts_drawn(self, batch: TrainingBatch) -> None:
+        """A generation has been drawn and rewarded, at theta after the last step."""
+        listening = [probe for probe in self.probes() if type(probe).on_rollouts_drawn is not Probe.on_rollouts_drawn]
+        if listening:
+            self._send("on_rollouts_drawn", drawn=RolloutBatch.from_micro_batches([batch]), record=self.last_step)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of the present step that are done."""
+        return len(self._micro_batches)
+
+    @contextlib.contextmanager
+    def around_micro_batch(self, inputs: TrainingBatch) -> Iterator[None]:
+        """Around a micro-batch's forward and backward."""
+        host = self._host
+        model = host.accelerator.unwrap_model(host.model)
+        with contextlib.ExitStack() as around:
+            wanting = self._wanting()
+            if any(probe.needs_loss_coefficients for probe in wanting):
+                around.enter_context(self._coefficients.around(inputs))
+            for probe in wanting:
+                around.enter_context(
+                    probe.around_micro_batch(host.args, host.state, host.control, inputs=inputs, model=model)
+                )
+            yield
+
+    def micro_batch_done(self, inputs: TrainingBatch, scored: ScoredMicroBatch) -> None:
+        """After the loss of a micro-batch, before its backward."""
+        if any(probe.needs_loss_coefficients for probe in self._wanting()):
+            self._coefficients.watch(inputs, scored.loss_logps, scored.loss_entropy)
+        self._send(
+            "on_micro_batch",
+            inputs=inputs,
+            mask=scored.mask,
+            loss_logps=scored.loss_logps,
+            loss_entropy=scored.loss_entropy,
+            per_token_logps=scored.loss_logps.detach(),
+            token_entropy=scored.loss_entropy.detach(),
+            log_ratio=scored.log_ratio,
+        )
+        self._micro_batches.append(inputs)
+
+    def rollouts_complete(self) -> None:
+        """The step's last micro-batch is in."""
+        rollouts = RolloutBatch.from_micro_batches(self._micro_batches)
+        self._micro_batches = []
+        self.last_step = StepRecord(self._host.current_step, rollouts)
+        self._send("on_rollouts", rollouts=rollouts, record=self.last_step)
+
+    # ---- the update
+
+    def gradients_ready(self) -> None:
+        """After the backward of the step's last micro-batch."""
+        if self.engine is not None:
+            self.engine.gradients_ready()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.engine is not None:
+            self.engine.update_done()
+
+    def _before_update(self, update: UpdateContext) -> None:
+        record = self.last_step
+        assert record is not None, "rollouts_complete comes before the update"
+        if any(probe.needs_loss_coefficients for probe in self._wanting()):
+            host, mask = self._host, record.rollouts.completion_mask
+            record.loss_coefficients = self._coefficients.of_step(mask, host.args, host.accelerator.num_processes)
+        self._send_update("on_before_update", update)
+
+    def _after_update(self, update: UpdateContext) -> None:
+        self._send_update("on_after_update", update)
+
+    def _send_update(self, event: str, update: UpdateContext) -> None:
+        record = self.last_step
+        assert record is not None
+        self._send(event, update=update, engine=self.engine, rollouts=record.rollouts, record=record)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log how long each probe took in this step, seconds."""
+        self._host.record_metrics({f"time/{name}": seconds for name, seconds in self._seconds.items()})
+        self._seconds.clear()
+
+    # ---- resuming
+
+    def state_dict(self) -> StateDict:
+        """The state of every probe, by its `state_name`."""
+        return {name: probe.state_dict() for name, probe in self.named_probes().items()}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Give each probe its state back; one that is turned on later has none."""
+        for name, probe in self.named_probes().items():
+            if name in state:
+                probe.load_state_dict(state[name])

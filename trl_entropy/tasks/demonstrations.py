@@ -1,0 +1,44 @@
+"""The demonstrations that supervised fine-tuning learns from, and the settings that choose them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class DemonstrationArguments:
+    """Which demonstrations to learn from. Training is set by TRL's `SFTConfig`, the model by its `ModelConfig`."""
+
+    task: str = field(
+        default="gsm8k", metadata={"help": "The task to learn from.", "choices": ["gsm8k", "word_problems"]}
+    )
+    dataset_path: str = field(
+        default="openai/gsm8k", metadata={"help": "gsm8k: name on the hub, or a local JSONL file or folder."}
+    )
+    num_demonstrations: int | None = field(
+        default=None,
+        metadata={"help": "Largest number of demonstrations; not set: all (word_problems: 4096)."},
+    )
+    max_prompt_length: int = field(
+        default=200, metadata={"help": "gsm8k: prompts with more tokens than this are dropped."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Also save the model with its adapter merged, in <output_dir>/merged."}
+    )
+
+
+def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    """Prompts in the R1 template with worked solutions, in the columns `prompt` and `completion`."""
+    if task.task == "word_problems":
+        from trl_entropy.tasks import word_problems
+
+        return word_problems.load_demonstrations(task.num_demonstrations or 4096, seed, flawed_share=0.0)
+    from trl_entropy.tasks.gsm8k import load_gsm8k_demonstrations
+
+    dataset = load_gsm8k_demonstrations(task.dataset_path, "train", tokenizer, task.max_prompt_length)
+    return dataset.select(range(min(task.num_demonstrations or len(dataset), len(dataset))))

@@ -1,0 +1,51 @@
+"""`ProbeBatches`: draws probe batches with what generates the rollouts, and leaves training as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from trl import GRPOTrainer
+
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.rollouts.drawing import draw_prompts, own_randomness, pack_completions
+from trl_entropy.rollouts.generation import generating_with_the_model
+from trl_entropy.trainer.step_prompts import StepPrompts
+
+
+class ProbeBatches:
+    """
+    A [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]: training's random state, the order of its prompts and its
+    metrics stay as they were.
+
+    Written against trl 1.16, whose `_tokenize_prompts` and `_generate_single_turn` it calls.
+
+    Args:
+        trainer: whose policy, datasets and sampler are used.
+        step_prompts: the prompts of the present step, from which nothing is drawn.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, step_prompts: StepPrompts) -> None:
+        self._trainer, self._step_prompts = trainer, step_prompts
+
+    def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
+        """As the protocol says."""
+        trainer = self._trainer
+        dataset = trainer.train_dataset if source == "held_out" else trainer.eval_dataset
+        exclude = self._step_prompts.all() if source == "held_out" else set()
+        rank, share = trainer.accelerator.process_index, num_prompts // trainer.accelerator.num_processes
+        seed = trainer.args.seed
+        prompts = draw_prompts(dataset, num_prompts, exclude, (seed, step))[rank * share : (rank + 1) * share]
+        own_sampler = generating_with_the_model(trainer) if sampler == "model" else contextlib.nullcontext()
+        with own_sampler:
+            return self.draw_completions(prompts, (seed, step, rank), rank * share)
+
+    def draw_completions(self, prompts: list[Any], seed: tuple[int, ...], first_prompt: int = 0) -> Completions:
+        """One completion of each prompt, numbered from `first_prompt`, by whatever generates now. Local."""
+        trainer, device = self._trainer, self._trainer.accelerator.device
+        with own_randomness(seed, device):
+            prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+            completion_ids, logps = trainer._generate_single_turn(prompt_ids, images, fields, 1)
+        return pack_completions(
+            prompt_ids, completion_ids, first_prompt, trainer._tokenizer.pad_token_id, device, logps
+        )
