@@ -19,7 +19,7 @@ from trl_entropy.experiments.state import FixedState
 from trl_entropy.gradients.group_gradients import flat
 from trl_entropy.gradients.scores import TokenScores, score
 from trl_entropy.gradients.sequence_products import entropy_shares, gradients_of, weighted_logps
-from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 
 NUM_BLOCKS = 32
@@ -46,7 +46,8 @@ class LargeSet:
 
     @cached_property
     def rollouts(self) -> RolloutBatch:
-        policy, batches = self.state.on_held_out(), []
+        policy = self.state.on_held_out()
+        batches: list[TrainingBatch] = []
         for start in range(0, self.num_completions, ROWS_PER_CHUNK):
             seeds, size = (self.seed, _LARGE_SET, start), min(ROWS_PER_CHUNK, self.num_completions - start)
             problems = policy.draw_problems(size // GROUP_SIZE, seeds)
@@ -100,8 +101,8 @@ class LargeSet:
         return self.rollouts.completion_mask
 
     def _score(self, params: Vector) -> TokenScores:
-        # Not `state.score`: at its first use the set is drawn inside this block, with `params` in the model. Called by
-        # `moved` it is drawn by the policy after a step; to draw it from `state.before` would change known numbers.
+        # Not `state.score`: at its first use the set is drawn inside this block, with `params` in the model. In
+        # `moved` it is then drawn by the policy after a step; `state.before` would change published numbers.
         with self.state.engine.scoring_model(params) as model:
             completions, temperature = Completions.of(self.rollouts), self.state.args.temperature
             return score(model, completions, temperature, self.batch_size, params)
