@@ -41,7 +41,7 @@ class Listener(Probe):
 
     def on_after_update(self, args, state, control, *, metrics, record, update, **kwargs):
         self.events.append("after")
-        record.keep(update)
+        record.keep_update()
         self.moved.append({name: value.clone() for name, value in update.update.items()})
 
 
@@ -70,17 +70,42 @@ def test_loss_coefficients_are_the_losss_own_derivatives(make_trainer):
     assert coefficients.kl is None
 
 
+class Seldom(Listener):
+    """Measures every second step."""
+
+    def __init__(self):
+        super().__init__()
+        self.every = 2
+
+
+def test_probes_of_different_cadence_share_what_is_recorded(make_trainer):
+    """Neither gets rows of steps that the other alone, or none, wanted; each measured step is finished by the next."""
+    always, seldom = Listener(), Seldom()
+    attribution = {"entropy_probe": True, "entropy_probe_num_completions": 4, "entropy_attribution": "sequence"}
+    make_trainer(callbacks=[seldom], max_steps=5, entropy_probe_every=3, **attribution).train()
+    make_trainer(callbacks=[always, Seldom()], max_steps=4).train()
+    for listener, num_measured in ((always, 4), (seldom, 2)):
+        assert len(listener.coefficients) == num_measured
+        assert all(len(found.policy) == 16 for found, _ in listener.coefficients)
+    assert [step for _, step, _ in seldom.drawn] == [None, 1, 2, 3, 4]
+    assert [bool(update) for _, _, update in seldom.drawn] == [False, False, True, False, True]
+
+
 def test_numbers_of_an_earlier_step_join_its_line(make_trainer):
     class Late(Probe):
         def on_rollouts(self, args, state, control, *, metrics, **kwargs):
             if state.global_step:
                 trainer.record_metrics({"my/late": float(state.global_step)}, step=state.global_step)
 
+        def on_step_end(self, args, state, control, **kwargs):  # before the step's line is written
+            trainer.record_metrics({"my/early": float(state.global_step)}, step=state.global_step)
+
     trainer = make_trainer(callbacks=[Late()], max_steps=3)
     trainer.train()
     rows = RunDirectory(trainer.args.output_dir).metrics()
     assert [row["step"] for row in rows] == [1, 2, 3] and all("reward" in row for row in rows)
     assert [row.get("my/late") for row in rows] == [1.0, 2.0, None]
+    assert [row.get("my/early") for row in rows] == [1.0, 2.0, 3.0]
     RunDirectory(trainer.args.output_dir).cut_after(2)
     assert RunDirectory(trainer.args.output_dir).metrics() == rows[:2]
 
@@ -112,9 +137,10 @@ def test_state_does_not_hang_on_the_place_in_the_list(make_trainer, tmp_path):
 
 
 def test_two_probes_of_one_state_name_are_refused(make_trainer):
-    with pytest.raises(ValueError, match=r"two probes have the state_name 'Counter'.*Give one of them another"):
+    with pytest.raises(ValueError, match=r"two probes have the state_name 'Counter'.*Set another state_name"):
         make_trainer(callbacks=[Counter(), Counter(every=2)]).train()
-    named = type("Other", (Counter,), {"state_name": "other"})()
+    named = Counter()
+    named.state_name = "other"
     trainer = make_trainer(callbacks=[Counter(), named], max_steps=1)
     trainer.train()
     assert set(trainer.probe_runner.state_dict()) == {"Counter", "other"}
@@ -149,4 +175,8 @@ def test_training_again_after_an_exception_begins_the_step_anew(make_trainer):
     (row,) = RunDirectory(trainer.args.output_dir).metrics()
     assert FailsOnce.has_failed and listener.resets == 2
     assert row["my/num_rows"] == 16 and len(listener.coefficients[-1][0].policy) == 16
-    assert row["ess/num_completions"] <= 16
+    assert row["ess/importance_weights"] == pytest.approx(16)  # 24 with those of the first attempt
+    assert listener.events[-6:] == ["drawn", "micro-batch", "micro-batch", "rollouts", "before", "after"]
+    (drawn, _, _), rollouts = listener.drawn[-1], listener.coefficients[-1][1]
+    assert sorted(drawn.completion_ids.tolist()) == sorted(rollouts.completion_ids.tolist())  # of one generation
+    assert row["reward"] == pytest.approx(rollouts.rewards.mean().item())  # not averaged with the first attempt's

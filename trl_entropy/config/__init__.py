@@ -1,1 +1,1 @@
-"""The settings of a run: fields, checks before anything is loaded, and the command line that fills them."""
+"""The settings of a run: fields, checks before anything is loaded, what a resumed run must share, command lines."""

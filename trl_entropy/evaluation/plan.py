@@ -1,4 +1,4 @@
-"""The plan of an evaluation: which checkpoints, how many problems, and how to sample. Imports no torch."""
+"""The plan of an evaluation: which checkpoints, how many problems, and how to sample."""
 
 from __future__ import annotations
 

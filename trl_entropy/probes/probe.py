@@ -27,17 +27,20 @@ class Probe(TrainerCallback):
 
     Attributes:
         name: of the probe's files and of its key `time/<name>`.
-        state_name: under which checkpoints keep the probe's state. Two probes of a run must differ in it.
+        state_name: under which checkpoints keep the probe's state; empty: the class's name. Two probes of a run that
+            have a state must differ in it.
         needs_loss_coefficients: whether to record how the loss depends on each token's score, by hooks on training's
             own backward pass; the events of the update then find it in `record.loss_coefficients`.
 
     Args:
         every: cadence in optimizer steps.
 
+    When training begins: `reset`, `load_state_dict` (when it is resumed), `check_model`, then the events of the steps.
     Step s is the update from theta_(s-1) to theta_s, so during a step `state.global_step` is still s - 1.
     """
 
     name = "probe"
+    state_name = ""
 
     def __init__(self, every: int = 1) -> None:
         if every < 1:
@@ -48,11 +51,6 @@ class Probe(TrainerCallback):
     def from_config(cls, args: DrGRPOConfig) -> Probe:
         """The probe that the toggle `<name>_probe` turns on."""
         return cls(every=getattr(args, f"{cls.name}_probe_every"))
-
-    @property
-    def state_name(self) -> str:
-        """The class's name, unless a subclass says otherwise."""
-        return type(self).__name__
 
     @property
     def needs_loss_coefficients(self) -> bool:
@@ -67,14 +65,18 @@ class Probe(TrainerCallback):
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         """
-        Called when training begins, with the unwrapped model: refuse what the probe's equation does not cover.
+        Called when the model is prepared and a checkpoint loaded, with the unwrapped model: refuse what the probe's
+        equation does not cover.
 
         Raises:
             ValueError: saying what was found and what to change.
         """
 
     def reset(self) -> None:
-        """Called when `train()` begins: forget what a training that ended inside a step has left half done."""
+        """
+        Called when `train()` begins, before anything is loaded: forget what a training that ended inside a step, with
+        an exception, has left half done.
+        """
 
     # ---- events of a step, in their order
 
@@ -82,8 +84,9 @@ class Probe(TrainerCallback):
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
-        Each time completions were generated and rewarded, by the parameters after the last step, before they are
-        shuffled and split: `drawn` (`RolloutBatch`), `record` (`StepRecord` of the step before, or None).
+        Each time completions were generated and rewarded, whatever the cadence, by the parameters after the last step
+        and before they are shuffled and split: `drawn` (`RolloutBatch`), `record` (`StepRecord` of the step before;
+        None at the first step and after a resume).
         """
 
     def around_micro_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.drawing import ProbeBatchSampler
 from trl_entropy.runs import tensorboard
 from trl_entropy.runs.state import StateDict
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -94,19 +97,22 @@ class ProbeRunner(TrainerCallback):
 
     def named_probes(self) -> dict[str, Probe]:
         """
-        The probes by `Probe.state_name`, under which a checkpoint has their state.
+        The probes that have a state, by the name under which a checkpoint has it.
 
         Raises:
-            ValueError: when two probes that have a state share a name.
+            ValueError: when two of them share a name.
         """
         named: dict[str, Probe] = {}
         for probe in self.probes():
-            if probe.state_name in named and type(probe).state_dict is not Probe.state_dict:
+            if type(probe).state_dict is Probe.state_dict:
+                continue
+            name = probe.state_name or type(probe).__name__
+            if name in named:
                 raise ValueError(
-                    f"two probes have the state_name {probe.state_name!r}, by which a checkpoint knows their state. "
-                    "Give one of them another state_name."
+                    f"two probes have the state_name {name!r}, by which a checkpoint knows their state. Set another "
+                    "state_name on one of them: probe.state_name = '...'."
                 )
-            named.setdefault(probe.state_name, probe)
+            named[name] = probe
         return named
 
     def _wanting(self) -> list[Probe]:
@@ -116,11 +122,14 @@ class ProbeRunner(TrainerCallback):
         """Whether any probe measures the present step."""
         return bool(self._wanting())
 
-    def _send(self, event: str, **kwargs: Any) -> None:
-        """Call `event` of every probe that wants this step, and log what it puts into `metrics`."""
+    def _records_coefficients(self) -> bool:
+        return any(probe.needs_loss_coefficients for probe in self._wanting())
+
+    def _send(self, event: str, probes: list[Probe] | None = None, **kwargs: Any) -> None:
+        """Call `event` of every probe that wants this step, or of `probes`, and log what it puts into `metrics`."""
         host = self._host
         model = host.accelerator.unwrap_model(host.model)
-        for probe in self._wanting():
+        for probe in self._wanting() if probes is None else probes:
             metrics: dict[str, float] = {}
             start = time.perf_counter()
             getattr(probe, event)(
@@ -160,13 +169,14 @@ class ProbeRunner(TrainerCallback):
         self.named_probes()  # refuses two of one name
         for probe in probes:
             probe.check_model(host.args, model)
-        if any(probe.watches_updates() for probe in probes):  # only then must the engine be one that we can read
+        if any(map(_follows_updates, probes)):  # only then must the engine be one that we can read
             self._start_engine()
         tensorboard.lay_out(host.callback_handler.callbacks, {probe.name for probe in probes})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.last_step = None
         if self.engine is not None:
             self._close_engine()
 
@@ -174,7 +184,7 @@ class ProbeRunner(TrainerCallback):
         host = self._host
         self.engine = build_engine(host.accelerator, host.model_wrapped, host.optimizer, host.args.max_grad_norm)
         self.engine.register(
-            wants=lambda: any(probe.watches_updates() for probe in self._wanting()),
+            wants=lambda: any(map(_follows_updates, self._wanting())),
             before_update=self._before_update,
             after_update=self._after_update,
         )
@@ -187,10 +197,14 @@ class ProbeRunner(TrainerCallback):
     # ---- rollouts and micro-batches
 
     def rollouts_drawn(self, batch: TrainingBatch) -> None:
-        """A generation has been drawn and rewarded, at theta after the last step."""
+        """A generation has been drawn and rewarded, at theta after the last step. Whatever their cadence, probes that
+        listen are told: one that measures every fifth step finishes it when the next completions come."""
         listening = [probe for probe in self.probes() if type(probe).on_rollouts_drawn is not Probe.on_rollouts_drawn]
         if listening:
-            self._send("on_rollouts_drawn", drawn=RolloutBatch.from_micro_batches([batch]), record=self.last_step)
+            drawn = RolloutBatch.from_micro_batches([batch])
+            self._send("on_rollouts_drawn", listening, drawn=drawn, record=self.last_step)
+        if self.last_step is not None:
+            self.last_step.forget_update()  # not to be held while the next step is made
 
     @property
     def num_micro_batches(self) -> int:
@@ -204,7 +218,7 @@ class ProbeRunner(TrainerCallback):
         model = host.accelerator.unwrap_model(host.model)
         with contextlib.ExitStack() as around:
             wanting = self._wanting()
-            if any(probe.needs_loss_coefficients for probe in wanting):
+            if self._records_coefficients():
                 around.enter_context(self._coefficients.around(inputs))
             for probe in wanting:
                 around.enter_context(
@@ -214,7 +228,7 @@ class ProbeRunner(TrainerCallback):
 
     def micro_batch_done(self, inputs: TrainingBatch, scored: ScoredMicroBatch) -> None:
         """After the loss of a micro-batch, before its backward."""
-        if any(probe.needs_loss_coefficients for probe in self._wanting()):
+        if self._records_coefficients():
             self._coefficients.watch(inputs, scored.loss_logps, scored.loss_entropy)
         self._send(
             "on_micro_batch",
@@ -251,13 +265,15 @@ class ProbeRunner(TrainerCallback):
     def _before_update(self, update: UpdateContext) -> None:
         record = self.last_step
         assert record is not None, "rollouts_complete comes before the update"
-        if any(probe.needs_loss_coefficients for probe in self._wanting()):
+        if self._records_coefficients():
             host, mask = self._host, record.rollouts.completion_mask
             record.loss_coefficients = self._coefficients.of_step(mask, host.args, host.accelerator.num_processes)
         self._send_update("on_before_update", update)
 
     def _after_update(self, update: UpdateContext) -> None:
         self._send_update("on_after_update", update)
+        assert self.last_step is not None
+        self.last_step.take(update)  # after all of them: one may have corrected the step
 
     def _send_update(self, event: str, update: UpdateContext) -> None:
         record = self.last_step
@@ -267,18 +283,26 @@ class ProbeRunner(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log how long each probe took in this step, seconds."""
+        """Log how long each probe took in the events of this step, seconds."""
+        self._coefficients.forget()
         self._host.record_metrics({f"time/{name}": seconds for name, seconds in self._seconds.items()})
         self._seconds.clear()
 
     # ---- resuming
 
     def state_dict(self) -> StateDict:
-        """The state of every probe, by its `state_name`."""
+        """The state of every probe that has one, by its `state_name`."""
         return {name: probe.state_dict() for name, probe in self.named_probes().items()}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Give each probe its state back; one that is turned on later has none."""
-        for name, probe in self.named_probes().items():
-            if name in state:
-                probe.load_state_dict(state[name])
+        """Give each probe its state back; one that is turned on later has none, and one that is off is named."""
+        named = self.named_probes()
+        for name in named.keys() & state.keys():
+            named[name].load_state_dict(state[name])
+        if gone := sorted(state.keys() - named.keys()):
+            logger.warning("the checkpoint has the state of probes that this run does not have: %s", ", ".join(gone))
+
+
+def _follows_updates(probe: Probe) -> bool:
+    """Whether the probe needs to know when the optimizer steps."""
+    return probe.watches_updates() or probe.needs_loss_coefficients

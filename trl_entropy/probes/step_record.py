@@ -24,7 +24,9 @@ class StepRecord:
         rollouts: the step's own completions.
         loss_coefficients: how the step's loss depends on their scores (T9), nats^-1; None unless a probe
             `needs_loss_coefficients`.
-        params_before, update: what [`keep`] kept, whole tensors by parameter name; empty if nothing asked for it.
+        params_before, update: theta before the step, and the step with what corrected it: whole tensors by parameter
+            name, from the end of the step until the next completions have been drawn, if [`keep_update`] asked for
+            them; else empty.
     """
 
     step: int
@@ -33,6 +35,17 @@ class StepRecord:
     params_before: dict[str, Tensor] = field(default_factory=dict)
     update: dict[str, Tensor] = field(default_factory=dict)
 
-    def keep(self, update: UpdateContext) -> None:
-        """Keep theta before the step and the step itself, once the optimizer has made it. Collective."""
-        self.params_before, self.update = dict(update.params_before), dict(update.update)
+    _keeps_update: bool = False
+
+    def keep_update(self) -> None:
+        """Have theta before the step and the step itself kept. Call it in an event of the update, on all ranks."""
+        self._keeps_update = True
+
+    def take(self, update: UpdateContext) -> None:
+        """Keep what [`keep_update`] asked for, when no probe changes the step any more. Collective."""
+        if self._keeps_update:
+            self.params_before, self.update = dict(update.params_before), dict(update.update)
+
+    def forget_update(self) -> None:
+        """Let go of what [`take`] kept: two vectors of all trainable parameters."""
+        self.params_before, self.update = {}, {}

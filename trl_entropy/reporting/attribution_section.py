@@ -110,11 +110,11 @@ def _completions(tokens: pd.DataFrame) -> list[ColouredCompletion]:
         title = (
             f"step {first['step']}, {_outcome(first)}, reward {first['reward']:.3g}: {sums[step, row]:+.2e} nats/token"
         )
-        found.append(ColouredCompletion(title, [_coloured(token, largest) for token in _rows(mine)]))
+        found.append(ColouredCompletion(title, [_coloured_by_contribution(token, largest) for token in _rows(mine)]))
     return found
 
 
-def _coloured(token: Row, largest: float) -> ColouredToken:
+def _coloured_by_contribution(token: Row, largest: float) -> ColouredToken:
     change = token["attribution"]
     return ColouredToken(
         token["token"],

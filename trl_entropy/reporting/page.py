@@ -63,13 +63,13 @@ def _evaluated(run: Run) -> list[ColouredCompletion]:
     return [
         ColouredCompletion(
             f"{run.name}, step {step}: {rows['prompt_id'].iloc[0]}",
-            [_coloured(row, largest) for row in rows.to_dict("records")],
+            [_coloured_by_entropy(row, largest) for row in rows.to_dict("records")],
         )
         for step, rows in chosen.groupby("step")
     ]
 
 
-def _coloured(token: Row, largest: float) -> ColouredToken:
+def _coloured_by_entropy(token: Row, largest: float) -> ColouredToken:
     hint = f"entropy {token['entropy']:.4g}, surprisal {token['surprisal']:.4g} nats"
     return ColouredToken(token["token"], _ENTROPY, round(75 * token["entropy"] / largest), hint)
 

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -194,14 +195,17 @@ class RunDirectory:
         if not self.metrics_path.exists():
             return []
         rows: dict[int, Row] = {}
+        added: dict[int, Row] = defaultdict(dict)
         for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
             try:
                 row = from_line(line)
             except json.JSONDecodeError:
                 continue  # the run was killed inside this line, or is writing it now
-            earlier = rows.get(row["step"], {}) if row.pop(_LATER, False) else {}
-            rows[row["step"]] = earlier | row
-        return [rows[step] for step in sorted(rows)]
+            if row.pop(_LATER, False):
+                added[row["step"]] |= row
+            else:
+                rows[row["step"]] = row
+        return [rows[step] | added.get(step, {}) for step in sorted(rows)]
 
     def evaluation(self) -> list[Row]:
         """The rows of `evaluation/metrics.csv` in order of step, with numbers parsed."""

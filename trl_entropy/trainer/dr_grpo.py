@@ -117,6 +117,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         super().begin_training()
         self._statistics = StepStatistics(self.accelerator.device)
         self._controlled = None
+        self.step_prompts.reset()
+        self._log_window.reset()
         self.probe_runner.reset()
 
     def state_owners(self) -> dict[str, StateOwner]:

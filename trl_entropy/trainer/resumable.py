@@ -39,6 +39,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def begin_training(self) -> None:
         """Called when `train()` begins, before a checkpoint is loaded: forget what an exception has left half done."""
+        GenerationWindow(self).reset()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -93,6 +94,7 @@ class ResumableTrainer(GRPOTrainer):
                 f"{name} {list(parameter_shape(p))} {p.requires_grad}" for name, p in parameters
             ),
             "data": self._data_fingerprint,
+            "format": training_state.STATE_FORMAT,
         }
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:

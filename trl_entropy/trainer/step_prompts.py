@@ -23,6 +23,11 @@ class StepPrompts:
         self.num_groups = 0
         self._generations: deque[set[str]] = deque(maxlen=num_generations)
 
+    def reset(self) -> None:
+        """Training begins anew, with a new generation."""
+        self.num_groups = 0
+        self._generations.clear()
+
     def add(self, prompts: Iterable[str], num_groups: int) -> None:
         """A generation of so many groups has been drawn from these prompts, named by `prompt_key`."""
         self._generations.append(set(prompts))

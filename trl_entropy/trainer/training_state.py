@@ -21,6 +21,9 @@ from trl import GRPOTrainer
 
 from trl_entropy.runs.state import StateDict, StateOwner
 
+# Of what `save` writes; part of the contract of a checkpoint, so that one of another format is refused.
+STATE_FORMAT = 2
+
 
 def file_of(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"training_state_{rank}.pt"
@@ -32,11 +35,10 @@ def save(owners: Mapping[str, StateOwner], checkpoint: Path, rank: int) -> None:
 
 
 def load(owners: Mapping[str, StateOwner], checkpoint: Path, rank: int) -> None:
-    """Give each owner back what [`save`] wrote of it; an owner that was not there then has nothing to restore."""
+    """Give each owner back what [`save`] wrote of it; the seal's `STATE_FORMAT` says that all of them are there."""
     state = torch.load(file_of(checkpoint, rank), weights_only=True, map_location="cpu")
     for name, owner in owners.items():
-        if name in state:
-            owner.load_state_dict(state[name])
+        owner.load_state_dict(state[name])
 
 
 class GenerationWindow:
@@ -44,6 +46,11 @@ class GenerationWindow:
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
+
+    def reset(self) -> None:
+        """Begin with a new generation: what is left of one that was cut off belongs to no step."""
+        self._trainer._step, self._trainer._buffered_inputs = 0, None
+        self._trainer._metrics["train"].clear()
 
     def state_dict(self) -> StateDict:
         """The batch only inside a window; at its end the next step generates a new one."""
@@ -77,6 +84,10 @@ class LogWindow(TrainerCallback):
     def attach(self, trainer: GRPOTrainer) -> None:
         """Name the trainer whose loss it is."""
         self._trainer = trainer
+
+    def reset(self) -> None:
+        """Forget what was loaded for a training that then did not begin."""
+        self._restored = None
 
     def state_dict(self) -> StateDict:
         """The sum, and the step up to which it has been logged."""

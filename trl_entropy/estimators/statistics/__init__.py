@@ -1,1 +1,1 @@
-"""Estimates with standard errors, and sums that can be merged over micro-batches, ranks and steps."""
+"""Estimates with standard errors, importance weights (T3), (T6), and sums that merge over ranks and steps."""

@@ -1,0 +1,42 @@
+"""Every file that a document or a docstring names is there: in documents, notebooks, launchers and the package."""
+
+import re
+import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+_WRITTEN = {".py", ".md", ".ipynb", ".yaml", ".sh", ".sbatch", ".cfg", ".toml"}
+# Written between backticks, or as a link's target; `verl/...` is of another project.
+_FILE = re.compile(r"`((?!verl/|RUN/)[\w./-]+\.(?:py|md|yaml|sh|ipynb))`|\]\((?!https?:)([\w./-]+\.\w+)(?:#[^)]*)?\)")
+_LEFT_BY_A_RUN = {"config.yaml"}
+
+
+def documents() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    return [path for name in listed.split() if (path := REPOSITORY / name).suffix in _WRITTEN and path.exists()]
+
+
+def is_there(name: str, document: Path) -> bool:
+    """From the document's own folder or one above it, from the package, or from the tests."""
+    roots = [folder for folder in document.parents if folder.is_relative_to(REPOSITORY)]
+    return any((root / name).exists() for root in [*roots, REPOSITORY / "trl_entropy", REPOSITORY / "tests"])
+
+
+def test_named_files_are_there():
+    missing, found = [], 0
+    for document in documents():
+        if document.name in ("CHANGELOG.md", "document.py", Path(__file__).name):  # the second writes into docs/
+            continue
+        for match in _FILE.finditer(document.read_text(encoding="utf-8")):
+            name = match[1] or match[2]
+            if name in _LEFT_BY_A_RUN:
+                continue
+            found += 1
+            if not is_there(name, document):
+                missing.append(f"{document.relative_to(REPOSITORY)}: {name}")
+    assert not missing and found > 50
+
+
+def test_a_file_that_is_not_there_is_noticed():
+    assert not is_there("estimators/adamw.py", REPOSITORY / "docs" / "theory.md")
+    assert is_there("estimators/optimizer/adamw.py", REPOSITORY / "docs" / "theory.md")
