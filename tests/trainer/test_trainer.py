@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,3 +328,11 @@ def test_probes_that_take_any_kernel_do_not_score(make_trainer, monkeypatch):
     prefixes = {"noise_scale_probe": "noise_scale/", "optimizer_state_probe": "optimizer_state/"}
     prefixes |= {"effective_sample_size_probe": "ess/", "kl_every": "kl"}
     assert all(any(key.startswith(prefixes[name]) for key in row) for name in independent)
+
+
+def test_model_card_cites_the_method_and_names_the_base_model(make_trainer, model_path, tmp_path):
+    trainer = make_trainer(output_dir=str(tmp_path / "run"), max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "2503.20783" in card and "2402.03300" not in card and "DrGRPO" in card
+    assert "None" not in card and f"the local model `{Path(model_path).name}`" in card

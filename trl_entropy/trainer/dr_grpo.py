@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import get_config_model_id
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.control import TokenControl, controls
@@ -33,6 +35,7 @@ from trl_entropy.runs.console import printing_plain_text
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
+from trl_entropy.trainer.model_card import PAPER, name_base_model
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer, check_selection
 from trl_entropy.trainer.step_prompts import StepPrompts
@@ -51,6 +54,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     """
 
     _name = "DrGRPO"
+    _paper = PAPER
 
     def __init__(
         self,
@@ -110,6 +114,11 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         with printing_plain_text():
             super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            name_base_model(Path(self.args.output_dir) / "README.md", get_config_model_id(self.model.config))
 
     # ---- training and resuming
 
