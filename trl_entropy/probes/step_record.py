@@ -1,4 +1,4 @@
-"""`StepRecord`: what is known of one optimizer step, which outlives the update that it is about."""
+"""`StepRecord`: what is known of one optimizer step, kept after its update until the next step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class StepRecord:
     """
     One optimizer step of this process.
 
-    An `UpdateContext` closes when its step is done; this record stays, until the next step has one, for a probe that
-    finishes its measurement later.
+    The `UpdateContext` of a step can be read only until the step ends; this record stays until the next step has one,
+    for probes that finish their measurement later.
 
     Attributes:
         step: 1, 2, ...: the update from theta_(step - 1) to theta_step.
         rollouts: the step's own completions.
-        loss_coefficients: how the step's loss depends on their scores (T9), nats^-1; None unless a probe
-            `needs_loss_coefficients`.
-        params_before, update: what [`keep`] kept, whole tensors by parameter name; empty if nothing asked for it.
+        loss_coefficients: how the step's loss depends on the log-probability and entropy of each of their tokens (T9),
+            nats^-1; None unless a probe `needs_loss_coefficients`.
+        params_before, update: whole tensors by parameter name, once [`keep`] has been called; empty before.
     """
 
     step: int
@@ -34,5 +34,5 @@ class StepRecord:
     update: dict[str, Tensor] = field(default_factory=dict)
 
     def keep(self, update: UpdateContext) -> None:
-        """Keep theta before the step and the step itself, once the optimizer has made it. Collective."""
+        """Keep the parameters before the step and the update; call after the optimizer's step. Collective."""
         self.params_before, self.update = dict(update.params_before), dict(update.update)
