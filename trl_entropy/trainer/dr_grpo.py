@@ -162,7 +162,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
                 self.record_metrics(metrics)
                 self._token_control.warn_of_no_token(metrics, self.current_step)
             num_groups = num_rows * self.accelerator.num_processes // num_generations
-            self.step_prompts.add(map(prompt_key, self._logs["prompt"]), num_groups)  # of all ranks
+            self.step_prompts.add(map(prompt_key, self._logs["prompt"]), num_groups)  # all ranks' prompts
             self.probe_runner.rollouts_drawn(batch)
         return batch
 

@@ -125,13 +125,13 @@ class ResumableTrainer(GRPOTrainer):
             self._write_checkpoint(path, model, trial)
         except Exception as error:
             whole = [str(p) for p in checkpoints.checkpoints_of(path.parent) if (p / checkpoints.SEAL).exists()]
-            go_on = f"resume from {whole[0]}" if whole else "there is no complete checkpoint yet"
+            go_on = f"resume from {whole[0]}" if whole else "start again: no checkpoint is complete yet"
             raise checkpoints.CheckpointError(
                 f"writing {path} failed: {error}. Make room, or set save_total_limit; then {go_on}."
             ) from error
 
     def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
-        """Write all files, then the seal, then delete old ones: never the only complete checkpoint."""
+        """Write all files, then a seal with checksums, then delete old checkpoints, never the only complete one."""
         if self.args.should_save and path.exists():  # of a run that was interrupted, or resumed from an earlier step
             shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
