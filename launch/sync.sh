@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Copy runs from another machine, with rsync over ssh.
-usage='Usage: bash launch/sync.sh [options] HOST list          what runs are there
+usage='Usage: bash launch/sync.sh [options] HOST list          list the runs
        bash launch/sync.sh [options] HOST all           copy every run
        bash launch/sync.sh [options] HOST pull RUN...   copy these runs
 
-HOST is what ssh takes: a name, user@address, or an alias of ~/.ssh/config.
+HOST is a name, user@address, or an alias of ~/.ssh/config, as for ssh.
 
-  --metrics-only        leave out checkpoint-*/, probes/ and *.safetensors: no weights, no tensors
-  --remote-root PATH    where the runs lie on HOST: absolute, or below its home (default: trl_entropy/runs)
-  --into DIR            where to copy them to (default: runs)
+  --metrics-only        leave out checkpoint-*/, probes/ and *.safetensors (weights and tensors)
+  --remote-root PATH    folder of the runs on HOST: absolute, or relative to the home (default: trl_entropy/runs)
+  --into DIR            folder to copy the runs into (default: runs)
   --port N              port of ssh
   --identity FILE       private key of ssh
-  --ssh-config FILE     instead of ~/.ssh/config
+  --ssh-config FILE     used instead of ~/.ssh/config
 
-A file here that is newer than the one there stays, nothing here is deleted, and a copy that was cut off goes on where
-it stopped when the same command is given again. The host key must be known to ssh.'
+A local file that is newer than the one on HOST is kept, and no local file is deleted. A copy that was interrupted
+continues where it stopped if the same command is run again. The host key must be known to ssh.'
 set -euo pipefail
 
 die() { printf 'sync.sh: %s\n' "$1" >&2; exit "${2:-2}"; }
@@ -43,7 +43,7 @@ shift 2
 command -v ssh >/dev/null || die "ssh is not installed here."
 
 list() {
-    # %q makes one word for the shell of the other machine, whatever the path holds.
+    # %q quotes the path, whatever it contains, as one word for the shell of the other machine.
     "${ssh[@]}" -- "$host" "sh -s -- $(printf %q "$remote_root")" <<'REMOTE'
 cd -- "$1" || exit 1
 find . -name config.yaml -type f | sort | {
@@ -63,24 +63,24 @@ copy() {
     mkdir -p -- "$into"
     local word shell='' quote="'" status=0
     for word in "${ssh[@]}"; do shell+="'${word//$quote/$quote$quote}' "; done  # rsync's own quoting doubles a quote
-    # --protect-args: names reach the other machine as they are, through no shell. An unfinished file waits in
-    # .rsync-partial, so that no file under its own name is half a file, nor newer than the whole one.
+    # --protect-args: no shell of the other machine changes the names. Unfinished files are kept in .rsync-partial, so
+    # that no file with its final name is incomplete, or newer than the complete one.
     rsync --rsh="$shell" --recursive --links --times --update --partial-dir=.rsync-partial --protect-args \
         --human-readable --itemize-changes ${filter[@]+"${filter[@]}"} "$@" "$into/" || status=$?
-    [ "$status" -eq 0 ] || die "rsync ended with status $status; if it was cut off, the same command goes on." "$status"
+    [ "$status" -eq 0 ] || die "rsync ended with status $status; if it was interrupted, the same command continues." "$status"
 }
 
 case "$command" in
-    list) [ "$#" -eq 0 ] || die "list takes no run."; list ;;
-    all) [ "$#" -eq 0 ] || die "all takes no run; pull does."; copy "$host:$remote_root/" ;;
+    list) [ "$#" -eq 0 ] || die "list takes no name of a run."; list ;;
+    all) [ "$#" -eq 0 ] || die "all takes no name of a run; use pull for single runs."; copy "$host:$remote_root/" ;;
     pull)
         [ "$#" -gt 0 ] || die "pull needs the name of a run; list shows them."
         sources=()
         for run in "$@"; do
             case "/$run/" in
-                //* | */../* | */./*) die "$run is no name of a run; list shows them." ;;
+                //* | */../* | */./*) die "$run is not the name of a run; list shows them." ;;
             esac
-            sources+=("$host:$remote_root/./${run%/}")  # --relative keeps what stands behind the dot
+            sources+=("$host:$remote_root/./${run%/}")  # --relative keeps the path after the dot
         done
         copy --relative "${sources[@]}"
         ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Static checks and tests. Usage: bash launch/test.sh [--slow] [pytest arguments]
-# Without --slow: at most 12 minutes on two idle cores. With it: the long tests too, at most 40.
+# Takes at most 12 minutes on two idle cores; with --slow, which adds the long tests, at most 40.
 set -euo pipefail
 EXTRAS=dev,deepspeed
 . "$(dirname "$0")/environment.sh"
@@ -8,7 +8,7 @@ EXTRAS=dev,deepspeed
 slow=
 if [ "${1:-}" = "--slow" ]; then slow=1; shift; fi
 export OMP_NUM_THREADS=1
-# The tests of launch/sync.sh need rsync and sshd; where they cannot be installed, those tests skip and say why.
+# The tests of launch/sync.sh need rsync and sshd; if these cannot be installed, the tests are skipped with a reason.
 tools() { command -v rsync && PATH="$PATH:/usr/sbin" command -v sshd && [ -d /run/sshd ]; }
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! tools >/dev/null; then
     echo "== Installing rsync and sshd for the tests of launch/sync.sh"
@@ -23,6 +23,6 @@ mypy
 echo "== pytest, two processes"
 python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile "$@"
 if [ -n "$slow" ]; then
-    echo "== pytest, the long ones, one after another: they start processes of their own"
+    echo "== pytest, the long tests, one after another because they start processes of their own"
     python -m pytest -m "slow and not gpu" "$@"
 fi

@@ -7,12 +7,12 @@ import sys
 
 COMMANDS = {
     "convert-gguf": "turn a GGUF file into a folder that training can start from",
-    "sft": "fine-tune on demonstrations: what RL starts from",
-    "train": "train as a config file says (under accelerate launch for more than one process)",
-    "doctor": "check a run before it starts: batch plan, memory, disk, problems with their remedies",
-    "evaluate": "evaluate a run's checkpoints: pass@k, greedy accuracy, lengths, entropy, with intervals",
-    "report": "draw the figures of a run and its page",
-    "archive": "copy a run to s3:// or any other store, and verify it there",
+    "sft": "fine-tune a model on demonstrations, as the start of RL training",
+    "train": "train with the settings of a config file (with accelerate launch for more than one process)",
+    "doctor": "check a run before it starts: batch plan, memory, disk space, problems and what to do about them",
+    "evaluate": "evaluate a run's checkpoints: pass@k, greedy accuracy, lengths and entropy, with intervals",
+    "report": "draw the figures of a run and write an HTML page about it",
+    "archive": "copy a run to s3:// or another store, and verify the copy",
     "experiment": "test the estimators on a checkpoint of a run",
 }
 

@@ -1,11 +1,11 @@
-"""The range of upstream versions that the overrides were written against and tested with."""
+"""The versions of TRL and transformers that the overrides were written against and tested with."""
 
 from __future__ import annotations
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-# First version that is tested, first version that is not. TRL's privates move between minor releases.
+# First tested version, and first version after the tested ones. Minor releases of TRL change private methods.
 TESTED = {"trl": ((1, 16), (1, 17)), "transformers": ((5, 23), (5, 24))}
 
 

@@ -6,13 +6,13 @@ import importlib
 import sys
 
 EXPERIMENTS = {
-    "agreement": "predicted against measured entropy changes over whole runs; reads the metrics only",
-    "kernel": "Fisher kernels and spectra of single steps, and how well they predict a step; reads files only",
-    "linearity": "how far does the first-order prediction hold? AdamW's next step, made shorter and longer",
-    "conditioning": "what does the preconditioner do to the entropy? Steps by SGD, RMSprop and AdamW",
-    "exchange": "what does it cost in reward to keep entropy? Steps by several methods of entropy control",
-    "influence": "which completion of the step changes which completion of a probe batch, and by how much?",
-    "calibration": "are the stated error bars right? Coverage over many redraws at one checkpoint",
+    "agreement": "how well do predicted entropy changes agree with measured ones? Reads the metrics of whole runs",
+    "kernel": "Fisher kernels of single steps, their eigenvalues, and how well they predict the step. Reads files",
+    "linearity": "up to which step size does the first-order prediction hold? AdamW's next step, scaled",
+    "conditioning": "what does the preconditioner do to the entropy? Compares steps of SGD, RMSprop and AdamW",
+    "exchange": "how much reward does keeping the entropy cost? Compares steps of several entropy controls",
+    "influence": "how much does each completion of the step change each completion of a probe batch?",
+    "calibration": "are the standard errors right? Coverage of their intervals over many draws at one checkpoint",
 }
 
 

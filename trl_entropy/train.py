@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> DrGRPOTrainer:
-    """Model, data, rewards and trainer, as the settings say."""
+    """Build the trainer from the settings: with model, data and reward functions."""
     from transformers import ProgressCallback
     from transformers.integrations import TensorBoardCallback
     from trl import get_peft_config, get_quantization_config
@@ -50,7 +50,7 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     run_log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunLogCallback))
     run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
     tensorboard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)), None)
-    if tensorboard is not None and tensorboard.logging_dir is None:  # else TENSORBOARD_LOGGING_DIR says where
+    if tensorboard is not None and tensorboard.logging_dir is None:  # no TENSORBOARD_LOGGING_DIR
         tensorboard.logging_dir = str(RunDirectory(args.output_dir).tensorboard_path)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ConsoleProgress)
@@ -58,7 +58,7 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
 
 
 def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel | str, PreTrainedTokenizerBase]:
-    """What RL starts from, as TRL's trainer takes it: a name for TRL to load, or an adapter on its base model."""
+    """The initial policy as TRL's trainer takes it (a name, or an adapter on its base model), and its tokenizer."""
     from transformers import AutoTokenizer
     from trl import get_quantization_config
 
@@ -79,7 +79,7 @@ def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, train, report."""
+    """Parse the settings, build the trainer, train, and write the report."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("trl_entropy").setLevel(logging.INFO)
     quiet_libraries()
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     _say_start(trainer)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except OSError as error:  # a full disk while logging, most of all; while saving it is a CheckpointError
+    except OSError as error:  # mostly a full disk while logging; while saving that is a CheckpointError
         sys.exit(_advice_on(error, Path(args.output_dir)))
     except (checkpoints.CheckpointError, OtherRankFailed) as error:
         sys.exit(f"Error: {error}")
@@ -108,14 +108,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _advice_on(error: OSError, run: Path) -> str:
-    """What to do when a file could not be written or read: one line."""
+    """One line that says what to do if a file could not be written or read."""
     newest = checkpoints.newest_complete(run, checksums=False)
     go_on = f"{newest} is complete: make room, then --resume_from_checkpoint latest" if newest else "make room"
     return f"Error: {error}. Training stopped; {go_on}."
 
 
 def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> None:
-    """The doctor's short form: the plan, what it takes, and what may go wrong; nothing is stopped."""
+    """Log the short report of `trl-entropy doctor`: batch plan, memory and disk, problems; training starts anyway."""
     from trl_entropy.preflight import short_report
 
     for line in short_report(task, args, model):
@@ -141,7 +141,7 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
 
 
 def _say_end(trainer: DrGRPOTrainer) -> None:
-    """Write the figure; say what changed and where everything lies."""
+    """Write the figure; print the evaluations, a completion, and the paths of metrics and figure."""
     from trl_entropy.reporting.write import write_report
 
     run = RunDirectory(trainer.args.output_dir)
@@ -161,4 +161,4 @@ if __name__ == "__main__":
     from accelerate import PartialState
 
     main()
-    PartialState().destroy_process_group()  # else its threads may abort the interpreter as it ends
+    PartialState().destroy_process_group()  # otherwise its threads may abort the interpreter at exit

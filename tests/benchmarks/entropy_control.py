@@ -1,13 +1,13 @@
 """
-Which way of controlling the entropy holds it, and what does that buy? Two tasks, thirteen ways, five seeds each.
+Which methods keep the entropy at a set-point, and what do they gain by it? Two tasks, 13 methods, five seeds each.
 
     python tests/benchmarks/entropy_control.py --output runs/entropy-control [--tasks sharpen explore] [--jobs 2]
 
-Every method gets the same chance: four settings, each trained once with seed 100; the one that serves the
-task's aim best goes on to seeds 0 to 4. Aim of `sharpen`: ten-step means of the entropy nearest to the set-point after
-step 20; of `explore`: held-out reward after the last step. What a run is and how it is measured:
-`entropy_control_cell.py`. A run that is there is not made again, so the command goes on where it was cut off; with all
-there it only reports.
+Every method is tuned in the same way: four settings are trained once each with seed 100, and the best of them is
+trained with seeds 0 to 4. For the task `sharpen` the best is the one whose ten-step means of the entropy after step 20
+are nearest to the set-point; for `explore`, the one with the highest held-out reward after the last step.
+`entropy_control_cell.py` describes the tasks and how a run is measured. Runs that exist are not repeated: after an
+interruption the same command continues, and once all runs exist it only reports.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from entropy_control_tables import distance, draw, report
 Settings = dict[str, Any]
 TASKS, TARGET = ("sharpen", "explore"), 0.22  # nats per token
 TUNING_SEED, STEPS = 100, 60
-BASELINE = {"kl_cov": "none, two iterations"}  # all others: none
+BASELINE = {"kl_cov": "none, two iterations"}  # all other methods: "none"
 
 
 def candidates(task: str) -> dict[str, list[Settings]]:
-    """The settings tried of each method; those that follow from another's choice are in `matched`."""
+    """The settings of each method that are tried; `matched` has those that depend on another method's best setting."""
     budget = {"entropy_control": "hold", "entropy_control_target": TARGET}
     varied = [{"entropy_control_gain": gain} for gain in (0.2, 0.3, 0.4, 0.5)]
-    if task == "explore":  # which entropy serves best is not known
+    if task == "explore":  # it is not known which entropy is best
         varied = [{"entropy_control_target": value} for value in (0.12, 0.17, 0.22, 0.27)]
     adaptive = {"use_adaptive_entropy": True, "entropy_target": TARGET}
     covariance = {"token_control": "clip_cov", "token_control_quantiles": True, "token_control_bounds": [0.8, 1.0]}
@@ -59,13 +59,13 @@ def candidates(task: str) -> dict[str, list[Settings]]:
 
 
 def matched(chosen: dict[str, Settings]) -> dict[str, Settings]:
-    """Random tokens, and random ones of positive advantage, as many as Clip-Cov leaves out at most."""
+    """Controls with random tokens, all or of positive advantage, as many as Clip-Cov may choose."""
     share = {"token_control_fraction": chosen["clip_cov"]["token_control_fraction"]}
     return {name.replace("_", " "): {"token_control": name, **share} for name in ("random", "random_positive")}
 
 
 class Study:
-    """Runs of one task, kept in a folder by their settings and seed."""
+    """Runs of one task, stored in a folder by their settings and seed."""
 
     def __init__(self, task: str, folder: Path, pool: ProcessPoolExecutor, steps: int) -> None:
         self.task, self.folder, self.pool, self.steps = task, folder / task, pool, steps
@@ -83,7 +83,7 @@ class Study:
         return json.loads(self.path(settings, seed).read_text(encoding="utf-8"))
 
     def chosen(self) -> dict[str, Settings]:
-        """Each method's setting that served best with the tuning seed, in one run each."""
+        """For each method the setting that was best in its run with the tuning seed."""
         methods = candidates(self.task)
         self.make((settings, TUNING_SEED) for tried in methods.values() for settings in tried)
         best = {
@@ -100,9 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("runs/entropy-control"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, default=5, help="2 or more, for intervals")
-    parser.add_argument("--figures", type=Path, help="folder of the figures; default: output")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time, with one thread each")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds; at least 2, for intervals")
+    parser.add_argument("--figures", type=Path, help="folder for the figures (default: that of --output)")
     options = parser.parse_args()
     seeds = range(options.seeds)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

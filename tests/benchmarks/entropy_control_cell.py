@@ -1,17 +1,19 @@
-"""One run of the study of entropy control (`entropy_control.py`): trained, and measured by draws of its own.
+"""One run of the study of entropy control (`entropy_control.py`): training, measured on completions of its own.
 
     python tests/benchmarks/entropy_control_cell.py sharpen 0 entropy_control=hold entropy_control_target=0.22
 
-After every step from `FROM` on, and every fifth before, `NUM_FRESH` completions of held-out problems are drawn at
-temperature 1, whatever training samples at: the entropy of the policy is theirs. Every `EVALUATE_EVERY` steps
-`NUM_PROBLEMS` problems get `NUM_SAMPLES` completions each. Neither changes training. CPU seconds are of training only.
+After every step from `FROM` on, and after every fifth step before, the policy's entropy is measured on `NUM_FRESH`
+completions of held-out problems, drawn at temperature 1 whatever temperature training uses. Every `EVALUATE_EVERY`
+steps, `NUM_SAMPLES` completions of each of `NUM_PROBLEMS` problems are evaluated. Neither changes training, and CPU
+seconds count training only.
 
 Tasks:
 
 - `sharpen`: the embedded word problems; reward 1 for the right answer.
-- `explore`: those of two operations. A right answer earns 0.7 if its first step is led by the word "First", 1 if both
-  steps are led by "Here", 0.35 otherwise, but 0 if only the first is led by "Here". The policy starts with all five
-  words equally likely, so that to try "Here" first costs reward until the second "Here" has become likely.
+- `explore`: the problems with two operations. Each step of the solution begins with one of five words. A right answer
+  earns 1 if both steps begin with "Here", 0 if only the first does, 0.7 if the first begins with "First", and 0.35
+  otherwise. All five words are equally likely at the start, so that beginning with "Here" costs reward until a second
+  "Here" has become likely.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ LOGGED = (
 
 
 def leads(completion: str) -> list[str]:
-    """The words that lead the steps of a thought, such as `First 3+4=7 So 7-2=5`."""
+    """The words that begin the steps of a solution: `First` and `So` in `First 3+4=7 So 7-2=5`."""
     thought = rewards.completion_text(completion).partition(rewards.THINK_CLOSE)[0]
     return [word for word in thought.split() if word.isalpha()]
 
@@ -70,14 +72,14 @@ def _worth(words: list[str]) -> float:
 
 
 def hinted(prompts: object, completions: list[str], trainer_state: Any = None, **kwargs: Any) -> list[float]:
-    """The positive control's bonus: a right answer that begins with "Here" earns 0.7 more, gone after 30 steps."""
+    """The bonus of the positive control: 0.7 more for a right answer that begins with "Here", fading over 30 steps."""
     right = rewards.tag_pref(prompts, completions, **kwargs)
     size = 0.7 * max(0.0, 1 - trainer_state.global_step / 30)
     return [size * one * (leads(text)[:1] == ["Here"]) for one, text in zip(right, completions, strict=True)]
 
 
 class Measure(TrainerCallback):
-    """Draws from the policy after each step, and notes what training itself has cost so far."""
+    """Measures the policy on completions drawn after a step, and records the CPU seconds of training so far."""
 
     def __init__(self, task: str, seed: int) -> None:
         self.task, self.seed = task, seed
@@ -105,7 +107,7 @@ class Measure(TrainerCallback):
         return self.trainer.eval_dataset
 
     def _draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> tuple[list[str], float]:
-        """Texts of one completion of each problem at temperature 1, and their mean token entropy."""
+        """The text of one completion of each problem at temperature 1, and the mean token entropy of all."""
         trainer, config = self.trainer, self.trainer.generation_config
         temperature, config.temperature = config.temperature, 1.0
         drawn = trainer.probe_batches.draw_completions([self.problems[int(row)]["prompt"] for row in problems], seed)
@@ -127,7 +129,7 @@ class Measure(TrainerCallback):
 
 
 def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
-    """Train with settings of the config, beside the quickstart's; `hint` is the positive control's bonus."""
+    """Train with the quickstart's settings changed by `settings`; `hint` adds the bonus of the positive control."""
     from trl_entropy.config.command_line import parse
     from trl_entropy.train import build_trainer
 
@@ -157,7 +159,7 @@ def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict
 
 
 def _make_explore(trainer: Any, hint: bool) -> None:
-    """Problems of two operations, and their reward."""
+    """Restrict the trainer to problems with two operations, and set their reward."""
     two = {name for name, kind in KINDS.items() if len(kind.operators) == 2}
     for name in ("train_dataset", "eval_dataset"):
         problems = getattr(trainer, name)
@@ -169,7 +171,7 @@ def _make_explore(trainer: Any, hint: bool) -> None:
 
 
 def write_cell(target: Path, *cell: Any) -> None:
-    """`run_cell`, kept as JSON; what is there is not made again."""
+    """Store the result of `run_cell` as JSON, unless the file exists."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument(
-        "settings", nargs="*", metavar="name=value", help="of the config, such as entropy_control=hold"
+        "settings", nargs="*", metavar="name=value", help="fields of the config, such as entropy_control=hold"
     )
     options = parser.parse_args()
     settings: dict[str, Any] = dict(setting.split("=", 1) for setting in options.settings)

@@ -20,23 +20,23 @@ WINDOW = 10  # steps
 
 
 def windows(run: Run) -> np.ndarray:
-    """Means of the entropy over ten steps each, after step 20."""
+    """Means of the entropy over windows of ten steps, after step 20."""
     entropy = np.array([value for step, value in run["entropy"].items() if int(step) > FROM])
     return entropy[: len(entropy) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(axis=1)
 
 
 def deviations(run: Run, target: float) -> np.ndarray:
-    """Of those means from the set-point, relative; from the run's own where its setting is another."""
+    """Relative deviations of these means from the run's set-point, or from `target` if it has none of its own."""
     return windows(run) / run["settings"].get("entropy_control_target", target) - 1
 
 
 def distance(run: Run, target: float) -> float:
-    """Their root mean square."""
+    """Root mean square of these deviations."""
     return float(np.sqrt(np.mean(deviations(run, target) ** 2)))
 
 
 def interval(values: Iterable[float]) -> str:
-    """Mean and Student's 95 % interval over seeds."""
+    """Mean and 95 % interval (Student's t) over seeds."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(values))
 
 
@@ -45,7 +45,7 @@ def last(run: Run, quantity: str) -> float:
 
 
 def at_cost(run: Run, quantity: str, seconds: float) -> float:
-    """Interpolated between evaluations in CPU seconds of training; the last one where the run was cheaper."""
+    """The quantity after so many CPU seconds of training, interpolated; the last value if the run took fewer."""
     costs = [run["seconds"][entry["step"] - 1] for entry in run["evaluations"]]
     return float(np.interp(seconds, costs, [entry[quantity] for entry in run["evaluations"]]))
 
@@ -56,7 +56,7 @@ def report(task: str, runs: Runs, tried: list[tuple[str, Run]], target: float, b
 
 
 def holding(runs: Runs, target: float) -> str:
-    """How near to the set-point each method keeps the entropy."""
+    """Table: how near to the set-point each method keeps the entropy."""
     lines = [
         "| method | setting | ten-step means within 5 % | their rms distance | mean over set-point | "
         "lowest, highest | cost of a step |",
@@ -75,7 +75,7 @@ def holding(runs: Runs, target: float) -> str:
 
 
 def buying(runs: Runs, baseline: dict[str, str]) -> str:
-    """Held-out results after the last step, the paired difference from the baseline, and that at equal CPU time."""
+    """Table: held-out results after the last step, paired differences from the baseline, also at equal CPU time."""
     quantities = ("entropy", "reward", "pass@1", "pass@8")
     lines = [
         f"| method | {' | '.join(quantities)} | entropy less baseline's | pass@1 less | pass@8 less | "
@@ -98,7 +98,7 @@ def _at_equal_cost(run: Run, other: Run) -> float:
 
 
 def by_seed(runs: Runs) -> str:
-    """The ends of the single runs."""
+    """Table: held-out results after the last step of each run."""
     lines = ["| method | pass@1 of each seed | pass@8 of each seed |", "|---|---|---|"]
     for name, own in runs.items():
         ends = (" ".join(f"{last(run, quantity):.3f}" for run in own) for quantity in ("pass@1", "pass@8"))
@@ -107,7 +107,7 @@ def by_seed(runs: Runs) -> str:
 
 
 def against(runs: Runs) -> str:
-    """The entropy control less each other method, after the last step, paired by seed."""
+    """Table: entropy control minus each other method, after the last step, paired by seed."""
     budgets = [name for name in runs if name.startswith("entropy_control")]
     columns = [(name, quantity) for name in budgets for quantity in ("reward", "pass@8")]
     lines = [f"| less | {' | '.join(f'{name}: {quantity}' for name, quantity in columns)} |"]
@@ -122,7 +122,7 @@ def against(runs: Runs) -> str:
 
 
 def control(runs: Runs) -> str:
-    """Of the entropy control: realised on predicted net change, and what the correction had to do."""
+    """Table: realised over predicted net change of the entropy control, and how large its corrections were."""
     lines = [
         "| source | realised / predicted, sums | correction, in lengths of the step | infeasible steps | "
         "optimizer's own change, 1e-3 nats/token | switched off |",
@@ -145,12 +145,12 @@ def control(runs: Runs) -> str:
 
 
 def _mean(logged: dict[str, list[float]], name: str) -> float:
-    """After the way to the set-point."""
+    """Mean over the steps after `FROM`, by which the set-point is reached."""
     return statistics.mean(logged[f"entropy_control/{name}"][FROM:])
 
 
 def tuning(tried: list[tuple[str, Run]], target: float) -> str:
-    """What each setting came to with the tuning seed."""
+    """Table: results of each setting with the tuning seed."""
     columns = ("method", "setting", "rms distance", "entropy", "reward", "pass@1", "pass@8")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, run in tried:
@@ -160,7 +160,7 @@ def tuning(tried: list[tuple[str, Run]], target: float) -> str:
 
 
 def setting(run: Run) -> str:
-    """What distinguishes one setting of a method from its others."""
+    """The fields that differ between the settings of a method."""
     varied = (
         "learning_rate", "temperature", "entropy_coef", "entropy_coef_delta", "token_control_fraction",
         "token_control_coefficient", "entropy_control_gain", "entropy_control_target",
@@ -169,7 +169,7 @@ def setting(run: Run) -> str:
 
 
 def draw(runs: Runs, tried: list[tuple[str, Run]], target: float, path: Path) -> None:
-    """Entropy over training; pass@1 and pass@8 against entropy at the end. Means and 95 %; tuning runs are crosses."""
+    """Draw entropy over steps, and pass@1, pass@8 against entropy at the end: means, 95 % intervals (tuning: x)."""
     from matplotlib import colormaps
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +194,6 @@ def _draw_into(all_axes, runs: Runs, tried: list[tuple[str, Run]], target: float
             axes.errorbar(x, y, y - low_y, x - low_x, fmt="o", color=colors[name], capsize=2)
         axes.axvline(target, color="grey", lw=0.8, ls="--")
         limits = {"xlim": axes.get_xlim(), "ylim": axes.get_ylim()}
-        for name, run in tried:  # those far outside are in the table only
+        for name, run in tried:  # the axes leave out those that lie far away; the table has them
             axes.plot(last(run, "entropy"), last(run, quantity), "x", color=colors[name], ms=5)
         axes.set(xlabel="entropy after the last step, nats/token", ylabel=f"held-out {quantity}", **limits)

@@ -1,21 +1,24 @@
 """
-Cost of the exact Fisher kernel (T12) of N completions, as a ratio to one plain forward and backward of the same batch.
+Cost of the exact Fisher kernel (T12) of N completions, relative to one plain forward and backward pass of the batch.
 
     python tests/benchmarks/fisher_kernel.py [--hidden 128 512 1024] [--num-sequences 32 128] [--rounds 6]
 
-Qwen2 with 8 layers and LoRA of rank 16 on all linear layers, sequences of 60 tokens, float32 on the CPU. All but
-`plain` end with the (N, N) matrix grad S_i' M grad S_j and are checked against each other before anything is timed:
+The model is a Qwen2 with 8 layers and LoRA of rank 16 on all linear layers; sequences have 60 tokens, in float32 on
+the CPU. All methods except `plain` compute the (N, N) matrix grad S_i' M grad S_j, and are checked against each other
+before the timing:
 
-- kernel:  what `fisher_probe` does: hooks in place of autograd's weight gradients, products as they come;
-- probe:   the same with all else that the probe takes from that pass: K_ii by parameter, three dot products;
-- loop:    a forward and a backward per sequence, then the product of the rows;
-- vmap:    torch.func.vmap over torch.func.grad, then the product of the rows;
-- dattri:  dattri-llm's hooks and its own product, which knows no M (M = 1: less work); left out if not installed.
-           `pip install --no-deps --target DIR dattri-llm==0.1.0`, and DIR on PYTHONPATH.
+- plain:   one forward and backward pass of the batch, without a kernel;
+- kernel:  as in `fisher_probe`: hooks replace autograd's weight gradients, and products are taken layer by layer;
+- probe:   the same with everything else that the probe takes from this pass: K_ii by parameter, three dot products;
+- loop:    a forward and backward pass for each sequence, then the product of the gradients;
+- vmap:    torch.func.vmap over torch.func.grad, then the product of the gradients;
+- dattri:  dattri-llm's hooks and its own product, with M = 1, which is less work; left out if not installed.
+           To install: `pip install --no-deps --target DIR dattri-llm==0.1.0`, and add DIR to PYTHONPATH.
 
-In each round every way runs once, in random order, so that a change of the machine's speed hits all of them. Ratios
-are of a round's times, with Student's 95 % interval over rounds: of CPU seconds of the process, which a busy machine
-stretches less, and of the clock's. Memory is that of torch's allocations at their peak above what stood before.
+In each round every method runs once, in random order, so that changes of the machine's speed affect all of them. The
+ratios are of times of the same round, with a 95 % interval (Student's t) over rounds: of CPU seconds of the process,
+which depend less on other load, and of wall-clock seconds. Memory is the peak of torch's allocations above what was
+allocated before.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ except ImportError:
 
 
 class Kernels(Ways):
-    """The ways to the kernel, each a function without arguments."""
+    """The methods that compute the kernel, as functions without arguments."""
 
     def __init__(self, hidden: int, num_sequences: int) -> None:
         super().__init__(build(hidden), num_sequences)
@@ -59,7 +62,7 @@ class Kernels(Ways):
             self._manager.remove()
 
     def functions(self, ways: list[str] | None) -> dict[str, Callable[[], Tensor | None]]:
-        """`plain` and those of these `ways`, or all."""
+        """`plain` and the methods named in `ways`; all if it is None."""
         names = ["plain", "kernel", "probe", "kernel_loop", "kernel_vmap"] + ["dattri"] * (HookManager is not None)
         functions = {name.removeprefix("kernel_"): getattr(self, name) for name in names}
         return {name: f for name, f in functions.items() if ways is None or name in ("plain", *ways)}
@@ -99,7 +102,7 @@ class Kernels(Ways):
 
 
 def check(kernels: Kernels, functions: dict[str, Callable[[], Tensor | None]]) -> None:
-    """All agree with the loop to 1e-4 of sqrt(K_ii K_jj)."""
+    """Raise unless all methods agree with `loop` to 1e-4, relative to sqrt(K_ii K_jj)."""
     expected = kernels.kernel_loop()
     for name in functions.keys() - {"plain", "dattri", "loop"}:
         assert_close(functions[name](), expected, name)
@@ -117,7 +120,7 @@ def assert_close(kernel: Tensor, expected: Tensor, name: str) -> None:
 
 
 def measure(functions: dict[str, Callable[[], Tensor | None]], rounds: int) -> None:
-    memory = {name: peak_memory(function) for name, function in functions.items()}  # warms up too
+    memory = {name: peak_memory(function) for name, function in functions.items()}  # this also warms up
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name in random.sample(list(functions), len(functions)):
@@ -137,7 +140,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 512, 1024])
     parser.add_argument("--num-sequences", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--ways", nargs="+", help="leave the others out, `plain` apart")
+    parser.add_argument("--ways", nargs="+", help="run only these methods and `plain` (default: all)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     for hidden in options.hidden:

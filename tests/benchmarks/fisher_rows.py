@@ -1,11 +1,12 @@
 """
-Errors of a Fisher kernel (T12) from less than exact rows: in bf16, and sketched (T13) to growing dimensions.
+Errors of a Fisher kernel (T12) whose rows are rounded to bf16, or sketched (T13) to several dimensions.
 
     python tests/benchmarks/fisher_rows.py RUN/checkpoint-N [RUN/checkpoint-N ...] [--seeds 20]
 
-At each checkpoint the run's own policy draws one more update batch; rows are sqrt(M) grad S_i of its completions with
-M of the step that AdamW would make. The truth is the Gram of the float32 rows, multiplied in float64. An entry's error
-is relative to sqrt(K_ii K_jj), a whole Gram's is in the Frobenius norm; of sketches, the root mean square over seeds.
+At each checkpoint the run's policy draws one more update batch. The rows are sqrt(M) grad S_i of its completions, with
+the M of the step that AdamW would make. The reference is the Gram matrix of the float32 rows, multiplied in float64.
+Errors of entries are relative to sqrt(K_ii K_jj), those of a whole Gram matrix are in the Frobenius norm; for sketches
+the root mean square over seeds is shown.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DIMENSIONS = (100, 200, 400, 800, 1600, 3200, 6400, 12800)
 
 
 def rows_at(checkpoint: Path) -> Tensor:
-    """(N, D), float32."""
+    """The rows (N, D) of the checkpoint's completions, float32."""
     with tempfile.TemporaryDirectory() as folder:
         state = FixedState(Checkpoint.read(checkpoint), Path(folder), seed=0)
         completions = Completions.of(state.rollouts)

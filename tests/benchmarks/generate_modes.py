@@ -1,10 +1,10 @@
 """
-Which way of transformers draws the completions of `trl-entropy evaluate` fastest on this device.
+Which generation mode of transformers draws the completions of `trl-entropy evaluate` fastest on this device?
 
     python tests/benchmarks/generate_modes.py [--model FOLDER] [--problems 32] [--samples 8] [--rounds 5]
 
-The modes take turns on the same held-out prompts, sorted by length as the evaluation does. Tokens a second count those
-up to the end of each completion; `greedy` says whether a mode's greedy completions are those of the first mode.
+The modes take turns on the same held-out prompts, sorted by length as in the evaluation. Tokens per second count the
+tokens up to the end of each completion; `greedy` says how many greedy completions equal those of the first mode.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def padded(model, tokenizer, batch_size: int, cache: str | None) -> Draw:
 
 
 def continuous(model) -> Draw:
-    """`generate_batch`: no padding, a paged cache, a finished completion makes room for the next."""
+    """`generate_batch`: without padding, with a paged cache; the next prompt replaces a finished completion."""
 
     def draw(prompts: list[list[int]], how: GenerationConfig) -> list[list[int]]:
         outputs = model.generate_batch(prompts, generation_config=how, progress_bar=False)
@@ -55,7 +55,7 @@ def continuous(model) -> Draw:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="folder; else the embedded model after its warm start")
+    parser.add_argument("--model", help="folder of a model (default: the embedded model after its warm start)")
     parser.add_argument("--problems", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=32)

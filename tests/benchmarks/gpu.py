@@ -1,11 +1,11 @@
 """
-Time and memory of a training step at the shape of Qwen2.5-1.5B, toggles off and with each probe. Random weights.
+Time and memory of a training step of a model of Qwen2.5-1.5B's shape with random weights, without and with each probe.
 
     python -m tests.benchmarks.gpu                      # one GPU; the table of docs/results.md
-    python -m tests.benchmarks.gpu --shape tiny --device cpu --completions 16     # does the script run?
+    python -m tests.benchmarks.gpu --shape tiny --device cpu --completions 16     # a quick check of the script
 
-Completions are random tokens of random length in place of generation, which is left out on all sides: a step is
-scoring, backward, update and probes. bf16, gradient checkpointing, LoRA on all projections.
+Random tokens of random length replace generation, so that a step consists of scoring, backward pass, update and
+probes. Training is in bf16 with gradient checkpointing and LoRA on all projections. E is the entropy probe's batch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PROBES["all"] = {name: value for settings in PROBES.values() for name, value in 
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of every step after the first, the device idle at both ends."""
+    """Seconds of every step after the first; waits for the device before and after each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, []
@@ -79,7 +79,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class ReplayTrainer(DrGRPOTrainer):
-    """Random completions of `lengths` tokens in place of generation."""
+    """A trainer whose completions are random tokens, with a length within `lengths`, instead of generated."""
 
     lengths = (200, 500)
 
@@ -130,7 +130,7 @@ def build(
 
 
 def measure(options: argparse.Namespace, rank: int, name: str) -> tuple[float, float, float]:
-    """Median seconds of a step, tokens of completions a second, peak GiB."""
+    """Median seconds per step, completion tokens per second, and peak memory in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, watch = build(options, rank, PROBES[name], Path(folder))
         trainer.train()
@@ -148,10 +148,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-1.5b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--completions", type=int, default=256, help="of a step; a multiple of 8")
+    parser.add_argument("--completions", type=int, default=256, help="completions per step; a multiple of 8")
     parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=3, help="measured, after one that is not")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64], help="LoRA r")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are measured, after a first one that is not")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64], help="ranks r of LoRA")
     parser.add_argument("--only", nargs="+", choices=list(PROBES), default=list(PROBES))
     options = parser.parse_args(argv)
     quiet_libraries()

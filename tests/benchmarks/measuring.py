@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: seconds and memory of a function, and intervals over rounds."""
+"""Measuring for the benchmarks: seconds and memory of a function call, and intervals over rounds."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 
 
 def interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean of independent values, and its 95 % interval by Student's t."""
+    """Mean of independent values, and the ends of its 95 % interval (Student's t)."""
     values = list(values)
     mean, stderr = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
     return mean, *Estimate(mean, stderr, len(values) - 1, len(values)).interval()
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, float]:
-    """CPU and wall seconds of a call."""
+    """CPU seconds and wall-clock seconds of a call."""
     cpu, wall = time.process_time(), time.perf_counter()
     function()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def peak_memory(function: Callable[[], object]) -> float:
-    """MiB that torch had allocated at the peak of a call, above what it had before."""
+    """Peak memory that torch allocates during a call, in MiB above what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     allocated = peak = 0

@@ -1,9 +1,9 @@
 """
-Coverage of the noise scale's 95 % intervals at planted noise scales: the table of docs/theory.md, (T14), (T15).
+Coverage of the 95 % intervals of the noise scale for known noise scales: the table of docs/theory.md, (T14), (T15).
 
     python -m tests.benchmarks.noise_scale_coverage [--repeats 300] [--prompts 16] [--steps 8]
 
-Group gradients are a fixed direction plus isotropic Gaussian noise in 64 dimensions.
+The group gradients are simulated: a fixed direction plus isotropic Gaussian noise in 64 dimensions.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MICRO_BATCH = 4
 
 
 def from_groups(parts_of: Callable[[Tensor], StepParts], steps: list[Tensor]) -> NoiseScaleRecord:
-    """(T14) of every step, its error from the step itself."""
+    """(T14): each step gives an estimate and its standard error."""
     return functools.reduce(lambda record, rows: record.update(parts_of(rows)), steps, NoiseScaleRecord.empty())
 
 
 def from_micro_batches(steps: list[Tensor]) -> NoiseScaleRecord:
-    """(T15): from norms of micro-batches of whole groups alone, errors from the scatter over steps."""
+    """(T15): only norms of micro-batches of whole groups are known; errors come from the scatter over steps."""
     record, parts = NoiseScaleRecord.empty(), None
     for rows in steps:
         sq_norms = rows.unflatten(0, (-1, MICRO_BATCH)).mean(1).square().sum(1)
@@ -66,7 +66,7 @@ def group_gradients(noise_scale: float, num_prompts: int, generator: torch.Gener
 
 
 def coverage(noise_scale: float, way: str, options: argparse.Namespace) -> tuple[float, float]:
-    """Share of intervals that hold the planted noise scale, and of those without an upper end."""
+    """Share of intervals that contain the true noise scale, and share of those without an upper end."""
     generator, covered, unbounded = torch.Generator().manual_seed(options.seed), 0, 0
     for _ in range(options.repeats):
         steps = [group_gradients(noise_scale, options.prompts, generator) for _ in range(options.steps)]

@@ -1,13 +1,14 @@
 """
-Do curriculum and resampling pay? Held-out pass@1 and entropy per generated completion on the embedded task.
+Do curriculum and resampling help? Held-out pass@1 and entropy on the embedded task, by completions generated.
 
     python tests/benchmarks/prompt_selection.py --output runs/prompt-selection
 
-Trains every arm (curriculum off/on x resampling off/on) with every seed, one run after the other, from the same warm
-start and on the same problems; a run that is complete is not made again, so the command goes on where it was cut off.
-Arms are compared with neither toggle, pair by pair of runs of one seed: Student's t over seeds. Evaluations come every
-few steps; between two of them values are interpolated in the number of completions generated. Where a curve bends that
-understates what an arm has reached, the more the further apart its evaluations are: read the late budgets.
+Trains every arm (curriculum off or on, resampling off or on) with every seed, one run after the other, from the same
+warm start and on the same problems. Runs that are complete are not repeated, so that after an interruption the same
+command continues. Each arm is compared with the arm without either toggle, with runs paired by seed and Student's t
+over seeds. Runs are evaluated every few steps; between two evaluations, values are interpolated linearly in the number
+of completions generated. This understates a curve that bends, most where its evaluations are far apart: prefer the
+comparisons late in training.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ARMS = {
     "resampling": ("--resample_uninformative_groups", "true"),
     "both": ("--curriculum", "pass_rate", "--resample_uninformative_groups", "true"),
 }
-# 640 prompts are drawn in 40 steps: of 4096 problems hardly one comes twice, and no pass rate would ever be used.
+# 40 steps draw 640 prompts: of 4096 problems hardly any would come twice, and pass rates would never be used.
 SETTINGS = (
     *("--num_train_problems", "256", "--eval_steps", "10", "--save_strategy", "no", "--log_completions", "false"),
     *("--report_to", "none", "--entropy_probe", "false", "--effective_sample_size_probe", "false"),
@@ -45,23 +46,23 @@ QUANTITIES = {"pass@1": "rewards/tag_pref/mean", "entropy": "entropy"}
 
 
 class Curve(NamedTuple):
-    """One run: completions generated, and what was measured there, at each evaluation."""
+    """One run: the completions generated up to each evaluation, and the values measured there."""
 
     completions: np.ndarray
     values: dict[str, np.ndarray]
     steps: np.ndarray
     cost: float  # completions generated for each informative group trained on
-    kept: float  # share of groups trained on that have no gradient
-    rounds: float  # of generation beyond the first, a step
-    unused: float  # share of informative groups that were drawn beyond need
-    seconds: float  # share of the time of steps that replacing takes
+    kept: float  # share of groups trained on whose rewards are all equal
+    rounds: float  # further rounds of generation per step, after the first
+    unused: float  # share of informative groups that were not needed
+    seconds: float  # share of the steps' time that replacing groups takes
 
     def at(self, quantity: str, completions: float) -> float:
         return float(np.interp(completions, self.completions, self.values[quantity]))
 
 
 def train(folder: Path, arm: str, seed: int, steps: int) -> None:
-    """One run, unless it is there."""
+    """Make one run, unless it is complete."""
     if is_complete(folder, steps):
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +118,7 @@ def table(curves: dict[str, list[Curve]], budget: float) -> str:
 
 
 def costs(curves: dict[str, list[Curve]]) -> str:
-    """What the arms cost over all of their steps."""
+    """Table: the cost of each arm over all of its steps."""
     columns = {
         "completions per informative group": ("cost", ".1f"),
         "groups without gradient": ("kept", ".1%"),
@@ -133,7 +134,7 @@ def costs(curves: dict[str, list[Curve]]) -> str:
 
 
 def equal_steps(curves: dict[str, list[Curve]]) -> str:
-    """Differences after the last step, whatever was generated for it."""
+    """Table: differences after the last step, however many completions were generated up to it."""
     lines = ["after the last step of all arms, whatever was generated", "| arm | " + " | ".join(QUANTITIES) + " |"]
     lines.append("|---" * (1 + len(QUANTITIES)) + "|")
     for arm, own in curves.items():
@@ -148,7 +149,7 @@ def draw(curves: dict[str, list[Curve]], target: Path) -> None:
         axes = figure.subplots(1, 2)
         for axis, name in zip(axes, QUANTITIES, strict=True):
             for arm, own in curves.items():
-                generated = np.mean([c.completions for c in own], axis=0)  # at each evaluation, over seeds
+                generated = np.mean([c.completions for c in own], axis=0)  # mean over seeds at each evaluation
                 values = np.array([c.values[name] for c in own])
                 errors = values.std(0, ddof=1) / len(own) ** 0.5
                 axis.errorbar(generated, values.mean(0), errors, label=arm, capsize=2)
@@ -160,8 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path("runs/prompt-selection"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="multiple of 10")
-    parser.add_argument("--figure", type=Path, help="where to draw to; output/prompt-selection.png if not given")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a run; a multiple of 10")
+    parser.add_argument("--figure", type=Path, help="file of the figure (default: prompt-selection.png in --output)")
     options = parser.parse_args()
     pairs = itertools.product(range(options.seeds), ARMS)
     cells = {(arm, seed): options.output / f"{arm}-seed{seed}" for seed, arm in pairs}

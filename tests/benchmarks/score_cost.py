@@ -1,9 +1,9 @@
 """
-What derivatives of scores cost, as a ratio to scoring alone: orders 1 and 2 of `scores.score`, interleaved.
+Cost of first and second derivatives of token scores (`scores.score`, orders 1 and 2), relative to scoring alone.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/score_cost.py [--rounds 20]
 
-The embedded model after its warm start, on 64 of its completions.
+Scores 64 completions of the embedded model after its warm start; the orders take turns.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
 """
-Cost of every sequence's LoRA gradient, as a ratio to one plain forward and backward of the same batch.
+Cost of the LoRA gradient of every sequence of a batch, relative to one plain forward and backward pass of the batch.
 
     python tests/benchmarks/sequence_gradients.py [--hidden 128 512] [--rounds 8]
 
-Qwen2 with 8 layers and LoRA of rank 16 on all linear layers, 32 sequences of about 60 tokens, float32 on the CPU:
+The model is a Qwen2 with 8 layers and LoRA of rank 16 on all linear layers, with 32 sequences of 60 tokens, in float32
+on the CPU. The methods:
 
-- instead:  hooks write all rows into a buffer, autograd makes no weight gradients;
-- beside:   the same beside autograd's own weight gradients, as in training;
-- norms:    as instead, but squared norms only, nothing kept;
-- loop:     a forward and a backward per sequence;
+- instead:  hooks write all gradients into a buffer, and autograd computes no weight gradients;
+- beside:   the same in addition to autograd's own weight gradients, as in training;
+- norms:    as `instead`, but only squared norms are computed and no gradient is kept;
+- loop:     a forward and backward pass for each sequence;
 - vmap:     torch.func.vmap over torch.func.grad.
 
-In each round every way runs once, in random order, beside its own plain pass, so that a change of the machine's speed
-hits both. Times are the process's CPU seconds, which a busy machine stretches less than the clock's. Ratios are of
-paired times, with Student's t interval over rounds. Memory is that of torch's allocations at their peak above what
-stood before, in the first, untimed round.
+In each round every method runs once, in random order, before or after a plain pass of its own, so that changes of the
+machine's speed affect both. Times are CPU seconds of the process, which depend less on other load than wall-clock
+seconds. Ratios are of paired times, with a 95 % interval (Student's t) over rounds. Memory is the peak of torch's
+allocations above what was allocated before, in a first round that is not timed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NUM_SEQUENCES, LENGTH, VOCAB, RANK = 32, 60, 512, 16
 
 
 def build(hidden: int) -> nn.Module:
-    """LoRA with B off its start at 0, where A would have no gradient."""
+    """A model with LoRA whose B is not 0, as it is at the start of training, since A would then have no gradient."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -66,7 +67,7 @@ def losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 class Ways:
-    """The ways to have the rows, each as a function without arguments."""
+    """The methods that compute the gradients, as functions without arguments."""
 
     def __init__(self, model: nn.Module, num_sequences: int = NUM_SEQUENCES) -> None:
         self.model, self.ids = model, batch(num_sequences)

@@ -1,17 +1,21 @@
 """
-Cost of a training step as a ratio, paired and interleaved in one process.
+Time of a training step relative to another way of training, measured in turns in one process.
 
-    python tests/benchmarks/step_time.py trl      # DrGRPOTrainer, toggles off / TRL's GRPOTrainer
-    python tests/benchmarks/step_time.py probe    # entropy probe on every step, |E| = |U| / 4 / probe off
-    python tests/benchmarks/step_time.py noise_scale --hidden 128 512    # steps with noise scale probe / without:
-                                                  # LoRA of rank 16 on 8 layers of Qwen2, 8 prompts x 4, float32
+    python tests/benchmarks/step_time.py trl      # DrGRPOTrainer with toggles off, relative to TRL's GRPOTrainer
+    python tests/benchmarks/step_time.py probe    # with the entropy probe in every step, relative to without
+    python tests/benchmarks/step_time.py noise_scale --hidden 128 512    # with that probe, relative to without
 
-For `noise_scale` both sides are steps of one run, off, on, on, off: a round, whose sample is the ratio of their sums.
-Else both sides train on the quickstart's settings with learning rate 0 and are given the same random state at every
-step, so they draw the same completions and do the same work. They take turns every few steps, so a change of the
-machine's speed hits both. A round's sample is the ratio of the two median steps; the interval is Student's t over
-rounds. Times are the clock's, and for `noise_scale` also the CPU seconds of the process, which a busy machine
-stretches less.
+U are the step's own completions, E the completions of the entropy probe: by default a quarter as many.
+
+For `trl` and `probe`, both sides train with the quickstart's settings and learning rate 0, and get the same random
+state in every step, so that they draw the same completions. They take turns every few steps, so that changes of the
+machine's speed affect both. Each round gives the ratio of the two median steps.
+
+For `noise_scale` (LoRA of rank 16 on a Qwen2 with 8 layers, 8 prompts with 4 completions each, float32) both sides are
+steps of one run: off, on, on, off. Each such round gives the ratio of the two sums.
+
+Intervals are 95 % (Student's t) over rounds. Times are wall-clock seconds, and for `noise_scale` also CPU seconds of
+the process, which depend less on other load.
 """
 
 from __future__ import annotations
@@ -58,9 +62,10 @@ QUICKSTART = {
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of every step, from its beginning until after its logs; the first of a turn is left out.
+    """
+    Seconds of every step except the first of a turn, from its beginning until its metrics are logged.
 
-    `logged` has the same steps' times that training itself logged.
+    `logged` has, for the same steps, the times that training itself has logged.
     """
 
     def __init__(self) -> None:
@@ -72,7 +77,7 @@ class Stopwatch(TrainerCallback):
         self.logged: list[dict[str, float]] = []
 
     def median(self, *subtract: str) -> float:
-        """The median step, less the logged times of these names."""
+        """Median seconds per step, after subtracting the logged times of these names."""
         rows = zip(self.seconds, self.logged, strict=True)
         return statistics.median(seconds - sum(logs[name] for name in subtract) for seconds, logs in rows)
 
@@ -112,10 +117,11 @@ def build(
 
 
 def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[str, list[tuple[float, float]]]:
-    """Median seconds of a step of both sides, by round; they take turns and swap who is first.
+    """
+    Median seconds per step of both sides in each round; the sides take turns, each starting every other round.
 
     Returns:
-        `"whole"`, and for each logged time of the first side in `subtract` the whole without it.
+        `"whole"`: of whole steps; and for each name in `subtract`: without the first side's logged time of that name.
     """
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in ("whole", *subtract)}
     for number in range(rounds):
@@ -130,7 +136,7 @@ def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[s
 
 
 def report(name: str, results: list[tuple[float, float]], num_completions: str) -> None:
-    ratios = [a / b for a, b in results[1:]]  # the first round warms up
+    ratios = [a / b for a, b in results[1:]]  # without the first round, which warms up
     mean, low, high = interval(ratios)
     seconds = [statistics.median(side) for side in zip(*results[1:], strict=True)]
     print(
@@ -141,12 +147,12 @@ def report(name: str, results: list[tuple[float, float]], num_completions: str) 
 
 
 def odd_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-    """A reward that even a random model earns sometimes."""
+    """A reward that differs between the completions of a model with random weights."""
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def noise_scale(hidden: int, options: argparse.Namespace) -> None:
-    """Completions of a random model run to their full 32 tokens, so that every step does the most that it can."""
+    """Compare steps of a model with random weights, whose completions nearly all have the full 32 tokens."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, watch = build(
             DrGRPOTrainer, DrGRPOConfig, Path(folder), 4 * options.rounds, build_model(hidden), odd_tokens,
@@ -164,10 +170,10 @@ def noise_scale(hidden: int, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["trl", "probe", "noise_scale"])
-    parser.add_argument("--rounds", type=int, default=16, help="the first is not counted")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn, after one that is not counted")
-    parser.add_argument("--prompts", type=int, default=32, help="|E| for `probe`")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 512], help="for `noise_scale`")
+    parser.add_argument("--rounds", type=int, default=16, help="number of rounds; the first is not counted")
+    parser.add_argument("--steps", type=int, default=5, help="steps per turn, after a first one that is not counted")
+    parser.add_argument("--prompts", type=int, default=32, help="for `probe`: completions of the entropy probe, |E|")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 512], help="for `noise_scale`: hidden sizes")
     options = parser.parse_args()
     quiet_libraries()
     if options.what == "noise_scale":
@@ -187,7 +193,7 @@ def main() -> None:
         results = paired(on, build(*off), options.rounds, (draw, "time/entropy"))
         report("entropy probe on / off", results["whole"], sizes)
         report("the same without drawing E", results[draw], sizes)
-        report("the same without the probe's events, a check of what is left over", results["time/entropy"], sizes)
+        report("the same without all of the probe's events (about 1)", results["time/entropy"], sizes)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_interrupted_copy_goes_on(remote):
     big.write_bytes(os.urandom(3_000_000))
     cut = remote.sync("pull", RUN, host="cut")
     assert cut.returncode != 0
-    assert "the same command goes on" in cut.stderr
+    assert "the same command continues" in cut.stderr
     before = remote.bytes_received()
     copy = remote.home / big.relative_to(remote.root)
     assert not copy.exists()  # nothing under its own name is half a file
@@ -262,10 +262,10 @@ def test_port_and_identity(remote):
     [
         ((), "Usage"),
         (("pull",), "needs the name of a run"),
-        (("pull", "../other"), "no name of a run"),
-        (("pull", "/etc"), "no name of a run"),
-        (("pull", "a/../../b"), "no name of a run"),
-        (("all", "x"), "takes no run"),
+        (("pull", "../other"), "not the name of a run"),
+        (("pull", "/etc"), "not the name of a run"),
+        (("pull", "a/../../b"), "not the name of a run"),
+        (("all", "x"), "takes no name of a run"),
         (("push",), "unknown command push"),
     ],
 )

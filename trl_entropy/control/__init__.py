@@ -1,4 +1,4 @@
-"""Entropy control: opt-in changes of the step itself; all else in the package only measures."""
+"""Entropy control: optional changes of the training step; everything else in the package only measures."""
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.control.entropy_control import EntropyControl
@@ -7,7 +7,7 @@ from trl_entropy.probes import Probe
 
 
 def controls(args: DrGRPOConfig) -> list[Probe]:
-    """Those that the config turns on. They come before the probes, which then see the corrected step."""
+    """The controls that the config turns on. They run before the probes, which then see the corrected step."""
     return [] if args.entropy_control == "none" else [EntropyControl.from_config(args)]
 
 

@@ -1,4 +1,8 @@
-"""Hold the policy's entropy, or give each step its change of it: (T19), after the optimizer's step."""
+"""
+Correct each optimizer step so that the policy's entropy stays at a target or changes by a given amount (T19).
+
+E is the probe batch, completions that are drawn for this purpose; U the step's own completions.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +43,18 @@ from trl_entropy.runs.state import StateDict
 logger = logging.getLogger(__name__)
 
 DEFAULT_CAP, DEFAULT_METRIC_FLOOR = 1.0, 0.1
-# Added to the step that seeds the draw of E: completions other than those that the entropy probe measures on.
+# Added to the step that seeds the draw of E, so that these are not the completions that the entropy probe measures on.
 _OTHER_DRAW = 1_000_000_000
 
 
 class Halves(NamedTuple):
-    """Completions of even and odd prompts, with each half's own entropy and number of tokens over all ranks.
+    """
+    Completions of even and of odd prompts.
 
-    `terms` and `prompts` are those of all completions and ranks.
+    Attributes:
+        rows: this rank's completions of each half.
+        entropies, num_tokens: each half's entropy, nats per token, and number of tokens, over all ranks.
+        terms, prompts: entropy terms and prompt numbers of all completions of all ranks.
     """
 
     rows: tuple[Completions, Completions]
@@ -58,27 +66,29 @@ class Halves(NamedTuple):
 
 class EntropyControl(Probe):
     """
-    Corrects every optimizer step so that the policy's entropy changes by what it is to change by, to first order: the
-    smallest correction in AdamW's metric (T19), applied to the float32 parameters when the optimizer is done. The
-    moments never see it.
+    Corrects every optimizer step so that the policy's entropy changes, to first order, by a required amount: the
+    smallest correction in AdamW's metric (T19). It is added to the float32 parameters after the optimizer's step and
+    does not enter the optimizer's moments.
 
-    Without target and budget, or with mode `"report"`, nothing is corrected; logged is what would be.
+    With mode `"report"` nothing is corrected; the correction that would be made is only logged.
 
-    Cost: a probe batch of its own and a forward and backward pass of it (`"probe"`), or one and a half of the step's
-    own completions (`"rollouts"`); ten vectors of all trainable parameters, and four for `memory`.
+    Cost: a probe batch of its own and a forward and backward pass of it (`"probe"`), or a forward and backward pass of
+    one and a half times the step's own completions (`"rollouts"`). Memory: ten vectors of all trainable parameters,
+    and four more for `memory`.
 
     Args:
-        mode: `"hold"` the entropy, or only keep it from falling below (`"floor"`), or `"report"`.
-        set_point: what asks for the change of each step; None: `per_step` always.
-        per_step: nats per token and step.
-        cap: largest length of the correction, relative to the optimizer's step, both measured in M^-1.
-        metric_floor: lower bound of sqrt(v) in that metric, as a multiple of its mean; see [`floored_metric`].
-        source: where grad h comes from: `"probe"` or `"rollouts"`.
-        memory: of the running mean of grad h, see [`RunningHalves`]; `"probe"` only, as rollouts of earlier steps are
-            in the optimizer's momentum too.
-        num_prompts: of the probe batch, over all processes.
+        mode: `"hold"` corrects in both directions, `"floor"` only if the entropy would otherwise change by less than
+            required, `"report"` not at all.
+        set_point: gives the required change of each step from the entropy before it; None: `per_step` in every step.
+        per_step: required change, nats per token and step.
+        cap: largest length of the correction, relative to the optimizer's step, both in the norm of M^-1.
+        metric_floor: lower bound of sqrt(v) in the metric M, as a multiple of its mean; see [`floored_metric`].
+        source: completions that the entropy gradient grad h is computed from: `"probe"` (E) or `"rollouts"` (U).
+        memory: weight of earlier steps in the running mean of grad h, see [`RunningHalves`]; only with `"probe"`,
+            since earlier steps' rollouts are in the optimizer's momentum too.
+        num_prompts: prompts of the probe batch, over all processes.
         batch_size: completions differentiated at a time; halved on out-of-memory.
-        draw: stand-in for the policy's sampling, `(step, rank) -> Completions`.
+        draw: called as `(step, rank) -> Completions` in place of sampling from the policy.
     """
 
     name = "entropy_control"
@@ -103,9 +113,9 @@ class EntropyControl(Probe):
         self.running = RunningHalves(memory if source == "probe" else 0.0)
         self.prediction_check = PredictionCheck()
         self.active = mode != "report"
-        # Of the last step: predicted change, covariance of its error with that of the entropy, the entropy before.
+        # Of the last step: the predicted change, the covariance of its error with the entropy's, the entropy before.
         self._before: tuple[float, float, Estimate] | None = None
-        # Of the step's own completions, this process's: entropy terms and prompts.
+        # Entropy terms and prompts of the step's own completions on this process, one pair per micro-batch.
         self._own: list[tuple[RatioTerms, Tensor]] = []
 
     @classmethod
@@ -198,14 +208,14 @@ class EntropyControl(Probe):
         if self.set_point is not None and state["bias"] is not None:
             self.set_point.bias = state["bias"]
 
-    # ---- its steps
+    # ---- the steps of `on_after_update`
 
     def _entropy(self, halves: Halves, engine: Engine) -> Estimate:
-        """The policy's, from E and, where they are its own draws, the step's completions. Collective."""
+        """The policy's entropy, from E and, if the policy itself drew them, the step's completions. Collective."""
         terms, prompts = halves.terms, halves.prompts
         for own, index in self._own:
             terms = RatioTerms(*(torch.cat(pair) for pair in zip(terms, _gathered(own, engine), strict=True)))
-            prompts = torch.cat([prompts, -1 - engine.accelerator.gather(index)])  # other numbers than E's
+            prompts = torch.cat([prompts, -1 - engine.accelerator.gather(index)])  # numbers that E does not use
         self._own.clear()
         return policy_entropy(terms).estimate(prompts)
 
@@ -218,8 +228,8 @@ class EntropyControl(Probe):
         gradients: tuple[Vector, Vector],
     ) -> float:
         """
-        g . d with this step's gradient in d crossed over halves: on the step's own completions the plain product also
-        holds each prompt's effect on itself. Collective.
+        The predicted change g . d, g the entropy gradient and d the optimizer's step, without each prompt's effect on
+        itself: each half's g is multiplied with the loss gradient of the other half. Collective.
         """
         found, rollouts = record.loss_coefficients, record.rollouts
         assert found is not None, "needs_loss_coefficients"
@@ -236,7 +246,7 @@ class EntropyControl(Probe):
         )
 
     def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: TrainerState) -> None:
-        """Compare the last step's predicted change with what came; switch off where the predictions fail."""
+        """Compare the last step's predicted change with the measured one; switch off if the predictions are wrong."""
         metrics |= {"entropy_control/entropy": entropy.value, "entropy_control/entropy_stderr": entropy.stderr}
         if self._before is None:
             return
@@ -252,8 +262,8 @@ class EntropyControl(Probe):
             self.active = False
             if state.is_world_process_zero:
                 logger.warning(
-                    "entropy_control is off from step %d on: over %d steps the entropy changed by %.2f +- %.2f of "
-                    "what was predicted. Lower the learning rate, or raise entropy_control_num_completions.",
+                    "entropy_control is off from step %d on: over %d steps the entropy changed by %.2f +- %.2f times "
+                    "the predicted change. Lower the learning rate, or raise entropy_control_num_completions.",
                     state.global_step + 1, self.prediction_check.window, slope, 1.96 * error,
                 )  # fmt: skip
 
@@ -279,7 +289,7 @@ class EntropyControl(Probe):
 def score_prompt_halves(
     engine: Engine, params: Params, batch: Completions, temperature: float, batch_size: int
 ) -> Halves:
-    """E or U, scored at `params`, before the step, split by prompt. Collective."""
+    """Score the batch (E or U) with the parameters before the step, and split it by prompt. Collective."""
     accelerator = engine.accelerator
     with (
         rank_symmetric(accelerator, "scoring the completions of the entropy control"),
@@ -302,9 +312,9 @@ def score_prompt_halves(
 def half_gradients(
     engine: Engine, params: Params, halves: Halves, temperature: float, batch_size: int
 ) -> tuple[Vector, Vector]:
-    """grad h of each half at `params`, over all ranks. Collective."""
+    """The entropy gradient grad h of each half at `params`, over all ranks. Collective."""
     with (
-        rank_symmetric(engine.accelerator, "differentiating the entropy for its budget"),
+        rank_symmetric(engine.accelerator, "differentiating the entropy for the entropy control"),
         engine.scoring_model(params) as model,
     ):
         shares = [
@@ -315,10 +325,10 @@ def half_gradients(
 
 
 def _gathered(terms: RatioTerms, engine: Engine) -> RatioTerms:
-    """Of all ranks' completions. Collective."""
+    """The terms of all ranks' completions. Collective."""
     return RatioTerms(*engine.accelerator.gather(torch.stack(terms, dim=1)).unbind(1))
 
 
 def _summed(share: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
-    """Over ranks. Collective."""
+    """The sum of `share` over ranks. Collective."""
     return {name: engine.accelerator.reduce(share[name], reduction="sum") for name in engine.parameters}

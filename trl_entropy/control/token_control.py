@@ -1,6 +1,8 @@
-"""Clip-Cov, KL-Cov (arXiv:2505.22617) and random tokens in training: chosen tokens are left out or held back.
+"""
+Clip-Cov and KL-Cov (arXiv:2505.22617), and the same with random tokens: chosen tokens get no gradient, or for KL-Cov
+a penalty on the change of their probability.
 
-They are chosen in the optimizer's batch when it is generated, or in each micro-batch inside its loss.
+Tokens are chosen from the whole optimizer's batch when it is generated, or from each micro-batch inside its loss.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 class TokenControl:
     """
-    `token_control` of [`DrGRPOConfig`]: chooses tokens, and changes what the loss reads of a batch: its advantages
-    become advantages by token, 0 where chosen; or, for `kl_cov`, `token_control_mask` says which tokens are chosen.
+    `token_control` of [`DrGRPOConfig`]: chooses tokens and changes the batch that the loss reads. Advantages become
+    one per token, 0 for chosen tokens; with `kl_cov` the batch instead gets the chosen tokens' `token_control_mask`.
 
     Args:
-        args: `token_control*`, and the seed of its random choices.
-        accelerator: of the processes whose tokens are chosen together.
-        score: log-probabilities (B, T) of a batch's completions under the policy as it is; one forward pass.
+        args: the settings `token_control*`, and the seed of the random choices.
+        accelerator: gathers the tokens of all processes, which are chosen together.
+        score: returns log-probabilities (B, T) of a batch's completions under the present policy; one forward pass.
     """
 
     def __init__(
@@ -52,13 +54,14 @@ class TokenControl:
 
     def change_optimizer_batch(self, batch: TrainingBatch, step: int) -> dict[str, float]:
         """
-        Choose tokens of a generation's batch, change it in place, and return the metrics of the choice. Collective.
+        Choose tokens of a newly generated batch, change it in place, and return the metrics of the choice. Collective.
 
-        Covariances are centred over the whole batch of all processes, which is one optimizer step's, and ties between
-        tokens are broken by their place in it: micro-batches and the number of processes make no difference.
+        Covariances are centred over the batch of all processes, which is that of one optimizer step. Ties between
+        tokens are broken by their place in the batch. So the choice does not depend on the size of micro-batches or on
+        the number of processes.
 
         Args:
-            step: that the batch is for; with the seed it seeds the random choice.
+            step: the step that the batch is for; seeds the random choice, with the run's seed.
         """
         mask = loss_mask_of(batch).bool()
         chosen, covariances = self._chosen_of_all(batch, mask, step)
@@ -74,16 +77,16 @@ class TokenControl:
         self, inputs: TrainingBatch, per_token_logps: Float[Tensor, "B T"], step: int, number: int
     ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
         """
-        The same for one micro-batch inside its loss, as the published code does it (PRIME-RL/Entropy-Mechanism-of-RL,
+        The same for one micro-batch inside its loss, as in the published code (PRIME-RL/Entropy-Mechanism-of-RL,
         `verl/trainer/ppo/core_algos.py`); theory.md, "Control by tokens", says where that departs from the paper.
         Local.
 
-        Covariances are of the policy as it is, centred over this micro-batch of this process, and so depend on its
-        size. Where the ratio is clipped a token has no gradient, and is not left out a second time.
+        Covariances are those of the present policy, centred over this micro-batch of this process, and so depend on
+        its size. A token whose ratio is clipped has no gradient anyway; all choices except `kl_cov` skip it.
 
         Args:
-            per_token_logps: what the loss has just scored, nats.
-            number: the micro-batch's in its step; with seed, step and rank it seeds the random choice.
+            per_token_logps: log-probabilities that the loss has just computed, nats.
+            number: the micro-batch's number in its step; seeds the random choice, with the run's seed, step and rank.
 
         Returns:
             The chosen tokens, and the covariance of each token's log-probability and advantage, nats x advantage.
@@ -103,11 +106,11 @@ class TokenControl:
         self, inputs: TrainingBatch, loss_logps: Float[Tensor, "B T"], num_micro_batches: int
     ) -> Float[Tensor, ""]:
         """
-        KL-Cov's term of a micro-batch, weighed as the loss weighs its tokens: `dr_grpo` (T2), or `bnpo`, their mean.
+        KL-Cov's penalty of a micro-batch, its tokens weighted as in the loss: `dr_grpo` (T2) or `bnpo` (their mean).
 
         Args:
-            loss_logps: what the loss has scored, with its graph, nats.
-            num_micro_batches: of the step, over which the loss is averaged.
+            loss_logps: log-probabilities that the loss has computed, with its autograd graph, nats.
+            num_micro_batches: micro-batches of the step, over which the loss is averaged.
         """
         per_loss = len(loss_logps) * self.args.max_completion_length
         if self.args.loss_type == "bnpo":
@@ -118,7 +121,7 @@ class TokenControl:
         return kl_cov_penalty(loss_logps, old, inputs["token_control_mask"], coefficient, per_loss * num_micro_batches)
 
     def warn_of_no_token(self, metrics: Mapping[str, float], step: int) -> None:
-        """Say that a step's control did nothing."""
+        """Warn if no token was chosen in a step, and say why."""
         args = self.args
         if metrics.get("token_control/num_tokens") != 0 or not self._accelerator.is_main_process:
             return
@@ -133,7 +136,7 @@ class TokenControl:
 
     def _change(self, batch: TrainingBatch, chosen: Bool[Tensor, "B T"]) -> None:
         if self.args.token_control == "kl_cov":
-            batch["token_control_mask"] = chosen  # TRL's batch is split and shuffled with it
+            batch["token_control_mask"] = chosen  # TRL splits and shuffles it with the rest of the batch
         else:
             advantages = batch["advantages"].reshape(len(chosen), -1).expand(chosen.shape)
             batch["advantages"] = advantages.where(~chosen, 0.0)
@@ -165,7 +168,7 @@ class TokenControl:
         order: Float[Tensor, "N K"],
         clipped: Bool[Tensor, "N K"],
     ) -> Bool[Tensor, "N K"]:
-        """The tokens that `token_control` takes, a fraction of all of `mask`; `order`: random numbers."""
+        """The tokens that `token_control` chooses, a fraction of those of `mask`; `order` are random numbers."""
         args = self.args
         count, among = num_chosen(mask, args.token_control_fraction), mask & ~clipped
         if args.token_control == "kl_cov":

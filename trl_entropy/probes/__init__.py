@@ -8,7 +8,7 @@ from trl_entropy.probes.optimizer_state import OptimizerStateProbe
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
 
-# Toggle in DrGRPOConfig -> the probe that it turns on.
+# From a toggle of DrGRPOConfig to the probe that it turns on.
 PROBES: dict[str, type[Probe]] = {
     "entropy_probe": EntropyProbe,
     "effective_sample_size_probe": EffectiveSampleSizeProbe,

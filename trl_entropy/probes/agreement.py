@@ -1,4 +1,4 @@
-"""How well predictions have agreed with measurements over the run so far, and where their sum has led."""
+"""How well the predicted entropy changes have agreed with the measured ones over the run so far, and their sums."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared", "ceiling_
 
 class RunningAgreement:
     """
-    Regressions of measured on predicted over the probed steps, one for each kind of pair, and integrals of changes.
+    Regressions of the measured on the predicted entropy change over the probed steps, one regression for each kind of
+    pair, and the sums of all changes (integrals).
 
-    Kinds: `same_sample` (agreement is calculus), `cross` (predicted on one half of the probe batch, measured on the
-    other), `placebo` (another step's update).
+    Kinds: `same_sample` (both on the same completions, so agreement only confirms the derivative), `cross` (predicted
+    on one half of the probe batch, measured on the other), `placebo` (predicted from an earlier step's update).
     """
 
     def __init__(self) -> None:
@@ -24,9 +25,9 @@ class RunningAgreement:
         self._integrals: dict[str, float] = {}
 
     def add_pair(self, kind: str, predicted: Estimate, measured: Estimate, difference: Estimate | None = None) -> None:
-        """Add a step; `difference` is the paired predicted - measured where both are on the same completions."""
+        """Add a step; `difference` is the estimate of predicted - measured if both use the same completions."""
         if not math.isfinite(predicted.value) or not math.isfinite(measured.value):
-            return  # said in the step's own metrics; one such step must not silence all later ones
+            return  # the step's own metrics show it; one such step must not make the statistics of all later ones nan
         covariance = error_covariance(predicted.stderr, measured.stderr, difference.stderr) if difference else 0.0
         moments = self._pairs.get(kind, PairMoments.empty())
         self._pairs[kind] = moments.update(
@@ -34,11 +35,11 @@ class RunningAgreement:
         )
 
     def add_change(self, name: str, start: float, change: float) -> None:
-        """Add a step's change to an integral, which begins at `start`, the entropy that the first step found."""
+        """Add a step's change to an integral, which begins at `start`, the entropy before the first step."""
         self._integrals[name] = self._integrals.get(name, start) + change
 
     def metrics(self) -> dict[str, float]:
-        """Statistics with their standard errors, from the third pair of a kind on; the integrals so far."""
+        """The integrals so far, and for each kind with at least three pairs its statistics with standard errors."""
         logged = {f"entropy/integral_{name}": value for name, value in self._integrals.items()}
         for kind, moments in self._pairs.items():
             if moments.num_pairs < 3:
@@ -54,6 +55,6 @@ class RunningAgreement:
         return {"pairs": {kind: moments.sums for kind, moments in self._pairs.items()}, "integrals": self._integrals}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on from sums that `state_dict` gave."""
+        """Continue from the sums that `state_dict` returned."""
         self._pairs = {kind: PairMoments(sums) for kind, sums in state["pairs"].items()}
         self._integrals = dict(state["integrals"])

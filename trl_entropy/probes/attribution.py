@@ -1,4 +1,4 @@
-"""Which part of the step, which completion, which token made the first-order entropy change (T9)."""
+"""Which part of the step, which completion and which token caused the first-order entropy change (T9)."""
 
 from __future__ import annotations
 
@@ -44,12 +44,15 @@ from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
 from trl_entropy.runs.state import StateDict
 
-# Mode -> what the contributions are pooled by.
+# From the mode to the categories by which contributions are summed over the run.
 CATEGORIES = {"sequence": OUTCOMES, "token": OUTCOMES_BY_PROBABILITY}
 
 
 class ProbeBatch(NamedTuple):
-    """E before the step: this rank's completions and weights (T6), all ranks' terms, grad h . dtheta."""
+    """
+    The probe batch E, scored before the step: this rank's completions and their importance weights (T6), the entropy
+    terms of all ranks' completions, and the first-order change grad h . dtheta, nats per token.
+    """
 
     completions: Completions
     weights: Float[Tensor, "B T"]
@@ -59,12 +62,13 @@ class ProbeBatch(NamedTuple):
 
 class Contributions(NamedTuple):
     """
-    What a step's completions made, nats per token: this rank's delta_i (K = 1) or delta_ik of the policy loss.
+    What this rank's completions of the step (U) contribute to the entropy change, nats per token: delta_i for each
+    completion (K = 1) or delta_ik for each of its tokens.
 
     Attributes:
-        policy: of the loss less its KL and bonus.
-        other: by completion that of the KL and the entropy bonus, where the loss has them.
-        scores: of U before the step, by token.
+        policy: contribution of the policy loss, that is the loss without its KL term and entropy bonus.
+        other: contributions of the KL term and of the entropy bonus for each completion, if the loss has them.
+        scores: token scores of U before the step; None by completion.
     """
 
     policy: Float[Tensor, "B K"]
@@ -74,17 +78,20 @@ class Contributions(NamedTuple):
 
 class StepAttribution:
     """
-    (T9) for the entropy probe: the parts of `entropy/delta_linear`, of AdamW's step under any loss of per-token
-    log-probabilities and entropies. alpha_ik comes from the backward pass of training itself; the KL to the reference
-    and the entropy bonus are parts of their own.
+    Splits the first-order entropy change `entropy/delta_linear` of an AdamW step into its parts (T9).
 
-    Correct is an advantage above 0: with a reward of 0 or 1, a right answer in a group that is not all right.
-    Cost: grad h is a forward and backward pass of E; `"sequence"` adds one of U, and one each for KL and bonus;
-    `"token"` a forward-mode pass of U.
-    Memory: three vectors of all trainable parameters, beside the moments and the gradient.
+    The loss may be any function of the per-token log-probabilities and entropies: the coefficients alpha_ik are read
+    from training's own backward pass. The KL to the reference policy and the entropy bonus are parts of their own. A
+    completion counts as correct if its advantage is above 0: with rewards of 0 and 1, a right answer in a group that
+    also has a wrong one.
+
+    Cost, with E the probe batch and U the step's own completions: a forward and backward pass of E for grad h;
+    `"sequence"` adds one such pass of U, and one more each for the KL term and the bonus; `"token"` adds a
+    forward-mode pass of U.
+    Memory: three vectors of all trainable parameters, in addition to the moments and the gradient.
 
     Args:
-        mode: `"sequence"`, or `"token"`.
+        mode: `"sequence"` (by completion) or `"token"`.
         batch_size: completions differentiated at a time; halved on out-of-memory.
     """
 
@@ -94,16 +101,16 @@ class StepAttribution:
         self.mode, self.batch_size = mode, batch_size
         self.record = CategoryRecord.empty(CATEGORIES[mode])
 
-    # ---- what the probe calls, in this order
+    # ---- called by the probe, in this order
 
     def check(self, args: DrGRPOConfig, model: nn.Module) -> None:
-        """Raises `ValueError` for a loss or a trainable module that (T9) does not cover, by name."""
+        """Raises `ValueError` that names a loss or a trainable module that (T9) does not cover."""
         args.check_attribution()
         if self.mode == "sequence":
             SequenceGradients(model)
 
     def before_update(self, update: UpdateContext) -> None:
-        """Have the step's ingredients kept. Collective."""
+        """Read what the optimizer's step is computed from, before it changes. Collective."""
         read_before_step(update)
 
     def after_update(
@@ -143,12 +150,12 @@ class StepAttribution:
     def load_state_dict(self, state: StateDict) -> None:
         self.record = CategoryRecord(self.record.names, PooledParts(**state["parts"]), state["counts"])
 
-    # ---- its steps
+    # ---- the steps of `after_update`
 
     def _entropy_gradient(
         self, update: UpdateContext, engine: Engine, probe: ProbeBatch, temperature: float
     ) -> dict[str, Tensor]:
-        """grad h of all ranks' E. Local inside, then summed over ranks."""
+        """grad h over all ranks' probe batches E: computed by each rank alone, then summed over ranks. Collective."""
         entropy, num_tokens = float(policy_entropy(probe.terms).value), float(probe.terms.denominator.sum())
         params, size = update.params_before, self.batch_size
         with (
@@ -167,7 +174,7 @@ class StepAttribution:
         direction: dict[str, Tensor],
         temperature: float,
     ) -> Contributions:
-        """By completion or by token. Local."""
+        """The contributions of this rank's completions, or of their tokens. Local."""
         completions, params = Completions.of(rollouts), update.params_before
         with (
             rank_symmetric(engine.accelerator, "attributing the entropy change to the step's completions"),
@@ -188,7 +195,7 @@ class StepAttribution:
         rollouts: RolloutBatch,
         accelerator: Accelerator,
     ) -> None:
-        """Pool the step's sums by category; completions without advantage belong to none. Collective."""
+        """Add the step's sums by category; completions whose advantage is 0 belong to no category. Collective."""
         prompts = accelerator.gather(rollouts.prompt_index).unique()
         position = torch.searchsorted(prompts, rollouts.prompt_index)
         advantages = rollouts.raw_advantages.unsqueeze(1)
@@ -204,7 +211,7 @@ class StepAttribution:
         self.record = self.record.update(sums, counts)
 
     def _pooled(self) -> dict[str, float]:
-        """Each category's share of the change that all completions made over the run, and of their tokens."""
+        """Each category's share of the change that all completions caused over the run, and of their tokens."""
         logged: dict[str, float] = {}
         for name in self.record.names:
             low, high = self.record.share_interval(name)
@@ -216,7 +223,7 @@ class StepAttribution:
     def _write(
         self, files: ProbeFiles, record: StepRecord, contributions: Contributions, coefficients: LossCoefficients
     ) -> None:
-        """`probes/attribution/step_*.safetensors`, rows and columns as in that of the rollouts."""
+        """Write `probes/attribution/step_*.safetensors`, with the rows and columns of the rollouts' file."""
         rollouts = record.rollouts
         tensors = {
             "completion_mask": rollouts.completion_mask,
@@ -233,7 +240,7 @@ class StepAttribution:
 def _by_token(
     scores: TokenScores, coefficients: LossCoefficients, completion_mask: Int[Tensor, "B T"]
 ) -> Contributions:
-    """delta_ik from derivatives along lr c (1-b1)/(1-b1^t) M grad h."""
+    """delta_ik of each token, from derivatives of its score along lr c (1-b1)/(1-b1^t) M grad h."""
     derivatives = {"kl": scores.logps[1], "entropy_bonus": scores.entropy[1]}
     other = {
         name: token_contributions(given, derivatives[name], completion_mask, 1.0).sum(1)
@@ -244,7 +251,7 @@ def _by_token(
 
 
 def _by_completion(products: Callable[[Value], Float[Tensor, " B"]], coefficients: LossCoefficients) -> Contributions:
-    """delta_i from the completions' gradients; `products` gives g_i' v of a value's gradients g_i."""
+    """delta_i of each completion; `products(value)` are g_i' v, g_i the gradient of the completion's value."""
     weighted = {"kl": weighted_logps, "entropy_bonus": weighted_entropies}
     other = {
         name: completion_contributions(products(weighted[name](-given)), 1.0)
@@ -255,7 +262,7 @@ def _by_completion(products: Callable[[Value], Float[Tensor, " B"]], coefficient
 
 
 def _others(coefficients: LossCoefficients) -> dict[str, Float[Tensor, "B T"]]:
-    """Those beside the policy's that the loss has."""
+    """The coefficients of the KL term and of the entropy bonus, if the loss has them."""
     named = {"kl": coefficients.kl, "entropy_bonus": coefficients.entropy_bonus}
     return {name: given for name, given in named.items() if given is not None}
 

@@ -1,4 +1,4 @@
-"""Effective sample size of the weights that enter a step."""
+"""How many equally weighted completions a step is worth: the effective sample size of its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from trl_entropy.rollouts.batch import RolloutBatch
 
 
 class EffectiveSampleSizeProbe(Probe):
-    """Logs (T3) for the loss weights 1/(G L_i) over completions with a non-zero advantage, and for sequence ratios."""
+    """
+    Logs the effective sample size (T3), in completions, of two kinds of weights: the loss weights 1/(G L_i) of
+    completions whose advantage is not 0, and the importance ratios of whole completions.
+    """
 
     name = "effective_sample_size"
 

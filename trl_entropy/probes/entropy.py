@@ -1,4 +1,4 @@
-"""How much a step changed the policy's entropy, measured on a probe batch, and how much it was predicted to."""
+"""The change of the policy's entropy by one optimizer step: measured on a probe batch, and predicted."""
 
 from __future__ import annotations
 
@@ -44,29 +44,32 @@ from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.state import StateDict
 
-_NOISE_FLOOR_EVERY = 10  # probed steps between two measurements of rounding noise, which hardly changes
+_NOISE_FLOOR_EVERY = 10  # the rounding noise hardly changes, so it is measured on every tenth probed step
 _RIVALS = {"cov_natural": natural_gradient_terms, "cov_policy_gradient": policy_gradient_terms}
 
 
 class EntropyProbe(Probe):
     """
-    Entropy change of a step on a probe batch E that is independent of the update batch: measured (T7); predicted to
-    first (T8) and second order (T10) and by the trapezoid (T10), each with its standard error; rivals (T11).
+    Entropy change of a step on a probe batch E, completions that are independent of those of the step: measured (T7);
+    predicted to first order (T8), to second order (T10) and by the trapezoidal rule (T10), each with its standard
+    error; and, for comparison, the predictions of covariance formulas (T11).
 
-    E is drawn before the step and scored after it, with the parameters before and after put into the model. Forward
-    mode along the true update gives every token's derivative, so any optimizer and any loss will do.
+    E is drawn before the step, and scored after it twice: with the parameters from before and from after the step in
+    the model. Forward-mode differentiation along the true update gives the derivative of each token's score, so every
+    optimizer and every loss is covered.
 
     Args:
         every: cadence in steps.
         num_prompts: prompts in E over all processes, one completion each.
         batch_size: completions scored at a time; halved on out-of-memory.
-        second_order: predict to second order *before* the step, along AdamW's equation (T4).
+        second_order: predict to second order *before* the step, along the update that AdamW's equation (T4) gives.
         placebo: a control: also predict this step's change from an earlier step's update.
-        attribution: split the first order (T9) over momentum, decay and each completion (`"sequence"`) or `"token"`;
-            `"none"`: do not.
+        attribution: split the first-order change (T9) into momentum, weight decay and each completion (`"sequence"`)
+            or each token (`"token"`); `"none"`: do not split it.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
-        sampler: `"model"` (its own `generate`) or `"vllm"`, corrected by vLLM's log-probabilities (T6).
-        draw: stand-in for the policy's sampling, `(step, rank) -> Completions`; as many rows on every rank.
+        sampler: `"model"` (the model's own `generate`) or `"vllm"`, corrected by vLLM's log-probabilities (T6).
+        draw: called as `(step, rank) -> Completions` in place of sampling from the policy; must return equally many
+            rows on every rank.
     """
 
     name = "entropy"
@@ -171,7 +174,7 @@ class EntropyProbe(Probe):
     def load_state_dict(self, state: StateDict) -> None:
         self.agreement.load_state_dict(state["agreement"])
         self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
-        if self.attribution is not None and state.get("attribution"):  # it may be turned on later
+        if self.attribution is not None and state.get("attribution"):  # a checkpoint has none if it was off then
             self.attribution.load_state_dict(state["attribution"])
 
     # ---- measuring
@@ -185,7 +188,7 @@ class EntropyProbe(Probe):
         order: int = 1,
         batch_size: int | None = None,
     ) -> TokenScores:
-        """Score E in float32 with `params` in the model. Local inside; all ranks fail together."""
+        """Score E in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring the entropy probe's completions"),
             engine.scoring_model(params) as model,
@@ -196,24 +199,24 @@ class EntropyProbe(Probe):
     def _terms(
         self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator, form: Any = "decision"
     ) -> PointTerms:
-        """Per-completion terms of all ranks' completions, in rank order. Collective."""
+        """The entropy terms of each completion of all ranks, in rank order. Collective."""
         mask = self._completions.completion_mask
         terms = point_terms(scores.entropy, scores.logps, self._sampling_logps(drawn_by), mask, form)
         return unstacked(accelerator.gather(stacked(terms)))
 
     def _sampling_logps(self, policy: TokenScores) -> Tensor:
-        """Log-probabilities of E under what drew it: the policy, unless the sampler said otherwise."""
+        """Log-probabilities of E under what drew it: the sampler's own if it returned any, else the policy's."""
         own = self._completions.sampling_logps
         return policy.logps[0] if own is None else own
 
     def _sampler_weights(self, policy: TokenScores) -> Tensor:
-        """Mean weight of each completion that another sampler drew."""
+        """Mean importance weight over the tokens of each completion, when vLLM drew it."""
         mask = self._completions.completion_mask
         weights = importance_weights(policy.logps[0], self._sampling_logps(policy), mask)
         return weights.where(mask.bool(), 0.0).sum(1) / mask.sum(1)
 
     def _changes(self, before: TokenScores, after: TokenScores, accelerator: Accelerator) -> dict[str, float]:
-        """Everything about the step from E, and its pairs for the running agreement."""
+        """The metrics of the step's entropy change on E; adds its pairs to the running agreement. Collective."""
         prompts = accelerator.gather(self._completions.prompt_index)
         points = self._terms(before, before, accelerator), self._terms(after, before, accelerator)
         changes = step_changes(*points, self._second_order)
@@ -236,7 +239,7 @@ class EntropyProbe(Probe):
     def _add_to_agreement(
         self, changes: dict[str, Linearization], points: tuple[PointTerms, PointTerms], prompts: Tensor
     ) -> None:
-        """Pairs on the same completions, and the integrals."""
+        """Add the pairs on the same completions, and the changes to the integrals."""
         start = policy_entropy(points[0].terms).value.item()
         for name, change in changes.items():
             if self.every == 1:
@@ -246,7 +249,10 @@ class EntropyProbe(Probe):
                 self.agreement.add_pair(f"same_sample_{name}", change.estimate(prompts), self._measured, difference)
 
     def _halves(self, points: tuple[PointTerms, PointTerms], prompts: Tensor) -> dict[str, float]:
-        """Predict on one half of E by prompt, measure on the other: prediction, where the whole E is calculus."""
+        """
+        Predict on the half of E with even prompts and measure on the other half: unlike on the same completions, the
+        two share no sampling error, so that their agreement is a test of the prediction.
+        """
         halves = []
         for parity in (0, 1):
             part = prompts % 2 == parity
@@ -272,7 +278,7 @@ class EntropyProbe(Probe):
         return logged
 
     def _batch_before(self, before: TokenScores, delta_linear: float, accelerator: Accelerator) -> ProbeBatch:
-        """What the attribution needs to know of E. Collective."""
+        """E before the step, as the attribution needs it. Collective."""
         batch = self._completions
         weights = importance_weights(before.logps[0], self._sampling_logps(before), batch.completion_mask)
         return ProbeBatch(batch, weights, self._terms(before, before, accelerator).terms, delta_linear)
@@ -280,7 +286,7 @@ class EntropyProbe(Probe):
     def _noise_floor(
         self, before: TokenScores, args: DrGRPOConfig, update: UpdateContext, engine: Engine
     ) -> dict[str, float]:
-        """What scoring in other chunks changes while nothing moved: rounding."""
+        """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""
         again = self._score(
             engine, args, update.params_before, None, order=0, batch_size=max(1, self.batch_size // 2 - 1)
         )
@@ -289,14 +295,14 @@ class EntropyProbe(Probe):
         return {"entropy/noise_floor": abs(values[0] - values[1])}
 
     def _entropy(self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator) -> float:
-        """(T6) on E. Collective."""
+        """The entropy (T6) on E, nats per token. Collective."""
         mask = self._completions.completion_mask
         weights = importance_weights(scores.logps[0], self._sampling_logps(drawn_by), mask)
         terms = entropy_terms(scores.entropy[0], weights, mask)
         return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()
 
     def _model_change(self, args: DrGRPOConfig, update: UpdateContext, engine: Engine) -> dict[str, float]:
-        """The change of the low-precision model that training runs: mostly rounding at small learning rates."""
+        """The same change in the precision that training computes in: mostly rounding at small learning rates."""
         values, drawn_by = [], None
         for params in (update.params_before, update.params_after):
             with (
@@ -311,12 +317,14 @@ class EntropyProbe(Probe):
     def _placebo(
         self, before: TokenScores, args: DrGRPOConfig, update: UpdateContext, engine: Engine
     ) -> dict[str, float]:
-        """Predict this step's change from an earlier update, kept with a chance of 1/n: any of them alike."""
+        """
+        Predict this step's change from an earlier update. The n-th probed step's update replaces the one that is kept
+        with probability 1/n, so that each earlier update is kept with the same probability.
+        """
         logged: dict[str, float] = {}
         if self._earlier_update is not None:
-            direction = send_to_device(
-                self._earlier_update, engine.accelerator.device
-            )  # from a checkpoint: on the CPU
+            # A resumed run has it on the CPU, from the checkpoint.
+            direction = send_to_device(self._earlier_update, engine.accelerator.device)
             scores = self._score(engine, args, update.params_before, direction)
             terms = self._terms(scores, before, engine.accelerator)
             prompts = engine.accelerator.gather(self._completions.prompt_index)
@@ -330,7 +338,10 @@ class EntropyProbe(Probe):
     def _write(
         self, files: ProbeFiles, record: StepRecord, before: TokenScores, after: TokenScores, accelerator: Accelerator
     ) -> None:
-        """`probes/entropy/step_*.safetensors`: with checkpoints s-1 and s anyone can recompute every number."""
+        """
+        Write `probes/entropy/step_*.safetensors`; with it and the checkpoints of steps s - 1 and s every number of
+        step s can be recomputed.
+        """
         tensors = self._completions.tensors()
         tensors |= {"logps_before": before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": before.entropy[0], "entropy_after": after.entropy[0]}
@@ -339,6 +350,6 @@ class EntropyProbe(Probe):
 
 
 def computes_below_float32(engine: Engine) -> bool:
-    """Whether the model that training runs is not the float32 one: autocast, or parameters of a narrower dtype."""
+    """Whether training computes below float32: under autocast, or with parameters of a narrower dtype."""
     narrow = any(param.is_floating_point() and param.itemsize < 4 for param in engine.module.parameters())
     return narrow or engine.accelerator.mixed_precision != "no"

@@ -1,4 +1,4 @@
-"""What probes leave in the run directory: `probes/<probe>/step_*.safetensors`, gathered over the processes."""
+"""The files that probes write into the run directory: `probes/<probe>/step_*.safetensors`, rows of all processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ProbeFiles:
     Writes the files of all probes of a run.
 
     Args:
-        args: where to, and how many files to keep.
-        accelerator: of the processes whose rows are gathered.
-        learning_rate: that of the present step, for the files' metadata.
+        args: says where to write, and how many files to keep.
+        accelerator: gathers the rows of all processes.
+        learning_rate: returns the learning rate of the present step, for the files' metadata.
     """
 
     def __init__(self, args: DrGRPOConfig, accelerator: Accelerator, learning_rate: Callable[[], float]) -> None:
@@ -30,7 +30,7 @@ class ProbeFiles:
         self._rollouts_written: int | None = None  # the step whose rollouts were written last
 
     def reset(self) -> None:
-        """Training begins anew: the next step's rollouts are not written yet."""
+        """Called when training begins: the next step's rollouts are not written yet."""
         self._rollouts_written = None
 
     def write(self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None) -> None:
@@ -38,12 +38,12 @@ class ProbeFiles:
         Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective.
 
         Args:
-            tensors: this process's rows by name; `completion_mask` is among them and says how many columns the
-                completions have.
-            distribution: which prompts and groups the numbers are about, where these are not the step's own.
+            tensors: this process's rows by name; the width of `completion_mask`, which must be among them, is the
+                number of columns of the completions.
+            distribution: which prompts and groups the numbers describe, if not the step's own.
         """
         width = torch.tensor([tensors["completion_mask"].shape[1]], device=self._accelerator.device)
-        missing = int(self._accelerator.gather(width).max() - width)  # columns that other ranks have more
+        missing = int(self._accelerator.gather(width).max() - width)  # columns that this rank lacks
         gathered = {}
         for name, rows in tensors.items():
             if rows.ndim > 1:  # completions are padded on the right, then prompts on the left
@@ -55,7 +55,7 @@ class ProbeFiles:
     def write_gathered(
         self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None, **more: str
     ) -> None:
-        """Write `probes/<probe>/step_*.safetensors` on the main process, from tensors of all processes. Local."""
+        """Write `probes/<probe>/step_*.safetensors` on the main process; `tensors` hold the rows of all. Local."""
         args = self._args
         if not self._accelerator.is_main_process or args.probe_files_keep == 0:
             return
@@ -69,7 +69,7 @@ class ProbeFiles:
         RunDirectory(args.output_dir).write_probe_file(probe, step, tensors, metadata, args.probe_files_keep)
 
     def write_rollouts(self, step: int, rollouts: RolloutBatch) -> None:
-        """Write the step's own completions, once however many probes ask for them. Collective."""
+        """Write the step's own completions, only once even if several probes call this. Collective."""
         if self._rollouts_written == step:
             return
         self._rollouts_written = step

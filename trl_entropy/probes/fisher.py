@@ -1,4 +1,7 @@
-"""How a step's completions act on one another: their Fisher kernel, and each one's predicted and measured change."""
+"""
+How the completions of a step influence one another: their Fisher kernel, and the predicted and measured change of each
+completion's log-probability.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 
-# Bytes of the completions' gradients that one process may hold, those of another that come by included.
+# Bytes of the completions' gradients that one process may hold, including those it receives from other processes.
 MAX_ROWS_BYTES = 16 * 2**30
 _NUM_PERMUTATIONS = 200
 _NUM_EIGENVALUES = 3
@@ -49,23 +52,26 @@ _NUM_EIGENVALUES = 3
 
 class FisherProbe(Probe):
     """
-    (T12): the kernel K_ij = grad S_i' M grad S_j of `num_sequences` of the step's own completions in whole prompt
-    groups, and the change of each S_i that the step is predicted to make, by its parts, against the measured one.
+    The Fisher kernel (T12) K_ij = grad S_i' M grad S_j of `num_sequences` of the step's own completions, S_i the
+    log-probability of completion i, in nats; and the change of each S_i that the step is predicted to cause, split
+    into its parts, with the measured change.
 
-    M is that of the step, its gradient included; coordinates that never had a gradient are left out and counted.
-    Gradients are of the float32 model without dropout, of the on-policy Dr-GRPO loss (T2). The prediction is exact to
-    first order; what is measured beyond it is curvature (and rounding, where changes are tiny).
-    Cost: a forward and a backward pass of these completions before the step, a forward pass after it. Memory: where
-    one process has them all in one batch, that of the largest parameter's rows; else a float32 row of all trainable
-    parameters for each of a process's completions, twice with more than one process.
+    The completions are whole prompt groups. M is AdamW's preconditioner in this step, with its gradient included;
+    coordinates that never had a gradient are left out and counted. Gradients are those of the on-policy Dr-GRPO loss
+    (T2) for the float32 model without dropout. The prediction is exact to first order; the measured change differs by
+    curvature, and by rounding if changes are tiny.
+
+    Cost: a forward and a backward pass of these completions before the step, a forward pass after it.
+    Memory: if one process has all completions in one batch, the rows of the largest parameter; otherwise one float32
+    row of all trainable parameters for each of a process's completions, and twice that with more than one process.
 
     Args:
         every: cadence in steps.
-        num_sequences: completions in the kernel over all processes: the first groups of each.
-        sketch_dim: numbers that sketch each row (T13), with errors of sqrt((1 + cos^2)/dim) of sqrt(K_ii K_jj) off the
-            diagonal, which is exact; 0: exact rows.
+        num_sequences: completions in the kernel over all processes; each process gives its first groups.
+        sketch_dim: length of the sketch (T13) that stands for each row; the diagonal stays exact, other entries have
+            an error of sqrt((1 + cos^2)/dim), relative to sqrt(K_ii K_jj). 0: exact rows.
         batch_size: completions differentiated at a time; halved on out-of-memory.
-        seed: of the sketch and of the permuted prompt labels.
+        seed: seeds the sketch and the permutations of the prompt labels.
     """
 
     name = "fisher"
@@ -99,7 +105,7 @@ class FisherProbe(Probe):
         self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
     ) -> None:
         if rollouts.advantages.ndim > 1:
-            raise ValueError("fisher_probe needs one advantage a completion, got one a token; turn the probe off")
+            raise ValueError("fisher_probe needs one advantage per completion, got one per token; turn the probe off")
         read_before_step(update)
         accelerator = engine.accelerator
         self._index = first_groups(rollouts.prompt_index, self.num_sequences // args.world_size)
@@ -131,7 +137,7 @@ class FisherProbe(Probe):
     # ---- measuring
 
     def _gather_what_is_known(self, rollouts: RolloutBatch, accelerator: Accelerator) -> None:
-        """Of all ranks' completions, in rank order. Collective."""
+        """Gather rows, prompts, lengths, rewards and advantages of the completions, in rank order. Collective."""
         index, first = self._index, accelerator.process_index * len(rollouts.prompt_index)
         self._rows, self._prompts, self._lengths = (
             accelerator.gather(x) for x in (first + index, rollouts.prompt_index[index], rollouts.lengths[index])
@@ -143,7 +149,13 @@ class FisherProbe(Probe):
     def _differentiate(
         self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
     ) -> tuple[Consumer, Float[Tensor, "K N"], Float[Tensor, "3 N"]]:
-        """This rank's: what makes the kernel, K_ii by parameter, grad S_i with M g, momentum, decay. Collective."""
+        """
+        Differentiate this rank's S_i. Collective.
+
+        Returns:
+            What the kernel is computed from; each parameter's part of K_ii; grad S_i . v for v = M g and for the parts
+            of the update that momentum and weight decay make.
+        """
         params, vectors, number = update.params_before, _directions(update, metric), len(self._completions)
 
         def consumers() -> Several:
@@ -164,17 +176,17 @@ class FisherProbe(Probe):
             return SketchedRows(number, CountSketch(self.sketch_dim, self.seed), metric)
         if num_processes == 1:
             return Gram(number, metric)
-        return Rows(number, scale={name: m.sqrt() for name, m in metric.items()})  # they travel
+        return Rows(number, scale={name: m.sqrt() for name, m in metric.items()})  # sent to the other processes
 
     def _gram_of(self, consumer: Any, accelerator: Accelerator) -> Float[Tensor, "N N"]:
-        """Of all ranks' completions. Collective."""
+        """The kernel of all ranks' completions. Collective."""
         with fp32_strict():
             if isinstance(consumer, Gram):
                 return consumer.values
             return gram_of_all_rows(consumer.values, consumer.values, accelerator, blockwise_gram)
 
     def _predict(self, args: DrGRPOConfig, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
-        """(T12) from the kernel: alpha_j = A_j / (P G L)."""
+        """The parts of each completion's change (T12), from the kernel with alpha_j = A_j / (P G L)."""
         num_completions = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
         alphas = self._advantages.double() / (num_completions * args.max_completion_length)
         with_gradient, with_momentum, with_decay = dots.unbind(1)
@@ -183,7 +195,7 @@ class FisherProbe(Probe):
         )
 
     def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> Float[Tensor, " N"]:
-        """S_i in float32 with `params` in the model. Local inside; all ranks fail together."""
+        """S_i of this rank's completions in float32, with `params` in the model; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring completions for the Fisher probe"),
             engine.scoring_model(params) as model,
@@ -216,8 +228,8 @@ class FisherProbe(Probe):
 
     def _write(self, files: ProbeFiles, record: StepRecord, predicted: Tensor, measured: Tensor) -> None:
         """
-        `probes/fisher/step_*.safetensors`; `rows` are indices into the step's file of rollouts, `parameter_norms`
-        (K, N) what each of the metadata's `parameters` adds to K_ii.
+        Write `probes/fisher/step_*.safetensors`: `rows` are indices into the step's file of rollouts, and
+        `parameter_norms` (K, N) is what each of the K `parameters` named in the metadata adds to K_ii.
         """
         tensors = {"kernel": self._kernel, "rows": self._rows, "prompt_index": self._prompts}
         tensors |= {"rewards": self._rewards, "advantages": self._advantages, "lengths": self._lengths}
@@ -229,7 +241,7 @@ class FisherProbe(Probe):
 
 
 def check_memory(num_rows: int, model: nn.Module) -> None:
-    """Raises `ValueError` if so many rows exceed `MAX_ROWS_BYTES`."""
+    """Raises `ValueError` if `num_rows` gradients of all trainable parameters exceed `MAX_ROWS_BYTES`."""
     num_parameters = num_trainable(model)
     num_bytes = 4 * num_rows * num_parameters
     if num_bytes > MAX_ROWS_BYTES:
@@ -241,12 +253,12 @@ def check_memory(num_rows: int, model: nn.Module) -> None:
 
 
 def first_groups(prompt_index: Int[Tensor, " B"], num_rows: int) -> Int[Tensor, " N"]:
-    """Rows of the prompt groups with the smallest numbers, group by group."""
+    """The first `num_rows` rows, ordered by the number of their prompt group."""
     return prompt_index.argsort(stable=True)[:num_rows]
 
 
 def _directions(update: UpdateContext, metric: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """M g, and what momentum and decay add to the parameters (T5), by parameter. Collective."""
+    """By parameter: M g, and what momentum and weight decay add to the parameters (T5). Collective."""
     parts, gradient = dict(update_parts(update)), update.gradient
     directions: list[dict[str, Tensor]] = [{}, {}, {}]
     for name, m in metric.items():
@@ -265,7 +277,7 @@ def _shares_logged(parts: ScoreChangeParts, prompts: Int[Tensor, " N"]) -> dict[
 
 
 def _adapter_shares(traces: Float[Tensor, " K"], names: list[str]) -> dict[str, float]:
-    """Shares of LoRA's A and B matrices in the kernel's trace; nothing where there is no adapter."""
+    """Shares of LoRA's A and B matrices in the trace of the kernel; empty without an adapter."""
     shares = {}
     for letter in "AB":
         chosen = torch.tensor([f".lora_{letter}." in name for name in names], device=traces.device)

@@ -1,4 +1,4 @@
-"""Estimates as metrics: `name` and `name_stderr`."""
+"""Turns estimates into metrics: `name` and its standard error, `name_stderr`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trl_entropy.estimators.statistics.estimate import Estimate, Linearization
 
 
 def changes_logged(changes: dict[str, Linearization], prompts: Tensor) -> dict[str, float]:
-    """Each change, and each prediction's error (predicted - measured), with standard errors."""
+    """Metrics of each change and of each prediction's error (predicted - measured), with standard errors."""
     logged: dict[str, float] = {}
     for name, change in changes.items():
         logged |= with_stderr(f"entropy/delta_{name}", change.estimate(prompts))

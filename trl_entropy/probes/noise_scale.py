@@ -1,4 +1,4 @@
-"""How noisy a step's gradient is, in prompts: the gradient noise scale from the step's own prompt groups."""
+"""How noisy a step's gradient is: the gradient noise scale, in prompts, from the step's own prompt groups."""
 
 from __future__ import annotations
 
@@ -43,41 +43,44 @@ from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
-# Bytes of the groups' gradients that one process may hold; beyond it an extra pass reduces them as they come.
+# Bytes of the groups' gradients that one process may hold; above it an extra pass does not keep them.
 MAX_ROWS_BYTES = 8 * 2**30
 
-# In the plain norm (T14), and in the optimizer's metric of before the step (T16).
+# In the Euclidean norm (T14), and in the metric that AdamW's second moment defines before the step (T16).
 _METRICS = ("simple", "adam")
 
 
 class NoiseScaleProbe(Probe):
     """
-    (T14): |G|^2 and tr(Sigma) of every step from its prompt groups, before clipping, and the noise scale
-    tr(Sigma)/|G|^2 of the steps so far, in prompts, with Fieller's interval; the same in AdamW's metric (T16).
+    Estimates |G|^2 and tr(Sigma) of every step from the gradients Y_n of its P prompt groups, before clipping (T14),
+    and the noise scale tr(Sigma)/|G|^2 of the steps so far, in prompts, with Fieller's interval; and the same in
+    AdamW's metric (T16).
 
-    Where the head is frozen (LoRA), Y_n come from training's own backward, whatever it computes in: no extra pass, P D
-    float32 numbers for the P groups of a process. TRL's loss does not call a head that is trained, so there (full
-    fine-tuning), and where these numbers exceed `MAX_ROWS_BYTES`, an extra forward and backward pass of the float32
-    model follows, before the update: for the on-policy Dr-GRPO loss (T2) only. The log says which of the two it is,
-    and `noise_scale/gradient_error` how far Y_n are from the gradient that the optimizer got.
+    If the language-model head is frozen (LoRA), Y_n are read from training's own backward pass, in its precision: no
+    extra pass, and one float32 vector of all D trainable parameters for each group of a process. TRL's loss bypasses
+    the hooks of a trained head, so in full fine-tuning, and if these vectors exceed `MAX_ROWS_BYTES`, an extra forward
+    and backward pass of the float32 model is made before the update, for the on-policy Dr-GRPO loss (T2) only. The log
+    says which of the two is used; `noise_scale/gradient_error` is the difference of the mean Y_n from the gradient
+    that the optimizer got.
 
-    (T16) begins with the optimizer's second step: at the first there is no M, and other optimizers have none. Errors
-    are those of the jackknife over prompts, hence conservative. Completions of a prompt never count as independent.
+    (T16) needs Adam or AdamW, and begins with the optimizer's second step, as there is no second moment before the
+    first. Standard errors are the jackknife's over prompts, hence conservative; completions of one prompt never count
+    as independent.
 
-    With `resample_uninformative_groups` all of it is of accepted groups (T14a): P counts them, and those that were
-    kept uninformative are left out; without, of all prompts as they are drawn.
+    With `resample_uninformative_groups` everything is about the accepted groups (T14a): P counts them, and groups that
+    had to be kept with equal rewards are left out. Without it, everything is about all prompts as they are drawn.
 
-    With `source="micro_batches"` the norms of micro-batches of whole groups take the place of groups' (T15): no row is
-    kept and no pass added, whatever the model, its head and the engine. The error comes from the scatter over steps,
-    so a pool begins with the second measured step; there is no (T16).
+    With `source="micro_batches"` the gradient norms of micro-batches of whole groups replace those of single groups
+    (T15): no vectors are kept and no pass is added, for any model, head and engine. Standard errors come from the
+    scatter over steps, so the estimates begin with the second measured step; (T16) is not available.
 
-    With `halves` tr(Sigma) is split into what prompts differ in and what completions of a prompt do, by a further
-    extra pass of the float32 model in which each half of a group has advantages of its own.
+    With `halves` tr(Sigma) is split into a part between prompts and a part between completions of one prompt, by
+    another pass of the float32 model in which each half of a group has advantages of its own.
 
     Args:
         every: cadence in steps.
         batch_size: completions of an extra pass at a time; halved on out-of-memory.
-        halves: split the noise within and between prompts.
+        halves: split the noise into parts within and between prompts.
         source: `"groups"` or `"micro_batches"`.
     """
 
@@ -88,7 +91,7 @@ class NoiseScaleProbe(Probe):
         self.batch_size, self.halves, self.source = batch_size, halves, source
         self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
         self._shares: BackwardGroupGradients | MicroBatchNorms | None = None
-        self._previous: NoiseParts | None = None  # of the step measured before, for (T15)
+        self._previous: NoiseParts | None = None  # of the previously measured step, for (T15)
 
     @classmethod
     def from_config(cls, args: DrGRPOConfig) -> NoiseScaleProbe:
@@ -157,7 +160,7 @@ class NoiseScaleProbe(Probe):
             products, prompts = [accepted_products(one, accepted) for one in products], prompts[accepted]
             halves = None if halves is None else halves[accepted]
         metrics["noise_scale/num_prompts"] = len(prompts)
-        for name, one in zip(_METRICS, products, strict=False):  # the metric's are not there at the first step
+        for name, one in zip(_METRICS, products, strict=False):  # the first step has none in AdamW's metric
             metrics |= self._measured(name, one, halves if name == "simple" else None)
         self._write(files, record, prompts, products)
 
@@ -177,7 +180,7 @@ class NoiseScaleProbe(Probe):
     def _from_training(
         self, engine: Engine, update: UpdateContext, metric: Tensor | None
     ) -> tuple[list[GroupProducts], Tensor]:
-        """From the rows of this process's groups, and the groups' numbers. Collective."""
+        """Products from the group gradients of training's backward pass, and the groups' numbers. Collective."""
         assert isinstance(self._shares, BackwardGroupGradients), "around_micro_batch comes before on_before_update"
         gradient = update.gradient
         with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"), fp32_strict():
@@ -185,7 +188,8 @@ class NoiseScaleProbe(Probe):
             vector = flat(gradient, engine.parameters)
             products = group_products(rows, vector, [None] if metric is None else [None, metric])
         prompts, order = prompt_index.to(rows.device).sort()
-        # Ranks are averaged: group n's share of g is its row over their number, and Y_n is P times that.
+        # Training averages over ranks: group n adds row_n / num_ranks to the gradient, Y_n is P times that, and
+        # P / num_ranks groups are this process's.
         number = len(rows)
         return [GroupProducts(number**2 * norms[order], number * dots[order]) for norms, dots in products], prompts
 
@@ -197,7 +201,7 @@ class NoiseScaleProbe(Probe):
         rollouts: RolloutBatch,
         metric: dict[str, Tensor] | None,
     ) -> list[GroupProducts]:
-        """From the float32 model. Collective."""
+        """Products from an extra pass of the float32 model. Collective."""
         params, gradient = update.params_before, update.gradient
         with (
             rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
@@ -218,7 +222,7 @@ class NoiseScaleProbe(Probe):
         record: StepRecord,
         files: ProbeFiles,
     ) -> None:
-        """Log (T15) from this process's norms, and write them. Collective."""
+        """Log (T15) from the gradient norms of this process's micro-batches, and write them. Collective."""
         sq_norms, batch_sq_norm = engine.accelerator.gather(local), update.grad_norm**2
         num_prompts = len(sq_norms) * args.per_device_train_batch_size // args.num_generations
         parts, pooled = micro_batch_parts(sq_norms, batch_sq_norm, num_prompts, self._previous)
@@ -238,7 +242,7 @@ class NoiseScaleProbe(Probe):
     def _half_products(
         self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, rollouts: RolloutBatch
     ) -> Tensor:
-        """Y_a . Y_b of all ranks' groups. Collective."""
+        """Y_a . Y_b, the product of the gradients of a group's two halves, for all ranks' groups. Collective."""
         params = update.params_before
         with (
             rank_symmetric(engine.accelerator, "differentiating halves of prompt groups"),
@@ -249,14 +253,14 @@ class NoiseScaleProbe(Probe):
         return engine.accelerator.gather(local)
 
     def _measured(self, name: str, products: GroupProducts, halves: Tensor | None) -> dict[str, float]:
-        """The step's parts, and what the steps so far say."""
+        """Metrics of the step's estimates, and of all steps so far."""
         parts = jackknifed_parts(*products, halves)
         if parts.values.isfinite().all() and parts.covariance.isfinite().all():
             self.records[name] = self.records[name].update(parts)
         return _step_logged(_prefix(name), parts) | _pool_logged(name, self.records[name], parts.num_prompts)
 
     def _write(self, files: ProbeFiles, record: StepRecord, prompts: Tensor, products: list[GroupProducts]) -> None:
-        """`probes/noise_scale/step_*.safetensors`: with it every number can be pooled anew."""
+        """Write `probes/noise_scale/step_*.safetensors`, from which every estimate can be computed again."""
         tensors = {"prompt_index": prompts}
         for suffix, one in zip(("", "_adam"), products, strict=False):
             tensors |= {
@@ -269,7 +273,7 @@ class NoiseScaleProbe(Probe):
 
 
 def why_extra_pass(model: nn.Module, num_groups: int) -> str | None:
-    """Why training's backward does not do; None where it does."""
+    """Why the groups' gradients need an extra pass; None if they can be read from training's backward pass."""
     head = model.get_output_embeddings()
     if head is not None and any(param.requires_grad for param in head.parameters()):
         return "the language-model head is trained"
@@ -280,7 +284,7 @@ def why_extra_pass(model: nn.Module, num_groups: int) -> str | None:
 
 
 def metric_before(update: UpdateContext) -> dict[str, Tensor]:
-    """M of (T16), from the second moment before the step; 0 where there never was a gradient. Collective."""
+    """M of (T16), from the second moment before the step; 0 in coordinates that never had a gradient. Collective."""
     steps_before, betas, eps = update.optimizer_step - 1, update.betas, update.eps
     return {
         name: live_preconditioner(v, steps_before, betas[name][1], eps[name]) for name, v in update.exp_avg_sq.items()
@@ -289,7 +293,7 @@ def metric_before(update: UpdateContext) -> dict[str, Tensor]:
 
 def flat_metric_before(update: UpdateContext) -> Tensor:
     """
-    The same as one vector, in the order of the gradient: a single computation where b2 and eps are everyone's.
+    The same as one vector, in the order of the gradient: computed at once if all parameters have the same b2 and eps.
     Collective.
     """
     steps_before, betas, eps = update.optimizer_step - 1, update.betas, update.eps
@@ -301,7 +305,7 @@ def flat_metric_before(update: UpdateContext) -> Tensor:
 
 
 def _gathered(products: GroupProducts, accelerator: Accelerator) -> GroupProducts:
-    """Those of all ranks' groups, in rank order. Collective."""
+    """The products of all ranks' groups, in rank order. Collective."""
     return GroupProducts(*accelerator.gather(torch.stack(products, dim=1)).unbind(1))
 
 
@@ -321,7 +325,7 @@ def _step_logged(prefix: str, parts: StepParts) -> dict[str, float]:
 
 
 def _pool_logged(name: str, record: NoiseScaleRecord, num_prompts: int) -> dict[str, float]:
-    """Of the steps so far; nothing before there is one."""
+    """Metrics of all steps so far; empty before the first."""
     if not record.parts.num_steps:
         return {}
     ratio, (lower, upper) = record.signal_to_noise(num_prompts), record.interval()

@@ -1,4 +1,4 @@
-"""Percentiles of the optimizer's moments, and how many coordinates are next to dead."""
+"""Percentiles of the optimizer's moments, and how many coordinates have a second moment of (nearly) 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _PERCENTS = (1, 10, 50, 90, 99)
 
 
 class OptimizerStateProbe(Probe):
-    """Logs percentiles of |exp_avg| and exp_avg_sq after the step, counts of zeros and of sqrt(exp_avg_sq) < eps."""
+    """
+    Logs percentiles of Adam's moments |exp_avg| and exp_avg_sq after the step, and the number of coordinates in which
+    exp_avg_sq is 0, and in which sqrt(exp_avg_sq) is below the optimizer's eps.
+    """
 
     name = "optimizer_state"
 

@@ -16,21 +16,21 @@ class Probe(TrainerCallback):
     """
     Decides *when* to measure; the arithmetic lives in `estimators/`.
 
-    A subclass is turned on by a toggle of [`DrGRPOConfig`] or passed in `callbacks=[MyProbe(every=5)]`, and overrides
-    any of the events below (all of `TrainerCallback`'s work too). Every event gets `args`, `state`, `control` and, as
-    keywords, what is named here and in its docstring; take `**kwargs` for the rest. Events run on all ranks, in the
-    same order. What an event puts into `metrics` is logged with the step; values of the same name and step are
-    averaged.
+    A subclass is turned on by a toggle of [`DrGRPOConfig`] or passed in `callbacks=[MyProbe(every=5)]`. It overrides
+    any of the events below (those of `TrainerCallback` work too). Every event is called with `args`, `state`,
+    `control` and the keywords that are named here and in its docstring; accept `**kwargs` for those it does not use.
+    Events run on all ranks, in the same order. What an event puts into `metrics` is logged with the step; values of
+    the same name and step are averaged.
 
-    Keywords of every event but `around_micro_batch`: `metrics`; `accelerator`; `model`, unwrapped; `sampler`
+    Keywords of every event except `around_micro_batch`: `metrics`; `accelerator`; `model`, unwrapped; `sampler`
     ([`ProbeBatchSampler`], draws probe batches); `files` ([`ProbeFiles`], writes `probes/<name>/step_*.safetensors`).
 
     Attributes:
-        name: of the probe's files and of its key `time/<name>`.
-        state_name: under which checkpoints keep the probe's state; empty: the class's name. Two probes of a run that
-            have a state must differ in it.
-        needs_loss_coefficients: whether to record how the loss depends on each token's score, by hooks on training's
-            own backward pass; the events of the update then find it in `record.loss_coefficients`.
+        name: name of the probe's folder of files and of its metric `time/<name>`.
+        state_name: name of the probe's state in checkpoints; if it is empty, the class's name is taken. Two probes of
+            a run that have a state must differ in it.
+        needs_loss_coefficients: whether hooks on training's own backward pass record how the loss depends on each
+            token's score; `on_before_update` and `on_after_update` then find this in `record.loss_coefficients`.
 
     Args:
         every: cadence in optimizer steps.
@@ -54,11 +54,11 @@ class Probe(TrainerCallback):
 
     @property
     def needs_loss_coefficients(self) -> bool:
-        """False, unless a subclass says otherwise."""
+        """False, unless a subclass overrides it."""
         return False
 
     def wants(self, step: int) -> bool:
-        """Whether step `step` (1, 2, ...) is measured; the events below are sent on these steps only."""
+        """Whether step `step` (1, 2, ...) is measured; the events below are sent in these steps only."""
         return step % self.every == 0
 
     # ---- before training
@@ -69,7 +69,7 @@ class Probe(TrainerCallback):
         equation does not cover.
 
         Raises:
-            ValueError: saying what was found and what to change.
+            ValueError: with a message that says what was found and what to change.
         """
 
     def reset(self) -> None:
@@ -93,8 +93,8 @@ class Probe(TrainerCallback):
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> AbstractContextManager[Any]:
         """
-        Entered before a micro-batch's forward and left after its backward: `inputs` (TRL's batch), `model`, unwrapped.
-        Under DeepSpeed the update comes inside the last micro-batch's backward.
+        A context around the forward and backward pass of a micro-batch: `inputs` (TRL's batch), `model`, unwrapped.
+        Under DeepSpeed the optimizer's step is made inside the last micro-batch's backward pass.
         """
         return nullcontext()
 
@@ -102,41 +102,44 @@ class Probe(TrainerCallback):
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
-        After the loss of a micro-batch, before its backward: `inputs` (TRL's batch), `mask` (of the tokens that the
-        loss counts), `per_token_logps`, `token_entropy`, `log_ratio` (B, T), nats; `loss_logps`, `loss_entropy`: the
-        first two with the loss's graph, for hooks on their gradients.
+        After the loss of a micro-batch, before its backward pass: `inputs` (TRL's batch), `mask` (1 for the tokens
+        that the loss counts), `per_token_logps`, `token_entropy`, `log_ratio` (None on policy), each (B, T), nats;
+        `loss_logps`, `loss_entropy`: the first two with the autograd graph of the loss, for hooks on their gradients.
         """
 
     def on_rollouts(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
-        Once a step, when its completions are all in and before the update: `rollouts` (`RolloutBatch`), `record`
-        (`StepRecord`).
+        Once a step, after the loss of its last micro-batch: `rollouts` (`RolloutBatch`, all of this process's
+        completions of the step), `record` (`StepRecord`).
         """
 
     def on_before_update(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
-        """Once a step, gradient complete, nothing clipped or moved: `update`, `engine`, `rollouts`, `record`."""
+        """
+        Once a step, when the gradient is complete, before it is clipped and any parameter changes: `update`
+        (`UpdateContext`), `engine`, `rollouts`, `record`.
+        """
 
     def on_after_update(
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
-        Once a step, after the optimizer stepped: the same `update` (`UpdateContext`), `engine`, `rollouts`, `record`.
+        Once a step, after the optimizer's step: the same `update`, `engine`, `rollouts`, `record`.
         """
 
     # ---- resuming
 
     def state_dict(self) -> StateDict:
-        """What the probe must remember when the run is resumed: tensors, numbers, strings, containers of them."""
+        """What a resumed run needs of the probe: tensors, numbers, strings, and containers of them."""
         return {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
     def watches_updates(self) -> bool:
-        """Whether one of the two events of the update is overridden; without any, no engine is built."""
+        """Whether `on_before_update` or `on_after_update` is overridden; if no probe does, no engine is built."""
         kind = type(self)
         return (kind.on_before_update, kind.on_after_update) != (Probe.on_before_update, Probe.on_after_update)

@@ -1,4 +1,4 @@
-"""How much a step changed the entropy, and was predicted to by its own gradient, on the step's own completions."""
+"""The entropy change of a step, predicted from its gradient and measured, on the step's own completions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from trl_entropy.rollouts.completions import Completions
 
 logger = logging.getLogger(__name__)
 
-# Bytes of the rows X_n and Y_n that one process may hold; another process's Y_n come on top, half as many.
+# Bytes of the group gradients X_n and Y_n that one process may hold; it also receives Y_n of others, half as many.
 MAX_ROWS_BYTES = 8 * 2**30
 
 
 class Accepted(NamedTuple):
-    """Which groups and completions of all ranks are measured, and which completions of this one."""
+    """Which groups and which completions of all ranks are measured, and which completions of this rank."""
 
     of_groups: Bool[Tensor, " P"]
     of_rows: Bool[Tensor, " N"]
@@ -52,25 +52,29 @@ class Accepted(NamedTuple):
 
 class RolloutEntropyProbe(Probe):
     """
-    Entropy change of a step on its own rollouts U, without any generation: `entropy_probe_completions="rollouts"`.
+    Entropy change of a step on its own completions (the rollouts U), without generating any others:
+    `entropy_probe_completions="rollouts"`.
 
-    Before the update, (T17): what this step's gradient does to the entropy to first order, over pairs of *different*
-    prompts (`entropy/delta_cross_prompt`) and, for comparison, with each group's effect on itself
-    (`entropy/delta_same_sample`). M is that before the step, so there is neither at the optimizer's first step.
-    After the update, (T7) on U (`entropy/delta_in_sample`): it carries the self-influence, momentum and decay, and is
-    never to be compared with (T17).
+    Before the update, (T17) predicts what this step's gradient does to the entropy to first order, from pairs of
+    *different* prompts (`entropy/delta_cross_prompt`) and, for comparison, including each group's effect on itself
+    (`entropy/delta_same_sample`). M is AdamW's preconditioner before the step, so the optimizer's first step has
+    neither. After the update, (T7) is measured on U (`entropy/delta_in_sample`): it contains each completion's effect
+    on itself, momentum and weight decay, and must not be compared with (T17).
 
-    With `resample_uninformative_groups` all of it is of accepted groups: the entropy is theirs, pairs are of them
-    alone (T14a), and groups that were kept uninformative count in nothing but the step's P; without, of all prompts.
+    With `resample_uninformative_groups` everything is about the accepted groups: the entropy is theirs and pairs are
+    formed of them alone (T14a); groups that had to be kept with equal rewards only count in the step's number of
+    prompts P. Without it, everything is about all prompts.
 
-    Needs the on-policy Dr-GRPO loss (T2) and AdamW; what else it refuses, `DrGRPOConfig.check_rollouts_source` says.
-    Gradients are of the float32 model without dropout; `entropy/rollouts_gradient_error` says how far their sum is
-    from the gradient that the optimizer got. `scale_rewards="batch"` ties the groups by O(1/P).
-    Cost: three forward and two backward passes of U, and 2 P D float32 numbers, P groups of this process.
+    Needs the on-policy Dr-GRPO loss (T2) and AdamW; `DrGRPOConfig.check_rollouts_source` lists what else is refused.
+    Gradients are those of the float32 model without dropout; `entropy/rollouts_gradient_error` is the relative
+    difference of their sum from the gradient that the optimizer got. `scale_rewards="batch"` makes the groups
+    dependent by O(1/P).
+    Cost: three forward and two backward passes of U. Memory: two float32 vectors of all trainable parameters for each
+    prompt group of this process.
 
     Args:
         every: cadence in steps.
-        batch_size: completions scored at a time, and at most so many of a group differentiated; halved on
+        batch_size: completions scored at a time, and at most as many of one group differentiated at a time; halved on
             out-of-memory.
     """
 
@@ -113,8 +117,8 @@ class RolloutEntropyProbe(Probe):
         elif not self._said_undefined and state.is_world_process_zero:
             self._said_undefined = True
             logger.warning(
-                "step %d is the optimizer's first: it has no metric M yet, so entropy/delta_cross_prompt (T17) begins "
-                "with the next one.",
+                "step %d is the optimizer's first: AdamW has no second moment yet, so "
+                "entropy/delta_cross_prompt (T17) begins with the next step.",
                 state.global_step + 1,
             )
 
@@ -132,7 +136,7 @@ class RolloutEntropyProbe(Probe):
     # ---- measuring
 
     def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> TokenScores:
-        """Score U in float32 with `params` in the model. Local inside; all ranks fail together."""
+        """Score U in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring the step's completions"),
             engine.scoring_model(params) as model,
@@ -140,7 +144,7 @@ class RolloutEntropyProbe(Probe):
             return score(model, self._completions, args.temperature, self.batch_size, params)
 
     def _entropy_terms(self, scores: TokenScores, accelerator: Accelerator) -> RatioTerms:
-        """The terms of (T6) of all ranks' accepted completions, in rank order. Collective."""
+        """The entropy terms (T6) of the accepted completions of all ranks, in rank order. Collective."""
         mask = self._completions.completion_mask
         weights = importance_weights(scores.logps[0], self._before.logps[0], mask)
         terms = torch.stack(entropy_terms(scores.entropy[0], weights, mask), dim=1)
@@ -149,7 +153,7 @@ class RolloutEntropyProbe(Probe):
     def _predicted_changes(
         self, args: DrGRPOConfig, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
     ) -> dict[str, float]:
-        """(T17) from the groups of all ranks. Collective."""
+        """The prediction (T17), from the groups of all ranks. Collective."""
         accelerator = engine.accelerator
         num_prompts, num_accepted = len(self._accepted.of_groups), int(self._accepted.of_groups.sum())
         rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_accepted)
@@ -170,7 +174,9 @@ class RolloutEntropyProbe(Probe):
     def _group_rows(
         self, args: DrGRPOConfig, engine: Engine, params: Params, advantages: Tensor, entropy: float, num_prompts: int
     ) -> GroupRows:
-        """X_n and Y_n of this rank's groups. Local inside; all ranks fail together."""
+        """
+        X_n and Y_n, the gradients of the entropy and of the loss, of this rank's groups; if one rank fails, all do.
+        """
         num_tokens = self._terms.denominator.sum().item()
         batch_size = min(self.batch_size, args.num_generations)
         with (
@@ -180,7 +186,7 @@ class RolloutEntropyProbe(Probe):
             return group_rows(model, self._completions, advantages, args, entropy, num_tokens, num_prompts, batch_size)
 
     def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, after: TokenScores) -> None:
-        """`probes/entropy/step_*.safetensors`, as from held-out prompts; the completions are the update batch."""
+        """Write `probes/entropy/step_*.safetensors` as `EntropyProbe` does, here with the step's own completions."""
         tensors = self._completions.tensors()
         tensors |= {"logps_before": self._before.logps[0], "logps_after": after.logps[0]}
         tensors |= {"entropy_before": self._before.entropy[0], "entropy_after": after.entropy[0]}
@@ -190,14 +196,14 @@ class RolloutEntropyProbe(Probe):
 
 
 def accepted_of(args: DrGRPOConfig, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
-    """All, unless uninformative groups were replaced: then those that are informative. Collective."""
+    """All groups or, if groups with equal rewards were replaced, those with different rewards. Collective."""
     prompts, numbers = rollouts.prompt_index.unique(return_inverse=True)
     groups = rollouts.accepted if args.resample_uninformative_groups else torch.ones_like(prompts, dtype=torch.bool)
     return Accepted(accelerator.gather(groups), accelerator.gather(groups[numbers]), groups[numbers])
 
 
 def check_memory(num_groups: int, model: nn.Module) -> None:
-    """Raises `ValueError` if the rows of one process's groups exceed `MAX_ROWS_BYTES`."""
+    """Raises `ValueError` if the gradients of one process's groups exceed `MAX_ROWS_BYTES`."""
     num_parameters = num_trainable(model)
     num_bytes = 2 * num_groups * num_parameters * 4
     if num_bytes > MAX_ROWS_BYTES:
@@ -210,7 +216,7 @@ def check_memory(num_groups: int, model: nn.Module) -> None:
 
 
 def metric_of(update: UpdateContext) -> dict[str, Tensor]:
-    """lr c (1-b1)/(1-b1^t) M before the step, by parameter. Collective."""
+    """lr c (1-b1)/(1-b1^t) M by parameter, with M and its second moment from before the step. Collective."""
     step, clip, moments = update.optimizer_step, update.clip_factor, update.exp_avg_sq
     settings = adamw_settings(update)
     return {name: update_metric(v, settings[name], step, clip) for name, v in moments.items()}

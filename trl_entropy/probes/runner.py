@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class StepHost(Protocol):
-    """What the runner needs of the trainer that it works for."""
+    """What the runner uses of the trainer."""
 
     args: DrGRPOConfig
     state: TrainerState
@@ -45,20 +45,20 @@ class StepHost(Protocol):
 
     @property
     def current_step(self) -> int:
-        """The step being made: from theta_(step - 1) to theta_step."""
+        """The present optimizer step, 1, 2, ...: the update from theta_(step - 1) to theta_step."""
 
     def record_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Log scalars with the current step."""
+        """Log scalars with the present step."""
 
 
 @dataclass(frozen=True)
 class ScoredMicroBatch:
     """
-    What the loss computed about a micro-batch anyway.
+    What the loss has computed for a micro-batch, so that probes need not compute it again.
 
     Attributes:
-        loss_logps: log pi of the sampled tokens, nats, with the loss's graph.
-        loss_entropy: entropy of the next-token distributions, nats, with the loss's graph.
+        loss_logps: log pi of the sampled tokens, nats, with the autograd graph of the loss.
+        loss_entropy: entropy of the next-token distributions, nats, with the autograd graph of the loss.
         log_ratio: log pi - log pi_old, nats; None on policy, where it is zero by definition.
         mask: 1 for the tokens that the loss counts.
     """
@@ -71,11 +71,12 @@ class ScoredMicroBatch:
 
 class ProbeRunner(TrainerCallback):
     """
-    The trainer tells it where training stands; it calls the probes that want the step, in the order of the trainer's
-    callbacks, and logs what they put into `metrics` and how long they took.
+    Calls the probes that measure the present step, in the order of the trainer's callbacks, and logs what they put
+    into `metrics` and how long they took.
 
-    A callback itself, for the events that transformers sends; it stands before the probes. The rest comes through
-    [`around_micro_batch`], [`micro_batch_done`], [`rollouts_drawn`], [`rollouts_complete`] and [`gradients_ready`].
+    It is a callback itself, registered before the probes, for the events that transformers sends. The trainer reports
+    the other ones by calling [`rollouts_drawn`], [`around_micro_batch`], [`micro_batch_done`], [`rollouts_complete`]
+    and [`gradients_ready`].
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class ProbeRunner(TrainerCallback):
         self._coefficients = LossCoefficientRecorder()
 
     def attach(self, host: StepHost, sampler: ProbeBatchSampler, files: ProbeFiles) -> None:
-        """Name what to work with; before that no event may come."""
+        """Set the trainer, the sampler and the files; must be called before the first event."""
         self._host, self._sampler, self._files = host, sampler, files
 
     # ---- the probes
@@ -149,7 +150,7 @@ class ProbeRunner(TrainerCallback):
     # ---- training begins and ends
 
     def reset(self) -> None:
-        """Forget what an earlier training left that ended inside a step, with an exception."""
+        """Drop what an earlier training has left that ended with an exception inside a step."""
         self._micro_batches.clear()
         self._seconds.clear()
         self._coefficients.forget()
@@ -163,10 +164,10 @@ class ProbeRunner(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask each probe whether its equations hold; read the update if one listens to it."""
+        """Let each probe check the model, and start the engine if any probe listens to the update."""
         host, probes = self._host, self.probes()
         model = host.accelerator.unwrap_model(host.model)
-        self.named_probes()  # refuses two of one name
+        self.named_probes()  # raises if two share a name
         for probe in probes:
             probe.check_model(host.args, model)
         if any(map(_follows_updates, probes)):  # only then must the engine be one that we can read
@@ -208,12 +209,12 @@ class ProbeRunner(TrainerCallback):
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of the present step that are done."""
+        """Micro-batches of the present step whose loss has been computed."""
         return len(self._micro_batches)
 
     @contextlib.contextmanager
     def around_micro_batch(self, inputs: TrainingBatch) -> Iterator[None]:
-        """Around a micro-batch's forward and backward."""
+        """To enter around a micro-batch's forward and backward pass."""
         host = self._host
         model = host.accelerator.unwrap_model(host.model)
         with contextlib.ExitStack() as around:
@@ -243,7 +244,7 @@ class ProbeRunner(TrainerCallback):
         self._micro_batches.append(inputs)
 
     def rollouts_complete(self) -> None:
-        """The step's last micro-batch is in."""
+        """To call after `micro_batch_done` of the step's last micro-batch."""
         rollouts = RolloutBatch.from_micro_batches(self._micro_batches)
         self._micro_batches = []
         self.last_step = StepRecord(self._host.current_step, rollouts)
@@ -252,7 +253,7 @@ class ProbeRunner(TrainerCallback):
     # ---- the update
 
     def gradients_ready(self) -> None:
-        """After the backward of the step's last micro-batch."""
+        """To call after the backward pass of the step's last micro-batch."""
         if self.engine is not None:
             self.engine.gradients_ready()
 

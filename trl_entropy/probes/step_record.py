@@ -1,4 +1,4 @@
-"""`StepRecord`: what is known of one optimizer step, which outlives the update that it is about."""
+"""`StepRecord`: what is known of one optimizer step, kept after its update until the next step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class StepRecord:
     """
     One optimizer step of this process.
 
-    An `UpdateContext` closes when its step is done; this record stays, until the next step has one, for a probe that
-    finishes its measurement later.
+    The `UpdateContext` of a step can be read only until the step ends; this record stays until the next step has one,
+    for probes that finish their measurement later.
 
     Attributes:
         step: 1, 2, ...: the update from theta_(step - 1) to theta_step.

@@ -1,4 +1,4 @@
-"""What the loss of a step computed anyway, summed over micro-batches and ranks: entropy, KL, importance ratios."""
+"""Entropy, KL and importance ratios of a step, summed over micro-batches and ranks from what its loss computes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _QUANTILES = {"ratio/median": 0.5, "ratio/p90": 0.9, "ratio/p99": 0.99}
 @dataclass
 class StepStatistics:
     """
-    Sums over the tokens of one optimizer step; only sums, counts, extrema and histograms cross ranks.
+    Sums over the tokens of one optimizer step; ranks exchange only sums, counts, extrema and histograms.
 
-    A fresh one is made for every step. All sums are float64.
+    Every step has an instance of its own. All sums are float64.
     """
 
     device: torch.device
@@ -65,16 +65,16 @@ class StepStatistics:
         self._add("kl", ((torch.expm1(difference) - difference) * mask).sum())
 
     def add_chosen(self, chosen: Bool[Tensor, "B T"], covariances: Float[Tensor, "B T"]) -> None:
-        """Add a micro-batch's tokens that `token_control` acts on."""
+        """Add the tokens of a micro-batch that `token_control` has chosen, and their covariances."""
         self._add("chosen", chosen.sum())
         self._add("covariance", covariances.where(chosen, 0.0).sum())
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """The step's metrics, equal on all ranks. A collective: every rank calls it, once a step."""
+        """The step's metrics, equal on all ranks. Collective: every rank calls it once per step."""
         names = sorted(self.sums)
         totals = accelerator.reduce(torch.stack([self.sums[name] for name in names]), reduction="sum").tolist()
         total = dict(zip(names, totals, strict=True))
-        tokens = total["tokens"] or math.nan  # no token at all: every mean is nan, and said so in the log
+        tokens = total["tokens"] or math.nan  # without any token every mean is nan, and logged as such
         metrics = {
             "entropy/policy": total["entropy"] / tokens,
             "entropy/surprisal": total["surprisal"] / tokens,

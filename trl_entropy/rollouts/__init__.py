@@ -1,1 +1,1 @@
-"""Completions: a step's batch and its prompt groups, how they are generated, and the draws of probe batches."""
+"""Completions: the batch of a step and its prompt groups, their generation, and drawing probe batches."""

@@ -1,4 +1,4 @@
-"""`RolloutBatch`, a frozen view of TRL's batch of completions, and the shuffle that keeps prompt groups together."""
+"""`RolloutBatch`: the completions of one optimizer step, read from TRL's micro-batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_entropy.rollouts.groups import groups_with_different_rewards
 
 
 class GenerationBatch(TypedDict):
-    """TRL's batch of completions: of a generation, or a micro-batch of it."""
+    """TRL's batch of completions: a whole generation, or a micro-batch of it."""
 
     prompt_ids: Int[Tensor, "B S"]
     prompt_mask: Int[Tensor, "B S"]
@@ -28,7 +28,7 @@ class GenerationBatch(TypedDict):
 
 
 class TrainingBatch(GenerationBatch):
-    """The same with what `DrGRPOTrainer` adds, see [`RolloutBatch`], and `token_control`."""
+    """TRL's batch with what `DrGRPOTrainer` adds (see [`RolloutBatch`]), and `token_control_mask` for `kl_cov`."""
 
     prompt_index: Int[Tensor, " B"]
     rewards: Float[Tensor, " B"]
@@ -50,13 +50,13 @@ class RolloutBatch:
 
     Attributes:
         prompt_ids, prompt_mask: the prompts, padded on the left.
-        completion_ids, completion_mask: the completions, padded on the right; the end token counts.
-        loss_mask: the tokens of the completions that the policy drew: not those of tools and environments.
+        completion_ids, completion_mask: the completions, padded on the right; the mask includes the end token.
+        loss_mask: 1 for completion tokens that the policy drew, 0 for those of tools and environments and for padding.
         prompt_index: number of the row's prompt group, unique over processes and over the run.
         rewards: weighted sum of the reward functions.
         raw_advantages: equation (T1), before `length_normalizer` or any entropy control.
         length_scale: `max_completion_length` / L_i of (T2).
-        advantages: what the loss gets.
+        advantages: the advantages that the loss reads, one per completion or per token.
     """
 
     prompt_ids: Int[Tensor, "B S"]
@@ -72,7 +72,7 @@ class RolloutBatch:
 
     @classmethod
     def from_micro_batches(cls, micro_batches: Sequence[TrainingBatch]) -> RolloutBatch:
-        """Join the micro-batches of one optimizer step; those of one generation are padded alike by TRL."""
+        """Join the micro-batches of one optimizer step, and pad those of different generations to one width."""
         parts: list[dict[str, Any]] = [{**batch, "loss_mask": loss_mask_of(batch)} for batch in micro_batches]
         return cls(**{name: join_rows([part[name] for part in parts], name) for name in cls.__dataclass_fields__})
 
@@ -90,13 +90,13 @@ class RolloutBatch:
 
     @property
     def accepted(self) -> Bool[Tensor, " P"]:
-        """By group, in the order of their number: whether its rewards differ (`resample_uninformative_groups`)."""
+        """For each group, ordered by number, whether its rewards differ (see `resample_uninformative_groups`)."""
         _, groups = self.prompt_index.unique(return_inverse=True)
         return groups_with_different_rewards(self.rewards, groups)
 
 
 def join_rows(parts: list[Tensor], name: str, fill: int = 0) -> Tensor:
-    """Concatenate along rows; pad to the widest part with `fill`, prompts on the left, the rest on the right."""
+    """Concatenate rows, padded to the widest part with `fill`: prompts on the left, other tensors on the right."""
     if parts[0].ndim == 1:
         return torch.cat(parts)
     width = max(part.shape[1] for part in parts)

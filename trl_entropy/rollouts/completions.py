@@ -1,4 +1,4 @@
-"""`Completions`: what is scored, wherever the completions come from."""
+"""`Completions`: prompts and completions to be scored, from a probe batch or from a step's rollouts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Completions:
     B completions to score: prompts on the left, completions in the last T columns.
 
     Attributes:
-        input_ids, attention_mask: of prompt and completion together, padded on both sides.
-        completion_mask: from the token ids: the end token counts, nothing after it.
-        prompt_index: group of each row; completions of different prompts are independent.
-        sampling_logps: log-probability of each completion token under what drew it, nats, if that is not the policy.
-        loss_mask: of the completion tokens that the policy drew: all of `completion_mask`, but for those of tools.
+        input_ids, attention_mask: prompt and completion together, padded on both sides.
+        completion_mask: 1 for the tokens of the completion up to and including its end token.
+        prompt_index: number of each row's prompt group; completions of different prompts are independent.
+        sampling_logps: log-probability of each completion token under its sampler, nats; None if that is the policy.
+        loss_mask: 1 for completion tokens that the policy drew: those of `completion_mask` except tokens of tools.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -35,7 +35,7 @@ class Completions:
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> Completions:
-        """Those of a step's rollouts."""
+        """The completions of a step."""
         return cls(
             batch.input_ids,
             batch.attention_mask,
@@ -45,7 +45,7 @@ class Completions:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is, by name; `loss_mask` only where it is not `completion_mask`."""
+        """The tensors that are not None, by name; `loss_mask` only if it differs from `completion_mask`."""
         return self._given({"loss_mask"} if torch.equal(self.loss_mask, self.completion_mask) else set())
 
     def _given(self, omitted: Collection[str] = ()) -> dict[str, Tensor]:
@@ -60,11 +60,11 @@ class Completions:
         return self.completion_mask.sum(dim=1)
 
     def rows(self, index: Any) -> Completions:
-        """The rows of `index`, in its order."""
+        """The rows that `index` selects, in its order."""
         return Completions(**{name: tensor[index] for name, tensor in self._given().items()})
 
     def trimmed(self) -> Completions:
-        """Without the columns in which no row has a token."""
+        """The same without the columns in which no row has a token."""
         used = self.attention_mask.any(dim=0).nonzero()
         width = self.completion_mask.shape[1]
         keep = int(self.completion_mask.any(dim=0).nonzero().max()) + 1 if self.completion_mask.any() else 1

@@ -1,4 +1,4 @@
-"""Which completions a probe measures on: a batch of its own, independent of the update, training order untouched."""
+"""Drawing the completions that a probe measures on: independent of the step's own, without changing training."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from trl_entropy.rollouts.completions import Completions
 
 @runtime_checkable
 class ProbeBatchSampler(Protocol):
-    """What draws a probe batch E: completions that are independent of the step's own."""
+    """Draws a probe batch: completions that are independent of the step's own."""
 
     def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
         """
-        This process's share of a probe batch drawn from the policy as it is, one completion a prompt.
+        This process's share of a probe batch that is drawn from the present policy, one completion per prompt.
 
         Args:
-            num_prompts: over all processes.
+            num_prompts: number of prompts over all processes.
             source: `"held_out"`: training prompts that are not among this step's; `"eval"`: `eval_dataset`.
-            step: seeds the draw, with the run's seed.
-            sampler: `"model"`: the model's own `generate`; `"vllm"`: what generates the rollouts, whose
-                log-probabilities then come along. vLLM's random state is its own: it does move on.
+            step: seeds the draw, together with the run's seed.
+            sampler: `"model"`: the model's own `generate`; `"vllm"`: the vLLM that generates the rollouts, with its
+                log-probabilities. vLLM's own random state does advance.
         """
 
 
 def prompt_key(prompt: Any) -> str:
-    """A string that is equal for equal prompts, plain or conversational."""
+    """A string that identifies a prompt, plain or conversational: equal for equal prompts."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
 
 
 def prompts_of(dataset: Any) -> Iterator[str]:
-    """Keys of all prompts in order; none of a dataset that is streamed."""
+    """Keys of all prompts in order; nothing for a streamed dataset."""
     if isinstance(dataset, Dataset):
         yield from map(prompt_key, dataset["prompt"])
 
 
 def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]) -> list[Any]:
     """
-    Distinct rows of `dataset` without the prompts of `exclude`, by a generator of their own; equal on all ranks.
+    Distinct prompts of `dataset` outside `exclude`, drawn with a random generator of their own; equal on all ranks.
 
     Raises:
-        ValueError: when the dataset has too few other prompts.
+        ValueError: if the dataset has too few other prompts.
     """
     chosen: list[Any] = []
     taken = set(exclude)
@@ -60,7 +60,7 @@ def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], s
         if len(chosen) == num_prompts:
             return chosen
     raise ValueError(
-        f"the dataset has only {len(chosen)} distinct prompts beside those of this step, a probe batch takes "
+        f"the dataset has only {len(chosen)} distinct prompts beside those of this step, but a probe batch takes "
         f"{num_prompts}. Lower entropy_probe_num_completions (entropy_control_num_completions), or train on more "
         "problems."
     )
@@ -96,7 +96,7 @@ def pack_completions(
 
 @contextlib.contextmanager
 def own_randomness(seed: tuple[int, ...], device: torch.device) -> Iterator[None]:
-    """torch's random state seeded for the while, and back to the bit: training draws what it would have drawn."""
+    """Seed torch inside the context and restore its random state after it: training's draws do not change."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
         yield

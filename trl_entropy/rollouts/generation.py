@@ -1,4 +1,4 @@
-"""How a trainer of TRL's generates: ending completions at a text, and with the model itself in place of vLLM."""
+"""Changes of how TRL's trainer generates: ending completions at a text, and using the model itself instead of vLLM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 
 def answer_end(tokenizer: Any, completion_ids: list[int], tag: str) -> int | None:
     """
-    Number of tokens up to and with the one that completes `tag`, or None when the completion has no `tag`.
+    Number of tokens up to and including the one that completes `tag`; None if the completion has no `tag`.
 
-    Bisection over prefixes: a tag may be spelled by several tokens, or end inside one.
+    Found by bisection over prefixes, since a tag may consist of several tokens or end inside one.
     """
 
     def closed(num_tokens: int) -> bool:
@@ -34,7 +34,7 @@ def stopping_at(model: Any, tokenizer: Any, text: str) -> Iterator[None]:
     """
     Make `model.generate` stop a completion once it contains `text`.
 
-    TRL passes no tokenizer to `generate`, which `stop_strings` needs, so both are bound to it for the while.
+    `stop_strings` needs a tokenizer, which TRL does not pass to `generate`; both are bound to it inside the context.
     """
     generate = model.generate
     model.generate = functools.partial(generate, stop_strings=text, tokenizer=tokenizer)
@@ -47,9 +47,9 @@ def stopping_at(model: Any, tokenizer: Any, text: str) -> Iterator[None]:
 @contextlib.contextmanager
 def generating_with_the_model(trainer: Any) -> Iterator[None]:
     """
-    Make a trainer of TRL's generate with the model itself, from its full distribution, whatever it uses for rollouts.
+    Make TRL's trainer generate with the model itself, from its full distribution, even if rollouts come from vLLM.
 
-    Written against trl 1.16, whose `_generate_single_turn` asks these attributes.
+    Written against trl 1.16, whose `_generate_single_turn` reads the attributes that are set here.
     """
     kept = {name: getattr(trainer, name) for name in ("use_vllm", "use_transformers_continuous_batching")}
     if not any(kept.values()):

@@ -1,4 +1,4 @@
-"""Prompt groups: which row belongs to which, whose rewards differ, and the shuffle that keeps them together."""
+"""Prompt groups: the group of each row, which groups have different rewards, and the shuffle by whole groups."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from trl.trainer import grpo_trainer
 
 
 def group_numbers(num_rows: int, num_generations: int, process_index: int, device: torch.device) -> Int[Tensor, " B"]:
-    """Number of each local row's prompt group: TRL hands rows out in order, G after G, over the processes."""
+    """Number of each local row's prompt group: TRL deals rows in order to the processes, G rows per group."""
     first = process_index * num_rows
     return torch.arange(first, first + num_rows, device=device) // num_generations
 
 
 def groups_with_different_rewards(rewards: Float[Tensor, " B"], groups: Int[Tensor, " B"]) -> Bool[Tensor, " P"]:
     """
-    Which groups have two completions of different rewards: only those have an advantage that is not 0.
+    Which groups have completions of different rewards: only their advantages are not all 0.
 
     Args:
-        rewards: NaN where no function scored the completion; it then is no evidence.
-        groups: number of each completion's group, 0 to P - 1.
+        rewards: NaN where no function scored the completion, which is then not compared.
+        groups: number of each completion's group, from 0 to P - 1.
     """
     scored, num_groups = ~rewards.isnan(), int(groups.max()) + 1
     highest, lowest = (rewards.new_full((num_groups,), sign * torch.inf) for sign in (-1, 1))
@@ -38,7 +38,7 @@ def shuffle_groups(rows: dict[str, Any]) -> dict[str, Any]:
     Permute TRL's generation batch by whole prompt groups (runs of equal `prompt_index`), rows of a group in order.
 
     Args:
-        rows: TRL's batch; tensors and lists are permuted along their first axis, 0-d tensors and None are kept.
+        rows: TRL's batch; tensors and lists are permuted along their first axis, 0-d tensors and None stay.
     """
     _, run_lengths = torch.unique_consecutive(rows["prompt_index"], return_counts=True)
     runs = torch.arange(len(rows["prompt_index"])).split(run_lengths.tolist())
@@ -55,10 +55,10 @@ def shuffle_groups(rows: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def whole_group_shuffling() -> Iterator[None]:
     """
-    Make TRL's `_prepare_inputs` shuffle whole groups: it looks `shuffle_sequence_dict` up in its module.
+    Make TRL's `_prepare_inputs` shuffle whole groups, by replacing the function `shuffle_sequence_dict` of its module.
 
-    TRL shuffles single completions, which scatters a group over micro-batches; then no micro-batch gradient is a sum
-    of independent groups. Written against trl 1.16, `tests/contracts` holds the fact.
+    TRL shuffles single completions, which scatters a group over micro-batches; the gradient of a micro-batch is then
+    not a sum over independent groups. Written against trl 1.16; `tests/contracts` tests the assumption.
     """
     original = grpo_trainer.shuffle_sequence_dict
     grpo_trainer.shuffle_sequence_dict = shuffle_groups
@@ -73,7 +73,7 @@ def group_max_lengths(all_lengths: Int[Tensor, " N"], num_generations: int) -> I
     Length of the longest completion in each row's group, in tokens: L_i of (T2) for `length_normalizer="group_max"`.
 
     Args:
-        all_lengths: completion lengths over all processes in rank order, so that split groups are seen whole.
-        num_generations: completions of a group, G.
+        all_lengths: completion lengths of all processes in rank order, as a group may be split over processes.
+        num_generations: number of completions of a group, G.
     """
     return all_lengths.view(-1, num_generations).amax(dim=1).repeat_interleave(num_generations)

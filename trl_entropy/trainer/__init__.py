@@ -1,1 +1,1 @@
-"""`DrGRPOTrainer`: overrides of TRL's trainer that call `super()`, and the owners of its training state."""
+"""`DrGRPOTrainer`: overrides of TRL's trainer that call `super()`, and what checkpoints save of its state."""

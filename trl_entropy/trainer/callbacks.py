@@ -1,4 +1,4 @@
-"""Callbacks that every run has: the run directory, and a clean end on SIGTERM."""
+"""Callbacks of every run: writing the run directory, and ending with a checkpoint on SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 class RunLogCallback(TrainerCallback):
     """
-    Writes the run directory of `args.output_dir` on the main process: settings, one line a step, evaluations.
+    Writes the run directory `args.output_dir` on the main process: settings, one line per step, evaluations.
 
     Attributes:
-        settings: what an entry point knows beside the training arguments (task, model); goes to `config.yaml` too.
+        settings: settings beside the training arguments (task, model), to be written to `config.yaml` too.
     """
 
     def __init__(self) -> None:
@@ -53,21 +53,21 @@ class RunLogCallback(TrainerCallback):
             return
         if any(name.startswith("eval_") for name in logs):
             self.run.append_evaluation(state.global_step, {k.removeprefix("eval_"): v for k, v in logs.items()})
-        elif "loss" in logs:  # not the summary at the end of training, which is of no step
+        elif "loss" in logs:  # not the summary at the end of training, which belongs to no step
             self.run.append_metrics(state.global_step, logs)
 
     def add_later(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add numbers to a step whose line is written already; on the main process."""
+        """Add metrics to a step whose line has already been written; on the main process only."""
         if hasattr(self, "run"):
             self.run.append_later(step, metrics)
 
 
 class StopOnSignal(TrainerCallback):
     """
-    On SIGTERM: finish the step, write a checkpoint, end training. All ranks do so at the same step.
+    On SIGTERM: finish the step, write a checkpoint, and end training, on all ranks at the same step.
 
-    transformers' `enable_jit_checkpoint` saves between two halves of a step and by each rank's own clock; a resumed
-    run would not be the uninterrupted one.
+    transformers' `enable_jit_checkpoint` saves in the middle of a step, and on each rank at a time of its own, so that
+    a resumed run would differ from an uninterrupted one.
     """
 
     def __init__(self) -> None:

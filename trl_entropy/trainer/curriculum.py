@@ -1,4 +1,4 @@
-"""Which prompts to learn from: a sampler that draws by how often each prompt's completions have passed so far."""
+"""A curriculum: a sampler that draws prompts by how often their completions have earned the reward so far."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ START_RATE = 0.5
 
 class PassRateSampler(Sampler[int]):
     """
-    Draws prompts from buckets of their pass rate, in place of TRL's `RepeatSampler` and with its layout and length.
+    Draws prompts from three buckets by their pass rate; replaces TRL's `RepeatSampler`, with its layout and length.
 
-    A prompt's pass rate is an exponential moving average over its groups, 0.5 before the first: hard below
-    `hard_below`, easy above `easy_above`, normal between. For every prompt of a generation a bucket is drawn by weight
-    among those that have a prompt left, and in it the prompt that was drawn longest ago. Prompts of a generation are
-    distinct. All ranks draw the same, if all are given the same rates.
+    A prompt's pass rate is an exponential moving average over its groups, 0.5 before the first. A prompt is hard below
+    `hard_below`, easy above `easy_above`, and normal between. For every prompt of a generation a bucket is drawn with
+    probability proportional to its weight, among those that have a prompt left; from it comes the prompt that was
+    drawn longest ago. Prompts of a generation are distinct. All ranks draw the same prompts if they are given the same
+    pass rates.
 
     Args:
         num_prompts: rows of the dataset.
         batch_size: prompts of one generation, over all processes.
-        mini_repeat_count, repeat_count: as `RepeatSampler`: completions of a prompt; uses of a generation.
+        mini_repeat_count, repeat_count: as in `RepeatSampler`: completions per prompt, and uses of each generation.
         hard_below, easy_above: pass rates between which a prompt is normal.
-        weights: of hard, normal, easy.
+        weights: weights of the buckets hard, normal and easy.
         ema: weight of a prompt's newest group in its pass rate, in (0, 1].
-        seed: of the order in which prompts come that were drawn equally long ago, and of the buckets.
+        seed: seeds the draws of buckets, and the order of the prompts on the first pass through the dataset.
 
     Raises:
-        ValueError: for fewer prompts than a generation takes, or bounds, weights or `ema` out of their range.
+        ValueError: if there are fewer prompts than a generation takes, or bounds, weights or `ema` are out of range.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class PassRateSampler(Sampler[int]):
     ) -> None:
         if not (0 <= hard_below <= easy_above <= 1 and 0 < ema <= 1 and min(weights) >= 0 < max(weights)):
             raise ValueError(
-                f"hard_below={hard_below}, easy_above={easy_above}, weights={weights}, ema={ema}: needed are 0 <= "
-                "hard_below <= easy_above <= 1, weights of 0 or more of which one is above 0, and ema in (0, 1]."
+                f"hard_below={hard_below}, easy_above={easy_above}, weights={weights}, ema={ema}: required are 0 <= "
+                "hard_below <= easy_above <= 1, weights of 0 or more with at least one above 0, and ema in (0, 1]."
             )
         if num_prompts < batch_size:
             raise ValueError(f"the dataset has {num_prompts} prompts, a generation takes {batch_size} distinct ones.")
@@ -62,10 +63,10 @@ class PassRateSampler(Sampler[int]):
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
         self.rates = torch.full((num_prompts,), START_RATE, dtype=torch.float64)
-        # Drawn in increasing order of this; the first pass is a permutation.
+        # Number of each prompt's latest draw; the smallest is drawn next. The first pass is a random permutation.
         self._turn = torch.randperm(num_prompts, generator=self.generator) - num_prompts
         self._next_turn = 0
-        self._drawn: list[list[int]] = []  # the generations of this epoch
+        self._drawn: list[list[int]] = []  # the prompts of each generation of this epoch
         self._to_replay: list[list[int]] = []
         self.resumes_within_epoch = False
 
@@ -82,7 +83,7 @@ class PassRateSampler(Sampler[int]):
                     yield from [index] * self.mini_repeat_count
 
     def update(self, rates: Mapping[int, float]) -> None:
-        """Put the pass rates of newly scored groups, by row of the dataset, into the averages."""
+        """Update the moving averages with the pass rates of newly scored groups, given by row of the dataset."""
         for index, rate in rates.items():
             self.rates[index] += self.ema * (rate - self.rates[index])
 
@@ -95,7 +96,7 @@ class PassRateSampler(Sampler[int]):
         return (self.rates >= self.bounds[0]).long() + (self.rates > self.bounds[1]).long()
 
     def draw(self, num_prompts: int, exclude: Collection[int] = ()) -> list[int]:
-        """Distinct rows that are not in `exclude`, in the order in which they come: fewer when there are no more."""
+        """Distinct rows outside `exclude`, in the order of their draw; fewer if the dataset has no more."""
         buckets, chosen = self._buckets(), list[int]()
         waiting = [self._by_turn(buckets == number, exclude) for number in range(len(BUCKETS))]
         while len(chosen) < num_prompts and any(waiting):
@@ -106,7 +107,7 @@ class PassRateSampler(Sampler[int]):
         return chosen
 
     def _by_turn(self, members: Tensor, exclude: Collection[int]) -> list[int]:
-        """Rows of a bucket, the one that was drawn longest ago last."""
+        """Rows of a bucket, most recently drawn first."""
         rows = members.nonzero().squeeze(1)
         ordered = rows[self._turn[rows].argsort(descending=True)].tolist()
         return [row for row in ordered if row not in exclude] if exclude else ordered
@@ -120,7 +121,7 @@ class PassRateSampler(Sampler[int]):
     # ---- resuming
 
     def state_dict(self) -> StateDict:
-        """Everything that later draws depend on, and what this epoch has drawn, the generation fetched ahead too."""
+        """Everything that later draws depend on, and this epoch's draws, including the generation fetched ahead."""
         return {
             "rates": self.rates,
             "turn": self._turn,
@@ -131,8 +132,8 @@ class PassRateSampler(Sampler[int]):
 
     def load_state_dict(self, state: StateDict) -> None:
         """
-        Go on from a state. Where `resumes_within_epoch` says so, the next iteration is that of the same epoch, whose
-        draws it then repeats first.
+        Continue from a saved state. If `resumes_within_epoch`, the next iteration belongs to the epoch that was saved,
+        and first repeats the draws that it had made.
         """
         self.rates, self._turn, self._next_turn = state["rates"], state["turn"], state["next_turn"]
         self.generator.set_state(state["generator"])

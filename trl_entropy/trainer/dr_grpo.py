@@ -1,6 +1,6 @@
 """`DrGRPOTrainer`: TRL's `GRPOTrainer` with the Dr-GRPO loss, whole prompt groups, and events for probes.
 
-Overrides only: every one calls `super()`, and was written against trl 1.16 and transformers 5.23.
+Every override calls `super()`, and was written against trl 1.16 and transformers 5.23.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     """
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
-    Takes what `GRPOTrainer` takes, with [`DrGRPOConfig`] as `args`. Probes come from the toggles of the config, or as
-    instances of [`~trl_entropy.Probe`] in `callbacks`.
+    Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`. Probes are turned on by toggles of the
+    config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
 
-    Differences in training, toggles off: advantages carry `length_normalizer`; completions are shuffled by whole
-    prompt groups; completions may stop at the answer tag. Everything else is TRL's.
+    With all toggles off, training differs from TRL's in three points: advantages are scaled by `length_normalizer`;
+    completions are shuffled by whole prompt groups; completions may stop at the answer tag.
     """
 
     _name = "DrGRPO"
@@ -81,26 +81,26 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             self._token_control = TokenControl(args, self.accelerator, self._score_as_trl)
         self._statistics = StepStatistics(self.accelerator.device)
         self._scored: tuple[Tensor, Tensor]
-        # The micro-batch in the loss, where its tokens are chosen there.
+        # The micro-batch whose loss is being computed, if `token_control` chooses its tokens there.
         self._controlled: TrainingBatch | None = None
         self._around_micro_batch: contextlib.ExitStack
-        # Empty when the KL is not asked for, or TRL logs it itself.
+        # Empty if `kl_every` is 0, or if TRL logs the KL itself.
         self._start_parameters = snapshot_parameters(self.model) if args.kl_every and self.beta == 0 else {}
 
     # ---- what a step logs
 
     @property
     def current_step(self) -> int:
-        """The step being made: from theta_(step - 1) to theta_step."""
+        """The present optimizer step, 1, 2, ...: the update from theta_(step - 1) to theta_step."""
         return self.state.global_step + 1
 
     def record_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """
-        Log scalars through every logger. Call with equal values on all ranks.
+        Log scalars with all of the trainer's loggers. Call with equal values on all ranks.
 
         Args:
-            step: that they are about, if it is an earlier one than the current: they then join its line in
-                `metrics.jsonl`, and TensorBoard.
+            step: the step that they describe, if not the present one: of an earlier step they are added to its line in
+                `metrics.jsonl` and to TensorBoard.
         """
         if step is not None and step < self.current_step:
             if self.is_world_process_zero():
@@ -173,7 +173,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
                 self.record_metrics(metrics)
                 self._token_control.warn_of_no_token(metrics, self.current_step)
             num_groups = num_rows * self.accelerator.num_processes // num_generations
-            self.step_prompts.add(map(prompt_key, self._logs["prompt"]), num_groups)  # those of all ranks
+            self.step_prompts.add(map(prompt_key, self._logs["prompt"]), num_groups)  # all ranks' prompts
             self.probe_runner.rollouts_drawn(batch)
         return batch
 
@@ -213,7 +213,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         return output
 
     def _correct_terminated(self, completion_ids: list[list[int]]) -> None:
-        """TRL counts a completion as clipped unless it ends with an end token; ending with its answer will do too."""
+        """Correct TRL's metrics, which count completions that stop at their answer as clipped."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         ended = torch.tensor([ids[-1] in ends for ids in completion_ids], device=self.accelerator.device)
         lengths = torch.tensor([len(ids) for ids in completion_ids], device=self.accelerator.device)
@@ -247,10 +247,10 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def _compute_loss(self, model: nn.Module, inputs: TrainingBatch) -> Tensor:
         if not self.model.training:
             return super()._compute_loss(model, inputs)
-        # Scored before the policy: its parameters are swapped, and the loss keeps the policy's for backward.
+        # Before the loss: scoring swaps the model's parameters, and the loss needs the policy's for its backward pass.
         start_logps = self._score_start_policy(inputs) if self._wants_kl() else None
         if self.args.controls_tokens_of("micro_batch"):
-            inputs = self._controlled = inputs.copy()  # TRL keeps its own for the next iteration
+            inputs = self._controlled = inputs.copy()  # a copy, as TRL uses its batch again in the next iteration
         if self.probe_runner.wants_step():
             self._around_micro_batch.enter_context(self.probe_runner.around_micro_batch(inputs))
         loss = super()._compute_loss(model, inputs)
@@ -262,9 +262,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         return loss
 
     def _observe(self, inputs: TrainingBatch, start_logps: Float[Tensor, "B T"] | None) -> None:
-        """Sum what the loss computed and tell the probes; after the step's last micro-batch, log the sums."""
+        """Add what the loss has computed to the step's sums and tell the probes; log after the last micro-batch."""
         loss_logps, loss_entropy = self._scored
-        del self._scored  # the graph is the loss's
+        del self._scored  # so that the autograd graph lives no longer than the loss
         per_token_logps, mask = loss_logps.detach(), loss_mask_of(inputs)
         old_logps = inputs.get("old_per_token_logps")
         log_ratio = None if old_logps is None else per_token_logps - old_logps
@@ -309,7 +309,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
 
 
 def _toggled(args: DrGRPOConfig) -> list[TrainerCallback]:
-    """Controls, probes and the evaluation of checkpoints that the config turns on, in the order of their events."""
+    """Controls, probes and checkpoint evaluation that the config turns on, in the order in which they get events."""
     found: list[TrainerCallback] = [*controls(args)]
     found += [PROBES[name].from_config(args) for name in args.enabled_probes()]
     if args.evaluate_checkpoints != "none":

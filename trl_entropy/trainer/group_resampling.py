@@ -1,8 +1,9 @@
 """
-Other prompt groups in place of those whose rewards are all equal: how many to draw, which to take, their batch.
+Replaces prompt groups whose rewards are all equal (uninformative: all advantages are 0) by groups of other prompts:
+how many to draw, which of them to take, and the batch that results.
 
-A round is one call of TRL's `_generate_and_score_completions`: whole groups in order, spread over the processes. What
-is informative is known from rewards of all processes, so that all of them choose alike.
+A round is one call of TRL's `_generate_and_score_completions`: whole groups in order, spread over the processes. All
+processes know the rewards of all groups, and so make the same choice.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from torch import Tensor
 
 from trl_entropy.rollouts.batch import GenerationBatch, join_rows
 
-# Round and number of a group or row, in the order of all processes.
+# Number of the round, and in it of a group or row, counted over all processes.
 Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ScoredRound:
     """
-    What a round leaves.
+    The results of one round.
 
     Attributes:
-        batch: TRL's batch, the rows of this process.
+        batch: TRL's batch with the rows of this process.
         rewards: weighted sums of the reward functions, rows of all processes.
-        informative: by group, whether its rewards differ; groups of all processes.
-        logs: TRL's tables of completions, rows of all processes.
+        informative: for each group of all processes, whether its rewards differ.
+        logs: TRL's logged columns of completions, rows of all processes.
     """
 
     batch: GenerationBatch
@@ -43,13 +44,14 @@ class ScoredRound:
 
 def round_size(num_missing: int, num_informative: int, num_drawn: int, unit: int, most: int) -> int:
     """
-    Prompts of the next round: so many that `num_missing` informative groups are expected among them.
+    Number of prompts of the next round: as many as are expected to contain `num_missing` informative groups.
 
-    Rounds cost more than rows: each waits for its longest completion. So one round is to do where that can be.
+    A further round costs more than further rows, since each round waits for its longest completion. So a single round
+    should usually be enough.
 
     Args:
-        num_informative, num_drawn: groups of the rounds so far.
-        unit: prompts whose completions the processes share evenly.
+        num_informative, num_drawn: informative groups and all groups of the rounds so far.
+        unit: smallest number of prompts whose completions can be shared evenly by the processes.
         most: prompts of a whole generation, a multiple of `unit`.
     """
     expected = most if not num_informative else math.ceil(num_missing * num_drawn / num_informative)
@@ -58,10 +60,11 @@ def round_size(num_missing: int, num_informative: int, num_drawn: int, unit: int
 
 def chosen_groups(informative: list[Tensor]) -> list[Place]:
     """
-    Where each group of the filled batch comes from: the first round's informative ones stay, later rounds' take the
-    other places in the order in which they were drawn, and where there are too few the first round's stay after all.
+    Where each group of the filled batch comes from. Informative groups of the first round stay; informative groups of
+    later rounds fill the other places in the order in which they were drawn; if there are too few, the last of these
+    places keep the first round's uninformative groups.
 
-    Nothing but the order decides, so that given their number the accepted groups are independent draws of one law.
+    Since only the order decides, the accepted groups are, given their number, independent draws from one distribution.
     """
     spare = (
         (number, int(group)) for number, of_round in enumerate(informative) if number for group in of_round.nonzero()
@@ -76,7 +79,7 @@ def filled_batch(
     TRL's batch of this process with the chosen groups in place. Collective.
 
     Args:
-        fill: value of padding by the name of a tensor; 0 for others.
+        fill: the padding value of tensors by name; 0 for those that are not named.
     """
     first: dict[str, Any] = {**rounds[0].batch}
     num_rows = _num_rows(rounds[0].batch)
@@ -104,7 +107,7 @@ def filled_rewards(rounds: list[ScoredRound], chosen: list[Place], num_generatio
 
 
 def filled_logs(rounds: list[ScoredRound], chosen: list[Place], num_generations: int) -> dict[str, Any]:
-    """TRL's tables of completions of the filled batch; a column that a round does not have is None there."""
+    """TRL's logged columns for the filled batch; None in rows of a round that does not have the column."""
     rows = _rows_of(chosen, num_generations)
 
     def taken(columns: list[list[Any] | None]) -> list[Any]:
@@ -119,7 +122,7 @@ def filled_logs(rounds: list[ScoredRound], chosen: list[Place], num_generations:
 
 
 def _rows_of(groups: list[Place], num_generations: int) -> list[Place]:
-    """Round and row, for every row of the groups."""
+    """The place, round and number, of every row of the groups."""
     return [(number, group * num_generations + i) for number, group in groups for i in range(num_generations)]
 
 
@@ -130,7 +133,7 @@ def _num_rows(batch: GenerationBatch) -> int:
 def _gathered_rows(
     rounds: list[ScoredRound], places: list[Place], rank: int, names: list[str]
 ) -> list[dict[str, Tensor]]:
-    """The rows at `places`, ascending, from the processes that have them, as parts to join in order. Collective."""
+    """The rows at `places`, which ascend, from the processes that have them, in parts to be joined. Collective."""
     payload = []
     for number, one in enumerate(rounds):
         num_rows = _num_rows(one.batch)

@@ -1,4 +1,4 @@
-"""`ProbeBatches`: draws probe batches with what generates the rollouts, and leaves training as it was."""
+"""`ProbeBatches`: draws probe batches with the trainer's own generation, without changing the course of training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from trl_entropy.trainer.step_prompts import StepPrompts
 
 class ProbeBatches:
     """
-    A [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]: training's random state, the order of its prompts and its
-    metrics stay as they were.
+    The trainer's [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]. A draw does not change training's random state,
+    the order of its prompts, or its metrics.
 
     Written against trl 1.16, whose `_tokenize_prompts` and `_generate_single_turn` it calls.
 
     Args:
-        trainer: whose policy, datasets and sampler are used.
-        step_prompts: the prompts of the present step, from which nothing is drawn.
+        trainer: the trainer whose policy, datasets and generation are used.
+        step_prompts: the prompts of the present step, which a draw of held-out prompts leaves out.
     """
 
     def __init__(self, trainer: GRPOTrainer, step_prompts: StepPrompts) -> None:
         self._trainer, self._step_prompts = trainer, step_prompts
 
     def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
-        """As the protocol says."""
+        """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
         trainer = self._trainer
         dataset = trainer.train_dataset if source == "held_out" else trainer.eval_dataset
         exclude = self._step_prompts.all() if source == "held_out" else set()
@@ -41,7 +41,7 @@ class ProbeBatches:
             return self.draw_completions(prompts, (seed, step, rank), rank * share)
 
     def draw_completions(self, prompts: list[Any], seed: tuple[int, ...], first_prompt: int = 0) -> Completions:
-        """One completion of each prompt, numbered from `first_prompt`, by whatever generates now. Local."""
+        """One completion of each prompt, numbered from `first_prompt`, by the trainer's present generation. Local."""
         trainer, device = self._trainer, self._trainer.accelerator.device
         with own_randomness(seed, device):
             prompt_ids, images, fields = trainer._tokenize_prompts(prompts)

@@ -1,7 +1,8 @@
 """
-`PromptSelectingTrainer`: which prompts a step learns from: by pass rate, without groups whose rewards are all equal.
+`PromptSelectingTrainer`: selects the prompts that a step learns from, by pass rate (`curriculum`) and by replacing
+groups whose rewards are all equal (`resample_uninformative_groups`).
 
-Overrides only: every one calls `super()`, and was written against trl 1.16 and transformers 5.23.
+Every override calls `super()`, and was written against trl 1.16 and transformers 5.23.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from trl_entropy.trainer.training_state import plain_logs, restore_logs
 
 class PromptSelectingTrainer(ResumableTrainer):
     """
-    What [`~trl_entropy.DrGRPOTrainer`] does about `curriculum` and `resample_uninformative_groups`.
+    The part of [`~trl_entropy.DrGRPOTrainer`] for `curriculum` and `resample_uninformative_groups`.
 
-    TRL's own metrics (`reward`, `completions/*`, ...) stay those of the prompts as first drawn; what is trained on, in
-    its tables of completions and in `_rewards`, is the filled batch.
+    TRL's own metrics (`reward`, `completions/*`, ...) describe the prompts as they were first drawn; the batch that is
+    trained on, the logged completions and `_rewards` have the replacements.
     """
 
-    pass_reward = 1.0  # with this total reward or more a completion passes, for `curriculum`
+    pass_reward = 1.0  # total reward from which on a completion counts as passed, for `curriculum`
     _rewards: Tensor
     _replacements: PassRateSampler | None = None
 
@@ -62,13 +63,14 @@ class PromptSelectingTrainer(ResumableTrainer):
         for row, prompt in enumerate(prompts_of(self.train_dataset)):
             self._rows_of_prompt[prompt].append(row)
         if self.args.curriculum == "none":
-            self._replacements = self._new_sampler()  # whose pass rates are never updated: a shuffled round
+            # Its pass rates are never updated, so it goes through the shuffled dataset.
+            self._replacements = self._new_sampler()
             return super()._get_train_sampler(*args, **kwargs)
         self._train_sampler = self._new_sampler()
         return self._train_sampler
 
     def _new_sampler(self, **buckets: Any) -> PassRateSampler:
-        """`buckets`: arguments of the sampler, by which a subclass has other ones than the defaults."""
+        """Make a sampler; a subclass may pass other `buckets`, arguments of the sampler, than the defaults."""
         return PassRateSampler(
             num_prompts=len(self.train_dataset),
             batch_size=self.args.generation_batch_size // self.num_generations,
@@ -81,7 +83,7 @@ class PromptSelectingTrainer(ResumableTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
-        unscored = rewards_per_func.isnan().all(dim=1)  # as TRL has it: no function returned a reward
+        unscored = rewards_per_func.isnan().all(dim=1)  # as in TRL: no function returned a reward
         self._rewards = weighted.nansum(dim=1).masked_fill(unscored, torch.nan)
         return rewards_per_func
 
@@ -101,7 +103,7 @@ class PromptSelectingTrainer(ResumableTrainer):
     # ---- curriculum
 
     def _learn_pass_rates(self) -> None:
-        """Tell the curriculum how the groups did that were scored last, those of all ranks."""
+        """Update the curriculum with the pass rates of the groups that were scored last, on all ranks."""
         if not isinstance(self._train_sampler, PassRateSampler):
             return
         passed = (self._rewards >= self.pass_reward).double()
@@ -110,14 +112,14 @@ class PromptSelectingTrainer(ResumableTrainer):
             self._train_sampler.update(dict.fromkeys(self._rows_of_prompt[prompt], rate))
 
     def _prompts_scored_last(self) -> list[str]:
-        """Of the groups of all ranks, in their order."""
+        """The prompts of the groups that were scored last, on all ranks, in order."""
         prompts = list(self._logs["prompt"])[-len(self._rewards) :: self.num_generations]
         return [prompt_key(prompt) for prompt in prompts]
 
     # ---- uninformative groups
 
     def _replace_uninformative_groups(self, batch: GenerationBatch, columns: list[str]) -> GenerationBatch:
-        """Draw and score other prompts until every group has different rewards or the bound is reached. Collective."""
+        """Draw and score other prompts until there are enough informative groups or rounds. Collective."""
         start, rounds = time.perf_counter(), [self._scored_round(batch)]
         taken = {row for prompt in self._prompts_scored_last() for row in self._rows_of_prompt[prompt]}
         with self._metrics_of_the_first_draw():
@@ -142,7 +144,7 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     @contextlib.contextmanager
     def _metrics_of_the_first_draw(self) -> Iterator[None]:
-        """TRL adds a value to each metric with every round and logs their plain mean: keep the first round's alone."""
+        """TRL would add each round's value to its metrics and log the mean: keep only the first round's values."""
         kept, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         try:
             yield
@@ -151,7 +153,7 @@ class PromptSelectingTrainer(ResumableTrainer):
             kept["num_tokens"] = [self.state.num_input_tokens_seen]  # of all rounds
 
     def _draw_replacements(self, rounds: list[ScoredRound], taken: set[int]) -> list[int]:
-        """Rows of the dataset for another round, as many as the processes share evenly; none when it is not needed."""
+        """Rows of the dataset for another round, as many as can be shared evenly; empty if no round is needed."""
         num_slots = len(rounds[0].informative)
         num_informative = sum(int(one.informative.sum()) for one in rounds)
         num_drawn = sum(len(one.informative) for one in rounds)
@@ -164,7 +166,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         return rows[: len(rows) // unit * unit]
 
     def _share_of(self, rows: list[int], columns: list[str]) -> list[dict[str, Any]]:
-        """This process's inputs of a round: every row of the dataset once for each completion."""
+        """This process's inputs of a round: every row of the dataset repeated for each of its completions."""
         repeated = [row for row in rows for _ in range(self.num_generations)]
         share, rank = len(repeated) // self.accelerator.num_processes, self.accelerator.process_index
         examples = {row: self.train_dataset[row] for row in rows}
@@ -174,7 +176,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         ]
 
     def _filled(self, rounds: list[ScoredRound], chosen: list[tuple[int, int]]) -> GenerationBatch:
-        """The batch of the chosen groups; rewards and tables likewise. Collective."""
+        """The batch of the chosen groups; sets rewards and logged completions to theirs. Collective."""
         rank, size = self.accelerator.process_index, self.num_generations
         pad_token_id = self._tokenizer.pad_token_id
         fill = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
@@ -185,7 +187,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         return batch
 
     def _record_resampling(self, rounds: list[ScoredRound], seconds: float) -> None:
-        """What was found, and what an informative group that is trained on has cost. Collective."""
+        """Log how many groups were informative, and what each that is trained on has cost. Collective."""
         num_slots, num_drawn = len(rounds[0].informative), sum(len(one.informative) for one in rounds)
         num_informative = sum(int(one.informative.sum()) for one in rounds)
         num_accepted = min(num_informative, num_slots)
@@ -208,10 +210,10 @@ class PromptSelectingTrainer(ResumableTrainer):
 
 def check_selection(args: DrGRPOConfig, dataset: object) -> None:
     """
-    Refuse a dataset that the settings cannot draw from.
+    Refuses a dataset that the settings cannot draw from.
 
     Raises:
-        ValueError: for a streamed dataset, or images where groups are replaced.
+        ValueError: for a streamed dataset, or for images if groups are replaced.
     """
     settings = {
         "curriculum='pass_rate'": args.curriculum != "none",
@@ -219,10 +221,10 @@ def check_selection(args: DrGRPOConfig, dataset: object) -> None:
     }
     if isinstance(dataset, IterableDataset) and any(settings.values()):
         names = " and ".join(name for name, is_set in settings.items() if is_set)
-        raise ValueError(f"{names} draws rows by number; a streamed dataset has none. Load it whole.")
+        raise ValueError(f"{names} draws rows by number; a streamed dataset has none. Load it without streaming.")
     images = {"image", "images"} & set(dataset.column_names if isinstance(dataset, Dataset) else ())
     if images and args.resample_uninformative_groups:
         raise ValueError(
-            "resample_uninformative_groups=True moves completions between rounds, and the dataset has "
-            f"{sorted(images)}, whose pixels TRL does not keep by completion. Set it to False, or use text alone."
+            "resample_uninformative_groups=True replaces single groups of a batch, and the dataset has "
+            f"{sorted(images)}, whose pixels TRL does not store by completion. Set it to False, or train on text only."
         )

@@ -1,7 +1,7 @@
 """
-`ResumableTrainer`: TRL's `GRPOTrainer` whose checkpoints are sealed, and whose resumed run is the uninterrupted one.
+`ResumableTrainer`: TRL's `GRPOTrainer` with checksums in its checkpoints, whose resumed runs equal uninterrupted runs.
 
-Overrides only: every one calls `super()`, and was written against trl 1.16 and transformers 5.23.
+Every override calls `super()`, and was written against trl 1.16 and transformers 5.23.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from trl_entropy.trainer.training_state import GenerationWindow
 
 
 class ResumableTrainer(GRPOTrainer):
-    """What [`~trl_entropy.DrGRPOTrainer`] does about checkpoints: `runs/checkpoints.py` and `training_state.py`."""
+    """The part of [`~trl_entropy.DrGRPOTrainer`] for checkpoints, with `runs/checkpoints.py`, `training_state.py`."""
 
     _train_sampler: Any = None
     _data_fingerprint: str | None = None
 
     def state_owners(self) -> dict[str, StateOwner]:
-        """What a checkpoint keeps beside transformers' own files: by name, who saves and restores it."""
+        """Objects whose state a checkpoint keeps in addition to transformers' own files, by name."""
         return {"generation_window": GenerationWindow(self)}
 
     def begin_training(self) -> None:
@@ -43,15 +43,15 @@ class ResumableTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        As [`~transformers.Trainer.train`]; a resumed run is the uninterrupted one, bit for bit on a CPU.
+        As [`~transformers.Trainer.train`]; on a CPU a resumed run equals an uninterrupted one bit for bit.
 
         Args:
-            resume_from_checkpoint: a complete checkpoint's path; `"latest"` or True: the newest one in `output_dir`,
-                or from the beginning when there is none.
+            resume_from_checkpoint: path of a complete checkpoint; `"latest"` or True: the newest one in `output_dir`,
+                or the beginning if there is none.
 
         Raises:
-            CheckpointError: when the checkpoint is incomplete, damaged, or another run's.
-            OtherRankFailed: when another process failed first; that one raises its own exception.
+            CheckpointError: if the checkpoint is incomplete, damaged, or of another run.
+            OtherRankFailed: if another process has failed first; that process raises its own exception.
         """
         with ending_together(self.accelerator):
             checkpoint = self._checked_checkpoint(resume_from_checkpoint)
@@ -60,19 +60,19 @@ class ResumableTrainer(GRPOTrainer):
             return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _prepare_run(self, checkpoint: Path | None, resumes: bool) -> None:
-        """Have settings, metrics and TensorBoard go on after the checkpoint."""
+        """Make settings, metrics and TensorBoard continue after the checkpoint's step."""
         step = 0 if checkpoint is None else checkpoints.read_seal(checkpoint)["step"]
         if self.args.additional_steps:
             self.args.max_steps = step + self.args.additional_steps
         if resumes and self.is_world_process_zero():
             RunDirectory(self.args.output_dir).cut_after(step)
         if checkpoint is not None:
-            self.args.eval_on_start = False  # done before the first step; a second one would be another sample
+            self.args.eval_on_start = False  # the run did it before its first step, and would now draw other samples
             if self.is_world_process_zero():
                 tensorboard.continue_after(self.callback_handler.callbacks, step)
 
     def _checked_checkpoint(self, resume_from: str | bool | None) -> Path | None:
-        """What to resume from, the same on all ranks, and of this run."""
+        """The checkpoint to resume from, the same on all ranks and checked to be of this run; None: none."""
         found: list[str | None] = [None]
         with rank_symmetric(self.accelerator, "reading the checkpoint"):
             if self.is_world_process_zero():
@@ -84,7 +84,7 @@ class ResumableTrainer(GRPOTrainer):
         return None if found[0] is None else Path(found[0])
 
     def _contract(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote its checkpoint."""
+        """What a resumed run must have in common with the run that wrote its checkpoint."""
         parameters = self.accelerator.unwrap_model(self.model).named_parameters()
         if self._data_fingerprint is None:
             self._data_fingerprint = checkpoints.fingerprint(prompts_of(self.train_dataset))
@@ -103,7 +103,7 @@ class ResumableTrainer(GRPOTrainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs_trained, steps_in_epoch = super()._init_training_state(*args, **kwargs)
-        # The sampler draws one permutation an epoch from a generator of its own, whose state nobody saves.
+        # The sampler draws one permutation per epoch from its own generator, whose state is not saved: redraw them.
         if isinstance(self._train_sampler, RepeatSampler) and self._train_sampler.shuffle:
             for _ in range(epochs_trained):
                 torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
@@ -116,7 +116,7 @@ class ResumableTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         training_state.load(self.state_owners(), Path(checkpoint), self.args.process_index)
-        if self.args.additional_steps:  # the loaded rate is that of the shorter run's schedule
+        if self.args.additional_steps:  # the loaded learning rate is that of the shorter run's schedule
             scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
             scheduler.last_epoch -= 1
             scheduler.step()
@@ -127,14 +127,14 @@ class ResumableTrainer(GRPOTrainer):
             self._write_checkpoint(path, model, trial)
         except Exception as error:
             whole = [str(p) for p in checkpoints.checkpoints_of(path.parent) if (p / checkpoints.SEAL).exists()]
-            go_on = f"resume from {whole[0]}" if whole else "no complete checkpoint is there yet"
+            go_on = f"resume from {whole[0]}" if whole else "start again: no checkpoint is complete yet"
             raise checkpoints.CheckpointError(
                 f"writing {path} failed: {error}. Make room, or set save_total_limit; then {go_on}."
             ) from error
 
     def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
-        """All files, then the seal, then the retention: what is deleted is never the last complete checkpoint."""
-        if self.args.should_save and path.exists():  # of a run that was resumed from an earlier step, or cut off
+        """Write all files, then a seal with checksums, then delete old checkpoints, never the only complete one."""
+        if self.args.should_save and path.exists():  # of a run that was interrupted, or resumed from an earlier step
             shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None

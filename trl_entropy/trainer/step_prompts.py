@@ -1,4 +1,4 @@
-"""`StepPrompts`: which prompts the present step can be made of, and how many prompt groups the run has generated."""
+"""`StepPrompts`: the prompts that the present step may contain, and the number of prompt groups generated so far."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from trl_entropy.runs.state import StateDict
 
 class StepPrompts:
     """
-    Prompts of the latest generations, those of all processes, so that a probe batch can be drawn from others.
+    Prompts of the latest generations of all processes, which a probe batch of held-out prompts must not contain.
 
     Args:
-        num_generations: generations that a step can consist of.
+        num_generations: largest number of generations that the completions of a step can come from.
 
     Attributes:
-        num_groups: prompt groups generated so far; numbers the next ones.
+        num_groups: prompt groups generated so far, which is the number of the next group.
     """
 
     def __init__(self, num_generations: int) -> None:
@@ -29,7 +29,7 @@ class StepPrompts:
         self._generations.clear()
 
     def add(self, prompts: Iterable[str], num_groups: int) -> None:
-        """A generation of so many groups has been drawn from these prompts, named by `prompt_key`."""
+        """Add a generation of `num_groups` groups and its prompts, as `prompt_key` gives them."""
         self._generations.append(set(prompts))
         self.num_groups += num_groups
 
@@ -42,6 +42,6 @@ class StepPrompts:
         return {"num_groups": self.num_groups, "generations": [sorted(prompts) for prompts in self._generations]}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self.num_groups = state["num_groups"]
         self._generations = deque(map(set, state["generations"]), maxlen=self._generations.maxlen)

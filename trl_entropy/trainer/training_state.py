@@ -1,10 +1,11 @@
 """
-What TRL's trainer and ours keep in memory between two steps, and transformers does not save.
+State that TRL's trainer and ours keep in memory between two steps, and that transformers does not save.
 
-Without it a resumed run is another run when the checkpoint falls inside a generation window (`steps_per_generation`
-above the accumulation, `num_iterations` above 1), from the second epoch on, or between two log lines. Each owner of
-such state saves and restores its own; this module writes what they give, and is the owner of what is TRL's and
-transformers'. Written against trl 1.16 and transformers 5.23; `tests/contracts` holds the facts.
+Without it a resumed run would differ from an uninterrupted one if its checkpoint falls between two uses of the same
+generation (`steps_per_generation` above `gradient_accumulation_steps`, or `num_iterations` above 1), in the second or
+a later epoch, or between two log lines. Each owner of such state returns and restores its own part; this module writes
+and reads the file, and owns the parts of TRL and transformers. Written against trl 1.16 and transformers 5.23;
+`tests/contracts` tests the assumptions.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def load(owners: Mapping[str, StateOwner], checkpoint: Path, rank: int) -> None:
 
 
 class GenerationWindow:
-    """TRL's place in its window of generations: the batch that is still to be used, its tables and its metrics."""
+    """TRL's place in a generation that several steps use: its batch, logged completions and metrics."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
@@ -53,7 +54,7 @@ class GenerationWindow:
         self._trainer._metrics["train"].clear()
 
     def state_dict(self) -> StateDict:
-        """The batch only inside a window; at its end the next step generates a new one."""
+        """The batch is saved only if a later step uses it; otherwise the next step generates a new one."""
         trainer = self._trainer
         inside_window = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
         return {
@@ -74,15 +75,15 @@ class GenerationWindow:
 
 class LogWindow(TrainerCallback):
     """
-    The loss since the last log line. transformers' loop sets it to zero after a checkpoint is loaded and before
-    `on_train_begin`, so it is put back then.
+    The sum of the loss since the last log line. transformers sets it to zero after loading a checkpoint and before
+    `on_train_begin`, so that event restores it.
     """
 
     def __init__(self) -> None:
         self._restored: StateDict | None = None
 
     def attach(self, trainer: GRPOTrainer) -> None:
-        """Name the trainer whose loss it is."""
+        """Set the trainer whose loss is saved."""
         self._trainer = trainer
 
     def reset(self) -> None:
@@ -109,7 +110,7 @@ class LogWindow(TrainerCallback):
 
 
 def plain_logs(logs: dict[str, Any], last: int = 0) -> dict[str, Any]:
-    """TRL's tables of the last completions without images, deques as lists; of the `last` rows only, 0: all."""
+    """TRL's logged completions without images, as lists; only the last `last` rows, or all if it is 0."""
     return {
         name: {key: list(column)[-last:] for key, column in value.items()}
         if isinstance(value, dict)
@@ -120,7 +121,7 @@ def plain_logs(logs: dict[str, Any], last: int = 0) -> dict[str, Any]:
 
 
 def restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Put what [`plain_logs`] took in place of the tables' rows."""
+    """Replace the rows of TRL's logged completions by those that [`plain_logs`] returned."""
     for name, value in saved.items():
         columns = value.items() if isinstance(value, dict) else [(None, value)]
         for key, rows in columns:
