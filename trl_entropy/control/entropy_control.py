@@ -18,13 +18,13 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.engine.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
 from trl_entropy.estimators.control.entropy_control import (
-    BudgetProducts,
+    ControlProducts,
     Correction,
     PredictionCheck,
     RunningHalves,
     SetPoint,
     Vector,
-    budget_products,
+    control_products,
     correction,
     crossed_change,
     difference,
@@ -74,7 +74,7 @@ class EntropyControl(Probe):
 
     Cost: a probe batch of its own and a forward and backward pass of it (`"probe"`), or a forward and backward pass of
     one and a half times the step's own completions (`"rollouts"`). Memory: ten vectors of all trainable parameters,
-    and four more for `memory`.
+    and four more for `gradient_ema`.
 
     Args:
         mode: `"hold"` corrects in both directions, `"floor"` only if the entropy would otherwise change by less than
@@ -84,8 +84,8 @@ class EntropyControl(Probe):
         cap: largest length of the correction, relative to the optimizer's step, both in the norm of M^-1.
         metric_floor: lower bound of sqrt(v) in the metric M, as a multiple of its mean; see [`floored_metric`].
         source: completions that the entropy gradient grad h is computed from: `"probe"` (E) or `"rollouts"` (U).
-        memory: weight of earlier steps in the running mean of grad h, see [`RunningHalves`]; only with `"probe"`,
-            since earlier steps' rollouts are in the optimizer's momentum too.
+        gradient_ema: weight of earlier steps in the running mean of grad h, see [`RunningHalves`]; only with
+            `"probe"`, since earlier steps' rollouts are in the optimizer's momentum too.
         num_prompts: prompts of the probe batch, over all processes.
         batch_size: completions differentiated at a time; halved on out-of-memory.
         draw: called as `(step, rank) -> Completions` in place of sampling from the policy.
@@ -101,7 +101,7 @@ class EntropyControl(Probe):
         cap: float = DEFAULT_CAP,
         metric_floor: float = DEFAULT_METRIC_FLOOR,
         source: str = "probe",
-        memory: float = 0.7,
+        gradient_ema: float = 0.7,
         num_prompts: int = 128,
         batch_size: int = 64,
         draw: Callable[[int, int], Completions] | None = None,
@@ -110,7 +110,7 @@ class EntropyControl(Probe):
         self.mode, self.set_point, self.per_step, self.cap = mode, set_point, per_step, cap
         self.metric_floor, self.source, self.num_prompts = metric_floor, source, num_prompts
         self.batch_size, self.draw = batch_size, draw
-        self.running = RunningHalves(memory if source == "probe" else 0.0)
+        self.running = RunningHalves(gradient_ema if source == "probe" else 0.0)
         self.prediction_check = PredictionCheck()
         self.active = mode != "report"
         # Of the last step: the predicted change, the covariance of its error with the entropy's, the entropy before.
@@ -126,7 +126,7 @@ class EntropyControl(Probe):
             set_point=None if target is None else SetPoint(target, args.entropy_control_gain),
             per_step=args.entropy_control_per_step or 0.0,
             source=args.entropy_control_completions,
-            memory=args.entropy_control_gradient_ema,
+            gradient_ema=args.entropy_control_gradient_ema,
             num_prompts=args.entropy_control_num_completions,
             batch_size=args.probe_batch_size,
         )
@@ -169,12 +169,12 @@ class EntropyControl(Probe):
         self._learn_realised(entropy, metrics, state)
         gradients = self.running.add(half_gradients(engine, params, halves, temperature, self.batch_size))
         metric = floored_metric(preconditioner_of_step(update), self.metric_floor)
-        products = budget_products(gradients, update.update, metric, update.gradient)
+        products = control_products(gradients, update.update, metric, update.gradient)
         if self.source == "rollouts":
             change = self._change_across_halves(args, update, engine, record, gradients)
             products = products._replace(change=change)
-        budget = self.per_step if self.set_point is None else self.set_point.budget(entropy.value)
-        asked = correction(products, budget, self.mode == "floor", self.cap)
+        target_change = self.per_step if self.set_point is None else self.set_point.target_change(entropy.value)
+        asked = correction(products, target_change, self.mode == "floor", self.cap)
         if self.active:
             g = mean_of(gradients)
             update.correct({name: (asked.multiplier * m * g[name]).to(m.dtype) for name, m in metric.items()})
@@ -182,7 +182,7 @@ class EntropyControl(Probe):
         sensitivity = self.set_point.sensitivity(entropy.value) if follows and self.set_point else 0.0
         predicted = asked.predicted if self.active else products.change
         self._before = predicted, sensitivity * entropy.stderr**2, entropy
-        metrics |= self._logged(products, asked, budget, update)
+        metrics |= self._logged(products, asked, target_change, update)
 
     # ---- resuming
 
@@ -268,13 +268,13 @@ class EntropyControl(Probe):
                 )  # fmt: skip
 
     def _logged(
-        self, products: BudgetProducts, asked: Correction, budget: float, update: UpdateContext
+        self, products: ControlProducts, asked: Correction, target_change: float, update: UpdateContext
     ) -> dict[str, float]:
         lr = max(update.learning_rate.values())
         made = {
             "delta_optimizer": products.change,
             "delta_predicted": asked.predicted if self.active else products.change,
-            "target_change": budget,
+            "target_change": target_change,
             "correction_coefficient": asked.multiplier,
             "correction_coefficient_over_lr": asked.multiplier / lr if lr else float("nan"),
             "relative_size": asked.relative_size,

@@ -22,7 +22,7 @@ from trl_entropy.estimators.attribution.shares import on_policy_coefficients
 from trl_entropy.estimators.control.entropy_control import (
     Correction,
     Vector,
-    budget_products,
+    control_products,
     correction,
     floored_metric,
     mean_of,
@@ -43,7 +43,10 @@ LOWER_LR = 0.5
 BONUSES = (0.003, 0.01, 0.03)  # TRL's entropy_coef
 FRACTIONS = (0.02, 0.1)  # of the step's tokens, which Clip-Cov leaves out
 QUANTILES = (0.8, 1.0)  # of the covariances; Clip-Cov takes tokens between the two
-BUDGETS = {"entropy_control 0": 0.0, "entropy_control 1/2": 0.5}  # the share of the predicted change that remains
+TARGET_CHANGES = {
+    "entropy_control 0": 0.0,
+    "entropy_control 1/2": 0.5,
+}  # the share of the predicted change that remains
 
 # (covariances, advantages by token, mask, number of tokens, uniform numbers) -> the tokens left out of the loss
 Choice = Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor]
@@ -58,11 +61,11 @@ METHODS = (
     f"lower_lr {LOWER_LR:g}",
     *(f"bonus {coefficient:g}" for coefficient in BONUSES),
     *(f"{name} {fraction:g}" for name in CHOICES for fraction in FRACTIONS),
-    *BUDGETS,
+    *TARGET_CHANGES,
 )
 
 # Methods whose true changes are measured as well.
-MEASURED = ("none", "lower_lr 0.5", "bonus 0.03", "clip_cov 0.1", *BUDGETS)
+MEASURED = ("none", "lower_lr 0.5", "bonus 0.03", "clip_cov 0.1", *TARGET_CHANGES)
 
 
 class MadeStep(NamedTuple):
@@ -103,7 +106,7 @@ def steps_of_methods(
     plain, metric = updates["none"], preconditioner_of_step(contexts["none"])
     metric = floored_metric(metric, DEFAULT_METRIC_FLOOR)
     updates[f"lower_lr {LOWER_LR:g}"] = {name: LOWER_LR * d for name, d in plain.items()}
-    asked = budget_corrections(state, contexts["none"], plain, metric, probe)
+    asked = entropy_corrections(state, contexts["none"], plain, metric, probe)
     updates |= {method: {n: d + change[n] for n, d in plain.items()} for method, (change, _) in asked.items()}
     length = _length(plain, metric)
     return {
@@ -171,16 +174,16 @@ def context_of(state: FixedState, gradient: Vector) -> UpdateContext:
     return context
 
 
-def budget_corrections(
+def entropy_corrections(
     state: FixedState, context: UpdateContext, step: Vector, metric: Vector, probe: Completions
 ) -> dict[str, tuple[Vector, Correction]]:
-    """What [`EntropyControl`] adds to the step for each budget (T19), in the floored metric, with its `Correction`."""
+    """What [`EntropyControl`] adds to the step for a target change (T19), in the floored metric, with its `Correction`."""
     args, size = state.args, state.args.probe_batch_size
     halves = score_prompt_halves(state.engine, state.before, probe, args.temperature, size)
     gradients = half_gradients(state.engine, state.before, halves, args.temperature, size)
-    products, g = budget_products(gradients, step, metric, context.gradient), mean_of(gradients)
+    products, g = control_products(gradients, step, metric, context.gradient), mean_of(gradients)
     found = {}
-    for method, share in BUDGETS.items():
+    for method, share in TARGET_CHANGES.items():
         asked = correction(products, share * products.change, floor=False, cap=DEFAULT_CAP)
         change = {name: (asked.multiplier * m * g[name]).to(m.dtype) for name, m in metric.items()}
         found[method] = change, asked

@@ -11,11 +11,11 @@ from tiny_policy import loglog_slope
 from tiny_step import TinyStep
 
 from trl_entropy.estimators.control.entropy_control import (
-    BudgetProducts,
+    ControlProducts,
     PredictionCheck,
     RunningHalves,
     SetPoint,
-    budget_products,
+    control_products,
     correction,
     crossed_change,
     difference,
@@ -41,7 +41,7 @@ def whole(vector):
 @given(st.integers(0, 1000), st.floats(-1, 1))
 def test_the_budget_is_met_by_the_smallest_correction(seed, budget):
     g, step, loss, metric, other = vectors(seed)
-    products = budget_products((g, g), step, metric, loss)
+    products = control_products((g, g), step, metric, loss)
     found = correction(products, budget, floor=False, cap=NO_CAP)
     c = {name: found.multiplier * metric[name] * g[name] for name in g}
     change = float(whole(g) @ (whole(step) + whole(c)))
@@ -57,7 +57,7 @@ def test_the_budget_is_met_by_the_smallest_correction(seed, budget):
 def test_products_equal_loops(seed):
     a, b, step, metric, loss = vectors(seed)
     metric["a"][2] = 0.0  # dead: no share in the metric's products, nor in the step's length
-    found = budget_products((a, b), step, metric, loss)
+    found = control_products((a, b), step, metric, loss)
     names = ["change", "square", "cross", "step_square", "loss"]
     expected = dict.fromkeys(names, 0.0)
     for x, y, d, m, gl in zip(*(whole(v).tolist() for v in (a, b, step, metric, loss)), strict=True):
@@ -73,7 +73,7 @@ def test_the_cross_product_is_unbiased_and_the_plain_one_is_not():
     metric = {"p": torch.tensor([0.7, 2.0], dtype=torch.float64)}
     zero = {"p": torch.zeros(2, dtype=torch.float64)}
     pairs = [
-        budget_products(({"p": draws[i]}, {"p": draws[j]}), zero, metric, zero)
+        control_products(({"p": draws[i]}, {"p": draws[j]}), zero, metric, zero)
         for i, j in itertools.product(range(3), repeat=2)
     ]
     true = float(draws.mean(0).square() @ metric["p"])
@@ -107,7 +107,7 @@ def test_the_entropy_changes_by_the_budget_to_first_order(seed):
     start, scales, errors = step.policy.policy_entropy(step.theta), (0.25, 0.125, 0.0625, 0.03125), []
     for scale in scales:
         d = scale * step.update
-        products = budget_products(({"p": g}, {"p": g}), {"p": d}, {"p": step.metric}, {"p": step.gradient})
+        products = control_products(({"p": g}, {"p": g}), {"p": d}, {"p": step.metric}, {"p": step.gradient})
         found = correction(products, 0.01 * scale, floor=False, cap=NO_CAP)
         after = step.policy.policy_entropy(step.theta + d + found.multiplier * step.metric * g)
         errors.append(float(after - start) - 0.01 * scale)
@@ -115,7 +115,7 @@ def test_the_entropy_changes_by_the_budget_to_first_order(seed):
     assert abs(errors[-1]) < 0.1 * 0.01 * scales[-1]
 
 
-PRODUCTS = BudgetProducts(-0.5, square=4.0, cross=3.0, step_square=1.0, loss=0.6)
+PRODUCTS = ControlProducts(-0.5, square=4.0, cross=3.0, step_square=1.0, loss=0.6)
 
 
 def test_floor_only_ever_raises_the_entropy():
@@ -134,7 +134,7 @@ def test_the_cap_binds_and_says_so():
 def test_the_denominator_has_a_floor_and_nothing_divides_by_zero():
     assert PRODUCTS.denominator == 3 and PRODUCTS._replace(cross=-1.0).denominator == 1
     assert PRODUCTS.noise_share == 0.25 and PRODUCTS.price == pytest.approx(0.2)
-    nothing = BudgetProducts(*[0.0] * 5)
+    nothing = ControlProducts(*[0.0] * 5)
     assert correction(nothing, 0.0, False, 1.0) == (0.0, 0.0, False, 0.0)
     assert correction(nothing, 0.1, False, 1.0).infeasible
     assert math.isnan(nothing.price) and math.isnan(nothing.noise_share)
@@ -153,7 +153,7 @@ def test_set_point_reaches_its_target_whatever_the_constant_error():
     """Each step changes 0.003 less than predicted: without the running mean the entropy would stay 0.015 below."""
     control, entropy, path = SetPoint(0.2, gain=0.2, integral_gain=0.1, max_change=0.02), 0.4, []
     for _ in range(120):
-        budget = control.budget(entropy)
+        budget = control.target_change(entropy)
         control.learn(budget, budget - 0.003)
         entropy, path = entropy + budget - 0.003, [*path, entropy]
     assert abs(budget) <= 0.02 and entropy == pytest.approx(0.2, abs=1e-4)
@@ -161,14 +161,14 @@ def test_set_point_reaches_its_target_whatever_the_constant_error():
     still = SetPoint(0.2, gain=0.2, integral_gain=0.0, max_change=0.02)
     entropy = 0.4
     for _ in range(120):
-        entropy += still.budget(entropy) - 0.003
+        entropy += still.target_change(entropy) - 0.003
     assert entropy == pytest.approx(0.185, abs=1e-4)
 
 
 def test_what_saturation_keeps_back_does_not_wind_up():
     control = SetPoint(0.2, gain=0.2, integral_gain=0.1, max_change=0.01)
     for _ in range(50):  # far away: asked 0.01, predicted and made 0.01
-        assert control.budget(2.0) == -0.01
+        assert control.target_change(2.0) == -0.01
         control.learn(-0.01, -0.01)
     assert control.bias == 0
 
@@ -204,7 +204,7 @@ def test_the_error_that_a_set_point_feeds_back_is_taken_out():
             check.add(predicted, realised, shared)
             plain.add(predicted, realised)
             control.learn(predicted, realised.value)
-        budget = control.budget(seen.value)
+        budget = control.target_change(seen.value)
         last = budget, control.sensitivity(seen.value) * noise**2, seen
         entropy += budget
     assert check.slope()[0] == pytest.approx(1, abs=0.25) and plain.slope()[0] > 2

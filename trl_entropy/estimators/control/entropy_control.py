@@ -19,7 +19,7 @@ _CERTAINTY = 3.29  # standard errors: two-sided 99.9 %
 Vector = dict[str, Float[Tensor, "..."]]
 
 
-class BudgetProducts(NamedTuple):
+class ControlProducts(NamedTuple):
     """The products that (T19) needs of the halves g_a, g_b of an estimate g = (g_a + g_b)/2, over all parameters.
 
     `change` is g.d in nats per token, `square` <g, g>, `cross` <g_a, g_b>, `step_square` d'M^-1 d over coordinates
@@ -63,9 +63,9 @@ def floored_metric(metric: Vector, floor: float) -> Vector:
     return {name: m.clamp(max=count / (floor * inverse)) for name, m in metric.items()}
 
 
-def budget_products(
+def control_products(
     halves: tuple[Vector, Vector], step: Vector, metric: Vector, loss_gradient: Vector
-) -> BudgetProducts:
+) -> ControlProducts:
     """The products of (T19) in float64, from whole vectors by parameter name; `metric` is the diagonal of M."""
     g_a, g_b = halves
     sums = torch.zeros(5, dtype=torch.float64)
@@ -75,7 +75,7 @@ def budget_products(
         inverse = torch.where(m > 0, 1 / m, 0.0)
         parts = (g * d, g * m * g, a * m * b, d * inverse * d, loss * m * g)
         sums += torch.stack([part.sum() for part in parts]).cpu()
-    return BudgetProducts(*sums.tolist())
+    return ControlProducts(*sums.tolist())
 
 
 def crossed_change(
@@ -102,25 +102,25 @@ def crossed_change(
 class RunningHalves:
     """A running mean of grad h for each half: less noise, for a g that is in part a few steps old.
 
-    `memory` is the weight of the past, in [0, 1); with 0 nothing is kept. As in Adam the mean is divided by the sum of
-    its weights. The halves stay independent of each other, except that both depend on what earlier corrections did to
+    `gradient_ema` is the weight of the past, in [0, 1); with 0 nothing is kept. As in Adam the mean is divided by
+    the sum of its weights. The halves stay independent of each other, except that both depend on what earlier corrections did to
     theta.
     """
 
-    memory: float
+    gradient_ema: float
     sums: list[Vector] = field(default_factory=list)
     weight: float = 0.0
 
     def add(self, halves: tuple[Vector, Vector]) -> tuple[Vector, Vector]:
         """Add a step's halves, and return the running means of both. They are read only."""
-        if not self.memory:
+        if not self.gradient_ema:
             return halves
         if not self.sums:
             self.sums = [{name: torch.zeros_like(value) for name, value in half.items()} for half in halves]
-        self.weight = self.memory * self.weight + 1 - self.memory
+        self.weight = self.gradient_ema * self.weight + 1 - self.gradient_ema
         for total, half in zip(self.sums, halves, strict=True):
             for name, value in half.items():  # a resumed run's sums come from a file, on the CPU
-                total[name] = total[name].to(value.device).lerp_(value, 1 - self.memory)
+                total[name] = total[name].to(value.device).lerp_(value, 1 - self.gradient_ema)
         first, second = ({name: value / self.weight for name, value in total.items()} for total in self.sums)
         return first, second
 
@@ -134,17 +134,17 @@ class Correction(NamedTuple):
     relative_size: float
 
 
-def correction(products: BudgetProducts, budget: float, floor: bool, cap: float) -> Correction:
+def correction(products: ControlProducts, target_change: float, floor: bool, cap: float) -> Correction:
     """(T19): lambda = (b - g.d) / <g, g>, with the noise-free denominator; `floor`: never below 0.
 
-    `cap` bounds |lambda M g| by cap |d|, both in the metric M^-1; where it limits the correction the budget is
+    `cap` bounds |lambda M g| by cap |d|, both in the metric M^-1; where it limits the correction the change is
     infeasible. The prediction uses the noise-free <g, g>, since the noise in the correction changes no entropy on
     average. If <g, g> = 0 there is no correction.
     """
     if products.denominator <= 0:
-        short = budget > products.change if floor else budget != products.change
+        short = target_change > products.change if floor else target_change != products.change
         return Correction(0.0, products.change, short, 0.0)
-    wanted = (budget - products.change) / products.denominator
+    wanted = (target_change - products.change) / products.denominator
     wanted = max(0.0, wanted) if floor else wanted
     length, step_length = math.sqrt(products.square), math.sqrt(products.step_square)
     most = cap * step_length / length
@@ -169,14 +169,14 @@ class SetPoint:
     max_change: float = 0.02
     bias: float = 0.0
 
-    def budget(self, entropy: float) -> float:
+    def target_change(self, entropy: float) -> float:
         """b for a step that begins at this entropy."""
         wanted = self.gain * (self.target - entropy) - self.bias
         return max(-self.max_change, min(self.max_change, wanted))
 
     def sensitivity(self, entropy: float) -> float:
         """How much b falls per nat/token by which h was overestimated, now and one step ago; 0 where b is clipped."""
-        return self.gain + self.integral_gain if abs(self.budget(entropy)) < self.max_change else 0.0
+        return self.gain + self.integral_gain if abs(self.target_change(entropy)) < self.max_change else 0.0
 
     def learn(self, predicted: float, realised: float) -> None:
         """Update the bias with the change predicted for a step, correction included, and the change that it made."""
