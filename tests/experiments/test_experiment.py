@@ -19,9 +19,9 @@ from trl_entropy.experiments.calibration import LABELS
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.exchange_changes import LargeSet, true_changes
 from trl_entropy.experiments.exchange_steps import (
-    BUDGETS,
     MEASURED,
     METHODS,
+    TARGET_CHANGES,
     chosen_tokens,
     loss_gradients,
     steps_of_methods,
@@ -248,7 +248,7 @@ def test_each_methods_step_and_the_entropy_that_its_budget_keeps(state):
         assert torch.equal(made["lower_lr 0.5"].update[name], 0.5 * made["none"].update[name])
         assert torch.equal(state.engine.parameters[name].grad, before[name])
     assert made["none"].departure == 0 and made["lower_lr 0.5"].departure == pytest.approx(0.5)
-    for method, share in BUDGETS.items():
+    for method, share in TARGET_CHANGES.items():
         assert not made[method].infeasible and 0 < made[method].departure < 1
         assert change(made[method]) == pytest.approx(share * whole, abs=1e-4 * abs(whole))
 

@@ -177,7 +177,7 @@ def context_of(state: FixedState, gradient: Vector) -> UpdateContext:
 def entropy_corrections(
     state: FixedState, context: UpdateContext, step: Vector, metric: Vector, probe: Completions
 ) -> dict[str, tuple[Vector, Correction]]:
-    """What [`EntropyControl`] adds to the step for a target change (T19), in the floored metric, with its `Correction`."""
+    """What [`EntropyControl`] adds to the step for each change asked of it (T19), and its `Correction`."""
     args, size = state.args, state.args.probe_batch_size
     halves = score_prompt_halves(state.engine, state.before, probe, args.temperature, size)
     gradients = half_gradients(state.engine, state.before, halves, args.temperature, size)
