@@ -103,8 +103,8 @@ class RunningHalves:
     """A running mean of grad h for each half: less noise, for a g that is in part a few steps old.
 
     `gradient_ema` is the weight of the past, in [0, 1); with 0 nothing is kept. As in Adam the mean is divided by
-    the sum of its weights. The halves stay independent of each other, except that both depend on what earlier corrections did to
-    theta.
+    the sum of its weights. The halves stay independent of each other, except that both depend on what earlier
+    corrections did to theta.
     """
 
     gradient_ema: float
