@@ -115,12 +115,12 @@ def test_a_run_that_is_told_to_stop_waits_for_no_evaluation(make_trainer, monkey
     steps, start = [], time.monotonic()
     trainer = trained(make_trainer, evaluator(steps, 60.0), monkeypatch, [Send()], evaluate_checkpoints="background")
     assert trainer.state.global_step == 3 and steps == [] and time.monotonic() - start < 50
-    assert "stopped with 3 evaluations left: trl-entropy evaluate --run" in caplog.text
+    assert "3 evaluations are left; to do them: trl-entropy evaluate --run" in caplog.text
 
 
 def test_a_run_of_no_known_task_is_refused_at_its_start(make_trainer):
     trainer = make_trainer(**SAVING, evaluate_checkpoints="wait")
-    with pytest.raises(ValueError, match="does not say what the run was trained on"):
+    with pytest.raises(ValueError, match="does not say on which task the run was trained"):
         trainer.train()
     assert trainer.state.global_step == 0
 
