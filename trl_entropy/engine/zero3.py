@@ -1,5 +1,7 @@
 """DeepSpeed ZeRO-3: each rank owns one slice of every parameter, frozen ones included, and of its optimizer state.
 
+Events, norm of the gradient and clipping are those of every ZeRO stage: `deepspeed.py`.
+
 Written against deepspeed 0.19.8. `safe_get_local_*` are its public readers of this rank's slice. Upstream privates,
 each with a contract test: `param.ds_tensor` is this rank's slice of what the model computes with, `ds_tensor.ds_numel`
 numbers on every rank, padded behind the parameter's end (`ds_numel`, `ds_shape`); `fp16_groups` are the parameters of

@@ -1,4 +1,8 @@
-"""Limits within which math-verify needs milliseconds: on the text, and on its size when it is evaluated."""
+"""
+Limits on an answer's text, and on its size when it is evaluated, within which math-verify needs milliseconds.
+
+Which form an answer must have to earn a reward, `tasks/rewards.py` says.
+"""
 
 from __future__ import annotations
 
