@@ -89,8 +89,8 @@ class UpdateContext:
         """
         c of (T4): min(1, max_norm / (|g| + 1e-6)), or 1 with clipping off; nan if |g| is. Collective.
 
-        |g| is the engine's `grad_norm`, which under every ZeRO stage adds up the ranks' slices; max_norm is that of the
-        training arguments, under DeepSpeed its own `gradient_clipping`.
+        |g| is the engine's `grad_norm`, which under every ZeRO stage adds up the ranks' slices; max_norm is that of
+        the training arguments, under DeepSpeed its own `gradient_clipping`.
         """
         max_norm, norm = self._engine.max_grad_norm, torch.tensor(self.grad_norm, dtype=torch.float32)
         return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0)) if max_norm > 0 else 1.0
