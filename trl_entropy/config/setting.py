@@ -21,7 +21,8 @@ class Setting:
             the other; or the values that do, where all others train alike.
         choices: the values it takes; empty: any of its type.
         unit: of its value, or of what it measures.
-        probe: the toggle that it belongs to: a probe's, or that of a control.
+        probe: the toggle that it belongs to: a probe's, or that of a control. Nothing reads it while that is off.
+        read_by: the values of this toggle with which it is read; empty: all that turn it on.
         logs, cost: what turning it on logs and costs.
     """
 
@@ -32,6 +33,7 @@ class Setting:
     probe: str = ""
     logs: str = ""
     cost: str = ""
+    read_by: tuple[str, ...] = ()
 
 
 class _Help(str):
@@ -50,9 +52,10 @@ def setting(
     probe: str = "",
     logs: str = "",
     cost: str = "",
+    read_by: tuple[str, ...] = (),
 ) -> T:
     """A dataclass field; see [`Setting`]."""
-    described = Setting(help, changes_training, choices, unit, probe, logs, cost)
+    described = Setting(help, changes_training, choices, unit, probe, logs, cost, read_by)
     text = _Help((f"{help} Unit: {unit}." if unit else help).replace("%", "%%"))  # argparse formats it
     text.setting = described
     metadata: dict[str, object] = {"help": text}
