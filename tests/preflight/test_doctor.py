@@ -133,7 +133,7 @@ def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
         ([*ON_CPU, "--model_name_or_path", "nobody/nothing"], "no folder here.*Give a folder"),
         ([*ON_CPU, "--model_name_or_path", "Qwen/Qwen2.5-0.5B"], "weights of Qwen.*HF_HUB_OFFLINE=1.*Download"),
         ([*ON_CPU, *LORA, "--lora_dropout", "0", "--lora_target_modules", "nothing"], "cannot be built.*nothing"),
-        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing"], "there is no file missing.*train.jsonl"),
+        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing"], "no file or folder missing.*train.jsonl"),
         ([*ON_CPU, "--resume_from_checkpoint", "./missing"], "missing is no checkpoint"),
         ([*ON_CPU, "--cpu", "--num_processes", "2"], "asks for 2 processes and starts ONE.*MULTI_GPU"),
         ([*ON_CPU, "--optimizer_state_probe", "true", "--optim", "sgd"], "reads Adam's moments, but optim is sgd"),

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.number_checks import check_numbers
 from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings
 from trl_entropy.config.unread import check_given, readers_of, without_turned_off
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_numbers
+from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_problem_numbers
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
 
 
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
             f"reward_weights has {len(args.reward_weights)} number(s), reward_funcs {len(task.reward_funcs)}; each "
             "reward function needs one."
         )
-    check_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
+    check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
     check_model(model)
     if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
         raise ValueError(
@@ -56,7 +57,8 @@ def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SF
     parser = _Parser([DemonstrationArguments, SFTConfig, ModelConfig])
     parser.set_defaults(disable_tqdm=False)  # tqdm is off by default once transformers is silenced
     task, args, model = parser.read(argv)
-    check_numbers(task)
+    check_problem_numbers(task)
+    check_numbers(args)
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set. Name a model on the hub or a local folder.")
     if task.merge_adapter and not model.use_peft:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+from transformers import TrainingArguments
 
 from trl_entropy.config.requirements import Requirements
 from trl_entropy.config.setting import default_of, own_settings
@@ -37,28 +40,38 @@ class NumberChecks(Requirements):
     """The part of [`~trl_entropy.DrGRPOConfig`] that checks single numbers, before any model is loaded."""
 
     def _check_numbers(self) -> None:
-        """Raises `ValueError` for a number that makes no run; of what none may be missing, None is named too."""
-        bounds = _BOUNDS | {name: (least, math.inf) for name, least in self._least_of_own().items()}
-        bounds |= dict.fromkeys(self._counted_steps(), (0, math.inf))
-        for name, (least, largest) in bounds.items():
-            value, above = getattr(self, name), name in (*_ABOVE, *self._counted_steps())
-            if value is None or ((least < value if above else least <= value) and value <= largest):
-                continue
-            most = "" if largest == math.inf else f" and at most {largest}"
-            needed = f"above {least}{most}" if above else f"{least} or more{most}"
-            raise ValueError(f"{name} is {value}; use {needed}.")
-
-    def _counted_steps(self) -> list[str]:
-        """Intervals and lengths that are read with these settings; each must be above 0."""
-        read = {
-            "save_steps": str(getattr(self.save_strategy, "value", self.save_strategy)) == "steps",
-            "logging_steps": str(getattr(self.logging_strategy, "value", self.logging_strategy)) == "steps",
-            "num_train_epochs": self.max_steps <= 0,
-        }
-        return [name for name, is_read in read.items() if is_read]
-
-    def _least_of_own(self) -> dict[str, int]:
-        """This package's whole numbers: 1, and 0 where 0 or nothing is the default."""
+        """This package's whole numbers are 1 or more, or 0 where 0 or nothing is the default; TRL's as above."""
         defaults = {name: default_of(self, name) for name in own_settings(self)}
         whole = {n: d for n, d in defaults.items() if isinstance(getattr(self, n), int) and not isinstance(d, bool)}
-        return {name: 0 if default in (None, 0) else 1 for name, default in whole.items()}
+        check_numbers(self, {name: (0 if default in (None, 0) else 1, math.inf) for name, default in whole.items()})
+
+
+def check_numbers(args: TrainingArguments, bounds: Mapping[str, tuple[float, float]] | None = None) -> None:
+    """
+    Check the numbers of training arguments.
+
+    Args:
+        bounds: least and largest value of further fields.
+
+    Raises:
+        ValueError: for a number that makes no run. What is not set is left to its owner.
+    """
+    counted = _counted(args)
+    for name, (least, largest) in {**_BOUNDS, **(bounds or {}), **counted}.items():
+        value, above = getattr(args, name, None), name in _ABOVE or name in counted
+        if value is None or ((value > least or (value == least and not above)) and value <= largest):
+            continue
+        most = "" if largest == math.inf else f" and at most {largest}"
+        raise ValueError(
+            f"{name} is {value:.6g}; use " + (f"above {least}" if above else f"{least} or more") + f"{most}."
+        )
+
+
+def _counted(args: TrainingArguments) -> dict[str, tuple[float, float]]:
+    """Intervals and lengths that are read with these settings; each must be above 0."""
+    read = {
+        "save_steps": str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps",
+        "logging_steps": str(getattr(args.logging_strategy, "value", args.logging_strategy)) == "steps",
+        "num_train_epochs": args.max_steps <= 0,
+    }
+    return {name: (0, math.inf) for name, is_read in read.items() if is_read}

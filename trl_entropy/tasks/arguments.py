@@ -48,7 +48,7 @@ class TaskArguments:
     )
 
 
-def check_numbers(task: object, prompts_per_step: int = 1) -> None:
+def check_problem_numbers(task: object, prompts_per_step: int = 1) -> None:
     """
     Check the numbers of a task's settings, of which each says how many problems or tokens there are at most.
 

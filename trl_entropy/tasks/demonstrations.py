@@ -34,7 +34,7 @@ class DemonstrationArguments:
     )
 
 
-def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> Dataset:
     """Prompts in the R1 template with worked solutions, in the columns `prompt` and `completion`."""
     if task.task == "word_problems":
         from trl_entropy.tasks import word_problems

@@ -119,8 +119,8 @@ def local_path(path_or_name: str | os.PathLike, split: str) -> Path | None:
     if name == HUB_NAME or name.startswith(HUB_PREFIX):
         return None
     raise FileNotFoundError(
-        f"no GSM8K file or folder {path} (seen from {Path.cwd()}); name a folder with train.jsonl and test.jsonl, a "
-        f"JSON lines file, {HUB_NAME}, or another dataset of the hub as {HUB_PREFIX}OWNER/NAME"
+        f"there is no file or folder {path} (seen from {Path.cwd()}); name a folder with train.jsonl and test.jsonl, "
+        f"a JSON lines file, {HUB_NAME}, or another dataset of the hub as {HUB_PREFIX}OWNER/NAME"
     )
 
 

@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.rollouts.batch import GenerationBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key, prompts_of
 from trl_entropy.rollouts.groups import group_numbers, groups_with_different_rewards
@@ -204,25 +202,3 @@ class PromptSelectingTrainer(ResumableTrainer):
             metrics["tokens_per_accepted_group"] = num_tokens / num_accepted
         self.record_metrics({f"resampling/{name}": value for name, value in metrics.items()})
         self.record_metrics({"time/resampling": seconds})
-
-
-def check_selection(args: DrGRPOConfig, dataset: object) -> None:
-    """
-    Refuse a dataset that the settings cannot draw from.
-
-    Raises:
-        ValueError: for a streamed dataset, or images where groups are replaced.
-    """
-    settings = {
-        "curriculum='pass_rate'": args.curriculum != "none",
-        "resample_uninformative_groups=True": args.resample_uninformative_groups,
-    }
-    if isinstance(dataset, IterableDataset) and any(settings.values()):
-        names = " and ".join(name for name, is_set in settings.items() if is_set)
-        raise ValueError(f"{names} draws rows by number; a streamed dataset has none. Load it whole.")
-    images = {"image", "images"} & set(dataset.column_names if isinstance(dataset, Dataset) else ())
-    if images and args.resample_uninformative_groups:
-        raise ValueError(
-            "resample_uninformative_groups=True moves completions between rounds, and the dataset has "
-            f"{sorted(images)}, whose pixels TRL does not keep by completion. Set it to False, or use text alone."
-        )
