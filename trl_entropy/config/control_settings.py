@@ -103,14 +103,12 @@ class ControlSettings:
         [1.0, 5.0],
         unit="nats x advantage; with token_control_quantiles, quantiles",
         probe="token_control",
-        read_by=("clip_cov",),
         changes_training=True,
     )
     token_control_quantiles: bool = setting(
         "clip_cov: read token_control_bounds as quantiles of the covariances, from 0 to 1, not as covariances.",
         False,
         probe="token_control",
-        read_by=("clip_cov",),
         changes_training=True,
     )
     token_control_coefficient: float = setting(
@@ -119,6 +117,5 @@ class ControlSettings:
         1.0,
         unit="per nat",
         probe="token_control",
-        read_by=("kl_cov",),
         changes_training=True,
     )

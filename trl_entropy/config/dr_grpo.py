@@ -127,8 +127,6 @@ class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
                 f"length_normalizer='group_max' rescales the Dr-GRPO loss (T2) and means nothing for loss_type="
                 f"{self.loss_type!r}. Set loss_type='dr_grpo' or length_normalizer='max_completion_length'."
             )
-        if self.kl_every < 0:
-            raise ValueError(f"kl_every is {self.kl_every}; use 0 (off) or a number of steps.")
 
     def _check_length_and_evaluation(self) -> None:
         if self.additional_steps < 0 or (self.additional_steps and not self.resume_from_checkpoint):

@@ -22,7 +22,6 @@ class Setting:
         choices: the values it takes; empty: any of its type.
         unit: of its value, or of what it measures.
         probe: the toggle that it belongs to: a probe's, or that of a control. Nothing reads it while that is off.
-        read_by: the values of this toggle with which it is read; empty: all that turn it on.
         logs, cost: what turning it on logs and costs.
     """
 
@@ -33,7 +32,6 @@ class Setting:
     probe: str = ""
     logs: str = ""
     cost: str = ""
-    read_by: tuple[str, ...] = ()
 
 
 class _Help(str):
@@ -52,10 +50,9 @@ def setting(
     probe: str = "",
     logs: str = "",
     cost: str = "",
-    read_by: tuple[str, ...] = (),
 ) -> T:
     """A dataclass field; see [`Setting`]."""
-    described = Setting(help, changes_training, choices, unit, probe, logs, cost, read_by)
+    described = Setting(help, changes_training, choices, unit, probe, logs, cost)
     text = _Help((f"{help} Unit: {unit}." if unit else help).replace("%", "%%"))  # argparse formats it
     text.setting = described
     metadata: dict[str, object] = {"help": text}

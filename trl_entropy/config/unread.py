@@ -36,7 +36,7 @@ def readers_of(classes: Iterable[type]) -> dict[str, Reader]:
         for field in dataclasses.fields(one):
             help, name = field.metadata.get("help"), field.name
             if name in own and own[name].probe not in ("", name):
-                found[name] = Reader(own[name].probe, own[name].read_by)
+                found[name] = Reader(own[name].probe)
             elif isinstance(help, OfTask):
                 found[name] = Reader("task", (help.task,))
             else:

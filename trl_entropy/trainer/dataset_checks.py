@@ -95,7 +95,7 @@ def _check_rows_are_drawn(names: list[str], datasets: Mapping[str, object]) -> N
     for dataset_name, dataset in datasets.items():
         if names and isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"{' and '.join(names)} draws rows by number; {dataset_name} is a streamed dataset and has none. "
+                f"{' and '.join(names)} draws rows by number; a streamed dataset ({dataset_name}) has none. "
                 "Load it whole."
             )
         if names and "prompt" not in (getattr(dataset, "column_names", None) or ["prompt"]):
