@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from trl_entropy.config.command_line import parse_sft
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.models.fine_tuning import train_sft
-from trl_entropy.models.loading import model_init_kwargs
+from trl_entropy.models.loading import load_tokenizer, model_init_kwargs
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
@@ -44,10 +44,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def fine_tune(task: DemonstrationArguments, args: SFTConfig, model: ModelConfig) -> None:
     """Load demonstrations and model, train, and save."""
-    from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    tokenizer = load_tokenizer(model.model_name_or_path)
     demonstrations = load_demonstrations(task, tokenizer, args.seed)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}
     if (quantization := get_quantization_config(model)) is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from trl_entropy.config.command_line import parse
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.config.settings_file import one_line
-from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, model_init_kwargs
+from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, load_tokenizer, model_init_kwargs
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
@@ -63,12 +63,10 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
 
 def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, before the model is loaded (or made, as the embedded one)."""
-    from transformers import AutoTokenizer
-
     from trl_entropy.models.embedded import build_tokenizer
 
     name = str(model.model_name_or_path)
-    return build_tokenizer() if name == EMBEDDED_MODEL else AutoTokenizer.from_pretrained(name)
+    return build_tokenizer() if name == EMBEDDED_MODEL else load_tokenizer(name)
 
 
 def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel | str, PreTrainedTokenizerBase]:

@@ -234,6 +234,8 @@ def test_what_the_command_line_turns_off_is_left_out(read):
     assert "entropy_probe_every is 5" in refusal(lambda: read(text.replace("probe: true", "probe: false")))
     flags = ("--entropy_probe", "false", "--entropy_probe_every", "3")
     assert "entropy_probe_every is 3" in refusal(lambda: read(text, *flags))
+    flags = ("--entropy_probe_every", "3", "--entropy_probe", "false")  # as where a script is given more settings
+    assert read(text, *flags)[1].entropy_probe_every == 1
     model = read("use_peft: true\nlora_r: 8\nmodel_name_or_path: x\n", "--use_peft", "False", parser=parse_sft)[2]
     assert model.lora_r == 16
 

@@ -44,7 +44,6 @@ def trained(make_trainer, monkeypatch):
 
     def train(lora=False, num_sequences=12, sketch_dim=0, **settings):
         keep, draw = Keep(num_sequences=num_sequences, sketch_dim=sketch_dim, batch_size=5), random.Random(0)
-        settings = {"fisher_num_sequences": num_sequences, "fisher_sketch_dim": sketch_dim} | settings
         trainer = make_trainer(callbacks=[keep], peft_config=LORA if lora else None, **settings)
 
         def completions(prompt_ids, *args):

@@ -13,7 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.number_checks import check_numbers
 from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings
-from trl_entropy.config.unread import check_given, readers_of, without_turned_off
+from trl_entropy.config.unread import check_given, readers_of, turned_off
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_problem_numbers
@@ -91,9 +91,11 @@ class _Parser(TrlParser):
         # The first option of a setting has its default; `--no_x`, which comes after `--x`, has another.
         defaults = {action.dest: action.default for action in reversed(self._actions)}
         readers = readers_of(self.dataclass_types)
-        given = vars(self._namespace(flags))
-        flagged = {name: value for name, value in given.items() if name in _names_of(flags)}
-        settings = without_turned_off(file.values, flagged, readers, defaults)
+        given, order = vars(self.parse_known_args(flags)[0]), _names_of(flags)
+        off = turned_off({name: given[name] for name in order if name in given}, readers)
+        flags = _without_flags(flags, off)
+        flagged = {name: given[name] for name in _names_of(flags) if name in given}
+        settings = {name: value for name, value in file.values.items() if name not in off}
         check_given(settings | flagged, readers, defaults)
         for action in self._actions:
             if action.choices and action.dest in settings:
@@ -103,9 +105,6 @@ class _Parser(TrlParser):
             return self.parse_args_into_dataclasses(args=flags)
         except (TypeError, ArithmeticError, AttributeError) as error:  # of a value that no check of ours foresaw
             raise ValueError(f"the settings do not go together: {one_line(error)}.") from error
-
-    def _namespace(self, flags: list[str]) -> Any:
-        return self.parse_known_args(flags)[0]
 
     def _check_choice(self, name: str, value: object, choices: list[object]) -> None:
         if value is not None and not isinstance(value, list) and getattr(value, "value", value) not in choices:
@@ -119,10 +118,24 @@ class _Parser(TrlParser):
         return found, rest
 
 
-def _names_of(flags: list[str]) -> set[str]:
-    """The settings that the command line names."""
-    names = {flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
-    return names | {name.removeprefix("no_") for name in names}
+def _name_of(flag: str) -> str:
+    """The setting that a word of the command line names; empty for a value."""
+    return flag[2:].split("=")[0].replace("-", "_") if flag.startswith("--") else ""
+
+
+def _names_of(flags: list[str]) -> list[str]:
+    """The settings that the command line names, in the order in which each stands last."""
+    names = [part for flag in flags for part in (_name_of(flag), _name_of(flag).removeprefix("no_")) if part]
+    return list(dict.fromkeys(reversed(names)))[::-1]
+
+
+def _without_flags(flags: list[str], names: set[str]) -> list[str]:
+    """The command line without these settings and their values."""
+    kept, keeps = list[str](), True
+    for flag in flags:
+        keeps = _name_of(flag) not in names if flag.startswith("--") else keeps
+        kept += [flag] if keeps else []
+    return kept
 
 
 def _without_config(argv: list[str]) -> tuple[list[str], str | None]:

@@ -64,19 +64,21 @@ def check_given(given: Mapping[str, object], readers: Mapping[str, Reader], defa
             )
 
 
-def without_turned_off(
-    file: Mapping[str, object],
-    flagged: Mapping[str, object],
-    readers: Mapping[str, Reader],
-    defaults: Mapping[str, object],
-) -> dict[str, object]:
-    """The settings of a file without those whose toggle the command line turns off: that is meant, and no mistake."""
+def turned_off(flagged: Mapping[str, object], readers: Mapping[str, Reader]) -> set[str]:
+    """
+    Settings whose toggle the command line turns off: where they stand in a file, or before it on the command line,
+    that is meant and no mistake.
+
+    Args:
+        flagged: the settings of the command line in their order.
+    """
+    place = {name: number for number, name in enumerate(flagged)}
     return {
-        name: value
-        for name, value in file.items()
-        if name not in readers
-        or readers[name].toggle not in flagged
-        or readers[name].reads(flagged[readers[name].toggle])
+        name
+        for name, reader in readers.items()
+        if reader.toggle in flagged
+        and not reader.reads(flagged[reader.toggle])
+        and place.get(name, -1) < place[reader.toggle]
     }
 
 
