@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         convert_gguf(args.file, args.folder)
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+    except (ValueError, OSError, ImportError, RuntimeError, LookupError) as error:  # a cut file fails in many ways
+        sys.exit(f"Error: {args.file} cannot be converted to {args.folder}: {' '.join(str(error).split())}")
     print(f"model and tokenizer are in {args.folder}")
 
 

@@ -70,7 +70,7 @@ def diagnose(options: argparse.Namespace, settings: list[str]) -> tuple[list[str
     try:
         hardware = named_hardware(options.hardware) if options.hardware else this_machine()
         launch = _launch(options, hardware)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return section("Versions", versions()), [Finding(str(error), "Correct this option.")]
     found: list[Finding] = []
     parsed = _parsed(parse_sft if options.sft else parse, settings, launch, hardware, found)
@@ -104,12 +104,12 @@ def _parsed(
     with planned(launch, hardware):
         try:
             return read(settings)
-        except (ValueError, ImportError, FileNotFoundError) as error:
+        except (ValueError, ImportError) as error:
             found.append(Finding(str(error), _advice(error, hardware)))
         # An output_dir that is in use must not hide other problems: read the settings as if the run were resumed.
         try:
             task, args, model = read([*settings, "--resume_from_checkpoint", "unset"])
-        except (ValueError, ImportError, FileNotFoundError):
+        except (ValueError, ImportError):
             return None  # said above
         args.resume_from_checkpoint = None
         return task, args, model
@@ -119,7 +119,7 @@ def _advice(error: Exception, hardware: Hardware) -> str:
     """What to do about an error of transformers; those of `DrGRPOConfig` and `parse` say it themselves."""
     if "bf16" in str(error) and not hardware.has_gpu:
         return "Set bf16: false and use_cpu: true; check another machine's run with --hardware 2xH100-80GB."
-    return "Correct the path of --config." if isinstance(error, FileNotFoundError) else ""
+    return ""
 
 
 def _shape(model: ModelConfig, hardware: Hardware, found: list[Finding]) -> ModelShape | None:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_entropy.config.command_line import parse_sft
+from trl_entropy.config.settings_file import one_line
 from trl_entropy.models.fine_tuning import train_sft
-from trl_entropy.models.loading import model_init_kwargs
+from trl_entropy.models.loading import load_tokenizer, model_init_kwargs
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
 
 if TYPE_CHECKING:
-    from trl import ModelConfig, SFTTrainer
+    from trl import ModelConfig, SFTConfig, SFTTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,12 +33,20 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         task, args, model = parse_sft(argv)
-    except ValueError as error:
-        sys.exit(f"Error in the settings: {error}")
-    from transformers import AutoTokenizer
+    except (ValueError, ImportError) as error:
+        sys.exit(f"Error in the settings: {one_line(error)}.")
+    try:
+        fine_tune(task, args, model)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        logging.getLogger("trl_entropy").debug("%s", error, exc_info=True)
+        sys.exit(f"Error: {one_line(error)}.")
+
+
+def fine_tune(task: DemonstrationArguments, args: SFTConfig, model: ModelConfig) -> None:
+    """Load demonstrations and model, train, and save."""
     from trl import get_peft_config, get_quantization_config
 
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
+    tokenizer = load_tokenizer(model.model_name_or_path)
     demonstrations = load_demonstrations(task, tokenizer, args.seed)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}
     if (quantization := get_quantization_config(model)) is not None:

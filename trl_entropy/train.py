@@ -6,12 +6,14 @@ import dataclasses
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from trl_entropy.config.command_line import parse
 from trl_entropy.config.resume_contract import contract_settings
-from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, model_init_kwargs
+from trl_entropy.config.settings_file import one_line
+from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, load_tokenizer, model_init_kwargs
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
@@ -33,10 +35,12 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
 
     from trl_entropy.tasks import rewards
     from trl_entropy.trainer.callbacks import RunLogCallback
+    from trl_entropy.trainer.dataset_checks import check_datasets
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
+    train_dataset, eval_dataset = load_task(task, tokenizer_of(model), args.seed)
+    check_datasets(args, train_dataset, eval_dataset)
     policy, tokenizer = load_policy(args, model)
-    train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
     trainer = DrGRPOTrainer(
         model=policy,
         reward_funcs=[getattr(rewards, function) for function in task.reward_funcs],
@@ -55,6 +59,14 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ConsoleProgress)
     return trainer
+
+
+def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, before the model is loaded (or made, as the embedded one)."""
+    from trl_entropy.models.embedded import build_tokenizer
+
+    name = str(model.model_name_or_path)
+    return build_tokenizer() if name == EMBEDDED_MODEL else load_tokenizer(name)
 
 
 def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel | str, PreTrainedTokenizerBase]:
@@ -87,13 +99,17 @@ def main(argv: list[str] | None = None) -> None:
         task, args, model = parse(argv)
         settings = contract_settings(args)
         checkpoints.check_before_loading(args.resume_from_checkpoint, Path(args.output_dir), settings)
-    except ValueError as error:
-        sys.exit(f"Error in the settings: {error}")
+    except (ValueError, ImportError) as error:
+        sys.exit(f"Error in the settings: {one_line(error)}.")
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger("trl_entropy").setLevel(logging.WARNING)
     else:
         _say_preflight(task, args, model)
-    trainer = build_trainer(task, args, model)
+    try:
+        check_writable(Path(args.output_dir))
+        trainer = build_trainer(task, args, model)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        _exit(error)
     from trl_entropy.engine import OtherRankFailed
 
     _say_start(trainer)
@@ -101,10 +117,26 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except OSError as error:  # mostly a full disk while logging; while saving that is a CheckpointError
         sys.exit(_advice_on(error, Path(args.output_dir)))
-    except (checkpoints.CheckpointError, OtherRankFailed) as error:
-        sys.exit(f"Error: {error}")
+    except (
+        ValueError,
+        OtherRankFailed,
+    ) as error:  # a CheckpointError; what a probe refuses in a model
+        _exit(error)
     if trainer.is_world_process_zero():
         _say_end(trainer)
+
+
+def _exit(error: Exception) -> NoReturn:
+    """End with one line; the traceback goes to the log at level DEBUG."""
+    logging.getLogger("trl_entropy").debug("%s", error, exc_info=True)
+    sys.exit(f"Error: {one_line(error)}.")
+
+
+def check_writable(run: Path) -> None:
+    """Raises `OSError` unless files can be written to the run directory; what the check writes it removes."""
+    run.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=run) as file:
+        file.write(b"0")
 
 
 def _advice_on(error: OSError, run: Path) -> str:
@@ -128,8 +160,8 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
     controls = {name: getattr(args, name) for name in ("entropy_control", "token_control")}
     changing = "".join(f"; {name}: {value}" for name, value in controls.items() if value != "none")
     logging.getLogger("trl_entropy").info(
-        "Dr-GRPO: %d steps of %d prompts x %d completions on %d process(es), %s; run directory %s; probes: %s%s",
-        args.max_steps,
+        "Dr-GRPO: %s of %d prompts x %d completions on %d process(es), %s; run directory %s; probes: %s%s",
+        _length_of(args),
         prompts // args.num_generations,
         args.num_generations,
         accelerator.num_processes,
@@ -138,6 +170,12 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
         ", ".join(args.enabled_probes()) or "none",
         changing,
     )
+
+
+def _length_of(args: DrGRPOConfig) -> str:
+    if args.additional_steps:
+        return f"{args.additional_steps} more steps"
+    return f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epoch(s) in steps"
 
 
 def _say_end(trainer: DrGRPOTrainer) -> None:

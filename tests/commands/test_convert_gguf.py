@@ -32,6 +32,16 @@ def test_refusals(tmp_path):
         main([str(file), str(tmp_path)])
 
 
+@pytest.mark.parametrize("content", [b"GGUF\x03\x00\x00\x00", b"", b"no model"])
+def test_a_file_that_is_cut_is_named_in_one_line(tmp_path, content):
+    pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"^Error: {file} cannot be converted") as end:
+        main([str(file), str(tmp_path / "new")])
+    assert "\n" not in str(end.value) and not (tmp_path / "new").exists()
+
+
 def test_without_the_package_gguf(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -130,6 +130,19 @@ def test_errors_of_the_command_come_before_anything_is_loaded(tmp_path, more, me
         sft.main(["--config", str(SFT_CONFIG), "--output_dir", str(tmp_path), *SMALL, *more])
 
 
+@pytest.mark.parametrize("more, message", [
+    (["--max_length", "5"], "no demonstration fits into max_length=5 tokens"),
+    (["--num_demonstrations", "0"], "num_demonstrations is 0; use 1 or more"),
+    (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0; use 1 or more"),
+    (["--task", "gsm8k", "--dataset_path", "data/gsm8k"], "there is no file or folder data/gsm8k"),
+])  # fmt: skip
+def test_a_mistake_ends_in_one_line(random_model, tmp_path, more, message):
+    arguments = ["--config", str(SFT_CONFIG), "--model_name_or_path", random_model, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match=message) as end:
+        sft.main([*arguments, *SMALL, *more])
+    assert str(end.value).startswith("Error") and "\n" not in str(end.value)
+
+
 def test_a_run_is_not_written_over(adapter):
     with pytest.raises(SystemExit, match="already holds a run"):
         sft.main(["--config", str(SFT_CONFIG), "--output_dir", str(adapter), *SMALL])

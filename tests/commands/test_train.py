@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -64,6 +65,49 @@ def test_the_start_line_names_what_changes_the_step(tmp_path, caplog):
     assert "budget" not in without and held.endswith("; entropy_control: hold")
 
 
+@pytest.mark.parametrize("more, said", [
+    (["--max_steps", "7"], "Dr-GRPO: 7 steps of 2 prompts x 4 completions"),
+    (["--max_steps", "-1", "--num_train_epochs", "3"], "Dr-GRPO: 3 epoch(s) in steps of 2 prompts x 4 completions"),
+    (["--max_steps", "0", "--num_train_epochs", "0.5"], "Dr-GRPO: 0.5 epoch(s) in steps of 2 prompts"),
+    (["--additional_steps", "5", "--resume_from_checkpoint", "latest"], "Dr-GRPO: 5 more steps of 2 prompts"),
+])  # fmt: skip
+def test_the_start_line_says_how_long_the_run_is(tmp_path, caplog, more, said):
+    caplog.set_level("INFO", "trl_entropy")
+    _, args, _ = parse(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
+    _say_start(SimpleNamespace(args=args, accelerator=SimpleNamespace(num_processes=1, device="cpu")))
+    assert caplog.messages[-1].startswith(said)
+
+
+LINE = json.dumps({"question": "How many?", "answer": "#### %s"}) + "\n"
+
+
+@pytest.mark.parametrize("more, files, message", [
+    (["--num_eval_problems", "0"], {}, "num_eval_problems is 0; use 1 or more.*eval_strategy=no"),
+    (["--num_train_problems", "1"], {}, "num_train_problems is 1, but a step draws 2 different prompts"),
+    (["--dataset_path", "data/gsm8k"], {}, "dataset_path is 'data/gsm8k', but nothing reads it: task is"),
+    (["--task", "gsm8k", "--dataset_path", "data/gsm8k"], {}, "there is no file or folder data/gsm8k"),
+    (["--task", "gsm8k", "--dataset_path", "."], {"train.jsonl": LINE % 5}, "no file or folder test.jsonl"),
+    (["--task", "gsm8k", "--dataset_path", "d.jsonl"], {"d.jsonl": LINE % "1,5"}, "d.jsonl, line 1: the answer must"),
+    (["--task", "gsm8k", "--dataset_path", "d.jsonl"], {"d.jsonl": LINE % 5}, r"train_dataset has 1 prompt\(s\)"),
+    (["--task", "gsm8k", "--dataset_path", "d.jsonl", "--max_prompt_length", "9"], {"d.jsonl": (LINE % 5) * 4},
+     "all 4 prompts are longer than max_prompt_length=9"),
+    (["--output_dir", "d.jsonl/run"], {"d.jsonl": ""}, "Not a directory: 'd.jsonl/run'"),
+    (["--model_name_or_path", "nobody/nothing"], {}, "nobody/nothing"),
+    (["--reward_weights", "1", "2"], {}, r"reward_weights has 2 number\(s\), reward_funcs 1"),
+])  # fmt: skip
+def test_a_mistake_ends_in_one_line_before_a_model_is_loaded(tmp_path, more, files, message, monkeypatch):
+    monkeypatch.setattr(
+        "trl_entropy.models.warm_start.warm_start", lambda *a, **k: pytest.fail("a model was about to load")
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(settings(REPOSITORY / "configs" / "quickstart.yaml", "run", *more))
+    assert re.search(message, str(end.value)), end.value
+    assert str(end.value).startswith("Error") and "\n" not in str(end.value)
+
+
 @pytest.mark.parametrize("more, message", [
     (["--reward_funcs", "tag_prefer"], "tag_prefer.*use any of tag_pref, tag_math_correct, format_reward"),
     (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout is 0.1.*Set lora_dropout=0"),
@@ -77,8 +121,6 @@ def test_errors_come_before_anything_is_loaded(tmp_path, more, message, monkeypa
     )
     with pytest.raises(SystemExit) as error:
         main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
-    import re
-
     assert re.search(message, str(error.value)), error.value
     assert not list(tmp_path.iterdir())
 

@@ -82,7 +82,9 @@ def test_a_control_that_is_off_may_be_set_anew():
     plain = contract()
     assert plain["entropy_control"] == plain["token_control"] == "none" and "token_control_fraction" not in plain
     assert contract(entropy_control="report", entropy_control_num_completions=16) == plain
-    assert contract(entropy_control_gain=0.1, token_control_fraction=0.5) == plain
+    args = DrGRPOConfig(**CPU)
+    args.entropy_control_gain, args.token_control_fraction = 0.1, 0.5  # at construction they are refused
+    assert contract_settings(args) == plain
     held = contract(**TARGET)
     assert held["entropy_control"] == "hold" and held["entropy_control_target"] == 0.3
     assert contract(**TARGET, entropy_control_gain=0.1) != held

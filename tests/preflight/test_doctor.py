@@ -133,7 +133,14 @@ def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
         ([*ON_CPU, "--model_name_or_path", "nobody/nothing"], "no folder here.*Give a folder"),
         ([*ON_CPU, "--model_name_or_path", "Qwen/Qwen2.5-0.5B"], "weights of Qwen.*HF_HUB_OFFLINE=1.*Download"),
         ([*ON_CPU, *LORA, "--lora_dropout", "0", "--lora_target_modules", "nothing"], "cannot be built.*nothing"),
-        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing"], "there is no file missing.*train.jsonl"),
+        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing"], "no file or folder missing.*train.jsonl"),
+        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "data/gsm8k"], "there is no file or folder data/gsm8k"),
+        ([*ON_CPU, "--num_train_problems", "3", "--num_prompts_per_step", "4"], "is 3, but a step draws 4 different"),
+        ([*ON_CPU, "--num_eval_problems", "0"], "num_eval_problems is 0; use 1 or more"),
+        ([*ON_CPU, *PROBED, "--num_train_problems", "8"], "draws 8 prompts beside the 1 of a step, and .* has 8"),
+        ([*ON_CPU, "--entropy_attribution", "token"], "entropy_attribution is 'token', but nothing reads it"),
+        ([*ON_CPU, "--output_dir", "README.md/run"], "README.md is a file. Choose another output_dir"),
+        (["--sft", *ON_CPU, "--task", "gsm8k", "--dataset_path", "data/x", *GPUS[2:4]], "no file or folder data/x"),
         ([*ON_CPU, "--resume_from_checkpoint", "./missing"], "missing is no checkpoint"),
         ([*ON_CPU, "--cpu", "--num_processes", "2"], "asks for 2 processes and starts ONE.*MULTI_GPU"),
         ([*ON_CPU, "--optimizer_state_probe", "true", "--optim", "sgd"], "reads Adam's moments, but optim is sgd"),
@@ -162,6 +169,38 @@ def test_problem_is_named_with_its_remedy(diagnose, arguments, message):
 def test_training_without_float32_values_is_noted(diagnose, launch, more, notes):
     found = diagnose(*GPUS, "--accelerate_config", launch, *more)[1]
     assert sum("no float32 copy" in finding.text for finding in found) == notes
+
+
+def test_records_are_read_as_training_will(tmp_path, diagnose):
+    (tmp_path / "few.jsonl").write_text('{"question": "q", "answer": "#### 5"}\n' * 3)
+    records = [*ON_CPU, "--task", "gsm8k", "--dataset_path", tmp_path / "few.jsonl"]
+    assert problems(diagnose(*records)[1]) == []
+    for more, message in (
+        (["--num_prompts_per_step", "4"], r"train_dataset has 3 prompt\(s\), but a step draws 4"),
+        (["--max_prompt_length", "9"], "all 3 prompts are longer than max_prompt_length=9"),
+    ):
+        assert any(re.search(message, finding.text) for finding in problems(diagnose(*records, *more)[1]))
+    (tmp_path / "few.jsonl").write_text('{"question": "q", "answer": "#### 1,5"}\n')
+    assert any("few.jsonl, line 1: the answer must" in finding.text for finding in problems(diagnose(*records)[1]))
+    (note,) = (finding for finding in diagnose(*GPUS, *records[len(ON_CPU) :])[1] if "few.jsonl" in finding.text)
+    assert not note.is_problem  # of another machine
+
+
+def test_an_output_folder_that_cannot_be_written_to(monkeypatch, diagnose):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert any("Nothing can be written to" in finding.text for finding in problems(diagnose(*ON_CPU)[1]))
+
+
+def test_a_learning_rate_of_0_is_noted(diagnose):
+    (found,) = (finding for finding in diagnose(*ON_CPU, "--learning_rate", "0")[1] if "learning_rate" in finding.text)
+    assert not found.is_problem and "no step changes the policy" in found.text
+
+
+@pytest.mark.parametrize("text", ["a:\n\t- b\n", "", "- a\n"])
+def test_a_launcher_that_is_no_yaml(text, tmp_path, diagnose):
+    (tmp_path / "accelerate.yaml").write_text(text)
+    (found,) = problems(diagnose(*ON_CPU, "--accelerate_config", tmp_path / "accelerate.yaml")[1])
+    assert "accelerate.yaml" in found.text and "\n" not in found.text
 
 
 def test_bf16_without_gpu_says_how_to_go_on(diagnose):

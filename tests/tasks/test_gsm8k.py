@@ -84,15 +84,21 @@ BAD_LINES = [
     '{"question": 1, "answer": "#### 1"}',
     '{"question": "q", "answer": "#### x"}',
     '{"question": "q", "answer": "no mark 3"}',
+    *(json.dumps({"question": "q", "answer": f"#### {one}"}) for one in ("1,5", "1,2,3", "1,024,5", ",5", "1,,000")),
+    '{"question": "q", "answer": "#### \u0665"}',  # an Arabic-Indic five
+    '{"question": "q", "answer": "caf\xe9 #### 5"}'.encode("latin-1"),
+    "[" * 100_000,
 ]
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: repr(line)[:40])
 def test_a_bad_record_is_named_by_file_and_line(directory, line):
     path = directory / "train.jsonl"
-    path.write_text(json.dumps(RECORDS[0]) + "\n\n" + line + "\n")
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 3: "):
+    text = line.encode() if isinstance(line, str) else line
+    path.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n\n" + text + b"\n")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 3: ") as error:
         load_gsm8k(directory)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_or_empty_files(directory):
@@ -105,14 +111,29 @@ def test_missing_or_empty_files(directory):
         load_gsm8k(directory)
 
 
+@pytest.mark.parametrize("name", ["data/gsm8k", "gsm8k", "my_data", "openai/gsm8k/main"])
+def test_a_folder_that_is_not_there_is_not_sought_on_the_hub(name, monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("sought on the hub"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no file or folder {name} .*hf://datasets/OWNER/NAME"):
+        load_gsm8k(name)
+
+
 def test_hub_dataset(monkeypatch):
     import datasets
 
+    names = []
+
     def load_dataset(name, config, split):
-        assert (name, config) == ("openai/gsm8k", "main")
+        names.append(name)
+        assert config == "main"
         return datasets.Dataset.from_list(RECORDS if split == "train" else [{"question": "q", "answer": "none"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_gsm8k()["answer"][:] == ["1024", "-7", "0.5"]
     with pytest.raises(ValueError, match="openai/gsm8k test, record 1"):
         load_gsm8k(split="test")
+    load_gsm8k("hf://datasets/someone/gsm8k-like")
+    assert names == ["openai/gsm8k", "openai/gsm8k", "someone/gsm8k-like"]

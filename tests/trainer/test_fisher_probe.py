@@ -44,7 +44,6 @@ def trained(make_trainer, monkeypatch):
 
     def train(lora=False, num_sequences=12, sketch_dim=0, **settings):
         keep, draw = Keep(num_sequences=num_sequences, sketch_dim=sketch_dim, batch_size=5), random.Random(0)
-        settings = {"fisher_num_sequences": num_sequences, "fisher_sketch_dim": sketch_dim} | settings
         trainer = make_trainer(callbacks=[keep], peft_config=LORA if lora else None, **settings)
 
         def completions(prompt_ids, *args):
@@ -227,7 +226,8 @@ def test_sketch_agrees_with_the_exact_kernel_within_its_error(trained, lora):
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
     settings, runs = dict(settings), []
     lora = settings.pop("lora", False)
-    for probes in ({}, PROBE):
+    own = {name: settings.pop(name) for name in ("fisher_sketch_dim",) if name in settings}
+    for probes in ({}, PROBE | own):
         trainer = make_trainer(peft_config=LORA if lora else None, **probes, **settings)
         trainer.train()
         weights = flat([p.detach() for p in trainer.model.parameters() if p.requires_grad])
@@ -261,8 +261,8 @@ def config(tmp_path, **settings):
         ({"fisher_num_sequences": 13}, "fisher_num_sequences=12"),
         ({"fisher_num_sequences": 8}, "fisher_num_sequences=12"),
         ({"fisher_num_sequences": 32}, "fisher_num_sequences=16"),
-        ({"fisher_sketch_dim": -1}, "use 0 (exact)"),
-        ({"fisher_probe_every": 0}, "use 1 or more steps"),
+        ({"fisher_sketch_dim": -1}, "fisher_sketch_dim is -1; use 0 or more"),
+        ({"fisher_probe_every": 0}, "fisher_probe_every is 0; use 1 or more"),
     ],
     ids=str,
 )

@@ -331,7 +331,7 @@ def config(tmp_path, **settings):
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=1"),
         ({"per_device_train_batch_size": 12}, "num_prompts_per_step=4"),
         ({"per_device_train_batch_size": 6, "steps_per_generation": 2}, "per_device_train_batch_size=8"),
-        ({"noise_scale_probe_every": 0}, "use 1 or more steps"),
+        ({"noise_scale_probe_every": 0}, "noise_scale_probe_every is 0; use 1 or more"),
         (
             {"noise_scale_within_prompt": True, "length_normalizer": "group_max"},
             "length_normalizer='max_completion_length'",

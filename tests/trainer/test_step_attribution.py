@@ -127,7 +127,8 @@ def test_on_policy_coefficients_are_those_of_the_equation(make_trainer, problems
 @pytest.mark.parametrize("terms", [{}, {"beta": 0.1, "entropy_coef": 0.1, "num_iterations": 2}], ids=str)
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, terms):
     points = []
-    for settings in ({"entropy_probe": False}, {"entropy_attribution": "sequence"}, {"entropy_attribution": "token"}):
+    off = {"entropy_probe": False, "entropy_probe_num_completions": 64}  # as by default: nothing reads it
+    for settings in (off, {"entropy_attribution": "sequence"}, {"entropy_attribution": "token"}):
         trainer, run = trained(make_trainer, problems, "none", **terms, **settings)
         points.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
         logged = "entropy/share_momentum" in run.metrics()[-1]

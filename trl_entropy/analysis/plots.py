@@ -34,7 +34,7 @@ def series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str, **style: Any) -> Axes:
+def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str | None, **style: Any) -> Axes:
     """`key` over steps as a line; `style` goes to `Axes.plot`."""
     steps, values = series(rows, key)
     axes.plot(steps, values, color=color, label=label, **style)
@@ -51,9 +51,19 @@ def plot_reward(axes: Axes, metrics: Rows) -> Axes:
     return axes
 
 
+def _plot_held_out(axes: Axes, evaluation: Rows, key: str) -> None:
+    """`key` of each evaluation set, as a line; several have their names in the legend."""
+    for name in dict.fromkeys(str(row.get("dataset", "")) for row in evaluation) or [""]:
+        rows = [row for row in evaluation if str(row.get("dataset", "")) == name]
+        color = None if name else ORANGE
+        plot_key(axes, rows, key, f"held out, {name}" if name else "held out", color, marker="o", lw=1.5)
+        if name:
+            axes.legend(frameon=False, fontsize="small")
+
+
 def plot_pass_at_1(axes: Axes, evaluation: Rows) -> Axes:
     """pass@1 on held-out problems: the fraction of sampled completions that are correct."""
-    plot_key(axes, evaluation, PASS_AT_1, "held out", ORANGE, marker="o", lw=1.5)
+    _plot_held_out(axes, evaluation, PASS_AT_1)
     axes.set(title="Held-out pass@1", ylabel="fraction of completions correct", ylim=(0, 1))
     return axes
 
@@ -351,7 +361,7 @@ def _finished(axes: Axes) -> Axes:
 def plot_entropy(axes: Axes, metrics: Rows, evaluation: Rows) -> Axes:
     """The policy's entropy on the training batches and on held-out prompts."""
     plot_key(axes, metrics, "entropy/policy", "training batch", BLUE, lw=1.2)
-    plot_key(axes, evaluation, "entropy", "held out", ORANGE, marker="o", lw=1.5)
+    _plot_held_out(axes, evaluation, "entropy")
     axes.set(title="Policy entropy", ylabel=unit("entropy/policy"))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

@@ -76,7 +76,8 @@ class Run:
 
     @functools.cached_property
     def training_evaluation(self) -> pd.DataFrame:
-        """`evaluation/metrics.csv`: what training measured on held-out prompts, a row for each evaluated step."""
+        """`evaluation/metrics.csv`: what training measured on held-out prompts, a row for each evaluated step, and
+        for each set if there are several: then the column `dataset` names it."""
         return _by_step(self._directory.evaluation())
 
     @functools.cached_property

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.number_checks import check_numbers
+from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings
+from trl_entropy.config.unread import check_given, readers_of, turned_off
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.tasks.arguments import REWARDS, TaskArguments
+from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_problem_numbers
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
 
 
 def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, ModelConfig]:
     """Read the command line and its `--config` file; every error in a setting is raised here, before any loading."""
-    parser = TrlParser([TaskArguments, DrGRPOConfig, ModelConfig])
+    parser = _Parser([TaskArguments, DrGRPOConfig, ModelConfig])
     # tqdm is off by default once transformers is silenced.
     parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL, disable_tqdm=False)
-    task, args, model = parser.parse_args_and_config(argv)
-    if unknown := [name for name in task.reward_funcs if name not in REWARDS]:
+    task, args, model = parser.read(argv)
+    unknown = [name for name in task.reward_funcs if name not in REWARDS]
+    if unknown or not task.reward_funcs:
         raise ValueError(
-            f"reward_funcs: {unknown} are not among the rewards of trl_entropy.tasks.rewards; use any of "
-            f"{', '.join(REWARDS)}."
+            f"reward_funcs: {unknown} are not among the rewards of trl_entropy.tasks.rewards; "
+            f"use any of {', '.join(REWARDS)}."
         )
+    if args.reward_weights is not None and len(args.reward_weights) != len(task.reward_funcs):
+        raise ValueError(
+            f"reward_weights has {len(args.reward_weights)} number(s), reward_funcs {len(task.reward_funcs)}; each "
+            "reward function needs one."
+        )
+    check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
     check_model(model)
     if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
         raise ValueError(
@@ -40,9 +54,11 @@ def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SF
     Raises:
         ValueError: for every error in the settings, before anything is loaded.
     """
-    parser = TrlParser([DemonstrationArguments, SFTConfig, ModelConfig])
+    parser = _Parser([DemonstrationArguments, SFTConfig, ModelConfig])
     parser.set_defaults(disable_tqdm=False)  # tqdm is off by default once transformers is silenced
-    task, args, model = parser.parse_args_and_config(argv)
+    task, args, model = parser.read(argv)
+    check_problem_numbers(task)
+    check_numbers(args)
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set. Name a model on the hub or a local folder.")
     if task.merge_adapter and not model.use_peft:
@@ -50,3 +66,86 @@ def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SF
     if (Path(args.output_dir) / "config.yaml").exists() and args.resume_from_checkpoint is None:
         raise ValueError(f"{args.output_dir} already holds a run. Choose another --output_dir, or move it away.")
     return task, args, model
+
+
+class _Parser(TrlParser):
+    """
+    TRL's parser, whose errors are a `ValueError` of one line that names the setting, and for a file its line.
+
+    Written against trl 1.16 and transformers 5.23: `parse_args_into_dataclasses` calls `parse_known_args` and then the
+    dataclasses with what it found.
+    """
+
+    def __init__(self, classes: Iterable[type]) -> None:
+        super().__init__(classes, allow_abbrev=False)
+        self._hints = hints_of(self.dataclass_types)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(one_line(message) + ".")
+
+    def read(self, argv: list[str] | None) -> tuple[Any, ...]:
+        """The dataclasses with the settings of the file, and above them those of the command line."""
+        flags, path = _without_config(sys.argv[1:] if argv is None else list(argv))
+        file = Settings({}, {}) if path is None else read_settings(path, self._hints)
+        os.environ.update(file.environment)
+        # The first option of a setting has its default; `--no_x`, which comes after `--x`, has another.
+        defaults = {action.dest: action.default for action in reversed(self._actions)}
+        readers = readers_of(self.dataclass_types)
+        given, order = vars(self.parse_known_args(flags)[0]), _names_of(flags)
+        off = turned_off({name: given[name] for name in order if name in given}, readers)
+        flags = _without_flags(flags, off)
+        flagged = {name: given[name] for name in _names_of(flags) if name in given}
+        settings = {name: value for name, value in file.values.items() if name not in off}
+        check_given(settings | flagged, readers, defaults)
+        for action in self._actions:
+            if action.choices and action.dest in settings:
+                self._check_choice(action.dest, settings[action.dest], list(action.choices))
+        self.set_defaults_with_config(**settings)
+        try:
+            return self.parse_args_into_dataclasses(args=flags)
+        except (TypeError, ArithmeticError, AttributeError) as error:  # of a value that no check of ours foresaw
+            raise ValueError(f"the settings do not go together: {one_line(error)}.") from error
+
+    def _check_choice(self, name: str, value: object, choices: list[object]) -> None:
+        if value is not None and not isinstance(value, list) and getattr(value, "value", value) not in choices:
+            raise ValueError(f"{name} is {value!r:.80}; use one of {', '.join(map(str, choices))}.")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, str) and name in self._hints:
+                setattr(found, name, convert_setting(name, value, self._hints[name]))
+        return found, rest
+
+
+def _name_of(flag: str) -> str:
+    """The setting that a word of the command line names; empty for a value."""
+    return flag[2:].split("=")[0].replace("-", "_") if flag.startswith("--") else ""
+
+
+def _names_of(flags: list[str]) -> list[str]:
+    """The settings that the command line names, in the order in which each stands last."""
+    names = [part for flag in flags for part in (_name_of(flag), _name_of(flag).removeprefix("no_")) if part]
+    return list(dict.fromkeys(reversed(names)))[::-1]
+
+
+def _without_flags(flags: list[str], names: set[str]) -> list[str]:
+    """The command line without these settings and their values."""
+    kept, keeps = list[str](), True
+    for flag in flags:
+        keeps = _name_of(flag) not in names if flag.startswith("--") else keeps
+        kept += [flag] if keeps else []
+    return kept
+
+
+def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """The command line without `--config PATH`, and the path."""
+    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if argv.count("--config") > 1:
+        raise ValueError("--config stands twice on the command line; a run has one file.")
+    if "--config" not in argv:
+        return argv, None
+    place = argv.index("--config")
+    if place + 1 == len(argv):
+        raise ValueError("--config needs the path of a YAML file behind it.")
+    return argv[:place] + argv[place + 2 :], argv[place + 1]

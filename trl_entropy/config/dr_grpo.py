@@ -8,15 +8,17 @@ import os
 from dataclasses import dataclass, field
 
 from trl_entropy.config.control_checks import ControlChecks
+from trl_entropy.config.number_checks import NumberChecks
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.config.prompt_checks import PromptChecks
+from trl_entropy.config.unread import check_config
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks):
+class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
     """
     Arguments of [`DrGRPOTrainer`]: those of [`~trl.GRPOConfig`], four of them with other defaults, and this package's.
 
@@ -44,6 +46,8 @@ class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks):
     def __post_init__(self) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._check_choices()
+        check_config(self)
+        self._check_numbers()
         self._check_group_size()
         self._set_accumulation(world_size)
         self._check_divisibility(world_size)
@@ -123,8 +127,6 @@ class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks):
                 f"length_normalizer='group_max' rescales the Dr-GRPO loss (T2) and means nothing for loss_type="
                 f"{self.loss_type!r}. Set loss_type='dr_grpo' or length_normalizer='max_completion_length'."
             )
-        if self.kl_every < 0:
-            raise ValueError(f"kl_every is {self.kl_every}; use 0 (off) or a number of steps.")
 
     def _check_length_and_evaluation(self) -> None:
         if self.additional_steps < 0 or (self.additional_steps and not self.resume_from_checkpoint):

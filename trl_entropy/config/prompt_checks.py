@@ -12,7 +12,6 @@ class PromptChecks(Requirements):
         if not self.resample_uninformative_groups:
             return
         remedies = {
-            "max_resample_rounds=1 or more": self.max_resample_rounds >= 1,
             "scale_rewards='none' or 'group'": self.scale_rewards != "batch",
             "multi_objective_aggregation='sum_then_normalize'": (
                 self.multi_objective_aggregation == "sum_then_normalize"

@@ -21,7 +21,7 @@ class Setting:
             the other; or the values that do, where all others train alike.
         choices: the values it takes; empty: any of its type.
         unit: of its value, or of what it measures.
-        probe: the toggle that it belongs to: a probe's, or that of a control.
+        probe: the toggle that it belongs to: a probe's, or that of a control. Nothing reads it while that is off.
         logs, cost: what turning it on logs and costs.
     """
 

@@ -56,6 +56,7 @@ class TrainingSettings:
         "the last round are kept and counted.",
         3,
         unit="rounds",
+        probe="resample_uninformative_groups",
         changes_training=True,
     )
 
@@ -73,6 +74,7 @@ class TrainingSettings:
         "How many problems and completions such an evaluation takes; trl-entropy evaluate --help lists the numbers.",
         "quick",
         choices=("quick", "full"),
+        probe="evaluate_checkpoints",
         changes_training=False,
     )
     additional_steps: int = setting(

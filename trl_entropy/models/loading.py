@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
     from trl import ModelConfig
 
@@ -47,6 +48,21 @@ def check_model(model: ModelConfig) -> None:
             "use_peft=False, or merge the adapter first (trl-entropy sft --merge_adapter True) and name the merged "
             "folder."
         )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model, by name or from a folder.
+
+    Raises:
+        ValueError: naming the model, when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"model_name_or_path={name}: its tokenizer cannot be loaded. {error}") from error
 
 
 def load_adapter(

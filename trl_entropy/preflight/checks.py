@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,15 @@ from trl_entropy.preflight.plan import Plan
 from trl_entropy.probes.rollout_entropy import check_memory
 
 
-def findings(plan: Plan) -> list[Finding]:
-    """The findings of all checks, problems first."""
-    found = [finding for check in CHECKS for finding in check(plan)]
+def findings(plan: Plan, reads_data: bool = True) -> list[Finding]:
+    """
+    The findings of all checks, problems first.
+
+    Args:
+        reads_data: whether the training data are read; they are not where training reads them next.
+    """
+    checks = [check for check in CHECKS if reads_data or check is not dataset]
+    found = [finding for check in checks for finding in check(plan)]
     return sorted(found, key=lambda finding: not finding.is_problem)
 
 
@@ -193,6 +200,23 @@ def disk(plan: Plan) -> Findings:
         )
 
 
+def output_dir(plan: Plan) -> Findings:
+    """Whether the run directory can be written to, as far as that can be told without writing."""
+    if not plan.hardware.is_this_machine:
+        return
+    there = _existing_parent(Path(plan.args.output_dir))
+    if not there.is_dir():
+        yield Finding(f"output_dir is {plan.args.output_dir}, but {there} is a file.", "Choose another output_dir.")
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield Finding(f"Nothing can be written to {there}, for output_dir.", "Choose another output_dir.")
+
+
+def learning_rate(plan: Plan) -> Findings:
+    if plan.args.learning_rate == 0:
+        text = "learning_rate is 0: no step changes the policy, and every change of its entropy is 0."
+        yield Finding(text, "Set a learning_rate above 0 to train.", is_problem=False)
+
+
 def _existing_parent(path: Path) -> Path:
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
@@ -207,6 +231,8 @@ CHECKS: tuple[Callable[[Plan], Findings], ...] = (
     reentrant_checkpointing,
     memory,
     disk,
+    output_dir,
+    learning_rate,
     model_files,
     positions,
     dataset,

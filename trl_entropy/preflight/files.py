@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
+from unittest import mock
 
 from trl_entropy.config.resume_contract import contract_settings
+from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.checkpoints import CheckpointError, check_before_loading
+from trl_entropy.tasks.arguments import load_task
+from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
+from trl_entropy.tasks.gsm8k import local_path
+from trl_entropy.trainer.dataset_checks import check_datasets
 
 
 def model_files(plan: Plan) -> Findings:
@@ -57,19 +66,44 @@ def _local_tokenizer(folder: Path, vocab_size: int) -> Findings:
 
 
 def dataset(plan: Plan) -> Findings:
-    """The file that `load_gsm8k` will read; for another machine a missing one is only a note."""
-    if plan.task.task != "gsm8k":
-        return
-    name = plan.task.dataset_path
-    path = Path(name) / "train.jsonl" if Path(name).is_dir() else Path(name)
-    looks_local = path.suffix == ".jsonl" or path.is_absolute() or name.startswith(".")
-    if looks_local and not path.is_file():
-        yield Finding(
-            f"dataset_path: there is no file {path} (seen from {Path.cwd()}).",
-            "Correct the path; the folder must hold train.jsonl and test.jsonl.",
-            plan.hardware.is_this_machine,
-        )
-    elif not path.is_file() and os.environ.get("HF_HUB_OFFLINE", "0") == "1":
+    """
+    Whether the records that training will read can be read, and are enough for a step and for what probes draw.
+
+    For another machine it is only a note that they are not here. Prompts are counted before those that are too long
+    are dropped, unless the model is the embedded one, whose tokenizer is always here.
+    """
+
+    def check() -> None:
+        embedded = str(plan.model.model_name_or_path) == EMBEDDED_MODEL
+        problems = load_task(plan.task, build_tokenizer() if embedded else None, plan.args.seed)
+        check_datasets(plan.args, *problems)
+
+    yield from _readable(plan, check)
+
+
+def demonstrations(plan: Plan) -> Findings:
+    """Whether the records that supervised fine-tuning will read can be read."""
+    task = cast(DemonstrationArguments, plan.task)
+    yield from _readable(plan, lambda: load_demonstrations(task, None, plan.args.seed))
+
+
+def _readable(plan: Plan, read: Callable[[], object]) -> Findings:
+    """What `read` raises, as findings; a dataset of the hub is not looked up."""
+    here, is_file = plan.hardware.is_this_machine, plan.task.task == "gsm8k"
+    try:
+        if is_file and local_path(plan.task.dataset_path, "train") is None:
+            yield from _on_the_hub(plan.task.dataset_path)
+            return
+        with mock.patch.object(logging.getLogger("trl_entropy.tasks.gsm8k"), "disabled", True):  # training says it
+            read()
+    except OSError as error:
+        yield Finding(f"dataset_path: {error}.", "Correct the path.", here)
+    except ValueError as error:
+        yield Finding(str(error), is_problem=here or not is_file)
+
+
+def _on_the_hub(name: str) -> Findings:
+    if os.environ.get("HF_HUB_OFFLINE", "0") == "1":
         yield Finding(
             f"dataset_path {name} is on the hub; with HF_HUB_OFFLINE=1 it must be in the local cache.",
             "If it is not, name a local folder with train.jsonl and test.jsonl.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_entropy.preflight.checks import devices, processes
-from trl_entropy.preflight.files import dataset, model_files
+from trl_entropy.preflight.files import demonstrations, model_files
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.report import machine_lines, section, versions
@@ -24,4 +24,4 @@ def fine_tuning_report(plan: Plan) -> list[str]:
 
 def fine_tuning_findings(plan: Plan) -> list[Finding]:
     """The findings of the checks that do not depend on RL."""
-    return [finding for check in (processes, devices, model_files, dataset) for finding in check(plan)]
+    return [finding for check in (processes, devices, model_files, demonstrations) for finding in check(plan)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from trl_entropy.config.settings_file import one_line
 from trl_entropy.runs.strict_json import Json
 
 _ENGINES = {"MULTI_GPU": "ddp", "FSDP": "fsdp", "MEGATRON_LM": "megatron", "XLA": "xla"}
@@ -67,7 +68,10 @@ def read_accelerate_config(path: Path, num_processes: int | None = None, use_cpu
     Raises:
         ValueError: when the file is not a YAML file of accelerate.
     """
-    settings = yaml.safe_load(path.read_text())
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {one_line(error)}.") from error
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise ValueError(f"{path} is not a YAML file of accelerate: distributed_type is missing.")
     asked = num_processes or int(settings.get("num_processes") or 1)

@@ -42,7 +42,8 @@ def short_report(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) ->
         shape = None  # training will say what is wrong with the model
     plan = Plan(task, args, model, launch_from_environment(args.world_size), this_machine(args.use_cpu), shape)
     lines = [_batch_line(plan)] + ([_memory_line(plan)] if shape is not None else [])
-    return lines + [f"{'problem' if found.is_problem else 'note'}: {found}" for found in findings(plan)]
+    found = findings(plan, reads_data=False)
+    return lines + [f"{'problem' if finding.is_problem else 'note'}: {finding}" for finding in found]
 
 
 def full_report(plan: Plan) -> list[str]:

@@ -51,11 +51,22 @@ def glance_table(runs: list[Run]) -> Table:
     rows: list[tuple[str, list[Cell | None]]] = []
     for key in _GLANCE:
         rows.append((_named(key), [cell for run in runs for cell in _ends(run, "metrics.jsonl", run.steps, key)]))
-    for key in (PASS_AT_1, "entropy"):
-        cells = [c for run in runs for c in _ends(run, "evaluation/metrics.csv", run.training_evaluation, key)]
-        rows.append((f"held out: {_named(key)}", cells))
+    tables = {run.name: _by_evaluation_set(run) for run in runs}
+    for name in dict.fromkeys(name for named in tables.values() for name in named):
+        for key in (PASS_AT_1, "entropy"):
+            found = [(run, tables[run.name].get(name, pd.DataFrame())) for run in runs]
+            cells = [cell for run, table in found for cell in _ends(run, "evaluation/metrics.csv", table, key)]
+            rows.append((f"held out{f', {name}' if name else ''}: {_named(key)}", cells))
     ends = [f"{run.name}, {end}" if len(runs) > 1 else end for run in runs for end in ("first", "last")]
     return Table(["", *ends], [row for row in rows if any(row[1])])
+
+
+def _by_evaluation_set(run: Run) -> dict[str, pd.DataFrame]:
+    """The rows of `evaluation/metrics.csv` by the name of their set; a run with one set has no names."""
+    table = run.training_evaluation
+    if "dataset" not in table:
+        return {"": table}
+    return {str(name): rows for name, rows in table.groupby(table["dataset"].fillna("").astype(str), sort=False)}
 
 
 def _ends(run: Run, file: str, table: pd.DataFrame, key: str) -> list[Cell | None]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import ConcatDataset
 from trl.trainer.utils import pad
 
 from trl_entropy.rollouts.completions import Completions
@@ -43,7 +44,9 @@ def prompts_of(dataset: Any) -> Iterator[str]:
         yield from map(prompt_key, dataset["prompt"])
 
 
-def draw_prompts(dataset: Dataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]) -> list[Any]:
+def draw_prompts(
+    dataset: Dataset | ConcatDataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]
+) -> list[Any]:
     """
     Distinct prompts of `dataset` outside `exclude`, drawn with a random generator of their own; equal on all ranks.
 

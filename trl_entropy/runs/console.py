@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer import grpo_trainer
 
+from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.metrics import PASS_AT_1
 from trl_entropy.runs.strict_json import Row
 
@@ -71,8 +72,9 @@ class ConsoleProgress(ProgressCallback):
         if shown:
             self.training_bar.set_postfix(shown)
         if "eval_reward" in logs:
-            evaluation = {name.removeprefix("eval_"): value for name, value in logs.items()}
-            self.training_bar.write(f"step {state.global_step:>4}  held out: {describe_evaluation(evaluation)}")
+            evaluation, name = evaluation_of(logs)
+            named = f"held out, {name}" if name else "held out"
+            self.training_bar.write(f"step {state.global_step:>4}  {named}: {describe_evaluation(evaluation)}")
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -101,11 +101,16 @@ class RunDirectory:
         """Add numbers to a step whose line is written already: a line of their own, which readers join to it."""
         self.append_metrics(step, {_LATER: True, **scalars})
 
-    def append_evaluation(self, step: int, scalars: Mapping[str, object]) -> None:
-        """Add a row to `evaluation/metrics.csv`; it replaces an older row of the same step."""
-        self._write_evaluation(
-            [row for row in self.evaluation() if row["step"] != step] + [{"step": step, **_plain_items(scalars)}]
-        )
+    def append_evaluation(self, step: int, scalars: Mapping[str, object], dataset: str = "") -> None:
+        """
+        Add a row to `evaluation/metrics.csv`; it replaces an older row of the same step and evaluation set.
+
+        Args:
+            dataset: name of the evaluation set where a run has several; a column of its own.
+        """
+        named = {"dataset": dataset} if dataset else {}
+        others = [row for row in self.evaluation() if (row["step"], str(row.get("dataset", ""))) != (step, dataset)]
+        self._write_evaluation([*others, {"step": step, **named, **_plain_items(scalars)}])
 
     def _write_evaluation(self, rows: list[Row]) -> None:
         self._write_csv(self.evaluation_path, rows)
@@ -242,8 +247,9 @@ def _row_of_checkpoint(summary: CheckpointSummary) -> Row:
 
 
 def _numbers_of_training(row: Row) -> list[Row]:
-    named = {name: value for name, value in row.items() if name != "step"}
-    return [{"step": row["step"], "source": "training", "metric": n, "value": v} for n, v in named.items()]
+    named = {name: value for name, value in row.items() if name not in ("step", "dataset")}
+    source = f"training, {row['dataset']}" if "dataset" in row else "training"
+    return [{"step": row["step"], "source": source, "metric": n, "value": v} for n, v in named.items()]
 
 
 def _numbers_of_checkpoint(summary: CheckpointSummary) -> list[Row]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trl_entropy.tasks.arguments import of_task
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -17,22 +19,22 @@ class DemonstrationArguments:
     task: str = field(
         default="gsm8k", metadata={"help": "The task to learn from.", "choices": ["gsm8k", "word_problems"]}
     )
-    dataset_path: str = field(
-        default="openai/gsm8k", metadata={"help": "gsm8k: name on the hub, or a local JSONL file or folder."}
+    dataset_path: str = of_task(
+        "gsm8k",
+        "openai/gsm8k, another dataset of the hub as hf://datasets/OWNER/NAME, or a local JSONL file or folder.",
+        "openai/gsm8k",
     )
     num_demonstrations: int | None = field(
         default=None,
         metadata={"help": "Largest number of demonstrations; not set: all (word_problems: 4096)."},
     )
-    max_prompt_length: int = field(
-        default=200, metadata={"help": "gsm8k: prompts with more tokens than this are dropped."}
-    )
+    max_prompt_length: int = of_task("gsm8k", "prompts with more tokens than this are dropped.", 200)
     merge_adapter: bool = field(
         default=False, metadata={"help": "Also save the model with its adapter merged, in <output_dir>/merged."}
     )
 
 
-def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> Dataset:
     """Prompts in the R1 template with worked solutions, in the columns `prompt` and `completion`."""
     if task.task == "word_problems":
         from trl_entropy.tasks import word_problems

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 HUB_CONFIG = "main"
 ANSWER_MARK = "####"
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")  # such as <<48/2=24>>
-_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+HUB_NAME = "openai/gsm8k"
+HUB_PREFIX = "hf://datasets/"
+# ASCII digits; commas, if there are any, before each group of three.
+_NUMBER = re.compile(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?")
 
 
 class GSM8KProblem(NamedTuple):
@@ -37,7 +40,7 @@ class GSM8KProblem(NamedTuple):
 
 
 def load_gsm8k(
-    path_or_name: str | os.PathLike = "openai/gsm8k",
+    path_or_name: str | os.PathLike = HUB_NAME,
     split: str = "train",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_prompt_length: int | None = 200,
@@ -45,8 +48,10 @@ def load_gsm8k(
     """Loads GSM8K for RL.
 
     Args:
-        path_or_name: A JSON lines file, a directory with `train.jsonl` and `test.jsonl`, or a dataset of the hub. Each
-            record has a `question` and an `answer` that ends with `#### NUMBER`.
+        path_or_name: A JSON lines file, a directory with `train.jsonl` and `test.jsonl`, or a dataset of the hub:
+            `openai/gsm8k`, or another one as `hf://datasets/OWNER/NAME`; no other name is looked up there. Each record
+            has a `question` and an `answer` that ends with `#### NUMBER`: digits 0 to 9, with or without commas
+            between groups of three.
         split: `"train"` or `"test"`; ignored when a file is named.
         tokenizer: The tokenizer of the model; if it is given, prompts longer than `max_prompt_length` are dropped.
         max_prompt_length: In tokens, with the template; `None`: no limit.
@@ -55,7 +60,7 @@ def load_gsm8k(
         A dataset with the columns `prompt`, `answer` (a string such as `"-1080"`), `prompt_id` and `question`.
 
     Raises:
-        FileNotFoundError: If `path_or_name` is a path without the file.
+        FileNotFoundError: If `path_or_name` is neither a dataset of the hub nor a file or folder that is there.
         ValueError: If a record cannot be parsed (the message names file and line), or no record is found or left.
     """
     problems = _read(path_or_name, split)
@@ -69,7 +74,7 @@ def load_gsm8k(
 
 
 def load_gsm8k_demonstrations(
-    path_or_name: str | os.PathLike = "openai/gsm8k",
+    path_or_name: str | os.PathLike = HUB_NAME,
     split: str = "train",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_prompt_length: int | None = 200,
@@ -98,29 +103,49 @@ def load_gsm8k_demonstrations(
     return _to_dataset(rows, tokenizer, max_prompt_length)
 
 
-def _read(path_or_name: str | os.PathLike, split: str) -> list[GSM8KProblem]:
-    path = Path(path_or_name)
+def local_path(path_or_name: str | os.PathLike, split: str) -> Path | None:
+    """
+    The file of a split; None for a dataset of the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+    """
+    path = Path(path_or_name).expanduser()
     if path.is_dir():
         path /= f"{split}.jsonl"
-    looks_local = path.suffix == ".jsonl" or path.is_absolute() or os.fspath(path_or_name).startswith(".")
-    if looks_local and not path.is_file():
-        raise FileNotFoundError(f"no GSM8K file {path}; expected JSON lines with 'question' and 'answer'")
-    problems = list(_read_file(path) if path.is_file() else _read_hub(os.fspath(path_or_name), split))
+    if path.is_file():
+        return path
+    name = os.fspath(path_or_name)
+    if name == HUB_NAME or name.startswith(HUB_PREFIX):
+        return None
+    raise FileNotFoundError(
+        f"there is no file or folder {path} (seen from {Path.cwd()}); name a folder with train.jsonl and test.jsonl, "
+        f"a JSON lines file, {HUB_NAME}, or another dataset of the hub as {HUB_PREFIX}OWNER/NAME"
+    )
+
+
+def _read(path_or_name: str | os.PathLike, split: str) -> list[GSM8KProblem]:
+    path = local_path(path_or_name, split)
+    name = os.fspath(path_or_name).removeprefix(HUB_PREFIX)
+    problems = list(_read_hub(name, split) if path is None else _read_file(path))
     if not problems:
-        raise ValueError(f"no records in {path}")
+        raise ValueError(f"no records in {path or name}")
     return problems
 
 
 def _read_file(path: Path) -> Iterator[GSM8KProblem]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            yield _parse(record, f"{path}, line {number}")
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: not JSON ({error})") from error
+            yield _parse(record, where)
 
 
 def _read_hub(name: str, split: str) -> Iterator[GSM8KProblem]:
@@ -135,10 +160,13 @@ def _parse(record: object, where: str) -> GSM8KProblem:
     if not isinstance(question, str) or not isinstance(worked, str):
         raise ValueError(f"{where}: expected an object with the strings 'question' and 'answer', got {record!r:.200}")
     solution, mark, answer = worked.rpartition(ANSWER_MARK)
-    answer = answer.strip().replace(",", "")
+    answer = answer.strip()
     if not mark or not _NUMBER.fullmatch(answer):
-        raise ValueError(f"{where}: the answer must end with '{ANSWER_MARK} NUMBER', got {worked[-60:]!r}")
-    return GSM8KProblem(question.strip(), _CALCULATOR_MARK.sub("", solution).strip(), answer)
+        raise ValueError(
+            f"{where}: the answer must end with '{ANSWER_MARK} NUMBER', in digits 0 to 9, with or without commas "
+            f"between groups of three; got {worked[-60:]!r}"
+        )
+    return GSM8KProblem(question.strip(), _CALCULATOR_MARK.sub("", solution).strip(), answer.replace(",", ""))
 
 
 def _to_dataset(

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.engine.ranks import any_rank
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.evaluations import evaluation_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class RunLogCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or not hasattr(self, "run"):
             return
         if any(name.startswith("eval_") for name in logs):
-            self.run.append_evaluation(state.global_step, {k.removeprefix("eval_"): v for k, v in logs.items()})
+            self.run.append_evaluation(state.global_step, *evaluation_of(logs))
         elif "loss" in logs:  # not the summary at the end of training, which belongs to no step
             self.run.append_metrics(state.global_step, logs)
 

@@ -35,9 +35,10 @@ from trl_entropy.runs.console import printing_plain_text
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
+from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.model_card import PAPER, name_base_model
 from trl_entropy.trainer.probe_batches import ProbeBatches
-from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer, check_selection
+from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 from trl_entropy.trainer.step_prompts import StepPrompts
 from trl_entropy.trainer.training_state import LogWindow
 
@@ -68,7 +69,14 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         if args is not None and not isinstance(args, DrGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; DrGRPOTrainer needs a DrGRPOConfig.")
         args = args or DrGRPOConfig(output_dir="DrGRPO")
-        check_selection(args, kwargs.get("train_dataset"))
+        data = dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)) | kwargs
+        check_datasets(
+            args,
+            data.get("train_dataset"),
+            data.get("eval_dataset"),
+            prompts_from_environment=data.get("environment_factory") is not None,
+            callbacks=callbacks or (),
+        )
         self.run_log, self.probe_runner, self._log_window = RunLogCallback(), ProbeRunner(), LogWindow()
         own = [self.run_log, StopOnSignal(), self.probe_runner, self._log_window, *_toggled(args)]
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)

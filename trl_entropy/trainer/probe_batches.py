@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from torch.utils.data import ConcatDataset
 from trl import GRPOTrainer
 
 from trl_entropy.rollouts.completions import Completions
@@ -32,6 +33,8 @@ class ProbeBatches:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
         trainer = self._trainer
         dataset = trainer.train_dataset if source == "held_out" else trainer.eval_dataset
+        if isinstance(dataset, dict):  # all sets together: rows are drawn by number, and their columns may differ
+            dataset = ConcatDataset(list(dataset.values()))
         exclude = self._step_prompts.all() if source == "held_out" else set()
         rank, share = trainer.accelerator.process_index, num_prompts // trainer.accelerator.num_processes
         seed = trainer.args.seed

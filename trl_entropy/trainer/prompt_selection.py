@@ -15,10 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.rollouts.batch import GenerationBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key, prompts_of
 from trl_entropy.rollouts.groups import group_numbers, groups_with_different_rewards
@@ -206,25 +204,3 @@ class PromptSelectingTrainer(ResumableTrainer):
             metrics["tokens_per_accepted_group"] = num_tokens / num_accepted
         self.record_metrics({f"resampling/{name}": value for name, value in metrics.items()})
         self.record_metrics({"time/resampling": seconds})
-
-
-def check_selection(args: DrGRPOConfig, dataset: object) -> None:
-    """
-    Refuses a dataset that the settings cannot draw from.
-
-    Raises:
-        ValueError: for a streamed dataset, or for images if groups are replaced.
-    """
-    settings = {
-        "curriculum='pass_rate'": args.curriculum != "none",
-        "resample_uninformative_groups=True": args.resample_uninformative_groups,
-    }
-    if isinstance(dataset, IterableDataset) and any(settings.values()):
-        names = " and ".join(name for name, is_set in settings.items() if is_set)
-        raise ValueError(f"{names} draws rows by number; a streamed dataset has none. Load it without streaming.")
-    images = {"image", "images"} & set(dataset.column_names if isinstance(dataset, Dataset) else ())
-    if images and args.resample_uninformative_groups:
-        raise ValueError(
-            "resample_uninformative_groups=True replaces single groups of a batch, and the dataset has "
-            f"{sorted(images)}, whose pixels TRL does not store by completion. Set it to False, or train on text only."
-        )

@@ -1,0 +1,132 @@
+"""What the datasets of a run must have, checked before a model is loaded: prompts, enough of them, drawn by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from datasets import Dataset, IterableDataset
+
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.tasks.arguments import too_few_prompts
+
+
+class _Draw(NamedTuple):
+    """A probe or a control that draws prompts: what turned it on, from where, how many."""
+
+    name: str
+    source: str
+    num_prompts: int
+
+
+def check_datasets(
+    args: DrGRPOConfig,
+    train_dataset: object,
+    eval_dataset: object,
+    *,
+    prompts_from_environment: bool = False,
+    callbacks: Iterable[object] = (),
+) -> None:
+    """
+    Refuse datasets that the settings cannot train on, or draw from.
+
+    Args:
+        eval_dataset: one dataset, or several by name.
+        prompts_from_environment: whether TRL may take prompts from an environment instead of a column.
+        callbacks: the caller's own, of which probes may draw prompts.
+
+    Raises:
+        ValueError: for too few prompts, a missing column `prompt`, a streamed dataset of which rows are drawn, an
+            evaluation set that a probe draws from and that is not there, or images where groups are replaced.
+    """
+    draws = [*_draws_of(args), *_draws_of_callbacks(callbacks)]
+    sets = _named("eval_dataset", eval_dataset)
+    for name, dataset in {"train_dataset": train_dataset, **sets}.items():
+        _check_prompts(name, dataset, prompts_from_environment)
+    _check_rows_of_training(args, train_dataset)
+    selecting = {
+        "curriculum='pass_rate'": args.curriculum != "none",
+        "resample_uninformative_groups=True": args.resample_uninformative_groups,
+    }
+    _check_rows_are_drawn([name for name, is_set in selecting.items() if is_set], {"train_dataset": train_dataset})
+    for draw in draws:
+        _check_draw(args, draw, sets if draw.source == "eval" else {"train_dataset": train_dataset})
+    _check_images(args, train_dataset)
+
+
+def _named(name: str, dataset: object) -> dict[str, object]:
+    if isinstance(dataset, Mapping):
+        return {f"{name}[{key!r}]": one for key, one in dataset.items()}
+    return {} if dataset is None else {name: dataset}
+
+
+def _draws_of(args: DrGRPOConfig) -> Iterator[_Draw]:
+    if args.entropy_probe and args.entropy_probe_completions != "rollouts":
+        source = args.entropy_probe_completions
+        yield _Draw(f"entropy_probe_completions={source!r}", source, args.entropy_probe_num_completions)
+    if args.entropy_control != "none" and args.entropy_control_completions == "probe":
+        yield _Draw("entropy_control_completions='probe'", "held_out", args.entropy_control_num_completions)
+
+
+def _draws_of_callbacks(callbacks: Iterable[object]) -> Iterator[_Draw]:
+    sources = {"held_out": "held_out", "eval": "eval", "probe": "held_out"}
+    for callback in callbacks:
+        source = sources.get(str(getattr(callback, "source", None)))
+        if source is not None and getattr(callback, "draw", None) is None:  # else it draws from elsewhere
+            yield _Draw(f"{type(callback).__name__} (source={source!r})", source, getattr(callback, "num_prompts", 0))
+
+
+def _check_prompts(name: str, dataset: object, prompts_from_environment: bool) -> None:
+    columns = getattr(dataset, "column_names", None)  # None: of a stream that says nothing of itself
+    if columns is not None and "prompt" not in columns and not prompts_from_environment:
+        raise ValueError(f"{name} has no column 'prompt', only {sorted(columns)}. Rename the column with the prompts.")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{name} has no rows.")
+
+
+def _check_rows_of_training(args: DrGRPOConfig, dataset: object) -> None:
+    """TRL makes generations of whole batches of prompts, and none of fewer: it would train nothing."""
+    needed = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(too_few_prompts(f"train_dataset has {len(dataset)} prompt(s)", needed))
+
+
+def _check_rows_are_drawn(names: list[str], datasets: Mapping[str, object]) -> None:
+    for dataset_name, dataset in datasets.items():
+        if names and isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"{' and '.join(names)} draws rows by number; a streamed dataset ({dataset_name}) has none. "
+                "Load it whole."
+            )
+        if names and "prompt" not in (getattr(dataset, "column_names", None) or ["prompt"]):
+            raise ValueError(
+                f"{' and '.join(names)} draws prompts from {dataset_name}, whose prompts come from an environment. "
+                "Turn it off, or add a column 'prompt'."
+            )
+
+
+def _check_draw(args: DrGRPOConfig, draw: _Draw, datasets: Mapping[str, object]) -> None:
+    if draw.source == "eval" and not datasets:
+        raise ValueError(
+            f"{draw.name} draws prompts from eval_dataset, and there is none. Pass one, or use 'held_out'."
+        )
+    _check_rows_are_drawn([draw.name], datasets)
+    sizes = [len(dataset) for dataset in datasets.values() if isinstance(dataset, Dataset)]
+    of_step = 0
+    if draw.source == "held_out":  # the step's own prompts are left out
+        of_step = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
+    if len(sizes) == len(datasets) and sum(sizes) < draw.num_prompts + of_step:
+        beside = f" beside the {of_step} of a step" if of_step else ""
+        raise ValueError(
+            f"{draw.name} draws {draw.num_prompts} prompts{beside}, and {' and '.join(datasets)} has {sum(sizes)}. "
+            "Lower entropy_probe_num_completions (entropy_control_num_completions), or use more prompts."
+        )
+
+
+def _check_images(args: DrGRPOConfig, dataset: object) -> None:
+    images = {"image", "images"} & set(dataset.column_names if isinstance(dataset, Dataset) else ())
+    if images and args.resample_uninformative_groups:
+        raise ValueError(
+            "resample_uninformative_groups=True moves completions between rounds, and the dataset has "
+            f"{sorted(images)}, whose pixels TRL does not keep by completion. Set it to False, or use text alone."
+        )
