@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -301,8 +302,9 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
     runs = []
     own = {name: settings.pop(name) for name in ("noise_scale_within_prompt", "noise_scale_from") if name in settings}
     micro_batches = "noise_scale_from" in own
+    prompts = Dataset.from_dict({"prompt": [f"Ann has {i} apples." for i in range(16)]})  # 4 micro-batches' at most
     for probes in ({}, PROBE | {"noise_scale_probe_every": every} | own):
-        trainer = make_trainer(peft_config=config, max_steps=3, **probes, **settings)
+        trainer = make_trainer(peft_config=config, max_steps=3, dataset=prompts, **probes, **settings)
         trainer.train()
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
         rows = RunDirectory(trainer.args.output_dir).metrics()
