@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_entropy.tasks.answers import Verdict, clean_answer, plain_number, reject_reason, shared_checker
+from trl_entropy.tasks.answers import Verdict, clean_answer, shared_checker, unusable_reason
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _warn_of_unusable(gold: str) -> None:
     """Warn once if no completion can earn the reward of this gold answer, or only one that repeats it literally."""
     if not gold:
         logger.warning("a gold answer is empty: no completion of its prompt can earn the reward")
-    elif plain_number(gold) is None and (reason := reject_reason(gold)):
+    elif reason := unusable_reason(gold):
         logger.warning(
             "the gold answer %.80r is beyond the limits of trl_entropy.tasks.answers (%s): only a completion that "
             "repeats it literally earns the reward",
