@@ -97,6 +97,13 @@ def think_length(completion: Completion) -> int:
     return len(completion_text(completion).partition(THINK_CLOSE)[0])
 
 
+def answer_verdicts(golds: Sequence[object], answers: Sequence[str | None]) -> list[Verdict]:
+    """The verdict on each extracted answer; a missing answer (`None`) is different from every gold answer."""
+    pairs = [(gold, answer) for gold, answer in zip(golds, answers, strict=True) if answer is not None]
+    verdicts = iter(shared_checker().check(pairs))
+    return [Verdict.DIFFERENT if answer is None else next(verdicts) for answer in answers]
+
+
 def _only_answer(text: str) -> str | None:
     if text.count(ANSWER_OPEN) != 1 or text.count(ANSWER_CLOSE) != 1:
         return None
@@ -120,11 +127,9 @@ def _compare(answers: list[str | None], kwargs: dict[str, Any]) -> list[float]:
         )
     for gold in golds:
         _warn_of_unusable(clean_answer(gold))
-    pairs = [(gold, answer) for gold, answer in zip(golds, answers, strict=True) if answer is not None]
-    verdicts = iter(shared_checker().check(pairs))
-    results = [Verdict.DIFFERENT if answer is None else next(verdicts) for answer in answers]
-    _log_fractions(results, kwargs.get("log_metric"))
-    return [float(verdict is Verdict.EQUAL) for verdict in results]
+    verdicts = answer_verdicts(golds, answers)
+    _log_fractions(verdicts, kwargs.get("log_metric"))
+    return [float(verdict is Verdict.EQUAL) for verdict in verdicts]
 
 
 def _log_fractions(verdicts: list[Verdict], log_metric: Callable[[str, float], None] | None) -> None:

@@ -13,9 +13,10 @@ There are three stages, in this order, so that the speed of the machine never ch
 
 from trl_entropy.tasks.answers.checker import AnswerChecker, shared_checker
 from trl_entropy.tasks.answers.limits import reject_reason
-from trl_entropy.tasks.answers.text import Verdict, clean_answer, expression, quick_verdict, unusable_reason
+from trl_entropy.tasks.answers.text import UNDECIDED, Verdict, clean_answer, expression, quick_verdict, unusable_reason
 
 __all__ = [
+    "UNDECIDED",
     "AnswerChecker",
     "Verdict",
     "clean_answer",

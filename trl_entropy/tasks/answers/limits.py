@@ -36,7 +36,7 @@ _MATRICES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix"})
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _ROW_END = re.compile(r"\\\\")
 # math-verify joins numbers that stand side by side, reads `1,2,...,n` as 1.2, and rounds decimals to six places
-_MISREAD = re.compile(r"(?<!frac)(?<!frac )(?<!binom )[0-9]\.?\s+[0-9]|\.\.|…|(?<![0-9])0*\.0{5}")
+_MISREAD = re.compile(r"(?<!_)(?<!frac)(?<!frac )(?<!binom )[0-9]\.?\s+[0-9]|\.\.|…|(?<![0-9])0*\.0{5}")
 _REMOVED = re.compile(r"\\!\s*|\\?\$|[\"']|\\displaystyle")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}")
 

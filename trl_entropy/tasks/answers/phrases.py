@@ -45,8 +45,10 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([0-9]+)\}|([0-9]))\s*(?:\{([0
 _NO_PROSE = _MATH_NAMES | {"and"}
 _WORD = rf"(?!(?:{'|'.join(sorted(_NO_PROSE))})\b)[^\W\d_]"
 _PROSE = re.compile(r"(?<![^\W\d_])(?<!\\)[^\W\d_]{3,}")
-_WORDS_BEFORE = re.compile(rf"(?:(?:{_WORD}{{2,}},?\s){{2,}}|{_WORD}{{3,}}:\s)(?![-+*/^_=])")
-_WORDS_AFTER = re.compile(rf"(?:\s{_WORD}{{3,}})+[.,;!]?$")
+_SAID = rf"(?:{_WORD}{{2,}},?\s)"
+_WORDS_BEFORE = re.compile(rf"{_SAID}*(?:is\s|{_WORD}{{3,}}:\s)|{_SAID}{{2,}}(?![-+*/^_=])")
+_UNIT = rf"(?:{_WORD}{{3,}}|(?:{'|'.join(sorted(unit for unit in _UNITS if len(unit) > 1))})\b)"
+_WORDS_AFTER = re.compile(rf"(?:\s{_UNIT}(?:/{_UNIT}|/[hs]\b)?(?:\s?\^[23]|[²³])?)+\s?[.,;!]?$")
 _AFTER_WORD = re.compile(r"[^\W\d_],?\s$")
 _SEVERAL = re.compile(r"[,;]\s|\b(?:and|or)\b")
 
@@ -95,12 +97,12 @@ def read_phrase(text: str) -> Phrase | None:
     """
     text = _VULGAR_FRACTION.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])} ", text)
     text = _LATEX_FRACTION.sub(r" \1\2/\3\4 ", text.replace("\u2044", "/"))
-    tokens = tuple(_tokens(" ".join(text.split())))
+    tokens = list(_tokens(" ".join(text.split())))
     phrase = tuple(token for token in tokens if token is not None)
-    num_numbers = len(numbers_of(phrase))
-    if len(phrase) < len(tokens) or (num_numbers > 1 and not has_prose(text)):
+    words = {token for token in phrase if isinstance(token, str)} - {"or", "%"}
+    if len(phrase) < len(tokens) or (not words and len(numbers_of(phrase)) != 1):
         return None
-    return phrase if num_numbers or any(len(str(word)) > 1 for word in phrase) else None
+    return phrase
 
 
 def same_phrase(gold: Phrase, answer: Phrase) -> bool:
@@ -108,9 +110,10 @@ def same_phrase(gold: Phrase, answer: Phrase) -> bool:
     Whether two phrases say the same.
 
     With one number in each, the numbers decide, whatever their units. Otherwise all numbers and words must agree, in
-    order.
+    order; words without numbers may come before: `the capital is Paris`.
     """
-    if gold == answer:
+    said = answer[-len(gold) :]
+    if gold == said and (gold == answer or (answer[-len(gold) - 1] == "is" and not numbers_of(answer[: -len(gold)]))):
         return True
     numbers = [*numbers_of(gold), *numbers_of(answer)]
     if (len(numbers_of(gold)), len(numbers)) != (1, 2):

@@ -26,6 +26,8 @@ class Verdict(enum.Enum):
     FAILED = "failed"  # the worker died or ran out of memory, and so did a new one
 
 
+UNDECIDED = (Verdict.TIMEOUT, Verdict.FAILED)
+
 _DASHES = str.maketrans(dict.fromkeys("‐‑‒–−", "-"))
 
 
@@ -48,7 +50,9 @@ def quick_verdict(gold: str, answer: str) -> Verdict | None:
         return Verdict.EQUAL
     if max(len(gold), len(answer)) > MAX_CHARS:
         return Verdict.REJECTED
-    gold_phrase, answer_phrase = _phrase(gold), _phrase(answer)
+    (gold_text, gold_phrase), (answer_text, answer_phrase) = _read(gold), _read(answer)
+    if gold_text == answer_text:
+        return Verdict.EQUAL
     if gold_phrase and answer_phrase:
         return Verdict.EQUAL if same_phrase(gold_phrase, answer_phrase) else Verdict.DIFFERENT
     if gold_phrase and not numbers_of(gold_phrase):
@@ -62,9 +66,10 @@ def unusable_reason(gold: str) -> str | None:
     """Why only an answer that repeats a cleaned gold answer literally is equal to it, else `None`."""
     if len(gold) > MAX_CHARS:
         return reject_reason(gold)
-    return None if _phrase(gold) else reject_reason(expression(gold))
+    return None if _read(gold)[1] else reject_reason(expression(gold))
 
 
 @functools.lru_cache(maxsize=10_000)
-def _phrase(text: str) -> Phrase | None:
-    return read_phrase(without_formatting(text))
+def _read(text: str) -> tuple[str, Phrase | None]:
+    plain = without_formatting(text)
+    return plain, read_phrase(plain)

@@ -16,6 +16,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 # Differences below 10 to the minus this count as zero; the limits exclude numbers that small
 _NUM_DIGITS = 1000
@@ -34,7 +35,9 @@ def _parse(text: str) -> list:
     """What math-verify reads as LaTeX; nothing if it cannot read the whole text, of which it would pick a number."""
     from math_verify import LatexExtractionConfig, parse
 
-    return parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    normalization = replace(LatexExtractionConfig().normalization_config, units=False)  # of `3ab` it would drop `ab`
+    config = LatexExtractionConfig(normalization_config=normalization)
+    return parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
 
 
 def _load_verify(path: str | None) -> Callable[[str, str], bool]:
