@@ -260,6 +260,8 @@ EQUAL_ANSWERS = [  # by math-verify
 DIFFERENT_ANSWERS = [
     ("2", "2x+3"),
     ("2", "2xyz"),
+    ("2", "2a"),
+    ("2", "2 a"),
     ("2", "2ab"),
     ("2", "2t"),
     ("2", "2 pi"),
@@ -339,7 +341,7 @@ def last_calculation(solution: str, answer: str) -> list[str]:
     if number is None or float(number[0].replace(",", "")) != float(answer):
         return []
     text = prefix + after
-    word = re.match(r"\D*[\d.,]+(:00)?(\S*| \S+)", text)[0]
+    word = re.match(r"\D*[\d.,]+(:00)?(\S+| \S\S+|)", text)[0]
     clause = re.match(r"\D*[\d.,]+(:00)?[^\d\n]*?(?=[.!?;](\s|$)|\s\S*\d|\n|$)", text)[0]
     return [prefix + number[0], word, clause]
 

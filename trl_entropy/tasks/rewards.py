@@ -28,7 +28,10 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 def tag_pref(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 if there is exactly one `<answer>...</answer>` and math-verify finds it equal to the gold answer, else 0.0.
+    """1.0 if there is exactly one `<answer>...</answer>` and it is equal to the gold answer, else 0.0.
+
+    Numbers are compared exactly, whatever their units and currency; `3 apples and 4 pears` is not 4. Words are equal
+    to the same words. Everything else is compared by math-verify.
 
     Args:
         prompts: Not used; part of TRL's signature.
@@ -50,7 +53,7 @@ def tag_pref(
 def tag_math_correct(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 if math-verify finds the last closed `<answer>...</answer>` equal to the gold answer, else 0.0.
+    """1.0 if the last closed `<answer>...</answer>` is equal to the gold answer, else 0.0.
 
     Arguments, logged metrics and errors are the same as those of [`tag_pref`].
     """

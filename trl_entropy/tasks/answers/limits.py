@@ -1,4 +1,4 @@
-"""Limits within which math-verify needs milliseconds: on the text, and on its size when it is evaluated."""
+"""Limits on a text and its value within which math-verify needs milliseconds and reads the whole text."""
 
 from __future__ import annotations
 

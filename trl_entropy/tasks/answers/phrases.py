@@ -24,7 +24,7 @@ _UNITS = _words(
     "a.m p.m BC mph kph MB GB TB Mb Gb kW kWh"
 )
 _SHORT_WORDS = _words("ad am an as at be by do go he if in is it me mr ms my no of on or so to tv up us we")
-_UNSAID = frozenset({"a", "an", "the", "and"})  # make no difference between two phrases
+_UNSAID = frozenset({"an", "the", "and"})  # make no difference between two phrases
 
 # What only formats: `\text{...}`, `\boxed{...}`, `\,` and `{,}` in digit groups, dollar signs of mathematics and money
 _WRAPPER = re.compile(
@@ -115,12 +115,12 @@ def same_phrase(gold: Phrase, answer: Phrase) -> bool:
     said = answer[-len(gold) :]
     if gold == said and (gold == answer or (answer[-len(gold) - 1] == "is" and not numbers_of(answer[: -len(gold)]))):
         return True
-    numbers = [*numbers_of(gold), *numbers_of(answer)]
-    if (len(numbers_of(gold)), len(numbers)) != (1, 2):
+    pair = [*numbers_of(gold), *numbers_of(answer)]
+    if len(pair) != 2 or len(numbers_of(gold)) != 1:
         return False
     if ("%" in gold) == ("%" in answer):
-        return _same_number(*numbers)
-    percent, number = numbers if "%" in gold else numbers[::-1]
+        return _same_number(*pair)
+    percent, number = pair if "%" in gold else reversed(pair)
     return _same_number(percent, number) or (number.denominator > 1 and _same_number(percent / 100, number))
 
 
