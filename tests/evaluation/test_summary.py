@@ -24,6 +24,7 @@ def records():
                 "prompt_id": prompt, "greedy": sample == 4, "sample": sample, "length": length, "correct": correct,
                 "entropies": RNG.random(length), "logps": -RNG.random(length), "clipped": bool(RNG.random() < 0.3),
                 "answer_tags": extracted is not None, "well_formed": correct, "extracted": extracted,
+                "verdict": str(RNG.choice(["equal", "different", "rejected", "timeout", "failed"])),
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -47,6 +48,7 @@ def test_numbers_against_loops(records):
         "greedy_accuracy": records.loc[records["greedy"], "correct"].mean(),
         "answer_tags": np.mean([row["answer_tags"] for row in sampled]),
         "clipped": np.mean([row["clipped"] for row in sampled]),
+        "undecided": np.mean([row["verdict"] in ("timeout", "failed") for row in sampled]),
         "length_mean": np.mean([row["length"] for row in sampled]),
         "length_std": np.std([row["length"] for row in sampled]),
         "max_correct_length": max(right),

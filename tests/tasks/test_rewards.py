@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -23,12 +26,13 @@ from trl_entropy.tasks.answers import (
     AnswerChecker,
     Verdict,
     clean_answer,
-    plain_number,
+    expression,
     quick_verdict,
     reject_reason,
     shared_checker,
 )
 from trl_entropy.tasks.answers.limits import _SizeBound
+from trl_entropy.tasks.answers.phrases import read_phrase
 from trl_entropy.tasks.answers.worker import math_verify_equal
 from trl_entropy.tasks.rewards import (
     extract_answer,
@@ -39,6 +43,7 @@ from trl_entropy.tasks.rewards import (
     think_length,
 )
 
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 EQUAL, DIFFERENT, REJECTED = Verdict.EQUAL, Verdict.DIFFERENT, Verdict.REJECTED
 
 
@@ -132,50 +137,259 @@ def test_gold_answers_of_any_type(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-# ---- math-verify decides, and where it is not asked it would have said the same ----
+# ---- Which answers are right ----
 
-EQUAL_ANSWERS = [
+EXACT_ANSWERS = [  # equal without mathematics
+    ("3.5", "3 1/2"),
+    ("3.5", "3 and a half hours"),
+    ("2.5", "2½"),
+    ("2.25", "2 1/4 hours"),
+    ("-2.5", "-2½"),
+    ("12345", "12 345"),
+    ("12345", "12\u202f345"),
+    ("12345", r"12\,345"),
+    ("12345", "12'345"),
+    ("9500", "$9{,}500"),
+    ("9500", "9 500"),
+    ("-18", "-$18"),
+    ("-18", "$-18"),
+    ("-18", "- 18 dollars"),
+    ("-18", "minus 18"),
+    ("-18", "negative 18"),
+    ("-18", "–18"),
+    ("-18", "-18%"),
+    ("-5", r"-5\%"),
+    ("18", "18 km/h"),
+    ("18", "18 cm^2"),
+    ("18", r"18\text{ cm}^2"),
+    ("18", r"18\,\mathrm{m/s}"),
+    ("18", "18 L"),
+    ("18", "€18"),
+    ("18", "18 — as computed above"),
+    ("18", "**18** dollars"),
+    ("5", "5 ml"),
+    ("5", "5:00 p.m."),
+    ("5", "US$5.00 each"),
+    ("70000", "$70,000"),
+    ("70000", "70,000 dollars"),
+    ("-5", r"\boxed{-5}"),
+    ("28", "28%"),
+    ("28", "28 percent"),
+    ("0.5", "50%"),
+    ("28%", "0.28"),
+    ("42", r"\fbox{42}"),
+    ("73", "**73**"),
+    ("42", "42 is the number that we get from all this"),
     ("72", "72 dollars"),
-    ("72", r"\frac{144}{2}"),
     ("72", r"\boxed{72}"),
-    ("72", "x = 72"),
     ("72", "The answer is 72."),
+    ("72", "5 apples + 67 apples = 72 apples"),
+    ("72", r"\frac{144}{2}"),
     ("5", "5 cm"),
+    ("5 cm", "5"),
+    ("5 m", "5"),
+    ("90", r"90^\circ"),
     ("50", r"50\%"),
     ("1/2", "0.5"),
-    (r"\frac{1}{2}", r"\dfrac12"),
+    ("1/3", "0.333333"),
     (r"1\frac{1}{2}", "3/2"),
+    (r"\frac{1}{2}", r"\dfrac12"),
+    (r"\frac{1}{2}", r"\frac{1}{2} cups"),
+    (r"\text{east}", "East."),
+    ("yes", r"\boxed{\text{Yes}}"),
+    ("Paris", "The capital is Paris."),
+    ("4210_{5}", "$4210_{5}$"),
+    ("9 chickens and 10 rabbits", "9 chickens, 10 rabbits"),
+]
+NOT_EXACT_ANSWERS = [  # different or beyond the limits without mathematics
+    ("2", "3 1/2"),
+    ("17.5", "3 5/2"),
+    ("2", "2½"),
+    ("357", "12 345"),
+    ("0", "70 000"),
+    ("12", "1 2"),
+    ("1000", "1 000 1"),
+    ("18", "- 18 dollars"),
+    ("18", "minus 18"),
+    ("28", "0.28"),
+    ("0.28", "28"),
+    ("1", "100%"),
+    ("east", "seat"),
+    ("no", "on"),
+    ("even", "it is not even"),
+    ("up", "pu"),
+    ("Paris", "pairs"),
+    ("east", r"s \cdot e \cdot a \cdot t"),
+    ("72", "27 dollars"),
+    ("4", "3 apples and 4 pears"),
+    ("5", "3+4 apples and 5 pears"),
+    ("72", "72 or 73 dollars"),
+    ("20", "10 out of 20"),
+    ("30", "5 hours 30 minutes"),
+    ("9 chickens and 10 rabbits", "3 chickens and 10 rabbits"),
+    ("9 chickens and 10 rabbits", "10 chickens and 9 rabbits"),
+    ("1, 2, \\ldots, n", "1, 3, 5, \\ldots, 2n-1"),
+    ("1,2,...,n", "1,2,...,m"),
+    ("10^{-8}", "0.0000001"),
+]
+EQUAL_ANSWERS = [  # by math-verify
+    ("72", "x = 72"),
+    ("72", "The answer is 70+2 dollars."),
+    ("x+1", "The answer is $x+1$."),
+    (r"\frac{x}{2}", r"so we get \boxed{\frac{x}{2}} cups"),
+    ("120", "5!"),
     (r"\sqrt{2}", "sqrt(2)"),
     ("2x+3", "3 + 2x"),
+    ("x^2+2x+1", r"\(2x+x^2+1\)"),
     ("x^2+2x+1", "(x+1)^2"),
     (r"\{1, 2\}", "2, 1"),
+    ("3, 4", "4 and 3"),
     ("(1,2)", r"\left( 1, 2 \right)"),
-    (r"\text{east}", "east"),
     ("2^{2023}", r"2 \cdot 2^{2022}"),
+    ("10^{-23}", r"1 \times 10^{-23}"),
     (r"\frac{\pi}{4}", r"\pi/4"),
+    (r"2\pi", r"2\pi\text{ cm}^2"),
+    ("-3 < x < 5", "The answer is $-3 < x < 5$."),
+    (r"\log_2 5", r"\(\log_2 5\)."),
+    (r"2\sqrt{3}", r"2\sqrt{3}\,km/h"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     (r"\binom{5}{2}", "10"),
     ("1+2i", "2i+1"),
+    ("2xyz", "2zyx"),
 ]
 DIFFERENT_ANSWERS = [
-    ("72", "27 dollars"),
     ("2", "2x+3"),
+    ("2", "2xyz"),
+    ("2", "2a"),
+    ("2", "2 a"),
+    ("2", "2ab"),
+    ("2", "2t"),
+    ("2", "2 pi"),
+    ("2", "2 sin x"),
+    ("5", "the"),
+    ("5", "F(5)"),
+    ("6", "Tom = 5, Ann = 6"),
+    ("5", "5²"),
+    ("5", "5m + 1"),
+    ("18", "18!"),
     ("2x+3", "2"),
     ("3", "3 and 4"),
+    ("4", "3 and 4"),
     ("3", "3 or 4"),
-    ("72", "72 or 73 dollars"),
-    ("1000", "1 000 1"),
-    (r"\frac{1}{2}", "0.4999"),
-    ("5", "the"),
+    ("6", "x = 5, y = 6"),
     ("5", r"\frac{1}{"),
+    ("2^{-99}", "2^{-98}"),
+    (r"1/2^{99}", r"1/2^{98}"),
+    (r"\{e^{-50}\}", r"\{e^{-51}\}"),
+    (r"1-1/\mathrm{e}", r"1+1/\mathrm{e}"),
 ]
+
+
+@pytest.mark.parametrize(("gold", "answer"), EXACT_ANSWERS)
+def test_right_answers_that_need_no_mathematics(gold: str, answer: str) -> None:
+    assert quick_verdict(clean_answer(gold), clean_answer(answer)) is EQUAL
+
+
+@pytest.mark.parametrize(("gold", "answer"), NOT_EXACT_ANSWERS)
+def test_wrong_answers_that_need_no_mathematics(gold: str, answer: str) -> None:
+    assert quick_verdict(clean_answer(gold), clean_answer(answer)) in (DIFFERENT, REJECTED)
 
 
 def test_math_verify_is_asked() -> None:
     pairs = EQUAL_ANSWERS + DIFFERENT_ANSWERS
-    assert all(quick_verdict(gold, answer) is None for gold, answer in pairs), "these shall reach a worker"
+    quick = {pair: quick_verdict(*map(clean_answer, pair)) for pair in pairs}
+    assert not any(quick.values()), "these shall reach a worker"
     expected = [EQUAL] * len(EQUAL_ANSWERS) + [DIFFERENT] * len(DIFFERENT_ANSWERS)
     assert dict(zip(pairs, shared_checker().check(pairs), strict=True)) == dict(zip(pairs, expected, strict=True))
+
+
+def test_only_right_answers_earn_the_reward() -> None:
+    for pairs, expected in (
+        (EXACT_ANSWERS + EQUAL_ANSWERS, 1.0),
+        (NOT_EXACT_ANSWERS + DIFFERENT_ANSWERS, 0.0),
+    ):
+        golds, answers = zip(*pairs, strict=True)
+        assert set(tag_pref(None, [answered(answer) for answer in answers], answer=golds)) == {expected}
+
+
+def test_no_record_of_gsm8k_loses() -> None:
+    """The gold answer earns the reward, and so does the last calculation as the solution spells it, with its unit."""
+    if not GSM8K.is_dir():
+        pytest.skip("the GSM8K files are not beside this checkout")
+    lost, num_spelled = [], 0
+    for split, num_records in (("train", 7473), ("test", 1319)):
+        lines = (GSM8K / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == num_records
+        for line in lines:
+            solution, _, gold = json.loads(line)["answer"].rpartition("#### ")
+            answer = gold.replace(",", "")
+            forms = [gold, answer, *last_calculation(solution, answer)]
+            num_spelled += len(forms) > 2
+            lost += [(answer, form) for form in forms if quick_verdict(answer, clean_answer(form)) is not EQUAL]
+    assert not lost
+    assert num_spelled > 8000
+
+
+def last_calculation(solution: str, answer: str) -> list[str]:
+    """The number behind the last `<<...>>` with its sign and currency: alone, with one word, and to its clause's end.
+
+    Nothing if it is not the answer, as where the last calculation is a check.
+    """
+    before, _, after = solution.rpartition(">>")
+    prefix = re.search(r"[$€£]?\s?-?$", before.rpartition("<<")[0])[0]
+    number = re.match(r"\s*[\d,]*\.?\d+", after)
+    if number is None or float(number[0].replace(",", "")) != float(answer):
+        return []
+    text = prefix + after
+    word = re.match(r"\D*[\d.,]+(:00)?(\S+| \S\S+|)", text)[0]
+    clause = re.match(r"\D*[\d.,]+(:00)?[^\d\n]*?(?=[.!?;](\s|$)|\s\S*\d|\n|$)", text)[0]
+    return [prefix + number[0], word, clause]
+
+
+def spelled(number: Fraction) -> st.SearchStrategy[str]:
+    """Ways to write a number, with units and currencies."""
+    whole, rest = divmod(abs(number), 1)
+    forms = [f"{abs(number)}", rf"\frac{{{abs(number).numerator}}}{{{number.denominator}}}"] if rest else []
+    if rest and whole:
+        forms += [f"{whole} {rest}", rf"{whole}\frac{{{rest.numerator}}}{{{rest.denominator}}}"]
+    if number.denominator in (1, 2, 4, 5):
+        decimal = f"{float(abs(number)):,.2f}"
+        forms += [decimal, *(decimal.replace(",", comma) for comma in ("", " ", "{,}", r"\,", "'", "\u00a0"))]
+    if not rest:
+        forms += [f"{whole}", f"{whole:,}", f"{whole}."]
+    around = ["{}", "${}", "{}$", "€{}", "{} dollars", "{} km/h", "{} L", "{} of them", "about {}", "**{}**"]
+    around += [r"\boxed{{{}}}", "${}$", r"\({}\)", r"{}\text{{ cm}}^2", "we get {} in the end"]
+    signs = ["-", "- ", "minus ", "–", "−"] if number < 0 else [""]
+    return st.tuples(*map(st.sampled_from, (signs, forms, around))).map(
+        lambda parts: parts[2].format(parts[0] + parts[1])
+    )
+
+
+NUMBERS = st.one_of(
+    st.integers(-30, 30).map(Fraction),
+    st.integers(-(10**7), 10**7).map(Fraction),
+    st.fractions(-40, 40, max_denominator=8),
+)
+
+
+@given(NUMBERS.flatmap(lambda number: st.tuples(spelled(number), spelled(number))))
+@settings(max_examples=500, deadline=None)
+def test_every_spelling_of_a_number_is_equal_to_every_other(pair: tuple[str, str]) -> None:
+    assert quick_verdict(*map(clean_answer, pair)) is EQUAL
+
+
+@st.composite
+def gold_and_other_numbers(draw: st.DrawFn) -> tuple[str, str]:
+    gold = draw(NUMBERS)
+    numbers = draw(st.lists(NUMBERS.filter(lambda number: number != gold), min_size=1, max_size=3))
+    joint = draw(st.sampled_from([" and ", " or ", ", ", "; ", ". ", ": ", " : ", " = ", " out of ", " then "]))
+    return draw(spelled(gold)), joint.join(draw(spelled(number)) for number in numbers)
+
+
+@given(gold_and_other_numbers())
+@settings(max_examples=300, deadline=None)
+def test_an_answer_whose_numbers_all_differ_from_the_gold_answers_is_wrong(pair: tuple[str, str]) -> None:
+    assert shared_checker().check([pair]) != [EQUAL]
 
 
 def spellings(rng: random.Random) -> list[str]:
@@ -190,15 +404,15 @@ def spellings(rng: random.Random) -> list[str]:
     return [*forms, f"{sign}{whole + rng.choice([-1, 1, 10])}{point}", f"{sign}{point}" if decimals else f"{whole}0"]
 
 
-def test_plain_numbers_agree_with_math_verify() -> None:
+def test_numbers_agree_with_math_verify() -> None:
     rng = random.Random(0)
     pairs = {pair for _ in range(40) for pair in itertools.product(spellings(rng), repeat=2) if rng.random() < 0.5}
     decided = {True: 0, False: 0}
     for pair in sorted(pairs):
         gold, answer = map(clean_answer, pair)
-        if plain_number(gold) is None or plain_number(answer) is None:
+        if read_phrase(expression(gold)) is None or read_phrase(expression(answer)) is None:
             continue
-        expected = gold == answer or math_verify_equal(gold, answer)
+        expected = gold == answer or math_verify_equal(expression(gold), expression(answer))
         assert quick_verdict(gold, answer) is (EQUAL if expected else DIFFERENT), (gold, answer)
         decided[expected] += 1
     assert min(decided.values()) > 100
@@ -207,31 +421,19 @@ def test_plain_numbers_agree_with_math_verify() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "1,23",
-        "1,2345",
-        "12,34,567",
-        "0,123",
-        "5%",
-        "1/2",
-        "1e5",
-        "-$5",
-        "$",
-        ".",
-        "-",
-        "٣",
-        "1.2345678",
-        "1234567890123",
+        *["1,23", "1,2345", "12,34,567", "0,123", "1 23", "3 5/2", "1/0", "1/2/3", "1e5", "$", ".", "-", "٣", "5²"],
+        *["5!", "3x", "2 xy", "2 pi", "x5", "5/x", "5 - 3", "5-3", "(1, 2)", "18.5.3", "F(5)", "2sinx", "COVID-19"],
     ],
 )
-def test_not_a_plain_number(text: str) -> None:
-    assert plain_number(text) is None
+def test_not_a_number(text: str) -> None:
+    assert read_phrase(text) is None
 
 
-def test_plain_numbers_need_no_worker_and_no_time() -> None:
+def test_numbers_need_no_worker_and_no_time() -> None:
     checker = AnswerChecker(verify_path="does_not_exist.py:verify")
-    start = time.perf_counter()
+    start = time.process_time()
     assert checker.check([(str(i), f"{i}.0") for i in range(10_000)]) == [EQUAL] * 10_000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # ---- Limits: a function of the text, before any clock runs ----
@@ -277,7 +479,14 @@ def test_plain_numbers_need_no_worker_and_no_time() -> None:
         (r"\operatorname{eye}(99999)", "command"),
         (r"\begin{vmatrix}1\end{vmatrix}", "command"),
         *[(gold, None) for gold, _ in EQUAL_ANSWERS],
-        ("The answer is that every one of the twelve children gets 5 apples and there are 3 apples left over.", None),
+        (r"1, 2, \ldots, n", "command"),
+        ("the answer is that every one of the twelve children gets 5 apples and 3 apples are left", "words"),
+        (r"\frac{east}{2}", "words"),
+        ("1 000 1", "misread"),
+        ("1, 2, ..., n", "misread"),
+        ("0.0000001x", "misread"),
+        (r"\frac 1 2", None),
+        ("2xyz", None),
         (r"\left(-\infty, -\frac{1}{2}\right) \cup [3, \infty)", None),
         (r"3x^{10} - 2x^5y^5 + (x+y)^{10}", None),
         (r"\frac{-b \pm \sqrt{b^2 - 4ac}}{2a}", None),
@@ -425,7 +634,9 @@ def test_any_text_gives_zero_or_one(text: str, gold: str | int | None) -> None:
 @given(TEXTS)
 @settings(max_examples=300, deadline=None)
 def test_limits_never_raise(text: str) -> None:
-    assert reject_reason(clean_answer(text)) in (None, "length", "characters", "digits", "nesting", "command", "size")
+    reasons = {None, "length", "characters", "digits", "nesting", "command", "words", "misread", "size"}
+    assert {reject_reason(clean_answer(text)), reject_reason(expression(clean_answer(text)))} <= reasons
+    read_phrase(clean_answer(text))
 
 
 def test_long_texts_take_linear_time() -> None:
@@ -457,7 +668,7 @@ def make_checker(tmp_path: Path):
 
 
 def pairs_of(*answers: str) -> list[tuple[str, str]]:
-    return [("gold", answer) for answer in answers]
+    return [("x", answer) for answer in answers]
 
 
 def wait_for(path: Path) -> str:
@@ -485,31 +696,32 @@ def wait_until_dead(pid: int) -> None:
 @pytest.mark.parametrize("hang", ["time.sleep(1000)", "while True: pass", "'x' * 9 + str(9 ** 9 ** 8)"])
 def test_hang_is_a_timeout(make_checker, hang: str) -> None:
     checker = make_checker(
-        f"def verify(gold, answer):\n    if answer == 'hang':\n        {hang}\n    return True\n", deadline=0.2
+        f"def verify(gold, answer):\n    if answer == 'h':\n        {hang}\n    return True\n", deadline=0.2
     )
     start = time.monotonic()
-    assert checker.check(pairs_of("hang", "a", "b")) == [Verdict.TIMEOUT, EQUAL, EQUAL]
-    assert checker.check(pairs_of("hang")) == [Verdict.TIMEOUT], "remembered, not waited for again"
+    assert checker.check(pairs_of("h", "a", "b")) == [Verdict.TIMEOUT, EQUAL, EQUAL]
+    assert checker.check(pairs_of("h")) == [Verdict.TIMEOUT], "remembered, not waited for again"
     assert time.monotonic() - start < 30
 
 
-def test_one_call_is_bounded_even_if_every_comparison_hangs(make_checker) -> None:
-    checker = make_checker("def verify(gold, answer):\n    time.sleep(1000)\n", deadline=0.1)
+def test_a_deadline_is_for_each_pair(make_checker) -> None:
+    """Many comparisons on a busy machine, each within its deadline, take longer than the deadline of one."""
+    checker = make_checker("def verify(gold, answer):\n    time.sleep(0.1)\n    return True\n", deadline=0.05)
     start = time.monotonic()
-    assert set(checker.check(pairs_of(*(f"hang {i}" for i in range(50))))) == {Verdict.TIMEOUT}
-    assert time.monotonic() - start < 20, "50 comparisons one after the other would take 30 s"
+    assert checker.check(pairs_of(*(f"a+{i}" for i in range(40)))) == [EQUAL] * 40
+    assert time.monotonic() - start > 12 * 0.05
 
 
 def test_timeouts_are_logged_and_training_goes_on(make_checker, monkeypatch: pytest.MonkeyPatch) -> None:
     checker = make_checker(
-        "def verify(gold, answer):\n    time.sleep(1000 * (answer == 'hang'))\n    return True\n", deadline=0.1
+        "def verify(gold, answer):\n    time.sleep(1000 * (answer == 'h'))\n    return True\n", deadline=0.1
     )
     monkeypatch.setattr(rewards, "shared_checker", lambda: checker)
-    contents = ["hang", "fine", "9^9^9", "gold"]
+    contents = ["h", "f", "9^9^9", "x"]
     for func in (tag_pref, tag_math_correct):
         metrics: dict[str, float] = {}
         completions = [*map(answered, contents), "no answer", "<answer>", "", ""]
-        assert func(None, completions, answer=["gold"] * 8, log_metric=metrics.__setitem__) == [0, 1, 0, 1, 0, 0, 0, 0]
+        assert func(None, completions, answer=["x"] * 8, log_metric=metrics.__setitem__) == [0, 1, 0, 1, 0, 0, 0, 0]
         assert metrics == {
             "answer_check/timeout_fraction": 1 / 8,
             "answer_check/rejected_fraction": 1 / 8,
@@ -529,7 +741,7 @@ def test_killed_in_the_middle_of_a_check(make_checker, tmp_path: Path) -> None:
     )
     killer = threading.Thread(target=lambda: os.kill(int(wait_for(tmp_path / "pid")), signal.SIGKILL))
     killer.start()
-    assert checker.check(pairs_of("answer")) == [EQUAL]
+    assert checker.check(pairs_of("a")) == [EQUAL]
     killer.join()
 
 
@@ -545,9 +757,9 @@ def test_killed_while_idle(make_checker, tmp_path: Path) -> None:
 @pytest.mark.parametrize("death", ["os._exit(3)", "os.abort()", "bytearray(2 << 30)"])
 def test_death_and_memory_are_a_failure_of_that_answer_only(make_checker, death: str) -> None:
     checker = make_checker(
-        f"def verify(gold, answer):\n    if answer == 'die':\n        {death}\n    return True\n", num_workers=1
+        f"def verify(gold, answer):\n    if answer == 'd':\n        {death}\n    return True\n", num_workers=1
     )
-    assert checker.check(pairs_of("a", "die", "b")) == [EQUAL, Verdict.FAILED, EQUAL]
+    assert checker.check(pairs_of("a", "d", "b")) == [EQUAL, Verdict.FAILED, EQUAL]
 
 
 def test_memory_limit_is_the_workers_own(make_checker) -> None:
@@ -570,7 +782,7 @@ def test_verdicts_keep_the_order_of_their_pairs(make_checker) -> None:
     checker = make_checker(
         "def verify(gold, answer):\n    time.sleep(0.02 * (len(answer) % 3))\n    return answer.endswith('y')\n"
     )
-    answers = [letter * n + end for n in (1, 2, 3) for letter in "ab" for end in "yn"]
+    answers = [f"{letter}+{n}{end}" for n in (1, 22, 333) for letter in "ab" for end in "yn"]
     assert checker.check(pairs_of(*answers, *answers)) == [EQUAL, DIFFERENT] * 12
 
 

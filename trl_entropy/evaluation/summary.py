@@ -8,6 +8,7 @@ import torch
 
 from trl_entropy.estimators.statistics.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
 from trl_entropy.runs.directory import Measured
+from trl_entropy.tasks.answers import UNDECIDED
 
 Metrics = dict[str, Measured]
 Column = pd.Series | np.ndarray
@@ -38,12 +39,14 @@ def _counts_and_sums(samples: pd.DataFrame) -> pd.DataFrame:
         entropy_sum=lambda rows: rows["entropies"].map(np.sum),
         surprisal_sum=lambda rows: -rows["logps"].map(np.sum),
         correct_length=lambda rows: rows["length"].where(rows["correct"]),
+        undecided=lambda rows: rows["verdict"].isin([verdict.value for verdict in UNDECIDED]),
     )
     return sampled.groupby("prompt_id", sort=False).agg(
         num_samples=("sample", "size"),
         num_correct=("correct", "sum"),
         num_answer_tags=("answer_tags", "sum"),
         num_well_formed=("well_formed", "sum"),
+        num_undecided=("undecided", "sum"),
         num_clipped=("clipped", "sum"),
         num_tokens=("length", "sum"),
         entropy_sum=("entropy_sum", "sum"),
@@ -100,6 +103,7 @@ def _means(prompts: pd.DataFrame) -> Metrics:
         "answer_tags": (prompts["num_answer_tags"], samples),
         "answer_tags_any": (prompts["num_answer_tags"] > 0, one),
         "well_formed": (prompts["num_well_formed"], samples),
+        "undecided": (prompts["num_undecided"], samples),
         "clipped": (prompts["num_clipped"], samples),
         "length_mean": (tokens, samples),
         "entropy_mean": (prompts["entropy_sum"], tokens),

@@ -91,14 +91,16 @@ def _judged(rows: list[Row], settings: Settings) -> list[Row]:
         name: getattr(rewards, name)([row["prompt"] for row in rows], texts, answer=answers)
         for name in dict.fromkeys([*names, right])
     }
-    for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        answer = rewards.extract_answer(text)
+    extracted = [rewards.extract_answer(text) for text in texts]
+    verdicts = rewards.answer_verdicts(answers, extracted)
+    for place, (row, text, answer) in enumerate(zip(rows, texts, extracted, strict=True)):
         row |= {
             "extracted": None if answer is None else clean_answer(answer),
             "answer_tags": text.count(rewards.ANSWER_OPEN) == 1 == text.count(rewards.ANSWER_CLOSE)
             and answer is not None,
             "well_formed": rewards.is_well_formed(text),
             "correct": bool(given[right][place]),
+            "verdict": verdicts[place].value,
             **{name: values[place] for name, values in given.items()},
         }
     return rows

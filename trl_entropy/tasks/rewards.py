@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_entropy.tasks.answers import Verdict, clean_answer, plain_number, reject_reason, shared_checker
+from trl_entropy.tasks.answers import Verdict, clean_answer, shared_checker, unusable_reason
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,10 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 def tag_pref(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 if there is exactly one `<answer>...</answer>` and math-verify finds it equal to the gold answer, else 0.0.
+    """1.0 if there is exactly one `<answer>...</answer>` and it is equal to the gold answer, else 0.0.
+
+    Numbers are compared exactly, whatever their units and currency; `3 apples and 4 pears` is not 4. Words are equal
+    to the same words. Everything else is compared by math-verify.
 
     Args:
         prompts: Not used; part of TRL's signature.
@@ -50,7 +53,7 @@ def tag_pref(
 def tag_math_correct(
     prompts: object, completions: Sequence[Completion], completion_ids: object = None, **kwargs: Any
 ) -> list[float]:
-    """1.0 if math-verify finds the last closed `<answer>...</answer>` equal to the gold answer, else 0.0.
+    """1.0 if the last closed `<answer>...</answer>` is equal to the gold answer, else 0.0.
 
     Arguments, logged metrics and errors are the same as those of [`tag_pref`].
     """
@@ -97,6 +100,13 @@ def think_length(completion: Completion) -> int:
     return len(completion_text(completion).partition(THINK_CLOSE)[0])
 
 
+def answer_verdicts(golds: Sequence[object], answers: Sequence[str | None]) -> list[Verdict]:
+    """The verdict on each extracted answer; a missing answer (`None`) is different from every gold answer."""
+    pairs = [(gold, answer) for gold, answer in zip(golds, answers, strict=True) if answer is not None]
+    verdicts = iter(shared_checker().check(pairs))
+    return [Verdict.DIFFERENT if answer is None else next(verdicts) for answer in answers]
+
+
 def _only_answer(text: str) -> str | None:
     if text.count(ANSWER_OPEN) != 1 or text.count(ANSWER_CLOSE) != 1:
         return None
@@ -120,11 +130,9 @@ def _compare(answers: list[str | None], kwargs: dict[str, Any]) -> list[float]:
         )
     for gold in golds:
         _warn_of_unusable(clean_answer(gold))
-    pairs = [(gold, answer) for gold, answer in zip(golds, answers, strict=True) if answer is not None]
-    verdicts = iter(shared_checker().check(pairs))
-    results = [Verdict.DIFFERENT if answer is None else next(verdicts) for answer in answers]
-    _log_fractions(results, kwargs.get("log_metric"))
-    return [float(verdict is Verdict.EQUAL) for verdict in results]
+    verdicts = answer_verdicts(golds, answers)
+    _log_fractions(verdicts, kwargs.get("log_metric"))
+    return [float(verdict is Verdict.EQUAL) for verdict in verdicts]
 
 
 def _log_fractions(verdicts: list[Verdict], log_metric: Callable[[str, float], None] | None) -> None:
@@ -140,7 +148,7 @@ def _warn_of_unusable(gold: str) -> None:
     """Warn once if no completion can earn the reward of this gold answer, or only one that repeats it literally."""
     if not gold:
         logger.warning("a gold answer is empty: no completion of its prompt can earn the reward")
-    elif plain_number(gold) is None and (reason := reject_reason(gold)):
+    elif reason := unusable_reason(gold):
         logger.warning(
             "the gold answer %.80r is beyond the limits of trl_entropy.tasks.answers (%s): only a completion that "
             "repeats it literally earns the reward",

@@ -1,5 +1,5 @@
 """
-Limits on an answer's text, and on its size when it is evaluated, within which math-verify needs milliseconds.
+Limits on a text and its value within which math-verify needs milliseconds and reads the whole text.
 
 Which form an answer must have to earn a reward, `tasks/rewards.py` says.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from typing import NamedTuple
+
+from trl_entropy.tasks.answers.phrases import has_prose
 
 MAX_CHARS = 256
 MAX_DIGIT_CHARS = 120  # all digits of the text together
@@ -20,13 +22,14 @@ MAX_DEGREE = 100.0  # of the largest polynomial that the text can expand to
 MAX_TERMS = 300.0  # of that polynomial
 
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
-# Commands with a bounded amount of work; not integrals, sums, limits, determinants or operator names.
+# Commands with a bounded amount of work; not integrals, sums, limits, determinants, operator names or dots, which
+# math-verify drops.
 _COMMAND_NAMES = """
-frac dfrac tfrac cfrac sqrt binom dbinom tbinom cdot cdots times div pm mp left right mleft mright text textbf
+frac dfrac tfrac cfrac sqrt binom dbinom tbinom cdot times div pm mp left right mleft mright text textbf
 textit textrm textnormal mathrm mathbf mathit mathbb mathcal mathsf mbox boxed fbox rm displaystyle textstyle pi
 infty in notin cup cap setminus emptyset varnothing leq le geq ge leqslant geqslant lt gt neq ne approx equiv
 sim to rightarrow percent circ degree angle triangle quad qquad sin cos tan cot sec csc arcsin arccos arctan log
-ln lg exp overline underline bar vec hat tilde overrightarrow begin end ldots dots lfloor rfloor lceil rceil
+ln lg exp overline underline bar vec hat tilde overrightarrow begin end lfloor rfloor lceil rceil
 lvert rvert vert lVert rVert langle rangle mid gcd lcm mod pmod bmod prime ast star land lor wedge vee perp
 parallel cong subset subseteq lbrace rbrace lbrack rbrack big Big alpha beta delta epsilon varepsilon zeta
 eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Delta Theta
@@ -36,6 +39,8 @@ _COMMANDS = frozenset(_COMMAND_NAMES.split())
 _MATRICES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix"})
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _ROW_END = re.compile(r"\\\\")
+# math-verify joins numbers that stand side by side, reads `1,2,...,n` as 1.2, and rounds decimals to six places
+_MISREAD = re.compile(r"(?<!_)(?<!frac)(?<!frac )(?<!binom )[0-9]\.?\s+[0-9]|\.\.|…|(?<![0-9])0*\.0{5}")
 _REMOVED = re.compile(r"\\!\s*|\\?\$|[\"']|\\displaystyle")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}")
 
@@ -53,6 +58,10 @@ def reject_reason(text: str) -> str | None:
     text = _REMOVED.sub("", text)  # as math-verify does: `\in"t` becomes an integral
     if not _known_commands(text):
         return "command"
+    if has_prose(text, min_letters=4):  # math-verify reads a word as a product of its letters
+        return "words"
+    if _MISREAD.search(text):
+        return "misread"
     bound = _SizeBound(text).of_text()
     too_large = bound.digits > MAX_DIGITS or bound.degree > MAX_DEGREE or bound.log_terms > math.log(MAX_TERMS)
     return "size" if too_large else None

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import enum
-import re
-from fractions import Fraction
+import functools
 
-from trl_entropy.tasks.answers.limits import reject_reason
+from trl_entropy.tasks.answers.limits import MAX_CHARS, reject_reason
+from trl_entropy.tasks.answers.phrases import (
+    Phrase,
+    numbers_of,
+    read_phrase,
+    same_phrase,
+    without_formatting,
+    without_words_around,
+)
 
 
 class Verdict(enum.Enum):
@@ -19,26 +26,20 @@ class Verdict(enum.Enum):
     FAILED = "failed"  # the worker died or ran out of memory, and so did a new one
 
 
-# At most 15 digits, six of them decimals: math-verify rounds floats to six decimals, so exact comparison agrees with
-# it.
-_PLAIN_NUMBER = re.compile(
-    r"\$?(?P<sign>-?)(?P<value>(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?:\.[0-9]{0,6})?|\.[0-9]{1,6})"
-)
+UNDECIDED = (Verdict.TIMEOUT, Verdict.FAILED)
+
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–−", "-"))
 
 
 def clean_answer(answer: object) -> str:
     """The text to compare: `None` is empty, whitespace is collapsed, bold markers (`**72**`) and a plus removed."""
     text = "" if answer is None else " ".join(str(answer).split())
-    return text.strip("* ").lstrip("+ ").replace("−", "-")
+    return text.strip("* ").lstrip("+ ").translate(_DASHES)
 
 
-def plain_number(text: str) -> Fraction | None:
-    """The exact value of an integer or decimal such as `72`, `-1,234.50` or `$5`; `None` for other texts."""
-    match = _PLAIN_NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    value = Fraction("0" + match["value"].replace(",", "").rstrip("."))
-    return -value if match["sign"] else value
+def expression(text: str) -> str:
+    """What math-verify is given of a cleaned text: no formatting, and no words before and after."""
+    return without_words_around(without_formatting(text))
 
 
 def quick_verdict(gold: str, answer: str) -> Verdict | None:
@@ -47,9 +48,28 @@ def quick_verdict(gold: str, answer: str) -> Verdict | None:
         return Verdict.DIFFERENT
     if gold == answer:
         return Verdict.EQUAL
-    gold_number, answer_number = plain_number(gold), plain_number(answer)
-    if gold_number is not None and answer_number is not None:
-        return Verdict.EQUAL if gold_number == answer_number else Verdict.DIFFERENT
-    if reject_reason(gold) or reject_reason(answer):
+    if max(len(gold), len(answer)) > MAX_CHARS:
+        return Verdict.REJECTED
+    (gold_text, gold_phrase), (answer_text, answer_phrase) = _read(gold), _read(answer)
+    if gold_text == answer_text:
+        return Verdict.EQUAL
+    if gold_phrase and answer_phrase:
+        return Verdict.EQUAL if same_phrase(gold_phrase, answer_phrase) else Verdict.DIFFERENT
+    if gold_phrase and not numbers_of(gold_phrase):
+        return Verdict.DIFFERENT  # only the same words are equal to words
+    if reject_reason(expression(gold)) or reject_reason(expression(answer)):
         return Verdict.REJECTED
     return None
+
+
+def unusable_reason(gold: str) -> str | None:
+    """Why only an answer that repeats a cleaned gold answer literally is equal to it, else `None`."""
+    if len(gold) > MAX_CHARS:
+        return reject_reason(gold)
+    return None if _read(gold)[1] else reject_reason(expression(gold))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _read(text: str) -> tuple[str, Phrase | None]:
+    plain = without_formatting(text)
+    return plain, read_phrase(plain)

@@ -7,46 +7,37 @@ again. It ends when its standard input closes, which also happens when the proce
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
 import os
-import re
 import resource
 import runpy
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
-_MATH_ENVIRONMENT = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
-_PROSE = re.compile(r"(?<!\S)(?!(?:and|sqrt|sin|cos|tan|cot|sec|csc|log|exp|inf)\b)[A-Za-z]{3,}(?![^\s.,:;!?])")
+# Differences below 10 to the minus this count as zero; the limits exclude numbers that small
+_NUM_DIGITS = 1000
 
 
 def math_verify_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two cleaned answers equal. Without limits on time and memory: only for the worker."""
+    """Whether math-verify finds two expressions equal. Without limits on time and memory: only for the worker."""
     from math_verify import verify
     from sympy.core.random import seed
 
     seed(0)  # simplify tests some identities at random points
-    return verify(_parse(gold), _parse(answer), timeout_seconds=None)
+    return verify(_parse(gold), _parse(answer), numeric_precision=_NUM_DIGITS, timeout_seconds=None)
 
 
 def _parse(text: str) -> list:
-    """What math-verify extracts from an answer.
+    """What math-verify reads as LaTeX; nothing if it cannot read the whole text, of which it would pick a number."""
+    from math_verify import LatexExtractionConfig, parse
 
-    math-verify reads LaTeX only inside a math environment and elsewhere looks for numbers: of a bare `2x+3` it reads
-    2. An answer is therefore put into an environment, unless it has one or is prose, where the last number counts (`72
-    dollars`).
-    """
-    from math_verify import parse
-
-    read = functools.partial(parse, fallback_mode="no_fallback", parsing_timeout=None)
-    if _MATH_ENVIRONMENT.search(text):
-        return read(text)
-    if "\\" not in text and _PROSE.search(text):
-        return read(text) or read(f"${text}$")
-    return read(f"${text}$")
+    normalization = replace(LatexExtractionConfig().normalization_config, units=False)  # of `3ab` it would drop `ab`
+    config = LatexExtractionConfig(normalization_config=normalization)
+    return parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
 
 
 def _load_verify(path: str | None) -> Callable[[str, str], bool]:
