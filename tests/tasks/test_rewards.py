@@ -304,10 +304,8 @@ def test_math_verify_is_asked() -> None:
 
 
 def test_only_right_answers_earn_the_reward() -> None:
-    for pairs, expected in (
-        (EXACT_ANSWERS + EQUAL_ANSWERS, 1.0),
-        (NOT_EXACT_ANSWERS + DIFFERENT_ANSWERS, 0.0),
-    ):
+    right, wrong = EXACT_ANSWERS + EQUAL_ANSWERS, NOT_EXACT_ANSWERS + DIFFERENT_ANSWERS
+    for pairs, expected in ((right, 1.0), (wrong, 0.0)):
         golds, answers = zip(*pairs, strict=True)
         assert set(tag_pref(None, [answered(answer) for answer in answers], answer=golds)) == {expected}
 
@@ -341,7 +339,7 @@ def last_calculation(solution: str, answer: str) -> list[str]:
     if number is None or float(number[0].replace(",", "")) != float(answer):
         return []
     text = prefix + after
-    word = re.match(r"\D*[\d.,]+(:00)?(\S+| \S\S+|)", text)[0]
+    word = re.match(r"\D*[\d.,]+(:00)?(\S+| [^\s\d]{2,}(?=\s|$)|)", text)[0]
     clause = re.match(r"\D*[\d.,]+(:00)?[^\d\n]*?(?=[.!?;](\s|$)|\s\S*\d|\n|$)", text)[0]
     return [prefix + number[0], word, clause]
 

@@ -51,7 +51,7 @@ def quick_verdict(gold: str, answer: str) -> Verdict | None:
     if max(len(gold), len(answer)) > MAX_CHARS:
         return Verdict.REJECTED
     (gold_text, gold_phrase), (answer_text, answer_phrase) = _read(gold), _read(answer)
-    if gold_text == answer_text:
+    if gold_text and gold_text == answer_text:
         return Verdict.EQUAL
     if gold_phrase and answer_phrase:
         return Verdict.EQUAL if same_phrase(gold_phrase, answer_phrase) else Verdict.DIFFERENT
