@@ -21,8 +21,10 @@ def largest_deviation(expected: list[dict], got: list[dict]) -> tuple[float, str
         for key, value in one.items():
             if key.startswith(CLOCKS) or any(part in key for part in ILL_CONDITIONED):
                 continue
-            if key == "entropy/attribution_rounding":  # relative to the parts
-                assert max(abs(value), abs(two[key])) < max(1e-5, rounding / abs(one["entropy/delta_linear"]))
+            if (
+                key == "entropy/attribution_rounding"
+            ):  # relative to the parts; 4e-5 on one kind of CPU, 1e-5 on another
+                assert max(abs(value), abs(two[key])) < max(1e-4, rounding / abs(one["entropy/delta_linear"]))
             elif key.endswith("gradient_error"):
                 assert max(value, two[key]) < 1e-4  # nothing but rounding
             elif value is None:  # nan: there is no such pair of completions
