@@ -2,7 +2,7 @@
 The run directory: everything that a run leaves is written here and read here.
 
     runs/<name>/  config.yaml  environment.json  metrics.jsonl (one line a step)  tensorboard/  checkpoint-N/
-                  completions/  probes/<probe>/step_000012.safetensors  report/
+                  completions/  probes/<probe>/step_000012.safetensors  probes/tokenizer.json  report/
                   evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
                                 prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
 
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from trl_entropy.runs.metrics import unit
-from trl_entropy.runs.strict_json import Json, Row, from_line, to_line
+from trl_entropy.runs.reading import read_csv_lines, read_json_lines, reading
+from trl_entropy.runs.strict_json import Json, Row, to_line
 
 _PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
 _LATER = "added_later"  # marks a line of metrics.jsonl that belongs to an earlier one
@@ -73,6 +74,8 @@ class RunDirectory:
         self.evaluation_path = self.path / "evaluation" / "metrics.csv"
         self.tensorboard_path = self.path / "tensorboard"
         self.report_path = self.path / "report"
+        self.tokenizer_path = self.path / "probes" / "tokenizer.json"
+        self.unreadable_lines: dict[Path, list[int]] = {}  # of each file as it was last read, from 1
 
     # ---- writer
 
@@ -161,6 +164,10 @@ class RunDirectory:
                 old.unlink()
         return target
 
+    def write_tokenizer(self, text: str) -> None:
+        """Write `probes/tokenizer.json`, by which readers of the probe files know the texts of their token ids."""
+        self._replace(str(self.tokenizer_path.relative_to(self.path)), text)
+
     def cut_after(self, step: int) -> None:
         """Delete what was written about steps after `step`, from which a run resumes: no step is logged twice."""
         if self.metrics_path.exists():
@@ -185,27 +192,26 @@ class RunDirectory:
                 file.write(b"\n")
 
     def _replace(self, name: str, text: str) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.tmp"
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+        temporary.replace(target)
 
     # ---- reader
 
     def metrics(self) -> list[Row]:
         """
-        The lines of `metrics.jsonl` in order of step, nan and infinities restored. An incomplete line is skipped; of
+        The lines of `metrics.jsonl` in order of step, nan and infinities restored. A line that cannot be read is left
+        out, and its number stands in `unreadable_lines`: the run was killed inside it, or is writing it now. Of
         several lines of one step the last counts, joined by what was added later.
         """
         if not self.metrics_path.exists():
             return []
+        lines, self.unreadable_lines[self.metrics_path] = read_json_lines(self.metrics_path)
         rows: dict[int, Row] = {}
         added: dict[int, Row] = defaultdict(dict)
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = from_line(line)
-            except json.JSONDecodeError:
-                continue  # the run was killed inside this line, or is writing it now
+        for row in lines:
             if row.pop(_LATER, False):
                 added[row["step"]] |= row
             else:
@@ -213,11 +219,13 @@ class RunDirectory:
         return [rows[step] | added.get(step, {}) for step in sorted(rows)]
 
     def evaluation(self) -> list[Row]:
-        """The rows of `evaluation/metrics.csv` in order of step, with numbers parsed."""
+        """
+        The rows of `evaluation/metrics.csv` in order of step, with numbers parsed. A line that is cut is left out, and
+        its number stands in `unreadable_lines`.
+        """
         if not self.evaluation_path.exists():
             return []
-        with open(self.evaluation_path, newline="", encoding="utf-8") as file:
-            rows = [{name: _number(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
+        rows, self.unreadable_lines[self.evaluation_path] = read_csv_lines(self.evaluation_path)
         return sorted(rows, key=lambda row: row["step"])
 
     def checkpoint_folder(self, step: int) -> Path:
@@ -227,12 +235,18 @@ class RunDirectory:
     def checkpoint_summary(self, step: int) -> CheckpointSummary | None:
         """Settings and metrics of an evaluated checkpoint; None if it has not been evaluated."""
         path = self.checkpoint_folder(step) / CHECKPOINT_SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _summary_in(path) if path.exists() else None
 
     def checkpoint_summaries(self) -> list[CheckpointSummary]:
         """The summaries of all evaluated checkpoints in order of step."""
         paths = sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [_summary_in(path) for path in paths]
+
+
+def _summary_in(path: Path) -> CheckpointSummary:
+    with reading(path):
+        summary: CheckpointSummary = json.loads(path.read_text(encoding="utf-8"))
+        return summary | {"metrics": dict(summary["metrics"])}
 
 
 def _row_of_checkpoint(summary: CheckpointSummary) -> Row:
@@ -308,13 +322,3 @@ def _plain(value: object) -> object:
 
 def _plain_items(values: Mapping) -> dict[str, object]:
     return {str(key): _plain(item) for key, item in values.items()}
-
-
-def _number(text: str) -> float | str:
-    """`text` as an int, else as a float, else as it is."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

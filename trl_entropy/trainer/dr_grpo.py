@@ -82,7 +82,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
         self.probe_batches = ProbeBatches(self, self.step_prompts)
-        self.probe_runner.attach(self, self.probe_batches, ProbeFiles(args, self.accelerator, self._get_learning_rate))
+        files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
+        self.probe_runner.attach(self, self.probe_batches, files)
         self._log_window.attach(self)
         self._token_control = None
         if args.token_control != "none":
