@@ -50,7 +50,10 @@ def distinct(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises:
         ValueError: when two of them have the same name, by which tables and legends tell runs apart.
     """
-    found = list({Path(path).resolve(): Path(path) for path in paths}.values())
+    by_place: dict[Path, Path] = {}
+    for path in paths:
+        by_place.setdefault(Path(path).resolve(), Path(path))
+    found = list(by_place.values())
     names = [path.resolve().name for path in found]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -90,7 +93,7 @@ def _flat(config: Json) -> Json:
 def _settings_text(config: Json, names: Sequence[str]) -> str:
     shown = [f"{name} {str(config.get(name))[:_LONGEST_VALUE]}" for name in names[:_MOST_SETTINGS]]
     more = len(names) - len(shown)
-    return ", ".join([*shown, *([f"{more} other settings"] if more else [])])
+    return ", ".join([*shown, *([f"{more} more"] if more else [])])
 
 
 def over_runs(steps: pd.DataFrame, key: str) -> pd.DataFrame:

@@ -24,7 +24,7 @@ import pandas as pd
 from trl_entropy.analysis.tokens import token_table
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import unit
-from trl_entropy.runs.reading import UnreadableFile, reading
+from trl_entropy.runs.reading import UnreadableFile, check_last_line, reading
 from trl_entropy.runs.strict_json import Json, Row
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ class Run:
         for summary in self._directory.checkpoint_summaries():
             path = self._directory.checkpoint_folder(summary["step"]) / name
             with reading(path):
-                table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+                table = _table_in(path)
             table.insert(0, "step", summary["step"])
             tables.append(table)
         return _concatenated(tables)
@@ -362,6 +362,14 @@ def _mapping_in(path: Path, parse: Callable[[str], object]) -> Json:
         if not isinstance(found, dict):
             raise ValueError("it holds no names with values")
     return found
+
+
+def _table_in(path: Path) -> pd.DataFrame:
+    """The table in a file of Parquet or CSV."""
+    if path.suffix != ".csv":
+        return pd.read_parquet(path)
+    check_last_line(path)
+    return pd.read_csv(path)
 
 
 def _concatenated(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

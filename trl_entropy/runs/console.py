@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import warnings
@@ -83,9 +84,17 @@ class ConsoleProgress(ProgressCallback):
 
 
 def describe_evaluation(row: Row) -> str:
-    """One line: pass@1 if the run has the reward whose mean it is, else the mean reward; then the entropy."""
-    quality = f"pass@1 {row[PASS_AT_1]:.3f}" if PASS_AT_1 in row else f"reward {row['reward']:.3f}"
-    return f"{quality}, entropy {row['entropy']:.3f} nats/token"
+    """
+    One line: pass@1 if the run has the reward whose mean it is, else the mean reward; then the entropy. What the row
+    lacks, or has without a value, is nan.
+    """
+    quality, entropy = (row.get(key) for key in (PASS_AT_1 if PASS_AT_1 in row else "reward", "entropy"))
+    named = "pass@1" if PASS_AT_1 in row else "reward"
+    return f"{named} {_or_nan(quality):.3f}, entropy {_or_nan(entropy):.3f} nats/token"
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def quiet_libraries() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from trl_entropy.analysis.comparison import over_runs
 from trl_entropy.analysis.plots.axes import (
@@ -164,5 +165,6 @@ def plot_runs(axes: Axes, steps: pd.DataFrame, key: str) -> Axes:
         mean = over_runs(given, key)
         axes.plot(mean.index, mean["mean"], color="black", lw=1.6, label="mean, 95 % over runs")
         axes.fill_between(mean.index, mean["low"], mean["high"], color="black", alpha=0.12, lw=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="optimizer step", ylabel=with_unit(key), xlim=limits[0], ylim=limits[1])
     return finished(axes)
