@@ -50,6 +50,24 @@ def test_settings_in_words():
     assert differing_settings({"a": {}, "b": {}}) == {"a": "", "b": ""}
 
 
+def test_values_that_read_alike_are_told_apart():
+    long = "/a/long/path" * 10
+    configs = {name: {"data": start + long} for name, start in (("a", "x"), ("b", "y"), ("c", "x"))}
+    texts = differing_settings(configs)
+    assert texts["a"] == texts["c"] != texts["b"] and texts["b"] == f"{texts['a']} (2)"
+
+
+def test_values_of_which_one_begins_with_another_need_no_number():
+    assert differing_settings({"a": {"lr": 0.15}, "b": {"lr": 0.1}}) == {"a": "lr 0.15", "b": "lr 0.1"}
+
+
+def test_where_an_embedded_model_lies_is_no_setting_where_the_model_is_named():
+    configs = {seed: {"seed": seed, "model_config": {"_name_or_path": f"cache/{seed}"}} for seed in ("0", "1")}
+    assert differing_settings(configs)["0"] == "model_config._name_or_path cache/0"
+    named = {seed: config | {"model_name_or_path": "embedded"} for seed, config in configs.items()}
+    assert set(differing_settings(named).values()) == {""}
+
+
 def test_one_run_given_twice_counts_once(tmp_path):
     run = a_run(tmp_path / "run")
     (tmp_path / "link").symlink_to(run)

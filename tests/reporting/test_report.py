@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from trl_entropy.analysis.run import load_run
 from trl_entropy.report import main
 from trl_entropy.reporting import sections
 from trl_entropy.reporting.page import plain, render
@@ -199,6 +200,13 @@ def test_a_summary_of_an_evaluation_that_is_cut_costs_the_evaluation_alone(real_
     text = text_of(write_page([run], tmp_path / "page.html"))
     assert f"Evaluation across checkpoints of damaged is left out: {summary} cannot be read" in text
     assert "Which tokens changed the entropy" in text and "How completions influence one another" in text
+
+
+def test_settings_that_are_cut_in_any_line_are_no_settings(real_run, tmp_path):
+    """A part of a YAML text is YAML too."""
+    (tmp_path / "config.yaml").write_text("beta: 0.0\nlearning_rate: 0.00")
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read: it is cut or damaged"):
+        assert load_run(tmp_path).config
 
 
 @pytest.mark.parametrize("topic", [topic.title for topic in sections._TOPICS])

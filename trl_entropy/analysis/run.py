@@ -132,9 +132,7 @@ class Run:
         if numbers := self._directory.unreadable_lines.get(path):
             lines = f"line{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers[:8]))}"
             more = ", ..." if len(numbers) > 8 else ""
-            self._leave_out(
-                f"{path}: {lines}{more} cannot be read and is left out; the run was killed or still writes."
-            )
+            self._leave_out(f"{path}: left out is {lines}{more}, cut when the run was killed or not written yet.")
 
     def _read_parquets(self, paths: list[Path]) -> Iterator[pd.DataFrame]:
         """The tables that can be read; the newest may be incomplete, since TRL does not write it in one step."""
@@ -358,6 +356,8 @@ def _mapping_in(path: Path, parse: Callable[[str], object]) -> Json:
     if not path.exists():
         return {}
     with reading(path):
+        if path.suffix == ".yaml":  # a part of YAML is YAML too
+            check_last_line(path)
         found = parse(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it holds no names with values")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,7 +159,7 @@ def plot_runs(axes: Axes, steps: pd.DataFrame, key: str) -> Axes:
         return nothing(axes, f"No step of these runs has {key}.")
     given = given if "settings" in given else given.assign(settings="")
     for ((run, settings), rows), (color, marker) in zip(given.groupby(["run", "settings"]), itertools.cycle(SERIES)):
-        label = ", ".join(filter(None, [str(run), str(settings)]))
+        label = textwrap.fill(", ".join(filter(None, [str(run), str(settings)])), 44)
         axes.plot(rows["step"], rows[key], color=color, marker=marker, ms=2, lw=0.7, alpha=0.7, label=label)
     limits = axes.get_xlim(), axes.get_ylim()
     if given["settings"].nunique() == 1 and given["run"].nunique() > 1:
