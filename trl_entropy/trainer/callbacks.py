@@ -16,6 +16,7 @@ from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.engine.ranks import any_rank
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
+from trl_entropy.runs.strict_json import Row
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,13 @@ class RunLogCallback(TrainerCallback):
 
     Attributes:
         settings: settings beside the training arguments (task, model), to be written to `config.yaml` too.
+        values: what the present log line has of TRL's metrics, nan included, where TRL logs None.
     """
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
+        self.values: Mapping[str, float] = {}
+        self._row: Row | None = None  # of a step whose line is not written yet
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,9 +57,27 @@ class RunLogCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or not hasattr(self, "run"):
             return
         if any(name.startswith("eval_") for name in logs):
-            self.run.append_evaluation(state.global_step, *evaluation_of(logs))
-        elif "loss" in logs:  # not the summary at the end of training, which belongs to no step
-            self.run.append_metrics(state.global_step, logs)
+            self.run.append_evaluation(state.global_step, *evaluation_of({**logs, **self.values}))
+        elif self._row is not None:  # not the summary at the end of training, which belongs to no step
+            self._write_row(state, {name: value for name, value in logs.items() if name not in self.values})
+
+    def step_done(self, state: TrainerState, row: Row, is_logged: bool) -> None:
+        """
+        Write the line of a step, at once or with what else its log line has.
+
+        Args:
+            is_logged: whether `on_log` will be called for this step.
+        """
+        if not state.is_world_process_zero:
+            return
+        self._row = row
+        if not is_logged:
+            self._write_row(state, {})
+
+    def _write_row(self, state: TrainerState, others: Row) -> None:
+        assert self._row is not None
+        row, self._row = self._row, None
+        self.run.append_metrics(state.global_step, {**others, **row})
 
     def add_later(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to a step whose line has already been written; on the main process only."""
