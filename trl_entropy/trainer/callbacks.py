@@ -40,7 +40,7 @@ class RunLogCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self.run = RunDirectory(args.output_dir)
+        self.run, self._has_written = RunDirectory(args.output_dir), False
         model = kwargs["model"]
         self.run.write_config({**self.settings, **args.to_dict(), "model_config": model.config.to_dict()})
         self.run.write_environment(
@@ -77,6 +77,10 @@ class RunLogCallback(TrainerCallback):
     def _write_row(self, state: TrainerState, others: Row) -> None:
         assert self._row is not None
         row, self._row = self._row, None
+        if not self._has_written:  # another process may have begun in the same directory meanwhile
+            self._has_written = True
+            if any(written["step"] >= state.global_step for written in self.run.metrics()):
+                self.run.check_unused()
         self.run.append_metrics(state.global_step, {**others, **row})
 
     def add_later(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -95,16 +99,24 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received = False
+        self._listens = False
         self._previous: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.received = False
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            self._previous, self._listens = signal.signal(signal.SIGTERM, self._on_signal), True
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self.received = True
+
+    def give_back(self) -> None:
+        """Give the signal back to whoever had it before training; called when training ends, however it does."""
+        if self._listens:
+            self._listens = False
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -121,6 +133,4 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        self.give_back()  # before the evaluations that are left are waited for

@@ -79,7 +79,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             callbacks=callbacks or (),
         )
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
-        own = [self.run_log, StopOnSignal(), self.probe_runner, self._step_log, *_toggled(args)]
+        self._stop_on_signal = StopOnSignal()
+        own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
         self.probe_batches = ProbeBatches(self, self.step_prompts)
@@ -148,6 +149,10 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.step_prompts.reset()
         self._step_log.reset()
         self.probe_runner.reset()
+
+    def end_training(self) -> None:
+        super().end_training()
+        self._stop_on_signal.give_back()
 
     def state_owners(self) -> dict[str, StateOwner]:
         owners = super().state_owners()
