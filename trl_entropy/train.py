@@ -97,8 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         task, args, model = parse(argv)
-        settings = contract_settings(args)
-        checkpoints.check_before_loading(args.resume_from_checkpoint, Path(args.output_dir), settings)
+        settings = contract_settings(args, reward_funcs=task.reward_funcs, dtype=None)
+        checkpoints.check_before_loading(
+            args.resume_from_checkpoint, Path(args.output_dir), settings, args.resume_allow_changes
+        )
     except (ValueError, ImportError) as error:
         sys.exit(f"Error in the settings: {one_line(error)}.")
     if int(os.environ.get("RANK", "0")) > 0:
