@@ -98,11 +98,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         task, args, model = parse(argv)
         settings = contract_settings(args, reward_funcs=task.reward_funcs, dtype=None)
-        checkpoints.check_before_loading(
+        found = checkpoints.check_before_loading(
             args.resume_from_checkpoint, Path(args.output_dir), settings, args.resume_allow_changes
         )
     except (ValueError, ImportError) as error:
         sys.exit(f"Error in the settings: {one_line(error)}.")
+    if found and not args.additional_steps and checkpoints.is_finished(found, args.max_steps, args.num_train_epochs):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(checkpoints.describe_finished(found))
+        return
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger("trl_entropy").setLevel(logging.WARNING)
     else:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.checkpoints import CheckpointError
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.strict_json import to_line
 
 EVERY_PROBE = {
     "entropy_probe": True,
@@ -53,7 +54,9 @@ def flat(model):
 
 
 def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
+    """As lines of JSON, in which nan equals nan."""
+    kept = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
+    return [json.loads(to_line(row)) for row in kept]
 
 
 def train(make_trainer, folder, stop_after=None, resume=None, lora=False, **settings):

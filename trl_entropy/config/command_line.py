@@ -40,11 +40,8 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
         )
     check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
     check_model(model)
-    if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
-        raise ValueError(
-            f"{args.output_dir} already holds a run. Choose another --output_dir, continue it with "
-            "--resume_from_checkpoint, or move it away."
-        )
+    if args.resume_from_checkpoint is None:
+        RunDirectory(args.output_dir).check_unused()
     return task, args, model
 
 

@@ -39,7 +39,13 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
             "the whole batch (batch), or not at all (none)."
         },
     )
-    logging_steps: float = field(default=1, metadata={"help": "Number of optimizer steps between two log lines."})
+    logging_steps: float = field(
+        default=1,
+        metadata={
+            "help": "Number of optimizer steps between two log lines of trackers and callbacks. metrics.jsonl has a "
+            "line for each step."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are NaN or infinite out of the logs."}
     )

@@ -218,6 +218,28 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Change
     return differing | {name: values for name, values in others.items() if values[0] != values[1]}
 
 
+def is_finished(path: Path, max_steps: int, num_train_epochs: float) -> bool:
+    """
+    Whether the training that a checkpoint belongs to has made all its steps.
+
+    Args:
+        max_steps, num_train_epochs: how long the training is meant to be; the epochs count if `max_steps` is not above
+            0, as in transformers.
+    """
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    if max_steps > 0:
+        return state["global_step"] >= max_steps
+    return state["epoch"] >= num_train_epochs - 1e-9  # a quotient of steps
+
+
+def describe_finished(path: Path) -> str:
+    """What to say instead of training."""
+    return (
+        f"{path.parent} is already finished: {path.name} is its last step. Nothing was trained, and nothing written. "
+        "To train longer, set additional_steps."
+    )
+
+
 def fingerprint(texts: Iterable[str]) -> str:
     """A hash of texts in their order."""
     digest = hashlib.sha256()

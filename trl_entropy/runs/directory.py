@@ -78,6 +78,20 @@ class RunDirectory:
         self.tensorboard_path = self.path / "tensorboard"
         self.report_path = self.path / "report"
 
+    def check_unused(self) -> None:
+        """
+        Refuse a directory that a run which begins anew would mix its own files into.
+
+        Raises:
+            ValueError: saying what to do.
+        """
+        if rows := self.metrics():
+            raise ValueError(
+                f"{self.path} already holds a run of {rows[-1]['step']} step(s). Choose another output_dir, move it "
+                "away, or continue it: --resume_from_checkpoint latest, in a script "
+                'train(resume_from_checkpoint="latest").'
+            )
+
     # ---- writer
 
     def write_config(self, config: Mapping[str, object]) -> None:

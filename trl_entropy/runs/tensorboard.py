@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from trl_entropy.runs.trackers import shown
+
 MULTILINE, MARGIN = "Multiline", "Margin"
 Layout = dict[str, dict[str, list]]
 
@@ -107,5 +109,5 @@ def add_later(callbacks: Iterable[TrainerCallback], step: int, metrics: Mapping[
     """Have TensorBoard show numbers of an earlier step."""
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            for name, value in metrics.items():
+            for name, value in shown(metrics).items():
                 callback.tb_writer.add_scalar(_tag(name), value, step)

@@ -30,8 +30,9 @@ from trl_entropy.rollouts.batch import TrainingBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.generation import answer_end, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
-from trl_entropy.runs import tensorboard
+from trl_entropy.runs import tensorboard, trackers
 from trl_entropy.runs.console import printing_plain_text
+from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
@@ -39,8 +40,8 @@ from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.model_card import PAPER, name_base_model
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
+from trl_entropy.trainer.step_log import StepLog, end_evaluation
 from trl_entropy.trainer.step_prompts import StepPrompts
-from trl_entropy.trainer.training_state import LogWindow
 
 
 class DrGRPOTrainer(PromptSelectingTrainer):
@@ -77,13 +78,14 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             prompts_from_environment=data.get("environment_factory") is not None,
             callbacks=callbacks or (),
         )
-        self.run_log, self.probe_runner, self._log_window = RunLogCallback(), ProbeRunner(), LogWindow()
-        own = [self.run_log, StopOnSignal(), self.probe_runner, self._log_window, *_toggled(args)]
+        self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
+        self._stop_on_signal = StopOnSignal()
+        own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
         self.probe_batches = ProbeBatches(self, self.step_prompts)
         self.probe_runner.attach(self, self.probe_batches, ProbeFiles(args, self.accelerator, self._get_learning_rate))
-        self._log_window.attach(self)
+        self._step_log.attach(self)
         self._token_control = None
         if args.token_control != "none":
             self._token_control = TokenControl(args, self.accelerator, self._score_as_trl)
@@ -119,7 +121,17 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        row = self._step_log.end_step(grad_norm, kwargs.get("learning_rate"))
+        if row is not None:
+            self.run_log.step_done(self.state, row, is_logged=self.control.should_log)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        training = self.model.training
+        values = self._step_log.end_line() if training else end_evaluation(self, evaluation_of(logs)[1])
+        self.run_log.values = values
+        trackers.show_numbers_only(self.callback_handler.callbacks)
         with printing_plain_text():
             super().log(logs, start_time)
 
@@ -135,20 +147,25 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self._statistics = StepStatistics(self.accelerator.device)
         self._controlled = None
         self.step_prompts.reset()
-        self._log_window.reset()
+        self._step_log.reset()
         self.probe_runner.reset()
+
+    def end_training(self) -> None:
+        super().end_training()
+        self._stop_on_signal.give_back()
 
     def state_owners(self) -> dict[str, StateOwner]:
         owners = super().state_owners()
         return owners | {
             "step_prompts": self.step_prompts,
-            "log_window": self._log_window,
+            "step_log": self._step_log,
             "probes": self.probe_runner,
         }
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with contextlib.ExitStack() as self._around_micro_batch:
             loss = super().training_step(*args, **kwargs)
+        self._step_log.add_loss(loss)
         if self.accelerator.sync_gradients:
             self.probe_runner.gradients_ready()
         return loss

@@ -6,13 +6,17 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -26,6 +30,8 @@ from trl_entropy.trainer import training_state
 from trl_entropy.trainer.curriculum import PassRateSampler
 from trl_entropy.trainer.fingerprints import adapter_settings, data_fingerprint, model_fingerprint
 from trl_entropy.trainer.training_state import GenerationWindow
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -42,23 +48,46 @@ class ResumableTrainer(GRPOTrainer):
         """Called when `train()` begins, before a checkpoint is loaded: forget what an exception has left half done."""
         GenerationWindow(self).reset()
 
+    def end_training(self) -> None:
+        """Called when `train()` ends, with an exception too."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As [`~transformers.Trainer.train`]; on a CPU a resumed run equals an uninterrupted one bit for bit.
+
+        A run that is resumed after its last step is left as it is; the model gets the checkpoint's weights.
 
         Args:
             resume_from_checkpoint: path of a complete checkpoint; `"latest"` or True: the newest one in `output_dir`,
                 or the beginning if no step has been logged there; `"latest_or_new"`: the newest one, or the beginning.
 
         Raises:
+            ValueError: if `output_dir` holds a run already, which is not resumed.
             CheckpointError: if the checkpoint is incomplete, damaged, or of another run.
             OtherRankFailed: if another process has failed first; that process raises its own exception.
         """
         with ending_together(self.accelerator):
-            checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+            checkpoint, is_finished = self._checked_checkpoint(resume_from_checkpoint)
+            if checkpoint is not None and is_finished:
+                return self._leave_finished(checkpoint)
             self._prepare_run(checkpoint, resumes=bool(resume_from_checkpoint))
             self.begin_training()
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            try:
+                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            finally:
+                self.end_training()
+
+    def _leave_finished(self, checkpoint: Path) -> TrainOutput:
+        """What `train()` does after the last step: only load what it would have trained."""
+        told = checkpoints.describe_finished(checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # whose weights are loaded inside of `train()`
+            told += " The trainer's model still has the weights that it was made with."
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        if self.is_world_process_zero():
+            logger.warning(told)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _prepare_run(self, checkpoint: Path | None, resumes: bool) -> None:
         """Make settings, metrics and TensorBoard continue after the checkpoint's step."""
@@ -74,19 +103,25 @@ class ResumableTrainer(GRPOTrainer):
             if self.is_world_process_zero():
                 tensorboard.continue_after(self.callback_handler.callbacks, step)
 
-    def _checked_checkpoint(self, resume_from: str | bool | None) -> Path | None:
-        """The checkpoint to resume from, the same on all ranks and checked to be of this run; None: none."""
-        self._allowed_changes: checkpoints.Changes = {}
-        found: list[str | None] = [None]
-        with rank_symmetric(self.accelerator, "reading the checkpoint"):
+    def _checked_checkpoint(self, resume_from: str | bool | None) -> tuple[Path | None, bool]:
+        """The checkpoint to resume from, checked to be of this run, or None; and whether it is that of the last step.
+
+        The same on all ranks.
+        """
+        found: list[Any] = [None, False, {}]
+        with rank_symmetric(self.accelerator, "reading the run directory"):
             if self.is_world_process_zero():
-                path = checkpoints.resolve(resume_from, Path(self.args.output_dir))
+                run, args = Path(self.args.output_dir), self.args
+                path = checkpoints.resolve(resume_from, run)
+                if not resume_from:
+                    RunDirectory(run).check_unused()
                 if path is not None:
-                    allowed = self.args.resume_allow_changes
-                    self._allowed_changes = checkpoints.check_contract(path, self._contract(), allowed)
-                    found = [str(path)]
+                    changes = checkpoints.check_contract(path, self._contract(), args.resume_allow_changes)
+                    finished = checkpoints.is_finished(path, args.max_steps, args.num_train_epochs)
+                    found = [str(path), finished and not args.additional_steps, changes]
         broadcast_object_list(found)
-        return None if found[0] is None else Path(found[0])
+        path, finished, self._allowed_changes = found
+        return None if path is None else Path(path), finished
 
     def _contract(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that wrote its checkpoint."""

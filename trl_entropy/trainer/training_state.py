@@ -4,7 +4,7 @@ State that TRL's trainer and ours keep in memory between two steps, and that tra
 Without it a resumed run would differ from an uninterrupted one if its checkpoint falls between two uses of the same
 generation (`steps_per_generation` above `gradient_accumulation_steps`, or `num_iterations` above 1), in the second or
 a later epoch, or between two log lines. Each owner of such state returns and restores its own part; this module writes
-and reads the file, and owns the parts of TRL and transformers. Written against trl 1.16 and transformers 5.23;
+and reads the file, and owns the part of TRL's generation. Written against trl 1.16 and transformers 5.23;
 `tests/contracts` tests the assumptions.
 """
 
@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
 from trl_entropy.runs.state import StateDict, StateOwner
 
 # Of what `save` writes; part of the contract of a checkpoint, so that one of another format is refused.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 def file_of(checkpoint: Path, rank: int) -> Path:
@@ -71,42 +70,6 @@ class GenerationWindow:
         if state["logs"] is not None:
             restore_logs(trainer._logs, state["logs"])
         trainer._metrics["train"] = defaultdict(list, state["metrics"])
-
-
-class LogWindow(TrainerCallback):
-    """
-    The sum of the loss since the last log line. transformers sets it to zero after loading a checkpoint and before
-    `on_train_begin`, so that event restores it.
-    """
-
-    def __init__(self) -> None:
-        self._restored: StateDict | None = None
-
-    def attach(self, trainer: GRPOTrainer) -> None:
-        """Set the trainer whose loss is saved."""
-        self._trainer = trainer
-
-    def reset(self) -> None:
-        """Forget what was loaded for a training that then did not begin."""
-        self._restored = None
-
-    def state_dict(self) -> StateDict:
-        """The sum, and the step up to which it has been logged."""
-        return {
-            "tr_loss": self._trainer._tr_loss.detach().clone(),
-            "globalstep_last_logged": self._trainer._globalstep_last_logged,
-        }
-
-    def load_state_dict(self, state: StateDict) -> None:
-        self._restored = state
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._restored is not None:
-            self._trainer._tr_loss = self._restored["tr_loss"].to(args.device)
-            self._trainer._globalstep_last_logged = self._restored["globalstep_last_logged"]
-            self._restored = None
 
 
 def plain_logs(logs: dict[str, Any], last: int = 0) -> dict[str, Any]:
