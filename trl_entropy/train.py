@@ -88,8 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         task, args, model = parse(argv)
-        settings = contract_settings(args)
-        found = checkpoints.check_before_loading(args.resume_from_checkpoint, Path(args.output_dir), settings)
+        settings = contract_settings(args, reward_funcs=task.reward_funcs, dtype=None)
+        found = checkpoints.check_before_loading(
+            args.resume_from_checkpoint, Path(args.output_dir), settings, args.resume_allow_changes
+        )
     except (ValueError, ImportError) as error:
         sys.exit(f"Error in the settings: {one_line(error)}.")
     if found and not args.additional_steps and checkpoints.is_finished(found, args.max_steps, args.num_train_epochs):

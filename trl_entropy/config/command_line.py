@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, TrlParser
 
 from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.number_checks import check_numbers
 from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings
 from trl_entropy.config.unread import check_given, readers_of, turned_off
+from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_problem_numbers
@@ -45,14 +46,14 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
     return task, args, model
 
 
-def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SFTConfig, ModelConfig]:
+def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SFTArguments, ModelConfig]:
     """
     Read the command line of `trl-entropy sft` and its `--config` file.
 
     Raises:
         ValueError: for every error in the settings, before anything is loaded.
     """
-    parser = _Parser([DemonstrationArguments, SFTConfig, ModelConfig])
+    parser = _Parser([DemonstrationArguments, SFTArguments, ModelConfig])
     parser.set_defaults(disable_tqdm=False)  # tqdm is off by default once transformers is silenced
     task, args, model = parser.read(argv)
     check_problem_numbers(task)

@@ -13,13 +13,14 @@ from trl_entropy.config.number_checks import NumberChecks
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.config.prompt_checks import PromptChecks
 from trl_entropy.config.unread import check_config
+from trl_entropy.config.without_secrets import WithoutSecrets
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
+class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
     """
     Arguments of [`DrGRPOTrainer`]: those of [`~trl.GRPOConfig`], four of them with other defaults, and this package's.
 

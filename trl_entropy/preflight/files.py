@@ -125,5 +125,10 @@ def resumed_checkpoint(plan: Plan) -> Path | None:
     Raises:
         CheckpointError: when the checkpoint is incomplete or belongs to another run.
     """
-    settings = contract_settings(plan.args, world_size=plan.world_size, engine=None)
-    return check_before_loading(plan.args.resume_from_checkpoint, Path(plan.args.output_dir), settings)
+    args = plan.args
+    settings = contract_settings(
+        args, world_size=plan.world_size, engine=None, dtype=None, reward_funcs=plan.task.reward_funcs
+    )
+    return check_before_loading(
+        args.resume_from_checkpoint, Path(args.output_dir), settings, args.resume_allow_changes
+    )

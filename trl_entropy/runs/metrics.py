@@ -42,6 +42,15 @@ class Metric:
     reduce: str = "sum"
     over_steps: str = "mean"
 
+    @property
+    def is_self_check(self) -> bool:
+        """
+        Whether this is the relative difference between two ways to the same number, and so rounding alone.
+
+        Such a key has the unit 1 and a name that ends in `_error` or `_rounding`.
+        """
+        return self.unit == "1" and self.name.endswith(("_error", "_rounding"))
+
 
 def _keys(
     reduce: str, rows: Iterable[tuple[str, str, str]], prefix: str = "", over_steps: str = "mean"

@@ -32,8 +32,15 @@ def to_line(row: Mapping[str, object]) -> str:
 
 
 def from_line(text: str) -> Row:
-    """The row that [`to_line`] wrote, with nan and infinities restored; Python's own `NaN` is read too."""
+    """
+    The row that [`to_line`] wrote, with nan and infinities restored; Python's own `NaN` is read too.
+
+    Raises:
+        ValueError: for a text that is no object of JSON.
+    """
     row = json.loads(text)
+    if not isinstance(row, dict) or not isinstance(row.get(NOT_FINITE, {}), dict):
+        raise ValueError(f"{text[:40]!r} is no row.")
     return row | {name: float(value) for name, value in row.pop(NOT_FINITE, {}).items()}
 
 

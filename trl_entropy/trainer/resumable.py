@@ -21,13 +21,14 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from trl_entropy.config.resume_contract import contract_settings
-from trl_entropy.engine import ending_together, parameter_shape, rank_symmetric
-from trl_entropy.rollouts.drawing import prompts_of
+from trl_entropy.engine import ending_together, rank_symmetric
 from trl_entropy.runs import checkpoints, tensorboard
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.trainer import training_state
 from trl_entropy.trainer.curriculum import PassRateSampler
+from trl_entropy.trainer.fingerprints import adapter_settings, data_fingerprint, model_fingerprint
 from trl_entropy.trainer.training_state import GenerationWindow
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class ResumableTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint: path of a complete checkpoint; `"latest"` or True: the newest one in `output_dir`,
-                or the beginning if there is none.
+                or the beginning if no step has been logged there; `"latest_or_new"`: the newest one, or the beginning.
 
         Raises:
             ValueError: if `output_dir` holds a run already, which is not resumed.
@@ -94,7 +95,9 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.additional_steps:
             self.args.max_steps = step + self.args.additional_steps
         if resumes and self.is_world_process_zero():
-            RunDirectory(self.args.output_dir).cut_after(step)
+            set_aside_after(RunDirectory(self.args.output_dir), step)
+        if self.is_world_process_zero():
+            RunDirectory(self.args.output_dir).append_start(step, checkpoint, self._allowed_changes)
         if checkpoint is not None:
             self.args.eval_on_start = False  # the run did it before its first step, and would now draw other samples
             if self.is_world_process_zero():
@@ -105,7 +108,7 @@ class ResumableTrainer(GRPOTrainer):
 
         The same on all ranks.
         """
-        found: list[Any] = [None, False]
+        found: list[Any] = [None, False, {}]
         with rank_symmetric(self.accelerator, "reading the run directory"):
             if self.is_world_process_zero():
                 run, args = Path(self.args.output_dir), self.args
@@ -113,22 +116,22 @@ class ResumableTrainer(GRPOTrainer):
                 if not resume_from:
                     RunDirectory(run).check_unused()
                 if path is not None:
-                    checkpoints.check_contract(path, self._contract())
+                    changes = checkpoints.check_contract(path, self._contract(), args.resume_allow_changes)
                     finished = checkpoints.is_finished(path, args.max_steps, args.num_train_epochs)
-                    found = [str(path), finished and not args.additional_steps]
+                    found = [str(path), finished and not args.additional_steps, changes]
         broadcast_object_list(found)
-        return None if found[0] is None else Path(found[0]), found[1]
+        path, finished, self._allowed_changes = found
+        return None if path is None else Path(path), finished
 
     def _contract(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that wrote its checkpoint."""
-        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        model = self.accelerator.unwrap_model(self.model)
         if self._data_fingerprint is None:
-            self._data_fingerprint = checkpoints.fingerprint(prompts_of(self.train_dataset))
+            self._data_fingerprint = data_fingerprint(self.train_dataset)
+        settings = contract_settings(self.args, reward_funcs=self.reward_func_names)
         return {
-            "settings": contract_settings(self.args),
-            "model": checkpoints.fingerprint(
-                f"{name} {list(parameter_shape(p))} {p.requires_grad}" for name, p in parameters
-            ),
+            "settings": settings | adapter_settings(model),
+            "model": model_fingerprint(model),
             "data": self._data_fingerprint,
             "format": training_state.STATE_FORMAT,
         }
@@ -152,10 +155,22 @@ class ResumableTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         training_state.load(self.state_owners(), Path(checkpoint), self.args.process_index)
-        if self.args.additional_steps:  # the loaded learning rate is that of the shorter run's schedule
-            scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if self._allowed_changes:
+            self._set_hyperparameters()
+            scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
+        if self._allowed_changes or self.args.additional_steps:  # the loaded rate is that of the other schedule
             scheduler.last_epoch -= 1
             scheduler.step()
+
+    def _set_hyperparameters(self) -> None:
+        """Give the optimizer those of the arguments: it has loaded the checkpoint's."""
+        args = self.args
+        values = {"initial_lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        values |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+        for place, group in enumerate(self.optimizer.param_groups):
+            kept = ("weight_decay",) if place else ()  # transformers' second group is that without decay
+            group.update({name: value for name, value in values.items() if name in group and name not in kept})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -188,5 +203,5 @@ class ResumableTrainer(GRPOTrainer):
                 output_dir=str(path.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,  # by step: a clock may have been set back
             )
