@@ -31,6 +31,7 @@ from trl_entropy.preflight.launch import Launch, launch_from_options, read_accel
 from trl_entropy.preflight.report import problem_lines, section, versions
 from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
 from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.file_errors import ending_in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _Settings = tuple[Any, Any, Any]  # task, training arguments and model, of `trl-entropy train` or `trl-entropy sft`
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Print the report and every problem with its remedy; exit with status 1 if there is a problem."""
     quiet_libraries()

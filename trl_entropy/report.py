@@ -13,8 +13,10 @@ from pathlib import Path
 
 from trl_entropy.reporting.write import write_page, write_report
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Write the figures and the page of the runs named on the command line."""
     parser = argparse.ArgumentParser(
@@ -29,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         help="where to write the page (default: RUN/report/index.html; for several runs comparison.html beside it)",
     )
     args = parser.parse_args(argv)
+    for run in (RunDirectory(path) for path in args.runs if path.is_dir()):
+        check_writable(run.report_path)  # before the figures are drawn
     try:
         for path in args.runs:
             print(write_report(path))

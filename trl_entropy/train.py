@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,6 +16,7 @@ from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter,
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, remedy
 from trl_entropy.tasks.arguments import TaskArguments, load_task
 
 if TYPE_CHECKING:
@@ -105,14 +105,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_writable(Path(args.output_dir))
         trainer = build_trainer(task, args, model)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except OSError as error:
+        sys.exit(f"Error: {one_line(describe(error))}.")
+    except (ValueError, ImportError, RuntimeError) as error:
         _exit(error)
     from trl_entropy.engine import OtherRankFailed
 
     _say_start(trainer)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except OSError as error:  # mostly a full disk while logging; while saving that is a CheckpointError
+    except OSError as error:  # while saving that is a CheckpointError
         sys.exit(_advice_on(error, Path(args.output_dir)))
     except (
         ValueError,
@@ -120,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     ) as error:  # a CheckpointError; what a probe refuses in a model
         _exit(error)
     if trainer.is_world_process_zero():
-        _say_end(trainer)
+        with ending_in_one_line():
+            _say_end(trainer)
 
 
 def _exit(error: Exception) -> NoReturn:
@@ -129,18 +132,11 @@ def _exit(error: Exception) -> NoReturn:
     sys.exit(f"Error: {one_line(error)}.")
 
 
-def check_writable(run: Path) -> None:
-    """Raises `OSError` unless files can be written to the run directory; what the check writes it removes."""
-    run.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=run) as file:
-        file.write(b"0")
-
-
 def _advice_on(error: OSError, run: Path) -> str:
-    """One line that says what to do if a file could not be written or read."""
-    newest = checkpoints.newest_complete(run, checksums=False)
-    go_on = f"{newest} is complete: make room, then --resume_from_checkpoint latest" if newest else "make room"
-    return f"Error: {error}. Training stopped; {go_on}."
+    """One line that says what to do if a file could not be written or read while training."""
+    newest, advice = checkpoints.newest_complete(run, checksums=False), remedy(error)
+    go_on = f"{newest} is complete: {advice}, then --resume_from_checkpoint latest" if newest else advice
+    return f"Error: {one_line(error)}. Training stopped; {go_on}."
 
 
 def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> None:

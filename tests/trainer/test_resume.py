@@ -312,6 +312,18 @@ def test_a_disk_that_is_full_gives_one_clear_error(make_trainer, tmp_path, monke
     checkpoints.check_files(tmp_path / "run" / "checkpoint-1")
 
 
+def test_another_error_while_saving_does_not_ask_for_room(make_trainer, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Column 'prompt' doesn't exist.")
+
+    monkeypatch.setattr("trl_entropy.trainer.training_state.save", fail)
+    with pytest.raises(
+        CheckpointError, match=r"Column 'prompt' doesn't exist.*Remove the cause; then start again"
+    ) as error:
+        train(make_trainer, tmp_path / "run", max_steps=1)
+    assert "room" not in str(error.value) and ".." not in str(error.value)
+
+
 def test_tensorboard_shows_each_step_once(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     for stop_after in (3, None):

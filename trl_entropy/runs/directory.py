@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from trl_entropy.runs.durable import replace_text, replacing
+from trl_entropy.runs.file_errors import as_os_error
 from trl_entropy.runs.metrics import unit
 from trl_entropy.runs.secrets import masked, masked_command, masked_items
 from trl_entropy.runs.strict_json import Json, Row, from_line, to_line
@@ -177,7 +178,7 @@ class RunDirectory:
         target = folder / f"step_{step:06d}.safetensors"
         values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         described = {name: str(value) for name, value in {"step": step, **metadata}.items()}
-        with replacing(target) as temporary:
+        with as_os_error(target), replacing(target) as temporary:
             save_file(values, temporary, described)
         if keep is not None:
             for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:

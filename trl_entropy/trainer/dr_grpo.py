@@ -22,8 +22,8 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.control import TokenControl, controls
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
+from trl_entropy.models import warm_start
 from trl_entropy.models.loading import EMBEDDED_MODEL
-from trl_entropy.models.warm_start import warm_start
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
@@ -86,7 +86,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
         if model == EMBEDDED_MODEL:
-            model = str(warm_start(seed=args.seed))
+            model = str(warm_start.warm_start(seed=args.seed))
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         use_progress_bar(self, callbacks or ())
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
