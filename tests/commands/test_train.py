@@ -166,7 +166,10 @@ def test_a_disk_that_is_full_while_logging_is_one_clear_line(tmp_path, warm_star
         main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
     message = str(stop.value)
     assert "No space left on device: 'metrics.jsonl'" in message and "\n" not in message
-    assert f"{tmp_path / 'checkpoint-2'} is complete: make room on the disk, then --resume_from_checkpoint latest" in message
+    assert (
+        f"{tmp_path / 'checkpoint-2'} is complete: make room on the disk, then --resume_from_checkpoint latest"
+        in message
+    )
     assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [1, 2]
 
 
