@@ -116,9 +116,9 @@ def _parsed(
 
 
 def _advice(error: Exception, hardware: Hardware) -> str:
-    """What to do about an error of transformers; those of `DrGRPOConfig` and `parse` say it themselves."""
+    """What to do about an error that may be one of this machine only; otherwise the error says it itself."""
     if "bf16" in str(error) and not hardware.has_gpu:
-        return "Set bf16: false and use_cpu: true; check another machine's run with --hardware 2xH100-80GB."
+        return "To check another machine's run, name it: --hardware 2xH100-80GB."
     return ""
 
 

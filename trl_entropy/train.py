@@ -15,7 +15,7 @@ from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, load_tokenizer, model_init_kwargs
 from trl_entropy.runs import checkpoints
-from trl_entropy.runs.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
+from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.arguments import TaskArguments, load_task
 
@@ -29,12 +29,9 @@ if TYPE_CHECKING:
 
 def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> DrGRPOTrainer:
     """Build the trainer from the settings: with model, data and reward functions."""
-    from transformers import ProgressCallback
-    from transformers.integrations import TensorBoardCallback
     from trl import get_peft_config, get_quantization_config
 
     from trl_entropy.tasks import rewards
-    from trl_entropy.trainer.callbacks import RunLogCallback
     from trl_entropy.trainer.dataset_checks import check_datasets
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
@@ -51,13 +48,7 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model) if isinstance(policy, str) else None,
     )
-    run_log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunLogCallback))
-    run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
-    tensorboard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)), None)
-    if tensorboard is not None and tensorboard.logging_dir is None:  # no TENSORBOARD_LOGGING_DIR
-        tensorboard.logging_dir = str(RunDirectory(args.output_dir).tensorboard_path)
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(ConsoleProgress)
+    trainer.run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
     return trainer
 
 

@@ -56,6 +56,13 @@ def test_bad_input_is_refused(tokenizer):
         tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), endless)
 
 
+def test_without_a_gpu_the_command_names_both_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(SystemExit, match="On a CPU set use_cpu=True and bf16=False") as end:
+        sft.main(["--config", str(SFT_CONFIG), "--output_dir", str(tmp_path), "--use_cpu", "false"])
+    assert "\n" not in str(end.value)
+
+
 def test_training_matches_a_plain_loop(tokenizer, tmp_path):
     """Three steps of `SFTTrainer` by the recipe against AdamW written out."""
     dataset = load_demonstrations(48)

@@ -209,7 +209,7 @@ def test_bf16_without_gpu_says_how_to_go_on(diagnose):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (found,) = problems(diagnose("--bf16", "true")[1])
-    assert "bf16: false and use_cpu: true" in found.remedy and "--hardware" in found.remedy
+    assert "set use_cpu=True and bf16=False" in found.text and "--hardware" in found.remedy
     (found,) = problems(diagnose("--bf16", "false")[1])
     assert "No GPU is here" in found.text and "launch/cpu.yaml" in found.remedy
 

@@ -22,6 +22,8 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.control import TokenControl, controls
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
+from trl_entropy.models.loading import EMBEDDED_MODEL
+from trl_entropy.models.warm_start import warm_start
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
@@ -31,7 +33,8 @@ from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.generation import answer_end, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
 from trl_entropy.runs import tensorboard, trackers
-from trl_entropy.runs.console import printing_plain_text
+from trl_entropy.runs.console import printing_plain_text, use_progress_bar
+from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
@@ -48,7 +51,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     """
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
-    Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`. Probes are turned on by toggles of the
+    Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
+    after its warm start, which is made at the first use. Probes are turned on by toggles of the
     config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
 
     With all toggles off, training differs from TRL's in three points: advantages are scaled by `length_normalizer`;
@@ -64,7 +68,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         *positional: Any,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: list[TrainerCallback | type[TrainerCallback]] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is not None and not isinstance(args, DrGRPOConfig):
@@ -81,7 +85,11 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
+        if model == EMBEDDED_MODEL:
+            model = str(warm_start(seed=args.seed))
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
+        use_progress_bar(self, callbacks or ())
+        tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
         self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
         self.probe_batches = ProbeBatches(self, self.step_prompts)
         self.probe_runner.attach(self, self.probe_batches, ProbeFiles(args, self.accelerator, self._get_learning_rate))
