@@ -40,10 +40,7 @@ def test_an_attribute_is_where_it_was(name, function):
     ("function", "expected"),
     [
         (GRPOTrainer._tokenize_prompts, ["self", "prompts"]),
-        (
-            GRPOTrainer._generate_single_turn,
-            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
-        ),
+        (GRPOTrainer._generate_single_turn, ["self", "prompt_ids", "images", "multimodal_fields", *OPTIONAL]),
         (GRPOTrainer._generate, ["self", "prompts"]),
         (GRPOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._compute_loss, ["self", "model", "inputs"]),
