@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from trl_entropy.analysis.comparison import distinct
 from trl_entropy.reporting.write import write_page, write_report
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
@@ -34,11 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     for run in (RunDirectory(path) for path in args.runs if path.is_dir()):
         check_writable(run.report_path)  # before the figures are drawn
     try:
-        for path in args.runs:
+        runs = distinct(args.runs)
+        for path in runs:
             print(write_report(path))
-        name = "index.html" if len(args.runs) == 1 else "comparison.html"
-        print(write_page(args.runs, args.output or RunDirectory(args.runs[0]).report_path / name))
-    except ValueError as error:
+        folder = RunDirectory(runs[0]).report_path
+        if args.output or len(runs) > 1:
+            print(write_page(runs, args.output or folder / "comparison.html"))
+        else:
+            print(folder / "index.html")
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
 
 

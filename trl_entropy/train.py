@@ -173,7 +173,7 @@ def _length_of(args: DrGRPOConfig) -> str:
 
 def _say_end(trainer: DrGRPOTrainer) -> None:
     """Write the figure; print the evaluations, a completion, and the paths of metrics and figure."""
-    from trl_entropy.reporting.write import write_report
+    from trl_entropy.reporting.write import write_report_of_finished_run
 
     run = RunDirectory(trainer.args.output_dir)
     evaluation = run.evaluation()
@@ -184,8 +184,8 @@ def _say_end(trainer: DrGRPOTrainer) -> None:
         completion = trainer._logs["completion"][-1]
         text = completion if isinstance(completion, str) else str(completion[-1]["content"])
         print(f"a completion: {plain_text(text)[:300].strip()}")
-    figure = write_report(Path(run.path))
-    print(f"metrics {run.metrics_path}\nfigure  {figure}")
+    figure = write_report_of_finished_run(Path(run.path))
+    print(f"metrics {run.metrics_path}" + (f"\nfigure  {figure}" if figure else ""))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from curriculum_trainer import with_curriculum
@@ -288,6 +289,35 @@ def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_train
     train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=1)
     assert left == [None, "checkpoint-1", "checkpoint-2", "checkpoint-3"]  # just before each seal
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4"]
+
+
+def test_checkpoints_without_an_optimizer_are_deleted_too(make_trainer, tmp_path):
+    train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=2, save_only_model=True)
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4", "checkpoint-3"]
+
+
+class Sized:
+    """No tensor, number or text."""
+
+
+@pytest.mark.parametrize("logged", [np.float64(0.5), np.int64(3), Sized()], ids=str)
+def test_a_sealed_checkpoint_can_be_loaded_whatever_a_reward_logs(make_trainer, tmp_path, logged):
+    """A checkpoint inside a generation's window holds what rewards have logged of its completions."""
+
+    def logging_reward(completion_ids, log_extra, **kwargs):
+        log_extra("size", [logged] * len(completion_ids))
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    settings = {"reward_funcs": logging_reward, "steps_per_generation": 2, "max_steps": 2}
+    if isinstance(logged, Sized):
+        with pytest.raises(
+            CheckpointError, match=r"holds an object \(test_resume.Sized\) that is no tensor, number or text"
+        ):
+            train(make_trainer, tmp_path / "run", stop_after=1, **settings)
+        assert checkpoints.newest_complete(tmp_path / "run") is None
+        return
+    train(make_trainer, tmp_path / "run", stop_after=1, **settings)
+    assert train(make_trainer, tmp_path / "run", resume="latest", **settings).state.global_step == 2
 
 
 def look(seal, tmp_path, left):

@@ -92,7 +92,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
         self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
         self.probe_batches = ProbeBatches(self, self.step_prompts)
-        self.probe_runner.attach(self, self.probe_batches, ProbeFiles(args, self.accelerator, self._get_learning_rate))
+        files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
+        self.probe_runner.attach(self, self.probe_batches, files)
         self._step_log.attach(self)
         self._token_control = None
         if args.token_control != "none":

@@ -193,12 +193,12 @@ class ResumableTrainer(GRPOTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        if self.args.save_only_model:
-            return
-        training_state.save(self.state_owners(), path, self.args.process_index)
-        self.accelerator.wait_for_everyone()
+        if not self.args.save_only_model:
+            training_state.save(self.state_owners(), path, self.args.process_index)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
         if self.args.should_save:
-            checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
             rotate_checkpoints(
                 output_dir=str(path.parent),
                 save_total_limit=limit,
