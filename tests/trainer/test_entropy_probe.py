@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl.trainer.utils import pad
 
 from trl_entropy import DrGRPOTrainer
+from trl_entropy.analysis.run import load_run
 from trl_entropy.gradients.float64_reference import float64_reference
 from trl_entropy.models.embedded import build_model
 from trl_entropy.probes import EntropyProbe
@@ -126,6 +127,8 @@ def test_probe_batch_is_independent_of_the_step(make_trainer, problems):
             for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
         }
         assert len(prompts) == 8 and not prompts & seen[step - 1]
+    tokens = load_run(trainer.args.output_dir).tokens_of("entropy", 1)  # save_strategy: no, so there is no checkpoint
+    assert tokens["token"].tolist() == [trainer._tokenizer.decode([token]) for token in tokens["token_id"]]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from statistics import NormalDist
 
@@ -50,7 +51,10 @@ def distinct(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises:
         ValueError: when two of them have the same name, by which tables and legends tell runs apart.
     """
-    found = list({Path(path).resolve(): Path(path) for path in paths}.values())
+    by_place: dict[Path, Path] = {}
+    for path in paths:
+        by_place.setdefault(Path(path).resolve(), Path(path))
+    found = list(by_place.values())
     names = [path.resolve().name for path in found]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -70,12 +74,28 @@ def table_of_runs(runs: Sequence[Run], configs: Mapping[str, Json]) -> pd.DataFr
 
 def differing_settings(configs: Mapping[str, Json]) -> dict[str, str]:
     """By run: the settings in which the runs differ beside seeds, names and places, as text for a legend."""
-    known = {run: _flat(config) for run, config in configs.items()}
-    names = dict.fromkeys(name for config in known.values() for name in config)
-    filled = [config for config in known.values() if config]
-    differing = [name for name in names if any(c.get(name) != filled[0].get(name) for c in filled)]
-    texts = {run: _settings_text(config, differing) if config else "settings unknown" for run, config in known.items()}
-    return texts if filled else dict.fromkeys(configs, "")
+    flat = {run: _flat(config) for run, config in configs.items()}
+    known = [config for config in flat.values() if config]
+    names = dict.fromkeys(name for config in known for name in config)
+    differing = [name for name in names if any(config.get(name) != known[0].get(name) for config in known)]
+    texts: dict[str, str] = {}
+    for run, config in flat.items():
+        same = [other for other in texts if _equal(flat[other], config, differing)]
+        texts[run] = texts[same[0]] if same else _new_text(config, differing, set(texts.values()))
+    return texts if known else dict.fromkeys(configs, "")
+
+
+def _equal(first: Json, second: Json, names: Sequence[str]) -> bool:
+    return bool(first) == bool(second) and all(first.get(name) == second.get(name) for name in names)
+
+
+def _new_text(config: Json, names: Sequence[str], taken: set[str]) -> str:
+    """The first of these settings with their values, whose beginnings are cut if they are long, unlike the others."""
+    shown = [f"{name} {str(config.get(name))[-_LONGEST_VALUE:]}" for name in names[:_MOST_SETTINGS]]
+    more = [f"{len(names) - len(shown)} more"] if len(names) > len(shown) else []
+    text = ", ".join([*shown, *more]) if config else "settings unknown"
+    candidates = chain([text], (f"{text} ({number})" for number in count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _flat(config: Json) -> Json:
@@ -84,13 +104,9 @@ def _flat(config: Json) -> Json:
     for name, value in config.items():
         inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
         found |= {} if name in _OF_ONE_RUN else inner
+    if "model_name_or_path" in found:  # an embedded model lies at a place of each seed
+        found.pop("model_config._name_or_path", None)
     return found
-
-
-def _settings_text(config: Json, names: Sequence[str]) -> str:
-    shown = [f"{name} {str(config.get(name))[:_LONGEST_VALUE]}" for name in names[:_MOST_SETTINGS]]
-    more = len(names) - len(shown)
-    return ", ".join([*shown, *([f"{more} other settings"] if more else [])])
 
 
 def over_runs(steps: pd.DataFrame, key: str) -> pd.DataFrame:

@@ -24,7 +24,7 @@ import pandas as pd
 from trl_entropy.analysis.tokens import token_table
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import unit
-from trl_entropy.runs.reading import UnreadableFile, reading
+from trl_entropy.runs.reading import UnreadableFile, check_last_line, reading
 from trl_entropy.runs.strict_json import Json, Row
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ class Run:
         if numbers := self._directory.unreadable_lines.get(path):
             lines = f"line{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers[:8]))}"
             more = ", ..." if len(numbers) > 8 else ""
-            self._leave_out(
-                f"{path}: {lines}{more} cannot be read and is left out; the run was killed or still writes."
-            )
+            self._leave_out(f"{path}: left out is {lines}{more}, cut when the run was killed or not written yet.")
 
     def _read_parquets(self, paths: list[Path]) -> Iterator[pd.DataFrame]:
         """The tables that can be read; the newest may be incomplete, since TRL does not write it in one step."""
@@ -293,7 +291,7 @@ class Run:
         for summary in self._directory.checkpoint_summaries():
             path = self._directory.checkpoint_folder(summary["step"]) / name
             with reading(path):
-                table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+                table = _table_in(path)
             table.insert(0, "step", summary["step"])
             tables.append(table)
         return _concatenated(tables)
@@ -358,10 +356,20 @@ def _mapping_in(path: Path, parse: Callable[[str], object]) -> Json:
     if not path.exists():
         return {}
     with reading(path):
+        if path.suffix == ".yaml":  # a part of YAML is YAML too
+            check_last_line(path)
         found = parse(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it holds no names with values")
     return found
+
+
+def _table_in(path: Path) -> pd.DataFrame:
+    """The table in a file of Parquet or CSV."""
+    if path.suffix != ".csv":
+        return pd.read_parquet(path)
+    check_last_line(path)
+    return pd.read_csv(path)
 
 
 def _concatenated(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trl_entropy.analysis.contents import steps_text
 from trl_entropy.runs.metrics import METRICS
@@ -120,24 +119,32 @@ def _not_finite(metrics: Rows) -> Iterator[RunWarning]:
         yield RunWarning("Undefined or without an end", f"{_listed(undefined)}. {text}.", _all_steps(undefined), True)
 
 
-def _places(metrics: Rows, can_be_undefined: bool) -> dict[tuple[str, str], list[int]]:
-    """The steps at which a key is nan or infinite, by key and what it is. What has no value (null) is nan."""
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+def _places(metrics: Rows, can_be_undefined: bool) -> dict[str, dict[int, str]]:
+    """By key the steps at which it is nan or infinite, and which; what has no value (null) is nan."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
     for row in metrics:
         for key, given in row.items():
             value = math.nan if given is None else given
-            known = METRICS.get(key.removesuffix("_stderr"))
-            ordinary = key.endswith("_stderr") or (known is not None and known.can_be_undefined)
-            if isinstance(value, float) and not math.isfinite(value) and ordinary == can_be_undefined:
-                found[key, str(value)].append(row["step"])
+            if isinstance(value, float) and not math.isfinite(value) and _can_be_undefined(key) == can_be_undefined:
+                found[key][row["step"]] = str(value)
     return found
 
 
-def _listed(places: Mapping[tuple[str, str], Iterable[int]]) -> str:
-    return "; ".join(f"{key} is {value} at {steps_text(list(steps))}" for (key, value), steps in places.items())
+def _can_be_undefined(key: str) -> bool:
+    return key.endswith("_stderr") or (key in METRICS and METRICS[key].can_be_undefined)
 
 
-def _all_steps(places: Mapping[Any, Iterable[int]]) -> tuple[int, ...]:
+def _listed(places: Mapping[str, Mapping[int, str]]) -> str:
+    """Keys by what they are and where, those of the same steps together."""
+    keys: dict[str, list[str]] = defaultdict(list)
+    for key, values in places.items():
+        for value in dict.fromkeys(values.values()):
+            steps = steps_text([step for step, given in values.items() if given == value])
+            keys[f"{value} at {steps}"].append(key)
+    return "; ".join(f"{place}: {', '.join(names)}" for place, names in keys.items())
+
+
+def _all_steps(places: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
     return tuple(sorted({step for steps in places.values() for step in steps}))
 
 

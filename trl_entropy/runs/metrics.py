@@ -57,10 +57,10 @@ class Metric:
         Whether nan and infinities are ordinary values of this key.
 
         So it is with ratios and statistics (unit 1), which have no value where the denominator is 0 or the steps so
-        far are too few, with sizes derived from a ratio, with ends of intervals, and with means over completions of a
-        kind that a step may lack.
+        far are too few, with numbers of prompts and completions that are ratios, with ends of intervals, and with
+        means over completions of a kind that a step may lack.
         """
-        of_a_ratio = self.reduce != "TRL" and self.unit in ("1", "prompts")
+        of_a_ratio = self.reduce != "TRL" and self.unit in ("1", "prompts", "completions")
         return of_a_ratio or self.name.endswith(("_low", "_high", "_lower", "_upper", "/think_length"))
 
 

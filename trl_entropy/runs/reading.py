@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trl_entropy.runs.strict_json import Row, from_line
+
+_MOST_CHARACTERS = 160
 
 
 class UnreadableFile(ValueError):
@@ -38,9 +41,11 @@ def _state_of(path: Path) -> str:
 
 
 def why(error: BaseException) -> str:
-    """What an exception says, in one line; its type is named unless it is a sentence of this package."""
-    lines = " ".join(str(error).split()).rstrip(".")
-    return lines if isinstance(error, UnreadableFile) else f"{type(error).__name__}: {lines}".rstrip(": ")
+    """What an exception says, in one line: all of it if it names a file, else at most 160 characters."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, UnreadableFile):
+        return text
+    return textwrap.shorten(f"{type(error).__name__}: {text}", _MOST_CHARACTERS, placeholder=" ...").rstrip(": ")
 
 
 def read_json_lines(path: Path, key: str = "step") -> tuple[list[Row], list[int]]:
@@ -74,6 +79,12 @@ def read_csv_lines(path: Path) -> tuple[list[Row], list[int]]:
         rows.pop(last, None)
         unreadable.append(last)
     return list(rows.values()), unreadable
+
+
+def check_last_line(path: Path) -> None:
+    """Raises `ValueError` if a text file does not end with the end of a line, so that its last number may go on."""
+    if not path.read_bytes().endswith(b"\n"):
+        raise ValueError("its last line has no end")
 
 
 def _is_step(text: str | None) -> bool:

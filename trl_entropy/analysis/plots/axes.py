@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from trl_entropy.analysis.comparison import student_t
 from trl_entropy.runs.metrics import unit
@@ -31,6 +32,7 @@ def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str | None, **
     steps, values = series(rows, key)
     axes.plot(steps, values, color=color, label=label, **style)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
@@ -45,7 +47,8 @@ def half_widths(rows: Rows, key: str, num_prompts: str) -> tuple[list[float], st
         key: an estimate whose standard error is clustered by prompt, with one degree of freedom less than prompts.
         num_prompts: the key of the number of prompts. Where a row lacks it, standard errors are returned and named.
     """
-    errors = [_or_nan(row.get(f"{key}_stderr")) for row in rows]
+    found = [row.get(f"{key}_stderr") for row in rows]
+    errors = [error if error is not None and math.isfinite(error) else math.nan for error in found]
     counts = [row.get(num_prompts) for row in rows]
     if not all(is_finite(count) for count in counts):
         return errors, "standard error"
@@ -80,7 +83,3 @@ def finished(axes: Axes) -> Axes:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize="small")
     return axes
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value

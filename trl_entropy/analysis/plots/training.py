@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from trl_entropy.analysis.comparison import over_runs
 from trl_entropy.analysis.plots.axes import (
@@ -157,12 +159,13 @@ def plot_runs(axes: Axes, steps: pd.DataFrame, key: str) -> Axes:
         return nothing(axes, f"No step of these runs has {key}.")
     given = given if "settings" in given else given.assign(settings="")
     for ((run, settings), rows), (color, marker) in zip(given.groupby(["run", "settings"]), itertools.cycle(SERIES)):
-        label = ", ".join(filter(None, [str(run), str(settings)]))
+        label = textwrap.fill(", ".join(filter(None, [str(run), str(settings)])), 44)
         axes.plot(rows["step"], rows[key], color=color, marker=marker, ms=2, lw=0.7, alpha=0.7, label=label)
     limits = axes.get_xlim(), axes.get_ylim()
     if given["settings"].nunique() == 1 and given["run"].nunique() > 1:
         mean = over_runs(given, key)
         axes.plot(mean.index, mean["mean"], color="black", lw=1.6, label="mean, 95 % over runs")
         axes.fill_between(mean.index, mean["low"], mean["high"], color="black", alpha=0.12, lw=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="optimizer step", ylabel=with_unit(key), xlim=limits[0], ylim=limits[1])
     return finished(axes)
