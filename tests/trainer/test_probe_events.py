@@ -112,6 +112,25 @@ def test_numbers_of_an_earlier_step_join_its_line(make_trainer):
     assert RunDirectory(trainer.args.output_dir).metrics() == rows[:2]
 
 
+def test_a_failed_self_check_is_said_once_for_each_key(make_trainer, caplog):
+    """With the likely causes; below the limit, nan, and numbers that are no checks are not."""
+
+    class Checked(Probe):
+        def on_rollouts(self, args, state, control, *, metrics, **kwargs):
+            step = state.global_step + 1
+            metrics |= {"entropy/attribution_rounding": -0.14, "entropy/noise_floor": 5.0}
+            metrics["noise_scale/gradient_error"] = 0.32 if step == 3 else 0.009
+            metrics["entropy/rollouts_gradient_error"] = float("nan")
+
+    trainer = make_trainer(callbacks=[Checked()], max_steps=3)
+    with caplog.at_level("WARNING", logger="trl_entropy"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "Likely causes: dropout" in record.getMessage()]
+    first, second = said
+    assert first.startswith("step 1: entropy/attribution_rounding is -0.14, and may be at most 0.01. ")
+    assert second.startswith("step 3: noise_scale/gradient_error is 0.32, and may be at most 0.01. ")
+
+
 class Counter(Probe):
     """Has a state."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import set_seed
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
 from peft import LoraConfig
@@ -15,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_entropy import DrGRPOTrainer, Probe
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.preflight import support
+from trl_entropy.rollouts.groups import group_numbers, whole_group_shuffling
 from trl_entropy.runs.directory import RunDirectory
 
 
@@ -58,6 +60,32 @@ def test_one_step_equals_trl(make_trainer):
     agree = (flat(ours.model) - flat(theirs.model)).abs() < 1e-5
     assert agree.float().mean() > 0.99
     assert (flat(ours.model) - start).abs().max() > 5e-4
+
+
+class WithWholeGroups(GRPOTrainer):
+    """TRL's trainer, but with this package's shuffle."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        batch["prompt_index"] = group_numbers(len(inputs), self.num_generations, 0, self.accelerator.device)
+        return batch
+
+    def _prepare_inputs(self, generation_batch):
+        with whole_group_shuffling():
+            return super()._prepare_inputs(generation_batch)
+
+
+def test_toggles_off_is_trl_with_whole_groups_shuffled(make_trainer):
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "max_steps": 3}
+    ours = make_trainer(**settings)
+    ours.train()
+    defaults = {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "top_k": 0}
+    equal, other = (make_trainer(kind, GRPOConfig, **settings, **defaults) for kind in (WithWholeGroups, GRPOTrainer))
+    for theirs in (equal, other):
+        set_seed(theirs.args.seed, device_specific=True)
+        theirs.train()
+    assert torch.equal(flat(ours.model), flat(equal.model))
+    assert not torch.equal(flat(ours.model), flat(other.model))
 
 
 def test_first_step_is_on_policy(make_trainer):

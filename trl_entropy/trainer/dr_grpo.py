@@ -40,6 +40,7 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
+from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.model_card import PAPER, name_base_model
@@ -57,8 +58,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     after its warm start, which is made at the first use. Probes are turned on by toggles of the
     config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
 
-    With all toggles off, training differs from TRL's in three points: advantages are scaled by `length_normalizer`;
-    completions are shuffled by whole prompt groups; completions may stop at the answer tag.
+    With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
+    With that shuffle in TRL too, the two are equal; TRL's own, of single rows, draws other random numbers. Only
+    `length_normalizer` and `stop_at_answer` change more.
     """
 
     _name = "DrGRPO"
@@ -84,6 +86,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             prompts_from_environment=data.get("environment_factory") is not None,
             callbacks=callbacks or (),
         )
+        agents = {name: kwargs.get(name) for name in ("tools", "environment_factory")}
+        check_agents(args, **agents, callbacks=callbacks or ())
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
