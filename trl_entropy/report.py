@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             print(write_page(runs, args.output or folder / "comparison.html"))
         else:
             print(folder / "index.html")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"Error: {error}")
 
 
