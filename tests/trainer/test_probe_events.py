@@ -51,7 +51,8 @@ def test_events_come_in_order_and_the_record_outlives_its_step(make_trainer):
     trainer = make_trainer(callbacks=[listener], per_device_train_batch_size=8, gradient_accumulation_steps=2)
     trainer.train()
     step = ["drawn", "micro-batch", "micro-batch", "rollouts", "before", "after"]
-    assert listener.events == ["check Qwen2ForCausalLM", *step, *step]
+    # When the trainer is built, and again when training begins.
+    assert listener.events == ["check Qwen2ForCausalLM", "check Qwen2ForCausalLM", *step, *step]
     assert [number for _, number, _ in listener.drawn] == [None, 1]
     kept = listener.drawn[1][2]
     assert kept.keys() == listener.moved[0].keys() and any(value.any() for value in kept.values())

@@ -72,7 +72,7 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
         self._check_probes()
         self._check_controls()
         controlled = ["entropy_control"] if self.entropy_control != "none" else []
-        self._check_full_distribution(self._probes_of_full_support() + controlled)
+        self.check_full_distribution(self._probes_of_full_support() + controlled)
 
     def _check_processes(self, world_size: int) -> None:
         if self.world_size != world_size:

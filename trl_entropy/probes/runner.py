@@ -149,6 +149,14 @@ class ProbeRunner(TrainerCallback):
 
     # ---- training begins and ends
 
+    def check_model(self) -> None:
+        """Let each probe check the model: to call when the trainer is built, and when training begins."""
+        host = self._host
+        model = host.accelerator.unwrap_model(host.model)
+        self.named_probes()  # raises if two share a name
+        for probe in self.probes():
+            probe.check_model(host.args, model)
+
     def reset(self) -> None:
         """Drop what an earlier training has left that ended with an exception inside a step."""
         self._micro_batches.clear()
@@ -166,10 +174,7 @@ class ProbeRunner(TrainerCallback):
     ) -> None:
         """Let each probe check the model, and start the engine if any probe listens to the update."""
         host, probes = self._host, self.probes()
-        model = host.accelerator.unwrap_model(host.model)
-        self.named_probes()  # raises if two share a name
-        for probe in probes:
-            probe.check_model(host.args, model)
+        self.check_model()
         if any(map(_follows_updates, probes)):  # only then must the engine be one that we can read
             self._start_engine()
         tensorboard.lay_out(host.callback_handler.callbacks, {probe.name for probe in probes})
