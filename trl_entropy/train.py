@@ -135,7 +135,9 @@ def _exit(error: Exception) -> NoReturn:
 def _advice_on(error: OSError, run: Path) -> str:
     """One line that says what to do if a file could not be written or read while training."""
     newest, advice = checkpoints.newest_complete(run, checksums=False), remedy(error)
-    go_on = f"{newest} is complete: {advice}, then --resume_from_checkpoint latest" if newest else advice
+    go_on = f"{newest} is complete: {advice}, then --resume_from_checkpoint latest"
+    if newest is None:
+        go_on = f"{advice}, then begin anew with --resume_from_checkpoint latest_or_new"
     return f"Error: {one_line(error)}. Training stopped; {go_on}."
 
 

@@ -49,4 +49,6 @@ def test_one_line(name, number, advice, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_what_to_do_where_training_stops(number, advice, tmp_path):
     error = OSError(number, "what happened", "some/file")
-    assert train._advice_on(error, tmp_path).endswith(f"Training stopped; {advice}.")
+    assert train._advice_on(error, tmp_path).endswith(
+        f"Training stopped; {advice}, then begin anew with --resume_from_checkpoint latest_or_new."
+    )

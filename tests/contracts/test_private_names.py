@@ -9,6 +9,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+LOGGED = ["ignore_keys_for_eval", "start_time", "learning_rate"]  # of a step
 OPTIONAL = ["num_generations", "has_tool_images"]  # of a single turn
 
 
@@ -45,6 +46,8 @@ def test_an_attribute_is_where_it_was(name, function):
         (GRPOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._compute_loss, ["self", "model", "inputs"]),
         (Trainer._save_checkpoint, ["self", "model", "trial"]),
+        (Trainer._maybe_log_save_evaluate, ["self", "tr_loss", "grad_norm", "model", "trial", "epoch", *LOGGED]),
+        (Trainer._load_from_checkpoint, ["self", "resume_from_checkpoint", "model"]),
         (Trainer._load_optimizer_and_scheduler, ["self", "checkpoint"]),
     ],
 )

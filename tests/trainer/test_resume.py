@@ -11,13 +11,13 @@ import pytest
 import torch
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
+from run_rows import without_clocks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.checkpoints import CheckpointError
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.strict_json import to_line
 
 EVERY_PROBE = {
     "entropy_probe": True,
@@ -52,12 +52,6 @@ def problems():
 
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows):
-    """As lines of JSON, in which nan equals nan."""
-    kept = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
-    return [json.loads(to_line(row)) for row in kept]
 
 
 def train(make_trainer, folder, stop_after=None, resume=None, lora=False, **settings):
@@ -348,7 +342,8 @@ def test_another_error_while_saving_does_not_ask_for_room(make_trainer, tmp_path
 
     monkeypatch.setattr("trl_entropy.trainer.training_state.save", fail)
     with pytest.raises(
-        CheckpointError, match=r"Column 'prompt' doesn't exist.*Remove the cause; then start again"
+        CheckpointError,
+        match=r"doesn't exist\. Remove the cause; then begin anew with resume_from_checkpoint=latest_or_new",
     ) as error:
         train(make_trainer, tmp_path / "run", max_steps=1)
     assert "room" not in str(error.value) and ".." not in str(error.value)

@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
 from peft import LoraConfig
+from run_rows import without_clocks
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -41,10 +42,6 @@ class Recorder(Probe):
 
 def flat(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
 
 
 def test_one_step_equals_trl(make_trainer):

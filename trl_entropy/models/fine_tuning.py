@@ -42,6 +42,8 @@ def train_sft(
     """
     from trl import SFTTrainer
 
+    from trl_entropy.runs.trackers import show_numbers_only
+
     tokenized = tokenize_demonstrations(dataset, tokenizer, args.max_length)
     trainer = SFTTrainer(
         model=model,
@@ -51,6 +53,7 @@ def train_sft(
         peft_config=peft_config,
         callbacks=callbacks,
     )
+    show_numbers_only(trainer.callback_handler.callbacks)
     trainer.train()
     return trainer
 

@@ -127,6 +127,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("transformers", "datasets", "accelerate", "trl", "deepspeed", "DeepSpeed", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It sets its level when it is imported, and says of every machine without a GPU that it has found none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     import datasets
     import transformers
 

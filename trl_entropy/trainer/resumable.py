@@ -178,7 +178,8 @@ class ResumableTrainer(GRPOTrainer):
             self._write_checkpoint(path, model, trial)
         except Exception as error:
             whole = [str(p) for p in checkpoints.checkpoints_of(path.parent) if (p / checkpoints.SEAL).exists()]
-            go_on = f"resume from {whole[0]}" if whole else "start again: no checkpoint is complete yet"
+            anew = "begin anew with resume_from_checkpoint=latest_or_new: no checkpoint is complete yet"
+            go_on = f"resume from {whole[0]}" if whole else anew
             raise checkpoints.CheckpointError(
                 f"writing {path} failed: {str(error).removesuffix('.')}. {_remedy(error, path)}; then {go_on}."
             ) from error
