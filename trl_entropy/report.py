@@ -14,8 +14,10 @@ from pathlib import Path
 from trl_entropy.analysis.comparison import distinct
 from trl_entropy.reporting.write import write_page, write_report
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Write the figures and the page of the runs named on the command line."""
     parser = argparse.ArgumentParser(
@@ -30,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         help="where to write the page (default: RUN/report/index.html; for several runs comparison.html beside it)",
     )
     args = parser.parse_args(argv)
+    for run in (RunDirectory(path) for path in args.runs if path.is_dir()):
+        check_writable(run.report_path)  # before the figures are drawn
     try:
         runs = distinct(args.runs)
         for path in runs:
@@ -39,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             print(write_page(runs, args.output or folder / "comparison.html"))
         else:
             print(folder / "index.html")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"Error: {error}")
 
 

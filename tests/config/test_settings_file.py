@@ -12,6 +12,7 @@ from trl import ModelConfig, SFTConfig
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.config.command_line import parse, parse_sft
+from trl_entropy.config.setting import default_of, own_settings
 from trl_entropy.config.settings_file import convert_setting, hints_of
 from trl_entropy.config.unread import readers_of
 from trl_entropy.doctor import _options as doctor_options
@@ -221,6 +222,59 @@ def test_a_setting_that_nothing_reads_is_refused_by_name(name, tmp_path):
     if default is not None and name != "lora_dropout":  # RL has another default than TRL
         path.write_text(yaml.safe_dump({name: default}))
         parse(flags)
+
+
+SECOND_LEVEL = {name: reader for name, reader in READERS.items() if reader.others}
+# What turns a setting's toggle on, in a way that all other checks accept.
+ON = {
+    "entropy_control": {"entropy_control": "hold", "entropy_control_per_step": 0.001},
+    "token_control": {"token_control": "random"},
+    "entropy_probe": {"entropy_probe": True},
+}
+STEP = {"num_prompts_per_step": 4, "num_generations": 4, "per_device_train_batch_size": 16}
+
+
+def unread_by(reader):
+    """A value of the toggle with which it does not read the setting."""
+    choices = own_settings(DrGRPOConfig)[reader.toggle].choices or (None,)
+    return next(choice for choice in choices if choice not in (*reader.values, "none"))
+
+
+@pytest.mark.parametrize("name", SECOND_LEVEL)
+def test_a_setting_that_another_value_leaves_unread_is_refused_by_name(name, read):
+    """`token_control_bounds` under `token_control: random`; the same rule for every field that says so."""
+    first, second = SECOND_LEVEL[name].needed
+    on = STEP | ON[first.toggle] | {second.toggle: unread_by(second)}
+    value = next((c for c in own_settings(DrGRPOConfig)[name].choices if c != default_of(DrGRPOConfig, name)), None)
+    value = other_than(default_of(DrGRPOConfig, name)) if value is None else value
+    message = f"{name} is .*, but nothing reads it: {second.toggle} is .*Set {second.toggle}"
+    DrGRPOConfig(**on, output_dir="x", use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=message):
+        DrGRPOConfig(**on, output_dir="x", use_cpu=True, bf16=False, **{name: value})
+    text = yaml.safe_dump({key: entry for key, entry in on.items() if entry is not None} | {name: value})
+    assert re.search(message, refusal(lambda: read(text)))
+
+
+def test_every_setting_whose_help_names_a_value_of_another_is_read_with_it():
+    """Else nobody would see that a new one is missing from the rule."""
+    assert set(SECOND_LEVEL) == {
+        "entropy_control_gain", "entropy_control_gradient_ema", "entropy_control_num_completions",
+        "entropy_probe_num_completions", "entropy_probe_sampler",
+        "token_control_bounds", "token_control_coefficient", "token_control_quantiles",
+    }  # fmt: skip
+    for name, described in own_settings(DrGRPOConfig).items():
+        if described.help.startswith(("clip_cov:", "kl_cov:")):
+            assert described.read_with == {"token_control": (described.help.split(":")[0],)}, name
+        assert all(not values or set(values) <= set(own_settings(DrGRPOConfig)[other].choices)
+                   for other, values in described.read_with.items())  # fmt: skip
+
+
+def test_the_command_line_may_leave_settings_of_a_file_unread(read):
+    text = "token_control: clip_cov\ntoken_control_bounds: [2, 3]\nentropy_probe: true\n"
+    text += "entropy_probe_num_completions: 8\n" + yaml.safe_dump(STEP)
+    assert read(text)[1].token_control_bounds == [2, 3]
+    args = read(text, "--token_control", "random", "--entropy_probe_completions", "rollouts")[1]
+    assert (args.token_control_bounds, args.entropy_probe_num_completions) == ([1.0, 5.0], 64)
 
 
 def test_what_the_command_line_turns_off_is_left_out(read):

@@ -26,14 +26,22 @@ GRADIENTS = {
 SPARSE = {"resample_uninformative_groups": True, "equal_often": True, "num_prompts_per_step": 6,
           "per_device_train_batch_size": 12}  # fmt: skip
 BUDGET = {"entropy_control": "hold", "entropy_control_per_step": 0.02, "entropy_control_num_completions": 8}
+# Nothing is drawn, so that nothing reads how many completions.
+OWN = {"entropy_probe_completions": "rollouts", "entropy_probe_num_completions": 64}
 RUNS = [
     SECOND_ORDER | GRADIENTS | {"name": "full", "entropy_attribution": "token"},
     SECOND_ORDER
     | GRADIENTS
     | {"name": "lora", "lora": True, "entropy_attribution": "sequence", "gradient_accumulation_steps": 1},
-    {"name": "rollouts", "entropy_probe_completions": "rollouts"},
+    OWN | {"name": "rollouts"},
     BUDGET | {"name": "budget", "entropy_attribution": "sequence"},
-    BUDGET | {"name": "budget of own completions", "entropy_control_completions": "rollouts", "lora": True},
+    BUDGET
+    | {
+        "name": "budget of own completions",
+        "entropy_control_completions": "rollouts",
+        "entropy_control_num_completions": 128,
+        "lora": True,
+    },
     {
         "name": "clip_cov",
         "token_control": "clip_cov",
@@ -51,7 +59,7 @@ RUNS = [
     },
     SPARSE
     | {"name": "resampling", "noise_scale_probe": True, "noise_scale_within_prompt": True, "max_resample_rounds": 1},
-    SPARSE | {"name": "resampling, rollouts", "entropy_probe_completions": "rollouts", "curriculum": "pass_rate"},
+    SPARSE | OWN | {"name": "resampling, rollouts", "curriculum": "pass_rate"},
 ]
 # bf16: gradients are rounded by their place in the batch, so two ranks make another update than one process. At the
 # rate of real runs, 1e-6, the bf16 model itself hardly moves.

@@ -64,7 +64,8 @@ RUNS = {
         "fisher_num_sequences": 32,  # all: fewer would be the first groups of each process
         "entropy_attribution": "token",
     },
-    "full, rollouts": GRADIENTS | {"num_prompts_per_step": 4, "entropy_probe_completions": "rollouts"},
+    "full, rollouts": GRADIENTS
+    | {"num_prompts_per_step": 4, "entropy_probe_completions": "rollouts", "entropy_probe_num_completions": 64},
     "lora": GRADIENTS | HELD_OUT | {"num_prompts_per_step": 4, "use_peft": True},
     # Three groups of four on two or four processes: groups lie across them.
     "split groups": {

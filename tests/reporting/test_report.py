@@ -19,6 +19,7 @@ from trl_entropy.reporting import sections
 from trl_entropy.reporting.page import plain, render
 from trl_entropy.reporting.write import write_page, write_report_of_finished_run
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.strict_json import to_line
 
 
@@ -148,7 +149,8 @@ def test_a_killed_run_has_the_pictures_of_the_whole_one_up_to_that_step(real_run
     killed = real_run.parent / "killed" / real_run.name
     whole = tmp_path / real_run.name
     shutil.copytree(real_run, whole)
-    RunDirectory(whole).cut_after(2)
+    set_aside_after(RunDirectory(whole), 2)
+    shutil.rmtree(whole / "set_aside")
     shutil.rmtree(whole / "evaluation" / "step_000000")  # made after training
     (page, figures), (cut_page, cut_figures) = render([killed]), render([whole])
     assert {figure.name: figure.png for figure in figures} == {figure.name: figure.png for figure in cut_figures}

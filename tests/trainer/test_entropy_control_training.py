@@ -17,6 +17,12 @@ from trl_entropy.runs.directory import RunDirectory
 CONTROL = {"entropy_control": "hold", "entropy_control_per_step": 0.01, "entropy_control_num_completions": 16}
 
 
+def of(source):
+    """The control on completions of this source; the size of a batch that is not drawn is as by default."""
+    own = {"entropy_control_completions": "rollouts", "entropy_control_num_completions": 128}
+    return CONTROL | (own if source == "rollouts" else {})
+
+
 @pytest.fixture(scope="module")
 def problems():
     return Dataset.from_dict(
@@ -43,8 +49,8 @@ def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
     """Measured by the entropy probe, on completions of its own: 32 a step, 5 steps."""
     _, rows = trained(
         make_trainer, problems, max_steps=5, entropy_probe=True, entropy_probe_num_completions=32, learning_rate=3e-4,
-        entropy_attribution="sequence", entropy_control_completions=source,
-        **(CONTROL | {"entropy_control_per_step": -0.01}),
+        entropy_attribution="sequence",
+        **(of(source) | {"entropy_control_per_step": -0.01}),
     )  # fmt: skip
     for row in rows:
         assert row["entropy_control/target_change"] == -0.01 and row["entropy_control/active"] == 1
@@ -96,11 +102,7 @@ def test_report_leaves_training_bit_identical(make_trainer, problems, source):
         trained(make_trainer, problems, max_steps=3, beta=0.1, **settings)
         for settings in (
             {},
-            {
-                "entropy_control": "report",
-                "entropy_control_completions": source,
-                "entropy_control_num_completions": 16,
-            },
+            of(source) | {"entropy_control": "report", "entropy_control_per_step": None},
         )
     )
     assert torch.equal(flat(plain), flat(reported))
@@ -176,7 +178,7 @@ def test_a_step_that_was_dropped_leaves_nothing_to_the_next(tmp_path):
         ({"entropy_control_gain": 0.0}, "entropy_control_gain"),
         ({"entropy_control_num_completions": 5}, "entropy_control_num_completions to a multiple of 2"),
         ({"fisher_probe": True, "fisher_num_sequences": 12}, "fisher_probe=False"),
-        ({"entropy_control_completions": "rollouts", "num_iterations": 2}, "num_iterations=1"),
+        ({**of("rollouts"), "num_iterations": 2}, "num_iterations=1"),
         ({"top_k": 5}, "top_k=5"),
     ],
     ids=str,

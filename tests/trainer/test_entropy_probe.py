@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from run_rows import without_clocks
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl.trainer.utils import pad
@@ -28,10 +29,6 @@ def problems():
 
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
 
 
 class KeepParameters(TrainerCallback):

@@ -10,12 +10,20 @@ from accelerate import Accelerator
 from published_token_control import PublishedLoss
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
+from trl_entropy.config.setting import own_settings
 from trl_entropy.control import TokenControl
 from trl_entropy.estimators.control.token_control import kl_cov_tokens, token_covariances
 from trl_entropy.runs.directory import RunDirectory
 
 CLIP = {"token_control": "clip_cov", "token_control_bounds": [0.2, 0.9], "token_control_quantiles": True,
         "token_control_fraction": 0.1}  # fmt: skip
+
+
+def read_by(settings):
+    """Without the settings that their `token_control` does not read: they would be refused."""
+    own, control = own_settings(DrGRPOConfig), settings["token_control"]
+    readers = {name: described.read_with.get("token_control", (control,)) for name, described in own.items()}
+    return {name: value for name, value in settings.items() if control in readers.get(name, (control,))}
 
 
 class Kept(Probe):
@@ -161,11 +169,12 @@ def test_scopes_agree_on_a_single_micro_batch_alone(make_trainer, control, accum
     """Every token within the bounds, so that chance has no part in it."""
     settings = {
         **{"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 16 // accumulation},
-        **{"token_control": control, "token_control_bounds": list(BOUNDS), "token_control_fraction": 1.0},
-        **{"entropy_probe": False, "num_iterations": 1 + (control == "kl_cov")},
+        **{"token_control": control, "entropy_probe": False, "num_iterations": 1 + (control == "kl_cov")},
     }
     if control == "kl_cov":
         settings["token_control_fraction"] = 0.1
+    else:
+        settings |= {"token_control_bounds": list(BOUNDS), "token_control_fraction": 1.0}
     found = []
     for scope in ("optimizer_batch", "micro_batch"):
         _, kept, (row,) = trained(make_trainer, token_control_scope=scope, **settings)
@@ -196,7 +205,7 @@ def test_random_positive_tokens_have_no_loss(make_trainer, scope):
 def test_probes_go_with_it(make_trainer, control, scope):
     _, _, rows = trained(
         make_trainer, entropy_probe=True, entropy_probe_num_completions=4, entropy_attribution="sequence",
-        noise_scale_probe=True, **(CLIP | {"token_control": control, "token_control_scope": scope}),
+        noise_scale_probe=True, **read_by(CLIP | {"token_control": control, "token_control_scope": scope}),
     )  # fmt: skip
     assert abs(rows[-1]["entropy/attribution_rounding"]) < 1e-5
     assert rows[-1]["noise_scale/gradient_error"] < 1e-4
@@ -268,4 +277,4 @@ def test_kl_cov_is_warned_of_where_no_update_is_off_policy(tmp_path, caplog, set
 def test_what_cannot_be_is_refused(settings, message, tmp_path):
     defaults = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "num_generations": 4}
     with pytest.raises(ValueError, match=message):
-        DrGRPOConfig(**(defaults | {"per_device_train_batch_size": 16} | CLIP | settings))
+        DrGRPOConfig(**(defaults | {"per_device_train_batch_size": 16} | read_by(CLIP | settings)))

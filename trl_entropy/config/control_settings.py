@@ -44,6 +44,7 @@ class ControlSettings:
         "Which share of the distance to the target each step is asked to go.",
         0.4,
         probe="entropy_control",
+        read_with={"entropy_control_target": ()},
         changes_training=True,
     )
     entropy_control_completions: str = setting(
@@ -59,6 +60,7 @@ class ControlSettings:
         "as is always done with entropy_control_completions=rollouts.",
         0.7,
         probe="entropy_control",
+        read_with={"entropy_control_completions": ("probe",)},
         changes_training=True,
     )
     entropy_control_num_completions: int = setting(
@@ -67,6 +69,7 @@ class ControlSettings:
         128,
         unit="completions",
         probe="entropy_control",
+        read_with={"entropy_control_completions": ("probe",)},
         changes_training=True,
     )
 
@@ -103,12 +106,14 @@ class ControlSettings:
         [1.0, 5.0],
         unit="nats x advantage; with token_control_quantiles, quantiles",
         probe="token_control",
+        read_with={"token_control": ("clip_cov",)},
         changes_training=True,
     )
     token_control_quantiles: bool = setting(
         "clip_cov: read token_control_bounds as quantiles of the covariances, from 0 to 1, not as covariances.",
         False,
         probe="token_control",
+        read_with={"token_control": ("clip_cov",)},
         changes_training=True,
     )
     token_control_coefficient: float = setting(
@@ -117,5 +122,6 @@ class ControlSettings:
         1.0,
         unit="per nat",
         probe="token_control",
+        read_with={"token_control": ("kl_cov",)},
         changes_training=True,
     )

@@ -22,13 +22,19 @@ line (`--entropy_probe true`), or be given to `DrGRPOConfig(...)`. (T1), (T2), .
 `python -m trl_entropy.config.document`.
 """
 _TABLES = (
-    ("Probes", ProbeSettings, "Probes only measure. Training is, bit for bit, what it is without them."),
+    (
+        "Probes",
+        ProbeSettings,
+        "Probes only measure. Training is, bit for bit, what it is without them: TRL's, but with whole prompt groups "
+        "shuffled, where TRL's own shuffle of single completions draws other random numbers.",
+    ),
     ("Controls", ControlSettings, "Controls change the step or the loss to steer the entropy."),
     ("Training", TrainingSettings, "What is trained on, and when it is evaluated."),
 )
 _CHANGES_TRAINING = (
     "A setting that *changes training* is part of the resume contract: a checkpoint is not resumed with another "
-    "value. The settings of a control that is off are not compared."
+    "value, unless resume_allow_changes names it. The settings of a control that is off are not compared. A setting "
+    "is refused where nothing reads it: while its toggle is off, or with another value of what it is *read with*."
 )
 
 
@@ -37,7 +43,7 @@ def document() -> str:
     parts = [_INTRODUCTION, "## What can be turned on\n", _table(("toggle", "logs", "cost"), _toggle_rows())]
     parts += ["\n## All settings\n", f"{_CHANGES_TRAINING}\n"]
     for title, config, text in _TABLES:
-        header = ("setting", "default", "choices", "unit", "changes training", "what it does")
+        header = ("setting", "default", "choices", "unit", "changes training", "read with", "what it does")
         parts += [f"### {title}\n", f"{text}\n", _table(header, _setting_rows(config)), ""]
     parts += ["## TRL's fields with another default\n", _table(("field", "TRL", "here"), _changed_defaults())]
     return "\n".join(parts)
@@ -54,13 +60,19 @@ def _setting_rows(config: type) -> Iterable[tuple[str, ...]]:
     for name, setting in own_settings(config).items():
         choices = ", ".join(f"`{choice}`" for choice in setting.choices)
         default = _shown(default_of(config, name))
-        yield f"`{name}`", default, choices, setting.unit, _changes_training(setting), setting.help
+        changes, read_with = _changes_training(setting), _read_with(setting)
+        yield f"`{name}`", default, choices, setting.unit, changes, read_with, setting.help
 
 
 def _changes_training(setting: Setting) -> str:
     if isinstance(setting.changes_training, tuple):
         return ", ".join(f"`{choice}`" for choice in setting.changes_training)
     return "yes" if setting.changes_training else "no"
+
+
+def _read_with(setting: Setting) -> str:
+    found = [(name, [f"`{value}`" for value in values]) for name, values in setting.read_with.items()]
+    return ", ".join(f"`{name}`: {', '.join(values) or 'set'}" for name, values in found)
 
 
 def _changed_defaults() -> Iterable[tuple[str, ...]]:

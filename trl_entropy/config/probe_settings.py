@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from trl_entropy.config.setting import setting
 
+# Where the entropy probe draws the completions that it measures on.
+_DRAWN: dict[str, tuple[object, ...]] = {"entropy_probe_completions": ("held_out", "eval")}
+
 
 @dataclass
 class ProbeSettings:
@@ -33,6 +36,7 @@ class ProbeSettings:
         64,
         unit="completions",
         probe="entropy_probe",
+        read_with=_DRAWN,
         changes_training=False,
     )
     entropy_probe_completions: str = setting(
@@ -53,6 +57,7 @@ class ProbeSettings:
         "model",
         choices=("model", "vllm"),
         probe="entropy_probe",
+        read_with=_DRAWN,
         changes_training=False,
     )
     entropy_second_order: bool = setting(

@@ -22,6 +22,8 @@ class Setting:
         choices: the values it takes; empty: any of its type.
         unit: of its value, or of what it measures.
         probe: the toggle that it belongs to: a probe's, or that of a control. Nothing reads it while that is off.
+        read_with: other fields, each with those of its values with which this setting is read; no values: any that
+            turns the field on. Nothing reads it unless all of them have one of theirs.
         logs, cost: what turning it on logs and costs.
     """
 
@@ -32,6 +34,7 @@ class Setting:
     probe: str = ""
     logs: str = ""
     cost: str = ""
+    read_with: Mapping[str, tuple[object, ...]] = dataclasses.field(default_factory=dict)
 
 
 class _Help(str):
@@ -50,9 +53,10 @@ def setting(
     probe: str = "",
     logs: str = "",
     cost: str = "",
+    read_with: Mapping[str, tuple[object, ...]] | None = None,
 ) -> T:
     """A dataclass field; see [`Setting`]."""
-    described = Setting(help, changes_training, choices, unit, probe, logs, cost)
+    described = Setting(help, changes_training, choices, unit, probe, logs, cost, read_with or {})
     text = _Help((f"{help} Unit: {unit}." if unit else help).replace("%", "%%"))  # argparse formats it
     text.setting = described
     metadata: dict[str, object] = {"help": text}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerState
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
@@ -35,6 +35,7 @@ from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entr
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_of, weighted_logps
+from trl_entropy.probes import model_checks
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
@@ -134,6 +135,17 @@ class EntropyControl(Probe):
     @property
     def needs_loss_coefficients(self) -> bool:
         return self.source == "rollouts"
+
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        what = "entropy_control"
+        if self.draw is None:
+            model_checks.check_full_distribution(args, model, what)
+        model_checks.check_scoring(model, what)
+        model_checks.check_derivatives(model, what)
+        model_checks.check_no_dropout(model, what)
+        if self.source == "rollouts":
+            model_checks.check_own_completions(model, "entropy_control_completions='rollouts'")
+            model_checks.check_no_auxiliary_loss(args, model, "entropy_control_completions='rollouts'")
 
     def reset(self) -> None:
         self._own.clear()

@@ -34,6 +34,7 @@ from trl_entropy.estimators.entropy_change.step_change import (
 from trl_entropy.estimators.statistics.estimate import Linearization
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.gradients.scores import Params, TokenScores, score
+from trl_entropy.probes import model_checks
 from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
@@ -57,6 +58,9 @@ class EntropyProbe(Probe):
     E is drawn before the step, and scored after it twice: with the parameters from before and from after the step in
     the model. Forward-mode differentiation along the true update gives the derivative of each token's score, so every
     optimizer and every loss is covered.
+
+    With dropout everything is about the policy without it: E is drawn and scored in evaluation mode, and the update is
+    the one that training made.
 
     Args:
         every: cadence in steps.
@@ -117,6 +121,10 @@ class EntropyProbe(Probe):
         return self.attribution is not None
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        if self.draw is None and self.sampler == "model":
+            model_checks.check_full_distribution(args, model, "entropy_probe")
+        model_checks.check_scoring(model, "entropy_probe", order=2 if self.second_order else 1)
+        model_checks.check_derivatives(model, "entropy_probe")
         if self.attribution is not None:
             self.attribution.check(args, model)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.durable import replace_text
 
 if TYPE_CHECKING:
     from trl_entropy.reporting.figures import Figure
@@ -81,6 +82,5 @@ def write_page(paths: Sequence[Path], target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         (target.parent / f"{figure.name}.png").write_bytes(figure.png)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(target)
+    replace_text(target, page)
+    return target

@@ -48,14 +48,15 @@ def why(error: BaseException) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {text}", _MOST_CHARACTERS, placeholder=" ...").rstrip(": ")
 
 
-def read_json_lines(path: Path) -> tuple[list[Row], list[int]]:
-    """The rows of `metrics.jsonl` that can be read, and the numbers of the lines that cannot, from 1."""
+def read_json_lines(path: Path, key: str = "step") -> tuple[list[Row], list[int]]:
+    """The rows of a file such as `metrics.jsonl` that can be read, whose entry `key` is the number of a step, and the
+    numbers of the lines that cannot, from 1."""
     rows, unreadable = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             row = from_line(line)
-            rows.append(row | {"step": int(row["step"])})
+            rows.append(row | {key: int(row[key])})
         except (ValueError, KeyError, TypeError, AttributeError):
             if line.strip():
                 unreadable.append(number)
