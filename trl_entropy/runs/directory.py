@@ -269,7 +269,9 @@ class RunDirectory:
 def _summary_in(path: Path) -> CheckpointSummary:
     with reading(path):
         summary: CheckpointSummary = json.loads(path.read_text(encoding="utf-8"))
-        return summary | {"metrics": dict(summary["metrics"])}
+        if not isinstance(summary, dict):
+            raise ValueError("it holds no names with values")
+        return summary
 
 
 def _row_of_checkpoint(summary: CheckpointSummary) -> Row:
