@@ -139,7 +139,7 @@ class EntropyControl(Probe):
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         what = "entropy_control"
         if self.draw is None:
-            model_checks.check_full_distribution(args, model, what)
+            model_checks.check_full_distribution(args, model, what, draws=self.source == "probe")
         model_checks.check_scoring(model, what)
         model_checks.check_derivatives(model, what)
         model_checks.check_no_dropout(model, what)
