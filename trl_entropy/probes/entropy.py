@@ -59,8 +59,8 @@ class EntropyProbe(Probe):
     the model. Forward-mode differentiation along the true update gives the derivative of each token's score, so every
     optimizer and every loss is covered.
 
-    With dropout everything is about the policy without it: E is drawn and scored in evaluation mode, and the update is
-    the one that training made.
+    With dropout everything but (T11) is about the policy without it: E is drawn and scored in evaluation mode, and the
+    update is the one that training made. The covariances are of training's own passes.
 
     Args:
         every: cadence in steps.
