@@ -8,6 +8,7 @@ _CHECK = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do whe
 
 
 def checked(function: Callable) -> Callable:
-    """`function` with its annotations checked, but for DrGRPOConfig's inherited fields: HfArgumentParser passes None
-    where transformers' annotation has no None."""
-    return function if function.__qualname__.startswith("DrGRPOConfig.__init__") else _CHECK(function)
+    """`function` with its annotations checked, but for the fields that our arguments inherit: HfArgumentParser passes
+    None where transformers' annotation has no None."""
+    inherits = function.__qualname__.startswith(("DrGRPOConfig.__init__", "SFTConfig.__init__"))
+    return function if inherits else _CHECK(function)

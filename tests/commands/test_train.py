@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from trl_entropy.config.command_line import parse, parse_sft
+from trl_entropy.config.resume_contract import contract_settings
+from trl_entropy.runs import checkpoints
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.train import _say_start, main
+from trl_entropy.train import _say_end, _say_start, main
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -65,10 +67,20 @@ def test_the_start_line_names_what_changes_the_step(tmp_path, caplog):
     assert "budget" not in without and held.endswith("; entropy_control: hold")
 
 
+def test_the_end_of_a_training_is_no_failure_without_a_page_or_an_entropy(tmp_path, caplog, capsys):
+    run = RunDirectory(tmp_path)
+    for step in (0, 5):
+        run.append_evaluation(step, {"reward": 0.5, "entropy": None})
+    _say_end(SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), _logs={"completion": []}))
+    assert "held out after step   5: reward 0.500, entropy nan nats/token" in capsys.readouterr().out
+    (message,) = caplog.messages
+    assert message.startswith(f"The page of {tmp_path} is left out: ") and "metrics.jsonl" in message
+
+
 @pytest.mark.parametrize("more, said", [
     (["--max_steps", "7"], "Dr-GRPO: 7 steps of 2 prompts x 4 completions"),
     (["--max_steps", "-1", "--num_train_epochs", "3"], "Dr-GRPO: 3 epoch(s) in steps of 2 prompts x 4 completions"),
-    (["--max_steps", "0", "--num_train_epochs", "0.5"], "Dr-GRPO: 0.5 epoch(s) in steps of 2 prompts"),
+    (["--max_steps", "-1", "--num_train_epochs", "0.5"], "Dr-GRPO: 0.5 epoch(s) in steps of 2 prompts"),
     (["--additional_steps", "5", "--resume_from_checkpoint", "latest"], "Dr-GRPO: 5 more steps of 2 prompts"),
 ])  # fmt: skip
 def test_the_start_line_says_how_long_the_run_is(tmp_path, caplog, more, said):
@@ -93,6 +105,7 @@ LINE = json.dumps({"question": "How many?", "answer": "#### %s"}) + "\n"
      "all 4 prompts are longer than max_prompt_length=9"),
     (["--output_dir", "d.jsonl/run"], {"d.jsonl": ""}, "Not a directory: 'd.jsonl/run'"),
     (["--model_name_or_path", "nobody/nothing"], {}, "nobody/nothing"),
+    (["--max_steps", "0"], {}, "max_steps is 0.*use 1 or more, or -1 for epochs"),
     (["--reward_weights", "1", "2"], {}, r"reward_weights has 2 number\(s\), reward_funcs 1"),
 ])  # fmt: skip
 def test_a_mistake_ends_in_one_line_before_a_model_is_loaded(tmp_path, more, files, message, monkeypatch):
@@ -131,6 +144,22 @@ def test_a_run_is_not_written_over(tmp_path):
         main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path))
 
 
+def test_a_finished_run_is_left_alone_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trl_entropy.train.build_trainer", lambda *a, **k: pytest.fail("a model was about to load"))
+    given = settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "4")
+    _, args, _ = parse(given)
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 4, "epoch": 0.5}))
+    checkpoints.seal(checkpoint, {"step": 4, "settings": contract_settings(args)})
+    files = sorted(tmp_path.rglob("*"))
+    main([*given, "--resume_from_checkpoint", "latest"])  # no SystemExit: exit status 0
+    assert f"{tmp_path} is already finished: checkpoint-4 is its last step" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == files
+    with pytest.raises(pytest.fail.Exception, match="about to load"):
+        main([*given, "--resume_from_checkpoint", "latest", "--additional_steps", "1"])
+
+
 def test_a_disk_that_is_full_while_logging_is_one_clear_line(tmp_path, warm_start_dir, monkeypatch):
     monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
     append = RunDirectory.append_metrics
@@ -147,7 +176,10 @@ def test_a_disk_that_is_full_while_logging_is_one_clear_line(tmp_path, warm_star
         main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
     message = str(stop.value)
     assert "No space left on device: 'metrics.jsonl'" in message and "\n" not in message
-    assert f"{tmp_path / 'checkpoint-2'} is complete: make room, then --resume_from_checkpoint latest" in message
+    assert (
+        f"{tmp_path / 'checkpoint-2'} is complete: make room on the disk, then --resume_from_checkpoint latest"
+        in message
+    )
     assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [1, 2]
 
 

@@ -134,3 +134,11 @@ def test_help_of_every_field_prints():
     """argparse takes `%` in a help text for a format."""
     text = HfArgumentParser(DrGRPOConfig).format_help()
     assert all(f"--{name}" in text for name in ("fisher_sketch_dim", "noise_scale_probe", "entropy_probe_every"))
+
+
+def test_without_a_gpu_the_config_names_both_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="On a CPU set use_cpu=True and bf16=False") as error:
+        DrGRPOConfig(output_dir=str(tmp_path))
+    assert "\n" not in str(error.value)
+    DrGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)

@@ -8,7 +8,7 @@ from trl import GRPOConfig
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.config.document import document
-from trl_entropy.config.resume_contract import UPSTREAM_SETTINGS, contract_settings
+from trl_entropy.config.resume_contract import contract_settings, upstream_settings
 from trl_entropy.config.setting import default_of, own_settings
 from trl_entropy.control import EntropyControl
 from trl_entropy.estimators.control.entropy_control import SetPoint
@@ -71,9 +71,9 @@ def test_probes_change_nothing_and_controls_do():
 def test_the_contract_has_what_changes_training():
     names = {name for name, setting in SETTINGS.items() if setting.changes_training}
     controlled = {"token_control": "random", **TARGET}
-    known = {"engine", "world_size"}
-    assert set(contract(**controlled)) == names | set(UPSTREAM_SETTINGS) | known
-    assert set(UPSTREAM_SETTINGS) <= UPSTREAM
+    known = {"engine", "world_size", "dtype"}
+    assert set(contract(**controlled, max_steps=-1)) == names | set(upstream_settings()) | known
+    assert set(upstream_settings()) <= UPSTREAM
     assert contract(planned={"world_size": 3, "engine": None})["world_size"] == 3
     assert "engine" not in contract(planned={"engine": None})
 

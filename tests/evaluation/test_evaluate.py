@@ -9,7 +9,8 @@ import yaml
 from small_evaluation import CONFIG
 
 from trl_entropy.evaluate import main
-from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
+from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.tasks import rewards
 
 SMALL = ["--subset-frac", "0.004", "--num-samples", "4"]  # 6 problems
@@ -90,7 +91,9 @@ def test_resuming_a_run_drops_evaluations_of_later_steps(tmp_path):
     directory = RunDirectory(tmp_path)
     for step in (10, 20):
         directory.checkpoint_folder(step).mkdir(parents=True)
-        summary = {"step": step, "num_prompts": 1, "settings": {"num_samples": 1}, "metrics": {}}
+        summary = dict.fromkeys(CheckpointSummary.__annotations__) | {"step": step, "metrics": {}}
+        summary |= {"num_prompts": 1, "settings": {"num_samples": 1}}
         (directory.checkpoint_folder(step) / "summary.json").write_text(json.dumps(summary))
-    directory.cut_after(15)
+    (tmp_path / "evaluation" / "step_000020.log").write_text("cancelled")
+    assert set_aside_after(directory, 15) is not None
     assert [summary["step"] for summary in directory.checkpoint_summaries()] == [10]

@@ -17,8 +17,13 @@ STAND_INS = {
     "srun": 'while [[ $1 == -* ]]; do echo "$1" >>srun.log; shift; done; SLURM_NODEID=1 exec "$@"',
     "scontrol": 'case $1 in show) printf "first\\nsecond\\n" ;; *) echo "$*" >>scontrol.log ;; esac',
     # Like training: without SIGTERM it ends well; with it, it saves and the launcher ends with an error.
-    "accelerate": r"""save() { sleep 0.5; mkdir -p "$RUN/checkpoint-3" && touch "$_/trainer_state.json"; exit 1; }
+    "accelerate": r"""save() {
+    sleep 0.5
+    mkdir "$RUN/checkpoint-3" && touch "$RUN/metrics.jsonl" "$RUN/checkpoint-3/saved"
+    exit 1
+}
 trap save TERM
+mkdir -p "$RUN"
 printf '%s\n' "$@" >arguments
 for _ in $(seq "${TENTHS:-1}"); do sleep 0.1; done""",
 }
@@ -72,10 +77,10 @@ def test_preempted_job_saves_is_requeued_and_resumes(start, tmp_path):
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
     assert finish(job) != 0
-    assert (tmp_path / RUN / "checkpoint-3" / "trainer_state.json").exists()  # waited for, then
+    assert (tmp_path / RUN / "checkpoint-3" / "saved").exists()  # waited for, then
     assert (tmp_path / "scontrol.log").read_text() == "requeue 123\n"
     assert finish(start()) == 0
-    assert (tmp_path / "arguments").read_text().splitlines()[-2:] == ["--resume_from_checkpoint", "latest"]
+    assert (tmp_path / "arguments").read_text().splitlines()[-2:] == ["--resume_from_checkpoint", "latest_or_new"]
 
 
 def test_failed_training_fails_the_job(start, tmp_path):

@@ -147,11 +147,18 @@ def test_with_dropout_the_probe_measures_the_policy_without_it(build, monkeypatc
     assert 0 < second["kl"] < 1e-3
 
 
-def test_kl_every_draws_no_random_numbers(build):
+def test_kl_every_draws_no_random_numbers(build, tmp_path):
     """It scored the start policy in training mode, so that training went another way."""
     found = []
     for settings in ({}, {"kl_every": 1}):
-        trainer = build(None, lora(lora_dropout=0.3), disable_dropout=False, max_steps=3, **settings)
+        trainer = build(
+            None,
+            lora(lora_dropout=0.3),
+            disable_dropout=False,
+            max_steps=3,
+            output_dir=str(tmp_path / f"run {len(found)}"),
+            **settings,
+        )
         trainer.train()
         found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]))
     assert torch.equal(*found)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.set_aside import set_aside_after
 
 
 def test_metrics_round_trip_in_order_of_step(tmp_path):
@@ -37,7 +38,7 @@ def test_any_reader_opens_the_file_and_ours_restores_what_is_not_finite(tmp_path
     expected = {"step": 1, "loss": None, "upper": None, "lower": None, "kl": 0.5}
     names = {"not_finite": {"loss": "nan", "upper": "inf", "lower": "-inf"}}
     assert strict_rows(run.metrics_path) == [expected | names, {"step": 2, "kl": 0.25, "given": None}]
-    run.cut_after(1)
+    set_aside_after(run, 1)
     assert strict_rows(run.metrics_path) == [expected | names]
     (row,) = run.metrics()
     assert math.isnan(row.pop("loss"))

@@ -6,6 +6,7 @@ import torch
 from trl_entropy import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.set_aside import set_aside_after
 
 
 class Listener(Probe):
@@ -107,7 +108,7 @@ def test_numbers_of_an_earlier_step_join_its_line(make_trainer):
     assert [row["step"] for row in rows] == [1, 2, 3] and all("reward" in row for row in rows)
     assert [row.get("my/late") for row in rows] == [1.0, 2.0, None]
     assert [row.get("my/early") for row in rows] == [1.0, 2.0, 3.0]
-    RunDirectory(trainer.args.output_dir).cut_after(2)
+    set_aside_after(RunDirectory(trainer.args.output_dir), 2)
     assert RunDirectory(trainer.args.output_dir).metrics() == rows[:2]
 
 

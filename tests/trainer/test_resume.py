@@ -1,13 +1,17 @@
 """Interrupted and resumed is uninterrupted, bit for bit: weights and every logged number that is not a clock."""
 
+import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
+from run_rows import without_clocks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -48,10 +52,6 @@ def problems():
 
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
 
 
 def train(make_trainer, folder, stop_after=None, resume=None, lora=False, **settings):
@@ -145,10 +145,17 @@ def test_additional_steps_follow_the_schedule_of_the_longer_run(make_trainer, tm
         train(make_trainer, tmp_path / "other", additional_steps=2)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
 @pytest.fixture
-def run(make_trainer, tmp_path):
-    train(make_trainer, tmp_path / "run", max_steps=3)
-    return tmp_path / "run"
+def run(make_trainer, trained, tmp_path):
+    """A copy of a run of three steps, each with a checkpoint."""
+    if not trained.exists():
+        train(make_trainer, trained, max_steps=3)
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def half_written(path: Path):
@@ -171,6 +178,10 @@ def missing(path: Path):
     (path / "training_state_0.pt").unlink()
 
 
+def zeroed(path: Path):
+    (path / checkpoints.SEAL).write_bytes(bytes(500))
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -178,6 +189,7 @@ def missing(path: Path):
         (truncated, "optimizer.pt has 100 bytes"),
         (damaged, "model.safetensors is damaged"),
         (missing, "training_state_0.pt is missing"),
+        (zeroed, "checkpoint_complete.json is damaged"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_passed_over(make_trainer, run, harm, message, caplog):
@@ -196,6 +208,7 @@ def test_a_broken_checkpoint_is_named_and_passed_over(make_trainer, run, harm, m
         ({"seed": 1}, "seed was 42 and is 1"),
         ({"learning_rate": 5e-4}, "learning_rate was 0.001 and is 0.0005"),
         ({"token_control": "random"}, "token_control was 'none' and is 'random'"),
+        ({"reward_funcs": sparse_reward}, r"reward_funcs was \['.*'\] and is \['sparse_reward'\]"),
         ({"max_steps": 9}, "max_steps was 3 and is 9.*use additional_steps"),
         ({"dataset": Dataset.from_dict({"prompt": ["other"] * 8})}, "data was"),
         ({"lora": True}, "model was"),
@@ -208,11 +221,60 @@ def test_another_run_is_refused_with_what_differs(make_trainer, run, change, mes
     assert len(RunDirectory(run).metrics()) == 3  # nothing is lost
 
 
-def test_latest_without_a_checkpoint_starts_from_the_beginning(make_trainer, tmp_path, caplog):
+def test_latest_without_a_checkpoint_deletes_nothing(make_trainer, tmp_path, caplog):
     RunDirectory(tmp_path / "run").append_metrics(1, {"loss": 5.0})  # killed before its first checkpoint
-    trainer = train(make_trainer, tmp_path / "run", max_steps=2, resume="latest")
-    assert trainer.state.global_step == 2 and "no complete checkpoint: starting from the beginning" in caplog.text
-    assert [row["step"] for row in RunDirectory(tmp_path / "run").metrics()] == [1, 2]
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint, but .*'latest_or_new'"):
+        train(make_trainer, tmp_path / "run", max_steps=1, resume="latest")
+    assert RunDirectory(tmp_path / "run").metrics() == [{"step": 1, "loss": 5.0}]
+    trainer = train(make_trainer, tmp_path / "run", max_steps=1, resume="latest_or_new")
+    assert trainer.state.global_step == 1 and "no complete checkpoint: starting from the beginning" in caplog.text
+    (row,) = RunDirectory(tmp_path / "run").metrics()
+    assert row["step"] == 1 and row["loss"] != 5.0
+    aside = RunDirectory(tmp_path / "run" / "set_aside" / "after_step_000000_1")
+    assert aside.metrics() == [{"step": 1, "loss": 5.0}]
+
+
+def test_the_newest_checkpoint_is_that_of_the_branch_that_goes_on(make_trainer, run):
+    """Resumed from an older checkpoint and killed: `latest` must not take the branch that was left."""
+    (left,) = [row["entropy/policy"] for row in RunDirectory(run).metrics() if row["step"] == 3]
+    train(make_trainer, run, 2, str(run / "checkpoint-1"), max_steps=3)
+    assert checkpoints.newest_complete(run) == run / "checkpoint-2"
+    checkpoints.check_files(run / "set_aside" / "after_step_000001_1" / "checkpoint-3")
+    train(make_trainer, run, None, "latest", max_steps=3)
+    assert [row["step"] for row in RunDirectory(run).metrics()] == [1, 2, 3]
+    assert RunDirectory(run).metrics()[-1]["entropy/policy"] == left  # the same branch again, bit for bit
+
+
+def test_a_change_that_is_asked_for_is_made_and_written_down(make_trainer, run):
+    change = {"learning_rate": 5e-4, "weight_decay": 0.1, "adam_beta1": 0.8, "temperature": 0.5}
+    trainer = train(
+        make_trainer, run, None, str(run / "checkpoint-2"), max_steps=3, **change, resume_allow_changes=list(change)
+    )
+    assert RunDirectory(run).metrics()[-1]["learning_rate"] == 5e-4
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
+    assert [group["betas"] for group in trainer.optimizer.param_groups] == [(0.8, 0.999)] * 2
+    began, resumed = RunDirectory(run).starts()
+    assert (began["after_step"], began["resumed_from"], began["changed"]) == (0, None, {})
+    assert (resumed["after_step"], resumed["resumed_from"]) == (2, "checkpoint-2")
+    assert resumed["changed"] == {
+        "learning_rate": [0.001, 0.0005],
+        "weight_decay": [0.0, 0.1],
+        "adam_beta1": [0.9, 0.8],
+        "temperature": [1.0, 0.5],
+    }
+    assert began["command"] and began["packages"]["trl"]  # of the first start too
+
+
+def test_no_file_of_a_run_holds_a_secret(make_trainer, tmp_path, monkeypatch):
+    secrets = [f"hf_{letter * 30}" for letter in "abcd"]
+    monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", secrets[0], f"--hub_token={secrets[1]}"])
+    monkeypatch.setenv("HF_HUB_TOKEN", secrets[2])
+    init = {"model_init_kwargs": {"token": secrets[3]}}
+    trainer = train(make_trainer, tmp_path / "run", max_steps=1, hub_token=secrets[0], report_to="tensorboard", **init)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert [path for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)] == []
+    assert trainer.args.hub_token == secrets[0] == copy.deepcopy(trainer.args).hub_token
 
 
 def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_trainer, tmp_path, monkeypatch):
@@ -223,11 +285,41 @@ def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_train
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4"]
 
 
+def test_checkpoints_without_an_optimizer_are_deleted_too(make_trainer, tmp_path):
+    train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=2, save_only_model=True)
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4", "checkpoint-3"]
+
+
+class Sized:
+    """No tensor, number or text."""
+
+
+@pytest.mark.parametrize("logged", [np.float64(0.5), np.int64(3), Sized()], ids=["float64", "int64", "object"])
+def test_a_sealed_checkpoint_can_be_loaded_whatever_a_reward_logs(make_trainer, tmp_path, logged):
+    """A checkpoint inside a generation's window holds what rewards have logged of its completions."""
+
+    def logging_reward(completion_ids, log_extra, **kwargs):
+        log_extra("size", [logged] * len(completion_ids))
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    settings = {"reward_funcs": logging_reward, "steps_per_generation": 2, "max_steps": 2}
+    if isinstance(logged, Sized):
+        with pytest.raises(
+            CheckpointError, match=r"holds an object \(test_resume.Sized\) that is no tensor, number or text"
+        ):
+            train(make_trainer, tmp_path / "run", stop_after=1, **settings)
+        assert checkpoints.newest_complete(tmp_path / "run") is None
+        return
+    train(make_trainer, tmp_path / "run", stop_after=1, **settings)
+    assert train(make_trainer, tmp_path / "run", resume="latest", **settings).state.global_step == 2
+
+
 def look(seal, tmp_path, left):
     def sealing(path, contract):
         whole = checkpoints.newest_complete(tmp_path / "run")
         left.append(whole.name if whole else None)
         seal(path, contract)
+        os.utime(path, (0, 10**9 - 1000 * contract["step"]))  # a clock that is set back again and again
 
     return sealing
 
@@ -242,6 +334,19 @@ def test_a_disk_that_is_full_gives_one_clear_error(make_trainer, tmp_path, monke
     with pytest.raises(CheckpointError, match=r"No space left.*Make room.*resume from .*checkpoint-1"):
         train(make_trainer, tmp_path / "run", max_steps=2, resume="latest")
     checkpoints.check_files(tmp_path / "run" / "checkpoint-1")
+
+
+def test_another_error_while_saving_does_not_ask_for_room(make_trainer, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Column 'prompt' doesn't exist.")
+
+    monkeypatch.setattr("trl_entropy.trainer.training_state.save", fail)
+    with pytest.raises(
+        CheckpointError,
+        match=r"doesn't exist\. Remove the cause; then begin anew with resume_from_checkpoint=latest_or_new",
+    ) as error:
+        train(make_trainer, tmp_path / "run", max_steps=1)
+    assert "room" not in str(error.value) and ".." not in str(error.value)
 
 
 def test_tensorboard_shows_each_step_once(make_trainer, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
 from peft import LoraConfig
+from run_rows import without_clocks
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -41,10 +42,6 @@ class Recorder(Probe):
 
 def flat(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
 
 
 def test_one_step_equals_trl(make_trainer):
@@ -143,7 +140,7 @@ def test_every_step_logs_what_is_promised(make_trainer):
     not_here = {"completions/think_length"}  # a random policy may close no think tag
     of_other_probes = (
         *("entropy/", "answer_check/", "noise_scale/", "fisher/", "curriculum/", "resampling/"),
-        *("entropy_control/", "token_control/"),
+        *("entropy_control/", "token_control/", "sampling/"),
     )
     promised = {name for name in METRICS if not name.startswith(of_other_probes)} - not_here
     promised |= {"entropy/policy", "entropy/surprisal", "clip_ratio/region_mean", "reward_std"}

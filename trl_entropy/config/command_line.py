@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, TrlParser
 
+from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.number_checks import check_numbers
 from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings
 from trl_entropy.config.unread import check_given, readers_of, turned_off
+from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_problem_numbers
@@ -39,22 +41,19 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
         )
     check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
     check_model(model)
-    if RunDirectory(args.output_dir).metrics() and args.resume_from_checkpoint is None:
-        raise ValueError(
-            f"{args.output_dir} already holds a run. Choose another --output_dir, continue it with "
-            "--resume_from_checkpoint, or move it away."
-        )
+    if args.resume_from_checkpoint is None:
+        RunDirectory(args.output_dir).check_unused()
     return task, args, model
 
 
-def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SFTConfig, ModelConfig]:
+def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SFTArguments, ModelConfig]:
     """
     Read the command line of `trl-entropy sft` and its `--config` file.
 
     Raises:
         ValueError: for every error in the settings, before anything is loaded.
     """
-    parser = _Parser([DemonstrationArguments, SFTConfig, ModelConfig])
+    parser = _Parser([DemonstrationArguments, SFTArguments, ModelConfig])
     parser.set_defaults(disable_tqdm=False)  # tqdm is off by default once transformers is silenced
     task, args, model = parser.read(argv)
     check_problem_numbers(task)
@@ -102,7 +101,8 @@ class _Parser(TrlParser):
                 self._check_choice(action.dest, settings[action.dest], list(action.choices))
         self.set_defaults_with_config(**settings)
         try:
-            return self.parse_args_into_dataclasses(args=flags)
+            with explaining_bf16():
+                return self.parse_args_into_dataclasses(args=flags)
         except (TypeError, ArithmeticError, AttributeError) as error:  # of a value that no check of ours foresaw
             raise ValueError(f"the settings do not go together: {one_line(error)}.") from error
 

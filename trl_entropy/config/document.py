@@ -33,8 +33,8 @@ _TABLES = (
 )
 _CHANGES_TRAINING = (
     "A setting that *changes training* is part of the resume contract: a checkpoint is not resumed with another "
-    "value. The settings of a control that is off are not compared. A setting is refused where nothing reads it: "
-    "while its toggle is off, or with another value of the settings that it is *read with*."
+    "value, unless resume_allow_changes names it. The settings of a control that is off are not compared. A setting "
+    "is refused where nothing reads it: while its toggle is off, or with another value of what it is *read with*."
 )
 
 

@@ -7,18 +7,20 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.control_checks import ControlChecks
 from trl_entropy.config.number_checks import NumberChecks
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.config.prompt_checks import PromptChecks
 from trl_entropy.config.unread import check_config
+from trl_entropy.config.without_secrets import WithoutSecrets
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
+class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
     """
     Arguments of [`DrGRPOTrainer`]: those of [`~trl.GRPOConfig`], four of them with other defaults, and this package's.
 
@@ -38,7 +40,13 @@ class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
             "the whole batch (batch), or not at all (none)."
         },
     )
-    logging_steps: float = field(default=1, metadata={"help": "Number of optimizer steps between two log lines."})
+    logging_steps: float = field(
+        default=1,
+        metadata={
+            "help": "Number of optimizer steps between two log lines of trackers and callbacks. metrics.jsonl has a "
+            "line for each step."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are NaN or infinite out of the logs."}
     )
@@ -54,7 +62,8 @@ class DrGRPOConfig(ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
         if self.stop_at_answer and self.use_vllm:  # without vLLM the trainer stops the model's own generate
             stop = {"stop": [ANSWER_CLOSE], "include_stop_str_in_output": True}
             self.generation_kwargs: dict | None = {**stop, **(self.generation_kwargs or {})}
-        super().__post_init__()
+        with explaining_bf16():
+            super().__post_init__()
         self._check_processes(world_size)
         self._check_loss()
         self._check_sampler()

@@ -56,6 +56,8 @@ def check_numbers(args: TrainingArguments, bounds: Mapping[str, tuple[float, flo
     Raises:
         ValueError: for a number that makes no run. What is not set is left to its owner.
     """
+    if args.max_steps == 0:
+        raise ValueError("max_steps is 0, with which transformers trains one step; use 1 or more, or -1 for epochs.")
     counted = _counted(args)
     for name, (least, largest) in {**_BOUNDS, **(bounds or {}), **counted}.items():
         value, above = getattr(args, name, None), name in _ABOVE or name in counted

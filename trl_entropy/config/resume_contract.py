@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from fnmatch import fnmatchcase
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.setting import default_of, own_settings
 
-# Fields of TRL and transformers that make another run if they change: what is sampled, the loss, and the optimizer's
-# step. Logging, saving and evaluation are not in, nor how the work is laid out where that changes no number.
+# Fields of TRL and transformers that may differ: logging, saving, evaluation, the hub, where vLLM runs, how data are
+# loaded and memory is saved. All others are compared, those of later versions too. A field with * stands for all that
+# begin so.
 # fmt: off
-UPSTREAM_SETTINGS = (
-    "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations",
-    "num_generations", "max_completion_length", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "use_vllm", "shuffle_dataset", "loss_type", "scale_rewards", "beta", "epsilon", "epsilon_high",
-    "mask_truncated_completions", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16", "disable_dropout", "max_steps",
+FREE_UPSTREAM = (
+    "output_dir", "run_name", "project", "resume_from_checkpoint", "do_*", "local_rank", "debug",
+    "skip_memory_metrics", "log_*", "logging_*", "report_to", "disable_tqdm", "trackio_*",
+    "num_completions_to_print", "include_*", "eval_*", "per_device_eval_batch_size", "batch_eval_metrics",
+    "prediction_loss_only", "num_generations_eval", "*_full_eval", "save_*", "enable_jit_checkpoint",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "restore_callback_states_from_checkpoint", "push_to_hub", "hub_*", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "dataloader_in_order", "remove_unused_columns", "accelerator_config",
+    "parallelism_config", "gradient_checkpointing*", "activation_checkpointing*", "torch_empty_cache_steps",
+    "ddp_*", "deepspeed", "fsdp*", "ds3_gather_for_generation", "model_init_kwargs", "trust_remote_code",
+    "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_*", "vllm_group_port",
+    "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
 )
 # fmt: on
+_LENGTH = ("max_steps", "num_train_epochs")
 _CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
@@ -26,18 +37,32 @@ def contract_settings(args: DrGRPOConfig, **planned: object) -> dict[str, object
     The settings that change training, with their values as JSON has them; known before any model is loaded.
 
     Args:
-        planned: values that will be other than `args` says; None: leave this setting out.
+        planned: values that will be other than `args` says, and settings that stand elsewhere; None: leave this
+            setting out.
     """
     plugin = args.deepspeed_plugin
-    values: dict[str, object] = {name: getattr(args, name, None) for name in UPSTREAM_SETTINGS}
-    values |= own_training_values(args)
+    values = {name: getattr(args, name) for name in upstream_settings()} | own_training_values(args)
     values |= {"engine": f"ZeRO-{plugin.zero_stage}" if plugin else "plain or DDP", "world_size": args.world_size}
-    if values["lr_scheduler_type"] in _CONSTANT_SCHEDULES or args.additional_steps:
-        del values["max_steps"]  # the length of the run changes nothing before its end, or is to change
-    values |= planned
-    for name in [name for name, value in planned.items() if value is None]:
+    values["dtype"] = (args.model_init_kwargs or {}).get("dtype")
+    for name in _unread_lengths(args):
         del values[name]
+    unknown = {name for name, value in planned.items() if value is None}
+    values = {name: value for name, value in (values | planned).items() if name not in unknown}
     return json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
+
+
+def upstream_settings() -> list[str]:
+    """The fields of TRL and transformers that make another run if they change."""
+    own = own_settings(DrGRPOConfig)
+    names = [field.name for field in dataclasses.fields(DrGRPOConfig) if field.name not in own]
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in FREE_UPSTREAM)]
+
+
+def _unread_lengths(args: DrGRPOConfig) -> tuple[str, ...]:
+    """The lengths that change nothing before the run's end, or are to change."""
+    if args.lr_scheduler_type in _CONSTANT_SCHEDULES or args.additional_steps:
+        return _LENGTH
+    return ("num_train_epochs",) if args.max_steps > 0 else ()
 
 
 def own_training_values(args: DrGRPOConfig) -> dict[str, object]:

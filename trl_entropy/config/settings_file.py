@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
+from trl_entropy.runs.secrets import masked_text
+
 ENVIRONMENT = "env"  # TRL's parser sets these variables
 
 # YAML 1.1 reads a number with an exponent as text unless it has a point and the exponent a sign: 1e-6, 1.0e6.
@@ -127,7 +129,7 @@ def _syntax(path: str, text: str, error: yaml.YAMLError) -> str:
 
 def one_line(error: object) -> str:
     """The message of an error in one line, without the full stop at its end."""
-    text = " ".join(str(error).split())
+    text = masked_text(" ".join(str(error).split()))
     return text.removesuffix(".") or type(error).__name__
 
 

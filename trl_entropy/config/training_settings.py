@@ -77,6 +77,12 @@ class TrainingSettings:
         probe="evaluate_checkpoints",
         changes_training=False,
     )
+    resume_allow_changes: list[str] = setting(
+        "With resume_from_checkpoint: the settings that may differ from those that the checkpoint was written with, "
+        "by name; data allows another dataset. What changed, and at which step, is written into starts.jsonl.",
+        [],
+        changes_training=False,
+    )
     additional_steps: int = setting(
         "With resume_from_checkpoint: train this many steps beyond the checkpoint. Overrides max_steps. A decaying "
         "learning-rate schedule is then that of a run of the new length.",

@@ -266,6 +266,7 @@ class EntropyControl(Probe):
     def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: TrainerState) -> None:
         """Compare the last step's predicted change with the measured one; switch off if the predictions are wrong."""
         metrics |= {"entropy_control/entropy": entropy.value, "entropy_control/entropy_stderr": entropy.stderr}
+        metrics["entropy_control/num_prompts"] = entropy.dof + 1
         if self._before is None:
             return
         predicted, shared, before = self._before

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +19,8 @@ from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_ta
 from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import CHECKPOINT_SUMMARY, CheckpointSummary
+from trl_entropy.runs.durable import replacing
+from trl_entropy.runs.file_errors import describe
 from trl_entropy.runs.strict_json import Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
@@ -30,7 +30,7 @@ from trl_entropy.tasks.word_problems import MAX_PROBLEMS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROGRESS = "progress"
+PROGRESS, FAILED = "progress", "failed"  # begin the lines that are for whoever started the worker
 _EVERY_HELD_OUT = {"word_problems": MAX_PROBLEMS["test"], "gsm8k": 10**9}
 
 
@@ -107,15 +107,12 @@ def _judged(rows: list[Row], settings: Settings) -> list[Row]:
 
 
 def _write(output: Path, records: pd.DataFrame, prompts: pd.DataFrame, summary: CheckpointSummary) -> None:
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    records.to_parquet(temporary / "records.parquet", index=False)
-    prompts.to_parquet(temporary / "prompts.parquet", index=False)
-    position_table(records).to_csv(temporary / "positions.csv", index=False)
-    (temporary / CHECKPOINT_SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        temporary.mkdir()
+        records.to_parquet(temporary / "records.parquet", index=False)
+        prompts.to_parquet(temporary / "prompts.parquet", index=False)
+        position_table(records).to_csv(temporary / "positions.csv", index=False)
+        (temporary / CHECKPOINT_SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 def _device(wanted: str) -> str:
@@ -126,4 +123,8 @@ def _device(wanted: str) -> str:
 
 if __name__ == "__main__":
     quiet_libraries()
-    evaluate(Job.from_json(sys.argv[1]))
+    try:
+        evaluate(Job.from_json(sys.argv[1]))
+    except OSError as error:  # said where it is read even if the disk is full
+        print(FAILED, describe(error), flush=True)
+        raise

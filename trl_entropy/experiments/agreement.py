@@ -44,6 +44,7 @@ class Integrals(TypedDict):
     steps: list[float]
     fresh: list[float]
     fresh_stderr: list[float]
+    fresh_num_prompts: list[float | None]
     linear: NotRequired[Integral]
     second_order: NotRequired[Integral]
     trapezoid: NotRequired[Integral]
@@ -159,7 +160,12 @@ def integrals(rows: Rows) -> Integrals:
     """
     fresh = [row["entropy/probe_batch"] for row in rows]
     errors = [row["entropy/probe_batch_stderr"] for row in rows]
-    result: Integrals = {"steps": [row["step"] for row in rows], "fresh": fresh, "fresh_stderr": errors}
+    result: Integrals = {
+        "steps": [row["step"] for row in rows],
+        "fresh": fresh,
+        "fresh_stderr": errors,
+        "fresh_num_prompts": [row.get("entropy/num_prompts") for row in rows],
+    }
     for name in PREDICTORS:
         if f"entropy/delta_{name}" not in rows[0]:
             continue

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from trl_entropy.runs.durable import replace_text
 from trl_entropy.runs.strict_json import without_nan
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def with_interval(entry: Mapping[str, float], scale: float = 1.0, form: str = ".
 
 def write_numbers(path: Path, result: object) -> None:
     """Write plain data as JSON; nan and infinities become null."""
-    path.write_text(json.dumps(without_nan(result), indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(without_nan(result), indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from trl_entropy.gradients.group_gradients import GroupRows, flat, group_rows
 from trl_entropy.probes.rollout_entropy import metric_of
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.durable import replacing
+from trl_entropy.runs.file_errors import as_os_error
 
 ROWS_PER_CHUNK = 1024  # completions generated at a time
 FORMS: tuple[WeightForm, ...] = ("decision", "sequence")
@@ -56,10 +58,8 @@ class Cache:
         if path.exists():
             return torch.load(path, weights_only=True)
         value = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        torch.save(value, temporary)
-        temporary.replace(path)
+        with as_os_error(path), replacing(path) as temporary:
+            torch.save(value, temporary)
         return value
 
 

@@ -213,8 +213,13 @@ class StepAttribution:
         self.record = self.record.update(sums, counts)
 
     def _pooled(self) -> dict[str, float]:
-        """Each category's share of the change that all completions caused over the run, and of their tokens."""
+        """What each category and all add to the change over the run, and their shares of it and of the tokens."""
         logged: dict[str, float] = {}
+        for name, members in {**{name: (name,) for name in self.record.names}, "all": self.record.names}.items():
+            mean = self.record.change(*members)
+            low, high = mean.interval()
+            key = f"entropy/mean_delta_{name}"
+            logged |= {key: mean.value, f"{key}_low": low, f"{key}_high": high}
         for name in self.record.names:
             low, high = self.record.share_interval(name)
             key = f"entropy/share_{name}"

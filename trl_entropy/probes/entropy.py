@@ -234,7 +234,7 @@ class EntropyProbe(Probe):
         if self._completions.sampling_logps is not None:
             mean_weights = accelerator.gather(self._sampler_weights(before))
             logged["entropy/sampler_ess"] = effective_sample_size(mean_weights).item()
-        logged["entropy/num_completions"] = len(prompts)
+        logged |= {"entropy/num_completions": len(prompts), "entropy/num_prompts": len(prompts.unique())}
         sequence = step_changes(
             self._terms(before, before, accelerator, "sequence"), self._terms(after, before, accelerator, "sequence")
         )
@@ -275,6 +275,7 @@ class EntropyProbe(Probe):
         for label, half in zip("ab", halves, strict=True):
             for name, estimate in half.items():
                 logged |= with_stderr(f"entropy/half_{label}_{name}", estimate)
+            logged[f"entropy/half_{label}_num_prompts"] = half["measured"].dof + 1
         return logged
 
     def _rival_changes(self, accelerator: Accelerator) -> dict[str, float]:

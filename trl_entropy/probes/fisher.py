@@ -135,7 +135,7 @@ class FisherProbe(Probe):
         measured = engine.accelerator.gather(after - before)
         predicted = torch.stack(self._parts).sum(0)
         slope, correlation = change_agreement(predicted, measured, self._prompts)
-        metrics |= with_stderr("fisher/change_slope", slope)
+        metrics |= {"fisher/num_prompts": slope.dof + 1} | with_stderr("fisher/change_slope", slope)
         metrics["fisher/change_correlation"] = correlation
         metrics["fisher/change_measured_rms"] = measured.square().mean().sqrt().item()
         self._write(files, record, predicted, measured)

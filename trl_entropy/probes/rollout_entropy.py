@@ -119,7 +119,7 @@ class RolloutEntropyProbe(Probe):
         self._prompts = prompts[self._accepted.of_rows]
         entropy = policy_entropy(self._terms).estimate(self._prompts)
         metrics |= {"entropy/probe_batch": entropy.value, "entropy/probe_batch_stderr": entropy.stderr}
-        metrics["entropy/num_completions"] = entropy.num_samples
+        metrics |= {"entropy/num_completions": entropy.num_samples, "entropy/num_prompts": entropy.dof + 1}
         if update.optimizer_step > 1:
             metrics |= self._predicted_changes(args, update, engine, rollouts.advantages, entropy.value)
         elif not self._said_undefined and state.is_world_process_zero:

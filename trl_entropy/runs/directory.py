@@ -2,7 +2,8 @@
 The run directory: everything that a run leaves is written here and read here.
 
     runs/<name>/  config.yaml  environment.json  metrics.jsonl (one line a step)  tensorboard/  checkpoint-N/
-                  completions/  probes/<probe>/step_000012.safetensors  report/
+                  starts.jsonl (one line for the beginning and each resumption)  set_aside/ (what a resumption cut)
+                  completions/  probes/<probe>/step_000012.safetensors  probes/tokenizer.json  report/
                   evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
                                 prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
 
@@ -12,12 +13,12 @@ This module imports neither torch nor transformers: a laptop without them can re
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import enum
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -27,14 +28,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
 
+from trl_entropy.runs.durable import replace_text, replacing
+from trl_entropy.runs.file_errors import as_os_error
 from trl_entropy.runs.metrics import unit
-from trl_entropy.runs.strict_json import Json, Row, from_line, to_line
+from trl_entropy.runs.reading import UnreadableFile, read_csv_lines, read_json_lines, reading
+from trl_entropy.runs.secrets import masked, masked_command, masked_items
+from trl_entropy.runs.strict_json import Json, Row, to_line
 
 _PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
 _LATER = "added_later"  # marks a line of metrics.jsonl that belongs to an earlier one
 CHECKPOINT_SUMMARY = "summary.json"  # of an evaluated checkpoint; written last, so a folder without it is incomplete
 _CONSOLIDATED = ["step", "source", "metric", "value", "low", "high", "unit"]
-_ENVIRONMENT_PREFIXES = ("ACCELERATE_", "CUDA_", "HF_HUB_", "OMP_NUM_", "TORCH_", "NCCL_", "WORLD_SIZE")
+_VARIABLES = ("ACCELERATE_", "CUDA_", "HF_HUB_", "OMP_NUM_", "TORCH_", "NCCL_", "WORLD_SIZE")
 
 
 class Measured(TypedDict):
@@ -70,9 +75,26 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
+        self.starts_path = self.path / "starts.jsonl"
         self.evaluation_path = self.path / "evaluation" / "metrics.csv"
         self.tensorboard_path = self.path / "tensorboard"
         self.report_path = self.path / "report"
+        self.tokenizer_path = self.path / "probes" / "tokenizer.json"
+        self.unreadable_lines: dict[Path, list[int]] = {}  # of each file as it was last read, from 1
+
+    def check_unused(self) -> None:
+        """
+        Refuse a directory that a run which begins anew would mix its own files into.
+
+        Raises:
+            ValueError: saying what to do.
+        """
+        if rows := self.metrics():
+            raise ValueError(
+                f"{self.path} already holds a run of {rows[-1]['step']} step(s). Choose another output_dir, move it "
+                "away, or continue it: --resume_from_checkpoint latest, in a script "
+                'train(resume_from_checkpoint="latest").'
+            )
 
     # ---- writer
 
@@ -80,11 +102,24 @@ class RunDirectory:
         """Write `config.yaml`: every setting of the run with the value that was used."""
         import yaml
 
-        self._replace("config.yaml", yaml.safe_dump(_plain(config), sort_keys=True, allow_unicode=True))
+        settings = masked(_plain(config))
+        replace_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
 
     def write_environment(self, **extra: object) -> None:
         """Write `environment.json`: versions, machine, command line, commit of the code, and `extra`."""
-        self._replace("environment.json", json.dumps(_plain({**describe_environment(), **extra}), indent=2))
+        described = masked(_plain({**describe_environment(), **extra}))
+        replace_text(self.path / "environment.json", json.dumps(described, indent=2))
+
+    def append_start(self, step: int, checkpoint: Path | None, changed: Mapping[str, tuple[object, object]]) -> None:
+        """
+        Append one line to `starts.jsonl`: training begins, or goes on, after `step`.
+
+        Args:
+            checkpoint: what it resumes from; None: it starts from the beginning.
+            changed: settings that differ from the checkpoint's: their values there, and their values now.
+        """
+        resumed = {"resumed_from": checkpoint and checkpoint.name, "changed": {n: list(v) for n, v in changed.items()}}
+        self._append_line(self.starts_path, {"after_step": step, **masked_items(resumed), **describe_environment()})
 
     def append_metrics(self, step: int, scalars: Mapping[str, object]) -> None:
         """
@@ -92,10 +127,7 @@ class RunDirectory:
 
         JSON has no nan and no infinity: they are written as null, and the entry `not_finite` of the line names them.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._end_last_line()
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(to_line({"step": step, **_plain_items(scalars)}) + "\n")
+        self._append_line(self.metrics_path, {"step": step, **scalars})
 
     def append_later(self, step: int, scalars: Mapping[str, object]) -> None:
         """Add numbers to a step whose line is written already: a line of their own, which readers join to it."""
@@ -110,32 +142,27 @@ class RunDirectory:
         """
         named = {"dataset": dataset} if dataset else {}
         others = [row for row in self.evaluation() if (row["step"], str(row.get("dataset", ""))) != (step, dataset)]
-        self._write_evaluation([*others, {"step": step, **named, **_plain_items(scalars)}])
-
-    def _write_evaluation(self, rows: list[Row]) -> None:
-        self._write_csv(self.evaluation_path, rows)
+        self.write_table(self.evaluation_path, [*others, {"step": step, **named, **_plain_items(scalars)}])
 
     def write_checkpoint_tables(self) -> None:
         """
         Write `evaluation/checkpoints.csv`, a row for each checkpoint that `trl-entropy evaluate` has evaluated, and
         `evaluation/consolidated_metrics.csv`, a row for each number, those that training measured included.
         """
-        summaries = self.checkpoint_summaries()
+        summaries = self._readable_summaries()
         numbers = [number for row in self.evaluation() for number in _numbers_of_training(row)]
         numbers += [number for summary in summaries for number in _numbers_of_checkpoint(summary)]
         folder = self.evaluation_path.parent
-        self._write_csv(folder / "checkpoints.csv", [_row_of_checkpoint(summary) for summary in summaries])
-        self._write_csv(folder / "consolidated_metrics.csv", numbers, _CONSOLIDATED)
+        self.write_table(folder / "checkpoints.csv", [_row_of_checkpoint(summary) for summary in summaries])
+        self.write_table(folder / "consolidated_metrics.csv", numbers, _CONSOLIDATED)
 
-    def _write_csv(self, path: Path, rows: list[Row], columns: list[str] | None = None) -> None:
+    def write_table(self, path: Path, rows: list[Row], columns: list[str] | None = None) -> None:
+        """Write rows as CSV; `columns` are those of the rows unless they are given."""
         columns = columns or list(dict.fromkeys(name for row in rows for name in row))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(path)
 
     def write_probe_file(
         self, probe: str, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, object], keep: int | None
@@ -151,73 +178,69 @@ class RunDirectory:
         from safetensors.torch import save_file
 
         folder = self.path / "probes" / probe
-        folder.mkdir(parents=True, exist_ok=True)
-        target, temporary = folder / f"step_{step:06d}.safetensors", folder / f".step_{step:06d}.tmp"
+        target = folder / f"step_{step:06d}.safetensors"
         values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(values, temporary, {name: str(value) for name, value in {"step": step, **metadata}.items()})
-        temporary.replace(target)
+        described = {name: str(value) for name, value in {"step": step, **metadata}.items()}
+        with as_os_error(target), replacing(target) as temporary:
+            save_file(values, temporary, described)
         if keep is not None:
             for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
                 old.unlink()
         return target
 
-    def cut_after(self, step: int) -> None:
-        """Delete what was written about steps after `step`, from which a run resumes: no step is logged twice."""
-        if self.metrics_path.exists():
-            lines = [to_line(row) + "\n" for row in self.metrics() if row["step"] <= step]
-            self._replace(self.metrics_path.name, "".join(lines))
-        if self.evaluation_path.exists():
-            self._write_evaluation([row for row in self.evaluation() if row["step"] <= step])
-        for folder in self.path.glob("evaluation/step_*"):
-            if int(folder.name.rsplit("_", 1)[1]) > step:
-                shutil.rmtree(folder)
-        for file in [*self.path.glob("probes/*/step_*.safetensors"), *self.path.glob("completions/*.parquet")]:
-            if int(file.stem.rsplit("_", 1)[1]) > step:
-                file.unlink()
+    def write_tokenizer(self, text: str) -> None:
+        """Write `probes/tokenizer.json`, by which readers of the probe files know the texts of their token ids."""
+        replace_text(self.tokenizer_path, text)
 
-    def _end_last_line(self) -> None:
-        """End the half line that a run leaves when it is killed while writing, so that the next line is readable."""
-        if not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0:
-            return
-        with open(self.metrics_path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+    def replace_metrics(self, rows: list[Row]) -> None:
+        """Write `metrics.jsonl` anew, one line for each row."""
+        replace_text(self.metrics_path, "".join(to_line(row) + "\n" for row in rows))
 
-    def _replace(self, name: str, text: str) -> None:
+    def _append_line(self, path: Path, row: Mapping[str, object]) -> None:
+        """Append a line; the half line that a run leaves when it is killed while writing is ended first."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+        with open(path, "ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write((to_line(_plain_items(row)) + "\n").encode())
 
     # ---- reader
 
     def metrics(self) -> list[Row]:
         """
-        The lines of `metrics.jsonl` in order of step, nan and infinities restored. An incomplete line is skipped; of
+        The lines of `metrics.jsonl` in order of step, nan and infinities restored. A line that cannot be read is left
+        out, and its number stands in `unreadable_lines`: the run was killed inside it, or is writing it now. Of
         several lines of one step the last counts, joined by what was added later.
         """
         if not self.metrics_path.exists():
             return []
+        lines, self.unreadable_lines[self.metrics_path] = read_json_lines(self.metrics_path)
         rows: dict[int, Row] = {}
         added: dict[int, Row] = defaultdict(dict)
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = from_line(line)
-            except json.JSONDecodeError:
-                continue  # the run was killed inside this line, or is writing it now
+        for row in lines:
             if row.pop(_LATER, False):
                 added[row["step"]] |= row
             else:
                 rows[row["step"]] = row
         return [rows[step] | added.get(step, {}) for step in sorted(rows)]
 
+    def starts(self) -> list[Row]:
+        """The lines of `starts.jsonl`: where training began and was resumed, with what was changed there."""
+        if not self.starts_path.exists():
+            return []
+        lines, self.unreadable_lines[self.starts_path] = read_json_lines(self.starts_path, key="after_step")
+        return lines
+
     def evaluation(self) -> list[Row]:
-        """The rows of `evaluation/metrics.csv` in order of step, with numbers parsed."""
+        """
+        The rows of `evaluation/metrics.csv` in order of step, with numbers parsed. A line that is cut is left out, and
+        its number stands in `unreadable_lines`.
+        """
         if not self.evaluation_path.exists():
             return []
-        with open(self.evaluation_path, newline="", encoding="utf-8") as file:
-            rows = [{name: _number(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
+        rows, self.unreadable_lines[self.evaluation_path] = read_csv_lines(self.evaluation_path)
         return sorted(rows, key=lambda row: row["step"])
 
     def checkpoint_folder(self, step: int) -> Path:
@@ -227,12 +250,26 @@ class RunDirectory:
     def checkpoint_summary(self, step: int) -> CheckpointSummary | None:
         """Settings and metrics of an evaluated checkpoint; None if it has not been evaluated."""
         path = self.checkpoint_folder(step) / CHECKPOINT_SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _summary_in(path) if path.exists() else None
 
     def checkpoint_summaries(self) -> list[CheckpointSummary]:
         """The summaries of all evaluated checkpoints in order of step."""
         paths = sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [_summary_in(path) for path in paths]
+
+    def _readable_summaries(self) -> list[CheckpointSummary]:
+        """[`checkpoint_summaries`] without those that are damaged, whose checkpoints count as not evaluated."""
+        summaries = []
+        for path in sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}")):
+            with contextlib.suppress(UnreadableFile):
+                summaries.append(_summary_in(path))
+        return summaries
+
+
+def _summary_in(path: Path) -> CheckpointSummary:
+    with reading(path):
+        summary: CheckpointSummary = json.loads(path.read_text(encoding="utf-8"))
+        return summary | {"metrics": dict(summary["metrics"])}
 
 
 def _row_of_checkpoint(summary: CheckpointSummary) -> Row:
@@ -263,13 +300,13 @@ def describe_environment() -> Json:
     """Versions, machine, command line and commit of the code: what a reader needs to repeat the run."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": masked_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT_PREFIXES)},
+        "environment": masked_items({k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)}),
     }
 
 
@@ -308,13 +345,3 @@ def _plain(value: object) -> object:
 
 def _plain_items(values: Mapping) -> dict[str, object]:
     return {str(key): _plain(item) for key, item in values.items()}
-
-
-def _number(text: str) -> float | str:
-    """`text` as an int, else as a float, else as it is."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

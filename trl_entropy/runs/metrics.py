@@ -1,5 +1,5 @@
 """
-The table of metric keys that trl_entropy adds: name, unit, meaning, and how each is reduced over ranks.
+The table of metric keys that trl_entropy adds: name, unit, meaning, and how each is reduced over ranks and over steps.
 
 TRL's own keys (`reward`, `entropy`, `clip_ratio/*`, `completions/*`, ...) keep TRL's meaning; those that the console
 and the figures show are listed too. This module imports no torch, so that a run can be read on a laptop without it.
@@ -7,6 +7,7 @@ and the figures show are listed too. This module imports no torch, so that a run
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,12 +30,17 @@ class Metric:
             step's own completions (`entropy_probe_completions="rollouts"`); `"groups"`, the products of each prompt
             group's gradient with the whole gradient and with itself; `"pairs"`, products between all pairs of
             completions; `"none"`, all ranks have the same number; `"TRL"`, as TRL does it.
+        over_steps: what trackers get of the values of several steps, with `logging_steps` above 1: `"mean"`, over the
+            steps that have the key; `"last"`, of a total, of a state, of what is pooled over the run so far, and of
+            shares of a single step, whose mean is the share of nothing; `"max"`; `"min"`. The standard error of a mean
+            is that of a mean of independent values, that of a last value is the last one.
     """
 
     name: str
     unit: str
     help: str
     reduce: str = "sum"
+    over_steps: str = "mean"
 
     @property
     def is_self_check(self) -> bool:
@@ -45,24 +51,53 @@ class Metric:
         """
         return self.unit == "1" and self.name.endswith(("_error", "_rounding"))
 
+    @property
+    def can_be_undefined(self) -> bool:
+        """
+        Whether nan and infinities are ordinary values of this key.
 
-def _keys(reduce: str, rows: Iterable[tuple[str, str, str]], prefix: str = "") -> list[Metric]:
+        So it is with ratios and statistics (unit 1), which have no value where the denominator is 0 or the steps so
+        far are too few, with numbers of prompts and completions that are ratios, with ends of intervals, and with
+        means over completions of a kind that a step may lack.
+        """
+        of_a_ratio = self.reduce != "TRL" and self.unit in ("1", "prompts", "completions")
+        return of_a_ratio or self.name.endswith(("_low", "_high", "_lower", "_upper", "/think_length"))
+
+
+def _keys(
+    reduce: str, rows: Iterable[tuple[str, str, str]], prefix: str = "", over_steps: str = "mean"
+) -> list[Metric]:
     """Metrics of rows of name, unit and meaning."""
-    return [Metric(prefix + name, unit_, text, reduce) for name, unit_, text in rows]
+    return [Metric(prefix + name, unit_, text, reduce, over_steps) for name, unit_, text in rows]
 
 
 # fmt: off
 _TRL = _keys("TRL", [
     ("reward", "reward", "mean reward of the completions of the generation batch"),
     ("loss", "reward", "loss of the step, mean over micro-batches and ranks"),
-    ("grad_norm", "1", "norm of the accumulated gradient before clipping"),
-    ("learning_rate", "1", "learning rate that this step used"),
     ("step_time", "s", "seconds of the optimizer step, generation included"),
     ("entropy", "nats/token", "TRL's mean token entropy, averaged over micro-batches; see entropy/policy"),
+    ("completions/mean_length", "tokens", "mean length of the completions"),
+    ("completions/mean_terminated_length", "tokens", "mean length of the completions that ended by themselves"),
     ("answer_check/rejected_fraction", "1", "completions whose answer is beyond the checker's limits: reward 0"),
     ("answer_check/timeout_fraction", "1", "completions whose check ran out of time: reward 0"),
     ("answer_check/failed_fraction", "1", "completions whose check failed: reward 0"),
-])
+]) + _keys("TRL", [
+    ("grad_norm", "1", "norm of the accumulated gradient before clipping"),
+    ("learning_rate", "1", "learning rate that this step used"),
+    ("num_tokens", "tokens", "tokens of prompts and completions of the run so far"),
+], over_steps="last") + _keys("TRL", [
+    ("completions/max_length", "tokens", "length of the longest completion"),
+    ("completions/max_terminated_length", "tokens", "length of the longest completion that ended by itself"),
+    ("clip_ratio/high_max", "1", "largest fraction of a completion's tokens whose ratio is clipped from above"),
+    ("sampling/sampling_logp_difference/max", "nats", "largest difference of a token's log pi and vLLM's"),
+    ("sampling/importance_sampling_ratio/max", "1", "largest importance ratio of the policy and vLLM"),
+], over_steps="max") + _keys("TRL", [
+    ("completions/min_length", "tokens", "length of the shortest completion"),
+    ("completions/min_terminated_length", "tokens", "length of the shortest completion that ended by itself"),
+    ("clip_ratio/low_min", "1", "smallest fraction of a completion's tokens whose ratio is clipped from below"),
+    ("sampling/importance_sampling_ratio/min", "1", "smallest importance ratio of the policy and vLLM"),
+], over_steps="min")
 
 # The reward for a correct answer; its mean over sampled completions is pass@1.
 PASS_AT_1 = "rewards/tag_pref/mean"
@@ -76,7 +111,7 @@ _STEP = _keys("sum", [
     ("completions/answered", "1", "fraction of completions that ended at the closing answer tag (stop_at_answer)"),
 ]) + _keys("max", [
     ("ratio/max", "1", "largest importance ratio of a token"),
-]) + _keys("histogram", [
+], over_steps="max") + _keys("histogram", [
     ("ratio/median", "1", "median importance ratio, accurate to one histogram bin"),
     ("ratio/p90", "1", "90th percentile of the importance ratio, accurate to one histogram bin"),
     ("ratio/p99", "1", "99th percentile of the importance ratio, accurate to one histogram bin"),
@@ -93,13 +128,13 @@ _OPTIMIZER_STATE = _keys("none", [
       for moment in ("exp_avg", "exp_avg_sq") for percent in (1, 10, 50, 90, 99)),
     ("exp_avg_sq_num_zero", "parameters", "parameters that never had a gradient (exp_avg_sq = 0)"),
     ("exp_avg_sq_num_below_eps_sq", "parameters", "parameters with sqrt(exp_avg_sq) below Adam's epsilon"),
-], "optimizer_state/")
+], "optimizer_state/", "last")
 
 _CURRICULUM = _keys("none", [
     ("num_hard", "prompts", "training prompts whose estimated pass rate is below curriculum_hard_below"),
     ("num_normal", "prompts", "training prompts whose estimated pass rate is between the two bounds"),
     ("num_easy", "prompts", "training prompts whose estimated pass rate is above curriculum_easy_above"),
-], "curriculum/")
+], "curriculum/", "last")
 
 _RESAMPLING = _keys("none", [
     ("num_rounds", "rounds", "rounds of generation after the first"),
@@ -131,6 +166,8 @@ _COMPARED = [*(f"same_sample_{name}" for name in _PREDICTIONS), *(f"cross_{name}
 _ENTROPY = _keys("E", [
     ("probe_batch", "nats/token", "entropy of the policy before the step, estimated on the probe batch E"),
     ("num_completions", "completions", "completions in E"),
+    ("num_prompts", "prompts", "prompts in E, over which standard errors are clustered"),
+    *((f"half_{half}_num_prompts", "prompts", f"prompts in half {half} of E") for half in "ab"),
     ("importance_ess", "completions", "effective sample size of E under the policy after the step (T3)"),
     ("sampler_ess", "completions", "effective sample size of E if vLLM drew it, by the ratio of policy to sampler"),
     ("noise_floor", "nats/token", "apparent change when E is scored again in other batches: rounding alone"),
@@ -145,11 +182,12 @@ _ENTROPY = _keys("E", [
       for half in "ab" for name, text in _CHANGES.items()),
     *((f"error_{name}", "nats/token", f"{_CHANGES[name]} minus measured change, on the same completions")
       for name in _PREDICTIONS),
+], "entropy/") + _keys("E", [
     *((f"integral_{name}", "nats/token", f"entropy at the first probed step plus the sum of each {text} since")
       for name, text in _CHANGES.items()),
     *((f"{kind}_{name}", "1", f"{text}, measured change on prediction, over the steps so far")
       for kind in _COMPARED for name, text in _STATISTICS.items()),
-], "entropy/")
+], "entropy/", "last")
 
 _ENTROPY_OF_ROLLOUTS = _keys("U", [
     ("delta_in_sample", "nats/token", "measured change (T7) on the completions that the step was trained on"),
@@ -172,6 +210,8 @@ _PARTS = {
 RARE = 0.1  # a token is rare below this probability
 OUTCOMES = ("correct", "incorrect")
 OUTCOMES_BY_PROBABILITY = ("correct_rare", "correct_common", "incorrect_rare", "incorrect_common")
+# What readers call the two outcomes where rewards are not just 0 and 1, so that none says which answers are right.
+RELATIVE_OUTCOMES = ("above_mean", "below_mean")
 _CATEGORIES = {
     "correct": "completions with an advantage above 0",
     "incorrect": "completions with an advantage below 0",
@@ -179,6 +219,11 @@ _CATEGORIES = {
     "correct_common": "the other tokens of completions with an advantage above 0",
     "incorrect_rare": "tokens below probability 0.1 in completions with an advantage below 0",
     "incorrect_common": "the other tokens of completions with an advantage below 0",
+}
+_MEAN_OF_CATEGORY = {
+    "mean_delta_{}": "entropy change of a step made by them",
+    "mean_delta_{}_low": "lower end of the 95 % interval of that change (Student's t)",
+    "mean_delta_{}_high": "upper end of the 95 % interval of that change (Student's t)",
 }
 _OF_CATEGORY = {
     "share_{}": "share of entropy/delta_gradient (T9)",
@@ -188,24 +233,33 @@ _OF_CATEGORY = {
 }
 _ATTRIBUTION = _keys("sum", [
     *((f"delta_{name}", "nats/token", f"part of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
+], "entropy/") + _keys("sum", [
     *((f"share_{name}", "1", f"fraction of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
-    ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),
     *((key.format(name), "1", f"{text}: {what}, over the run so far")
       for name, text in _CATEGORIES.items() for key, what in _OF_CATEGORY.items()),
-], "entropy/")
+    *((key.format(name), "nats/token", f"{text}: {what} (T9), mean over the run so far")
+      for name, text in (_CATEGORIES | {"all": "completions with an advantage other than 0"}).items()
+      for key, what in _MEAN_OF_CATEGORY.items()),
+], "entropy/", "last") + _keys("sum", [
+    ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),
+], "entropy/", "max")
 
 # (name of the noise scale, prefix of the other keys) -> where it is measured.
 _METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in AdamW's metric before the step (T16)"}
 _NOISE_SCALE = _keys("groups", [
     ("num_prompts", "prompts", "prompt groups of the step that the estimate uses"),
     ("gradient_error", "1", "relative error of the groups' gradients Y_n along the gradient g"),
+    *((name.format(*names), unit_, text + where)
+      for names, where in _METRICS_OF_NOISE.items() for name, unit_, text in (
+        ("{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14), (T15)"),
+        ("{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14), (T15)"),
+    )),
+], "noise_scale/") + _keys("groups", [
     ("between_prompt_trace", "1", "part of tr(Sigma) that stays with any number of completions per prompt, pooled"),
     ("within_prompt_trace", "1", "part of tr(Sigma) that falls as 1/G with G completions per prompt, pooled"),
     ("between_prompt_share", "1", "fraction of tr(Sigma) that lies between prompts, pooled"),
     *((name.format(*names), unit_, text + where)
       for names, where in _METRICS_OF_NOISE.items() for name, unit_, text in (
-        ("{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14), (T15)"),
-        ("{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14), (T15)"),
         ("{0}", "prompts", "noise scale tr(Sigma) / |G|^2, both pooled over the steps so far"),
         ("{0}_lower", "prompts", "lower end of the noise scale's 95 % interval (Fieller)"),
         ("{0}_upper", "prompts", "upper end of that interval; infinite where |G|^2 is consistent with 0"),
@@ -213,7 +267,7 @@ _NOISE_SCALE = _keys("groups", [
         ("{1}suggested_prompts_lower", "prompts", "prompts per step for half of a noise-free step's progress"),
         ("{1}suggested_prompts_upper", "prompts", "the same from the upper end of the noise scale's interval"),
     )),
-], "noise_scale/") + _keys("none", [
+], "noise_scale/", "last") + _keys("none", [
     ("num_coordinates_without_metric", "parameters", "parameters left out of (T16) because exp_avg_sq = 0"),
 ], "noise_scale/")
 
@@ -231,6 +285,7 @@ _SOURCES = {
 }
 _FISHER = _keys("pairs", [
     ("num_completions", "completions", "completions in the kernel (T12)"),
+    ("num_prompts", "prompts", "prompts of these completions, over which the errors of the changes are clustered"),
     ("diagonal", "nats^2", "mean of K_ii, the squared norms of the completions' scores"),
     ("effective_rank", "1", "exp(entropy of the normalised spectrum of K)"),
     ("participation_ratio", "1", "(sum l)^2 / sum l^2 over the eigenvalues l of K"),
@@ -255,11 +310,11 @@ _FISHER = _keys("pairs", [
 
 _ENTROPY_CONTROL = _keys("E", [
     ("entropy", "nats/token", "entropy before the step, from the control's own completions and the step's"),
+    ("num_prompts", "prompts", "prompts of these completions, over which the error of that entropy is clustered"),
     ("target_change", "nats/token", "change that the step is meant to make (T19)"),
     ("delta_optimizer", "nats/token", "first-order prediction of the change by the optimizer's step alone"),
     ("delta_predicted", "nats/token", "first-order prediction of the change by the corrected step"),
     ("realised_previous", "nats/token", "measured change by the previous step, from independent batches"),
-    ("slope", "1", "regression slope of measured on predicted change, over the last 20 steps"),
     ("correction_coefficient", "1", "coefficient of the correction (T19), also when it is only reported"),
     ("correction_coefficient_over_lr", "1", "correction_coefficient / learning rate; compares with an entropy bonus"),
     ("relative_size", "1", "length of the correction over that of the optimizer's step, in the optimizer's metric"),
@@ -267,7 +322,9 @@ _ENTROPY_CONTROL = _keys("E", [
     ("noise_share", "1", "fraction of <g, g> that is noise in the estimated entropy gradient g"),
     ("price", "loss per nat/token", "first-order increase of the loss per nat per token of entropy"),
     ("active", "1", "1 if the step is corrected, 0 if the correction is only reported"),
-], "entropy_control/")
+], "entropy_control/") + _keys("E", [
+    ("slope", "1", "regression slope of measured on predicted change, over the last 20 steps"),
+], "entropy_control/", "last")
 
 _TOKEN_CONTROL = _keys("sum", [
     ("num_tokens", "tokens", "tokens of the step whose contribution token_control changes"),
@@ -304,6 +361,22 @@ EVALUATION: dict[str, Metric] = {metric.name: metric for metric in _keys("sum", 
     ("distinct_answers", "answers", "number of different answers among a prompt's samples, mean over prompts"),
 ])}
 # fmt: on
+
+
+# What ends the key of a standard error; the way in which it was estimated may follow.
+_STDERR = re.compile(r"_stderr(_[a-z]+)?$")
+
+
+def over_steps(key: str) -> str:
+    """
+    How the values of a key in several steps become one: `"mean"`, `"error"` of a mean, `"last"`, `"max"` or `"min"`.
+
+    The standard error of n independent values' mean is sqrt(sum of squares) / n. Keys that are not in the table are
+    averaged, as TRL does it; their standard errors, by the name `KEY_stderr`, are not.
+    """
+    base = _STDERR.sub("", key)
+    rule = METRICS[base].over_steps if base in METRICS else "mean"
+    return "error" if rule == "mean" and base != key else rule
 
 
 def unit(key: str) -> str:

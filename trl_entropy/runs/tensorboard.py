@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
+
+from trl_entropy.runs.trackers import shown
 
 MULTILINE, MARGIN = "Multiline", "Margin"
 Layout = dict[str, dict[str, list]]
@@ -89,6 +92,13 @@ def _only(key: str) -> str:
     return f"{re.escape(_tag(key))}$"
 
 
+def log_into(callbacks: Iterable[TrainerCallback], folder: Path) -> None:
+    """Have TensorBoard's files written into `folder`, unless the user has named another place."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # no TENSORBOARD_LOGGING_DIR
+            callback.logging_dir = str(folder)
+
+
 def continue_after(callbacks: Iterable[TrainerCallback], step: int) -> None:
     """Have TensorBoard go on after `step` in the run's folder: what an earlier attempt wrote later is hidden."""
     for callback in callbacks:
@@ -107,5 +117,5 @@ def add_later(callbacks: Iterable[TrainerCallback], step: int, metrics: Mapping[
     """Have TensorBoard show numbers of an earlier step."""
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            for name, value in metrics.items():
+            for name, value in shown(metrics).items():
                 callback.tb_writer.add_scalar(_tag(name), value, step)

@@ -16,6 +16,7 @@ from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.engine.ranks import any_rank
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
+from trl_entropy.runs.strict_json import Row
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +27,20 @@ class RunLogCallback(TrainerCallback):
 
     Attributes:
         settings: settings beside the training arguments (task, model), to be written to `config.yaml` too.
+        values: what the present log line has of TRL's metrics, nan included, where TRL logs None.
     """
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
+        self.values: Mapping[str, float] = {}
+        self._row: Row | None = None  # of a step whose line is not written yet
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self.run = RunDirectory(args.output_dir)
+        self.run, self._has_written = RunDirectory(args.output_dir), False
         model = kwargs["model"]
         self.run.write_config({**self.settings, **args.to_dict(), "model_config": model.config.to_dict()})
         self.run.write_environment(
@@ -53,9 +57,31 @@ class RunLogCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or not hasattr(self, "run"):
             return
         if any(name.startswith("eval_") for name in logs):
-            self.run.append_evaluation(state.global_step, *evaluation_of(logs))
-        elif "loss" in logs:  # not the summary at the end of training, which belongs to no step
-            self.run.append_metrics(state.global_step, logs)
+            self.run.append_evaluation(state.global_step, *evaluation_of({**logs, **self.values}))
+        elif self._row is not None:  # not the summary at the end of training, which belongs to no step
+            self._write_row(state, {name: value for name, value in logs.items() if name not in self.values})
+
+    def step_done(self, state: TrainerState, row: Row, is_logged: bool) -> None:
+        """
+        Write the line of a step, at once or with what else its log line has.
+
+        Args:
+            is_logged: whether `on_log` will be called for this step.
+        """
+        if not state.is_world_process_zero:
+            return
+        self._row = row
+        if not is_logged:
+            self._write_row(state, {})
+
+    def _write_row(self, state: TrainerState, others: Row) -> None:
+        assert self._row is not None
+        row, self._row = self._row, None
+        if not self._has_written:  # another process may have begun in the same directory meanwhile
+            self._has_written = True
+            if any(written["step"] >= state.global_step for written in self.run.metrics()):
+                self.run.check_unused()
+        self.run.append_metrics(state.global_step, {**others, **row})
 
     def add_later(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to a step whose line has already been written; on the main process only."""
@@ -73,16 +99,24 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received = False
+        self._listens = False
         self._previous: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.received = False
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            self._previous, self._listens = signal.signal(signal.SIGTERM, self._on_signal), True
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self.received = True
+
+    def give_back(self) -> None:
+        """Give the signal back to whoever had it before training; called when training ends, however it does."""
+        if self._listens:
+            self._listens = False
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +133,4 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        self.give_back()  # before the evaluations that are left are waited for

@@ -23,6 +23,8 @@ from trl_entropy.control import TokenControl, controls
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
+from trl_entropy.models import warm_start
+from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import dropout_of
@@ -32,8 +34,10 @@ from trl_entropy.rollouts.batch import TrainingBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.generation import answer_end, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
-from trl_entropy.runs import tensorboard
-from trl_entropy.runs.console import printing_plain_text
+from trl_entropy.runs import tensorboard, trackers
+from trl_entropy.runs.console import printing_plain_text, use_progress_bar
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.trainer.agent_checks import check_agents
@@ -42,15 +46,16 @@ from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.model_card import PAPER, name_base_model
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
+from trl_entropy.trainer.step_log import StepLog, end_evaluation
 from trl_entropy.trainer.step_prompts import StepPrompts
-from trl_entropy.trainer.training_state import LogWindow
 
 
 class DrGRPOTrainer(PromptSelectingTrainer):
     """
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
-    Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`. Probes are turned on by toggles of the
+    Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
+    after its warm start, which is made at the first use. Probes are turned on by toggles of the
     config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
 
     With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
@@ -67,7 +72,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         *positional: Any,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: list[TrainerCallback | type[TrainerCallback]] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is not None and not isinstance(args, DrGRPOConfig):
@@ -83,14 +88,20 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         )
         agents = {name: kwargs.get(name) for name in ("tools", "environment_factory")}
         check_agents(args, **agents, callbacks=callbacks or ())
-        self.run_log, self.probe_runner, self._log_window = RunLogCallback(), ProbeRunner(), LogWindow()
-        own = [self.run_log, StopOnSignal(), self.probe_runner, self._log_window, *_toggled(args)]
+        self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
+        self._stop_on_signal = StopOnSignal()
+        own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
+        if model == EMBEDDED_MODEL:
+            model = str(warm_start.warm_start(seed=args.seed))
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
+        use_progress_bar(self, callbacks or ())
+        tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
         self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
         self.probe_batches = ProbeBatches(self, self.step_prompts)
-        self.probe_runner.attach(self, self.probe_batches, ProbeFiles(args, self.accelerator, self._get_learning_rate))
+        files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
+        self.probe_runner.attach(self, self.probe_batches, files)
         self.probe_runner.check_model()
-        self._log_window.attach(self)
+        self._step_log.attach(self)
         self._token_control = None
         if args.token_control != "none":
             self._token_control = TokenControl(args, self.accelerator, self._score_as_trl)
@@ -126,7 +137,17 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
 
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        row = self._step_log.end_step(grad_norm, kwargs.get("learning_rate"))
+        if row is not None:
+            self.run_log.step_done(self.state, row, is_logged=self.control.should_log)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        training = self.model.training
+        values = self._step_log.end_line() if training else end_evaluation(self, evaluation_of(logs)[1])
+        self.run_log.values = values
+        trackers.show_numbers_only(self.callback_handler.callbacks)
         with printing_plain_text():
             super().log(logs, start_time)
 
@@ -142,20 +163,25 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self._statistics = StepStatistics(self.accelerator.device)
         self._controlled = None
         self.step_prompts.reset()
-        self._log_window.reset()
+        self._step_log.reset()
         self.probe_runner.reset()
+
+    def end_training(self) -> None:
+        super().end_training()
+        self._stop_on_signal.give_back()
 
     def state_owners(self) -> dict[str, StateOwner]:
         owners = super().state_owners()
         return owners | {
             "step_prompts": self.step_prompts,
-            "log_window": self._log_window,
+            "step_log": self._step_log,
             "probes": self.probe_runner,
         }
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with contextlib.ExitStack() as self._around_micro_batch:
             loss = super().training_step(*args, **kwargs)
+        self._step_log.add_loss(loss)
         if self.accelerator.sync_gradients:
             self.probe_runner.gradients_ready()
         return loss

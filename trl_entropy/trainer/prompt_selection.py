@@ -8,6 +8,7 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections import defaultdict
@@ -33,6 +34,8 @@ from trl_entropy.trainer.group_resampling import (
 from trl_entropy.trainer.resumable import ResumableTrainer
 from trl_entropy.trainer.training_state import plain_logs, restore_logs
 
+logger = logging.getLogger(__name__)
+
 
 class PromptSelectingTrainer(ResumableTrainer):
     """
@@ -45,6 +48,11 @@ class PromptSelectingTrainer(ResumableTrainer):
     pass_reward = 1.0  # total reward from which on a completion counts as passed, for `curriculum`
     _rewards: Tensor
     _replacements: PassRateSampler | None = None
+    _has_warned_of_no_reward = False
+
+    def begin_training(self) -> None:
+        super().begin_training()
+        self._has_warned_of_no_reward = False
 
     def state_owners(self) -> dict[str, StateOwner]:
         owners = super().state_owners()
@@ -83,7 +91,23 @@ class PromptSelectingTrainer(ResumableTrainer):
         weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
         unscored = rewards_per_func.isnan().all(dim=1)  # as in TRL: no function returned a reward
         self._rewards = weighted.nansum(dim=1).masked_fill(unscored, torch.nan)
+        if self.model.training and unscored.all():
+            self._warn_of_no_reward()
         return rewards_per_func
+
+    def _warn_of_no_reward(self) -> None:
+        """Say once in a training that a generation has no reward at all."""
+        if self._has_warned_of_no_reward or not self.is_world_process_zero():
+            return
+        self._has_warned_of_no_reward = True
+        logger.warning(
+            "step %d: no reward arrived. Every reward function (%s) returned None or nan for each of the %d "
+            "completions, so that this step learns nothing from rewards. Later steps without a reward are not "
+            "announced; metrics.jsonl names them under not_finite.",
+            self.state.global_step + 1,
+            ", ".join(self.reward_func_names),
+            len(self._rewards),
+        )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
         columns = list(inputs[0])

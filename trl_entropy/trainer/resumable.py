@@ -6,25 +6,32 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from trl_entropy.config.resume_contract import contract_settings
-from trl_entropy.engine import ending_together, parameter_shape, rank_symmetric
-from trl_entropy.rollouts.drawing import prompts_of
-from trl_entropy.runs import checkpoints, tensorboard
+from trl_entropy.engine import ending_together, rank_symmetric
+from trl_entropy.runs import checkpoints, file_errors, tensorboard
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.trainer import training_state
 from trl_entropy.trainer.curriculum import PassRateSampler
+from trl_entropy.trainer.fingerprints import adapter_settings, data_fingerprint, model_fingerprint
 from trl_entropy.trainer.training_state import GenerationWindow
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -41,23 +48,46 @@ class ResumableTrainer(GRPOTrainer):
         """Called when `train()` begins, before a checkpoint is loaded: forget what an exception has left half done."""
         GenerationWindow(self).reset()
 
+    def end_training(self) -> None:
+        """Called when `train()` ends, with an exception too."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As [`~transformers.Trainer.train`]; on a CPU a resumed run equals an uninterrupted one bit for bit.
 
+        A run that is resumed after its last step is left as it is; the model gets the checkpoint's weights.
+
         Args:
             resume_from_checkpoint: path of a complete checkpoint; `"latest"` or True: the newest one in `output_dir`,
-                or the beginning if there is none.
+                or the beginning if no step has been logged there; `"latest_or_new"`: the newest one, or the beginning.
 
         Raises:
+            ValueError: if `output_dir` holds a run already, which is not resumed.
             CheckpointError: if the checkpoint is incomplete, damaged, or of another run.
             OtherRankFailed: if another process has failed first; that process raises its own exception.
         """
         with ending_together(self.accelerator):
-            checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+            checkpoint, is_finished = self._checked_checkpoint(resume_from_checkpoint)
+            if checkpoint is not None and is_finished:
+                return self._leave_finished(checkpoint)
             self._prepare_run(checkpoint, resumes=bool(resume_from_checkpoint))
             self.begin_training()
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            try:
+                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            finally:
+                self.end_training()
+
+    def _leave_finished(self, checkpoint: Path) -> TrainOutput:
+        """What `train()` does after the last step: only load what it would have trained."""
+        told = checkpoints.describe_finished(checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # whose weights are loaded inside of `train()`
+            told += " The trainer's model still has the weights that it was made with."
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        if self.is_world_process_zero():
+            logger.warning(told)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _prepare_run(self, checkpoint: Path | None, resumes: bool) -> None:
         """Make settings, metrics and TensorBoard continue after the checkpoint's step."""
@@ -65,34 +95,43 @@ class ResumableTrainer(GRPOTrainer):
         if self.args.additional_steps:
             self.args.max_steps = step + self.args.additional_steps
         if resumes and self.is_world_process_zero():
-            RunDirectory(self.args.output_dir).cut_after(step)
+            set_aside_after(RunDirectory(self.args.output_dir), step)
+        if self.is_world_process_zero():
+            RunDirectory(self.args.output_dir).append_start(step, checkpoint, self._allowed_changes)
         if checkpoint is not None:
             self.args.eval_on_start = False  # the run did it before its first step, and would now draw other samples
             if self.is_world_process_zero():
                 tensorboard.continue_after(self.callback_handler.callbacks, step)
 
-    def _checked_checkpoint(self, resume_from: str | bool | None) -> Path | None:
-        """The checkpoint to resume from, the same on all ranks and checked to be of this run; None: none."""
-        found: list[str | None] = [None]
-        with rank_symmetric(self.accelerator, "reading the checkpoint"):
+    def _checked_checkpoint(self, resume_from: str | bool | None) -> tuple[Path | None, bool]:
+        """The checkpoint to resume from, checked to be of this run, or None; and whether it is that of the last step.
+
+        The same on all ranks.
+        """
+        found: list[Any] = [None, False, {}]
+        with rank_symmetric(self.accelerator, "reading the run directory"):
             if self.is_world_process_zero():
-                path = checkpoints.resolve(resume_from, Path(self.args.output_dir))
+                run, args = Path(self.args.output_dir), self.args
+                path = checkpoints.resolve(resume_from, run)
+                if not resume_from:
+                    RunDirectory(run).check_unused()
                 if path is not None:
-                    checkpoints.check_contract(path, self._contract())
-                    found = [str(path)]
+                    changes = checkpoints.check_contract(path, self._contract(), args.resume_allow_changes)
+                    finished = checkpoints.is_finished(path, args.max_steps, args.num_train_epochs)
+                    found = [str(path), finished and not args.additional_steps, changes]
         broadcast_object_list(found)
-        return None if found[0] is None else Path(found[0])
+        path, finished, self._allowed_changes = found
+        return None if path is None else Path(path), finished
 
     def _contract(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that wrote its checkpoint."""
-        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        model = self.accelerator.unwrap_model(self.model)
         if self._data_fingerprint is None:
-            self._data_fingerprint = checkpoints.fingerprint(prompts_of(self.train_dataset))
+            self._data_fingerprint = data_fingerprint(self.train_dataset)
+        settings = contract_settings(self.args, reward_funcs=self.reward_func_names)
         return {
-            "settings": contract_settings(self.args),
-            "model": checkpoints.fingerprint(
-                f"{name} {list(parameter_shape(p))} {p.requires_grad}" for name, p in parameters
-            ),
+            "settings": settings | adapter_settings(model),
+            "model": model_fingerprint(model),
             "data": self._data_fingerprint,
             "format": training_state.STATE_FORMAT,
         }
@@ -116,10 +155,22 @@ class ResumableTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         training_state.load(self.state_owners(), Path(checkpoint), self.args.process_index)
-        if self.args.additional_steps:  # the loaded learning rate is that of the shorter run's schedule
-            scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if self._allowed_changes:
+            self._set_hyperparameters()
+            scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
+        if self._allowed_changes or self.args.additional_steps:  # the loaded rate is that of the other schedule
             scheduler.last_epoch -= 1
             scheduler.step()
+
+    def _set_hyperparameters(self) -> None:
+        """Give the optimizer those of the arguments: it has loaded the checkpoint's."""
+        args = self.args
+        values = {"initial_lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        values |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+        for place, group in enumerate(self.optimizer.param_groups):
+            kept = ("weight_decay",) if place else ()  # transformers' second group is that without decay
+            group.update({name: value for name, value in values.items() if name in group and name not in kept})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -127,9 +178,10 @@ class ResumableTrainer(GRPOTrainer):
             self._write_checkpoint(path, model, trial)
         except Exception as error:
             whole = [str(p) for p in checkpoints.checkpoints_of(path.parent) if (p / checkpoints.SEAL).exists()]
-            go_on = f"resume from {whole[0]}" if whole else "start again: no checkpoint is complete yet"
+            anew = "begin anew with resume_from_checkpoint=latest_or_new: no checkpoint is complete yet"
+            go_on = f"resume from {whole[0]}" if whole else anew
             raise checkpoints.CheckpointError(
-                f"writing {path} failed: {error}. Make room, or set save_total_limit; then {go_on}."
+                f"writing {path} failed: {str(error).removesuffix('.')}. {_remedy(error, path)}; then {go_on}."
             ) from error
 
     def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
@@ -142,15 +194,21 @@ class ResumableTrainer(GRPOTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        if self.args.save_only_model:
-            return
-        training_state.save(self.state_owners(), path, self.args.process_index)
-        self.accelerator.wait_for_everyone()
+        if not self.args.save_only_model:
+            training_state.save(self.state_owners(), path, self.args.process_index)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
         if self.args.should_save:
-            checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
             rotate_checkpoints(
                 output_dir=str(path.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                use_mtime=False,  # by step: a clock may have been set back
             )
+
+
+def _remedy(error: Exception, path: Path) -> str:
+    if file_errors.is_full(error, path):
+        return "Make room, or set save_total_limit"
+    return file_errors.remedy(error).capitalize()

@@ -4,26 +4,28 @@ State that TRL's trainer and ours keep in memory between two steps, and that tra
 Without it a resumed run would differ from an uninterrupted one if its checkpoint falls between two uses of the same
 generation (`steps_per_generation` above `gradient_accumulation_steps`, or `num_iterations` above 1), in the second or
 a later epoch, or between two log lines. Each owner of such state returns and restores its own part; this module writes
-and reads the file, and owns the parts of TRL and transformers. Written against trl 1.16 and transformers 5.23;
+and reads the file, and owns the part of TRL's generation. Written against trl 1.16 and transformers 5.23;
 `tests/contracts` tests the assumptions.
 """
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
 from trl_entropy.runs.state import StateDict, StateOwner
 
 # Of what `save` writes; part of the contract of a checkpoint, so that one of another format is refused.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 def file_of(checkpoint: Path, rank: int) -> Path:
@@ -31,13 +33,30 @@ def file_of(checkpoint: Path, rank: int) -> Path:
 
 
 def save(owners: Mapping[str, StateOwner], checkpoint: Path, rank: int) -> None:
-    """Write this process's file into the checkpoint."""
+    """
+    Write this process's file into the checkpoint, and read it back.
+
+    Raises:
+        ValueError: if the state holds an object that would not be loaded, such as one that a reward has logged.
+    """
     torch.save({name: owner.state_dict() for name, owner in owners.items()}, file_of(checkpoint, rank))
+    try:
+        _read(checkpoint, rank)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"the state between two steps holds an object ({found[1] if found else error}) that is no tensor, number "
+            "or text, and would not be loaded. Pass none to TRL's log_extra and log_metric"
+        ) from error
+
+
+def _read(checkpoint: Path, rank: int) -> dict[str, Any]:
+    return torch.load(file_of(checkpoint, rank), weights_only=True, map_location="cpu")
 
 
 def load(owners: Mapping[str, StateOwner], checkpoint: Path, rank: int) -> None:
     """Give each owner back what [`save`] wrote of it; the seal's `STATE_FORMAT` says that all of them are there."""
-    state = torch.load(file_of(checkpoint, rank), weights_only=True, map_location="cpu")
+    state = _read(checkpoint, rank)
     for name, owner in owners.items():
         owner.load_state_dict(state[name])
 
@@ -73,48 +92,14 @@ class GenerationWindow:
         trainer._metrics["train"] = defaultdict(list, state["metrics"])
 
 
-class LogWindow(TrainerCallback):
-    """
-    The sum of the loss since the last log line. transformers sets it to zero after loading a checkpoint and before
-    `on_train_begin`, so that event restores it.
-    """
-
-    def __init__(self) -> None:
-        self._restored: StateDict | None = None
-
-    def attach(self, trainer: GRPOTrainer) -> None:
-        """Set the trainer whose loss is saved."""
-        self._trainer = trainer
-
-    def reset(self) -> None:
-        """Forget what was loaded for a training that then did not begin."""
-        self._restored = None
-
-    def state_dict(self) -> StateDict:
-        """The sum, and the step up to which it has been logged."""
-        return {
-            "tr_loss": self._trainer._tr_loss.detach().clone(),
-            "globalstep_last_logged": self._trainer._globalstep_last_logged,
-        }
-
-    def load_state_dict(self, state: StateDict) -> None:
-        self._restored = state
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._restored is not None:
-            self._trainer._tr_loss = self._restored["tr_loss"].to(args.device)
-            self._trainer._globalstep_last_logged = self._restored["globalstep_last_logged"]
-            self._restored = None
-
-
 def plain_logs(logs: dict[str, Any], last: int = 0) -> dict[str, Any]:
     """TRL's logged completions without images, as lists; only the last `last` rows, or all if it is 0."""
+
+    def plain(column: Iterable[Any]) -> list[Any]:
+        return [value.item() if isinstance(value, np.generic) else value for value in list(column)[-last:]]
+
     return {
-        name: {key: list(column)[-last:] for key, column in value.items()}
-        if isinstance(value, dict)
-        else list(value)[-last:]
+        name: {key: plain(column) for key, column in value.items()} if isinstance(value, dict) else plain(value)
         for name, value in logs.items()
         if name != "images"
     }

@@ -1,0 +1,98 @@
+"""Seals: what is no seal is a damaged checkpoint that is named and passed over, whatever it holds."""
+
+import json
+import logging
+
+import pytest
+
+from trl_entropy.runs import checkpoints
+from trl_entropy.runs.checkpoints import CheckpointError
+
+CONTRACT = {"settings": {"seed": 1, "delta": None, "world_size": 1, "reward_funcs": ["a"]}, "data": "d", "model": "m"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (1, 2):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        (path / "model.bin").write_bytes(bytes([step]) * 100)
+        checkpoints.seal(path, {"step": step, **CONTRACT})
+    return tmp_path
+
+
+def whole_seal(run):
+    return (run / "checkpoint-2" / checkpoints.SEAL).read_bytes()
+
+
+DAMAGED = {
+    "empty": lambda whole: b"",
+    "cut in the middle": lambda whole: whole[: len(whole) // 2],
+    "cut by a byte": lambda whole: whole[:-1],
+    "zeros": lambda whole: bytes(len(whole)),
+    "a list": lambda whole: b"[]",
+    "a number": lambda whole: b"3",
+    "null": lambda whole: b"null",
+    "no text": lambda whole: b"\xff\xfe\x00",
+    "without files": lambda whole: json.dumps(json.loads(whole) | {"files": {}}).encode(),
+    "files of another form": lambda whole: json.dumps(json.loads(whole) | {"files": {"model.bin": 3}}).encode(),
+    "without step": lambda whole: json.dumps({"files": json.loads(whole)["files"]}).encode(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_seal_is_named_and_the_older_checkpoint_taken(run, damage, caplog):
+    (run / "checkpoint-2" / checkpoints.SEAL).write_bytes(DAMAGED[damage](whole_seal(run)))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.resolve("latest", run) == run / "checkpoint-1"
+    assert f"{run / 'checkpoint-2' / checkpoints.SEAL} is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="is damaged: it is not the seal"):
+        checkpoints.resolve(str(run / "checkpoint-2"), run)
+
+
+def test_every_cut_of_a_seal_is_a_damaged_one(run):
+    whole = whole_seal(run)
+    for length in range(len(whole)):
+        (run / "checkpoint-2" / checkpoints.SEAL).write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            checkpoints.read_seal(run / "checkpoint-2")
+
+
+def test_latest_refuses_to_begin_anew_what_has_been_trained(run):
+    for path in checkpoints.checkpoints_of(run):
+        (path / checkpoints.SEAL).write_bytes(b"")
+    assert checkpoints.resolve("latest", run) is None  # nothing logged: a job that was put back into the queue early
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    for resume_from in ("latest", True):
+        with pytest.raises(CheckpointError, match=r"no complete checkpoint, but .* holds steps"):
+            checkpoints.resolve(resume_from, run)
+    assert checkpoints.resolve("latest_or_new", run) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {"seed": 2}}, "seed was 1 and is 2"),
+        ({"settings": {"delta": 2.0}}, "delta was None and is 2.0"),
+        ({"settings": {"reward_funcs": ["a", "b"]}}, r"reward_funcs was \['a'\] and is \['a', 'b'\]"),
+        ({"data": "e"}, "data was 'd' and is 'e'"),
+        ({"model": "n"}, "model was"),
+    ],
+)
+def test_another_contract_is_refused_unless_the_change_is_asked_for(run, change, message):
+    path, current = run / "checkpoint-2", CONTRACT | change
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.check_contract(path, current)
+    (name,) = change.get("settings", change)
+    if name == "model":  # no wish of the user's makes another model fit
+        with pytest.raises(CheckpointError, match="resume_allow_changes names model"):
+            checkpoints.check_contract(path, current, ["model"])
+    else:
+        changes = checkpoints.check_contract(path, current, [name])
+        assert list(changes) == [name] and changes[name][0] != changes[name][1]
+
+
+def test_what_cannot_be_allowed_is_refused_by_name(run):
+    for name in ("world_size", "no_such_setting"):
+        with pytest.raises(CheckpointError, match=f"names {name}, which is no setting .* It takes: data, delta"):
+            checkpoints.check_contract(run / "checkpoint-2", CONTRACT, [name])

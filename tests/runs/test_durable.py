@@ -1,0 +1,45 @@
+"""What `replacing` writes takes the place of the old file whole, and is on the disk before it does."""
+
+import os
+
+import pytest
+
+from trl_entropy.runs import durable
+from trl_entropy.runs.durable import replace_text, replacing
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
+    replace_text(tmp_path / "new" / "file", "old")
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "new" / "file") as temporary:
+        temporary.write_text("ne")
+        raise OSError("full")
+    assert (tmp_path / "new" / "file").read_text() == "old" and names(tmp_path) == ["new", "new/file"]
+
+
+def test_a_folder_takes_the_place_of_a_folder_whole(tmp_path):
+    for text in ("first", "second"):
+        with replacing(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / text).write_text(text)
+    assert names(tmp_path) == ["folder", "folder/second"]
+
+
+def test_content_is_synced_before_the_name_and_the_name_after(tmp_path, monkeypatch):
+    """A power failure after any of these calls finds the old file or the new one, whole."""
+    calls = []
+    monkeypatch.setattr(durable, "sync", lambda path: calls.append(("sync", path.name)))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(("rename", new.name)), replace(old, new)))
+    replace_text(tmp_path / "file", "text")
+    assert calls == [("sync", ".file.tmp"), ("rename", "file"), ("sync", tmp_path.name)]
+
+
+def test_what_a_killed_writer_left_does_not_hinder_the_next(tmp_path):
+    (tmp_path / ".file.tmp").mkdir()
+    (tmp_path / ".file.tmp" / "inside").write_text("half")
+    replace_text(tmp_path / "file", "text")
+    assert names(tmp_path) == ["file"]
