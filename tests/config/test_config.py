@@ -110,6 +110,10 @@ def test_kl_is_refused_under_zero3():
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
         ({"generation_kwargs": {"top_k": 20}}, "top_k=20"),
         ({"generation_kwargs": {"typical_p": 0.5}}, "typical_p=0.5"),
+        ({"generation_kwargs": {"typical_p": 1.0}}, ""),
+        ({"generation_kwargs": {"no_such_setting": 1}}, "no_such_setting=1"),
+        ({"top_k": None}, "top_k=50"),  # transformers' own default
+        ({"use_vllm": True, "vllm_structured_outputs_regex": "[0-9]"}, "vllm_structured_outputs_regex=[0-9]"),
     ],
 )
 def test_truncated_sampling_is_found(settings, named):

@@ -39,6 +39,7 @@ PROBES = {
     "within prompt": {"noise_scale_probe": True, "noise_scale_within_prompt": True},
     "micro-batches": {"noise_scale_probe": True, "noise_scale_from": "micro_batches"},
     "control": {"entropy_control": "report", "entropy_control_num_completions": 4},
+    "control rollouts": {"entropy_control": "report", "entropy_control_completions": "rollouts"},
     "kl": {"kl_every": 1},
     "ess": {"effective_sample_size_probe": True},
     "optimizer": {"optimizer_state_probe": True},
@@ -97,7 +98,7 @@ def rows(trainer):
 
 # ---- dropout
 
-REBUILD = {"token", "sequence", "rollouts", "fisher", "within prompt", "control"}
+REBUILD = {"token", "sequence", "rollouts", "fisher", "within prompt", "control rollouts"}
 
 
 def lora(**more):
@@ -166,7 +167,8 @@ def test_kl_every_draws_no_random_numbers(build, tmp_path):
 # ---- adapters
 
 PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
-SCORING = {"held_out", "second order", "token", "sequence", "rollouts", "fisher", "within prompt", "control"}
+SCORING = {"held_out", "second order", "token", "sequence", "rollouts", "fisher", "within prompt"}
+SCORING |= {"control", "control rollouts"}
 LAYERS = {"sequence", "fisher", "noise", "within prompt"}
 FORWARD = {"held_out", "second order", "token", "sequence"}
 
@@ -200,11 +202,12 @@ def test_adapters(refused_ones, config, expected, message):
         lambda: lora(use_rslora=True, init_lora_weights=False),
         lambda: lora(modules_to_save=["norm"], init_lora_weights=False),
         lambda: lora(modules_to_save=["lm_head"], init_lora_weights=False),
+        lambda: lora(modules_to_save=["embed_tokens"], init_lora_weights=False),
     ],
-    ids=["rsLoRA", "norm", "head"],
+    ids=["rsLoRA", "norm", "head", "embedding"],
 )
 def test_adapters_that_are_not_refused_have_exact_numbers(build, config):
-    settings = PROBES["sequence"] | PROBES["fisher"] | PROBES["noise"] | {"probe_batch_size": 3}
+    settings = PROBES["sequence"] | PROBES["fisher"] | PROBES["noise"] | {"probe_batch_size": 3, "learning_rate": 2e-4}
     row = rows(build(None, config(), **settings))[-1]
     assert abs(row["entropy/attribution_rounding"]) < 1e-3
     assert row["noise_scale/gradient_error"] < 1e-4 and row["fisher/change_correlation"] > 0.99
@@ -227,7 +230,8 @@ def test_learned_positions(refused_ones, build, tokenizer):
         return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
 
     found = refused_ones(gpt2, disable_dropout=True)
-    assert found.pop("rollouts").startswith("entropy_probe_completions='rollouts' needs completions drawn from")
+    for name, setting in {"rollouts": "entropy_probe", "control rollouts": "entropy_control"}.items():
+        assert found.pop(name).startswith(f"{setting}_completions='rollouts' needs completions drawn from")
     assert set(found) == LAYERS  # Conv1D
     settings = PROBES["token"] | {"probe_batch_size": 3, "disable_dropout": True}
     for row in rows(build(gpt2(), **settings)):
@@ -261,7 +265,7 @@ def test_a_mixture_of_experts_is_measured(build, refused_ones, tokenizer):
         )
 
     balanced = refused_ones(mixture, lambda: lora())
-    assert set(balanced) == {"token", "sequence", "rollouts", "fisher", "noise", "within prompt"}
+    assert set(balanced) == REBUILD | {"noise"}
     assert all("Set router_aux_loss_coef=0" in text for text in balanced.values())
     assert not refused_ones(mixture, lambda: lora(), router_aux_loss_coef=0.0)
     trainer = build(mixture(), lora(), router_aux_loss_coef=0.0, learning_rate=1e-4, **PROBES["sequence"])
@@ -292,7 +296,7 @@ def test_the_models_own_sampling_settings_are_refused(refused_ones, tokenizer):
         model.generation_config.update(**settings)
         return model
 
-    drawn = {"held_out", "second order", "token", "sequence", "rollouts", "fisher", "control"}
+    drawn = SCORING - {"within prompt"}
     found = refused_ones(lambda: model(min_p=0.9))
     assert set(found) == drawn
     assert all("but min_p=0.9 of the model's generation_config changes it" in text for text in found.values())

@@ -294,7 +294,7 @@ class Sized:
     """No tensor, number or text."""
 
 
-@pytest.mark.parametrize("logged", [np.float64(0.5), np.int64(3), Sized()], ids=str)
+@pytest.mark.parametrize("logged", [np.float64(0.5), np.int64(3), Sized()], ids=["float64", "int64", "object"])
 def test_a_sealed_checkpoint_can_be_loaded_whatever_a_reward_logs(make_trainer, tmp_path, logged):
     """A checkpoint inside a generation's window holds what rewards have logged of its completions."""
 

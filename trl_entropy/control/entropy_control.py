@@ -33,9 +33,11 @@ from trl_entropy.estimators.control.entropy_control import (
 )
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms, policy_entropy
 from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.gradients.inputs import counts_columns
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_of, weighted_logps
 from trl_entropy.probes import model_checks
+from trl_entropy.probes.model_checks import dropout_of
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
@@ -118,6 +120,7 @@ class EntropyControl(Probe):
         self._before: tuple[float, float, Estimate] | None = None
         # Entropy terms and prompts of the step's own completions on this process, one pair per micro-batch.
         self._own: list[tuple[RatioTerms, Tensor]] = []
+        self._pools_rollouts = True
 
     @classmethod
     def from_config(cls, args: DrGRPOConfig) -> EntropyControl:
@@ -139,11 +142,13 @@ class EntropyControl(Probe):
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         what = "entropy_control"
         if self.draw is None:
-            model_checks.check_full_distribution(args, model, what)
+            model_checks.check_full_distribution(args, model, what, draws=self.source == "probe")
         model_checks.check_scoring(model, what)
         model_checks.check_derivatives(model, what)
-        model_checks.check_no_dropout(model, what)
+        # Else what the loss computes of the step's completions is not of the policy that E is drawn from.
+        self._pools_rollouts = not dropout_of(model) and not counts_columns(model)
         if self.source == "rollouts":
+            model_checks.check_no_dropout(model, "entropy_control_completions='rollouts'")
             model_checks.check_own_completions(model, "entropy_control_completions='rollouts'")
             model_checks.check_no_auxiliary_loss(args, model, "entropy_control_completions='rollouts'")
 
@@ -153,7 +158,8 @@ class EntropyControl(Probe):
     # ---- events
 
     def on_micro_batch(self, args, state, control, *, metrics, inputs, mask, token_entropy, **kwargs: Any) -> None:
-        if self.source != "rollouts" and args.rollouts_are_the_policys():
+        is_the_policys = self._pools_rollouts and "tool_mask" not in inputs and args.rollouts_are_the_policys()
+        if self.source != "rollouts" and is_the_policys:
             terms = entropy_terms(token_entropy, mask.double(), mask)
             self._own.append((terms, inputs["prompt_index"]))
 

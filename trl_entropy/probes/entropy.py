@@ -59,8 +59,8 @@ class EntropyProbe(Probe):
     the model. Forward-mode differentiation along the true update gives the derivative of each token's score, so every
     optimizer and every loss is covered.
 
-    With dropout everything is about the policy without it: E is drawn and scored in evaluation mode, and the update is
-    the one that training made.
+    With dropout everything but (T11) is about the policy without it: E is drawn and scored in evaluation mode, and the
+    update is the one that training made. The covariances are of training's own passes.
 
     Args:
         every: cadence in steps.
@@ -122,7 +122,7 @@ class EntropyProbe(Probe):
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         if self.draw is None and self.sampler == "model":
-            model_checks.check_full_distribution(args, model, "entropy_probe")
+            model_checks.check_full_distribution(args, model, "entropy_probe", draws=True)
         model_checks.check_scoring(model, "entropy_probe", order=2 if self.second_order else 1)
         model_checks.check_derivatives(model, "entropy_probe")
         if self.attribution is not None:
@@ -268,9 +268,8 @@ class EntropyProbe(Probe):
             before, after = (rows(point, part) for point in points)
             changes = step_changes(before, after, second)
             halves.append({name: change.estimate(prompts[part]) for name, change in changes.items()})
-        for name in halves[0].keys() - {"measured"}:
-            self.agreement.add_pair(f"cross_{name}", halves[0][name], halves[1]["measured"])
-        self.agreement.add_pair("cross_measured", halves[0]["measured"], halves[1]["measured"])
+        for name, predicted in halves[0].items():
+            self.agreement.add_pair(f"cross_{name}", predicted, halves[1]["measured"])
         logged: dict[str, float] = {}
         for label, half in zip("ab", halves, strict=True):
             for name, estimate in half.items():

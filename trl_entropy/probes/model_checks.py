@@ -29,8 +29,8 @@ from trl_entropy.rollouts.completions import Completions
 SCORED_ATTENTION = ("eager", "sdpa")
 # Numbers of a model's parameters by which a trial differentiates, at most: a part of them is enough to meet a kernel.
 _MAX_TRIED = 2**24
-# Highest order of derivative that a model has been tried with.
-_TRIED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+# Highest order of derivative that a model has been tried with, and on which device.
+_TRIED: WeakKeyDictionary[nn.Module, tuple[int, torch.device]] = WeakKeyDictionary()
 
 
 def check_scoring(model: nn.Module, what: str, order: int = 0) -> None:
@@ -47,9 +47,13 @@ def check_scoring(model: nn.Module, what: str, order: int = 0) -> None:
             "whose virtual tokens stand before the padding: how far they are from a prompt depends on the batch. Use "
             "LoRA, or turn it off."
         )
-    if _TRIED.get(model, -1) < order and _is_whole(model):
+    if not _is_whole(model):
+        return
+    device = next(model.parameters()).device
+    tried, on_device = _TRIED.get(model, (-1, device))
+    if tried < order or on_device != device:  # another device may have other kernels
         _try_scoring(model, what, order)
-        _TRIED[model] = order
+        _TRIED[model] = order, device
 
 
 def check_sequences(model: nn.Module, what: str) -> None:
@@ -123,9 +127,16 @@ def check_own_completions(model: nn.Module, what: str) -> None:
         )
 
 
-def check_full_distribution(args: DrGRPOConfig, model: nn.Module, what: str) -> None:
-    """Raises `ValueError` if settings of the run, or the model's own, keep tokens from being drawn."""
+def check_full_distribution(args: DrGRPOConfig, model: nn.Module, what: str, draws: bool = False) -> None:
+    """
+    Raises `ValueError` if settings of the run, or the model's own, keep tokens from being drawn.
+
+    Args:
+        draws: whether the probe draws completions by the model's `generate`; else they are those of the step.
+    """
     own = getattr(base_model(model), "generation_config", None)
+    if args.use_vllm and not draws:  # vLLM does not read the model's own settings
+        own = None
     args.check_full_distribution([what], None if own is None else own.to_dict())
 
 

@@ -336,7 +336,9 @@ def _plain(value: object) -> object:
     """`value` in types of JSON and YAML: scalars of numpy and torch become numbers, other objects their string."""
     if isinstance(value, Mapping):
         return _plain_items(value)
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, set | frozenset):
+        return [_plain(item) for item in sorted(value, key=str)]
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.value

@@ -75,12 +75,10 @@ def test_shares_of_the_change():
     assert sum(share.value for share in shares.values()) == pytest.approx(1)
     for name, part in parts._asdict().items():
         assert shares[name].value == pytest.approx(float(part @ whole / whole.square().sum()))
-        # delete one prompt, linearized: the infinitesimal jackknife of the ratio
-        own, total = sums[:, list(shares).index(name)], sums.sum(1)
-        influence = (own - shares[name].value * total) / total.sum()
-        assert shares[name].stderr == pytest.approx(
-            float((4 / 3 * (influence - influence.mean()).square().sum()).sqrt())
-        )
+        own, total = sums[:, list(shares).index(name)].tolist(), sums.sum(1).tolist()
+        left_out = [(sum(own) - own[p]) / (sum(total) - total[p]) for p in range(4)]
+        variance = 3 / 4 * sum((value - sum(left_out) / 4) ** 2 for value in left_out)
+        assert shares[name].stderr == pytest.approx(variance**0.5)
         assert (shares[name].dof, shares[name].num_samples) == (3.0, 4)
 
 
@@ -118,5 +116,10 @@ def test_agreement_is_the_slope_through_the_origin_with_a_jackknife_error():
     assert slope.value == pytest.approx(float(predicted @ measured / (predicted @ predicted)))
     x, y = predicted - predicted.mean(), measured - measured.mean()
     assert correlation == pytest.approx(float(x @ y / (x.norm() * y.norm())))
-    assert 0 < slope.stderr < 0.2 and slope.dof == 4
+    left_out = []
+    for prompt in range(5):
+        x, y = predicted[prompts != prompt], measured[prompts != prompt]
+        left_out.append(float(x @ y / (x @ x)))
+    variance = 4 / 5 * sum((value - sum(left_out) / 5) ** 2 for value in left_out)
+    assert slope.stderr == pytest.approx(variance**0.5) and (slope.dof, slope.num_samples) == (4, 5)
     assert change_agreement(predicted, 2 * predicted, prompts)[0].stderr == pytest.approx(0, abs=1e-7)
