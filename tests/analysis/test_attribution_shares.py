@@ -58,15 +58,16 @@ def test_parts_are_those_that_training_logged(real_run, tokens):
     assert table["share"].notna().all() == (abs(last["entropy/mean_delta_all"]) > SHARE_MARGIN * half_width)
 
 
-def test_interval_is_the_estimators_where_the_share_is_known():
-    """Planted share 0.4: the interval of `CategoryRecord` on the same sums, digit by digit."""
+@pytest.mark.parametrize("spread_of_a_step", [0.3, 3.0])
+def test_interval_is_the_estimators_where_the_share_is_known(spread_of_a_step):
+    """Planted share 0.4: the intervals of `CategoryRecord` on the same sums, also where one step varies the most."""
     import torch
 
     from trl_entropy.estimators.attribution.shares import CategoryRecord
 
     generator, record, rows = np.random.default_rng(0), CategoryRecord.empty(["a", "b"]), []
     for step in range(5):
-        sums = generator.normal([0.4, 0.6], 0.3, (30, 2))
+        sums = generator.normal([0.4, 0.6], 0.3 if step else spread_of_a_step, (30, 2))
         record = record.update(torch.tensor(sums), torch.tensor([30, 30]))
         rows += [
             {"step": step, "prompt_index": prompt, "attribution": sums[prompt, i], "kind": kind}
@@ -74,8 +75,9 @@ def test_interval_is_the_estimators_where_the_share_is_known():
         ]  # fmt: skip
     table = pd.DataFrame(rows)
     row = shares(table, table["kind"].astype("category")).loc["a"]
-    assert row["share"] == pytest.approx(record.share("a").value) == pytest.approx(0.4, abs=0.1)
-    assert (row["low"], row["high"]) == pytest.approx(record.share_interval("a"), rel=1e-4)
+    assert row["share"] == pytest.approx(record.share("a").value) == pytest.approx(0.4, abs=0.2)
+    assert (row["low"], row["high"]) == pytest.approx(record.share_interval("a"), rel=1e-8)
+    assert (row["change_low"], row["change_high"]) == pytest.approx(record.change("a").interval(), rel=1e-8)
     assert row["change"] == pytest.approx(record.change("a").value) and row["token_share"] == 0.5
 
 

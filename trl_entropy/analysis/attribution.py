@@ -176,19 +176,18 @@ def shares(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
         return pd.DataFrame(columns=_SHARE_COLUMNS, dtype=float)
     sums = _prompt_sums(table, category)
     num_steps, totals = max(1, sums.index.get_level_values("step").nunique()), sums.sum(skipna=False).to_numpy()
-    deviations, dof = _deviations(sums)
-    covariance, whole_variance = deviations.T @ deviations, float(np.square(deviations.sum(axis=1)).sum())
-    quantile = student_t(dof)
-    half = quantile * np.sqrt(covariance.diagonal()) / num_steps
+    deviations = _deviations(sums)
+    half = _half_widths(deviations).to_numpy() / num_steps
     result = pd.DataFrame({"change": totals / num_steps}, index=pd.Index(sums.columns, name="category"))
     result = result.assign(change_low=result["change"] - half, change_high=result["change"] + half)
     whole = float(totals.sum())
     result[["share", "low", "high"]] = np.nan
-    if is_well_away(whole, quantile * whole_variance**0.5):
+    of_whole = deviations.sum(axis=1, skipna=False)
+    if is_well_away(whole, float(_half_widths(of_whole.to_frame()).iloc[0])):
         result["share"] = totals / whole
         result[["low", "high"]] = [
-            _fieller(top, whole, float(covariance[i, i]), float(covariance[:, i].sum()), whole_variance, quantile)
-            for i, top in enumerate(totals.tolist())
+            _share_interval(top, whole, deviations[name], of_whole)
+            for name, top in zip(sums, totals.tolist(), strict=True)
         ]
     rows = category.value_counts().reindex(sums.columns).fillna(0).to_numpy()
     return result.assign(token_share=rows / max(rows.sum(), 1))
@@ -210,15 +209,35 @@ def _prompt_sums(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
     return sums.where(present, 0.0).reindex(index=prompts, columns=list(names), fill_value=0.0).astype(float)
 
 
-def _deviations(sums: pd.DataFrame) -> tuple[np.ndarray, int]:
+def _deviations(sums: pd.DataFrame) -> pd.DataFrame:
     """
-    The sums' deviations from their step's mean, scaled so that their squares add up to the variance of the totals
-    (steps and prompts independent), and the degrees of freedom.
+    The sums' deviations from their step's mean, scaled so that their squares add up to the variance of the totals,
+    steps and prompts independent; nan in a step of one prompt.
     """
     steps = sums.groupby(level="step")
-    num_prompts = steps.transform("size").to_numpy()[:, None]
-    centred = (sums - steps.transform("mean")).to_numpy() * np.sqrt(num_prompts / np.maximum(num_prompts - 1, 1))
-    return centred, len(sums) - steps.ngroups
+    num_prompts = steps.transform("size").astype(float)
+    return (sums - steps.transform("mean")).mul((num_prompts / (num_prompts - 1)) ** 0.5, axis=0)
+
+
+def _dofs(deviations: pd.DataFrame) -> pd.Series:
+    """By column the degrees of freedom of the variance of its sum (Satterthwaite, as `PooledParts.dof`)."""
+    steps = deviations.pow(2).groupby(level="step")
+    variances, dofs = steps.sum(), steps.size() - 1
+    found = variances.sum() ** 2 / variances.pow(2).div(dofs, axis=0).sum()
+    return found.clip(dofs.min(), dofs.sum()).fillna(dofs.sum())
+
+
+def _half_widths(deviations: pd.DataFrame) -> pd.Series:
+    """By column half of the 95 % interval of the sum whose prompts deviate so; nan if one is."""
+    return _dofs(deviations).map(student_t) * deviations.pow(2).sum(skipna=False) ** 0.5
+
+
+def _share_interval(top: float, bottom: float, of_top: pd.Series, of_bottom: pd.Series) -> Sequence[float]:
+    """Fieller's interval of a ratio of two sums with these deviations, as `PooledParts.ratio_interval`."""
+    combined = pd.DataFrame({"top": of_top, "bottom": of_bottom, "ratio": of_top - top / bottom * of_bottom})
+    products = of_top * of_top, of_top * of_bottom, of_bottom * of_bottom
+    top_variance, covariance, bottom_variance = (float(product.sum()) for product in products)
+    return _fieller(top, bottom, top_variance, covariance, bottom_variance, student_t(_dofs(combined).min()))
 
 
 def _fieller(top: float, bottom: float, top_var: float, cov: float, bottom_var: float, quantile: float) -> Sequence:

@@ -6,17 +6,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
 from trl_entropy.analysis.run import Run, load_run
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 from trl_entropy.runs.strict_json import Json
-
-# The 97.5 % quantile of Student's t with 1 to 10 degrees of freedom.
-_STUDENT_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-
 
 # Settings in which runs of one experiment may differ: their seeds, names and places.
 _OF_ONE_RUN = {
@@ -130,12 +126,6 @@ def over_runs(steps: pd.DataFrame, key: str) -> pd.DataFrame:
     return table[["mean"]].assign(**ends)
 
 
-def student_t(dof: int) -> float:
-    """97.5 % quantile of Student's t; nan if dof < 1; beyond 10 by Cornish-Fisher, accurate to 2e-4."""
-    if dof < 1:
-        return float("nan")
-    if dof <= len(_STUDENT_T):
-        return _STUDENT_T[dof - 1]
-    z = NormalDist().inv_cdf(0.975)
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / dof**power for power, term in enumerate(terms, start=1))
+def student_t(dof: float) -> float:
+    """97.5 % quantile of Student's t, by which a standard error is half of a 95 % interval; nan unless dof > 0."""
+    return student_t_quantile(0.975, float(dof))
