@@ -78,8 +78,7 @@ def _evaluation(runs: list[Run]) -> Section | None:
         figures.append(draw(f"evaluation-{run.name}", caption, panels))
     text = (
         "Results of trl-entropy evaluate on held-out problems. pass@k is the probability that at least one of k "
-        "samples is correct. The intervals are bootstrap intervals over problems; they have no width where all "
-        "problems agree."
+        "samples is correct. The intervals are over problems: Student's t, and Wilson's for shares."
     )
     return Section("Evaluation across checkpoints", text, figures, [checkpoint_table(run) for run in evaluated])
 
