@@ -72,7 +72,11 @@ def test_error_of_a_ratio_is_not_too_small_where_one_prompt_is_long():
     """One prompt has most of the denominator: without it the ratio is another, which its influence does not show."""
     statistics = torch.tensor([[90.0, 100.0], [1.0, 10.0], [2.0, 10.0], [3.0, 10.0]], dtype=torch.float64)
     ratio = delta_method(lambda m: m[0] / m[1], statistics)
-    left_out = [float(rows[:, 0].sum() / rows[:, 1].sum()) for p in range(4) for rows in [statistics[[q for q in range(4) if q != p]]]]
+    left_out = [
+        float(rows[:, 0].sum() / rows[:, 1].sum())
+        for p in range(4)
+        for rows in [statistics[[q for q in range(4) if q != p]]]
+    ]
     expected = math.sqrt(3 / 4 * sum((value - sum(left_out) / 4) ** 2 for value in left_out))
     assert ratio.estimate(torch.arange(4)).stderr == pytest.approx(expected)
     assert expected > 2 * float((4 / 3 * ratio.influence.square().sum()).sqrt()) / 4
