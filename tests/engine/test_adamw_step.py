@@ -14,8 +14,9 @@ from trl_entropy.estimators.attribution.shares import update_products
 
 generator = torch.Generator().manual_seed(0)
 names = [f"layers.{number}.weight" for number in range(40)] + ["unused"]
-def numbers(scale=1.0):
-    return {name: scale * torch.randn(7, generator=generator) * 10.0 ** (number % 5) for number, name in enumerate(names)}
+def numbers():
+    sizes = [10.0 ** (number % 5) for number in range(len(names))]
+    return {name: size * torch.randn(7, generator=generator) for name, size in zip(names, sizes)}
 same = lambda value: dict.fromkeys(names, value)
 update = SimpleNamespace(
     learning_rate=same(1e-3), betas=same((0.9, 0.999)), eps=same(1e-8), weight_decay=same(0.01), clip_factor=0.7,

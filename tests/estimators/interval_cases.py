@@ -1,7 +1,7 @@
 """Simulated samples of known truth for every kind of 95 % interval, at any number n of prompts, steps or problems.
 
-A case draws one sample and returns the interval that the package states for it. `tests/benchmarks/interval_coverage.py`
-makes the table of docs/intervals.md from them; tests ask some of them at a few sizes.
+A case draws one sample and returns the interval that the package states for it. The table of docs/intervals.md is made
+of them by `tests/benchmarks/interval_coverage.py`; tests ask some of them at a few sizes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def hits(case: Case, size: int, repeats: int, seed: int = 0) -> tuple[int, int, 
 
 
 def entropy_of(size: int, generator: Generator, spread: float, skew: bool = False) -> Interval:
-    """Entropy per token of 4 completions of each prompt, whose lengths and entropies have a prompt's part in common."""
+    """Entropy per token of 4 completions of each prompt, with a prompt's part in lengths and entropies."""
     draw = skewed if skew else normal
     prompts, shared = torch.arange(size).repeat_interleave(4), draw(generator, size).repeat_interleave(4)
     log_length = (spread * normal(generator, size)).repeat_interleave(4) + spread / 2 * normal(generator, 4 * size)
@@ -251,7 +251,8 @@ def mean_length(size: int, generator: Generator) -> Interval:
 def mean_token_entropy(size: int, generator: Generator) -> Interval:
     """Entropy per token of 8 samples of n problems: a ratio of sums, of unequal lengths."""
     lengths = (4 + 0.5 * normal(generator, size, 1) + 0.5 * normal(generator, size, 8)).exp()
-    sums = (lengths * (0.5 + 0.1 * normal(generator, size, 1) + 0.05 * normal(generator, size, 8))).sum(1, keepdim=True)
+    rates = 0.5 + 0.1 * normal(generator, size, 1) + 0.05 * normal(generator, size, 8)
+    sums = (lengths * rates).sum(1, keepdim=True)
     return tuple(ratio_intervals(sums, lengths.sum(1, keepdim=True))[0].tolist())
 
 

@@ -260,7 +260,8 @@ def _check_all_probed(path: Path, rows: Rows) -> None:
     if missing := num_unprobed(rows, 1, last_step):
         raise ValueError(
             f"{path}: {missing} of {last_step:g} steps were not probed, so that the sum of changes is not the change "
-            "between the first and the last policy. Leave out --fresh-completions, or train with entropy_probe_every=1."
+            "between the first and the last policy. Leave out --fresh-completions, or train with "
+            "entropy_probe_every=1."
         )
 
 
@@ -293,8 +294,8 @@ def _note_on_sums(result: Result) -> str | None:
     if not missing:
         return None
     return (
-        f"{result['run']}: {missing} of the steps {steps[0]:g} to {steps[-1]:g} were not probed, so that changes are not "
-        "summed and compared with fresh entropies. Train with entropy_probe_every=1 for that."
+        f"{result['run']}: {missing} of the steps {steps[0]:g} to {steps[-1]:g} were not probed, so that changes are "
+        "not summed and compared with fresh entropies. Train with entropy_probe_every=1 for that."
     )
 
 

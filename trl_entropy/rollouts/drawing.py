@@ -39,15 +39,9 @@ def prompt_key(prompt: Any) -> str:
 
 
 def prompts_of(dataset: Any) -> Iterator[str]:
-    """
-    Keys of all prompts in order, or of all rows where the prompts come from environments and none is in the dataset;
-    nothing for a streamed dataset.
-    """
-    if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
+    """Keys of all prompts in order; nothing for a streamed dataset."""
+    if isinstance(dataset, Dataset):
         yield from map(prompt_key, dataset["prompt"])
-    elif isinstance(dataset, Dataset):
-        without_pixels = [name for name in dataset.column_names if name not in ("image", "images")]
-        yield from map(prompt_key, dataset.select_columns(without_pixels))
 
 
 def draw_prompts(

@@ -99,12 +99,26 @@ def test_own_influence_is_not_that_of_fresh_completions():
     groups = TinyGroups(policy)
     y, p = groups.gradients(), groups.probability
     advantages = groups.rewards - groups.rewards.mean(1, keepdim=True)
+    shares = groups.completion_gradients() / 4  # of the gradient of a step of two groups of two completions
+
+    def changes(rows):
+        """Mean of A_i times each part of the change of S_i, in a step of length 1 with M = 1."""
+        scores, g = groups.scores[rows].flatten(0, 1), shares[rows].flatten(0, 1)
+        nothing = torch.zeros(4, dtype=torch.float64)
+        prompts = torch.tensor([0, 0, 1, 1])
+        parts = score_change_parts(-(scores @ g.T), prompts, 1.0, scores @ g.sum(0), nothing, nothing)
+        weights = advantages[rows].flatten() / 4
+        return torch.stack([weights @ parts.own, weights @ parts.same_prompt, weights @ parts.other_prompts])
+
+    own, mates, others = sum(q * changes(rows) for rows, q in multisets(p.tolist(), 2)).tolist()
     per_group = (advantages[..., None] * groups.scores).mean(1)
-    own = sum(q * float(-(per_group[rows] @ y[rows].T).diagonal().mean()) for rows, q in multisets(p.tolist(), 2)) / 2
-    cross = float(-(p @ per_group) @ (p @ y)) / 2
-    both = sum(q * float(-per_group[rows].mean(0) @ y[rows].mean(0)) for rows, q in multisets(p.tolist(), 2))
-    assert both == pytest.approx(own + cross)
-    assert own > 3 * cross > 0
+    # What another, independent group does: half the product of the two expectations, for two groups.
+    assert others == pytest.approx(float(-(p @ per_group) @ (p @ y)) / 2)
+    by_itself = sum(
+        q * float(-(per_group[rows] @ y[rows].T).diagonal().mean()) for rows, q in multisets(p.tolist(), 2)
+    )
+    assert own + mates == pytest.approx(by_itself / 2)
+    assert own > 0 and own + mates > 3 * others > 0
 
 
 def test_agreement_is_the_slope_through_the_origin_with_a_jackknife_error():

@@ -48,7 +48,7 @@ def test_mean_and_ratio_over_steps():
 
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.integers(2, 9)), min_size=1, max_size=4), st.floats(-2, 2))
 def test_degrees_of_freedom_are_those_of_the_steps_that_vary(steps, weight):
-    """Satterthwaite's formula by loops, for a linear combination of two quantities; order and merging do not matter."""
+    """Satterthwaite's formula by loops, for a linear combination of two quantities; order does not matter."""
     pooled, others, variances = PooledParts.empty(2), PooledParts.empty(2), []
     weights = torch.tensor([1.0, weight], dtype=torch.float64)
     for number, (spread, num_prompts) in enumerate(steps):

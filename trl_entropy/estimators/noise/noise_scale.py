@@ -79,12 +79,6 @@ def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> G
     return GroupProducts(sq_norms, dot_batch * (len(accepted) / num_accepted if num_accepted > 1 else math.nan))
 
 
-def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> float:
-    """|mean_n Y_n . g / |g|^2 - 1| with the optimizer's g: only rounding, if the rows are the shares of g."""
-    ratio = products.dot_batch.mean() / torch.tensor(batch_sq_norm, dtype=torch.float64)
-    return float((ratio - 1).abs())
-
-
 def noise_parts_two_sizes(
     small_sq_norms: Float[Tensor, "K"], big_sq_norm: float, small_size: int, big_size: int
 ) -> NoiseParts:

@@ -150,7 +150,7 @@ def means_without_one(values: Float[Tensor, "P *K"]) -> Float[Tensor, "P *K"]:
 
 
 def jackknife_ratio(prompt_tops: Float[Tensor, "P"], prompt_bottoms: Float[Tensor, "P"]) -> Estimate:
-    """A ratio of sums over the prompts of one step, stderr by the jackknife with P - 1 degrees of freedom; 0/0: nan."""
+    """A ratio of sums over the prompts of one step, stderr by the jackknife, P - 1 degrees of freedom; 0/0: nan."""
     tops, bottoms = prompt_tops.double(), prompt_bottoms.double()
     left_out = means_without_one(tops) / means_without_one(bottoms)
     variance = jackknife_covariance(left_out[:, None])
