@@ -283,7 +283,7 @@ class EntropyControl(Probe):
                 logger.warning(
                     "entropy_control is off from step %d on: over %d steps the entropy changed by %.2f +- %.2f times "
                     "the predicted change. Lower the learning rate, or raise entropy_control_num_completions.",
-                    state.global_step + 1, self.prediction_check.window, slope, 1.96 * error,
+                    state.global_step + 1, self.prediction_check.window, slope, self.prediction_check.margin(),
                 )  # fmt: skip
 
     def _logged(

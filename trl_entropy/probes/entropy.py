@@ -268,9 +268,8 @@ class EntropyProbe(Probe):
             before, after = (rows(point, part) for point in points)
             changes = step_changes(before, after, second)
             halves.append({name: change.estimate(prompts[part]) for name, change in changes.items()})
-        for name in halves[0].keys() - {"measured"}:
-            self.agreement.add_pair(f"cross_{name}", halves[0][name], halves[1]["measured"])
-        self.agreement.add_pair("cross_measured", halves[0]["measured"], halves[1]["measured"])
+        for name, predicted in halves[0].items():
+            self.agreement.add_pair(f"cross_{name}", predicted, halves[1]["measured"])
         logged: dict[str, float] = {}
         for label, half in zip("ab", halves, strict=True):
             for name, estimate in half.items():

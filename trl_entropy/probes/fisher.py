@@ -215,7 +215,7 @@ class FisherProbe(Probe):
         for name, estimate in kernel_means(self._kernel, prompts).items():
             logged |= with_stderr(f"fisher/{name}", estimate)
         cosines = kernel_means(cosine, prompts, self._rewards)
-        for name in cosines.keys() - {"diagonal"}:
+        for name in (name for name in cosines if name != "diagonal"):
             logged |= with_stderr(f"fisher/cosine_{name}", cosines[name])
         eigenvalues, participation_ratio, effective_rank = spectrum(self._gram)
         logged |= {"fisher/participation_ratio": participation_ratio, "fisher/effective_rank": effective_rank}

@@ -318,7 +318,7 @@ class ProbeRunner(TrainerCallback):
     def load_state_dict(self, state: StateDict) -> None:
         """Give each probe its state back; one that is turned on later has none, and one that is off is named."""
         named = self.named_probes()
-        for name in named.keys() & state.keys():
+        for name in (name for name in named if name in state):
             named[name].load_state_dict(state[name])
         if gone := sorted(state.keys() - named.keys()):
             logger.warning("the checkpoint has the state of probes that this run does not have: %s", ", ".join(gone))

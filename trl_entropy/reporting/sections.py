@@ -164,8 +164,7 @@ _TOPICS = (
     Topic(
         "Evaluation across checkpoints",
         "Results of trl-entropy evaluate on held-out problems. pass@k is the probability that at least one of k "
-        "samples is correct. The intervals are bootstrap intervals over problems; they have no width where all "
-        "problems agree.",
+        "samples is correct. The intervals are over problems: Student's t, and Wilson's for shares.",
         _evaluation,
     ),
     Topic(

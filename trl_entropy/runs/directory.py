@@ -269,7 +269,9 @@ class RunDirectory:
 def _summary_in(path: Path) -> CheckpointSummary:
     with reading(path):
         summary: CheckpointSummary = json.loads(path.read_text(encoding="utf-8"))
-        return summary | {"metrics": dict(summary["metrics"])}
+        if not isinstance(summary, dict):
+            raise ValueError("it holds no names with values")
+        return summary
 
 
 def _row_of_checkpoint(summary: CheckpointSummary) -> Row:
@@ -334,7 +336,9 @@ def _plain(value: object) -> object:
     """`value` in types of JSON and YAML: scalars of numpy and torch become numbers, other objects their string."""
     if isinstance(value, Mapping):
         return _plain_items(value)
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, set | frozenset):
+        return [_plain(item) for item in sorted(value, key=str)]
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.value

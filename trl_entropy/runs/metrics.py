@@ -248,7 +248,7 @@ _ATTRIBUTION = _keys("sum", [
 _METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in AdamW's metric before the step (T16)"}
 _NOISE_SCALE = _keys("groups", [
     ("num_prompts", "prompts", "prompt groups of the step that the estimate uses"),
-    ("gradient_error", "1", "relative error of the groups' gradients Y_n along the gradient g"),
+    ("gradient_error", "1", "|mean Y_n - g| / |g|: do the groups' gradients Y_n add up to the gradient g"),
     *((name.format(*names), unit_, text + where)
       for names, where in _METRICS_OF_NOISE.items() for name, unit_, text in (
         ("{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14), (T15)"),

@@ -53,17 +53,33 @@ def test_cluster_sums_over_scattered_indices():
     assert cluster_sums(values, index).tolist() == [2.0, 8.0, 5.0]
 
 
-def test_clustered_standard_error_against_loops():
+def test_jackknife_over_prompts_against_loops():
     values = torch.tensor([0.3, 1.0, -2.0, 0.7, 5.0, 1.1], dtype=torch.float64)
     index = [0, 0, 1, 2, 2, 2]
     mean = sum(values.tolist()) / 6
-    total = 0.0
-    for p in range(3):
-        total += sum(float(values[i]) - mean for i in range(6) if index[i] == p) ** 2
-    estimate = delta_method(lambda m: m[0], values[:, None]).estimate(torch.tensor(index))
-    assert estimate.value == pytest.approx(mean)
-    assert estimate.stderr == pytest.approx(math.sqrt(3 / 2 * total) / 6)
-    assert (estimate.dof, estimate.num_samples) == (2, 6)
+    kept = [[float(values[i]) for i in range(6) if index[i] != p] for p in range(3)]
+    left_out = [sum(some) / len(some) for some in kept]
+    total = sum((value - sum(left_out) / 3) ** 2 for value in left_out)
+    linear = delta_method(lambda m: m[0], values[:, None])
+    for factor, found in ((1.0, linear), (3.0, 2.0 * linear + linear), (0.5, linear - 0.5 * linear)):
+        estimate = found.estimate(torch.tensor(index))
+        assert estimate.value == pytest.approx(factor * mean)
+        assert estimate.stderr == pytest.approx(factor * math.sqrt(2 / 3 * total))
+        assert (estimate.dof, estimate.num_samples) == (2, 6)
+
+
+def test_error_of_a_ratio_is_not_too_small_where_one_prompt_is_long():
+    """One prompt has most of the denominator: without it the ratio is another, which its influence does not show."""
+    statistics = torch.tensor([[90.0, 100.0], [1.0, 10.0], [2.0, 10.0], [3.0, 10.0]], dtype=torch.float64)
+    ratio = delta_method(lambda m: m[0] / m[1], statistics)
+    left_out = [
+        float(rows[:, 0].sum() / rows[:, 1].sum())
+        for p in range(4)
+        for rows in [statistics[[q for q in range(4) if q != p]]]
+    ]
+    expected = math.sqrt(3 / 4 * sum((value - sum(left_out) / 4) ** 2 for value in left_out))
+    assert ratio.estimate(torch.arange(4)).stderr == pytest.approx(expected)
+    assert expected > 2 * float((4 / 3 * ratio.influence.square().sum()).sqrt()) / 4
 
 
 def test_clusters_of_one_give_the_textbook_error_of_a_mean():

@@ -40,41 +40,51 @@ class Linearization:
     """The value of a smooth function of sample means, and the influence of every completion on it.
 
     influence_i is B times the first-order change of the value when completion i gets 1/B more weight. Its mean is
-    zero, and the error of the value is mean_i influence_i up to O(1/B). Sums, differences and multiples of
-    linearizations on the *same* completions are paired, so that `(predicted - measured).estimate(prompt_index)` has
-    the standard error of the paired difference.
+    zero, and the error of the value is mean_i influence_i up to O(1/B). `without_each` gives, for the prompt of every
+    completion, the values without each prompt. Sums, differences and multiples of linearizations on the *same*
+    completions are paired, so that `(predicted - measured).estimate(prompt_index)` has the standard error of the
+    paired difference.
     """
 
     value: Float[Tensor, ""]
     influence: Float[Tensor, "B"]
+    without_each: Callable[[Int[Tensor, "B"]], Float[Tensor, "P"]]
 
     def __add__(self, other: "Linearization") -> "Linearization":
-        return Linearization(self.value + other.value, self.influence + other.influence)
+        return Linearization(
+            self.value + other.value,
+            self.influence + other.influence,
+            lambda prompt_index: self.without_each(prompt_index) + other.without_each(prompt_index),
+        )
 
     def __sub__(self, other: "Linearization") -> "Linearization":
         return self + -1.0 * other
 
     def __rmul__(self, factor: float) -> "Linearization":
-        return Linearization(factor * self.value, factor * self.influence)
+        return Linearization(
+            factor * self.value, factor * self.influence, lambda prompts: factor * self.without_each(prompts)
+        )
 
     def estimate(self, prompt_index: Int[Tensor, "B"]) -> Estimate:
-        """The value with its standard error clustered by prompt, and P - 1 degrees of freedom.
+        """The value with its standard error by the jackknife over prompts, and P - 1 degrees of freedom.
 
-        stderr^2 = P/(P-1) sum_p (sum_{i in p} influence_i)^2 / B^2 with P distinct prompts. Completions of one prompt
-        may depend on one another, but prompts must be independent. stderr^2 has a relative bias O(1/P); nan for P < 2.
+        stderr^2 = (P-1)/P sum_p (v_-p - mean)^2, v_-p the value without prompt p. Completions of one prompt may depend
+        on one another, but prompts must be independent. It is not too small where a few long prompts determine a
+        ratio, as that of the influences is. nan for P < 2, and where nothing is left without some prompt.
         """
-        sums = cluster_sums(self.influence, prompt_index)
-        num_prompts, num_completions = len(sums), len(self.influence)
+        values = self.without_each(prompt_index)
+        num_prompts, num_completions = len(values), len(self.influence)
         if num_prompts < 2:
             return Estimate(float(self.value), math.nan, float(num_prompts - 1), num_completions)
-        variance = num_prompts / (num_prompts - 1) * sums.square().sum() / num_completions**2
+        variance = (num_prompts - 1) / num_prompts * (values - values.mean()).square().sum()
         return Estimate(float(self.value), math.sqrt(variance), float(num_prompts - 1), num_completions)
 
 
-def cluster_sums(values: Float[Tensor, "B"], cluster_index: Int[Tensor, "B"]) -> Float[Tensor, "P"]:
+def cluster_sums(values: Float[Tensor, "B *K"], cluster_index: Int[Tensor, "B"]) -> Float[Tensor, "P *K"]:
     """The sum of the values over each distinct cluster index, in float64, clusters in increasing order."""
     clusters, position = cluster_index.unique(return_inverse=True)
-    return values.new_zeros(len(clusters), dtype=torch.float64).index_add(0, position, values.double())
+    sums = values.new_zeros(len(clusters), *values.shape[1:], dtype=torch.float64)
+    return sums.index_add(0, position, values.double())
 
 
 def delta_method(
@@ -90,7 +100,13 @@ def delta_method(
         means = statistics.mean(0).requires_grad_()
         value = function(means)
         (gradient,) = torch.autograd.grad(value, means)
-    return Linearization(value.detach(), (statistics - means.detach()) @ gradient)
+
+    def without_each(prompt_index: Int[Tensor, "B"]) -> Float[Tensor, "P"]:
+        sums = cluster_sums(statistics, prompt_index)
+        left = len(statistics) - cluster_sums(torch.ones_like(statistics[:, :1]), prompt_index)
+        return torch.vmap(function)((sums.sum(0) - sums) / left)
+
+    return Linearization(value.detach(), (statistics - means.detach()) @ gradient, without_each)
 
 
 @lru_cache
