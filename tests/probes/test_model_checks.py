@@ -23,7 +23,13 @@ from trl_entropy.models.embedded import build_model, build_tokenizer
 from trl_entropy.preflight import support
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.fisher import FisherProbe
-from trl_entropy.probes.model_checks import SCORED_ATTENTION, adapters_of, dropout_of
+from trl_entropy.probes.model_checks import (
+    SCORED_ATTENTION,
+    adapters_of,
+    check_scoring,
+    check_sequences,
+    dropout_of,
+)
 from trl_entropy.probes.noise_scale import NoiseScaleProbe
 from trl_entropy.runs.directory import RunDirectory
 
@@ -250,6 +256,20 @@ def test_a_model_whose_scores_depend_on_padding_is_refused(refused_ones, tokeniz
     found = refused_ones(shifting)
     assert set(found) >= SCORING and not {"ess", "kl", "micro-batches", "optimizer"} & set(found)
     assert all("depend on how far a row is padded" in text for text in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_and_a_diverged_model_are_no_dependence_on_padding(tokenizer, dtype):
+    """bfloat16 rounds more than the check looks for; nan says nothing. The model is left as it was."""
+    model = build_model(tokenizer).to(dtype)
+    for param in model.parameters():
+        param.data *= 3
+    check_scoring(model, "a probe", derivatives=True)
+    check_sequences(model, "a probe")
+    assert model.training and all(param.requires_grad and param.grad is None for param in model.parameters())
+    diverged = build_model(tokenizer).to(dtype)
+    diverged.model.norm.weight.data.fill_(torch.nan)
+    check_scoring(diverged, "a probe", derivatives=True)
 
 
 def test_norms_of_qwen3_are_refused_when_the_trainer_is_built(refused_ones, tokenizer):

@@ -4,6 +4,7 @@ import copy
 import logging
 
 import pytest
+import torch
 from datasets import Dataset
 from trl.chat_template_utils import qwen3_chat_template
 
@@ -79,6 +80,32 @@ def test_a_draw_with_tools_is_of_first_turns(caplog):
     with caplog.at_level(logging.WARNING, logger="trl_entropy"):
         check_agents(args(**HELD_OUT), **TOOLS)
     assert "draws first turns alone" in caplog.text
+
+
+def test_a_draw_is_not_by_a_rollout_function(caplog):
+    with caplog.at_level(logging.WARNING, logger="trl_entropy"):
+        check_agents(args(**HELD_OUT), tools=None, environment_factory=None, rollout_func=print)
+        assert "not by rollout_func" in caplog.text
+        caplog.clear()
+        check_agents(args(), tools=None, environment_factory=None, rollout_func=print)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("settings", OWN, ids=str)
+def test_tokens_that_a_rollout_function_masks_are_met_at_the_first_step(make_trainer, settings):
+    """Nothing tells of them before."""
+    trainer = make_trainer(**settings)
+    generate = trainer._generate_and_score_completions
+
+    def masking(inputs):
+        batch = generate(inputs)
+        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+        batch["tool_mask"][:, 1] = 0
+        return batch
+
+    trainer._generate_and_score_completions = masking
+    with pytest.raises(ValueError, match="some are masked as results of tools"):
+        trainer.train()
 
 
 @pytest.fixture

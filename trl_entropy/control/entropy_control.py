@@ -168,7 +168,7 @@ class EntropyControl(Probe):
     ) -> None:
         step, rank = state.global_step + 1, engine.accelerator.process_index
         if self.source == "rollouts":
-            self._completions = Completions.of(rollouts)
+            self._completions = Completions.drawn_whole(rollouts, "entropy_control_completions='rollouts'")
         elif self.draw is not None:
             self._completions = self.draw(step, rank)
         else:

@@ -123,7 +123,7 @@ class EntropyProbe(Probe):
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         if self.draw is None and self.sampler == "model":
             model_checks.check_full_distribution(args, model, "entropy_probe", draws=True)
-        model_checks.check_scoring(model, "entropy_probe", order=2 if self.second_order else 1)
+        model_checks.check_scoring(model, "entropy_probe", derivatives=True)
         model_checks.check_derivatives(model, "entropy_probe")
         if self.attribution is not None:
             self.attribution.check(args, model)

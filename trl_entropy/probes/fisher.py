@@ -115,7 +115,7 @@ class FisherProbe(Probe):
         read_before_step(update)
         accelerator = engine.accelerator
         self._index = first_groups(rollouts.prompt_index, self.num_sequences // args.world_size)
-        self._completions = Completions.of(rollouts).rows(self._index)
+        self._completions = Completions.drawn_whole(rollouts, "fisher_probe").rows(self._index)
         self._gather_what_is_known(rollouts, accelerator)
         metric = preconditioner_of_step(update)
         consumer, norms, dots = self._differentiate(args, engine, update, metric)

@@ -17,6 +17,7 @@ from torch import nn
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.engine.parameters import evaluation_mode
+from trl_entropy.engine.strict_float32 import fp32_strict
 from trl_entropy.estimators.rows.row_gradients import RowGradients
 from trl_entropy.estimators.rows.row_sums import Consumer
 from trl_entropy.gradients.inputs import base_model, counts_columns
@@ -29,14 +30,17 @@ from trl_entropy.rollouts.completions import Completions
 SCORED_ATTENTION = ("eager", "sdpa")
 # Numbers of a model's parameters by which a trial differentiates, at most: a part of them is enough to meet a kernel.
 _MAX_TRIED = 2**24
-# Highest order of derivative that a model has been tried with, and on which device.
-_TRIED: WeakKeyDictionary[nn.Module, tuple[int, torch.device]] = WeakKeyDictionary()
+_MAX_ON_CPU = 2**30  # numbers of a model's parameters with which it is tried on a CPU, at most
+# Nats by which scores may differ in float32 where rows are padded otherwise.
+_ROUNDING = 1e-2
+# Whether derivatives of a model have been tried, and on which device.
+_TRIED: WeakKeyDictionary[nn.Module, tuple[bool, torch.device]] = WeakKeyDictionary()
 
 
-def check_scoring(model: nn.Module, what: str, order: int = 0) -> None:
+def check_scoring(model: nn.Module, what: str, derivatives: bool = False) -> None:
     """
-    Raises `ValueError` unless the model can be scored in float32, alike however its rows are padded, and with
-    derivatives in forward mode up to `order`.
+    Raises `ValueError` unless the model can be scored in float32, alike however its rows are padded, and if
+    `derivatives` are needed with those in forward mode. A few tokens are scored to see it.
     """
     _check_attention(model, what)
     _check_whole_precision(model, what)
@@ -47,19 +51,22 @@ def check_scoring(model: nn.Module, what: str, order: int = 0) -> None:
             "whose virtual tokens stand before the padding: how far they are from a prompt depends on the batch. Use "
             "LoRA, or turn it off."
         )
-    if not _is_whole(model):
+    if not _can_be_tried(model):
         return
     device = next(model.parameters()).device
-    tried, on_device = _TRIED.get(model, (-1, device))
-    if tried < order or on_device != device:  # another device may have other kernels
-        _try_scoring(model, what, order)
-        _TRIED[model] = order, device
+    tried = _TRIED.get(model)
+    if tried not in ((derivatives, device), (True, device)):  # another device may have other kernels
+        with fp32_strict(model):
+            _try_scoring(model, what)
+            if derivatives:
+                _try_derivatives(model, what)
+        _TRIED[model] = derivatives, device
 
 
 def check_sequences(model: nn.Module, what: str) -> None:
     """Raises `ValueError` unless hooks on the layers see each sequence's own gradient."""
     SequenceGradients(model)  # raises for layers that are not known
-    if not _is_whole(model):
+    if not _can_be_tried(model):
         return
     both = _trial(model)
     ones = torch.ones_like(both.completion_mask, dtype=torch.float64)
@@ -191,32 +198,37 @@ def _check_whole_precision(model: nn.Module, what: str) -> None:
             )
 
 
-def _is_whole(model: nn.Module) -> bool:
-    """Whether this process alone can call the model: its parameters are neither sharded nor without data."""
-    return not any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") or p.is_meta for p in model.parameters())
+def _can_be_tried(model: nn.Module) -> bool:
+    """
+    Whether this process alone can call the model, in seconds: its parameters are neither sharded nor without data, and
+    it is no large model that waits on the CPU for DeepSpeed to place it, when training begins.
+    """
+    params = list(model.parameters())
+    waits = sum(param.numel() for param in params if param.device.type == "cpu") > _MAX_ON_CPU
+    return not waits and not any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") or p.is_meta for p in params)
 
 
-def _try_scoring(model: nn.Module, what: str, order: int) -> None:
-    """Score a few tokens."""
+def _try_scoring(model: nn.Module, what: str) -> None:
+    """In narrower dtypes rounding would hide what is looked for."""
+    if any(param.itemsize < 4 for param in model.parameters()):
+        return
     both, name = _trial(model), type(base_model(model)).__name__
     padded = score(model, both, 1.0, len(both)).logps[0][1]
     alone = score(model, both.rows(torch.tensor([1])).trimmed(), 1.0, 1).logps[0][0]
-    difference, rounding = (padded - alone).abs().max(), 1e-3 if alone.dtype.itemsize >= 4 else 0.25
-    if not difference < rounding:
+    difference = (padded - alone).abs().max()
+    if difference > _ROUNDING:
         raise ValueError(
             f"{what} scores each row without the columns that other rows need, but the scores of {name} depend on how "
             f"far a row is padded: they differ by {difference:.2g} nats. Use a model that counts positions by its "
             "attention mask, or turn it off."
         )
-    if order:
-        _try_derivatives(model, what, both, order)
 
 
-def _try_derivatives(model: nn.Module, what: str, completions: Completions, order: int) -> None:
-    params = _some_parameters(model)
+def _try_derivatives(model: nn.Module, what: str) -> None:
+    params, both = _some_parameters(model), _trial(model)
     direction = {name: torch.zeros_like(value) for name, value in params.items()}
     try:
-        score(model, completions, 1.0, len(completions), params, direction, order)
+        score(model, both, 1.0, len(both), params, direction, order=1)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{what} needs derivatives in forward mode, and a kernel of {type(base_model(model)).__name__} or of its "

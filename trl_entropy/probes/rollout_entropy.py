@@ -111,7 +111,7 @@ class RolloutEntropyProbe(Probe):
     ) -> None:
         update.check_adamw()
         accelerator = engine.accelerator
-        self._completions = Completions.of(rollouts)
+        self._completions = Completions.drawn_whole(rollouts, "entropy_probe_completions='rollouts'")
         self._accepted = accepted_of(args, rollouts, accelerator)
         self._before = self._score(engine, args, update.params_before)
         self._terms = self._entropy_terms(self._before, accelerator)

@@ -48,6 +48,21 @@ class Completions:
             first_position=batch.first_position,
         )
 
+    @classmethod
+    def drawn_whole(cls, batch: RolloutBatch, what: str) -> Completions:
+        """
+        As [`of`], for a probe that takes every token for one that the policy drew.
+
+        Raises:
+            ValueError: naming the probe, if some tokens are those of tools, as a `rollout_func` may mark them.
+        """
+        if not torch.equal(batch.loss_mask, batch.completion_mask):
+            raise ValueError(
+                f"{what} scores every token of the step's completions, but some are masked as results of tools, which "
+                "the policy did not write. Turn it off, or train without tools."
+            )
+        return cls.of(batch)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps: the tensors that are not None, `loss_mask` only if it differs from `completion_mask`."""
         same = torch.equal(self.loss_mask, self.completion_mask)

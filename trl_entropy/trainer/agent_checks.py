@@ -14,28 +14,40 @@ logger = logging.getLogger(__name__)
 
 
 def check_agents(
-    args: DrGRPOConfig, *, tools: object, environment_factory: object, callbacks: Iterable[object] = ()
+    args: DrGRPOConfig,
+    *,
+    tools: object,
+    environment_factory: object,
+    rollout_func: object = None,
+    callbacks: Iterable[object] = (),
 ) -> None:
     """
     Refuse what would measure something else with tools or with environments.
 
     Args:
-        tools, environment_factory: as the trainer gets them.
+        tools, environment_factory, rollout_func: as the trainer gets them.
         callbacks: the caller's own, of which some may be probes.
 
     Raises:
         ValueError: naming what is turned on, and what to do.
     """
+    callbacks = list(callbacks)
+    drawing = [draw.name for draw in draws_of(args, callbacks)]
+    if rollout_func is not None and drawing:
+        logger.warning(
+            "%s draws by the model's own generate, not by rollout_func: it measures the policy's entropy on other "
+            "completions than those of the steps.",
+            " and ".join(drawing),
+        )
     agents = [name for name, given in (("tools", tools), ("environment_factory", environment_factory)) if given]
     if not agents:
         return
-    callbacks, with_what = list(callbacks), " and ".join(agents)
+    with_what = " and ".join(agents)
     if names := [*_scoring_own_completions(args), *_callbacks_scoring_own_completions(callbacks)]:
         raise ValueError(
             f"{' and '.join(names)} scores every token of the step's completions, but with {with_what} some are "
             "results of tools, which the policy did not write. Turn it off, or train without tools."
         )
-    drawing = [draw.name for draw in draws_of(args, callbacks)]
     if environment_factory is not None:
         _check_prompts_of_environments([*drawing, *_selecting_prompts(args)])
     elif drawing:

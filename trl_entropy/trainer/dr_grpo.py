@@ -86,7 +86,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             prompts_from_environment=data.get("environment_factory") is not None,
             callbacks=callbacks or (),
         )
-        agents = {name: kwargs.get(name) for name in ("tools", "environment_factory")}
+        agents = {name: kwargs.get(name) for name in ("tools", "environment_factory", "rollout_func")}
         check_agents(args, **agents, callbacks=callbacks or ())
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
