@@ -213,7 +213,7 @@ def test_a_broken_checkpoint_is_named_and_passed_over(make_trainer, run, harm, m
         ({"dataset": Dataset.from_dict({"prompt": ["other"] * 8})}, "data was"),
         ({"lora": True}, "model was"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "says",
 )
 def test_another_run_is_refused_with_what_differs(make_trainer, run, change, message):
     with pytest.raises(CheckpointError, match=message):
