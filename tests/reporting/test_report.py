@@ -344,3 +344,13 @@ def test_tokens_without_a_tokenizer_are_numbers_and_the_page_says_so(real_run, t
     assert "tokens stand here as numbers" in text and re.search(r"#\d+#\d+", text)
     text = text_of(write_page([real_run], tmp_path / "page.html"))
     assert "tokens stand here as numbers" not in text and not re.search(r"#\d+#\d+", text)
+
+
+def test_the_page_says_where_settings_changed(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.append_start(0, None, {})
+    run.append_start(20, tmp_path / "run" / "checkpoint-20", {"learning_rate": (1e-3, 5e-4), "data": ("a", "b")})
+    run.append_metrics(21, {"reward": 0.25})
+    page = write_page([run.path], tmp_path / "page.html").read_text()
+    assert "run was resumed after step 20 with other settings: learning_rate was 0.001 and is 0.0005, data was" in page
+    assert page.count("was resumed after") == 1

@@ -143,6 +143,12 @@ class Run:
             except UnreadableFile as error:
                 self._leave_out(f"{error}; it is left out.")
 
+    @functools.cached_property
+    def starts(self) -> list[Row]:
+        """`starts.jsonl`: where training began and was resumed, the command, versions, and the settings that changed
+        there: `{"learning_rate": [0.001, 0.0005]}`. Empty for runs of earlier versions."""
+        return self._directory.starts()
+
     # ---- probe files
 
     def probe_steps(self, probe: str) -> list[int]:

@@ -58,6 +58,7 @@ def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
     attributions = _of_each(runs, gaps, "What changed the entropy", attribution_section)
     parts: dict[str, object] = {
         "runs": [_about(run, configs[run.name], gaps) for run in runs],
+        "resumed": list(chain.from_iterable(_of_each(runs, gaps, "Where it was resumed", _resumed))),
         "glance": gaps.attempt("At a glance", ", ".join(configs), glance_table, runs),
         "warned": [found for found in _of_each(runs, gaps, "The warnings", _warned) if found[1]],
         "sections": sections,
@@ -79,6 +80,17 @@ def _of_each(runs: list[Run], gaps: Gaps, part: str, make: Callable[[Run], T | N
 
 def _warned(run: Run) -> tuple[str, list[RunWarning]]:
     return run.name, warnings_of(run.rows())
+
+
+def _resumed(run: Run) -> list[str]:
+    """A sentence for each time that the run was resumed with other settings."""
+    return [
+        f"{run.name} was resumed after step {start['after_step']} with other settings: "
+        + ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in start["changed"].items())
+        + ". Steps before and after it are not of one run."
+        for start in run.starts
+        if start.get("changed")
+    ]
 
 
 def _evaluated(run: Run) -> list[ColouredCompletion]:
