@@ -1,6 +1,8 @@
 """Supervised fine-tuning: what is taught, what is dropped, the command, and RL from what it leaves."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +79,7 @@ def test_trackers_of_fine_tuning_get_numbers_only(tokenizer, monkeypatch, tmp_pa
         def __init__(self, callbacks, **kwargs):
             self.callback_handler = SimpleNamespace(callbacks=callbacks)
 
-        def train(self):
+        def train(self, resume_from_checkpoint):
             for callback in self.callback_handler.callbacks:
                 callback.on_log(None, None, None, logs={"loss": float("nan"), "epoch": 1.0})
 
@@ -85,6 +87,25 @@ def test_trackers_of_fine_tuning_get_numbers_only(tokenizer, monkeypatch, tmp_pa
     tracker, args = Tracker(), warm_start_config(tmp_path, 0)
     train_sft(None, tokenizer, Dataset.from_dict(DEMONSTRATIONS), args, callbacks=[tracker])
     assert tracker.logs == [{"epoch": 1.0}]
+
+
+def test_fine_tuning_resumes(tokenizer, tmp_path):
+    """It was trained anew, unsaid."""
+
+    def trained(steps, folder, resume=None):
+        args = dataclasses.replace(
+            warm_start_config(tmp_path / folder, 0),
+            **{"max_steps": steps, "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": resume},
+        )
+        trainer = train_sft(build_model(tokenizer, 0), tokenizer, load_demonstrations(48), args)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.state.global_step
+
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trained(2, "resumed", "latest")
+    whole, _ = trained(2, "whole")
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-2")
+    resumed, steps = trained(2, "whole", "latest")
+    assert steps == 2 and torch.equal(resumed, whole)
 
 
 def test_training_matches_a_plain_loop(tokenizer, tmp_path):

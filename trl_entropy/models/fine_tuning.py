@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from trl_entropy.runs.checkpoints import LATEST
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +32,8 @@ def train_sft(
         tokenizer: Its tokenizer; it must have an end-of-text token, which the model learns to write.
         dataset: Columns `prompt` and `completion`, plain strings. Rows longer than `args.max_length` tokens are
             dropped, since a truncated demonstration would not teach the model to stop.
-        args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset.
+        args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset;
+            `args.resume_from_checkpoint` is a path, or `"latest"` for the newest checkpoint of `args.output_dir`.
         peft_config: Trains an adapter instead of the whole model.
         callbacks: Beside those of the trainer.
 
@@ -54,7 +57,8 @@ def train_sft(
         callbacks=callbacks,
     )
     show_numbers_only(trainer.callback_handler.callbacks)
-    trainer.train()
+    resume: Any = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == LATEST else resume)
     return trainer
 
 
