@@ -1,5 +1,6 @@
 """Numbers of a checkpoint against loops over its records."""
 
+import itertools
 import math
 
 import numpy as np
@@ -59,6 +60,20 @@ def test_numbers_against_loops(records):
     }  # fmt: skip
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value), name
+
+
+def test_intervals_against_all_resamples_of_three_prompts(records):
+    """The quantiles of the 27 equally likely resamples; a bootstrap of many draws finds the same to within a step."""
+    metrics, table = metrics_of(records, prompt_table(records)), prompt_table(records)
+    per_token = [(table[name].to_numpy(), table["num_tokens"].to_numpy()) for name in ("entropy_sum", "surprisal_sum")]
+    per_sample = [(table[name].to_numpy(), np.full(3, 4)) for name in ("num_tokens", "num_answer_tags", "num_correct")]
+    names = ("entropy_mean", "surprisal_mean", "length_mean", "answer_tags", "pass@1")
+    for name, (sums, counts) in zip(names, [*per_token, *per_sample], strict=True):
+        means = [sums[[*drawn]].sum() / counts[[*drawn]].sum() for drawn in itertools.product(range(3), repeat=3)]
+        # 1 of 27 resamples is the lowest and 1 the highest: both have more than 2.5 % of the probability
+        assert metrics[name]["low"] == pytest.approx(min(means)), name
+        assert metrics[name]["high"] == pytest.approx(max(means)), name
+        assert metrics[name]["low"] < metrics[name]["value"] < metrics[name]["high"], name
 
 
 def test_intervals_hold_their_number_and_spreads_have_none(records):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,10 +37,26 @@ def replacing(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
+def discard_unfinished(target: Path) -> None:
+    """Remove what a process leaves that is killed while [`replacing`] `target`; what it was to replace stays."""
+    former = target.with_name(f".{target.name}.former.tmp")
+    if former.is_dir() and not target.exists():
+        os.replace(former, target)
+    for rest in (former, target.with_name(f".{target.name}.tmp")):
+        _remove(rest)
+
+
 def replace_text(target: Path, text: str) -> None:
     """Put a file with `text` in the place of `target`."""
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `OSError` unless files can be written to the folder, which is made; what the check writes it removes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0")
 
 
 def sync(path: Path) -> None:
