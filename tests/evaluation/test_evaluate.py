@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -148,3 +150,26 @@ def test_resuming_a_run_drops_evaluations_of_later_steps(tmp_path):
     aside = set_aside_after(directory, 15)
     assert aside is not None and (aside / "evaluation" / "step_000020" / "summary.json").exists()
     assert [summary["step"] for summary in directory.checkpoint_summaries()] == [10]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_in_one_line(run, capsys, monkeypatch, ending):
+    """It leaves through `run_job`, which ends the worker; the signal goes back to whoever had it."""
+    left = []
+
+    def run_job(job, *more):
+        try:
+            os.kill(os.getpid(), ending)
+            time.sleep(30)
+        finally:
+            left.append(job.target.step)
+
+    monkeypatch.setattr("trl_entropy.evaluate.run_job", run_job)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["--run", str(run), "--checkpoints", "2", "--seed", "9"])
+    assert ended.value.code == 128 + ending and left == [2]
+    assert (
+        capsys.readouterr().err == "The evaluation is cut off. What it has generated is kept: call again to go on.\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -73,6 +73,17 @@ def test_nothing_is_used_under_other_settings_or_weights(kept, other):
     assert kept().read(False, 0) is None  # deleted
 
 
+def test_two_evaluations_at_once_do_not_mix(kept):
+    """The second deletes what the first has kept, and the first goes on writing there."""
+    first, second = kept(), kept(KEY | {"fingerprint": "b"})
+    first.write(False, 0, [{"completion": "of a"}], 2, 0.5)
+    assert second.read(False, 0) is None
+    second.write(False, 0, [{"completion": "of b"}], 2, 0.5)
+    assert first.read(False, 0) is None and second.read(False, 0) == [{"completion": "of b"}]
+    first.remove()
+    second.remove()
+
+
 def test_a_damaged_file_is_drawn_again(policy, tokenizer, settings, kept, tmp_path):
     whole = list(Sampler(policy, tokenizer, settings, 3, kept=kept()).draw(PROMPTS * 2, greedy=False))
     folder = folder_of(tmp_path / "step_000005")

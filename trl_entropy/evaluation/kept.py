@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -32,6 +33,7 @@ class KeptBatches:
         self.batch_size: int | None = None
         self._folder = folder_of(output)
         self._key = json.dumps(key, sort_keys=True)
+        self._digest = hashlib.sha256(self._key.encode()).hexdigest()
         if self._folder.exists() and self._read_key() != self._key:
             shutil.rmtree(self._folder)
         if not self._folder.exists():
@@ -51,6 +53,8 @@ class KeptBatches:
         except (OSError, pa.ArrowInvalid):
             return None
         told = table.schema.metadata
+        if told.get(b"key") != self._digest.encode():  # another evaluation has written into the folder meanwhile
+            return None
         self.seconds += float(told[b"seconds"])
         self.batch_size = int(told[b"batch_size"])
         return table.to_pylist()
@@ -63,13 +67,13 @@ class KeptBatches:
             batch_size: which the next batch shall have.
             seconds: that this one took.
         """
-        told = {"batch_size": str(batch_size), "seconds": str(seconds)}
+        told = {"key": self._digest, "batch_size": str(batch_size), "seconds": str(seconds)}
         with replacing(self._path(greedy, start)) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, metadata=told), temporary)
 
     def remove(self) -> None:
         """Delete all of it; the results are written."""
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def folder_of(output: Path) -> Path:
