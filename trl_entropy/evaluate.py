@@ -32,6 +32,7 @@ from trl_entropy.evaluation.plan import (
     Job,
     Settings,
     Target,
+    caveat_of,
     difference,
     read_config,
     samplers_used,
@@ -150,6 +151,8 @@ def _evaluate_all(args: argparse.Namespace) -> None:
     held_out_problems(settings, None)  # a fault in the data is found before anything is generated
     todo = {target: why for target in targets if (why := _why(args, target, settings))}
     _say_plan(args, settings, targets, todo)
+    if caveat := caveat_of(config):
+        print(f"Warning: {caveat}.", flush=True)
     progress, device = Progress(len(todo)), _device(args, config)
     failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, device)]
     print(f"numbers {folder / 'checkpoints.csv'}")

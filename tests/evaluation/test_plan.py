@@ -168,6 +168,18 @@ def test_which_model_it_was_and_in_which_dtype(config, dtype, model):
     assert (settings.dtype, settings.model) == (dtype, model)
 
 
+@pytest.mark.parametrize("config", [{"load_in_4bit": True}, {"model_init_kwargs": {"quantization_config": "x"}}])
+def test_a_quantised_base_is_not_evaluated_in_silence(run, asked, capsys, config):
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"load_in_8bit": False}))
+    with pytest.raises(SystemExit):
+        main(["--run", str(run), "--checkpoints", "5"])
+    assert "Warning:" not in capsys.readouterr().out
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | config))
+    with pytest.raises(SystemExit):
+        main(["--run", str(run), "--checkpoints", "5"])
+    assert "Warning: the run was trained on a quantised base model; it is eval" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("files, missing", [
     (["model-00001-of-00002.safetensors"], False), (["adapter_model.safetensors"], False),
     (["pytorch_model.bin"], False), (["optimizer.pt", "training_args.bin", "adapter_config.json"], True), ([], True),

@@ -19,6 +19,7 @@ from trl_entropy.evaluation.plan import (
     PROFILES,
     Job,
     Target,
+    caveat_of,
     is_done,
     read_config,
     settings_of,
@@ -71,6 +72,8 @@ class EvaluateCheckpoints(TrainerCallback):
             self._config = read_config(self._run)
             self._settings = settings_of(self._config, self.profile)
             held_out_problems(self._settings, None)  # a fault in the data ends the run here, not each evaluation
+            if caveat := caveat_of(self._config):
+                logger.warning("evaluate_checkpoints: %s", caveat)
             self._start()
             for target in targets_of(self._run, self._config, ALL):
                 if target.step <= state.global_step:

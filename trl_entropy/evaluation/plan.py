@@ -195,6 +195,17 @@ def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
     return replace(settings, num_problems=None) if settings.subset_frac is not None else settings
 
 
+def caveat_of(config: Json) -> str | None:
+    """In what the evaluated policy is not the trained one; None if it is."""
+    in_script = (config.get("model_init_kwargs") or {}).get("quantization_config")
+    if not (config.get("load_in_4bit") or config.get("load_in_8bit") or in_script):
+        return None
+    return (
+        f"the run was trained on a quantised base model; it is evaluated on the base in {_dtype_of(config)}, which is "
+        "another policy"
+    )
+
+
 def _dtype_of(config: Json) -> str:
     """That of the weights, if training loads them in a shorter one than float32; else that in which it computes."""
     named = (config.get("model_init_kwargs") or {}).get("dtype") or config.get("dtype")

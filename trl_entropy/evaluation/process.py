@@ -83,7 +83,8 @@ class _Stop:
 
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="trl-entropy-evaluation-", ignore_cleanup_errors=True)
+    """With a short name: sockets in it have paths of 107 characters at most."""
+    return tempfile.TemporaryDirectory(prefix="trl-entropy-", ignore_cleanup_errors=True)
 
 
 def _run(job: Job, temporary: str, messages: IO[str], show: Show, stop: _Stop) -> int:

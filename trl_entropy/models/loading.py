@@ -108,7 +108,7 @@ def model_init_kwargs(model: ModelConfig) -> dict[str, str]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def model_settings(model: ModelConfig) -> dict[str, str | None]:
+def model_settings(model: ModelConfig) -> dict[str, Any]:
     """What `config.yaml` says about the model that training starts from; `trl-entropy evaluate` reads it."""
-    names = ("model_name_or_path", "model_revision", "dtype")
+    names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit")
     return {name: getattr(model, name) for name in names}
