@@ -42,7 +42,7 @@ from trl_entropy.evaluation.plan import (
 from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.process import describe, run_job
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.durable import check_writable
+from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 from trl_entropy.runs.strict_json import Json
 
 _CUT_OFF = "The evaluation is cut off. What it has generated is kept: call again to go on."
@@ -120,13 +120,14 @@ def sampler_for(wanted: str, device: str, used: Sequence[str] = ()) -> str:
     return next((sampler for sampler in used if sampler in usable), usable[0])
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Evaluate the checkpoints that are not evaluated yet; exit with status 1 if one failed."""
     args = parse(argv)
     previous = signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         _evaluate_all(args)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"Error: {one_line(error)}.")
     except KeyboardInterrupt:
         print(_CUT_OFF, file=sys.stderr)

@@ -109,8 +109,8 @@ def test_progress_is_shown_and_a_success_leaves_no_log(run, tmp_path):
 
 
 def test_a_worker_that_says_why_it_fails_is_quoted_in_one_line(run, tmp_path):
-    said = run("import sys; print('Traceback: 1, 2, 3', file=sys.stderr); sys.exit('Error: no such revision')")
-    assert said == f"no such revision (all messages are in {tmp_path / 'step_000003.log'})"
+    said = run("import sys; print('failed no such revision'); sys.exit('Traceback: 1, 2, 3')")
+    assert said == f"no such revision; all messages are in {tmp_path / 'step_000003.log'}"
     assert "Traceback" in (tmp_path / "step_000003.log").read_text()
 
 

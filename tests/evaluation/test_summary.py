@@ -1,12 +1,13 @@
 """Numbers of a checkpoint against loops over its records."""
 
-import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from trl_entropy.estimators.statistics.over_prompts import ratio_intervals, share_intervals
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
 from trl_entropy.runs.metrics import EVALUATION
 
@@ -62,18 +63,22 @@ def test_numbers_against_loops(records):
         assert metrics[name] == pytest.approx(value), name
 
 
-def test_intervals_against_all_resamples_of_three_prompts(records):
-    """The quantiles of the 27 equally likely resamples; a bootstrap of many draws finds the same to within a step."""
-    metrics, table = metrics_of(records, prompt_table(records)), prompt_table(records)
-    per_token = [(table[name].to_numpy(), table["num_tokens"].to_numpy()) for name in ("entropy_sum", "surprisal_sum")]
-    per_sample = [(table[name].to_numpy(), np.full(3, 4)) for name in ("num_tokens", "num_answer_tags", "num_correct")]
-    names = ("entropy_mean", "surprisal_mean", "length_mean", "answer_tags", "pass@1")
-    for name, (sums, counts) in zip(names, [*per_token, *per_sample], strict=True):
-        means = [sums[[*drawn]].sum() / counts[[*drawn]].sum() for drawn in itertools.product(range(3), repeat=3)]
-        # 1 of 27 resamples is the lowest and 1 the highest: both have more than 2.5 % of the probability
-        assert metrics[name]["low"] == pytest.approx(min(means)), name
-        assert metrics[name]["high"] == pytest.approx(max(means)), name
-        assert metrics[name]["low"] < metrics[name]["value"] < metrics[name]["high"], name
+def test_each_interval_is_that_of_its_own_sums_over_prompts(records):
+    table = prompt_table(records)
+    metrics, one = metrics_of(records, table), np.ones(3)
+    per_token = {"entropy_mean": "entropy_sum", "surprisal_mean": "surprisal_sum"}
+    columns = {name: (table[sums], table["num_tokens"], ratio_intervals) for name, sums in per_token.items()}
+    columns["length_mean"] = (table["num_tokens"], table["num_samples"], ratio_intervals)
+    columns["pass@1"] = (table["pass@1"], one, share_intervals)
+    columns["answer_tags"] = (table["num_answer_tags"], table["num_samples"], share_intervals)
+    found = []
+    for name, (sums, counts, intervals) in columns.items():
+        tensors = (torch.tensor(np.asarray(column, dtype=float))[:, None] for column in (sums, counts))
+        (low, high), entry = intervals(*tensors)[0].tolist(), metrics[name]
+        assert (entry["low"], entry["high"]) == pytest.approx((low, high)), name
+        assert low < entry["value"] < high, name
+        found.append((low, high))
+    assert len(set(found)) == len(found)  # or the columns might be exchanged
 
 
 def test_intervals_hold_their_number_and_spreads_have_none(records):

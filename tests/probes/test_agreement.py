@@ -13,7 +13,7 @@ from trl_entropy.runs.directory import RunDirectory
 NUM_STEPS = 36
 
 
-def a_run(path, slope=1.0, noise=1e-4, seed=0):
+def a_run(path, slope=1.0, noise=1e-4, seed=0, every=1):
     """A run in which the change is `slope` times its prediction, every number with its stated noise."""
     draw, entropy = random.Random(seed), 0.4
     run = RunDirectory(path)
@@ -33,7 +33,7 @@ def a_run(path, slope=1.0, noise=1e-4, seed=0):
         if step > 1:
             row["entropy/delta_placebo"] = 3 * predicted + draw.gauss(0, 0.01)
         entropy += slope * predicted
-        run.append_metrics(step, row)
+        run.append_metrics(step, row if step % every == 0 else {"loss": 0.0})
     return path
 
 
@@ -73,6 +73,30 @@ def test_end_point_compares_sums_with_the_fresh_change(tmp_path):
         assert result[name]["ratio_stderr"] == pytest.approx(
             (NUM_STEPS * 1e-8 + 2e-6) ** 0.5 / abs(last - start), rel=0.05
         )
+
+
+def test_changes_of_every_third_step_are_not_summed_as_if_they_were_all(tmp_path, capsys):
+    """Perfect predictions: their sum over a third of the steps is no prediction of the whole change."""
+    path = a_run(tmp_path / "sparse", every=3)
+    result = analyse(path)
+    assert result["num_steps"] == 12 and result["integral"]["num_unprobed"] == 22
+    assert set(result["integral"]) == {"num_unprobed", "steps", "fresh", "fresh_stderr", "fresh_num_prompts"}
+    assert result["across_halves"]["all"]["linear"]["corrected_slope"]["value"] == pytest.approx(1, abs=0.1)
+    main(["agreement", str(path), "--output", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "sparse: 22 of the steps 3 to 36 were not probed" in output and "largest deviation" not in output
+    with pytest.raises(SystemExit, match="24 of 36 steps were not probed"):
+        main(["agreement", str(path), "--fresh-completions", "8"])
+
+
+def test_a_run_whose_first_steps_were_not_probed_has_sums_but_no_end_points(tmp_path):
+    path = a_run(tmp_path / "late")
+    run = RunDirectory(path)
+    rows = [row if row["step"] > 2 else {"step": row["step"], "loss": 0.0} for row in run.metrics()]
+    run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "linear" in analyse(path)["integral"]
+    with pytest.raises(ValueError, match="2 of 36 steps were not probed"):
+        analyse(path, num_fresh=8)
 
 
 def test_command_prints_tables_and_draws(tmp_path, capsys):

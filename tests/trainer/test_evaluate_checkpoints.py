@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from run_rows import without_clocks
 from transformers import TrainerCallback
 
 from trl_entropy.evaluation import during_training, process
@@ -28,10 +29,6 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 def flat(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if k != "step_time" and not k.startswith("time/")} for row in rows]
 
 
 def trained(make_trainer, stand_in=None, monkeypatch=None, callbacks=None, task=None, **settings):

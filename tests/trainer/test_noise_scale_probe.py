@@ -1,9 +1,11 @@
 """The noise scale probe: prompt groups' gradients against slow recomputations, training untouched, refusals."""
 
+import math
 import random
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors import safe_open
@@ -257,12 +259,21 @@ def test_groups_without_gradient_stay(trained, lora):
     assert run.metrics()[0]["noise_scale/gradient_error"] < 5e-5
 
 
+def test_an_error_across_the_gradient_is_seen():
+    """The mean of the rows has the gradient's component along it, and 0.72 of its length across it."""
+    gradient, across = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, 0.0, 0.72 * 5])
+    found = noise_scale_probe._gradient_error([(gradient + across, gradient)], Accelerator(cpu=True))
+    assert found == pytest.approx(0.72)
+    by_parameter = [(part, whole) for part, whole in zip(gradient + across, gradient, strict=True)]
+    assert noise_scale_probe._gradient_error(by_parameter, Accelerator(cpu=True)) == pytest.approx(0.72)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_zero_gradient_is_no_error_and_has_no_ratio(trained, lora):
     _, _, run = trained(lora=lora, reward_funcs=lambda completion_ids, **kwargs: [1.0] * len(completion_ids))
     row = run.metrics()[-1]
     assert row["noise_scale/grad_sq_norm"] == row["noise_scale/grad_variance_trace"] == 0
-    assert row["noise_scale/simple"] is None and row["noise_scale/gradient_error"] is None  # nan: 0/0
+    assert math.isnan(row["noise_scale/simple"]) and math.isnan(row["noise_scale/gradient_error"])  # 0/0
 
 
 def test_a_large_adapter_takes_the_extra_pass_with_the_same_numbers(trained, monkeypatch):
@@ -287,7 +298,8 @@ def test_without_adam_there_is_no_metric(make_trainer):
     "settings",
     [
         {"lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_probe_every": 2},
-        {"lora": True, "disable_dropout": False, "noise_scale_within_prompt": True},
+        {"lora": True, "disable_dropout": False},
+        {"lora": True, "disable_dropout": True, "noise_scale_within_prompt": True},
         {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_from": "micro_batches"},

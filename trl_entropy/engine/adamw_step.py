@@ -44,7 +44,9 @@ def update_parts(update: UpdateContext) -> Iterator[tuple[str, UpdateParts]]:
     settings, clip, step = adamw_settings(update), update.clip_factor, update.optimizer_step
     params, gradient = update.params_before, update.gradient
     exp_avg, exp_avg_sq = update.exp_avg, update.exp_avg_sq
-    for name in gradient.keys() - update.without_gradient:
+    for name in gradient:
+        if name in update.without_gradient:
+            continue
         ingredients = params[name], gradient[name], exp_avg[name], exp_avg_sq[name]
         yield name, adamw_update_parts(*ingredients, step, settings[name], clip)
 

@@ -113,7 +113,7 @@ class DeepSpeedEngine(Engine):
         sizes = [shape.numel() for shape in shapes]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.accelerator.device)
         pieces = dict(zip(parameters, flat.split(sizes), strict=True))
-        for name in parameters.keys() & shares.keys():
+        for name in (name for name in parameters if name in shares):
             share = shares[name]
             pieces[name].narrow(0, self._start(parameters[name]), share.numel()).copy_(share)
         return flat, {name: piece.view(shape) for (name, piece), shape in zip(pieces.items(), shapes, strict=True)}

@@ -45,7 +45,7 @@ def autocast_off() -> Iterator[None]:
     """Autocast off on the CPU and on the accelerator, if there is one."""
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as undo:
-        for device_type in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
+        for device_type in sorted({"cpu", accelerator.type if accelerator is not None else "cpu"}):
             undo.enter_context(torch.autocast(device_type, enabled=False))
         yield
 

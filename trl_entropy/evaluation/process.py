@@ -18,7 +18,6 @@ from trl_entropy.runs.directory import CheckpointSummary, Measured
 from trl_entropy.runs.durable import discard_unfinished
 
 CANCELLED = "cancelled"
-ERROR = "Error: "  # begins the last line of a worker that says itself why it failed
 _TAIL = 12  # lines of a failed process's messages that are shown
 _LOOK_EVERY = 0.1  # seconds
 # Variables that a launcher sets for the processes of a training run; the evaluation is not one of them.
@@ -55,10 +54,10 @@ def run_job(
     stop = _Stop(cancel or threading.Event(), timeout)
     try:
         with open(log, "w", encoding="utf-8") as messages, _temporary_folder() as temporary:
-            returncode = _run(job, temporary, messages, show, stop)
+            returncode, said = _run(job, temporary, messages, show, stop)
     finally:
         discard_unfinished(Path(job.output))
-    return stop.reason or _outcome(returncode, log)
+    return stop.reason or _outcome(returncode, log, said)
 
 
 class _Stop:
@@ -87,52 +86,56 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="trl-entropy-", ignore_cleanup_errors=True)
 
 
-def _run(job: Job, temporary: str, messages: IO[str], show: Show, stop: _Stop) -> int:
-    """Start the process, follow it, end it with all that it started; its exit status."""
+def _run(job: Job, temporary: str, messages: IO[str], show: Show, stop: _Stop) -> tuple[int, str]:
+    """Start the process, follow it, end it with all that it started; its exit status, and why it failed."""
     command = [sys.executable, "-m", "trl_entropy.evaluation", job.to_json(), str(os.getpid()), temporary]
     process = subprocess.Popen(
         command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages, start_new_session=True,
         env={**_environment(), "TMPDIR": temporary},
     )  # fmt: skip
     try:
-        _follow(process, show, stop)
+        said = _follow(process, show, stop)
     finally:
         end_session(process.pid, temporary)
         process.wait()
-    return process.returncode
+    return process.returncode, said
 
 
 def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
 
 
-def _follow(process: subprocess.Popen[bytes], show: Show, stop: _Stop) -> None:
-    """Report the progress of the process until it ends, whoever else holds its output open, or is to be ended."""
+def _follow(process: subprocess.Popen[bytes], show: Show, stop: _Stop) -> str:
+    """
+    Report the progress of the process until it ends, whoever else holds its output open, or is to be ended.
+
+    Returns:
+        The reason that it gives if it fails, or an empty text.
+    """
     assert process.stdout is not None
     with process.stdout as output:
         os.set_blocking(output.fileno(), False)
-        text, has_ended = b"", False
+        text, said, has_ended = b"", "", False
         while not has_ended and not stop():
             time.sleep(_LOOK_EVERY)
             has_ended = process.poll() is not None  # before the last look, so that no line is missed
             *lines, text = (text + (output.read() or b"")).split(b"\n")
             for line in lines:
-                _show_line(line.decode(errors="replace"), show)
+                match line.decode(errors="replace").split():
+                    case ["progress", done, total]:
+                        show(int(done), int(total))
+                    case ["failed", *reason]:
+                        said = " ".join(reason)
+    return said
 
 
-def _show_line(line: str, show: Show) -> None:
-    match line.split():
-        case ["progress", done, total]:
-            show(int(done), int(total))
-
-
-def _outcome(returncode: int, log: Path) -> str | None:
+def _outcome(returncode: int, log: Path, said: str) -> str | None:
     if returncode == 0:
         log.unlink()
         return None
+    if said:
+        return f"{said}; all messages are in {log}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if lines and lines[-1].startswith(ERROR):
-        return f"{lines[-1].removeprefix(ERROR)} (all messages are in {log})"
     return "\n".join([f"exit status {returncode}; all messages are in {log}, the last lines are:", *lines[-_TAIL:]])
 
 

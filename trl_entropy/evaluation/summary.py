@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
 
-from trl_entropy.estimators.statistics.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
+from trl_entropy.estimators.statistics.over_prompts import ratio_intervals, share_intervals
+from trl_entropy.estimators.statistics.pass_at_k import pass_at_k, powers_of_two_up_to
 from trl_entropy.runs.directory import Measured
 from trl_entropy.tasks.answers import UNDECIDED
 
@@ -41,7 +44,7 @@ def _counts_and_sums(samples: pd.DataFrame) -> pd.DataFrame:
         correct_length=lambda rows: rows["length"].where(rows["correct"]),
         undecided=lambda rows: rows["verdict"].isin([verdict.value for verdict in UNDECIDED]),
     )
-    return sampled.groupby("prompt_id", sort=False).agg(
+    return sampled.groupby("prompt_id", sort=False, observed=True).agg(
         num_samples=("sample", "size"),
         num_correct=("correct", "sum"),
         num_answer_tags=("answer_tags", "sum"),
@@ -66,7 +69,7 @@ def position_table(records: pd.DataFrame) -> pd.DataFrame:
     """
     A row for each token position (0 is the first): mean entropy and surprisal of the samples that reach it.
 
-    The columns are `position`, `num_tokens`, and `entropy` and `surprisal` with their 95 % bootstrap intervals.
+    The columns are `position`, `num_tokens`, and `entropy` and `surprisal` with their 95 % intervals over prompts.
     """
     sampled = records[~records["greedy"]]
     codes, _ = pd.factorize(sampled["prompt_id"])
@@ -79,14 +82,14 @@ def position_table(records: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame({"position": np.arange(len(num_tokens)), "num_tokens": num_tokens.astype(int)})
     for name, total in {"entropy": sums["entropy"], "surprisal": -sums["logps"]}.items():
         table[name] = total.sum(0) / num_tokens
-        ends = bootstrap_intervals(torch.tensor(total), torch.tensor(sums["tokens"]))
+        ends = ratio_intervals(torch.tensor(total), torch.tensor(sums["tokens"]))
         table[f"{name}_low"], table[f"{name}_high"] = ends.T.numpy()
     return table
 
 
 def metrics_of(records: pd.DataFrame, prompts: pd.DataFrame) -> Metrics:
     """
-    All metrics of `runs.metrics.EVALUATION`: value, and the ends of the 95 % bootstrap interval over prompts, None for
+    All metrics of `runs.metrics.EVALUATION`: value, and the ends of the 95 % interval over prompts, None for
     metrics without an interval.
     """
     return _means(prompts) | _spreads(records[~records["greedy"]])
@@ -95,27 +98,33 @@ def metrics_of(records: pd.DataFrame, prompts: pd.DataFrame) -> Metrics:
 def _means(prompts: pd.DataFrame) -> Metrics:
     """The metrics that are ratios of sums over prompts, with intervals."""
     one, samples, tokens = np.ones(len(prompts)), prompts["num_samples"], prompts["num_tokens"]
-    ratios: dict[str, tuple[Column, Column]] = {
+    shares: dict[str, tuple[Column, Column]] = {
         name: (prompts[name], one) for name in prompts if name.startswith("pass@")
     }
-    ratios |= {
+    shares |= {
         "greedy_accuracy": (prompts["greedy_correct"], one),
         "answer_tags": (prompts["num_answer_tags"], samples),
         "answer_tags_any": (prompts["num_answer_tags"] > 0, one),
         "well_formed": (prompts["num_well_formed"], samples),
         "undecided": (prompts["num_undecided"], samples),
         "clipped": (prompts["num_clipped"], samples),
+    }
+    ratios: dict[str, tuple[Column, Column]] = {
         "length_mean": (tokens, samples),
         "entropy_mean": (prompts["entropy_sum"], tokens),
         "surprisal_mean": (prompts["surprisal_sum"], tokens),
         "distinct_answers": (prompts["distinct_answers"], one),
     }
-    numerators, denominators = (np.column_stack(column).astype(float) for column in zip(*ratios.values(), strict=True))
-    values = numerators.sum(0) / denominators.sum(0)
-    ends = bootstrap_intervals(torch.tensor(numerators), torch.tensor(denominators)).tolist()
+    return _with_intervals(shares, share_intervals) | _with_intervals(ratios, ratio_intervals)
+
+
+def _with_intervals(columns: dict[str, tuple[Column, Column]], intervals: Callable[..., torch.Tensor]) -> Metrics:
+    """Ratios of sums of two columns each, with their 95 % intervals over prompts."""
+    tops, bottoms = (np.column_stack(column).astype(float) for column in zip(*columns.values(), strict=True))
+    values, ends = tops.sum(0) / bottoms.sum(0), intervals(torch.tensor(tops), torch.tensor(bottoms)).tolist()
     return {
         name: {"value": float(value), "low": _known(low), "high": _known(high)}
-        for name, value, (low, high) in zip(ratios, values, ends, strict=True)
+        for name, value, (low, high) in zip(columns, values, ends, strict=True)
     }
 
 

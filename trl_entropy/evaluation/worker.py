@@ -17,29 +17,29 @@ from trl_entropy.config.settings_file import one_line
 from trl_entropy.evaluation.kept import KeptBatches
 from trl_entropy.evaluation.plan import VLLM, Job, Settings
 from trl_entropy.evaluation.problems import held_out_problems
-from trl_entropy.evaluation.process import ERROR
 from trl_entropy.evaluation.sampling import Sampler, load_policy
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
 from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import CHECKPOINT_SUMMARY, CheckpointSummary
 from trl_entropy.runs.durable import replacing
+from trl_entropy.runs.file_errors import describe
 from trl_entropy.runs.strict_json import Json, Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
 
-PROGRESS = "progress"
+PROGRESS, FAILED = "progress", "failed"  # begin the lines that are for whoever started the worker
 
 
 def run(text: str) -> None:
-    """Evaluate the job that `text` describes as JSON; after a failure the last line of the messages says why."""
+    """Evaluate the job that `text` describes as JSON; a failure is said in one line, also if the disk is full."""
     quiet_libraries()
     try:
         evaluate(Job.from_json(text))
     except Exception as error:
-        traceback.print_exc()
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        print(f"{ERROR}{kind}{one_line(error)}", file=sys.stderr, flush=True)
+        print(FAILED, one_line(f"{kind}{describe(error)}"), flush=True)
+        traceback.print_exc()
         sys.exit(1)
 
 

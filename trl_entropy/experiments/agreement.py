@@ -1,7 +1,8 @@
 """
 Predicted against measured entropy changes over a run: `trl-entropy experiment agreement RUN [RUN...]`.
 
-Reads `metrics.jsonl` of runs in which every step was probed (configs/entropy-study.yaml), and trains nothing. The
+Reads `metrics.jsonl` of runs in which every step was probed (configs/entropy-study.yaml), and trains nothing; if some
+steps were not, sums over steps are left out. The
 change is predicted on half a of each probe batch and measured on half b, so that the errors of the two are
 independent. With `--fresh-completions N` the sum of all changes is compared with the difference in entropy between the
 first and the last policy, each on N fresh completions of its own.
@@ -39,11 +40,16 @@ class Integral(TypedDict):
 
 
 class Integrals(TypedDict):
-    """The entropy of each step's fresh completions, and an [`Integral`] for each predictor that was logged."""
+    """
+    The entropy of each step's fresh completions, and an [`Integral`] for each predictor that was logged, unless
+    `num_unprobed` steps between the first and the last probed one were not probed: their changes are not known.
+    """
 
+    num_unprobed: int
     steps: list[float]
     fresh: list[float]
     fresh_stderr: list[float]
+    fresh_num_prompts: list[float | None]
     linear: NotRequired[Integral]
     second_order: NotRequired[Integral]
     trapezoid: NotRequired[Integral]
@@ -151,17 +157,29 @@ def placebo(rows: Rows) -> dict[str, Estimate] | None:
     return found
 
 
+def num_unprobed(rows: Rows, first: float, last: float) -> int:
+    """How many of the steps `first` to `last` are not among the probed ones; their changes are in no sum."""
+    return round(last - first) + 1 - len({row["step"] for row in rows if first <= row["step"] <= last})
+
+
 def integrals(rows: Rows) -> Integrals:
     """
     The sums of predicted changes against the entropy of each step's fresh completions.
 
     Standard errors take the first entropy and all changes as independent, since each has a probe batch of its own.
+    There are no sums if a step between the first and the last probed one was not probed.
     """
     fresh = [row["entropy/probe_batch"] for row in rows]
     errors = [row["entropy/probe_batch_stderr"] for row in rows]
-    result: Integrals = {"steps": [row["step"] for row in rows], "fresh": fresh, "fresh_stderr": errors}
+    result: Integrals = {
+        "num_unprobed": num_unprobed(rows, rows[0]["step"], rows[-1]["step"]),
+        "steps": [row["step"] for row in rows],
+        "fresh": fresh,
+        "fresh_stderr": errors,
+        "fresh_num_prompts": [row.get("entropy/num_prompts") for row in rows],
+    }
     for name in PREDICTORS:
-        if f"entropy/delta_{name}" not in rows[0]:
+        if result["num_unprobed"] or f"entropy/delta_{name}" not in rows[0]:
             continue
         total, variance, values, stderrs, deviations = fresh[0], errors[0] ** 2, [fresh[0]], [errors[0]], []
         for before, row in itertools.pairwise(rows):
@@ -209,6 +227,8 @@ def analyse(path: Path, num_fresh: int = 0) -> Result:
     """All numbers of one run; with `num_fresh` its first and last policy are loaded, and sampled as often."""
     rows = probed_rows(path)
     last = rows[-1]
+    if num_fresh:
+        _check_all_probed(path, rows)
     result: Result = {
         "run": path.name,
         "num_steps": len(rows),
@@ -235,6 +255,16 @@ def analyse(path: Path, num_fresh: int = 0) -> Result:
     return result
 
 
+def _check_all_probed(path: Path, rows: Rows) -> None:
+    last_step = max(row["step"] for row in RunDirectory(path).metrics())
+    if missing := num_unprobed(rows, 1, last_step):
+        raise ValueError(
+            f"{path}: {missing} of {last_step:g} steps were not probed, so that the sum of changes is not the change "
+            "between the first and the last policy. Leave out --fresh-completions, or train with "
+            "entropy_probe_every=1."
+        )
+
+
 def _running(row: Numbers, name: str) -> Numbers | None:
     key = f"entropy/{name}"
     return {"value": row[key], "stderr": row[f"{key}_stderr"]} if key in row else None
@@ -255,7 +285,18 @@ def markdown(results: list[Result]) -> str:
         rows = [f"| {result['run']} | {' | '.join(row)} |" for result in results for row in rows_of(result)]
         if rows:
             tables.append("\n".join([f"| {header} |", "|---" * (header.count("|") + 1) + "|", *rows]))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, *filter(None, map(_note_on_sums, results))])
+
+
+def _note_on_sums(result: Result) -> str | None:
+    """Why a run has no sums of changes in the tables; None if it has."""
+    steps, missing = result["integral"]["steps"], result["integral"]["num_unprobed"]
+    if not missing:
+        return None
+    return (
+        f"{result['run']}: {missing} of the steps {steps[0]:g} to {steps[-1]:g} were not probed, so that changes are "
+        "not summed and compared with fresh entropies. Train with entropy_probe_every=1 for that."
+    )
 
 
 def _across(result: Result) -> Iterator[list[str]]:

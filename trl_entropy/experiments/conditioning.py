@@ -236,7 +236,8 @@ def draw(result: Result, left: Axes, right: Axes) -> None:
     places = range(len(result["rows"]))
     for y, row in zip(places, result["rows"], strict=True):
         entry = row["equal_length"]["measured"]
-        left.errorbar(1e3 * entry["value"], y, xerr=1.96e3 * entry["stderr"], fmt="o", color=BLUE, capsize=3)
+        error = 1e3 * (entry["high"] - entry["value"])
+        left.errorbar(1e3 * entry["value"], y, xerr=error, fmt="o", color=BLUE, capsize=3)
         for cosine, color in ((row["cosine_grad_h"], BLUE), (row["cosine_M_grad_h"], ORANGE)):
             right.plot(cosine if math.isfinite(cosine) else 0, y, "o", color=color)
     left.set(xlabel="entropy change at equal length, 1e-3 nats/token, 95 %")

@@ -104,8 +104,10 @@ def _of_kernel(run: Run, step: int) -> Kernel:
             for key, value in row.items()
             if key.startswith("fisher/change_share_") and not key.endswith("_stderr")
         },
-        "layers": {str(int(layer)): share for layer, share in shares.groupby("layer")["share"].sum().items()},
-        "matrices": shares.groupby("matrix")["share"].sum().sort_values(ascending=False).to_dict(),
+        "layers": {
+            str(int(layer)): share for layer, share in shares.groupby("layer", observed=True)["share"].sum().items()
+        },
+        "matrices": shares.groupby("matrix", observed=True)["share"].sum().sort_values(ascending=False).to_dict(),
     }
 
 

@@ -153,7 +153,7 @@ def draw(result: Result, left: Axes, right: Axes) -> None:
     left.legend(frameon=False)
     for (name, error), color in zip(_ERRORS.items(), (ORANGE, GREEN), strict=True):
         ratios = [row[name]["value"] / row["measured"]["value"] for row in rows]
-        errors = [1.96 * row[error]["stderr"] / abs(row["measured"]["value"]) for row in rows]
+        errors = [(row[error]["high"] - row[error]["value"]) / abs(row["measured"]["value"]) for row in rows]
         right.errorbar(lengths, ratios, errors, color=color, fmt="o-", ms=4, label=name.replace("_", " "))
     right.axhline(1, color=GREY, lw=0.8)
     right.axvline(result["end_of_linearity"]["value"], color=GREY, ls=":", label="eta*")

@@ -17,7 +17,15 @@ from trl import GRPOConfig
 from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.cross_prompt import group_loss_surrogate
 from trl_entropy.estimators.noise.noise_scale import GroupProducts, half_advantages
-from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, HalfProducts, Rows, Several, SquaredNorms
+from trl_entropy.estimators.rows.row_sums import (
+    Consumer,
+    DotProducts,
+    HalfProducts,
+    Rows,
+    RowTotal,
+    Several,
+    SquaredNorms,
+)
 from trl_entropy.gradients.group_gradients import token_scores
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.sequence_gradients import SequenceGradients
@@ -123,11 +131,13 @@ def products_by_extra_pass(
     gradient: Vector,
     metric: Vector | None,
     batch_size: int,
-) -> list[GroupProducts]:
+) -> tuple[list[GroupProducts], Vector]:
     """
-    |Y_n|^2 and Y_n . g of the on-policy loss (T2), and the same in the metric, groups in the order of their number.
+    |Y_n|^2 and Y_n . g of the on-policy loss (T2), the same in the metric, groups in the order of their number, and
+    the mean Y_n of this process by parameter.
 
-    Nothing of a group's gradient is kept: memory does not grow with the number of groups. Local; leaves no `.grad`.
+    Of the groups' gradients only the mean is kept: memory does not grow with the number of groups. Local; leaves no
+    `.grad`.
 
     Args:
         model: unwrapped, in the mode and with the parameters it is to be differentiated at. Plain logits.
@@ -142,11 +152,15 @@ def products_by_extra_pass(
     prompts, row_numbers = completions.prompt_index.unique(return_inverse=True)
 
     def consumers() -> Several:
-        return Several(*(SquaredNorms(len(prompts), one) for one in metrics), DotProducts(len(prompts), vectors))
+        norms = (SquaredNorms(len(prompts), one) for one in metrics)
+        return Several(*norms, DotProducts(len(prompts), vectors), RowTotal())
 
     made = _consumed_by_groups(model, completions, advantages, args, row_numbers, consumers, batch_size)
-    *norms, dots = (consumer.values for consumer in made.consumers)
-    return [GroupProducts(n, d) for n, d in zip(norms, dots, strict=True)]
+    *products, total = made.consumers
+    assert isinstance(total, RowTotal)
+    *norms, dots = (consumer.values for consumer in products)
+    mean = {name: value / len(prompts) for name, value in total.by_name.items()}
+    return [GroupProducts(n, d) for n, d in zip(norms, dots, strict=True)], mean
 
 
 def half_products(
@@ -201,4 +215,4 @@ def _loss_of_groups(
     """Its gradient is the sum of Y_n over the groups of `rows`."""
     _, logps = token_scores(model, rows, args.temperature)
     weights = advantages if advantages.ndim == 1 else advantages[:, : logps.shape[1]]
-    return group_loss_surrogate(logps, rows.completion_mask, weights, args.num_generations, args.max_completion_length)
+    return group_loss_surrogate(logps, rows.loss_mask, weights, args.num_generations, args.max_completion_length)

@@ -86,7 +86,8 @@ class SequenceGradients:
         for handle in register:
             self._undo.callback(handle.remove)
         if not self.weight_gradients:
-            for param in {layer.module._parameters[key] for layer in self._layers for key in layer.parameters}:
+            shared = (layer.module._parameters[key] for layer in self._layers for key in layer.parameters)
+            for param in dict.fromkeys(shared):
                 self._undo.callback(param.requires_grad_, True)
                 param.requires_grad_(False)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,7 +24,6 @@ from trl_entropy.estimators.noise.noise_scale import (
     group_products,
     jackknifed_parts,
     micro_batch_parts,
-    relative_product_error,
 )
 from trl_entropy.estimators.optimizer.adamw import live_preconditioner
 from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts
@@ -35,6 +35,12 @@ from trl_entropy.gradients.group_products import (
     products_by_extra_pass,
 )
 from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.model_checks import (
+    check_no_auxiliary_loss,
+    check_no_dropout,
+    check_scoring,
+    check_sequences,
+)
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
@@ -60,8 +66,8 @@ class NoiseScaleProbe(Probe):
     extra pass, and one float32 vector of all D trainable parameters for each group of a process. TRL's loss bypasses
     the hooks of a trained head, so in full fine-tuning, and if these vectors exceed `MAX_ROWS_BYTES`, an extra forward
     and backward pass of the float32 model is made before the update, for the on-policy Dr-GRPO loss (T2) only. The log
-    says which of the two is used; `noise_scale/gradient_error` is the difference of the mean Y_n from the gradient
-    that the optimizer got.
+    says which of the two is used; `noise_scale/gradient_error` is the length of the difference of the mean Y_n from
+    the gradient that the optimizer got, over the length of that; it takes one more vector of D numbers.
 
     (T16) needs Adam or AdamW, and begins with the optimizer's second step, as there is no second moment before the
     first. Standard errors are the jackknife's over prompts, hence conservative; completions of one prompt never count
@@ -91,6 +97,7 @@ class NoiseScaleProbe(Probe):
         self.batch_size, self.halves, self.source = batch_size, halves, source
         self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
         self._shares: BackwardGroupGradients | MicroBatchNorms | None = None
+        self._way_said = ""
         self._previous: NoiseParts | None = None  # of the previously measured step, for (T15)
 
     @classmethod
@@ -112,9 +119,20 @@ class NoiseScaleProbe(Probe):
         self._by_extra_pass = reason is not None
         if reason is not None:
             args.check_dr_grpo_step(f"noise_scale_probe, as {reason},")
+        self._check_layers(args, model)
         way = f"an extra pass before the update, as {reason}" if reason else "training's own backward"
-        if args.process_index == 0:
+        if args.process_index == 0 and way != self._way_said:
+            self._way_said = way
             logger.info("noise scale: gradients of prompt groups come from %s", way)
+
+    def _check_layers(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        """Raises `ValueError` unless the groups' gradients can be had, and are those of training."""
+        check_no_auxiliary_loss(args, model, "noise_scale_probe")
+        if self._by_extra_pass or self.halves:
+            what = "noise_scale_within_prompt" if self.halves else "noise_scale_probe, with a pass of its own,"
+            check_scoring(model, what)
+            check_no_dropout(model, what)
+        check_sequences(model, "noise_scale_probe")
 
     def reset(self) -> None:
         self._shares = None
@@ -147,12 +165,14 @@ class NoiseScaleProbe(Probe):
             metrics["noise_scale/num_coordinates_without_metric"] = num_dead
         if self._by_extra_pass:
             metric = metric_before(update) if has_metric else None
-            local = self._from_extra_pass(args, engine, update, rollouts, metric)
+            local, mean = self._from_extra_pass(args, engine, update, rollouts, metric)
             prompts = rollouts.prompt_index.unique()
+            compared = [(mean[name], gradient) for name, gradient in update.gradient.items()]
         else:
-            local, prompts = self._from_training(engine, update, flat_metric_before(update) if has_metric else None)
+            metric = flat_metric_before(update) if has_metric else None
+            local, prompts, compared = self._from_training(engine, update, metric)
         products = [_gathered(one, engine.accelerator) for one in local]
-        metrics["noise_scale/gradient_error"] = relative_product_error(products[0], update.grad_norm**2)
+        metrics["noise_scale/gradient_error"] = _gradient_error(compared, engine.accelerator)
         prompts = engine.accelerator.gather(prompts)
         halves = self._half_products(args, engine, update, rollouts) if self.halves else None
         if args.resample_uninformative_groups:
@@ -179,8 +199,11 @@ class NoiseScaleProbe(Probe):
 
     def _from_training(
         self, engine: Engine, update: UpdateContext, metric: Tensor | None
-    ) -> tuple[list[GroupProducts], Tensor]:
-        """Products from the group gradients of training's backward pass, and the groups' numbers. Collective."""
+    ) -> tuple[list[GroupProducts], Tensor, list[tuple[Tensor, Tensor]]]:
+        """
+        Products from the group gradients of training's backward pass, the groups' numbers, and as of
+        [`_gradient_error`] this process's sum of shares with the gradient. Collective.
+        """
         assert isinstance(self._shares, BackwardGroupGradients), "around_micro_batch comes before on_before_update"
         gradient = update.gradient
         with rank_symmetric(engine.accelerator, "adding up the gradients of prompt groups"), fp32_strict():
@@ -191,7 +214,8 @@ class NoiseScaleProbe(Probe):
         # Training averages over ranks: group n adds row_n / num_ranks to the gradient, Y_n is P times that, and
         # P / num_ranks groups are this process's.
         number = len(rows)
-        return [GroupProducts(number**2 * norms[order], number * dots[order]) for norms, dots in products], prompts
+        scaled = [GroupProducts(number**2 * norms[order], number * dots[order]) for norms, dots in products]
+        return scaled, prompts, [(rows.sum(0), vector)]
 
     def _from_extra_pass(
         self,
@@ -200,8 +224,8 @@ class NoiseScaleProbe(Probe):
         update: UpdateContext,
         rollouts: RolloutBatch,
         metric: dict[str, Tensor] | None,
-    ) -> list[GroupProducts]:
-        """Products from an extra pass of the float32 model. Collective."""
+    ) -> tuple[list[GroupProducts], Mapping[str, Tensor]]:
+        """Products from an extra pass of the float32 model, and this process's mean Y_n. Collective."""
         params, gradient = update.params_before, update.gradient
         with (
             rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
@@ -302,6 +326,21 @@ def flat_metric_before(update: UpdateContext) -> Tensor:
         return flat(metric_before(update), update.gradient)
     ((beta2, added),) = settings
     return live_preconditioner(flat(update.exp_avg_sq, update.gradient), steps_before, beta2, added)
+
+
+def _gradient_error(compared: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> float:
+    """
+    |mean_n Y_n - g| / |g| with the optimizer's unclipped g; 0/0: nan. Collective.
+
+    Args:
+        compared: parameter by parameter what averages over processes to the mean Y_n, and g.
+    """
+    error_sq = gradient_sq = torch.zeros((), dtype=torch.float64)
+    for local, gradient in compared:
+        mean = accelerator.reduce(local.to(accelerator.device), reduction="mean")
+        error_sq = error_sq + (mean - gradient.to(mean)).square().sum(dtype=torch.float64).cpu()
+        gradient_sq = gradient_sq + gradient.float().square().sum(dtype=torch.float64).cpu()
+    return float((error_sq / gradient_sq).sqrt())
 
 
 def _gathered(products: GroupProducts, accelerator: Accelerator) -> GroupProducts:

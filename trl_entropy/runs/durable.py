@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,13 +49,6 @@ def replace_text(target: Path, text: str) -> None:
     """Put a file with `text` in the place of `target`."""
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def check_writable(folder: Path) -> None:
-    """Raises `OSError` unless files can be written to the folder, which is made; what the check writes it removes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"0")
 
 
 def sync(path: Path) -> None:

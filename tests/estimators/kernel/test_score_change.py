@@ -75,12 +75,10 @@ def test_shares_of_the_change():
     assert sum(share.value for share in shares.values()) == pytest.approx(1)
     for name, part in parts._asdict().items():
         assert shares[name].value == pytest.approx(float(part @ whole / whole.square().sum()))
-        # delete one prompt, linearized: the infinitesimal jackknife of the ratio
-        own, total = sums[:, list(shares).index(name)], sums.sum(1)
-        influence = (own - shares[name].value * total) / total.sum()
-        assert shares[name].stderr == pytest.approx(
-            float((4 / 3 * (influence - influence.mean()).square().sum()).sqrt())
-        )
+        own, total = sums[:, list(shares).index(name)].tolist(), sums.sum(1).tolist()
+        left_out = [(sum(own) - own[p]) / (sum(total) - total[p]) for p in range(4)]
+        variance = 3 / 4 * sum((value - sum(left_out) / 4) ** 2 for value in left_out)
+        assert shares[name].stderr == pytest.approx(variance**0.5)
         assert (shares[name].dof, shares[name].num_samples) == (3.0, 4)
 
 
@@ -101,12 +99,26 @@ def test_own_influence_is_not_that_of_fresh_completions():
     groups = TinyGroups(policy)
     y, p = groups.gradients(), groups.probability
     advantages = groups.rewards - groups.rewards.mean(1, keepdim=True)
+    shares = groups.completion_gradients() / 4  # of the gradient of a step of two groups of two completions
+
+    def changes(rows):
+        """Mean of A_i times each part of the change of S_i, in a step of length 1 with M = 1."""
+        scores, g = groups.scores[rows].flatten(0, 1), shares[rows].flatten(0, 1)
+        nothing = torch.zeros(4, dtype=torch.float64)
+        prompts = torch.tensor([0, 0, 1, 1])
+        parts = score_change_parts(-(scores @ g.T), prompts, 1.0, scores @ g.sum(0), nothing, nothing)
+        weights = advantages[rows].flatten() / 4
+        return torch.stack([weights @ parts.own, weights @ parts.same_prompt, weights @ parts.other_prompts])
+
+    own, mates, others = sum(q * changes(rows) for rows, q in multisets(p.tolist(), 2)).tolist()
     per_group = (advantages[..., None] * groups.scores).mean(1)
-    own = sum(q * float(-(per_group[rows] @ y[rows].T).diagonal().mean()) for rows, q in multisets(p.tolist(), 2)) / 2
-    cross = float(-(p @ per_group) @ (p @ y)) / 2
-    both = sum(q * float(-per_group[rows].mean(0) @ y[rows].mean(0)) for rows, q in multisets(p.tolist(), 2))
-    assert both == pytest.approx(own + cross)
-    assert own > 3 * cross > 0
+    # What another, independent group does: half the product of the two expectations, for two groups.
+    assert others == pytest.approx(float(-(p @ per_group) @ (p @ y)) / 2)
+    by_itself = sum(
+        q * float(-(per_group[rows] @ y[rows].T).diagonal().mean()) for rows, q in multisets(p.tolist(), 2)
+    )
+    assert own + mates == pytest.approx(by_itself / 2)
+    assert own > 0 and own + mates > 3 * others > 0
 
 
 def test_agreement_is_the_slope_through_the_origin_with_a_jackknife_error():
@@ -118,5 +130,10 @@ def test_agreement_is_the_slope_through_the_origin_with_a_jackknife_error():
     assert slope.value == pytest.approx(float(predicted @ measured / (predicted @ predicted)))
     x, y = predicted - predicted.mean(), measured - measured.mean()
     assert correlation == pytest.approx(float(x @ y / (x.norm() * y.norm())))
-    assert 0 < slope.stderr < 0.2 and slope.dof == 4
+    left_out = []
+    for prompt in range(5):
+        x, y = predicted[prompts != prompt], measured[prompts != prompt]
+        left_out.append(float(x @ y / (x @ x)))
+    variance = 4 / 5 * sum((value - sum(left_out) / 5) ** 2 for value in left_out)
+    assert slope.stderr == pytest.approx(variance**0.5) and (slope.dof, slope.num_samples) == (4, 5)
     assert change_agreement(predicted, 2 * predicted, prompts)[0].stderr == pytest.approx(0, abs=1e-7)

@@ -19,7 +19,6 @@ from trl_entropy.estimators.noise.noise_scale import (
     jackknifed_parts,
     micro_batch_parts,
     noise_parts_two_sizes,
-    relative_product_error,
 )
 
 POLICY = TinyPolicy(max_length=1)
@@ -80,7 +79,9 @@ def test_micro_batches_pool_what_loops_give():
     changes = [after - before for before, after in itertools.pairwise(expected)]
     covariance = sum(torch.outer(change, change) / 2 for change in changes)
     assert torch.allclose(pool.covariance, covariance) and torch.allclose(pool.values, sum(expected[1:]))
-    assert (pool.num_steps, pool.num_samples, pool.dof) == (3, 36, pytest.approx(2))
+    assert (pool.num_steps, pool.num_samples, pool.smallest_dof, pool.total_dof) == (3, 36, 1.0, 3.0)
+    squares = [float(change[0] ** 2 / 2) for change in changes]
+    assert NoiseScaleRecord(pool).grad_sq_norm().dof == pytest.approx(sum(squares) ** 2 / sum(s * s for s in squares))
     for norms, previous in ((torch.ones(4), None), (torch.ones(1), parts), (torch.full((4,), torch.nan), parts)):
         assert micro_batch_parts(norms, 0.5, 12, previous)[1].num_steps == 0
 
@@ -88,7 +89,7 @@ def test_micro_batches_pool_what_loops_give():
 @pytest.mark.parametrize("planted", [1.0, 30.0, math.inf])
 def test_scatter_over_steps_covers_planted_noise_scales(planted):
     """(T15), 20 steps of 8 micro-batches of 4 prompts, 200 times."""
-    generator, covered = torch.Generator().manual_seed(0), 0
+    generator, intervals = torch.Generator().manual_seed(0), []
     signal, noise = (0.0, 1.0) if math.isinf(planted) else (1.0, planted)
     for _ in range(200):
         record, parts = NoiseScaleRecord.empty(), None
@@ -98,9 +99,12 @@ def test_scatter_over_steps_covers_planted_noise_scales(planted):
             norms, batch_sq_norm = rows.square().sum(1), float(rows.mean(0).square().sum())
             parts, pooled = micro_batch_parts(norms, batch_sq_norm, 32, parts)
             record = record.merge(NoiseScaleRecord(pooled))
-        low, high = record.interval()
-        covered += low <= planted <= high
-    assert covered / 200 > 0.9
+        intervals.append(record.interval())
+    assert sum(low <= planted <= high for low, high in intervals) / 200 > 0.93
+    if math.isinf(planted):  # 640 prompts without a signal rule out noise scales below 50 or so
+        assert sorted(low for low, _ in intervals)[100] > 50
+    else:  # bounded, and right within a factor of 2
+        assert all(planted / 2 < low and high < 2 * planted for low, high in intervals)
 
 
 def test_formulas_of_theory_against_loops():
@@ -202,14 +206,19 @@ def test_this_steps_gradient_in_the_metric_is_wrong():
 
 
 def test_groups_without_gradient_stay():
-    """Dropping them gives the noise scale of another distribution."""
+    """They count in P: dropping them from the batches gives the noise scale of another distribution."""
     y, p = GROUPS.gradients(), GROUPS.probability
     moving = (y != 0).any(1)
     kept_share = float(p[moving].sum())
-    signal, noise = GROUPS.exact_parts()
-    conditional = (p * moving / kept_share) @ y.square().sum(1) - signal / kept_share**2
-    filtered = float(conditional) * kept_share**2 / signal
-    assert filtered < 0.9 * noise / signal
+    kept = (p[moving] / kept_share).tolist()
+    all_signal, all_noise = expectation(lambda rows: step_of(y[rows]).values, GROUPS, 3)
+    few_signal, few_noise = sum(q * step_of(y[moving][rows]).values for rows, q in multisets(kept, 3))
+    # p of the groups have a gradient: G = p G_kept, and tr(Sigma) = p tr(Sigma_kept) + p (1-p) |G_kept|^2
+    assert float(all_signal) == pytest.approx(kept_share**2 * float(few_signal))
+    assert float(all_noise) == pytest.approx(
+        kept_share * float(few_noise) + kept_share * (1 - kept_share) * float(few_signal)
+    )
+    assert float(few_noise / few_signal) < 0.9 * float(all_noise / all_signal)
 
 
 def test_split_by_prompt_is_unbiased():
@@ -276,8 +285,10 @@ def test_planted_noise_scale_is_covered(noise_scale):
     """60 runs of 8 steps: 95 % intervals hold the truth in 53 or more (a 1-in-300 event for coverage 0.95)."""
     intervals = [record.interval() for record in simulate(noise_scale)]
     assert sum(low <= noise_scale <= high for low, high in intervals) >= 53
-    if noise_scale <= 10:  # 128 prompts tell: bounded, and right within a factor of 2
+    if noise_scale <= 10:  # 128 prompts tell: bounded, and right within a factor of 3
         assert all(noise_scale / 3 < low and high < 3 * noise_scale for low, high in intervals)
+    else:  # many have no upper end, but all rule out small scales
+        assert all(low > 20 for low, _ in intervals)
 
 
 def test_pooled_parts_recover_a_large_scale():
@@ -331,7 +342,7 @@ def test_split_of_a_record():
         (record.noise_scale(), 3.0),
     ]:
         assert abs(estimate.value - truth) < 3 * estimate.stderr < truth / 2
-        assert (estimate.dof, estimate.num_samples) == (750.0, 800)
+        assert 500 < estimate.dof < 750 and estimate.num_samples == 800
 
 
 @given(st.permutations(range(6)), st.integers(0, 9))
@@ -341,7 +352,9 @@ def test_order_of_prompts_and_of_steps_does_not_matter(order, seed):
     other = NoiseScaleRecord.empty().update(step_of(z)).merge(NoiseScaleRecord.empty().update(step_of(y[order])))
     torch.testing.assert_close(one.parts.values, other.parts.values)
     torch.testing.assert_close(one.parts.covariance, other.parts.covariance)
-    assert (other.parts.num_steps, other.parts.num_samples, other.parts.dof) == (2, 11, 9.0)
+    torch.testing.assert_close(one.parts.squares, other.parts.squares)
+    assert (other.parts.num_steps, other.parts.num_samples) == (2, 11)
+    assert (other.parts.smallest_dof, other.parts.total_dof) == (4.0, 9.0)
 
 
 @pytest.mark.parametrize("num_prompts", [1, 2, 3])
@@ -376,7 +389,3 @@ def test_products_of_rows_are_those_of_loops(columns, monkeypatch):
                 sum(float(w * y) * float(y) for w, y in zip(weights, rows[n], strict=True)), rel=1e-5
             )
             assert products.dot_batch[n] == pytest.approx(float((weights * rows[n]) @ g), rel=1e-4, abs=1e-5)
-    assert relative_product_error(group_products(rows, g)[0], float(g.square().sum())) < 1e-5
-    assert relative_product_error(group_products(2 * rows, g)[0], float(g.square().sum())) == pytest.approx(
-        1, rel=1e-5
-    )

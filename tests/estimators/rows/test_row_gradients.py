@@ -33,6 +33,7 @@ def check(gradients, expected, generator):
         close(gradients.squared_norms(norms_metric), wanted)
     for few in (vectors[:1], vectors):
         close(gradients.dots(few), torch.stack([(expected * v).flatten(1).sum(1) for v in few]))
+    close(gradients.total(), expected.sum(0))
     close(torch.cat([part for _, part in gradients.chunks()]), expected)
     close(gradients.whole, expected)
     # Once written out, it may be used instead of the factors.
@@ -68,6 +69,7 @@ def test_cheaper_way_is_chosen(monkeypatch):
     monkeypatch.setattr(lookups, "dense", lambda rows: pytest.fail("table written out"))
     lookups.squared_norms(torch.ones(1000, 4))
     lookups.dots([torch.ones(1000, 4)] * 2)
+    few_tokens.total(), lookups.total()
 
 
 def test_float32_sums_over_many_numbers_stay_accurate():

@@ -1,4 +1,4 @@
-"""Standard errors against loops, simulation and reweighting; the t quantile against the integral of the density."""
+"""Standard errors against loops, simulation and reweighting."""
 
 import math
 
@@ -12,33 +12,8 @@ from trl_entropy.estimators.statistics.estimate import (
     Linearization,
     cluster_sums,
     delta_method,
-    student_t_quantile,
 )
-
-
-def student_t_cdf(t, dof):
-    """1/2 plus the integral of the density from 0 to t, by Simpson's rule in s = atan(x / sqrt(dof))."""
-    s = torch.linspace(0, math.atan(abs(t) / math.sqrt(dof)), 20_001, dtype=torch.float64)
-    log_constant = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - math.log(math.pi) / 2
-    density = (dof - 1) * s.cos().log() + log_constant
-    weights = torch.full_like(s, 2.0)
-    weights[1::2], weights[0], weights[-1] = 4.0, 1.0, 1.0
-    return 0.5 + math.copysign(float((weights * density.exp()).sum() * (s[1] - s[0]) / 3), t)
-
-
-@pytest.mark.parametrize("dof", [1.0, 2.0, 2.5, 7.0, 31.0, 127.0, 2000.0, 1e5])
-@pytest.mark.parametrize("probability", [0.025, 0.4, 0.6, 0.9, 0.975, 0.99995])
-def test_t_quantile_inverts_the_integral_of_the_density(probability, dof):
-    assert student_t_cdf(student_t_quantile(probability, dof), dof) == pytest.approx(probability, abs=1e-10)
-
-
-def test_t_quantile_closed_forms_and_limits():
-    assert student_t_quantile(0.975, 1.0) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-13)  # Cauchy
-    assert student_t_quantile(0.975, 2.0) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-13)
-    assert student_t_quantile(0.5, 5.0) == pytest.approx(0.0, abs=1e-15)
-    assert student_t_quantile(0.975, 1e6) == pytest.approx(student_t_quantile(0.975, math.inf), rel=2e-6)
-    assert 0.5 * (1 + math.erf(student_t_quantile(0.9, math.inf) / math.sqrt(2))) == pytest.approx(0.9, abs=1e-12)
-    assert all(math.isnan(student_t_quantile(0.975, dof)) for dof in (0.0, -1.0, math.nan))
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 
 def test_interval_is_the_value_and_a_t_margin_either_side():
@@ -53,17 +28,33 @@ def test_cluster_sums_over_scattered_indices():
     assert cluster_sums(values, index).tolist() == [2.0, 8.0, 5.0]
 
 
-def test_clustered_standard_error_against_loops():
+def test_jackknife_over_prompts_against_loops():
     values = torch.tensor([0.3, 1.0, -2.0, 0.7, 5.0, 1.1], dtype=torch.float64)
     index = [0, 0, 1, 2, 2, 2]
     mean = sum(values.tolist()) / 6
-    total = 0.0
-    for p in range(3):
-        total += sum(float(values[i]) - mean for i in range(6) if index[i] == p) ** 2
-    estimate = delta_method(lambda m: m[0], values[:, None]).estimate(torch.tensor(index))
-    assert estimate.value == pytest.approx(mean)
-    assert estimate.stderr == pytest.approx(math.sqrt(3 / 2 * total) / 6)
-    assert (estimate.dof, estimate.num_samples) == (2, 6)
+    kept = [[float(values[i]) for i in range(6) if index[i] != p] for p in range(3)]
+    left_out = [sum(some) / len(some) for some in kept]
+    total = sum((value - sum(left_out) / 3) ** 2 for value in left_out)
+    linear = delta_method(lambda m: m[0], values[:, None])
+    for factor, found in ((1.0, linear), (3.0, 2.0 * linear + linear), (0.5, linear - 0.5 * linear)):
+        estimate = found.estimate(torch.tensor(index))
+        assert estimate.value == pytest.approx(factor * mean)
+        assert estimate.stderr == pytest.approx(factor * math.sqrt(2 / 3 * total))
+        assert (estimate.dof, estimate.num_samples) == (2, 6)
+
+
+def test_error_of_a_ratio_is_not_too_small_where_one_prompt_is_long():
+    """One prompt has most of the denominator: without it the ratio is another, which its influence does not show."""
+    statistics = torch.tensor([[90.0, 100.0], [1.0, 10.0], [2.0, 10.0], [3.0, 10.0]], dtype=torch.float64)
+    ratio = delta_method(lambda m: m[0] / m[1], statistics)
+    left_out = [
+        float(rows[:, 0].sum() / rows[:, 1].sum())
+        for p in range(4)
+        for rows in [statistics[[q for q in range(4) if q != p]]]
+    ]
+    expected = math.sqrt(3 / 4 * sum((value - sum(left_out) / 4) ** 2 for value in left_out))
+    assert ratio.estimate(torch.arange(4)).stderr == pytest.approx(expected)
+    assert expected > 2 * float((4 / 3 * ratio.influence.square().sum()).sqrt()) / 4
 
 
 def test_clusters_of_one_give_the_textbook_error_of_a_mean():

@@ -1,4 +1,4 @@
-"""pass@k by enumeration of all subsets and of all outcomes; the bootstrap by enumeration of all resamples."""
+"""pass@k by enumeration of all subsets and of all outcomes."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from trl_entropy.estimators.statistics.pass_at_k import bootstrap_intervals, pass_at_k, powers_of_two_up_to
+from trl_entropy.estimators.statistics.pass_at_k import pass_at_k, powers_of_two_up_to
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 7])
@@ -72,33 +72,3 @@ def test_what_is_refused():
 def test_powers_of_two():
     assert [powers_of_two_up_to(n) for n in (1, 2, 3, 4, 7, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4], [1, 2, 4],
                                                                     [1, 2, 4, 8]]  # fmt: skip
-
-
-def test_bootstrap_against_all_resamples():
-    numerators = torch.tensor([[0.3, 0.3], [2.0, 2.0], [0.1, 0.1], [1.7, 1.7]])
-    denominators = torch.tensor([[1.0, 1.0], [1.0, 4.0], [1.0, 2.0], [1.0, 3.0]])
-    drawn = torch.tensor(list(itertools.product(range(4), repeat=4)))
-    exact = torch.quantile(
-        (numerators[drawn].sum(1) / denominators[drawn].sum(1)).double(), torch.tensor([0.1, 0.9]).double(), dim=0
-    ).T
-    found = bootstrap_intervals(numerators, denominators, confidence=0.8, num_resamples=40_000)
-    assert torch.allclose(found, exact, atol=0.03)
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    sample = (torch.rand(60, 300, generator=torch.Generator().manual_seed(1)) < 0.4).double()
-    low, high = bootstrap_intervals(sample, torch.ones_like(sample), confidence=0.9, num_resamples=400).T
-    covered = float(((low <= 0.4) & (high >= 0.4)).double().mean())
-    assert 0.84 <= covered <= 0.95  # 0.9 within three binomial standard errors
-
-
-def test_bootstrap_of_one_prompt_of_equal_ones_and_of_none():
-    assert bootstrap_intervals(torch.ones(1, 2), torch.ones(1, 2)).isnan().all()
-    assert bootstrap_intervals(torch.ones(5, 1), torch.ones(5, 1)).tolist() == [[1.0, 1.0]]
-    assert bootstrap_intervals(torch.zeros(3, 1), torch.zeros(3, 1)).isnan().all()
-
-
-def test_bootstrap_draws_the_same_prompts_for_every_checkpoint():
-    values = torch.rand(20, 1)
-    before, after = (bootstrap_intervals(v, torch.ones(20, 1)) for v in (values, values + 1))
-    assert torch.allclose(after, before + 1)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.statistics.estimate import student_t_quantile
 from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts, jackknife_covariance, sum_over_prompts
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 UNIT = torch.eye(2, dtype=torch.float64)
 
@@ -39,11 +39,35 @@ def test_mean_and_ratio_over_steps():
         pooled = pooled.update(StepParts(step, covariances, num_prompts))
     mean, ratio = pooled.mean(UNIT[0]), pooled.ratio(UNIT[0], UNIT[1])
     assert (mean.value, mean.stderr) == (pytest.approx(float(values[:, 0].mean())), pytest.approx(0.03**0.5 / 3))
-    assert (mean.dof, mean.num_samples) == (12.0, 15)
+    assert (mean.dof, mean.num_samples) == (pytest.approx(9 / (1 / 3 + 1 / 4 + 1 / 5)), 15)
     top, bottom = values.sum(0).tolist()
     assert ratio.value == pytest.approx(top / bottom)
     assert ratio.stderr == pytest.approx(math.sqrt(0.03 * (1 + (top / bottom) ** 2)) / bottom)
     assert math.isnan(PooledParts.empty(2).mean(UNIT[0]).value)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.integers(2, 9)), min_size=1, max_size=4), st.floats(-2, 2))
+def test_degrees_of_freedom_are_those_of_the_steps_that_vary(steps, weight):
+    """Satterthwaite's formula by loops, for a linear combination of two quantities; order does not matter."""
+    pooled, others, variances = PooledParts.empty(2), PooledParts.empty(2), []
+    weights = torch.tensor([1.0, weight], dtype=torch.float64)
+    for number, (spread, num_prompts) in enumerate(steps):
+        root = spread * torch.tensor([[1.0, 0.0], [0.3 * number, 1.0]], dtype=torch.float64)
+        step = StepParts(torch.zeros(2, dtype=torch.float64), root @ root.T, num_prompts)
+        pooled, others = pooled.update(step), PooledParts.empty(2).update(step).merge(others)
+        variances.append(float((root.T @ weights).square().sum()))
+    dofs = [num_prompts - 1 for _, num_prompts in steps]
+    expected = sum(variances) ** 2 / sum(v * v / dof for v, dof in zip(variances, dofs, strict=True))
+    assert pooled.dof(weights) == pytest.approx(expected) == pytest.approx(others.dof(weights))
+    assert min(dofs) <= pooled.dof(weights) <= sum(dofs)
+    assert pooled.mean(weights).dof == pytest.approx(expected)
+
+
+def test_degrees_of_freedom_where_one_step_or_none_varies():
+    still, loud = (StepParts(UNIT[0], spread * UNIT, 4) for spread in (0.0, 1.0))
+    pooled = PooledParts.empty(2).update(still).update(loud)
+    assert pooled.dof(UNIT[0]) == 3.0
+    assert PooledParts.empty(2).update(still).update(still).mean(UNIT[0]).interval() == (1.0, 1.0)
 
 
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(0.01, 1), st.floats(0.01, 1), st.floats(-0.9, 0.9))

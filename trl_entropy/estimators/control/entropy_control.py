@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.estimators.statistics.estimate import Estimate, student_t_quantile
 
 _LEAST_CROSS = 0.25  # smallest denominator, as a share of <g, g>, however noisy g is
-_CERTAINTY = 3.29  # standard errors: two-sided 99.9 %
+_CERTAINTY = 0.999  # of the interval of the slope, two-sided
 Vector = dict[str, Float[Tensor, "..."]]
 
 
@@ -191,7 +191,7 @@ class PredictionCheck:
     on the first of them, so that prediction and realised change share its error; their covariance is known and is
     subtracted. The standard error of the slope is that of the entropies, or the scatter of the pairs where that is
     larger, since the noise of grad h changes the entropy too. The check has failed if the slope is below 1/2 or above
-    2 with 99.9 % confidence, a high level because it is checked at every step.
+    2 with 99.9 % confidence, a high level because it is checked at every step; Student's t, n - 1 degrees of freedom.
     """
 
     window: int = 20
@@ -209,15 +209,20 @@ class PredictionCheck:
         slope = sum(p * value - shared for p, value, _, shared in self.pairs) / squares
         known = sum((p * stderr) ** 2 for p, _, stderr, _ in self.pairs)
         scatter = sum((p * value - shared - slope * p * p) ** 2 for p, value, _, shared in self.pairs)
-        return slope, math.sqrt(max(known, scatter)) / squares
+        few = len(self.pairs) / (len(self.pairs) - 1) if len(self.pairs) > 1 else 1.0
+        return slope, math.sqrt(max(known, few * scatter)) / squares
+
+    def margin(self, confidence: float = 0.95) -> float:
+        """Half the length of the slope's interval; nan for fewer than two pairs."""
+        return student_t_quantile(0.5 + confidence / 2, len(self.pairs) - 1.0) * self.slope()[1]
 
     @property
     def failed(self) -> bool:
         """Whether a full window contradicts the predictions."""
-        slope, error = self.slope()
+        slope, margin = self.slope()[0], self.margin(_CERTAINTY)
         if len(self.pairs) < self.window or math.isnan(slope):
             return False
-        return slope + _CERTAINTY * error < 0.5 or slope - _CERTAINTY * error > 2.0
+        return slope + margin < 0.5 or slope - margin > 2.0
 
 
 def difference(later: Estimate, earlier: Estimate) -> Estimate:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.statistics.estimate import Estimate, cluster_sums
-from trl_entropy.estimators.statistics.pooled import PooledParts, sum_over_prompts
+from trl_entropy.estimators.statistics.pooled import jackknife_ratio
 
 
 class ScoreChangeParts(NamedTuple):
@@ -66,9 +66,8 @@ def score_change_shares(prompt_sums: Float[Tensor, "P parts"]) -> dict[str, Esti
     from `score_change_sums`, of a step or of several with their prompts concatenated. Errors by the jackknife over
     prompts, bias O(1/P). A share is negative where the part works against the whole.
     """
-    pooled = PooledParts.empty(len(ScoreChangeParts._fields)).update(sum_over_prompts(prompt_sums))
-    unit = torch.eye(len(ScoreChangeParts._fields), dtype=torch.float64)
-    return {name: pooled.ratio(unit[i], unit.sum(0)) for i, name in enumerate(ScoreChangeParts._fields)}
+    whole = prompt_sums.sum(1)
+    return {name: jackknife_ratio(prompt_sums[:, i], whole) for i, name in enumerate(ScoreChangeParts._fields)}
 
 
 def change_agreement(
@@ -80,8 +79,6 @@ def change_agreement(
     (0/0).
     """
     predicted, measured = predicted.double(), measured.double()
-    products = torch.stack([predicted * measured, predicted.square()])
-    sums = torch.stack([cluster_sums(product, prompt_index) for product in products], 1)
-    pooled = PooledParts.empty(2).update(sum_over_prompts(sums))
-    top, bottom = torch.eye(2, dtype=torch.float64)
-    return pooled.ratio(top, bottom), float(torch.corrcoef(torch.stack([predicted, measured]))[0, 1])
+    sums = cluster_sums(torch.stack([predicted * measured, predicted.square()], 1), prompt_index)
+    correlation = float(torch.corrcoef(torch.stack([predicted, measured]))[0, 1])
+    return jackknife_ratio(sums[:, 0], sums[:, 1]), correlation

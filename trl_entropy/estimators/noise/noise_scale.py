@@ -79,12 +79,6 @@ def accepted_products(products: GroupProducts, accepted: Bool[Tensor, "P"]) -> G
     return GroupProducts(sq_norms, dot_batch * (len(accepted) / num_accepted if num_accepted > 1 else math.nan))
 
 
-def relative_product_error(products: GroupProducts, batch_sq_norm: float) -> float:
-    """|mean_n Y_n . g / |g|^2 - 1| with the optimizer's g: only rounding, if the rows are the shares of g."""
-    ratio = products.dot_batch.mean() / torch.tensor(batch_sq_norm, dtype=torch.float64)
-    return float((ratio - 1).abs())
-
-
 def noise_parts_two_sizes(
     small_sq_norms: Float[Tensor, "K"], big_sq_norm: float, small_size: int, big_size: int
 ) -> NoiseParts:
@@ -107,8 +101,9 @@ def micro_batch_parts(
     """(T15): a step's parts from its K micro-batches of whole groups, and the sums that the step adds to the pool.
 
     Norms alone give no error within a step. The error comes from the scatter over steps instead: half the outer
-    product of the change since the `previous` step's parts, with 2/3 degrees of freedom, as neighbouring changes share
-    a step. It is conservative while the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
+    product of the change since the `previous` step's parts, with one degree of freedom. Neighbouring changes share a
+    step, which leaves 2/3 of these, but the few that `PooledParts.dof` finds make up for it. It is conservative while
+    the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
 
     Args:
         sq_norms: squared norms of the K micro-batches' mean gradients.
@@ -121,7 +116,7 @@ def micro_batch_parts(
         return parts, PooledParts.empty(2)
     values = torch.tensor(parts, dtype=torch.float64)
     change = values - torch.tensor(previous, dtype=torch.float64)
-    return parts, PooledParts(values, change.outer(change) / 2, 1, num_prompts, 2 / 3)
+    return parts, PooledParts.of_step(StepParts(values, change.outer(change) / 2, num_prompts), dof=1.0)
 
 
 def jackknifed_parts(

@@ -98,6 +98,10 @@ class RowGradients(abc.ABC):
             rows = slice(start, min(start + size, self.num_rows))
             yield rows, self.dense(rows)
 
+    def total(self) -> Float[Tensor, "*shape"]:
+        """The sum of all rows."""
+        return functools.reduce(torch.add, (grads.sum(0) for _, grads in self.chunks()))
+
     def squared_norms(self, metric: Float[Tensor, "*shape"] | None = None) -> Float[Tensor, " R"]:
         """G' M G of every row with the diagonal M = `metric`, by default 1."""
         return torch.cat([_squared_norms(grads, metric) for _, grads in self.chunks()])
@@ -140,6 +144,9 @@ class OuterProducts(RowGradients):
             return torch.bmm(inputs.mT, grads).mT
         return torch.bmm(grads.mT, inputs)
 
+    def total(self) -> Float[Tensor, "*shape"]:
+        return self.grads.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
+
     def squared_norms(self, metric: Float[Tensor, "*shape"] | None = None) -> Float[Tensor, " R"]:
         if metric is not None or self.is_larger_than_whole or "whole" in vars(self):
             return super().squared_norms(metric)
@@ -168,6 +175,9 @@ class Lookups(RowGradients):
         tables = grads.new_zeros(len(ids) * self.shape[0], self.shape[1])
         return tables.index_add_(0, self._lines(ids).flatten(), grads.flatten(0, 1)).unflatten(0, (-1, self.shape[0]))
 
+    def total(self) -> Float[Tensor, "*shape"]:
+        return self.grads.new_zeros(self.shape).index_add_(0, self.ids.flatten(), self.grads.flatten(0, 1))
+
     def squared_norms(self, metric: Float[Tensor, "*shape"] | None = None) -> Float[Tensor, " R"]:
         used, place = self._lines(self.ids).unique(return_inverse=True)
         lines = self.grads.new_zeros(len(used), self.shape[1])
@@ -193,6 +203,9 @@ class Sum(RowGradients):
 
     def dense(self, rows: slice) -> Float[Tensor, "R *shape"]:
         return functools.reduce(torch.add, (part.dense(rows) for part in self.parts))
+
+    def total(self) -> Float[Tensor, "*shape"]:
+        return functools.reduce(torch.add, (part.total() for part in self.parts))
 
     def dots(self, vectors: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "K R"]:
         return functools.reduce(torch.add, (part.dots(vectors) for part in self.parts))

@@ -15,7 +15,7 @@ ByName = Mapping[str, Float[Tensor, "..."]]
 
 
 class Consumer:
-    """Takes each parameter's gradients once per micro-batch, and makes `values` of them (but for [`Several`])."""
+    """Takes each parameter's gradients once per micro-batch; most make `values` of them."""
 
     values: Float[Tensor, "..."]
 
@@ -97,6 +97,22 @@ class DotProducts(Consumer):
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         dots = gradients.dots([vector[name] for vector in self.vectors])
         self.values.index_add_(1, rows.to(self.values.device), dots.to(self.values))
+
+
+class RowTotal(Consumer):
+    """
+    The sum of all rows' gradients, by parameter, in `by_name`: one float32 vector of D numbers. Local to the process.
+
+    No row is written out for it: a linear layer's is one product of factors.
+    """
+
+    by_name: dict[str, Float[Tensor, "..."]]
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        self.by_name = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
+        self.by_name[name] += gradients.total()
 
 
 class Rows(Consumer):

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from statistics import NormalDist
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 
 @dataclass(frozen=True)
@@ -40,41 +40,51 @@ class Linearization:
     """The value of a smooth function of sample means, and the influence of every completion on it.
 
     influence_i is B times the first-order change of the value when completion i gets 1/B more weight. Its mean is
-    zero, and the error of the value is mean_i influence_i up to O(1/B). Sums, differences and multiples of
-    linearizations on the *same* completions are paired, so that `(predicted - measured).estimate(prompt_index)` has
-    the standard error of the paired difference.
+    zero, and the error of the value is mean_i influence_i up to O(1/B). `without_each` gives, for the prompt of every
+    completion, the values without each prompt. Sums, differences and multiples of linearizations on the *same*
+    completions are paired, so that `(predicted - measured).estimate(prompt_index)` has the standard error of the
+    paired difference.
     """
 
     value: Float[Tensor, ""]
     influence: Float[Tensor, "B"]
+    without_each: Callable[[Int[Tensor, "B"]], Float[Tensor, "P"]]
 
     def __add__(self, other: "Linearization") -> "Linearization":
-        return Linearization(self.value + other.value, self.influence + other.influence)
+        return Linearization(
+            self.value + other.value,
+            self.influence + other.influence,
+            lambda prompt_index: self.without_each(prompt_index) + other.without_each(prompt_index),
+        )
 
     def __sub__(self, other: "Linearization") -> "Linearization":
         return self + -1.0 * other
 
     def __rmul__(self, factor: float) -> "Linearization":
-        return Linearization(factor * self.value, factor * self.influence)
+        return Linearization(
+            factor * self.value, factor * self.influence, lambda prompts: factor * self.without_each(prompts)
+        )
 
     def estimate(self, prompt_index: Int[Tensor, "B"]) -> Estimate:
-        """The value with its standard error clustered by prompt, and P - 1 degrees of freedom.
+        """The value with its standard error by the jackknife over prompts, and P - 1 degrees of freedom.
 
-        stderr^2 = P/(P-1) sum_p (sum_{i in p} influence_i)^2 / B^2 with P distinct prompts. Completions of one prompt
-        may depend on one another, but prompts must be independent. stderr^2 has a relative bias O(1/P); nan for P < 2.
+        stderr^2 = (P-1)/P sum_p (v_-p - mean)^2, v_-p the value without prompt p. Completions of one prompt may depend
+        on one another, but prompts must be independent. It is not too small where a few long prompts determine a
+        ratio, as that of the influences is. nan for P < 2, and where nothing is left without some prompt.
         """
-        sums = cluster_sums(self.influence, prompt_index)
-        num_prompts, num_completions = len(sums), len(self.influence)
+        values = self.without_each(prompt_index)
+        num_prompts, num_completions = len(values), len(self.influence)
         if num_prompts < 2:
             return Estimate(float(self.value), math.nan, float(num_prompts - 1), num_completions)
-        variance = num_prompts / (num_prompts - 1) * sums.square().sum() / num_completions**2
+        variance = (num_prompts - 1) / num_prompts * (values - values.mean()).square().sum()
         return Estimate(float(self.value), math.sqrt(variance), float(num_prompts - 1), num_completions)
 
 
-def cluster_sums(values: Float[Tensor, "B"], cluster_index: Int[Tensor, "B"]) -> Float[Tensor, "P"]:
+def cluster_sums(values: Float[Tensor, "B *K"], cluster_index: Int[Tensor, "B"]) -> Float[Tensor, "P *K"]:
     """The sum of the values over each distinct cluster index, in float64, clusters in increasing order."""
     clusters, position = cluster_index.unique(return_inverse=True)
-    return values.new_zeros(len(clusters), dtype=torch.float64).index_add(0, position, values.double())
+    sums = values.new_zeros(len(clusters), *values.shape[1:], dtype=torch.float64)
+    return sums.index_add(0, position, values.double())
 
 
 def delta_method(
@@ -90,54 +100,10 @@ def delta_method(
         means = statistics.mean(0).requires_grad_()
         value = function(means)
         (gradient,) = torch.autograd.grad(value, means)
-    return Linearization(value.detach(), (statistics - means.detach()) @ gradient)
 
+    def without_each(prompt_index: Int[Tensor, "B"]) -> Float[Tensor, "P"]:
+        sums = cluster_sums(statistics, prompt_index)
+        left = len(statistics) - cluster_sums(torch.ones_like(statistics[:, :1]), prompt_index)
+        return torch.vmap(function)((sums.sum(0) - sums) / left)
 
-@lru_cache
-def student_t_quantile(probability: float, dof: float) -> float:
-    """The t with P(T <= t) = probability for Student's T with `dof` > 0 degrees of freedom, not only whole numbers.
-
-    Newton's method within a bracket on P(|T| > t) = I_x(dof/2, 1/2), x = dof/(dof + t^2); dof = inf is the normal
-    distribution, dof <= 0 or nan has no quantile (nan). Absolute error about 2e-11 (1 + |t|) for dof <= 1e6.
-    """
-    if not dof > 0:
-        return math.nan
-    if math.isinf(dof):
-        return NormalDist().inv_cdf(probability)
-    tail, a = 2 * min(probability, 1 - probability), dof / 2
-    log_beta = math.lgamma(a) + math.lgamma(0.5) - math.lgamma(a + 0.5)
-    if tail == 1:
-        return 0.0
-    low, high, x = 0.0, 1.0, 0.5
-    while low < x < high:
-        excess = _regularized_incomplete_beta(a, 0.5, x) - tail
-        low, high = (x, high) if excess < 0 else (low, x)
-        slope = math.exp((a - 1) * math.log(x) - 0.5 * math.log1p(-x) - log_beta)
-        step = excess / slope if slope else math.inf
-        if x - step == x:
-            break
-        x = x - step if low < x - step < high else (low + high) / 2
-    return math.copysign(math.sqrt(dof * (1 - x) / x), probability - 0.5)
-
-
-def _regularized_incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b) by its continued fraction on the side where that converges fast (DLMF 8.17.22 and 8.17.4)."""
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - _regularized_incomplete_beta(b, a, 1.0 - x)
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    front = math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / a
-    return front * _beta_continued_fraction(a, b, x)
-
-
-def _beta_continued_fraction(a: float, b: float, x: float) -> float:
-    """1/(1 + d_1/(1 + d_2/(1 + ...))), evaluated backward from a depth at which the tail no longer counts."""
-    depth = 60 + int(8 * math.sqrt(max(a, b)))
-    fraction = 1.0
-    for n in range(depth, 0, -1):
-        m = n // 2
-        if n % 2:
-            coefficient = -(a + m) * (a + b + m) / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            coefficient = m * (b - m) / ((a + 2 * m - 1) * (a + 2 * m))
-        fraction = 1.0 + coefficient * x / fraction
-    return 1.0 / fraction
+    return Linearization(value.detach(), (statistics - means.detach()) @ gradient, without_each)

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.statistics.estimate import Estimate, student_t_quantile
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 
 class StepParts(NamedTuple):
@@ -29,41 +30,70 @@ class PooledParts:
     """Sums over steps of K quantities, of the covariance of their errors, and of counts; two such sums can be added.
 
     They estimate the sum (or mean) over exactly these steps, each at its own parameters; the error is over fresh
-    prompts and completions. `dof` = sum over steps of P - 1. A step with a nan makes everything nan, so leave it out.
+    prompts and completions. A step with a nan makes everything nan, so leave it out.
+
+    Attributes:
+        values, covariance: the sums over steps.
+        squares: sum over steps of vec(C) vec(C)' / dof, C the step's covariance: what `dof` needs.
+        num_steps, num_samples: counts of steps, and of prompts.
+        smallest_dof, total_dof: the smallest of the steps' degrees of freedom, and their sum.
     """
 
     values: Float[Tensor, "K"]
     covariance: Float[Tensor, "K K"]
+    squares: Float[Tensor, "K*K K*K"]
     num_steps: int
     num_samples: int
-    dof: float
+    smallest_dof: float
+    total_dof: float
 
     @classmethod
     def empty(cls, num_parts: int) -> "PooledParts":
         """The sums over no steps."""
-        zeros = torch.zeros(num_parts, num_parts, dtype=torch.float64)
-        return cls(zeros.sum(0), zeros, 0, 0, 0.0)
+        zeros = torch.zeros(num_parts**2, num_parts**2, dtype=torch.float64)
+        return cls(zeros[0, :num_parts], zeros[:num_parts, :num_parts], zeros, 0, 0, math.inf, 0.0)
+
+    @classmethod
+    def of_step(cls, step: StepParts, dof: float | None = None) -> "PooledParts":
+        """The sums over one step, whose covariance has `dof` degrees of freedom, P - 1 if not given."""
+        dof = float(step.num_prompts - 1) if dof is None else dof
+        values, covariance = step.values.double().cpu(), step.covariance.double().cpu()
+        entries = covariance.flatten()
+        squares = entries.outer(entries) / torch.tensor(dof, dtype=torch.float64)
+        return cls(values, covariance, squares, 1, step.num_prompts, dof, dof)
 
     def update(self, step: StepParts) -> "PooledParts":
         """The sums with one step added; all steps have the same weight, and `num_samples` counts prompts."""
-        values, covariance = step.values.double().cpu(), step.covariance.double().cpu()
-        return self.merge(PooledParts(values, covariance, 1, step.num_prompts, float(step.num_prompts - 1)))
+        return self.merge(PooledParts.of_step(step))
 
     def merge(self, other: "PooledParts") -> "PooledParts":
         """The sums over both sets of steps."""
         return PooledParts(
             self.values + other.values,
             self.covariance + other.covariance,
+            self.squares + other.squares,
             self.num_steps + other.num_steps,
             self.num_samples + other.num_samples,
-            self.dof + other.dof,
+            min(self.smallest_dof, other.smallest_dof),
+            self.total_dof + other.total_dof,
         )
+
+    def dof(self, weights: Float[Tensor, "K"]) -> float:
+        """The degrees of freedom of the error of a linear combination: (sum_s v_s)^2 / sum_s (v_s^2 / dof_s).
+
+        v_s = w' C_s w is the variance that step s adds. If a few steps add most of the variance, only theirs count.
+        The result lies between the smallest and the sum of the steps' degrees of freedom, and is the sum where nothing
+        varies. Source: F. E. Satterthwaite, Biometrics Bulletin 2 (1946) 110; B. L. Welch, Biometrika 34 (1947) 28.
+        """
+        products = weights.outer(weights).flatten()
+        variance, squares = weights @ self.covariance @ weights, products @ self.squares @ products
+        found = float(variance.square() / squares)
+        return self.total_dof if math.isnan(found) else min(max(found, self.smallest_dof), self.total_dof)
 
     def mean(self, weights: Float[Tensor, "K"]) -> Estimate:
         """The mean over steps of a linear combination of the parts; as unbiased as they are. No steps: nan (0/0)."""
         count = torch.tensor(self.num_steps, dtype=torch.float64)
-        variance = weights @ self.covariance @ weights
-        return self._estimate(weights @ self.values / count, variance / count.square())
+        return self._estimate(weights @ self.values / count, weights / count)
 
     def ratio(self, numerator: Float[Tensor, "K"], denominator: Float[Tensor, "K"]) -> Estimate:
         """The ratio of two linear combinations, stderr by the delta method; bias O(1/(steps P)), 0/0: nan.
@@ -72,7 +102,7 @@ class PooledParts:
         """
         top, bottom = numerator @ self.values, denominator @ self.values
         weights = (numerator - top / bottom * denominator) / bottom
-        return self._estimate(top / bottom, weights @ self.covariance @ weights)
+        return self._estimate(top / bottom, weights)
 
     def ratio_interval(
         self, numerator: Float[Tensor, "K"], denominator: Float[Tensor, "K"], confidence: float = 0.95
@@ -80,11 +110,12 @@ class PooledParts:
         """Fieller's confidence interval of the ratio: all rho with |numerator - rho denominator| <= t stderr.
 
         It keeps its coverage however small the denominator is. Where the denominator is consistent with 0 no bounded
-        interval can do so, and it is (-inf, inf). Without errors: nan. Source: E. C. Fieller, J. Roy. Statist. Soc. B
-        16 (1954) 175.
+        interval can do so, and it is (-inf, inf). Without errors: nan. The degrees of freedom are the fewest of those
+        of the numerator, the denominator and the ratio. Source: E. C. Fieller, J. Roy. Statist. Soc. B 16 (1954) 175.
         """
         both = torch.stack([numerator, denominator])
-        quantile = student_t_quantile(0.5 + confidence / 2, self.dof)
+        dof = min(self.dof(numerator), self.dof(denominator), self.ratio(numerator, denominator).dof)
+        quantile = student_t_quantile(0.5 + confidence / 2, dof)
         top, bottom = (both @ self.values).tolist()
         (top_var, cross), (_, bottom_var) = (quantile**2 * (both @ self.covariance @ both.T)).tolist()
         a, b, c = bottom**2 - bottom_var, top * bottom - cross, top**2 - top_var
@@ -96,8 +127,10 @@ class PooledParts:
         half_width = math.sqrt(max(b * b - a * c, 0.0)) / a
         return b / a - half_width, b / a + half_width
 
-    def _estimate(self, value: Float[Tensor, ""], variance: Float[Tensor, ""]) -> Estimate:
-        return Estimate(float(value), float(variance.sqrt()), self.dof, self.num_samples)
+    def _estimate(self, value: Float[Tensor, ""], weights: Float[Tensor, "K"]) -> Estimate:
+        """A value whose error is that of this linear combination of the sums."""
+        variance = weights @ self.covariance @ weights
+        return Estimate(float(value), float(variance.sqrt()), self.dof(weights), self.num_samples)
 
 
 def sum_over_prompts(prompt_values: Float[Tensor, "P K"]) -> StepParts:
@@ -114,6 +147,14 @@ def sum_over_prompts(prompt_values: Float[Tensor, "P K"]) -> StepParts:
 def means_without_one(values: Float[Tensor, "P *K"]) -> Float[Tensor, "P *K"]:
     """For each prompt p, the mean over all other prompts. P = 1: nan (0/0)."""
     return (values.sum(0) - values) / torch.tensor(len(values) - 1, dtype=torch.float64, device=values.device)
+
+
+def jackknife_ratio(prompt_tops: Float[Tensor, "P"], prompt_bottoms: Float[Tensor, "P"]) -> Estimate:
+    """A ratio of sums over the prompts of one step, stderr by the jackknife, P - 1 degrees of freedom; 0/0: nan."""
+    tops, bottoms = prompt_tops.double(), prompt_bottoms.double()
+    left_out = means_without_one(tops) / means_without_one(bottoms)
+    variance = jackknife_covariance(left_out[:, None])
+    return Estimate(float(tops.sum() / bottoms.sum()), float(variance.sqrt()), float(len(tops) - 1), len(tops))
 
 
 def jackknife_covariance(left_out: Float[Tensor, "P K"]) -> Float[Tensor, "K K"]:
