@@ -2,7 +2,8 @@
 Evaluate the checkpoints of a run: `trl-entropy evaluate --run RUN`.
 
 Each checkpoint is evaluated in a process of its own, which gives its memory back when it ends and whose failure does
-not stop the others. A checkpoint that was evaluated before, with the same weights and settings, is skipped.
+not stop the others. A checkpoint that was evaluated before, with the same weights and settings, is skipped; one whose
+evaluation was cut off is gone on with.
 """
 
 from __future__ import annotations
@@ -10,27 +11,41 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import re
+import signal
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
+from trl_entropy.config.settings_file import one_line
 from trl_entropy.evaluation.plan import (
     ALL,
+    BATCH_SIZE,
+    NOT_EVALUATED,
     PROFILES,
     TRANSFORMERS,
     VLLM,
     Job,
     Settings,
     Target,
-    is_done,
+    caveat_of,
+    difference,
     read_config,
+    samplers_used,
     settings_of,
     targets_of,
 )
+from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.process import describe, run_job
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 from trl_entropy.runs.strict_json import Json
+
+_CUT_OFF = "The evaluation is cut off. What it has generated is kept: call again to go on."
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +57,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("num_samples", "batch_size", "timeout"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device is {args.device}; use auto, cpu, cuda, or one GPU such as cuda:1")
+    if args.device.startswith("cuda") and not _has_gpu():
+        parser.error(f"--device is {args.device}, but torch finds no GPU; use auto or cpu")
     if args.sampler == VLLM and not _is_installed(VLLM):
         parser.error("--sampler is vllm, which is not installed: pip install 'trl_entropy[vllm]'")
     return args
@@ -55,16 +74,24 @@ def _parser() -> argparse.ArgumentParser:
     quick, full = PROFILES["quick"], PROFILES["full"]
     profiles = (
         f"quick: {quick.num_samples} samples of {quick.num_problems} held-out problems; full: {full.num_samples} "
-        "samples of all held-out problems; both also draw a greedy completion of each problem (default: quick)"
+        "samples of all held-out problems; both also draw a greedy completion of each problem (default: the run's "
+        "evaluate_profile if it evaluated during training, else quick)"
     )
-    add("--profile", choices=list(PROFILES), default="quick", help=profiles)
+    add("--profile", choices=list(PROFILES), help=profiles)
     add("--subset-frac", type=float, help="fraction of the held-out problems, instead of the profile's number")
     add("--num-samples", type=int, help="samples per problem, instead of the profile's number")
-    add("--batch-size", type=int, default=256, help="completions at a time, halved if memory runs out (default: 256)")
+    batches = (
+        f"completions at a time, halved if memory runs out (default: {BATCH_SIZE}); an evaluation that was cut off "
+        "goes on with batches that are at most as large as before"
+    )
+    add("--batch-size", type=int, default=BATCH_SIZE, help=batches)
     add("--timeout", type=float, help="seconds that a checkpoint may take, instead of the profile's number")
     add("--seed", type=int, help="seed of the choice of problems and of the samples (default: 0)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    samplers = "what generates the completions; auto takes vllm if it is installed and there is a GPU (default: auto)"
+    samplers = (
+        "what generates the completions; auto takes what the run's checkpoints were evaluated with before, else vllm "
+        "if it is installed and there is a GPU (default: auto)"
+    )
     add("--sampler", choices=["auto", TRANSFORMERS, VLLM], default="auto", help=samplers)
     return parser
 
@@ -73,43 +100,84 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def sampler_for(wanted: str, device: str) -> str:
-    """The sampler to use: `wanted`, or for `auto` the fastest one that is available on `device`."""
-    if wanted != "auto":
-        return wanted
-    if device == "cpu" or not _is_installed(VLLM):
-        return TRANSFORMERS
+def _has_gpu() -> bool:
     import torch
 
-    return VLLM if torch.cuda.is_available() else TRANSFORMERS
+    return torch.cuda.is_available()
+
+
+def sampler_for(wanted: str, device: str, used: Sequence[str] = ()) -> str:
+    """
+    The sampler to use: `wanted`, or for `auto` one that can be used on `device`.
+
+    Args:
+        used: those with which other checkpoints of the run were evaluated, the best first; else the fastest is taken.
+    """
+    if wanted != "auto":
+        return wanted
+    has_vllm = device != "cpu" and _is_installed(VLLM) and _has_gpu()
+    usable = [VLLM, TRANSFORMERS] if has_vllm else [TRANSFORMERS]
+    return next((sampler for sampler in used if sampler in usable), usable[0])
 
 
 @ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Evaluate the checkpoints that are not evaluated yet; exit with status 1 if one failed."""
     args = parse(argv)
-    config, settings, targets = _plan(args)
-    todo = [target for target in targets if not is_done(args.run, target, settings)]
-    check_writable(args.run)
-    _say_plan(args.run, settings, targets, todo)
-    progress = Progress(len(todo))
-    failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, _device(args, config))]
-    print(f"numbers {args.run / 'evaluation' / 'checkpoints.csv'}")
+    previous = signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        _evaluate_all(args)
+    except ValueError as error:
+        sys.exit(f"Error: {one_line(error)}.")
+    except KeyboardInterrupt:
+        print(_CUT_OFF, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave through all `finally` clauses, so that the process that evaluates is ended; a second signal is ignored."""
+    signal.signal(number, signal.SIG_IGN)
+    print(_CUT_OFF, file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _evaluate_all(args: argparse.Namespace) -> None:
+    config = read_config(args.run)
+    args.profile = args.profile or _profile_of(config)
+    settings, targets = _settings(args, config), targets_of(args.run, config, args.checkpoints)
+    folder = args.run / "evaluation"
+    check_writable(folder)
+    held_out_problems(settings, None)  # a fault in the data is found before anything is generated
+    todo = {target: why for target in targets if (why := _why(args, target, settings))}
+    _say_plan(args, settings, targets, todo)
+    if caveat := caveat_of(config):
+        print(f"Warning: {caveat}.", flush=True)
+    progress, device = Progress(len(todo)), _device(args, config)
+    failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, device)]
+    print(f"numbers {folder / 'checkpoints.csv'}")
     if failed:
         steps = ", ".join(map(str, failed))
         sys.exit(f"{len(failed)} of {len(todo)} failed (steps {steps}); call again to retry them")
 
 
-def _plan(args: argparse.Namespace) -> tuple[Json, Settings, list[Target]]:
-    """The run's config, the settings of the evaluation, and the checkpoints; exits with a message if that fails."""
+def _profile_of(config: Json) -> str:
+    """That of the evaluations during training, if there were any, so that they are not done again."""
+    profile = config.get("evaluate_profile") if config.get("evaluate_checkpoints", "none") != "none" else None
+    return profile if profile in PROFILES else "quick"
+
+
+def _settings(args: argparse.Namespace, config: Json) -> Settings:
     chosen = {name: getattr(args, name) for name in ("subset_frac", "num_samples", "seed")}
-    try:
-        config = read_config(args.run)
-        chosen["sampler"] = sampler_for(args.sampler, _device(args, config))
-        settings = settings_of(config, PROFILES[args.profile], **chosen)
-        return config, settings, targets_of(args.run, config, args.checkpoints)
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+    settings = settings_of(config, PROFILES[args.profile], **chosen)
+    sampler = sampler_for(args.sampler, _device(args, config), samplers_used(args.run, settings))
+    return replace(settings, sampler=sampler)
+
+
+def _why(args: argparse.Namespace, target: Target, settings: Settings) -> str | None:
+    """Why a checkpoint is to be evaluated; None if it has been."""
+    return difference(args.run, target, settings, any_sampler=args.sampler == "auto")
 
 
 def _device(args: argparse.Namespace, config: Json) -> str:
@@ -166,15 +234,20 @@ class Progress:
             print("\r\x1b[K", end="")
 
 
-def _say_plan(run: Path, settings: Settings, targets: list[Target], todo: list[Target]) -> None:
+def _say_plan(args: argparse.Namespace, settings: Settings, targets: list[Target], todo: dict[Target, str]) -> None:
     num = "all" if settings.num_problems is None else settings.num_problems
     problems = num if settings.subset_frac is None else f"{settings.subset_frac:.3g} of the"
     done = f", {len(targets) - len(todo)} already done" if len(todo) < len(targets) else ""
     print(
-        f"{run}: {len(todo)} checkpoints to evaluate{done}; {problems} held-out problems, with {settings.num_samples} "
-        "samples and one greedy completion of each; 95 % intervals over problems",
+        f"{args.run}: {len(todo)} checkpoints to evaluate{done}; {problems} held-out problems, with "
+        f"{settings.num_samples} samples and one greedy completion of each, by {settings.sampler}; 95 % intervals "
+        "over problems",
         flush=True,
     )
+    for why in dict.fromkeys(todo.values()):
+        steps = ", ".join(str(target.step) for target in todo if todo[target] == why)
+        if why != NOT_EVALUATED:
+            print(f"done again, and the former results replaced: step {steps} ({why})", flush=True)
 
 
 if __name__ == "__main__":

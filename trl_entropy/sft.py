@@ -48,7 +48,7 @@ def fine_tune(task: DemonstrationArguments, args: SFTConfig, model: ModelConfig)
     """Load demonstrations and model, train, and save."""
     from trl import get_peft_config, get_quantization_config
 
-    tokenizer = load_tokenizer(model.model_name_or_path)
+    tokenizer = load_tokenizer(model.model_name_or_path, revision=model.model_revision)
     demonstrations = load_demonstrations(task, tokenizer, args.seed)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}
     if (quantization := get_quantization_config(model)) is not None:

@@ -7,12 +7,19 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trl_entropy.config.command_line import parse
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.config.settings_file import one_line
-from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, load_tokenizer, model_init_kwargs
+from trl_entropy.models.loading import (
+    EMBEDDED_MODEL,
+    is_adapter,
+    load_adapter,
+    load_tokenizer,
+    model_init_kwargs,
+    model_settings,
+)
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
@@ -35,7 +42,7 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     from trl_entropy.trainer.dataset_checks import check_datasets
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
-    train_dataset, eval_dataset = load_task(task, tokenizer_of(model), args.seed)
+    train_dataset, eval_dataset = load_task(task, tokenizer_of(args, model), args.seed)
     check_datasets(args, train_dataset, eval_dataset)
     policy, tokenizer = load_policy(args, model)
     trainer = DrGRPOTrainer(
@@ -48,16 +55,23 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model) if isinstance(policy, str) else None,
     )
-    trainer.run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
+    trainer.run_log.settings = {**dataclasses.asdict(task), **model_settings(model)}
     return trainer
 
 
-def tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
+def tokenizer_of(args: DrGRPOConfig, model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, before the model is loaded (or made, as the embedded one)."""
     from trl_entropy.models.embedded import build_tokenizer
 
     name = str(model.model_name_or_path)
-    return build_tokenizer() if name == EMBEDDED_MODEL else load_tokenizer(name)
+    return build_tokenizer() if name == EMBEDDED_MODEL else load_tokenizer(name, **tokenizer_kwargs(args, model))
+
+
+def tokenizer_kwargs(args: DrGRPOConfig, model: ModelConfig) -> dict[str, Any]:
+    """Which of the model's tokenizers is loaded: of the same revision, folder and code as the model."""
+    given = args.model_init_kwargs or {}
+    same = {name: given[name] for name in ("subfolder", "trust_remote_code", "code_revision") if name in given}
+    return {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code, **same}
 
 
 def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel | str, PreTrainedTokenizerBase]:
@@ -70,7 +84,8 @@ def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel
         from trl_entropy.models.warm_start import warm_start
 
         name = str(warm_start(seed=args.seed))
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+    kwargs = tokenizer_kwargs(args, model)
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left", **kwargs)
     init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}
     if is_adapter(name):
         zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3

@@ -16,9 +16,11 @@ import yaml
 
 from trl_entropy.config.command_line import parse, parse_sft
 from trl_entropy.config.resume_contract import contract_settings
+from trl_entropy.evaluation.plan import PROFILES, settings_of
+from trl_entropy.models.loading import model_settings
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.train import _say_end, _say_start, main
+from trl_entropy.train import _say_end, _say_start, load_policy, main, tokenizer_of
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -212,7 +214,24 @@ def test_ten_steps_of_the_quickstart(tmp_path, warm_start_dir):
     assert json.loads((tmp_path / "environment.json").read_text())["num_processes"] == 1
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["num_prompts_per_step"] == 2
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["task"] == "word_problems"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model_revision"] == "main"  # for the evaluation
     assert "'loss'" not in output and "held out" in output  # a line a person can follow, no dictionary a step
+
+
+def test_the_tokenizer_is_of_the_models_revision_and_evaluation_reads_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, **how: asked.append((name, how)))
+    more = ["--model_name_or_path", "some/model", "--model_revision", "v2", "--dtype", "bfloat16"]
+    config = REPOSITORY / "configs" / "quickstart.yaml"
+    task, args, model = parse(settings(config, tmp_path, *more, "--model_init_kwargs", '{"subfolder": "a"}'))
+    tokenizer_of(args, model)
+    load_policy(args, model)
+    assert [name for name, _ in asked] == ["some/model", "some/model"]
+    assert all((how["revision"], how["subfolder"]) == ("v2", "a") for _, how in asked)
+    written = yaml.safe_load(yaml.safe_dump({"task": task.task, **model_settings(model), **args.to_dict()}))
+    read = settings_of(written, PROFILES["quick"])
+    assert read.model == {"revision": "v2", "subfolder": "a"} and read.dtype == "bfloat16"
+    assert settings_of(written | {"model_init_kwargs": None}, PROFILES["quick"]).model == {"revision": "v2"}
 
 
 def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):

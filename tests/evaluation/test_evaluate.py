@@ -2,6 +2,13 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,11 +16,16 @@ import yaml
 from small_evaluation import CONFIG
 
 from trl_entropy.evaluate import main
+from trl_entropy.evaluation import process
+from trl_entropy.evaluation.kept import folder_of
+from trl_entropy.evaluation.plan import PROFILES, Job, read_config, settings_of, targets_of
+from trl_entropy.evaluation.process import CANCELLED, run_job
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.tasks import rewards
 
-SMALL = ["--subset-frac", "0.004", "--num-samples", "4"]  # 6 problems
+# 6 problems, and batches so small that an evaluation can be cut off between them
+SMALL = ["--subset-frac", "0.004", "--num-samples", "4", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +49,34 @@ def run(tmp_path_factory, tokenizer, warm_start_dir):
     return path
 
 
+def cut_off(run, step):
+    """An evaluation as `main` starts it, cancelled as soon as the first batch is done."""
+    config, cancel = read_config(run), threading.Event()
+    settings = settings_of(config, PROFILES["quick"], subset_frac=0.004, num_samples=4)
+    output = RunDirectory(run).checkpoint_folder(step)
+    job = Job(targets_of(run, config, str(step))[0], settings, str(output), 2, "cpu")
+    assert run_job(job, 300.0, lambda done, total: cancel.set(), cancel) == CANCELLED
+    return list(folder_of(output).glob("*.parquet"))
+
+
 @pytest.mark.slow
 def test_evaluate_again_and_after_a_failure(run, capsys):
+    kept = cut_off(run, 2)
+    written = [path.stat().st_mtime_ns for path in kept]
+    assert 1 <= len(kept) < 15 and not RunDirectory(run).checkpoint_folder(2).exists()
+    begun = time.time_ns()
     with pytest.raises(SystemExit, match=r"1 of 4 failed \(steps 6\); call again"):
         main(["--run", str(run), *SMALL])
     said = capsys.readouterr().out
-    assert "step     6  failed: exit status 1" in said and "step     2  pass@1" in said
+    assert "step     6  failed: " in said and "checkpoint-6 holds no weights" in said and "step     2  pass@1" in said
+    assert max(written) < begun and not list((run / "evaluation").glob(".*"))
     folders = [RunDirectory(run).checkpoint_folder(step) for step in (0, 2, 4)]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     # the start policy, its copy and an adapter that changes nothing are one policy, and draw the same
+    # and that of step 2 was cut off and has gone on
     assert summaries[0]["metrics"] == summaries[1]["metrics"] == summaries[2]["metrics"]
+    whole, resumed = (pd.read_parquet(folder / "records.parquet") for folder in folders[:2])
+    assert to_lists(whole) == to_lists(resumed)
     assert 0.1 < summaries[0]["metrics"]["pass@1"]["value"] < 0.8
     check_records(pd.read_parquet(folders[1] / "records.parquet"))
     check_tables(run, summaries)
@@ -75,11 +105,33 @@ def check_tables(run, summaries):
     assert set(consolidated["unit"].dropna()) == {"1", "tokens", "nats/token", "answers"}
 
 
-def test_a_timeout_is_said_and_leaves_nothing_half(run, capsys):
+def to_lists(records):
+    """Every value of the table, those of arrays bit for bit."""
+    return [[list(value) if hasattr(value, "__len__") else value for value in row] for row in records.values.tolist()]
+
+
+def test_a_timeout_is_said_and_leaves_the_former_results(run, capsys, monkeypatch):
+    """A worker that has begun to write its results when its time is over."""
+    code = (
+        "import json, pathlib, sys, time; from trl_entropy.runs.durable import replacing\n"
+        "with replacing(pathlib.Path(json.loads(sys.argv[1])['output'])) as new:\n"
+        "    new.mkdir(); print('progress', 1, 2, flush=True); time.sleep(300)"
+    )
+
+    def start(command, **how):
+        return subprocess.Popen([sys.executable, "-c", code, *command[3:]], **how)
+
+    its_own = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(process, "subprocess", its_own)
+    shown, former = [], RunDirectory(run).checkpoint_folder(2)
+    monkeypatch.setattr("trl_entropy.evaluate.Progress.show", lambda *given: shown.append(given))
+    former.mkdir(parents=True, exist_ok=True)
+    (former / "former").write_text("results")
     with pytest.raises(SystemExit, match="1 of 1 failed"):
-        main(["--run", str(run), "--checkpoints", "2", "--timeout", "0.2", "--seed", "7"])
-    assert "failed: not finished after 0 s; raise --timeout" in capsys.readouterr().out
-    assert not list((run / "evaluation").glob(".step*"))
+        main(["--run", str(run), "--checkpoints", "2", "--timeout", "4", "--seed", "7"])
+    said = capsys.readouterr().out
+    assert shown and "failed: not finished after 4 s; what is generated is kept, call again to go on" in said
+    assert not list((run / "evaluation").glob(".step*")) and (former / "former").read_text() == "results"
 
 
 def test_a_wrong_step_is_refused_before_anything_starts(run):
@@ -95,5 +147,29 @@ def test_resuming_a_run_drops_evaluations_of_later_steps(tmp_path):
         summary |= {"num_prompts": 1, "settings": {"num_samples": 1}}
         (directory.checkpoint_folder(step) / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "evaluation" / "step_000020.log").write_text("cancelled")
-    assert set_aside_after(directory, 15) is not None
+    aside = set_aside_after(directory, 15)
+    assert aside is not None and (aside / "evaluation" / "step_000020" / "summary.json").exists()
     assert [summary["step"] for summary in directory.checkpoint_summaries()] == [10]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_in_one_line(run, capsys, monkeypatch, ending):
+    """It leaves through `run_job`, which ends the worker; the signal goes back to whoever had it."""
+    left = []
+
+    def run_job(job, *more):
+        try:
+            os.kill(os.getpid(), ending)
+            time.sleep(30)
+        finally:
+            left.append(job.target.step)
+
+    monkeypatch.setattr("trl_entropy.evaluate.run_job", run_job)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["--run", str(run), "--checkpoints", "2", "--seed", "9"])
+    assert ended.value.code == 128 + ending and left == [2]
+    assert (
+        capsys.readouterr().err == "The evaluation is cut off. What it has generated is kept: call again to go on.\n"
+    )
+    assert signal.getsignal(signal.SIGTERM) == before

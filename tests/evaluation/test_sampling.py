@@ -117,3 +117,45 @@ def test_the_head_of_a_loaded_policy_gets_its_input_in_one_piece(policy, tokeniz
     logits = loaded(ids, logits_to_keep=2).logits
     torch.testing.assert_close(logits, policy(ids, logits_to_keep=2).logits)
     assert inputs[0].shape[1] == 2 and inputs[0].is_contiguous()
+
+
+@pytest.fixture
+def asked(monkeypatch, policy, tokenizer):
+    """What `from_pretrained` of model and tokenizer are asked for: (which, name, arguments)."""
+    import transformers
+
+    calls = []
+
+    def answering(which, loaded):
+        return lambda name, **how: calls.append((which, name, how)) or loaded
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", answering("model", policy))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", answering("tokenizer", tokenizer))
+    return calls
+
+
+def which_model(how):
+    return {name: value for name, value in how.items() if name in ("revision", "subfolder", "trust_remote_code")}
+
+
+def test_the_start_policy_is_of_the_runs_revision(asked, settings):
+    its_own = {"revision": "v2", "subfolder": "a", "trust_remote_code": True}
+    load_policy("some/model", replace(settings, model=its_own, dtype="bfloat16"), "cpu")
+    assert [(which, name, which_model(how)) for which, name, how in asked] == [
+        ("tokenizer", "some/model", its_own), ("model", "some/model", its_own),
+    ]  # fmt: skip
+    assert asked[1][2]["dtype"] == torch.bfloat16
+
+
+def test_so_is_the_base_of_an_adapter_but_a_checkpoint_has_no_revision(asked, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda policy, name: policy)
+    its_own = {"revision": "v2", "subfolder": "a", "trust_remote_code": True}
+    settings = replace(settings, model=its_own)
+    code = {"trust_remote_code": True}
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    load_policy(str(folder), settings, "cpu")
+    assert [which_model(how) for _, _, how in asked] == [code, code]
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    load_policy(str(folder), settings, "cpu")
+    assert [(name, which_model(how)) for _, name, how in asked[2:]] == [(str(folder), code), ("some/model", its_own)]

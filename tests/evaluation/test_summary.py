@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from trl_entropy.estimators.statistics.over_prompts import ratio_intervals, share_intervals
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
 from trl_entropy.runs.metrics import EVALUATION
 
@@ -59,6 +61,24 @@ def test_numbers_against_loops(records):
     }  # fmt: skip
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value), name
+
+
+def test_each_interval_is_that_of_its_own_sums_over_prompts(records):
+    table = prompt_table(records)
+    metrics, one = metrics_of(records, table), np.ones(3)
+    per_token = {"entropy_mean": "entropy_sum", "surprisal_mean": "surprisal_sum"}
+    columns = {name: (table[sums], table["num_tokens"], ratio_intervals) for name, sums in per_token.items()}
+    columns["length_mean"] = (table["num_tokens"], table["num_samples"], ratio_intervals)
+    columns["pass@1"] = (table["pass@1"], one, share_intervals)
+    columns["answer_tags"] = (table["num_answer_tags"], table["num_samples"], share_intervals)
+    found = []
+    for name, (sums, counts, intervals) in columns.items():
+        tensors = (torch.tensor(np.asarray(column, dtype=float))[:, None] for column in (sums, counts))
+        (low, high), entry = intervals(*tensors)[0].tolist(), metrics[name]
+        assert (entry["low"], entry["high"]) == pytest.approx((low, high)), name
+        assert low < entry["value"] < high, name
+        found.append((low, high))
+    assert len(set(found)) == len(found)  # or the columns might be exchanged
 
 
 def test_intervals_hold_their_number_and_spreads_have_none(records):

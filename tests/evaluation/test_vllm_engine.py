@@ -1,5 +1,6 @@
 """vLLM's part with a stand-in: what it is told to load and to draw, and that the model scores what it drew."""
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from small_evaluation import PROMPTS
 from transformers import AutoModelForCausalLM
 
 from trl_entropy import evaluate
+from trl_entropy.evaluation import sampling
+from trl_entropy.evaluation.kept import KeptBatches
 from trl_entropy.evaluation.plan import VLLM
 from trl_entropy.evaluation.sampling import Sampler, load_policy
 from trl_entropy.evaluation.vllm_engine import VllmEngine
@@ -76,6 +79,26 @@ def test_it_samples_as_the_run_did_each_prompt_with_its_seed(vllm, policy, token
     assert len({how.seed for how in llm.asked}) == 4
 
 
+def test_what_was_drawn_before_it_was_cut_off_is_not_drawn_again(
+    vllm, policy, tokenizer, settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sampling, "_DRAWN_AHEAD", 4)
+    settings = replace(settings, sampler=VLLM)
+    key = {"settings": 1}
+
+    def rows(kept, take=None):
+        engine = VllmEngine(policy, tokenizer, settings)
+        drawn = Sampler(policy, tokenizer, settings, 2, engine, kept).draw(PROMPTS * 2, greedy=True)
+        return list(itertools.islice(drawn, take)), len(engine._llm.asked)
+
+    whole, asked = rows(None)
+    assert asked == 8
+    _, asked = rows(KeptBatches(tmp_path / "step_000001", key), 5)  # and the sixth is kept
+    assert asked == 8
+    rest, asked = rows(KeptBatches(tmp_path / "step_000001", key))
+    assert rest == whole and asked == 2
+
+
 def test_an_adapter_is_merged_before_vllm_loads_it(vllm, policy, tokenizer, settings, tmp_path):
     policy.save_pretrained(tmp_path / "base")
     torch.manual_seed(0)
@@ -99,6 +122,8 @@ def test_which_sampler_auto_is(monkeypatch, device, installed, gpu, expected):
     monkeypatch.setattr(evaluate, "_is_installed", lambda package: installed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert evaluate.sampler_for("auto", device) == expected
+    assert evaluate.sampler_for("auto", device, ["transformers", "vllm"]) == "transformers"
+    assert evaluate.sampler_for("auto", device, ["vllm"]) == expected
     assert evaluate.sampler_for("transformers", device) == "transformers"
 
 

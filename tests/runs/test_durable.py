@@ -5,7 +5,7 @@ import os
 import pytest
 
 from trl_entropy.runs import durable
-from trl_entropy.runs.durable import replace_text, replacing
+from trl_entropy.runs.durable import discard_unfinished, replace_text, replacing
 
 
 def names(folder):
@@ -43,3 +43,40 @@ def test_what_a_killed_writer_left_does_not_hinder_the_next(tmp_path):
     (tmp_path / ".file.tmp" / "inside").write_text("half")
     replace_text(tmp_path / "file", "text")
     assert names(tmp_path) == ["file"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that would clean up is called."""
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_what_a_process_leaves_that_is_killed_meanwhile_is_removed(tmp_path, monkeypatch, renames):
+    """Killed before the first rename, between the two, and after both: one whole folder is left."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    replace, done = os.replace, []
+
+    def rename(old, new):
+        if len(done) == renames:
+            raise Killed
+        done.append(new)
+        replace(old, new)
+
+    remove = durable._remove
+
+    def remove_before(path):
+        if done or (renames == 0 and any(tmp_path.glob(".folder.tmp"))):
+            raise Killed
+        remove(path)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", rename)
+        killed.setattr(durable, "_remove", remove_before)
+        with pytest.raises(Killed), replacing(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / "new").write_text("new")
+    assert len(done) == renames and len(names(tmp_path)) > 2
+    discard_unfinished(tmp_path / "folder")
+    assert names(tmp_path) == ["folder", "folder/new" if renames == 2 else "folder/old"]
+    discard_unfinished(tmp_path / "folder")
+    assert names(tmp_path) == ["folder", "folder/new" if renames == 2 else "folder/old"]

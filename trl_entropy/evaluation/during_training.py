@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import logging
 import queue
+import shlex
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_entropy.engine.ranks import any_rank
-from trl_entropy.evaluation.plan import ALL, PROFILES, Job, Target, is_done, read_config, settings_of, targets_of
+from trl_entropy.evaluation.plan import (
+    ALL,
+    BATCH_SIZE,
+    PROFILES,
+    Job,
+    Target,
+    caveat_of,
+    is_done,
+    read_config,
+    settings_of,
+    targets_of,
+)
+from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.process import describe, run_job
 from trl_entropy.runs.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
 WAIT = "wait"
-_BATCH_SIZE = 256  # completions; halved on out-of-memory
 _LOOK_EVERY = 0.1  # seconds
 
 
@@ -33,15 +46,22 @@ class EvaluateCheckpoints(TrainerCallback):
 
     Args:
         when: `"background"`: training goes on meanwhile, and exits only after the last evaluation has finished;
-            `"wait"`: all processes wait for each evaluation.
+            `"wait"`: all processes wait for each evaluation. SIGTERM ends the wait and the evaluation.
         profile: `"quick"` or `"full"`, as in `trl-entropy evaluate`.
+        is_told_to_end: whether this process has got SIGTERM.
     """
 
-    def __init__(self, when: str, profile: str) -> None:
+    def __init__(self, when: str, profile: str, is_told_to_end: Callable[[], bool] = lambda: False) -> None:
         self.when, self.profile = when, PROFILES[profile]
+        self._is_told_to_end = is_told_to_end
         self._targets: queue.Queue[Target] = queue.Queue()
+        self._left: dict[int, Target] = {}  # queued or being evaluated, by step
         self._cancel = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def steps_left(self) -> set[int]:
+        """The steps whose checkpoints are queued or being evaluated, and must not be deleted."""
+        return set(self._left)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -50,48 +70,71 @@ class EvaluateCheckpoints(TrainerCallback):
         self._run = Path(args.output_dir)
         if state.is_world_process_zero:
             self._config = read_config(self._run)
+            self._settings = settings_of(self._config, self.profile)
+            held_out_problems(self._settings, None)  # a fault in the data ends the run here, not each evaluation
+            if caveat := caveat_of(self._config):
+                logger.warning("evaluate_checkpoints: %s", caveat)
             self._start()
             for target in targets_of(self._run, self._config, ALL):
                 if target.step <= state.global_step:
-                    self._targets.put(target)
+                    self._queue(target)
         self._wait_if_asked(args)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.is_world_process_zero:
             step = state.global_step
-            self._targets.put(Target(step, str(self._run / f"checkpoint-{step}")))
+            self._queue(Target(step, str(self._run / f"checkpoint-{step}")))
         self._wait_if_asked(args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Wait for the evaluations that are left; a run that was stopped early does not wait."""
-        left = self._targets.unfinished_tasks
-        if state.global_step < state.max_steps:
-            self._cancel.set()
-            if left:
-                logger.warning("%d evaluations are left; to do them: trl-entropy evaluate --run %s", left, self._run)
-        elif left:
-            logger.info("training is done; waiting for %d evaluations of its checkpoints", left)
+        """Wait for the evaluations that are left; a run that is told to end names them instead."""
+        if self._left and not self._is_told_to_end():
+            logger.info("training is done; waiting for %d evaluations of its checkpoints", len(self._left))
         self._wait(args)
+        self.end()
+
+    def end(self) -> None:
+        """End the evaluation that is being made, and name those that are left; what it has generated is kept."""
+        if self._thread is None:
+            return
+        self._stop()
+        self._thread = None
+        if self._left:
+            steps = ",".join(map(str, sorted(self._left)))
+            command = f"trl-entropy evaluate --run {shlex.quote(str(self._run))} --checkpoints {steps}"
+            logger.warning("%d evaluations are left; to do them: %s", len(self._left), command)
+
+    def _stop(self) -> None:
         self._cancel.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _queue(self, target: Target) -> None:
+        self._left[target.step] = target
+        self._targets.put(target)
 
     def _start(self) -> None:
-        """Start the thread that evaluates, unless that of an earlier `train()` which failed still runs."""
-        if self._thread is not None and self._cancel.is_set():
-            self._thread.join()
-        if self._thread is None or not self._thread.is_alive():
-            self._cancel.clear()
-            self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
+        """Start the thread that evaluates; that of an earlier `train()` has ended."""
+        self.end()
+        self._cancel, self._targets, self._left = threading.Event(), queue.Queue(), {}
+        self._thread = threading.Thread(target=self._work, name="evaluation", daemon=True)
+        self._thread.start()
 
     def _wait_if_asked(self, args: TrainingArguments) -> None:
         if self.when == WAIT:
             self._wait(args)
 
     def _wait(self, args: TrainingArguments) -> None:
-        """Wait on all ranks until the main one has no evaluation left; polling, so that no collective times out."""
-        while any_rank(self._targets.unfinished_tasks > 0, args):
+        """
+        Wait on all ranks until the main one has no evaluation left, or one is told to end.
+
+        Polling, so that no collective times out.
+        """
+        while any_rank(bool(self._left) and not self._cancel.is_set(), args):
+            if any_rank(self._is_told_to_end(), args):
+                self._stop()
             time.sleep(_LOOK_EVERY)
 
     def _work(self) -> None:
@@ -105,21 +148,17 @@ class EvaluateCheckpoints(TrainerCallback):
                 self._evaluate(target)
             except Exception:
                 logger.exception("evaluation of step %d failed", target.step)
-            finally:
-                self._targets.task_done()
-        while not self._targets.empty():
-            self._targets.get()
-            self._targets.task_done()
+            if not self._cancel.is_set():
+                self._left.pop(target.step, None)
 
     def _evaluate(self, target: Target) -> None:
-        directory, settings = RunDirectory(self._run), settings_of(self._config, self.profile)
-        if is_done(self._run, target, settings):
+        directory = RunDirectory(self._run)
+        if is_done(self._run, target, self._settings, any_sampler=True):
             return
         output = str(directory.checkpoint_folder(target.step))
         device = "cpu" if self._config.get("use_cpu") else "auto"
-        problem = run_job(
-            Job(target, settings, output, _BATCH_SIZE, device), self.profile.timeout, cancel=self._cancel
-        )
+        job = Job(target, self._settings, output, BATCH_SIZE, device)
+        problem = run_job(job, self.profile.timeout, cancel=self._cancel)
         directory.write_checkpoint_tables()
         if problem is None:
             logger.info("evaluated step %d: %s", target.step, describe(directory.checkpoint_summary(target.step)))

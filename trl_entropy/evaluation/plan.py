@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.runs.checkpoints import checkpoints_of
-from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.strict_json import Json
+from trl_entropy.tasks.arguments import REWARDS, TASKS
 
 ALL, LATEST = "all", "latest"
+NOT_EVALUATED = "not evaluated yet"
 TRANSFORMERS, VLLM = "transformers", "vllm"
+BATCH_SIZE = 256  # completions; halved on out-of-memory
 _TASK_FIELDS = ("task", "dataset_path", "num_train_problems", "num_eval_problems", "max_prompt_length", "reward_funcs")
 _WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json")
+_LOADED = ("*model*.safetensors", "*model*.bin")
+# Arguments of `from_pretrained` that say which model it is; the names of `model_init_kwargs`.
+_MODEL_SETTINGS = ("revision", "subfolder", "variant", "trust_remote_code", "code_revision")
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Settings:
         model_seed: seed of the embedded model's warm start.
         dtype: dtype of the weights during the evaluation.
         sampler: what generates the completions, `"transformers"` or `"vllm"`. Either way the model scores them itself.
+        model: which model training started from, beside its name: `revision`, `subfolder`, `trust_remote_code` and so
+            on, as in `from_pretrained`; what is as by default is left out.
     """
 
     num_problems: int | None
@@ -67,6 +76,7 @@ class Settings:
     model_seed: int
     dtype: str
     sampler: str = TRANSFORMERS
+    model: Json = field(default_factory=dict)
 
     def num_of(self, num_held_out: int) -> int:
         """The number of problems to take out of `num_held_out`."""
@@ -87,6 +97,15 @@ class Target:
 
     step: int
     model: str
+
+    def problem(self) -> str | None:
+        """What keeps it from being evaluated, as far as the names of its files tell."""
+        folder = Path(self.model)
+        if not folder.is_dir():
+            return f"there is no folder {folder}" if self.step else None
+        if any(found for pattern in _LOADED for found in folder.glob(pattern)):
+            return None
+        return f"{folder} holds no weights (model.safetensors or adapter_model.safetensors)"
 
     def fingerprint(self) -> str:
         """A hash of the weights, which tells policies apart; for a model that is not a folder its name."""
@@ -123,20 +142,37 @@ def read_config(run: Path) -> Json:
     The `config.yaml` of the run.
 
     Raises:
-        ValueError: when it is missing, or does not name the task of the run.
+        ValueError: when it is missing or damaged, or names no task that can be evaluated.
     """
     import yaml
 
     path = run / "config.yaml"
     if not path.exists():
         raise ValueError(f"{run} has no config.yaml; is it a run directory?")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no settings")
+    _check_config(path, config)
+    return config
+
+
+def _check_config(path: Path, config: Json) -> None:
     if "task" not in config:
         raise ValueError(
             f"{path} does not say on which task the run was trained. If it was one of these, add "
             "`task: word_problems` or `task: gsm8k`, and dataset_path, reward_funcs and model_name_or_path."
         )
-    return config
+    if config["task"] not in TASKS:
+        raise ValueError(f"{path} has task: {config['task']}, but only {' and '.join(TASKS)} can be evaluated")
+    for name in ("max_completion_length", "seed"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"{path} has {name}: {config.get(name)}; it must be the run's own, a whole number")
+    names = config.get("reward_funcs", [])
+    if not isinstance(names, list) or [name for name in names if name not in REWARDS]:
+        raise ValueError(f"{path} has reward_funcs: {names}; it must be a list with names out of {', '.join(REWARDS)}")
 
 
 def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
@@ -151,11 +187,42 @@ def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
         stop_at_answer=bool(config.get("stop_at_answer")),
         task={name: config[name] for name in _TASK_FIELDS if name in config},
         model_seed=config["seed"],
-        dtype="bfloat16" if config.get("bf16") else "float32",
+        dtype=_dtype_of(config),
+        model=_model_settings_of(config),
     )
     given: Json = {name: value for name, value in chosen.items() if value is not None}
     settings = replace(settings, **given)
     return replace(settings, num_problems=None) if settings.subset_frac is not None else settings
+
+
+def caveat_of(config: Json) -> str | None:
+    """In what the evaluated policy is not the trained one; None if it is."""
+    in_script = (config.get("model_init_kwargs") or {}).get("quantization_config")
+    if not (config.get("load_in_4bit") or config.get("load_in_8bit") or in_script):
+        return None
+    return (
+        f"the run was trained on a quantised base model; it is evaluated on the base in {_dtype_of(config)}, which is "
+        "another policy"
+    )
+
+
+def _dtype_of(config: Json) -> str:
+    """That of the weights, if training loads them in a shorter one than float32; else that in which it computes."""
+    named = (config.get("model_init_kwargs") or {}).get("dtype") or config.get("dtype")
+    if named == "auto":
+        named = (config.get("model_config") or {}).get("dtype")
+    name = str(named).removeprefix("torch.")
+    if name in ("bfloat16", "float16"):
+        return name
+    return "bfloat16" if config.get("bf16") else "float32"
+
+
+def _model_settings_of(config: Json) -> Json:
+    """What `trl-entropy train` writes into `config.yaml`, and what a script has given to `DrGRPOConfig`."""
+    given = {"revision": config.get("model_revision"), "trust_remote_code": config.get("trust_remote_code")}
+    given |= config.get("model_init_kwargs") or {}
+    found = {name: given[name] for name in _MODEL_SETTINGS if given.get(name)}
+    return {name: value for name, value in found.items() if (name, value) != ("revision", "main")}
 
 
 def _sampling_of(config: Json) -> Json:
@@ -195,9 +262,50 @@ def targets_of(run: Path, config: Json, which: str) -> list[Target]:
     return [found[step] for step in steps]
 
 
-def is_done(run: Path, target: Target, settings: Settings) -> bool:
-    """Whether the run has an evaluation of these weights with these settings."""
+def is_done(run: Path, target: Target, settings: Settings, any_sampler: bool = False) -> bool:
+    """
+    Whether the run has an evaluation of these weights with these settings.
+
+    Args:
+        any_sampler: whatever generated the completions.
+    """
+    return difference(run, target, settings, any_sampler) is None
+
+
+def difference(run: Path, target: Target, settings: Settings, any_sampler: bool = False) -> str | None:
+    """
+    How the run's evaluation of the target differs from the one that is wanted: None if it does not.
+
+    Args:
+        any_sampler: as [`is_done`].
+    """
+    found = _settings_in(RunDirectory(run).checkpoint_summary(target.step))
+    if found is None:
+        return NOT_EVALUATED
+    old, new = asdict(found), asdict(_as_read(settings))
+    names = [name for name in new if old[name] != new[name] and not (any_sampler and name == "sampler")]
+    if names:
+        return "; ".join(f"{name} {old[name]}, now {new[name]}" for name in names)
     summary = RunDirectory(run).checkpoint_summary(target.step)
-    if summary is None or summary["settings"] != json.loads(json.dumps(asdict(settings))):
-        return False
-    return summary["fingerprint"] == target.fingerprint()
+    assert summary is not None
+    return None if summary["fingerprint"] == target.fingerprint() else "other weights"
+
+
+def samplers_used(run: Path, settings: Settings) -> list[str]:
+    """The samplers of the run's evaluations that have these settings otherwise, the most frequent first."""
+    found = [_settings_in(summary) for summary in RunDirectory(run).checkpoint_summaries()]
+    wanted = _as_read(settings)
+    used = [one.sampler for one in found if one is not None and replace(one, sampler=wanted.sampler) == wanted]
+    return [sampler for sampler, _ in Counter(used).most_common()]
+
+
+def _settings_in(summary: CheckpointSummary | None) -> Settings | None:
+    """The settings of an evaluation, those that an older one does not name by their defaults."""
+    try:
+        return None if summary is None else Settings(**summary["settings"])
+    except TypeError:  # of another version
+        return None
+
+
+def _as_read(settings: Settings) -> Settings:
+    return Settings(**json.loads(json.dumps(asdict(settings))))

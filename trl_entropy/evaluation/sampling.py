@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trl_entropy.evaluation.kept import KeptBatches
 from trl_entropy.evaluation.plan import VLLM, Settings
 from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.gradients.memory import halved_on_out_of_memory
@@ -16,7 +19,7 @@ from trl_entropy.gradients.scores import score
 from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
 from trl_entropy.rollouts.drawing import own_randomness, pack_completions
 from trl_entropy.rollouts.generation import answer_end
-from trl_entropy.runs.strict_json import Row
+from trl_entropy.runs.strict_json import Json, Row
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 # Logits in float32 that scoring may hold at once: 1 GiB; on a CPU 64 MiB, where larger batches are not faster.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**28, 2**24
+_DRAWN_AHEAD = 4096  # completions that an engine draws at once: enough to keep it busy, lost if it is cut off
 
 
 def load_policy(model: str, settings: Settings, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,8 +41,11 @@ def load_policy(model: str, settings: Settings, device: str) -> tuple[PreTrained
         base = base_model_of(name)
         if settings.task["task"] == "word_problems" and Path(base).is_absolute() and not Path(base).exists():
             base = _start_policy(settings)  # the folder is the cache of another machine
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
-    policy = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype))
+    which = _which_model(base, settings)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, padding_side="left", truncation_side="left", **_which_model(name, settings)
+    )
+    policy = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype), **which)
     if is_adapter(name):
         policy = PeftModel.from_pretrained(policy, name)
         if settings.sampler == VLLM:  # vLLM takes whole weights, and the same weights must draw and score
@@ -47,6 +54,13 @@ def load_policy(model: str, settings: Settings, device: str) -> tuple[PreTrained
     # the weight needs no gradient; in bfloat16 on a CPU it would copy the weight each time.
     policy.get_output_embeddings().register_forward_pre_hook(lambda head, given: (given[0].contiguous(), *given[1:]))
     return policy.to(device).eval(), tokenizer
+
+
+def _which_model(name: str, settings: Settings) -> Json:
+    """The run's settings of the model as far as they apply to this one: a checkpoint has no revision of its own."""
+    if Path(name).parent.is_dir() and re.fullmatch(r"checkpoint-\d+", Path(name).name):
+        return {key: value for key, value in settings.model.items() if key == "trust_remote_code"}
+    return settings.model
 
 
 def _start_policy(settings: Settings) -> str:
@@ -64,6 +78,7 @@ class Sampler:
         settings: how to sample.
         batch_size: completions at a time.
         engine: generates the completions in place of the model's `generate`; the model still scores them.
+        kept: finished batches of an evaluation that was cut off, which are not drawn again; new ones are added.
     """
 
     model: PreTrainedModel
@@ -71,6 +86,7 @@ class Sampler:
     settings: Settings
     batch_size: int
     engine: VllmEngine | None = None
+    kept: KeptBatches | None = None
 
     def __post_init__(self) -> None:
         from transformers import GenerationConfig
@@ -85,17 +101,41 @@ class Sampler:
         A row has `completion`, `completion_ids`, `logps` and `entropies` of the tokens in nats (at the sampling
         temperature, over the full vocabulary, for greedy completions too), `length`, and `clipped`: whether it reached
         the maximum length.
+
+        A batch's random numbers are seeded by the index of its first completion in that order, so that an evaluation
+        that goes on draws what an uninterrupted one draws.
         """
         prompt_ids = self.tokenizer(prompts)["input_ids"]
-        drawn = None if self.engine is None else self.engine.draw(prompt_ids, greedy, self._ends)
         order = sorted(range(len(prompts)), key=lambda place: -len(prompt_ids[place]))
+        ahead: dict[int, list[int]] = {}  # completions by place that the engine has drawn already
         start = 0
         while start < len(order):
-            places = order[start : start + self.batch_size]
-            given = None if drawn is None else [drawn[place] for place in places]
-            rows = self._within_memory([prompt_ids[place] for place in places], given, greedy, start)
-            yield from zip(places, rows, strict=False)
+            rows = self._read(greedy, start)
+            if rows is None:
+                places = order[start : start + self.batch_size]
+                if self.engine is not None and not ahead.keys() >= set(places):
+                    some = order[start : start + max(_DRAWN_AHEAD, self.batch_size)]
+                    ahead = self.engine.draw({place: prompt_ids[place] for place in some}, greedy, self._ends)
+                given = [ahead[place] for place in places] if ahead else None
+                rows = self._draw_and_keep([prompt_ids[place] for place in places], given, greedy, start)
+            yield from zip(order[start : start + len(rows)], rows, strict=True)
             start += len(rows)
+
+    def _read(self, greedy: bool, start: int) -> list[Row] | None:
+        """The kept rows from `start` on; the batch that follows is at most as large as it would have been."""
+        rows = None if self.kept is None else self.kept.read(greedy, start)
+        if rows is not None and self.kept is not None and self.kept.batch_size is not None:
+            self.batch_size = min(self.batch_size, self.kept.batch_size)
+        return rows
+
+    def _draw_and_keep(
+        self, prompt_ids: list[list[int]], drawn: list[list[int]] | None, greedy: bool, start: int
+    ) -> list[Row]:
+        begin = time.monotonic()
+        rows = self._within_memory(prompt_ids, drawn, greedy, start)
+        if self.kept is not None:
+            self.kept.write(greedy, start, rows, self.batch_size, time.monotonic() - begin)
+        return rows
 
     def _within_memory(
         self, prompt_ids: list[list[int]], drawn: list[list[int]] | None, greedy: bool, start: int

@@ -20,7 +20,7 @@ _GPU_MEMORY_UTILIZATION = 0.5
 
 class VllmEngine:
     """
-    Draws completions of all prompts at once.
+    Draws completions of many prompts at once.
 
     Args:
         model: the policy, with its adapter merged. It is saved to a temporary folder, from which vLLM loads it.
@@ -42,16 +42,20 @@ class VllmEngine:
                 gpu_memory_utilization=_GPU_MEMORY_UTILIZATION,
             )
 
-    def draw(self, prompt_ids: list[list[int]], greedy: bool, ends: set[int]) -> list[list[int]]:
+    def draw(self, prompt_ids: dict[int, list[int]], greedy: bool, ends: set[int]) -> dict[int, list[int]]:
         """
-        The token ids of one completion of each prompt, with the token or tag that ended it.
+        The token ids of one completion of each prompt by place, with the token or tag that ended it.
 
-        Each prompt has a seed of its own, so that its completion does not depend on the other prompts of the batch.
+        Each place has a seed of its own, so that its completion does not depend on the other prompts of the batch.
+
+        Args:
+            prompt_ids: token ids of the prompt by place, its index among all prompts.
         """
-        parameters = [self._sampling_params(greedy, ends, place) for place in range(len(prompt_ids))]
-        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        parameters = [self._sampling_params(greedy, ends, place) for place in prompt_ids]
+        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids.values()]
         outputs = self._llm.generate(prompts, sampling_params=parameters, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        drawn = [list(output.outputs[0].token_ids) for output in outputs]
+        return dict(zip(prompt_ids, drawn, strict=True))
 
     def _sampling_params(self, greedy: bool, ends: set[int], place: int) -> SamplingParams:
         from vllm import SamplingParams

@@ -1,19 +1,22 @@
-"""The program that evaluates one checkpoint: `python -m trl_entropy.evaluation.worker JOB`, with JOB as JSON."""
+"""The evaluation of one checkpoint, from its weights to its numbers; runs in a process of its own."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
+from trl_entropy.config.settings_file import one_line
+from trl_entropy.evaluation.kept import KeptBatches
 from trl_entropy.evaluation.plan import VLLM, Job, Settings
+from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.sampling import Sampler, load_policy
 from trl_entropy.evaluation.summary import metrics_of, position_table, prompt_table
 from trl_entropy.evaluation.vllm_engine import VllmEngine
@@ -21,50 +24,57 @@ from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import CHECKPOINT_SUMMARY, CheckpointSummary
 from trl_entropy.runs.durable import replacing
 from trl_entropy.runs.file_errors import describe
-from trl_entropy.runs.strict_json import Row
+from trl_entropy.runs.strict_json import Json, Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
-from trl_entropy.tasks.arguments import TaskArguments, load_task
-from trl_entropy.tasks.word_problems import MAX_PROBLEMS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PROGRESS, FAILED = "progress", "failed"  # begin the lines that are for whoever started the worker
-_EVERY_HELD_OUT = {"word_problems": MAX_PROBLEMS["test"], "gsm8k": 10**9}
+
+
+def run(text: str) -> None:
+    """Evaluate the job that `text` describes as JSON; a failure is said in one line, also if the disk is full."""
+    quiet_libraries()
+    try:
+        evaluate(Job.from_json(text))
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        print(FAILED, one_line(f"{kind}{describe(error)}"), flush=True)
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def evaluate(job: Job) -> None:
     """Draw completions, score and check them, and write the results; the output folder appears when it is complete."""
-    start = time.monotonic()
+    start, fingerprint = time.monotonic(), job.target.fingerprint()
+    held_out_problems(job.settings, None)  # a fault in the data is found before the model is loaded
     device = _device(job.device)
     model, tokenizer = load_policy(job.target.model, job.settings, device)
     problems = held_out_problems(job.settings, tokenizer)
+    kept = KeptBatches(Path(job.output), _key(job, fingerprint, device, problems))
     engine = VllmEngine(model, tokenizer, job.settings) if job.settings.sampler == VLLM else None
-    sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine)
+    sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine, kept)
     records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), job.settings))
     prompts = prompt_table(records)
     summary: CheckpointSummary = {
         "step": job.target.step,
         "model": Path(job.target.model).name,
-        "fingerprint": job.target.fingerprint(),
+        "fingerprint": fingerprint,
         "settings": asdict(job.settings),
         "device": device,
         "batch_size": sampler.batch_size,
         "num_prompts": len(prompts),
-        "seconds": time.monotonic() - start,
+        "seconds": time.monotonic() - start + kept.seconds,
         "metrics": metrics_of(records, prompts),
     }
     _write(Path(job.output), records, prompts, summary)
+    kept.remove()
 
 
-def held_out_problems(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """The held-out problems to evaluate on; with the same seed a smaller selection is part of a larger one."""
-    task = TaskArguments(**{**settings.task, "num_train_problems": 1})
-    task.num_eval_problems = _EVERY_HELD_OUT[task.task]
-    _, problems = load_task(task, tokenizer, seed=0)
-    chosen = np.random.default_rng(settings.seed).permutation(len(problems))[: settings.num_of(len(problems))]
-    return [problems[int(row)] for row in chosen]
+def _key(job: Job, fingerprint: str, device: str, problems: list[Row]) -> Json:
+    """All that determines the completions."""
+    asked = [[problem["prompt_id"], problem["prompt"], problem["answer"]] for problem in problems]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return {"settings": asdict(job.settings), "fingerprint": fingerprint, "device": device, "problems": digest}
 
 
 def _drawn(sampler: Sampler, problems: list[Row]) -> Iterator[Row]:
@@ -119,12 +129,3 @@ def _device(wanted: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-if __name__ == "__main__":
-    quiet_libraries()
-    try:
-        evaluate(Job.from_json(sys.argv[1]))
-    except OSError as error:  # said where it is read even if the disk is full
-        print(FAILED, describe(error), flush=True)
-        raise

@@ -50,9 +50,12 @@ def check_model(model: ModelConfig) -> None:
         )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, **init_kwargs: Any) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a model, by name or from a folder.
+
+    Args:
+        init_kwargs: for `from_pretrained`: the revision of the model, and so on.
 
     Raises:
         ValueError: naming the model, when there is none.
@@ -60,7 +63,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **init_kwargs)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"model_name_or_path={name}: its tokenizer cannot be loaded. {error}") from error
 
@@ -103,3 +106,9 @@ def model_init_kwargs(model: ModelConfig) -> dict[str, str]:
         "dtype": model.dtype,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def model_settings(model: ModelConfig) -> dict[str, Any]:
+    """What `config.yaml` says about the model that training starts from; `trl-entropy evaluate` reads it."""
+    names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit")
+    return {name: getattr(model, name) for name in names}

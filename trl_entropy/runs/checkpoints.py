@@ -105,7 +105,12 @@ def check_files(path: Path) -> None:
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoint folders of a run, complete or not, newest first."""
     found = [path for path in Path(run).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint folder was written, from its name."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def newest_complete(run: Path, checksums: bool = True) -> Path | None:

@@ -36,6 +36,15 @@ def replacing(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
+def discard_unfinished(target: Path) -> None:
+    """Remove what a process leaves that is killed while [`replacing`] `target`; what it was to replace stays."""
+    former = target.with_name(f".{target.name}.former.tmp")
+    if former.is_dir() and not target.exists():
+        os.replace(former, target)
+    for rest in (former, target.with_name(f".{target.name}.tmp")):
+        _remove(rest)
+
+
 def replace_text(target: Path, text: str) -> None:
     """Put a file with `text` in the place of `target`."""
     with replacing(target) as temporary:

@@ -113,7 +113,7 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def give_back(self) -> None:
-        """Give the signal back to whoever had it before training; called when training ends, however it does."""
+        """Give the signal back to whoever had it before training; called when `train()` ends, however it does."""
         if self._listens:
             self._listens = False
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
@@ -129,8 +129,3 @@ class StopOnSignal(TrainerCallback):
         if state.is_world_process_zero:
             path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             logger.warning("SIGTERM: stopping after step %d, writing %s", state.global_step, path)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.give_back()  # before the evaluations that are left are waited for

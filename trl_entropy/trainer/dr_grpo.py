@@ -91,6 +91,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
+        if args.evaluate_checkpoints != "none":
+            own.append(self._checkpoint_evaluation(args))
         if model == EMBEDDED_MODEL:
             model = str(warm_start.warm_start(seed=args.seed))
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
@@ -169,6 +171,19 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def end_training(self) -> None:
         super().end_training()
         self._stop_on_signal.give_back()
+        for callback in self._checkpoint_evaluations():
+            callback.end()
+
+    def checkpoints_in_use(self) -> set[int]:
+        return {step for callback in self._checkpoint_evaluations() for step in callback.steps_left()}
+
+    def _checkpoint_evaluation(self, args: DrGRPOConfig) -> EvaluateCheckpoints:
+        return EvaluateCheckpoints(
+            args.evaluate_checkpoints, args.evaluate_profile, lambda: self._stop_on_signal.received
+        )
+
+    def _checkpoint_evaluations(self) -> list[EvaluateCheckpoints]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EvaluateCheckpoints)]
 
     def state_owners(self) -> dict[str, StateOwner]:
         owners = super().state_owners()
@@ -356,9 +371,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
 
 
 def _toggled(args: DrGRPOConfig) -> list[TrainerCallback]:
-    """Controls, probes and checkpoint evaluation that the config turns on, in the order in which they get events."""
+    """Controls and probes that the config turns on, in the order in which they get events."""
     found: list[TrainerCallback] = [*controls(args)]
     found += [PROBES[name].from_config(args) for name in args.enabled_probes()]
-    if args.evaluate_checkpoints != "none":
-        found.append(EvaluateCheckpoints(args.evaluate_checkpoints, args.evaluate_profile))
     return found

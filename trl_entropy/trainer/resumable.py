@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -48,6 +48,10 @@ class ResumableTrainer(GRPOTrainer):
         """Called when `train()` begins, before a checkpoint is loaded: forget what an exception has left half done."""
         GenerationWindow(self).reset()
 
+    def checkpoints_in_use(self) -> set[int]:
+        """The steps whose checkpoints `save_total_limit` must not delete yet."""
+        return set()
+
     def end_training(self) -> None:
         """Called when `train()` ends, with an exception too."""
 
@@ -73,9 +77,11 @@ class ResumableTrainer(GRPOTrainer):
             self._prepare_run(checkpoint, resumes=bool(resume_from_checkpoint))
             self.begin_training()
             try:
-                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             finally:
                 self.end_training()
+            self._delete_old_checkpoints(Path(self.args.output_dir))  # whose evaluation has been waited for
+            return output
 
     def _leave_finished(self, checkpoint: Path) -> TrainOutput:
         """What `train()` does after the last step: only load what it would have trained."""
@@ -199,13 +205,18 @@ class ResumableTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(path.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,  # by step: a clock may have been set back
-            )
+        self._delete_old_checkpoints(path.parent)
+
+    def _delete_old_checkpoints(self, run: Path) -> None:
+        """Keep `save_total_limit` of them, the newest, the best one, and those that something else reads still."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if not limit or not self.args.should_save:
+            return
+        found = checkpoints.checkpoints_of(run)  # by step: a clock may have been set back
+        kept = set(found[:1]) | ({Path(best)} if best else set())
+        old = [p for p in reversed(found) if p not in kept and checkpoints.step_of(p) not in self.checkpoints_in_use()]
+        for path in old[: max(0, len(found) - max(limit, len(kept)))]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remedy(error: Exception, path: Path) -> str:

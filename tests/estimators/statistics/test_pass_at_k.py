@@ -30,19 +30,36 @@ def test_pass_at_k_is_unbiased_over_all_outcomes(chance, k):
     assert mean == pytest.approx(1 - (1 - chance) ** k, abs=1e-13)
 
 
-def test_the_plug_in_of_the_mean_would_be_biased():
+def outcomes_of(num_samples, chance):
+    """(probability, number of correct samples, outcome) of all outcomes of independent samples."""
+    for outcome in itertools.product((0, 1), repeat=num_samples):
+        yield math.prod(chance if correct else 1 - chance for correct in outcome), sum(outcome), outcome
+
+
+def test_it_has_not_the_bias_of_the_plug_in_of_the_mean():
     num_samples, k, chance = 4, 4, 0.25
-    outcomes = itertools.product((0, 1), repeat=num_samples)
-    mean = sum(chance ** sum(o) * (1 - chance) ** (4 - sum(o)) * (1 - (1 - sum(o) / 4) ** k) for o in outcomes)
-    assert mean < 1 - (1 - chance) ** k - 0.1  # 1 - (1 - c/n)^k is far too low, which the unbiased form is not
+    truth, plug_in, found = 1 - (1 - chance) ** k, 0.0, 0.0
+    for probability, num_correct, _ in outcomes_of(num_samples, chance):
+        plug_in += probability * (1 - (1 - num_correct / num_samples) ** k)
+        found += probability * float(pass_at_k(torch.tensor([num_correct]), num_samples, k))
+    assert found == pytest.approx(truth, abs=1e-13) and plug_in < truth - 0.1  # 1 - (1 - c/n)^k is far too low
 
 
-def test_it_varies_less_than_the_first_k_and_agrees_with_it_on_average():
-    num_samples, k = 6, 2
-    for num_correct in range(num_samples + 1):
-        orders = set(itertools.permutations([1] * num_correct + [0] * (num_samples - num_correct)))
-        first_k = [float(any(order[:k])) for order in orders]
-        assert sum(first_k) / len(first_k) == pytest.approx(float(pass_at_k(torch.tensor([num_correct]), 6, k)))
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_it_varies_less_than_the_first_k_and_agrees_with_it_on_average(k):
+    num_samples, chance = 6, 0.3
+    moments = {"all": [0.0, 0.0], "first": [0.0, 0.0]}
+    for probability, num_correct, outcome in outcomes_of(num_samples, chance):
+        found = {
+            "all": float(pass_at_k(torch.tensor([num_correct]), num_samples, k)),
+            "first": float(any(outcome[:k])),
+        }
+        for name, value in found.items():
+            moments[name][0] += probability * value
+            moments[name][1] += probability * value**2
+    assert moments["all"][0] == pytest.approx(moments["first"][0], abs=1e-13)
+    variances = {name: square - mean**2 for name, (mean, square) in moments.items()}
+    assert 0 < variances["all"] < 0.9 * variances["first"]
 
 
 def test_what_is_refused():
