@@ -101,7 +101,7 @@ def test_scatter_over_steps_covers_planted_noise_scales(planted):
             parts, pooled = micro_batch_parts(norms, batch_sq_norm, 32, parts)
             record = record.merge(NoiseScaleRecord(pooled))
         intervals.append(record.interval())
-    assert sum(low <= planted <= high for low, high in intervals) / 200 > 0.93
+    assert sum(low <= planted <= high for low, high in intervals) / 200 > 0.92
     if math.isinf(planted):  # 640 prompts without a signal rule out noise scales below 50 or so
         assert sorted(low for low, _ in intervals)[100] > 50
     else:  # bounded, and right within a factor of 2
