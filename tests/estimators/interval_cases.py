@@ -120,13 +120,15 @@ def pooled_mean(
     return pooled.mean(torch.ones(1, dtype=torch.float64)).interval()
 
 
-def share_of(size: int, generator: Generator, loud: bool = False, num_runs: int = 1) -> Interval:
+def share_of(
+    size: int, generator: Generator, loud: bool = False, num_runs: int = 1, num_steps: int = NUM_STEPS
+) -> Interval:
     """The share of one of three categories, 0.5, over steps; Fieller's interval."""
     names, record = ("a", "b", "c"), CategoryRecord.empty(("a", "b", "c"))
     means, ones = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.ones(3, dtype=torch.int64)
     for _ in range(num_runs):
         run = CategoryRecord.empty(names)
-        for spread in spreads(NUM_STEPS, loud):
+        for spread in spreads(num_steps, loud):
             sums = means + spread * (0.5 * normal(generator, size, 1) * means + 0.3 * normal(generator, size, 3))
             run = run.update(sums, ones)
         record = record.merge(run)

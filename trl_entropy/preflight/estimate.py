@@ -215,7 +215,7 @@ def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
 
 
 def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
-    """Copies: gradient, second moment, metric; and one per prompt group, or M g and the graph of an extra pass."""
+    """Copies: gradient, second moment, metric; and one per prompt group, or M g, mean and graph of an extra pass."""
     args, shape = plan.args, shape_of(plan)
     if args.noise_scale_from == "micro_batches":
         return {}
@@ -228,7 +228,7 @@ def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
     graph = memory.activations(shape, at_once, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
     scored = memory.scoring(shape, at_once, plan.sequence_length, args.max_completion_length, order=0)
     return {
-        "noise_scale_probe: copies": 5 * copy,
+        "noise_scale_probe: copies": 6 * copy,
         **items,
         "noise_scale_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
     }

@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 MAX_ROWS_BYTES = 8 * 2**30
 
 # In the Euclidean norm (T14), and in the metric that AdamW's second moment defines before the step (T16).
+_BLOCK = 2**24  # columns of rows that are compared with the gradient at a time
 _METRICS = ("simple", "adam")
 
 
@@ -67,7 +68,7 @@ class NoiseScaleProbe(Probe):
     the hooks of a trained head, so in full fine-tuning, and if these vectors exceed `MAX_ROWS_BYTES`, an extra forward
     and backward pass of the float32 model is made before the update, for the on-policy Dr-GRPO loss (T2) only. The log
     says which of the two is used; `noise_scale/gradient_error` is the length of the difference of the mean Y_n from
-    the gradient that the optimizer got, over the length of that; it takes one more vector of D numbers.
+    the gradient that the optimizer got, over the length of that.
 
     (T16) needs Adam or AdamW, and begins with the optimizer's second step, as there is no second moment before the
     first. Standard errors are the jackknife's over prompts, hence conservative; completions of one prompt never count
@@ -167,7 +168,7 @@ class NoiseScaleProbe(Probe):
             metric = metric_before(update) if has_metric else None
             local, mean = self._from_extra_pass(args, engine, update, rollouts, metric)
             prompts = rollouts.prompt_index.unique()
-            compared = [(mean[name], gradient) for name, gradient in update.gradient.items()]
+            compared = [(mean[name][None], gradient) for name, gradient in update.gradient.items()]
         else:
             metric = flat_metric_before(update) if has_metric else None
             local, prompts, compared = self._from_training(engine, update, metric)
@@ -202,7 +203,7 @@ class NoiseScaleProbe(Probe):
     ) -> tuple[list[GroupProducts], Tensor, list[tuple[Tensor, Tensor]]]:
         """
         Products from the group gradients of training's backward pass, the groups' numbers, and as of
-        [`_gradient_error`] this process's sum of shares with the gradient. Collective.
+        [`_gradient_error`] blocks of this process's rows with the gradient. Collective.
         """
         assert isinstance(self._shares, BackwardGroupGradients), "around_micro_batch comes before on_before_update"
         gradient = update.gradient
@@ -215,7 +216,7 @@ class NoiseScaleProbe(Probe):
         # P / num_ranks groups are this process's.
         number = len(rows)
         scaled = [GroupProducts(number**2 * norms[order], number * dots[order]) for norms, dots in products]
-        return scaled, prompts, [(rows.sum(0), vector)]
+        return scaled, prompts, list(zip(rows.split(_BLOCK, dim=1), vector.split(_BLOCK), strict=True))
 
     def _from_extra_pass(
         self,
@@ -333,11 +334,11 @@ def _gradient_error(compared: Iterable[tuple[Tensor, Tensor]], accelerator: Acce
     |mean_n Y_n - g| / |g| with the optimizer's unclipped g; 0/0: nan. Collective.
 
     Args:
-        compared: parameter by parameter what averages over processes to the mean Y_n, and g.
+        compared: part by part of the parameters, rows whose sum averages over processes to the mean Y_n, and g.
     """
     error_sq = gradient_sq = torch.zeros((), dtype=torch.float64)
     for local, gradient in compared:
-        mean = accelerator.reduce(local.to(accelerator.device), reduction="mean")
+        mean = accelerator.reduce(local.sum(0).to(accelerator.device), reduction="mean")
         error_sq = error_sq + (mean - gradient.to(mean)).square().sum(dtype=torch.float64).cpu()
         gradient_sq = gradient_sq + gradient.float().square().sum(dtype=torch.float64).cpu()
     return float((error_sq / gradient_sq).sqrt())

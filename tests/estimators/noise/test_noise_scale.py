@@ -79,9 +79,10 @@ def test_micro_batches_pool_what_loops_give():
     changes = [after - before for before, after in itertools.pairwise(expected)]
     covariance = sum(torch.outer(change, change) / 2 for change in changes)
     assert torch.allclose(pool.covariance, covariance) and torch.allclose(pool.values, sum(expected[1:]))
-    assert (pool.num_steps, pool.num_samples, pool.smallest_dof, pool.total_dof) == (3, 36, 1.0, 3.0)
+    assert (pool.num_steps, pool.num_samples, pool.smallest_dof, pool.total_dof) == (3, 36, 2 / 3, 2.0)
     squares = [float(change[0] ** 2 / 2) for change in changes]
-    assert NoiseScaleRecord(pool).grad_sq_norm().dof == pytest.approx(sum(squares) ** 2 / sum(s * s for s in squares))
+    found = sum(squares) ** 2 / sum(s * s / 2 for s in squares)
+    assert NoiseScaleRecord(pool).grad_sq_norm().dof == pytest.approx(min(found, 2.0))
     for norms, previous in ((torch.ones(4), None), (torch.ones(1), parts), (torch.full((4,), torch.nan), parts)):
         assert micro_batch_parts(norms, 0.5, 12, previous)[1].num_steps == 0
 
@@ -100,7 +101,7 @@ def test_scatter_over_steps_covers_planted_noise_scales(planted):
             parts, pooled = micro_batch_parts(norms, batch_sq_norm, 32, parts)
             record = record.merge(NoiseScaleRecord(pooled))
         intervals.append(record.interval())
-    assert sum(low <= planted <= high for low, high in intervals) / 200 > 0.93
+    assert sum(low <= planted <= high for low, high in intervals) / 200 > 0.92
     if math.isinf(planted):  # 640 prompts without a signal rule out noise scales below 50 or so
         assert sorted(low for low, _ in intervals)[100] > 50
     else:  # bounded, and right within a factor of 2

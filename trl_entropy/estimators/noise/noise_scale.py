@@ -101,9 +101,9 @@ def micro_batch_parts(
     """(T15): a step's parts from its K micro-batches of whole groups, and the sums that the step adds to the pool.
 
     Norms alone give no error within a step. The error comes from the scatter over steps instead: half the outer
-    product of the change since the `previous` step's parts, with one degree of freedom. Neighbouring changes share a
-    step, which leaves 2/3 of these, but the few that `PooledParts.dof` finds make up for it. It is conservative while
-    the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
+    product of the change since the `previous` step's parts, with 2/3 degrees of freedom, as neighbouring changes share
+    a step; the square of that has 3 times the expected square, as one change alone is behind it. It is conservative
+    while the true parts drift. Nothing is added without a previous step, or if K = 1 (nan).
 
     Args:
         sq_norms: squared norms of the K micro-batches' mean gradients.
@@ -116,7 +116,8 @@ def micro_batch_parts(
         return parts, PooledParts.empty(2)
     values = torch.tensor(parts, dtype=torch.float64)
     change = values - torch.tensor(previous, dtype=torch.float64)
-    return parts, PooledParts.of_step(StepParts(values, change.outer(change) / 2, num_prompts), dof=1.0)
+    step = StepParts(values, change.outer(change) / 2, num_prompts)
+    return parts, PooledParts.of_step(step, dof=2 / 3, square_bias=3.0)
 
 
 def jackknifed_parts(

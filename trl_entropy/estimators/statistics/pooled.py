@@ -54,12 +54,15 @@ class PooledParts:
         return cls(zeros[0, :num_parts], zeros[:num_parts, :num_parts], zeros, 0, 0, math.inf, 0.0)
 
     @classmethod
-    def of_step(cls, step: StepParts, dof: float | None = None) -> "PooledParts":
-        """The sums over one step, whose covariance has `dof` degrees of freedom, P - 1 if not given."""
+    def of_step(cls, step: StepParts, dof: float | None = None, square_bias: float = 1.0) -> "PooledParts":
+        """The sums over one step, whose covariance has `dof` degrees of freedom, P - 1 if not given.
+
+        `square_bias` is by how much the square of a variance is too large on average, where that is to be taken out.
+        """
         dof = float(step.num_prompts - 1) if dof is None else dof
         values, covariance = step.values.double().cpu(), step.covariance.double().cpu()
         entries = covariance.flatten()
-        squares = entries.outer(entries) / torch.tensor(dof, dtype=torch.float64)
+        squares = entries.outer(entries) / torch.tensor(square_bias * dof, dtype=torch.float64)
         return cls(values, covariance, squares, 1, step.num_prompts, dof, dof)
 
     def update(self, step: StepParts) -> "PooledParts":
