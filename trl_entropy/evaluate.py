@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from trl_entropy.config.settings_file import one_line
+from trl_entropy.config.settings_file import sentence
 from trl_entropy.evaluation.plan import (
     ALL,
     BATCH_SIZE,
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _evaluate_all(args)
     except ValueError as error:
-        sys.exit(f"Error: {one_line(error)}.")
+        sys.exit(f"Error: {sentence(error)}")
     except KeyboardInterrupt:
         print(_CUT_OFF, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

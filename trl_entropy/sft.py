@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_entropy.config.command_line import parse_sft
-from trl_entropy.config.settings_file import one_line
+from trl_entropy.config.settings_file import sentence
 from trl_entropy.models.fine_tuning import train_sft
 from trl_entropy.models.loading import load_tokenizer, model_init_kwargs
 from trl_entropy.runs.console import quiet_libraries
@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         task, args, model = parse_sft(argv)
     except (ValueError, ImportError) as error:
-        sys.exit(f"Error in the settings: {one_line(error)}.")
+        sys.exit(f"Error in the settings: {sentence(error)}")
     try:
         check_writable(Path(args.output_dir))
         fine_tune(task, args, model)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         logging.getLogger("trl_entropy").debug("%s", error, exc_info=True)
-        sys.exit(f"Error: {one_line(describe(error, Path(args.output_dir)))}.")
+        sys.exit(f"Error: {sentence(describe(error, Path(args.output_dir)))}")
 
 
 def fine_tune(task: DemonstrationArguments, args: SFTConfig, model: ModelConfig) -> None:

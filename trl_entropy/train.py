@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from trl_entropy.config.command_line import parse
 from trl_entropy.config.resume_contract import contract_settings
-from trl_entropy.config.settings_file import one_line
+from trl_entropy.config.settings_file import one_line, sentence
 from trl_entropy.models.loading import (
     EMBEDDED_MODEL,
     is_adapter,
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             args.resume_from_checkpoint, Path(args.output_dir), settings, args.resume_allow_changes
         )
     except (ValueError, ImportError) as error:
-        sys.exit(f"Error in the settings: {one_line(error)}.")
+        sys.exit(f"Error in the settings: {sentence(error)}")
     if found and not args.additional_steps and checkpoints.is_finished(found, args.max_steps, args.num_train_epochs):
         if int(os.environ.get("RANK", "0")) == 0:
             print(checkpoints.describe_finished(found))
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(Path(args.output_dir))
         trainer = build_trainer(task, args, model)
     except OSError as error:
-        sys.exit(f"Error: {one_line(describe(error))}.")
+        sys.exit(f"Error: {sentence(describe(error))}")
     except (ValueError, ImportError, RuntimeError) as error:
         _exit(error)
     from trl_entropy.engine import OtherRankFailed
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 def _exit(error: Exception) -> NoReturn:
     """End with one line; the traceback goes to the log at level DEBUG."""
     logging.getLogger("trl_entropy").debug("%s", error, exc_info=True)
-    sys.exit(f"Error: {one_line(error)}.")
+    sys.exit(f"Error: {sentence(error)}")
 
 
 def _advice_on(error: OSError, run: Path) -> str:

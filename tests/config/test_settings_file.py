@@ -13,10 +13,11 @@ from trl import ModelConfig, SFTConfig
 from trl_entropy import DrGRPOConfig
 from trl_entropy.config.command_line import parse, parse_sft
 from trl_entropy.config.setting import default_of, own_settings
-from trl_entropy.config.settings_file import convert_setting, hints_of
+from trl_entropy.config.settings_file import convert_setting, hints_of, sentence
 from trl_entropy.config.unread import readers_of
 from trl_entropy.doctor import _options as doctor_options
 from trl_entropy.doctor import diagnose
+from trl_entropy.evaluate import main as evaluate_main
 from trl_entropy.sft import main as sft_main
 from trl_entropy.tasks.arguments import TaskArguments
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
@@ -181,6 +182,19 @@ def test_a_command_line_that_cannot_be_is_refused_in_one_line(tmp_path, monkeypa
         assert str(end.value).startswith("Error in the settings: ") and "\n" not in str(end.value)
     options, rest = doctor_options().parse_known_args([*ON_CPU, *flags])
     assert any(message in str(finding) for finding in diagnose(options, rest)[1])
+
+
+def test_a_question_at_the_end_of_an_error_has_no_full_stop(tmp_path):
+    assert sentence(ValueError("is it\n a run directory?")) == "is it a run directory?"
+    assert sentence(ValueError("use 1.")) == sentence(ValueError("use 1")) == "use 1."
+    (tmp_path / "settings.yaml").write_text("learning_rat: 1\n")
+    for main, given in (
+        (train_main, ["--config", str(tmp_path / "settings.yaml")]),
+        (sft_main, ["--config", str(tmp_path / "settings.yaml")]),
+        (evaluate_main, ["--run", str(tmp_path)]),
+    ):
+        with pytest.raises(SystemExit, match=r"^Error.*\?$"):
+            main(given)
 
 
 # ---- what nothing reads

@@ -13,7 +13,7 @@ from trl import ModelConfig, TrlParser
 from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.number_checks import check_numbers
-from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings
+from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings, sentence
 from trl_entropy.config.unread import check_given, readers_of, turned_off
 from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
@@ -104,7 +104,7 @@ class _Parser(TrlParser):
             with explaining_bf16():
                 return self.parse_args_into_dataclasses(args=flags)
         except (TypeError, ArithmeticError, AttributeError) as error:  # of a value that no check of ours foresaw
-            raise ValueError(f"the settings do not go together: {one_line(error)}.") from error
+            raise ValueError(f"the settings do not go together: {sentence(error)}") from error
 
     def _check_choice(self, name: str, value: object, choices: list[object]) -> None:
         if value is not None and not isinstance(value, list) and getattr(value, "value", value) not in choices:

@@ -133,6 +133,12 @@ def one_line(error: object) -> str:
     return text.removesuffix(".") or type(error).__name__
 
 
+def sentence(error: object) -> str:
+    """The message of an error in one line, with a full stop at its end unless it ends with a question."""
+    text = one_line(error)
+    return text if text.endswith("?") else f"{text}."
+
+
 # ---- the values
 
 
