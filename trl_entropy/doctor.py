@@ -30,7 +30,8 @@ from trl_entropy.preflight.hardware import Hardware, named_hardware, this_machin
 from trl_entropy.preflight.launch import Launch, launch_from_options, read_accelerate_config
 from trl_entropy.preflight.report import problem_lines, section, versions
 from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
-from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs import checkpoints
+from trl_entropy.runs.console import quiet_libraries, saying_once
 from trl_entropy.runs.file_errors import ending_in_one_line
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _Settings = tuple[Any, Any, Any]  # task, training arguments and model, of `trl-
 
 
 @ending_in_one_line()
+@saying_once(checkpoints.__name__)
 def main(argv: list[str] | None = None) -> None:
     """Print the report and every problem with its remedy; exit with status 1 if there is a problem."""
     quiet_libraries()

@@ -21,7 +21,7 @@ from trl_entropy.models.loading import (
     model_settings,
 )
 from trl_entropy.runs import checkpoints
-from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries
+from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries, saying_once
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, remedy
 from trl_entropy.tasks.arguments import TaskArguments, load_task
@@ -96,6 +96,7 @@ def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel
     return name, tokenizer
 
 
+@saying_once(checkpoints.__name__)
 def main(argv: list[str] | None = None) -> None:
     """Parse the settings, build the trainer, train, and write the report."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

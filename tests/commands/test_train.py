@@ -16,6 +16,7 @@ import yaml
 
 from trl_entropy.config.command_line import parse, parse_sft
 from trl_entropy.config.resume_contract import contract_settings
+from trl_entropy.doctor import main as doctor_main
 from trl_entropy.evaluation.plan import PROFILES, settings_of
 from trl_entropy.models.loading import model_settings
 from trl_entropy.runs import checkpoints
@@ -160,6 +161,26 @@ def test_a_finished_run_is_left_alone_before_a_model_is_loaded(tmp_path, monkeyp
     assert sorted(tmp_path.rglob("*")) == files
     with pytest.raises(pytest.fail.Exception, match="about to load"):
         main([*given, "--resume_from_checkpoint", "latest", "--additional_steps", "1"])
+
+
+@pytest.mark.parametrize("command, rank, times", [(main, "0", 1), (main, "1", 0), (doctor_main, "0", 1)])
+def test_a_damaged_checkpoint_is_named_once_however_often_it_is_looked_at(
+    tmp_path, monkeypatch, caplog, command, rank, times
+):
+    def build_trainer(task, args, model):
+        assert checkpoints.resolve(args.resume_from_checkpoint, tmp_path) is None  # as the trainer does
+        raise ValueError("built")
+
+    monkeypatch.setattr("trl_entropy.train.build_trainer", build_trainer)
+    monkeypatch.setenv("RANK", rank)
+    (tmp_path / "checkpoint-4").mkdir()
+    given = settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--resume_from_checkpoint", "latest_or_new")
+    for _ in range(2):  # a second command says it again
+        caplog.clear()
+        with pytest.raises(SystemExit):
+            command(given)
+        for said in ("checkpoint-4 has no checkpoint_complete.json", "starting from the beginning"):
+            assert len([message for message in caplog.messages if said in message]) == times
 
 
 def test_a_disk_that_is_full_while_logging_is_one_clear_line(tmp_path, warm_start_dir, monkeypatch):

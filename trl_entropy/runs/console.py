@@ -119,6 +119,26 @@ def use_progress_bar(trainer: Trainer, callbacks: Iterable[object]) -> None:
         trainer.add_callback(ConsoleProgress)
 
 
+@contextlib.contextmanager
+def saying_once(name: str) -> Iterator[None]:
+    """Inside, the logger `name` says each message once, and on rank 0 alone, where a command repeats a check."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message in said or int(os.environ.get("RANK", "0")) > 0:
+            return False
+        said.add(message)
+        return True
+
+    logger = logging.getLogger(name)
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
 def quiet_libraries() -> None:
     """Let the libraries report errors only. Only the commands call this: a user's own script keeps its settings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
