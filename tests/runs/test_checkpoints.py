@@ -96,3 +96,6 @@ def test_what_cannot_be_allowed_is_refused_by_name(run):
     for name in ("world_size", "no_such_setting"):
         with pytest.raises(CheckpointError, match=f"names {name}, which is no setting .* It takes: data, delta"):
             checkpoints.check_contract(run / "checkpoint-2", CONTRACT, [name])
+        for resume_from in (None, "latest", "latest_or_new"):  # also where there is no checkpoint yet
+            with pytest.raises(CheckpointError, match=f"names {name}, which is no setting"):
+                checkpoints.check_before_loading(resume_from, run / "empty", CONTRACT["settings"], [name])

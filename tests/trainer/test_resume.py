@@ -265,6 +265,15 @@ def test_a_change_that_is_asked_for_is_made_and_written_down(make_trainer, run):
     assert began["command"] and began["packages"]["trl"]  # of the first start too
 
 
+def test_changes_that_are_allowed_where_nothing_is_resumed_are_warned_of(make_trainer, tmp_path, caplog):
+    said = "resume_allow_changes is ['seed'], but nothing is resumed: set resume_from_checkpoint with it"
+    for resume, times in ((None, 1), ("latest", 0)):
+        caplog.clear()
+        folder = tmp_path / str(resume)
+        train(make_trainer, folder, resume=resume, resume_allow_changes=["seed"], max_steps=1, save_strategy="no")
+        assert caplog.messages.count(said) == times
+
+
 def test_no_file_of_a_run_holds_a_secret(make_trainer, tmp_path, monkeypatch):
     secrets = [f"hf_{letter * 30}" for letter in "abcd"]
     monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", secrets[0], f"--hub_token={secrets[1]}"])

@@ -170,8 +170,10 @@ def check_before_loading(
         settings, allowed: as [`check_contract`]; only names that the checkpoint has too are compared.
 
     Raises:
-        CheckpointError: as [`resolve`] and [`check_contract`].
+        CheckpointError: as [`resolve`] and [`check_contract`]; a name in `allowed` that cannot be is refused without a
+            checkpoint too, so that a job which begins with it is not refused when it is resumed.
     """
+    _check_allowed(allowed, settings)
     path = resolve(resume_from, run, checksums=False)
     if path is not None:
         check_contract(path, {"settings": settings}, allowed)

@@ -121,6 +121,11 @@ class ResumableTrainer(GRPOTrainer):
                 path = checkpoints.resolve(resume_from, run)
                 if not resume_from:
                     RunDirectory(run).check_unused()
+                    if args.resume_allow_changes:
+                        logger.warning(
+                            "resume_allow_changes is %s, but nothing is resumed: set resume_from_checkpoint with it",
+                            args.resume_allow_changes,
+                        )
                 if path is not None:
                     changes = checkpoints.check_contract(path, self._contract(), args.resume_allow_changes)
                     finished = checkpoints.is_finished(path, args.max_steps, args.num_train_epochs)
