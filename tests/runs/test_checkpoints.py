@@ -92,6 +92,13 @@ def test_another_contract_is_refused_unless_the_change_is_asked_for(run, change,
         assert list(changes) == [name] and changes[name][0] != changes[name][1]
 
 
+@pytest.mark.parametrize("name", ["data", "dtype", "max_steps", "num_train_epochs", "adapter_r", "seed"])
+def test_what_is_compared_later_or_not_at_all_may_be_named(run, name):
+    """The command looks at a checkpoint before it knows the data, the model's dtype and its adapter."""
+    known = {key: value for key, value in CONTRACT["settings"].items() if key != "world_size"}
+    assert checkpoints.check_before_loading("latest", run, known, [name]) == run / "checkpoint-2"
+
+
 def test_what_cannot_be_allowed_is_refused_by_name(run):
     for name in ("world_size", "no_such_setting"):
         with pytest.raises(CheckpointError, match=f"names {name}, which is no setting .* It takes: data, delta"):

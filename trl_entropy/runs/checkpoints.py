@@ -26,6 +26,8 @@ LATEST_OR_NEW = "latest_or_new"
 _CHUNK = 2**22
 # Of the contract's settings those that a checkpoint's files depend on: no wish of the user's lets them differ.
 _OF_THE_FILES = ("engine", "world_size", "optim", "optim_args")
+# What may be named although it is not known before the model is loaded, or not compared under every schedule.
+_NOT_ALWAYS_KNOWN = {"data", "dtype", "max_steps", "num_train_epochs"}
 
 
 # What differs between a checkpoint and the run that resumes it: the former's value and the latter's, by name.
@@ -209,7 +211,7 @@ def check_contract(path: Path, current: Mapping[str, Any], allowed: Collection[s
 
 
 def _check_allowed(allowed: Collection[str], settings: Mapping[str, Any]) -> None:
-    may = {name for name in settings if name not in _OF_THE_FILES} | {"data"}
+    may = {name for name in settings if name not in _OF_THE_FILES} | _NOT_ALWAYS_KNOWN
     wrong = [name for name in allowed if name not in may and not name.startswith("adapter")]
     if wrong:
         raise CheckpointError(
