@@ -14,7 +14,7 @@ from pathlib import Path
 from trl_entropy.analysis.comparison import distinct
 from trl_entropy.reporting.write import write_page, write_report
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
+from trl_entropy.runs.file_errors import check_writable, ending_in_one_line, existing_parent
 
 
 @ending_in_one_line()
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     for run in (RunDirectory(path) for path in args.runs if path.is_dir()):
-        check_writable(run.report_path)  # before the figures are drawn
+        check_writable(existing_parent(run.report_path))  # before the figures are drawn
     try:
         runs = distinct(args.runs)
         for path in runs:

@@ -132,6 +132,16 @@ def test_runs_of_one_name_and_directories_without_metrics_are_refused(real_run, 
         main([str(real_run), str(tmp_path / "again" / real_run.name)])
     with pytest.raises(SystemExit, match=r"holds no metrics\.jsonl"):
         main([str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]  # no folder report
+
+
+@pytest.mark.parametrize("content", [bytes(500), b'{"step": 1, "rew', b"\xff\xfe\n"])
+def test_a_log_that_is_damaged_throughout_is_not_said_to_be_missing(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl is damaged: none of its lines can be read") as end:
+        main([str(tmp_path)])
+    assert str(end.value).startswith("Error: ") and "\n" not in str(end.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_live_run_of_one_step_has_a_page(tmp_path):

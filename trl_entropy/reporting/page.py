@@ -17,6 +17,7 @@ from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.reporting.sections import sections_of
 from trl_entropy.reporting.tables import glance_table
 from trl_entropy.reporting.warnings import RunWarning, warnings_of
+from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.strict_json import Json, Row
 
 T = TypeVar("T")
@@ -42,12 +43,19 @@ def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
     runs = [load_run(path) for path in paths]
     for run in runs:
         if run.steps.empty:
-            raise ValueError(f"{run.path} holds no metrics.jsonl with a line in it; is it a run directory?")
+            raise ValueError(_why_no_page(run.path))
     parts, figures = _parts(runs)
     environment = Environment(loader=PackageLoader("trl_entropy.reporting"), autoescape=True)
     environment.filters["plain"] = plain
     template = environment.get_template("report.html")
     return template.render(parts, written=time.strftime("%Y-%m-%d %H:%M")), figures
+
+
+def _why_no_page(path: Path) -> str:
+    log = RunDirectory(path).metrics_path
+    if log.exists() and log.stat().st_size:
+        return f"{log} is damaged: none of its lines can be read, so that there is nothing to show."
+    return f"{path} holds no metrics.jsonl with a line in it; is it a run directory?"
 
 
 def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
