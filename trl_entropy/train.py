@@ -190,7 +190,7 @@ def _length_of(args: DrGRPOConfig) -> str:
 
 
 def _say_end(trainer: DrGRPOTrainer) -> None:
-    """Write the figure; print the evaluations, a completion, and the paths of metrics and figure."""
+    """Write the figure; print the evaluations, a completion, and the paths of metrics, figure and page."""
     from trl_entropy.reporting.write import write_report_of_finished_run
 
     run = RunDirectory(trainer.args.output_dir)
@@ -202,8 +202,9 @@ def _say_end(trainer: DrGRPOTrainer) -> None:
         completion = trainer._logs["completion"][-1]
         text = completion if isinstance(completion, str) else str(completion[-1]["content"])
         print(f"a completion: {plain_text(text)[:300].strip()}")
-    figure = write_report_of_finished_run(Path(run.path))
-    print(f"metrics {run.metrics_path}" + (f"\nfigure  {figure}" if figure else ""))
+    print(f"metrics {run.metrics_path}")
+    if figure := write_report_of_finished_run(Path(run.path)):
+        print(f"figure  {figure}\npage    {run.report_path / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,15 @@ def test_the_start_line_says_how_long_the_run_is(tmp_path, caplog, more, said):
     assert caplog.messages[-1].startswith(said)
 
 
+def test_the_end_of_a_training_names_the_page(tmp_path, capsys):
+    RunDirectory(tmp_path).append_metrics(1, {"reward": 0.5})
+    _say_end(SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), _logs={"completion": []}))
+    report = tmp_path / "report"
+    named = [f"figure  {report / 'training.png'}", f"page    {report / 'index.html'}"]
+    assert capsys.readouterr().out.splitlines() == [f"metrics {tmp_path / 'metrics.jsonl'}", *named]
+    assert (report / "index.html").is_file() and (report / "training.png").is_file()
+
+
 LINE = json.dumps({"question": "How many?", "answer": "#### %s"}) + "\n"
 
 
