@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from trl_entropy.analysis.attribution import attribution_table
 from trl_entropy.analysis.run import load_run
 from trl_entropy.report import main
 from trl_entropy.reporting import sections
@@ -344,6 +345,25 @@ def test_runs_of_different_settings_have_no_mean_and_the_page_says_so(tmp_path):
         run.append_metrics(1, {"reward": rate})
     text = text_of(write_page([tmp_path / "slow", tmp_path / "fast"], tmp_path / "page.html"))
     assert "differ in more than their seeds, so there is no mean over them" in text
+
+
+def of_one_token(arrays: dict) -> dict:
+    """Rows of a probe's file with the first token of each completion alone."""
+    width = arrays["completion_mask"].shape[1]
+    cut = {name: array[:, :1] for name, array in arrays.items() if array.ndim == 2 and array.shape[1] == width}
+    whole = {name: arrays[name][:, : 1 - width] for name in ("input_ids", "attention_mask") if name in arrays}
+    return {name: array.copy() for name, array in (arrays | cut | whole).items()}
+
+
+def test_completions_of_one_token_that_are_attributed_have_a_page(real_run, tmp_path, caplog):
+    """As `max_completion_length: 1` leaves them: length and position have one value."""
+    run = copied(real_run, tmp_path / "short")
+    for file in [*run.glob("probes/attribution/*.safetensors"), *run.glob("probes/rollouts/*.safetensors")]:
+        save_file(of_one_token(load_file(file)), file)
+    table = attribution_table(load_run(run), by_token=True)
+    assert set(table["position"]) == {0} and set(table["length"]) == {1}
+    text = text_of(write_page([run], tmp_path / "page.html"))
+    assert "Which tokens changed the entropy" in text and "Missing on this page" not in text and not caplog.messages
 
 
 def test_tokens_without_a_tokenizer_are_numbers_and_the_page_says_so(real_run, tmp_path):
