@@ -92,6 +92,12 @@ def test_another_contract_is_refused_unless_the_change_is_asked_for(run, change,
         assert list(changes) == [name] and changes[name][0] != changes[name][1]
 
 
+@pytest.mark.parametrize("resume_from", ["newest", "run/checkpoint-77"])
+def test_what_is_no_folder_is_refused_with_what_can_be_named(run, resume_from):
+    with pytest.raises(CheckpointError, match=f"{resume_from} is no checkpoint: .* Use latest, latest_or_new, or the"):
+        checkpoints.resolve(resume_from, run)
+
+
 @pytest.mark.parametrize("name", ["data", "dtype", "max_steps", "num_train_epochs", "adapter_r", "seed"])
 def test_what_is_compared_later_or_not_at_all_may_be_named(run, name):
     """The command looks at a checkpoint before it knows the data, the model's dtype and its adapter."""

@@ -59,7 +59,10 @@ def read_seal(path: Path) -> dict[str, Any]:
         CheckpointError: saying what is missing or damaged.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no checkpoint: there is no such folder.")
+        raise CheckpointError(
+            f"{path} is no checkpoint: there is no such folder. Use {LATEST}, {LATEST_OR_NEW}, or the path of a "
+            "folder checkpoint-N of a run."
+        )
     if not (path / SEAL).exists():
         raise CheckpointError(
             f"{path} has no {SEAL}: its writing was cut off, or DrGRPOTrainer did not write it. Resume from another."
