@@ -193,11 +193,13 @@ def zeroed(path: Path):
     ],
 )
 def test_a_broken_checkpoint_is_named_and_passed_over(make_trainer, run, harm, message, caplog):
+    caplog.set_level("INFO", "trl_entropy")
     harm(run / "checkpoint-3")
     with pytest.raises(CheckpointError, match=message):
         train(make_trainer, run, max_steps=3, resume=str(run / "checkpoint-3"))
     trainer = train(make_trainer, run, max_steps=3, resume="latest")
     assert f"passing over a checkpoint: {run / 'checkpoint-3'}" in caplog.text and message in caplog.text
+    assert f"going on from {run / 'checkpoint-2'}, after step 2" in caplog.messages
     assert trainer.state.global_step == 3
     checkpoints.check_files(run / "checkpoint-3")  # written anew
 

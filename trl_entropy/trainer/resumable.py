@@ -107,6 +107,7 @@ class ResumableTrainer(GRPOTrainer):
         if checkpoint is not None:
             self.args.eval_on_start = False  # the run did it before its first step, and would now draw other samples
             if self.is_world_process_zero():
+                logger.info("going on from %s, after step %d", checkpoint, step)
                 tensorboard.continue_after(self.callback_handler.callbacks, step)
 
     def _checked_checkpoint(self, resume_from: str | bool | None) -> tuple[Path | None, bool]:
