@@ -1,8 +1,13 @@
-"""Every file that a document or a docstring names is there: in documents, notebooks, launchers and the package."""
+"""
+Every file that a document or a docstring names is there: in documents, notebooks, launchers and the package. The
+README's script runs.
+"""
 
 import re
 import subprocess
 from pathlib import Path
+
+from trl_entropy.runs.directory import RunDirectory
 
 REPOSITORY = Path(__file__).parents[1]
 _WRITTEN = {".py", ".md", ".ipynb", ".yaml", ".sh", ".sbatch", ".cfg", ".toml"}
@@ -40,3 +45,15 @@ def test_named_files_are_there():
 def test_a_file_that_is_not_there_is_noticed():
     assert not is_there("estimators/adamw.py", REPOSITORY / "docs" / "theory.md")
     assert is_there("estimators/optimizer/adamw.py", REPOSITORY / "docs" / "theory.md")
+
+
+def test_the_readmes_script_runs_as_it_stands(tmp_path, monkeypatch, warm_start_dir, capfd):
+    """With one step in the place of its twenty."""
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert "max_steps=20" in code
+    monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("max_steps=20", "max_steps=1"), {})
+    (row,) = RunDirectory(tmp_path / "runs" / "first").metrics()
+    assert row["entropy/delta_measured_stderr"] > 0 and 0 < row["reward"] < 1
+    assert "building the warm start" not in capfd.readouterr().err  # its seed is that of the quickstart

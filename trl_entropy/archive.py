@@ -19,6 +19,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from trl_entropy.runs.file_errors import describe
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         done = archive(args.run, args.url, args.metrics_only)
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"trl-entropy archive: {error}")
+        sys.exit(f"trl-entropy archive: {describe(error)}")
     size = sum(digest.size for digest in done.files.values())
     print(f"{done.url}: {len(done.files)} files, {size / 1e6:.1f} MB, {len(done.copied)} of them copied now")
 

@@ -7,11 +7,14 @@ transformers reads GGUF into plain weights, but still marks the model as quantiz
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.durable import replacing
+from trl_entropy.runs.file_errors import describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,12 +37,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     plain = without_quantization(AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    saved = AutoTokenizer.from_pretrained(str(folder))
-    for text in _TEXTS:
-        if saved(text)["input_ids"] != tokenizer(text)["input_ids"]:
-            raise ValueError(f"the tokenizer saved in {folder} splits {text!r} differently from that of {file}")
+    with replacing(folder) as unfinished:
+        plain.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        saved = AutoTokenizer.from_pretrained(str(unfinished))
+        for text in _TEXTS:
+            if saved(text)["input_ids"] != tokenizer(text)["input_ids"]:
+                raise ValueError(f"the tokenizer splits {text!r} differently once it is saved, so nothing is kept")
 
 
 def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -74,8 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         convert_gguf(args.file, args.folder)
-    except (ValueError, OSError, ImportError, RuntimeError, LookupError) as error:  # a cut file fails in many ways
-        sys.exit(f"Error: {args.file} cannot be converted to {args.folder}: {' '.join(str(error).split())}")
+    except Exception as error:  # a file that is cut or damaged fails in every way
+        logging.getLogger("trl_entropy").debug("%s", error, exc_info=True)
+        sys.exit(f"Error: {args.file} cannot be converted to {args.folder}: {describe(error)}.")
     print(f"model and tokenizer are in {args.folder}")
 
 

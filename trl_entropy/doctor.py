@@ -31,6 +31,7 @@ from trl_entropy.preflight.launch import Launch, launch_from_options, read_accel
 from trl_entropy.preflight.report import problem_lines, section, versions
 from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
 from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.file_errors import ending_in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _Settings = tuple[Any, Any, Any]  # task, training arguments and model, of `trl-entropy train` or `trl-entropy sft`
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Print the report and every problem with its remedy; exit with status 1 if there is a problem."""
     quiet_libraries()
@@ -116,9 +118,9 @@ def _parsed(
 
 
 def _advice(error: Exception, hardware: Hardware) -> str:
-    """What to do about an error of transformers; those of `DrGRPOConfig` and `parse` say it themselves."""
+    """What to do about an error that may be one of this machine only; otherwise the error says it itself."""
     if "bf16" in str(error) and not hardware.has_gpu:
-        return "Set bf16: false and use_cpu: true; check another machine's run with --hardware 2xH100-80GB."
+        return "To check another machine's run, name it: --hardware 2xH100-80GB."
     return ""
 
 

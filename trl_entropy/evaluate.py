@@ -29,6 +29,7 @@ from trl_entropy.evaluation.plan import (
 )
 from trl_entropy.evaluation.process import describe, run_job
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 from trl_entropy.runs.strict_json import Json
 
 
@@ -83,11 +84,13 @@ def sampler_for(wanted: str, device: str) -> str:
     return VLLM if torch.cuda.is_available() else TRANSFORMERS
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Evaluate the checkpoints that are not evaluated yet; exit with status 1 if one failed."""
     args = parse(argv)
     config, settings, targets = _plan(args)
     todo = [target for target in targets if not is_done(args.run, target, settings)]
+    check_writable(args.run)
     _say_plan(args.run, settings, targets, todo)
     progress = Progress(len(todo))
     failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, _device(args, config))]

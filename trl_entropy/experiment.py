@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from trl_entropy.runs.file_errors import ending_in_one_line
+
 EXPERIMENTS = {
     "agreement": "how well do predicted entropy changes agree with measured ones? Reads the metrics of whole runs",
     "kernel": "Fisher kernels of single steps, their eigenvalues, and how well they predict the step. Reads files",
@@ -16,6 +18,7 @@ EXPERIMENTS = {
 }
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Run the experiment named first on the command line."""
     argv = sys.argv[1:] if argv is None else argv

@@ -11,10 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from trl_entropy.analysis.comparison import distinct
 from trl_entropy.reporting.write import write_page, write_report
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 
 
+@ending_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     """Write the figures and the page of the runs named on the command line."""
     parser = argparse.ArgumentParser(
@@ -29,11 +32,17 @@ def main(argv: list[str] | None = None) -> None:
         help="where to write the page (default: RUN/report/index.html; for several runs comparison.html beside it)",
     )
     args = parser.parse_args(argv)
+    for run in (RunDirectory(path) for path in args.runs if path.is_dir()):
+        check_writable(run.report_path)  # before the figures are drawn
     try:
-        for path in args.runs:
+        runs = distinct(args.runs)
+        for path in runs:
             print(write_report(path))
-        name = "index.html" if len(args.runs) == 1 else "comparison.html"
-        print(write_page(args.runs, args.output or RunDirectory(args.runs[0]).report_path / name))
+        folder = RunDirectory(runs[0]).report_path
+        if args.output or len(runs) > 1:
+            print(write_page(runs, args.output or folder / "comparison.html"))
+        else:
+            print(folder / "index.html")
     except ValueError as error:
         sys.exit(f"Error: {error}")
 

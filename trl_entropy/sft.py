@@ -20,6 +20,7 @@ from trl_entropy.models.fine_tuning import train_sft
 from trl_entropy.models.loading import load_tokenizer, model_init_kwargs
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import check_writable, describe
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, ImportError) as error:
         sys.exit(f"Error in the settings: {one_line(error)}.")
     try:
+        check_writable(Path(args.output_dir))
         fine_tune(task, args, model)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         logging.getLogger("trl_entropy").debug("%s", error, exc_info=True)
-        sys.exit(f"Error: {one_line(error)}.")
+        sys.exit(f"Error: {one_line(describe(error, Path(args.output_dir)))}.")
 
 
 def fine_tune(task: DemonstrationArguments, args: SFTConfig, model: ModelConfig) -> None:

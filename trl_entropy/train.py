@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,8 +14,9 @@ from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.models.loading import EMBEDDED_MODEL, is_adapter, load_adapter, load_tokenizer, model_init_kwargs
 from trl_entropy.runs import checkpoints
-from trl_entropy.runs.console import ConsoleProgress, describe_evaluation, plain_text, quiet_libraries
+from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, remedy
 from trl_entropy.tasks.arguments import TaskArguments, load_task
 
 if TYPE_CHECKING:
@@ -29,12 +29,9 @@ if TYPE_CHECKING:
 
 def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> DrGRPOTrainer:
     """Build the trainer from the settings: with model, data and reward functions."""
-    from transformers import ProgressCallback
-    from transformers.integrations import TensorBoardCallback
     from trl import get_peft_config, get_quantization_config
 
     from trl_entropy.tasks import rewards
-    from trl_entropy.trainer.callbacks import RunLogCallback
     from trl_entropy.trainer.dataset_checks import check_datasets
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
@@ -51,13 +48,7 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model) if isinstance(policy, str) else None,
     )
-    run_log = next(c for c in trainer.callback_handler.callbacks if isinstance(c, RunLogCallback))
-    run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
-    tensorboard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)), None)
-    if tensorboard is not None and tensorboard.logging_dir is None:  # no TENSORBOARD_LOGGING_DIR
-        tensorboard.logging_dir = str(RunDirectory(args.output_dir).tensorboard_path)
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(ConsoleProgress)
+    trainer.run_log.settings = {**dataclasses.asdict(task), "model_name_or_path": model.model_name_or_path}
     return trainer
 
 
@@ -114,14 +105,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_writable(Path(args.output_dir))
         trainer = build_trainer(task, args, model)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except OSError as error:
+        sys.exit(f"Error: {one_line(describe(error))}.")
+    except (ValueError, ImportError, RuntimeError) as error:
         _exit(error)
     from trl_entropy.engine import OtherRankFailed
 
     _say_start(trainer)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except OSError as error:  # mostly a full disk while logging; while saving that is a CheckpointError
+    except OSError as error:  # while saving that is a CheckpointError
         sys.exit(_advice_on(error, Path(args.output_dir)))
     except (
         ValueError,
@@ -129,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     ) as error:  # a CheckpointError; what a probe refuses in a model
         _exit(error)
     if trainer.is_world_process_zero():
-        _say_end(trainer)
+        with ending_in_one_line():
+            _say_end(trainer)
 
 
 def _exit(error: Exception) -> NoReturn:
@@ -138,18 +132,13 @@ def _exit(error: Exception) -> NoReturn:
     sys.exit(f"Error: {one_line(error)}.")
 
 
-def check_writable(run: Path) -> None:
-    """Raises `OSError` unless files can be written to the run directory; what the check writes it removes."""
-    run.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=run) as file:
-        file.write(b"0")
-
-
 def _advice_on(error: OSError, run: Path) -> str:
-    """One line that says what to do if a file could not be written or read."""
-    newest = checkpoints.newest_complete(run, checksums=False)
-    go_on = f"{newest} is complete: make room, then --resume_from_checkpoint latest" if newest else "make room"
-    return f"Error: {error}. Training stopped; {go_on}."
+    """One line that says what to do if a file could not be written or read while training."""
+    newest, advice = checkpoints.newest_complete(run, checksums=False), remedy(error)
+    go_on = f"{newest} is complete: {advice}, then --resume_from_checkpoint latest"
+    if newest is None:
+        go_on = f"{advice}, then begin anew with --resume_from_checkpoint latest_or_new"
+    return f"Error: {one_line(error)}. Training stopped; {go_on}."
 
 
 def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> None:
@@ -186,7 +175,7 @@ def _length_of(args: DrGRPOConfig) -> str:
 
 def _say_end(trainer: DrGRPOTrainer) -> None:
     """Write the figure; print the evaluations, a completion, and the paths of metrics and figure."""
-    from trl_entropy.reporting.write import write_report
+    from trl_entropy.reporting.write import write_report_of_finished_run
 
     run = RunDirectory(trainer.args.output_dir)
     evaluation = run.evaluation()
@@ -197,8 +186,8 @@ def _say_end(trainer: DrGRPOTrainer) -> None:
         completion = trainer._logs["completion"][-1]
         text = completion if isinstance(completion, str) else str(completion[-1]["content"])
         print(f"a completion: {plain_text(text)[:300].strip()}")
-    figure = write_report(Path(run.path))
-    print(f"metrics {run.metrics_path}\nfigure  {figure}")
+    figure = write_report_of_finished_run(Path(run.path))
+    print(f"metrics {run.metrics_path}" + (f"\nfigure  {figure}" if figure else ""))
 
 
 if __name__ == "__main__":

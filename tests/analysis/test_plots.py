@@ -1,5 +1,7 @@
 """Figures take and return axes, and draw the numbers that they are given."""
 
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -74,8 +76,10 @@ def test_noise_scale_with_its_interval_and_where_that_has_no_end(axes):
 
 BUDGET = [
     {"step": 1, "entropy_control/entropy": 0.40, "entropy_control/entropy_stderr": 0.01,
+     "entropy_control/num_prompts": 4,
      "entropy_control/delta_optimizer": -0.03, "entropy_control/delta_predicted": -0.02},
     {"step": 2, "entropy_control/entropy": 0.37, "entropy_control/entropy_stderr": 0.01,
+     "entropy_control/num_prompts": 4,
      "entropy_control/delta_optimizer": -0.05, "entropy_control/delta_predicted": -0.01,
      "entropy_control/realised_previous": -0.03},
 ]  # fmt: skip
@@ -83,7 +87,7 @@ BUDGET = [
 
 def test_set_point_with_the_entropy_and_its_errors(axes):
     assert plots.plot_set_point(axes, BUDGET, 0.22) is axes
-    assert np.allclose(axes.collections[0].get_segments()[0], [[1, 0.40 - 0.0196], [1, 0.40 + 0.0196]])
+    assert np.allclose(axes.collections[0].get_segments()[0], [[1, 0.40 - 0.031824], [1, 0.40 + 0.031824]])
     assert axes.lines[-1].get_ydata()[0] == 0.22
 
 
@@ -112,3 +116,112 @@ def test_high_entropy_tokens_the_largest_on_top(axes):
 def test_no_token_was_drawn_often_enough(axes):
     plots.plot_high_entropy_tokens(axes, pd.DataFrame({"count": [], "share_of_entropy": []}))
     assert not axes.patches
+
+
+CHANGES = [
+    {"step": step, "entropy/delta_measured": 0.5, "entropy/delta_measured_stderr": 0.01, "entropy/delta_linear": 0.4,
+     "entropy/half_a_linear": 0.4, "entropy/half_a_linear_stderr": 0.01, "entropy/half_b_measured": 0.5,
+     "entropy/half_b_measured_stderr": 0.02, "entropy/num_prompts": 5, "entropy/half_a_num_prompts": 3,
+     "entropy/half_b_num_prompts": 2}
+    for step in (1, 2)
+]  # fmt: skip
+# Student's t at 97.5 % for 1, 2, 3 and 4 degrees of freedom, from a printed table.
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def half_lengths(axes):
+    """Of the error bars of the first point, in the order in which they were drawn."""
+    first = [collection.get_segments()[0] for collection in axes.collections if len(collection.get_segments())]
+    return [np.ptp(segment, axis=0).max() / 2 for segment in first]
+
+
+def test_intervals_of_95_percent_have_the_degrees_of_freedom_of_their_prompts(axes):
+    plots.plot_entropy_change(axes, CHANGES)
+    assert half_lengths(axes) == pytest.approx([0.01 * T[4]], rel=1e-3)
+    axes.clear()
+    plots.plot_prediction(axes, CHANGES, "second_order")
+    assert sorted(half_lengths(axes)) == pytest.approx([0.01 * T[2], 0.02 * T[1]], rel=1e-3)
+    axes.clear()
+    slope = {"step": 1, "fisher/change_slope": 1.1, "fisher/change_slope_stderr": 0.1, "fisher/num_prompts": 4}
+    plots.plot_change_slope(axes, [slope])
+    assert half_lengths(axes) == pytest.approx([0.1 * T[3]], rel=1e-3)
+    axes.clear()
+    plots.plot_integral(axes, {"steps": [1], "fresh": [1.0], "fresh_stderr": [0.1], "fresh_num_prompts": [2]})
+    assert half_lengths(axes) == pytest.approx([0.1 * T[1]], rel=1e-3)
+    assert axes.get_legend_handles_labels()[1] == ["fresh completions, 95 %"]
+
+
+def test_bars_without_known_degrees_of_freedom_are_standard_errors_and_are_called_so(axes):
+    plots.plot_entropy_change(axes, [{**CHANGES[0], "entropy/num_prompts": None}, CHANGES[1]])
+    assert half_lengths(axes) == pytest.approx([0.01])
+    assert "measured, standard error" in axes.get_legend_handles_labels()[1]
+
+
+def test_no_function_names_a_normal_quantile_95_percent():
+    folder = Path(plots.__file__).parent
+    assert not [path.name for path in folder.glob("*.py") if "1.96" in path.read_text()]
+
+
+def test_runs_of_different_settings_have_no_mean_and_say_in_what_they_differ(axes):
+    steps = pd.DataFrame({"run": ["a", "a", "b", "b"], "step": [1, 2, 1, 2], "reward": [0.1, 0.2, 0.4, 0.6],
+                          "settings": ["learning_rate 0.1"] * 2 + ["learning_rate 0.2"] * 2})  # fmt: skip
+    plots.plot_runs(axes, steps, "reward")
+    assert [line.get_label() for line in axes.lines] == ["a, learning_rate 0.1", "b, learning_rate 0.2"]
+    assert not axes.collections
+
+
+def test_the_axis_fits_the_runs_whatever_their_interval(axes):
+    """Two runs: t = 12.7, an interval of some 13 times their distance on either side."""
+    steps = pd.DataFrame({"run": ["a", "a", "b", "b"], "step": [1, 2, 1, 2], "reward": [0.1, 0.2, 0.4, 0.6]})
+    plots.plot_runs(axes, steps, "reward")
+    axes.figure.canvas.draw()
+    assert axes.get_ylim() == pytest.approx((0.1 - 0.025, 0.6 + 0.025)) and len(axes.collections) == 1
+
+
+def parts(**columns):
+    table = pd.DataFrame({"change": [-0.002, 0.001], "change_low": [-0.003, -0.001], "change_high": [-0.001, 0.003],
+                          "share": [2.0, -1.0], "low": [1.0, -3.0], "high": [4.0, 0.5], "token_share": [0.25, 0.75]},
+                         index=["above_mean_rare", "incorrect"])  # fmt: skip
+    return table.assign(**columns)
+
+
+def test_parts_are_drawn_in_nats_per_token_with_their_intervals(axes):
+    plots.plot_shares(axes, parts(), "outcome")
+    assert [bar.get_width() for bar in axes.patches] == [-0.002, 0.001]
+    assert np.allclose([segment[:, 0] for segment in axes.collections[0].get_segments()],
+                       [[-0.003, -0.001], [-0.001, 0.003]])  # fmt: skip
+    alike = next(line for line in axes.lines if line.get_label() == "if all tokens were alike")
+    assert alike.get_xdata() == pytest.approx([-0.00025, -0.00075])
+    assert [text.get_text().strip() for text in axes.texts] == ["200%", "-100%"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["above the group's mean, rare", "incorrect"]
+
+
+def test_without_shares_the_parts_are_drawn_alone(axes):
+    plots.plot_shares(axes, parts(share=np.nan, low=np.nan, high=np.nan))
+    assert not axes.texts and "no shares" in axes.get_xlabel() and len(axes.patches) == 2
+    assert np.isfinite(axes.get_xlim()).all() and max(map(abs, axes.get_xlim())) < 0.005
+
+
+EMPTY = pd.DataFrame()
+
+
+@pytest.mark.parametrize("draw, remedy", [
+    (lambda axes: plots.plot_reward(axes, [{"step": 1, "reward": None}]), "reward"),
+    (lambda axes: plots.plot_pass_at_1(axes, []), "held-out"),
+    (lambda axes: plots.plot_entropy(axes, [{"step": 1}], []), "entropy"),
+    (lambda axes: plots.plot_entropy_change(axes, [{"step": 1}]), "entropy_probe: true"),
+    (lambda axes: plots.plot_prediction(axes, [{"step": 1, "entropy/half_b_measured": 1.0}], "linear"), "Train with"),
+    (lambda axes: plots.plot_noise_scale(axes, [], "adam"), "noise_scale_probe: true"),
+    (lambda axes: plots.plot_set_point(axes, []), "entropy_control: hold"),
+    (lambda axes: plots.plot_controlled_change(axes, []), "entropy_control: hold"),
+    (lambda axes: plots.plot_kernel(axes, EMPTY), "fisher_probe: true"),
+    (lambda axes: plots.plot_checkpoints(axes, evaluation(), ["greedy_accuracy"]), "greedy_accuracy"),
+    (lambda axes: plots.plot_positions(axes, EMPTY), "trl-entropy evaluate"),
+    (lambda axes: plots.plot_tokens(axes, EMPTY), "no completion"),
+    (lambda axes: plots.plot_shares(axes, EMPTY), "entropy_attribution: token"),
+    (lambda axes: plots.plot_runs(axes, pd.DataFrame({"run": ["a"], "step": [1]}), "reward"), "reward"),
+])  # fmt: skip
+def test_axes_without_data_say_what_is_missing(axes, draw, remedy):
+    assert draw(axes) is axes
+    (sentence,) = (text.get_text().replace("\n", " ") for text in axes.texts)
+    assert remedy in sentence and sentence.endswith(".")

@@ -1,8 +1,12 @@
 """A model from a GGUF file can be saved and trained; what cannot be unpacked is refused before anything is loaded."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from fuzz.mutations import mutated_bytes
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from trl_entropy.convert_gguf import main, without_quantization
@@ -32,14 +36,56 @@ def test_refusals(tmp_path):
         main([str(file), str(tmp_path)])
 
 
-@pytest.mark.parametrize("content", [b"GGUF\x03\x00\x00\x00", b"", b"no model"])
-def test_a_file_that_is_cut_is_named_in_one_line(tmp_path, content):
-    pytest.importorskip("gguf")
-    file = tmp_path / "model.gguf"
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    """A file of the format with two settings and one tensor."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_name("a model")
+    writer.add_tensor("token_embd.weight", np.zeros((8, 4), dtype=np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return path.read_bytes()
+
+
+def refused(tmp_path, content):
+    file, folder = tmp_path / "model.gguf", tmp_path / "new"
     file.write_bytes(content)
-    with pytest.raises(SystemExit, match=f"^Error: {file} cannot be converted") as end:
-        main([str(file), str(tmp_path / "new")])
-    assert "\n" not in str(end.value) and not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit) as end:
+        main([str(file), str(folder)])
+    line = str(end.value)
+    assert line.startswith(f"Error: {file} cannot be converted to {folder}: ") and "\n" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("content", [b"GGUF\x03\x00\x00\x00", b"", b"no model"])
+def test_what_is_no_file_of_the_format_is_named_in_one_line(tmp_path, content):
+    pytest.importorskip("gguf")
+    refused(tmp_path, content)
+
+
+def test_a_file_that_is_cut_or_damaged_is_named_in_one_line(tmp_path, whole_file):
+    rng = random.Random(0)
+    for _ in range(8):
+        refused(tmp_path, mutated_bytes(whole_file, rng))
+
+
+def test_nothing_is_left_of_a_conversion_that_failed_at_its_end(tmp_path, monkeypatch):
+    """A folder that is left would be trained on by the next run."""
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").touch()
+    tokenizer = build_tokenizer()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: build_model(tokenizer, seed=0))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name="", **_: other if name else tokenizer)
+    other = build_tokenizer()
+    other.add_tokens(["apple"])
+    monkeypatch.setattr("trl_entropy.convert_gguf._TEXTS", ["an apple"])
+    with pytest.raises(SystemExit, match="differently once it is saved"):
+        main([str(tmp_path / "model.gguf"), str(tmp_path / "new")])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_without_the_package_gguf(tmp_path, monkeypatch):

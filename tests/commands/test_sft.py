@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import WandbCallback
 
 from trl_entropy import sft
 from trl_entropy.config.command_line import parse
@@ -54,6 +56,35 @@ def test_bad_input_is_refused(tokenizer):
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
         tokenize_demonstrations(Dataset.from_dict(DEMONSTRATIONS), endless)
+
+
+def test_without_a_gpu_the_command_names_both_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(SystemExit, match="On a CPU set use_cpu=True and bf16=False") as end:
+        sft.main(["--config", str(SFT_CONFIG), "--output_dir", str(tmp_path), "--use_cpu", "false"])
+    assert "\n" not in str(end.value)
+
+
+def test_trackers_of_fine_tuning_get_numbers_only(tokenizer, monkeypatch, tmp_path):
+    class Tracker(WandbCallback):
+        def __init__(self):
+            self.logs = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.logs.append(logs)
+
+    class Trainer:
+        def __init__(self, callbacks, **kwargs):
+            self.callback_handler = SimpleNamespace(callbacks=callbacks)
+
+        def train(self):
+            for callback in self.callback_handler.callbacks:
+                callback.on_log(None, None, None, logs={"loss": float("nan"), "epoch": 1.0})
+
+    monkeypatch.setattr("trl.SFTTrainer", Trainer)
+    tracker, args = Tracker(), warm_start_config(tmp_path, 0)
+    train_sft(None, tokenizer, Dataset.from_dict(DEMONSTRATIONS), args, callbacks=[tracker])
+    assert tracker.logs == [{"epoch": 1.0}]
 
 
 def test_training_matches_a_plain_loop(tokenizer, tmp_path):

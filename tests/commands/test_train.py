@@ -18,7 +18,7 @@ from trl_entropy.config.command_line import parse, parse_sft
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.train import _say_start, main
+from trl_entropy.train import _say_end, _say_start, main
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -65,6 +65,16 @@ def test_the_start_line_names_what_changes_the_step(tmp_path, caplog):
         _say_start(SimpleNamespace(args=args, accelerator=SimpleNamespace(num_processes=1, device="cpu")))
     without, held = (line for line in caplog.messages if line.startswith("Dr-GRPO"))
     assert "budget" not in without and held.endswith("; entropy_control: hold")
+
+
+def test_the_end_of_a_training_is_no_failure_without_a_page_or_an_entropy(tmp_path, caplog, capsys):
+    run = RunDirectory(tmp_path)
+    for step in (0, 5):
+        run.append_evaluation(step, {"reward": 0.5, "entropy": None})
+    _say_end(SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), _logs={"completion": []}))
+    assert "held out after step   5: reward 0.500, entropy nan nats/token" in capsys.readouterr().out
+    (message,) = caplog.messages
+    assert message.startswith(f"The page of {tmp_path} is left out: ") and "metrics.jsonl" in message
 
 
 @pytest.mark.parametrize("more, said", [
@@ -166,7 +176,10 @@ def test_a_disk_that_is_full_while_logging_is_one_clear_line(tmp_path, warm_star
         main(settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, *more))
     message = str(stop.value)
     assert "No space left on device: 'metrics.jsonl'" in message and "\n" not in message
-    assert f"{tmp_path / 'checkpoint-2'} is complete: make room, then --resume_from_checkpoint latest" in message
+    assert (
+        f"{tmp_path / 'checkpoint-2'} is complete: make room on the disk, then --resume_from_checkpoint latest"
+        in message
+    )
     assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [1, 2]
 
 

@@ -110,6 +110,10 @@ def test_kl_is_refused_under_zero3():
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
         ({"generation_kwargs": {"top_k": 20}}, "top_k=20"),
         ({"generation_kwargs": {"typical_p": 0.5}}, "typical_p=0.5"),
+        ({"generation_kwargs": {"typical_p": 1.0}}, ""),
+        ({"generation_kwargs": {"no_such_setting": 1}}, "no_such_setting=1"),
+        ({"top_k": None}, "top_k=50"),  # transformers' own default
+        ({"use_vllm": True, "vllm_structured_outputs_regex": "[0-9]"}, "vllm_structured_outputs_regex=[0-9]"),
     ],
 )
 def test_truncated_sampling_is_found(settings, named):
@@ -130,3 +134,11 @@ def test_help_of_every_field_prints():
     """argparse takes `%` in a help text for a format."""
     text = HfArgumentParser(DrGRPOConfig).format_help()
     assert all(f"--{name}" in text for name in ("fisher_sketch_dim", "noise_scale_probe", "entropy_probe_every"))
+
+
+def test_without_a_gpu_the_config_names_both_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="On a CPU set use_cpu=True and bf16=False") as error:
+        DrGRPOConfig(output_dir=str(tmp_path))
+    assert "\n" not in str(error.value)
+    DrGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)

@@ -24,6 +24,31 @@ def test_log_looks_the_sample_printer_up_in_its_module():
     assert "print_prompt_completions_sample(" in source(GRPOTrainer.log), "printing_plain_text replaces it there"
 
 
+def test_a_step_is_logged_after_its_metrics_are_collected():
+    """`StepLog` makes the line of a step between the two."""
+    text = source(Trainer._run_epoch)
+    step = text[text.index("self.state.global_step += 1") :]
+    assert step.index("on_step_end(") < step.index("self._maybe_log_save_evaluate(")
+    assert "learning_rate=learning_rate," in step and "tr_loss += tr_loss_step" in text
+    logged = source(Trainer._maybe_log_save_evaluate)
+    assert logged.index("self.log(") < logged.index("self._evaluate(") < logged.index("self._save_checkpoint(")
+    assert "if self.control.should_log and self.state.global_step > self._globalstep_last_logged:" in logged
+
+
+def test_log_averages_the_lists_of_its_mode_and_leaves_nan_out():
+    text = source(GRPOTrainer.log)
+    assert 'mode = "train" if self.model.training else "eval"' in text
+    assert "sum(valid) / len(valid) if valid else None" in text and "logs.update(metrics)" in text, (
+        "StepLog hands over one value for each key, and the run log puts its nan in the place of None"
+    )
+
+
+def test_the_default_bar_or_printer_is_added_last():
+    assert "self.add_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)" in source(
+        Trainer.__init__
+    )
+
+
 def test_only_the_loss_asks_for_the_entropy():
     assert "compute_entropy=True" in source(GRPOTrainer._compute_loss), "StepStatistics takes what the loss computed"
     assert "compute_entropy=True" not in source(GRPOTrainer._generate_and_score_completions)

@@ -1,5 +1,7 @@
 """One run's metrics against another's that differ in rounding only."""
 
+import math
+
 import pytest
 
 CLOCKS = ("time", "step_time", "epoch", "runtime")
@@ -26,8 +28,8 @@ def largest_deviation(expected: list[dict], got: list[dict]) -> tuple[float, str
                 assert max(abs(value), abs(two[key])) < max(1e-4, rounding / abs(one["entropy/delta_linear"]))
             elif key.endswith("gradient_error"):
                 assert max(value, two[key]) < 1e-4  # nothing but rounding
-            elif value is None:  # nan: there is no such pair of completions
-                assert two[key] is None, key
+            elif value is None or math.isnan(value):  # there is no such pair of completions
+                assert two[key] is None or math.isnan(two[key]), key
             else:
                 # A sum whose terms cancel has the rounding of its terms, as its standard error has their size.
                 of_terms = 5e-4 * (one.get(f"{key}_stderr") or 0.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from launching import launch
+from run_rows import without_clocks
 
 from trl_entropy.runs.directory import RunDirectory
 
@@ -20,10 +21,6 @@ CASES = {
     "resampling": {"resample_uninformative_groups": True, "equal_often": True, "max_resample_rounds": 2},
     "second epoch": {"num_prompts_per_step": 16},  # two steps an epoch
 }
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
 
 
 def run(engine: str, directory: Path, runs: list[dict]) -> dict[str, str]:

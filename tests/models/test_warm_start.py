@@ -68,6 +68,30 @@ def test_a_failed_build_leaves_nothing_and_says_why(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_the_build_says_how_long_it_will_take_from_the_pace_of_its_own_steps(tmp_path, monkeypatch, capfd):
+    """A clock that runs 3 s a step: 1000 steps, of which 940 are left where it says so."""
+    from transformers import TrainerControl, TrainerState
+
+    callback, state = module._time_left_callback(), TrainerState(max_steps=1000)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 3.0 * state.global_step)
+    for state.global_step in range(1, 1001):
+        callback.on_step_end(None, state, TrainerControl())
+    (line,) = capfd.readouterr().out.splitlines()
+    assert line == "warm start: about 2820 s are left, at the pace of its first steps"
+
+
+def test_what_the_build_says_is_shown_and_the_rest_is_kept(tmp_path, monkeypatch, capfd):
+    says = "import sys; print('noise'); print('warm start: 5 s'); print('why', file=sys.stderr); sys.exit(3)"
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{says}"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(module, "sys", type("Other", (), {"executable": str(program), "stderr": sys.stderr}))
+    with pytest.raises(RuntimeError, match=r"exit status 3:\n(noise\nwhy|why\nnoise)"):
+        module.warm_start(tmp_path / "cache")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("building the warm start, once; cached in ") and lines[1:] == ["warm start: 5 s"]
+
+
 def test_processes_at_once_build_once(tmp_path):
     code = """
 import sys, time

@@ -209,7 +209,7 @@ def test_bf16_without_gpu_says_how_to_go_on(diagnose):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (found,) = problems(diagnose("--bf16", "true")[1])
-    assert "bf16: false and use_cpu: true" in found.remedy and "--hardware" in found.remedy
+    assert "set use_cpu=True and bf16=False" in found.text and "--hardware" in found.remedy
     (found,) = problems(diagnose("--bf16", "false")[1])
     assert "No GPU is here" in found.text and "launch/cpu.yaml" in found.remedy
 
@@ -249,11 +249,12 @@ def test_disk_that_is_too_small(monkeypatch, diagnose):
     assert problems(diagnose(*ON_CPU, "--save_strategy", "no")[1]) == []
 
 
-def write_run(folder: Path, num_processes: int = 1) -> None:
+def write_run(folder: Path, num_processes: int = 1, step: int = 0) -> None:
+    state = {"global_step": step, "epoch": 0.5}
     for step in (9, 10):
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "trainer_state.json").write_text("{}")
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
         seal(checkpoint, {"step": step, "settings": {"world_size": num_processes}})
     (folder / "metrics.jsonl").write_text('{"step": 10}\n')
     (folder / "environment.json").write_text(json.dumps({"num_processes": num_processes}))
@@ -273,6 +274,26 @@ def test_what_is_resumed(tmp_path, diagnose):
     settings.write_text("resume_from_checkpoint: true\n")
     report, found = diagnose("--config", settings, *ON_CPU)
     assert "checkpoint-10" in report.split("Resuming")[1] and problems(found) == []
+
+
+@pytest.mark.parametrize("more, notes", [([], 1), (["--additional_steps", "5"], 0), (["--max_steps", "11"], 0)])
+def test_resuming_a_finished_run_is_noted(tmp_path, diagnose, more, notes):
+    write_run(tmp_path / "run", step=10)
+    arguments = ["--resume_from_checkpoint", tmp_path / "run" / "checkpoint-10", "--max_steps", "10", *more]
+    _, found = diagnose(*ON_CPU, *arguments)
+    said = [finding for finding in found if "is already finished: checkpoint-10 is its last step" in finding.text]
+    assert len(said) == notes and not any(finding.is_problem for finding in said)
+    assert all("Nothing will be trained" in finding.text for finding in said)
+
+
+@pytest.mark.parametrize("command", [[], ["--sft"]])
+def test_a_full_disk_is_a_problem_and_what_is_free_is_said(command, monkeypatch, diagnose):
+    given = ["--bf16", "false", "--use_cpu", "true", "--model_name_or_path", "embedded"] if command else ON_CPU
+    for free, text, is_full in ((3 * GIB, "free: 3.00 GiB at", False), (1000, "free: 0.00 GiB at", True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(GIB, GIB, free))
+        report, found = diagnose(*command, *given)
+        assert text in report
+        assert any("The disk of output_dir is full" in finding.text for finding in problems(found)) == is_full
 
 
 def test_resuming_with_another_number_of_processes(tmp_path, diagnose):

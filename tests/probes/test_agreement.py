@@ -80,7 +80,7 @@ def test_changes_of_every_third_step_are_not_summed_as_if_they_were_all(tmp_path
     path = a_run(tmp_path / "sparse", every=3)
     result = analyse(path)
     assert result["num_steps"] == 12 and result["integral"]["num_unprobed"] == 22
-    assert set(result["integral"]) == {"num_unprobed", "steps", "fresh", "fresh_stderr"}
+    assert set(result["integral"]) == {"num_unprobed", "steps", "fresh", "fresh_stderr", "fresh_num_prompts"}
     assert result["across_halves"]["all"]["linear"]["corrected_slope"]["value"] == pytest.approx(1, abs=0.1)
     main(["agreement", str(path), "--output", str(tmp_path)])
     output = capsys.readouterr().out

@@ -1,20 +1,26 @@
 """The page: every number is one of the run's files, texts are escaped, nothing is loaded from a network."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from trl_entropy.analysis.run import load_run
 from trl_entropy.report import main
+from trl_entropy.reporting import sections
 from trl_entropy.reporting.page import plain, render
-from trl_entropy.reporting.write import write_page
+from trl_entropy.reporting.write import write_page, write_report_of_finished_run
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.set_aside import set_aside_after
+from trl_entropy.runs.strict_json import to_line
 
 
 class Page(HTMLParser):
@@ -151,3 +157,200 @@ def test_a_killed_run_has_the_pictures_of_the_whole_one_up_to_that_step(real_run
     assert len(figures) >= 4 and Page(page).numbers == Page(cut_page).numbers
     full = {figure.name: figure.png for figure in render([real_run])[1]}
     assert all(figure.png != full[figure.name] for figure in figures)
+
+
+def copied(run: Path, target: Path) -> Path:
+    """A copy without the weights of checkpoints, which a page does not read."""
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("model.safetensors", "report"))
+    return target
+
+
+def text_of(path: Path) -> str:
+    return "".join(Page(path.read_text()).text)
+
+
+DAMAGED = (
+    "config.yaml", "environment.json", "evaluation/metrics.csv", "evaluation/step_000003/positions.csv",
+    "evaluation/step_000003/records.parquet", "probes/attribution/step_000002.safetensors",
+    "probes/fisher/step_000003.safetensors", "completions/completions_00003.parquet", "probes/tokenizer.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[: len(content) // 2 + 1], lambda content: b"", lambda content: bytes(len(content)),
+], ids=["cut", "empty", "zeros"])  # fmt: skip
+def test_a_page_without_damaged_files_names_each_once_on_the_console(real_run, tmp_path, caplog, damage):
+    run = copied(real_run, tmp_path / "damaged")
+    for name in DAMAGED:
+        (run / name).write_bytes(damage((run / name).read_bytes()))
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "rew')
+    text = text_of(write_page([run], tmp_path / "page.html"))
+    for name in (*DAMAGED, "metrics.jsonl"):
+        said = [message for message in caplog.messages if str(run / name) in message]
+        assert said and all("\n" not in message for message in said), name
+        assert str(run / name) in text, name
+    for section in ("Reward and entropy", "Entropy change: predicted against measured", "Gradient noise"):
+        assert section in text
+    assert "Which tokens changed the entropy" not in text and "How completions influence" in text
+
+
+def test_a_summary_of_an_evaluation_that_is_cut_costs_the_evaluation_alone(real_run, tmp_path):
+    run = copied(real_run, tmp_path / "damaged")
+    summary = run / "evaluation" / "step_000003" / "summary.json"
+    summary.write_text(summary.read_text()[:100])
+    text = text_of(write_page([run], tmp_path / "page.html"))
+    assert f"Evaluation across checkpoints of damaged is left out: {summary} cannot be read" in text
+    assert "Which tokens changed the entropy" in text and "How completions influence one another" in text
+
+
+def test_settings_that_are_cut_in_any_line_are_no_settings(real_run, tmp_path):
+    """A part of a YAML text is YAML too."""
+    (tmp_path / "config.yaml").write_text("beta: 0.0\nlearning_rate: 0.00")
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read: it is cut or damaged"):
+        assert load_run(tmp_path).config
+
+
+@pytest.mark.parametrize("topic", [topic.title for topic in sections._TOPICS])
+def test_a_section_that_raises_is_a_sentence_and_the_others_stay(real_run, tmp_path, monkeypatch, caplog, topic):
+    def failing(run):
+        raise ZeroDivisionError("a fault\nof two lines.")
+
+    changed = [
+        sections.Topic(kept.title, kept.text, failing if kept.title == topic else lambda run: None)
+        for kept in sections._TOPICS
+    ]
+    monkeypatch.setattr(sections, "_TOPICS", changed)
+    monkeypatch.setattr("trl_entropy.reporting.page.attribution_section", lambda run: None)
+    text = text_of(write_page([real_run], tmp_path / "page.html"))
+    sentence = f"{topic} of three-steps is left out: ZeroDivisionError: a fault of two lines."
+    assert caplog.messages == [sentence] and sentence in text and "Reward and entropy" in text
+
+
+def test_a_finished_training_does_not_fail_with_its_page(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert write_report_of_finished_run(tmp_path) is None
+    (message,) = caplog.messages
+    assert message.startswith(f"The page of {tmp_path} is left out: ValueError: ") and "metrics.jsonl" in message
+
+
+def test_a_training_figure_that_cannot_be_drawn_leaves_the_page(real_run, tmp_path, monkeypatch, caplog):
+    def failing(*arguments):
+        raise TypeError("no figure")
+
+    run = copied(real_run, tmp_path / "run")
+    monkeypatch.setattr("trl_entropy.analysis.plots.plot_reward", failing)
+    assert write_report_of_finished_run(run) == run / "report" / "index.html"
+    assert caplog.messages == ["The figure of the training of run is left out: TypeError: no figure."]
+
+
+def test_a_diverged_run_has_a_page_and_no_part_is_missing(real_run, tmp_path, caplog):
+    """From step 2 on every number is nan, infinite or null, in the lines and in the files."""
+    run = copied(real_run, tmp_path / "diverged")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lost = itertools.cycle((None, float("nan"), float("inf"), float("-inf")))
+    broken = [{key: value if key == "step" else next(lost) for key, value in row.items()} for row in rows[1:]]
+    (run / "metrics.jsonl").write_text("".join(to_line(row) + "\n" for row in [rows[0], *broken]))
+    for file in [*run.glob("probes/*/step_000002.safetensors"), *run.glob("probes/*/step_000003.safetensors")]:
+        save_file({
+            name: np.full_like(array, np.nan) if array.dtype.kind == "f" and name != "rewards" else array
+            for name, array in load_file(file).items()
+        }, file)  # fmt: skip
+    records = run / "evaluation" / "step_000003" / "records.parquet"
+    table = pd.read_parquet(records)
+    table["entropies"] = [np.full(len(given), np.nan) for given in table["entropies"]]
+    table.to_parquet(records)
+    target = write_page([run], tmp_path / "page.html")
+    text = text_of(target)
+    assert not caplog.messages and "Missing on this page" not in text
+    assert "Left out: 2 of these steps, whose contributions are nan or infinite." in text
+    assert "steps 1 to 1: " in text and "Not a finite number" in text and "nan%" not in target.read_text()
+
+
+def test_a_run_without_reward_and_entropy_has_a_page(tmp_path):
+    RunDirectory(tmp_path / "loss").append_metrics(1, {"loss": 0.25})
+    text = text_of(write_page([tmp_path / "loss"], tmp_path / "page.html"))
+    assert "Reward and entropy" not in text and "Missing on this page" not in text
+    assert write_report_of_finished_run(tmp_path / "loss").name == "training.png"
+
+
+def with_rewards(run: Path, change) -> Path:
+    for file in run.glob("probes/rollouts/*.safetensors"):
+        arrays = load_file(file)
+        save_file(arrays | {"rewards": change(arrays["rewards"])}, file)
+    return run
+
+
+def test_answers_are_called_correct_only_where_rewards_are_0_and_1(page, real_run, tmp_path):
+    binary = "".join(page.text)
+    assert "pass rate" in binary and "group's mean" not in binary
+    assert re.search(r"step \d, (correct|incorrect), reward [01]:", binary)
+    run = with_rewards(copied(real_run, tmp_path / "any"), lambda rewards: 0.231 + 2 * rewards)
+    text = text_of(write_page([run], tmp_path / "page.html"))
+    found = text[text.index("Which tokens changed") : text.index("Entropy token by token")]
+    assert not re.search(r"(?<!in)\bcorrect\b|incorrect|pass rate", found)
+    assert "above the group's mean, rare" in found and "mean reward" in found
+    assert re.search(r"step \d, (above|below|at) the group's mean, reward (0.231|2.23):", found)
+
+
+def share_rows(run: Path, tmp_path, **changed) -> tuple[str, list[str]]:
+    """The text of the table of shares, and its keys, after the last line of metrics got other numbers."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1] |= {f"entropy/{name}": value for name, value in changed.items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_page([run], tmp_path / "page.html").read_text())
+    return "".join(page.text), [origin["data-key"] for origin, _ in page.numbers]
+
+
+def test_shares_are_tabled_only_where_the_sum_is_well_away_from_0(real_run, tmp_path):
+    run = copied(real_run, tmp_path / "run")
+    ends = {"mean_delta_all": -0.004, "mean_delta_all_low": -0.005, "mean_delta_all_high": -0.003}
+    bounded = {"share_correct_rare_low": -0.1, "share_correct_rare_high": 0.2}
+    text, keys = share_rows(run, tmp_path, **ends, **bounded)
+    assert "entropy/share_correct_rare" in keys and "here it is not" not in text
+    assert "further from 0 than 2 times the half width of its 95 % interval." in text
+    text, keys = share_rows(run, tmp_path, **ends | {"mean_delta_all_low": -0.0061, "mean_delta_all_high": -0.0019})
+    assert not [key for key in keys if key.startswith("entropy/share_")] and "here it is not" in text
+    assert {"entropy/mean_delta_all", "entropy/mean_delta_correct_rare_low"} <= set(keys)
+
+
+def test_one_run_given_twice_is_shown_once(real_run, tmp_path, monkeypatch, capsys):
+    run = copied(real_run, tmp_path / "run")
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    main([str(run), "run/", "link"])
+    assert capsys.readouterr().out.splitlines() == [
+        str(run / "report" / name) for name in ("training.png", "index.html")
+    ]
+    page, figures = render([run])
+    assert write_page([run, tmp_path / "link"], tmp_path / "page.html").read_text().count("<h1>run</h1>") == 1
+    assert len(figures) == len({figure.name for figure in figures}) and page
+
+
+def test_runs_of_different_settings_have_no_mean_and_the_page_says_so(tmp_path):
+    for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
+        run = RunDirectory(tmp_path / name)
+        run.write_config({"learning_rate": rate, "seed": rate, "output_dir": name, "model_config": {"vocab": 3}})
+        run.append_metrics(1, {"reward": rate})
+    text = text_of(write_page([tmp_path / "slow", tmp_path / "fast"], tmp_path / "page.html"))
+    assert "differ in more than their seeds, so there is no mean over them" in text
+
+
+def test_tokens_without_a_tokenizer_are_numbers_and_the_page_says_so(real_run, tmp_path):
+    run = copied(real_run, tmp_path / "bare")
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "probes" / "tokenizer.json").unlink()
+    text = text_of(write_page([run], tmp_path / "page.html"))
+    assert "tokens stand here as numbers" in text and re.search(r"#\d+#\d+", text)
+    text = text_of(write_page([real_run], tmp_path / "page.html"))
+    assert "tokens stand here as numbers" not in text and not re.search(r"#\d+#\d+", text)
+
+
+def test_the_page_says_where_settings_changed(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.append_start(0, None, {})
+    run.append_start(20, tmp_path / "run" / "checkpoint-20", {"learning_rate": (1e-3, 5e-4), "data": ("a", "b")})
+    run.append_metrics(21, {"reward": 0.25})
+    page = write_page([run.path], tmp_path / "page.html").read_text()
+    assert "run was resumed after step 20 with other settings: learning_rate was 0.001 and is 0.0005, data was" in page
+    assert page.count("was resumed after") == 1

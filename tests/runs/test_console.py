@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer import grpo_trainer
 
-from trl_entropy.runs.console import plain_text, printing_plain_text
+from trl_entropy.runs.console import describe_evaluation, plain_text, printing_plain_text
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,8 @@ def test_samples_printed_by_trl_are_cleaned(monkeypatch):
             ["\x1b[2Jp"], [[{"role": "assistant", "content": "\x1b[2Jc"}]], {"r": [1.0]}, [0.0], 3
         )
     assert printed == [(["p"], [[{"role": "assistant", "content": "c"}]], {"r": [1.0]}, [0.0], 3)]
+
+
+def test_an_evaluation_without_a_number_is_described_too():
+    assert describe_evaluation({"reward": None, "entropy": 0.5}) == "reward nan, entropy 0.500 nats/token"
+    assert describe_evaluation({"reward": 0.25}) == "reward 0.250, entropy nan nats/token"

@@ -3,13 +3,17 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trl_entropy import DrGRPOTrainer
+from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.analysis.run import Run
+from trl_entropy.config.setting import own_settings
+from trl_entropy.control import EntropyControl
+from trl_entropy.probes import FisherProbe, NoiseScaleProbe, RolloutEntropyProbe
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.reporting.write import write_report
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.trainer import dr_grpo
+from trl_entropy.trainer.dataset_checks import check_datasets
 
 PROBE = {"entropy_probe": True, "entropy_probe_num_completions": 4}
 EVAL = {**PROBE, "entropy_probe_completions": "eval"}
@@ -97,6 +101,90 @@ def test_a_streamed_dataset_trains_with_probes_that_draw_nothing(problems, make_
     )
     trainer.train()
     assert [row["step"] for row in RunDirectory(trainer.args.output_dir).metrics()] == [1, 2]
+
+
+STEP = {"num_generations": 4, "per_device_train_batch_size": 16}
+CONTROL = {"entropy_control": "report", "entropy_control_num_completions": 4}
+# Every toggle, in each of the ways in which it takes prompts or scores completions: whether it works with a stream,
+# and whether it sees the pixels of a prompt, or needs none.
+TOGGLES = {
+    "entropy_probe": (PROBE, False, False),
+    "entropy_probe_completions": (EVAL, True, False),  # of a set that is no stream
+    "entropy_probe_completions ": ({"entropy_probe": True, "entropy_probe_completions": "rollouts"}, True, False),
+    "entropy_second_order": (PROBE | {"entropy_second_order": True}, False, False),
+    "entropy_placebo": (PROBE | {"entropy_placebo": True}, False, False),
+    "entropy_attribution": (PROBE | {"entropy_attribution": "token"}, False, False),
+    "kl_every": ({"kl_every": 1}, True, False),
+    "effective_sample_size_probe": ({"effective_sample_size_probe": True}, True, True),
+    "noise_scale_probe": ({"noise_scale_probe": True}, True, False),
+    "noise_scale_from": (
+        {"noise_scale_probe": True, "noise_scale_from": "micro_batches", "gradient_accumulation_steps": 2}, True, True,
+    ),
+    "noise_scale_within_prompt": ({"noise_scale_probe": True, "noise_scale_within_prompt": True}, True, False),
+    "fisher_probe": ({"fisher_probe": True, "fisher_num_sequences": 12}, True, False),
+    "optimizer_state_probe": ({"optimizer_state_probe": True}, True, True),
+    "entropy_control": (CONTROL, False, False),
+    "entropy_control ": ({"entropy_control": "report", "entropy_control_completions": "rollouts"}, True, False),
+    "token_control": ({"token_control": "random"}, True, False),
+    "token_control ": ({"token_control": "random", "token_control_scope": "micro_batch"}, True, True),
+    "curriculum": ({"curriculum": "pass_rate"}, False, True),
+    "resample_uninformative_groups": ({"resample_uninformative_groups": True}, False, False),
+    "evaluate_checkpoints": ({"evaluate_checkpoints": "wait", "save_strategy": "steps"}, True, True),
+}  # fmt: skip
+
+
+def test_every_toggle_is_tried():
+    logging = {name for name, described in own_settings(DrGRPOConfig).items() if described.logs}
+    assert {name.strip() for name in TOGGLES} == logging
+
+
+def checked(train_dataset, eval_dataset, settings):
+    args = DrGRPOConfig(output_dir="unused", bf16=False, use_cpu=True, **(STEP | settings))
+    check_datasets(args, train_dataset, eval_dataset)
+
+
+@pytest.mark.parametrize("name", TOGGLES)
+def test_streams_and_images_work_or_are_refused_in_one_line(problems, name):
+    settings, streams, sees_images = TOGGLES[name]
+    stream = problems.to_iterable_dataset()
+    if streams:
+        checked(stream, problems, settings)
+    else:
+        with pytest.raises(ValueError, match=r"a streamed dataset \(train_dataset\) has none"):
+            checked(stream, problems, settings)
+    images = problems.add_column("image", [None] * 8)
+    in_messages = [{"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "What?"}]}]
+    of_messages = Dataset.from_dict({"prompt": [in_messages] * 8})
+    for dataset in (images, images.rename_column("image", "images"), of_messages):
+        sets = (problems, dataset) if settings.get("entropy_probe_completions") == "eval" else (dataset, problems)
+        if sees_images:
+            checked(*sets, settings)
+            continue
+        with pytest.raises(ValueError, match="image") as error:
+            checked(*sets, settings)
+        assert "\n" not in str(error.value) and "use text alone" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "probe", [EntropyProbe(num_prompts=4), RolloutEntropyProbe(), FisherProbe(), NoiseScaleProbe(), EntropyControl()]
+)
+def test_probes_in_callbacks_do_not_see_images_either(problems, probe):
+    args = DrGRPOConfig(output_dir="unused", bf16=False, use_cpu=True, **STEP)
+    if isinstance(probe, EntropyControl):
+        probe.num_prompts = 4
+    with pytest.raises(ValueError, match=f"{type(probe).__name__} sees the text of a prompt alone"):
+        check_datasets(args, problems.add_column("image", [None] * 8), None, callbacks=[probe])
+
+
+def test_a_stream_trains_with_all_that_works_on_one(problems, make_trainer):
+    """In one run, as far as they go together."""
+    settings = {}
+    for name in ("entropy_probe_completions ", "kl_every", "noise_scale_within_prompt", "fisher_probe"):
+        settings |= TOGGLES[name][0]
+    trainer = make_trainer(dataset=problems.to_iterable_dataset(), optimizer_state_probe=True, **settings)
+    trainer.train()
+    row = RunDirectory(trainer.args.output_dir).metrics()[-1]
+    assert {"kl", "noise_scale/grad_sq_norm", "entropy/delta_in_sample", "fisher/change_slope"} <= set(row)
 
 
 @pytest.mark.parametrize("kind", [dict, DatasetDict])

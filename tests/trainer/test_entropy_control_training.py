@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.estimators.statistics.estimate import Estimate
@@ -73,7 +74,14 @@ class Watch(Probe):
         self.params = {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
-@pytest.mark.parametrize("settings, pooled", [({}, True), ({"num_iterations": 2}, False)], ids=str)
+DROPOUT = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    "settings, pooled",
+    [({}, True), ({"num_iterations": 2}, False), ({"peft_config": DROPOUT, "disable_dropout": False}, False)],
+    ids=["fresh", "used twice", "dropout"],
+)
 def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, problems, settings, pooled):
     watch = Watch()
     trainer, rows = trained(make_trainer, problems, callbacks=[watch], max_steps=1, **settings, **CONTROL)
@@ -129,7 +137,6 @@ def test_a_resumed_run_is_the_unbroken_one(make_trainer, problems, tmp_path):
 
 
 def test_composes_with_lora_losses_and_off_policy_steps(make_trainer, problems):
-    from peft import LoraConfig
 
     peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     settings = {"loss_type": "dapo", "num_iterations": 2, "beta": 0.04, "gradient_accumulation_steps": 2}

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from run_rows import without_clocks
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl.trainer.utils import pad
 
 from trl_entropy import DrGRPOTrainer
+from trl_entropy.analysis.run import load_run
 from trl_entropy.gradients.float64_reference import float64_reference
 from trl_entropy.models.embedded import build_model
 from trl_entropy.probes import EntropyProbe
@@ -27,10 +29,6 @@ def problems():
 
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
 
 
 class KeepParameters(TrainerCallback):
@@ -126,6 +124,8 @@ def test_probe_batch_is_independent_of_the_step(make_trainer, problems):
             for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
         }
         assert len(prompts) == 8 and not prompts & seen[step - 1]
+    tokens = load_run(trainer.args.output_dir).tokens_of("entropy", 1)  # save_strategy: no, so there is no checkpoint
+    assert tokens["token"].tolist() == [trainer._tokenizer.decode([token]) for token in tokens["token_id"]]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from run_rows import without_clocks
 from transformers import TrainerCallback
 
 from trl_entropy.evaluation import during_training
@@ -20,10 +21,6 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 def flat(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if k != "step_time" and not k.startswith("time/")} for row in rows]
 
 
 def trained(make_trainer, stand_in=None, monkeypatch=None, callbacks=None, **settings):

@@ -299,7 +299,8 @@ def test_without_adam_there_is_no_metric(make_trainer):
     "settings",
     [
         {"lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_probe_every": 2},
-        {"lora": True, "disable_dropout": False, "noise_scale_within_prompt": True},
+        {"lora": True, "disable_dropout": False},
+        {"lora": True, "disable_dropout": True, "noise_scale_within_prompt": True},
         {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_from": "micro_batches"},

@@ -51,7 +51,8 @@ def test_events_come_in_order_and_the_record_outlives_its_step(make_trainer):
     trainer = make_trainer(callbacks=[listener], per_device_train_batch_size=8, gradient_accumulation_steps=2)
     trainer.train()
     step = ["drawn", "micro-batch", "micro-batch", "rollouts", "before", "after"]
-    assert listener.events == ["check Qwen2ForCausalLM", *step, *step]
+    # When the trainer is built, and again when training begins.
+    assert listener.events == ["check Qwen2ForCausalLM", "check Qwen2ForCausalLM", *step, *step]
     assert [number for _, number, _ in listener.drawn] == [None, 1]
     kept = listener.drawn[1][2]
     assert kept.keys() == listener.moved[0].keys() and any(value.any() for value in kept.values())
@@ -109,6 +110,25 @@ def test_numbers_of_an_earlier_step_join_its_line(make_trainer):
     assert [row.get("my/early") for row in rows] == [1.0, 2.0, 3.0]
     set_aside_after(RunDirectory(trainer.args.output_dir), 2)
     assert RunDirectory(trainer.args.output_dir).metrics() == rows[:2]
+
+
+def test_a_failed_self_check_is_said_once_for_each_key(make_trainer, caplog):
+    """With the likely causes; below the limit, nan, and numbers that are no checks are not."""
+
+    class Checked(Probe):
+        def on_rollouts(self, args, state, control, *, metrics, **kwargs):
+            step = state.global_step + 1
+            metrics |= {"entropy/attribution_rounding": -0.14, "entropy/noise_floor": 5.0}
+            metrics["noise_scale/gradient_error"] = 0.32 if step == 3 else 0.009
+            metrics["entropy/rollouts_gradient_error"] = float("nan")
+
+    trainer = make_trainer(callbacks=[Checked()], max_steps=3)
+    with caplog.at_level("WARNING", logger="trl_entropy"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "Likely causes: dropout" in record.getMessage()]
+    first, second = said
+    assert first.startswith("step 1: entropy/attribution_rounding is -0.14, and may be at most 0.01. ")
+    assert second.startswith("step 3: noise_scale/gradient_error is 0.32, and may be at most 0.01. ")
 
 
 class Counter(Probe):

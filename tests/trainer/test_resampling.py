@@ -8,6 +8,7 @@ import pytest
 import torch
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
+from run_rows import without_clocks
 
 from trl_entropy import DrGRPOConfig, Probe
 from trl_entropy.rollouts.groups import groups_with_different_rewards
@@ -71,10 +72,6 @@ def texts_of(trainer, ids, mask):
 
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows, leave_out=()):
-    return [{k: v for k, v in row.items() if "time" not in k and not k.startswith(leave_out)} for row in rows]
 
 
 # ---- what is chosen

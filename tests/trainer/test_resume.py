@@ -6,17 +6,18 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
+from run_rows import without_clocks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.checkpoints import CheckpointError
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.strict_json import to_line
 
 EVERY_PROBE = {
     "entropy_probe": True,
@@ -51,12 +52,6 @@ def problems():
 
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def without_clocks(rows):
-    """As lines of JSON, in which nan equals nan."""
-    kept = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
-    return [json.loads(to_line(row)) for row in kept]
 
 
 def train(make_trainer, folder, stop_after=None, resume=None, lora=False, **settings):
@@ -218,7 +213,7 @@ def test_a_broken_checkpoint_is_named_and_passed_over(make_trainer, run, harm, m
         ({"dataset": Dataset.from_dict({"prompt": ["other"] * 8})}, "data was"),
         ({"lora": True}, "model was"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "says",
 )
 def test_another_run_is_refused_with_what_differs(make_trainer, run, change, message):
     with pytest.raises(CheckpointError, match=message):
@@ -290,6 +285,35 @@ def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_train
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4"]
 
 
+def test_checkpoints_without_an_optimizer_are_deleted_too(make_trainer, tmp_path):
+    train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=2, save_only_model=True)
+    assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4", "checkpoint-3"]
+
+
+class Sized:
+    """No tensor, number or text."""
+
+
+@pytest.mark.parametrize("logged", [np.float64(0.5), np.int64(3), Sized()], ids=["float64", "int64", "object"])
+def test_a_sealed_checkpoint_can_be_loaded_whatever_a_reward_logs(make_trainer, tmp_path, logged):
+    """A checkpoint inside a generation's window holds what rewards have logged of its completions."""
+
+    def logging_reward(completion_ids, log_extra, **kwargs):
+        log_extra("size", [logged] * len(completion_ids))
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    settings = {"reward_funcs": logging_reward, "steps_per_generation": 2, "max_steps": 2}
+    if isinstance(logged, Sized):
+        with pytest.raises(
+            CheckpointError, match=r"holds an object \(test_resume.Sized\) that is no tensor, number or text"
+        ):
+            train(make_trainer, tmp_path / "run", stop_after=1, **settings)
+        assert checkpoints.newest_complete(tmp_path / "run") is None
+        return
+    train(make_trainer, tmp_path / "run", stop_after=1, **settings)
+    assert train(make_trainer, tmp_path / "run", resume="latest", **settings).state.global_step == 2
+
+
 def look(seal, tmp_path, left):
     def sealing(path, contract):
         whole = checkpoints.newest_complete(tmp_path / "run")
@@ -310,6 +334,19 @@ def test_a_disk_that_is_full_gives_one_clear_error(make_trainer, tmp_path, monke
     with pytest.raises(CheckpointError, match=r"No space left.*Make room.*resume from .*checkpoint-1"):
         train(make_trainer, tmp_path / "run", max_steps=2, resume="latest")
     checkpoints.check_files(tmp_path / "run" / "checkpoint-1")
+
+
+def test_another_error_while_saving_does_not_ask_for_room(make_trainer, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Column 'prompt' doesn't exist.")
+
+    monkeypatch.setattr("trl_entropy.trainer.training_state.save", fail)
+    with pytest.raises(
+        CheckpointError,
+        match=r"doesn't exist\. Remove the cause; then begin anew with resume_from_checkpoint=latest_or_new",
+    ) as error:
+        train(make_trainer, tmp_path / "run", max_steps=1)
+    assert "room" not in str(error.value) and ".." not in str(error.value)
 
 
 def test_tensorboard_shows_each_step_once(make_trainer, tmp_path, monkeypatch):

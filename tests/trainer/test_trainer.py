@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import set_seed
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
 from peft import LoraConfig
+from run_rows import without_clocks
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_entropy import DrGRPOTrainer, Probe
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.preflight import support
+from trl_entropy.rollouts.groups import group_numbers, whole_group_shuffling
 from trl_entropy.runs.directory import RunDirectory
 
 
@@ -41,10 +44,6 @@ def flat(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def without_clocks(rows):
-    return [{k: v for k, v in row.items() if "time" not in k} for row in rows]
-
-
 def test_one_step_equals_trl(make_trainer):
     ours = make_trainer(max_steps=1)
     start = flat(ours.model).clone()
@@ -58,6 +57,32 @@ def test_one_step_equals_trl(make_trainer):
     agree = (flat(ours.model) - flat(theirs.model)).abs() < 1e-5
     assert agree.float().mean() > 0.99
     assert (flat(ours.model) - start).abs().max() > 5e-4
+
+
+class WithWholeGroups(GRPOTrainer):
+    """TRL's trainer, but with this package's shuffle."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        batch["prompt_index"] = group_numbers(len(inputs), self.num_generations, 0, self.accelerator.device)
+        return batch
+
+    def _prepare_inputs(self, generation_batch):
+        with whole_group_shuffling():
+            return super()._prepare_inputs(generation_batch)
+
+
+def test_toggles_off_is_trl_with_whole_groups_shuffled(make_trainer):
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "max_steps": 3}
+    ours = make_trainer(**settings)
+    ours.train()
+    defaults = {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "top_k": 0}
+    equal, other = (make_trainer(kind, GRPOConfig, **settings, **defaults) for kind in (WithWholeGroups, GRPOTrainer))
+    for theirs in (equal, other):
+        set_seed(theirs.args.seed, device_specific=True)
+        theirs.train()
+    assert torch.equal(flat(ours.model), flat(equal.model))
+    assert not torch.equal(flat(ours.model), flat(other.model))
 
 
 def test_first_step_is_on_policy(make_trainer):

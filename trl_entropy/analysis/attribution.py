@@ -18,17 +18,28 @@ import pandas as pd
 
 from trl_entropy.analysis.comparison import student_t
 from trl_entropy.analysis.run import Run
-from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
+from trl_entropy.runs.metrics import OUTCOMES, RARE, RELATIVE_OUTCOMES
 
 # Fixed edges of bins, so that steps and runs can be compared.
 _EDGES = {
     "probability": (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0),
     "pass_rate": (0.0, 0.25, 0.5, 0.75, 1.0),
 }
+# A share needs a sum whose distance from 0 is more than this many half widths of its 95 % interval.
+SHARE_MARGIN = 2.0
+_COMPLETION_COLUMNS = (
+    "step", "row", "prompt_index", "attribution", "advantage", "reward", "pass_rate", "length",
+)  # fmt: skip
+_SHARE_COLUMNS = ["change", "change_low", "change_high", "share", "low", "high", "token_share"]
+_TOKEN_COLUMNS = ("position", "token_id", "token", "probability", "entropy")
+_OUTCOME_TEXTS = {
+    **{name: name for name in OUTCOMES},
+    **dict(zip(RELATIVE_OUTCOMES, ("above the group's mean", "below the group's mean"), strict=True)),
+}
 BY = ("outcome", "outcome_probability", "probability", "entropy", "position", "length", "advantage", "pass_rate")
 
 
-def attribution_table(run: Run, steps: Iterable[int] | None = None) -> pd.DataFrame:
+def attribution_table(run: Run, steps: Iterable[int] | None = None, by_token: bool = False) -> pd.DataFrame:
     """
     How much each token of the steps' own completions changed the policy's entropy, to first order.
 
@@ -36,19 +47,23 @@ def attribution_table(run: Run, steps: Iterable[int] | None = None) -> pd.DataFr
         run: a run with `entropy_attribution: token`; with `sequence` a row is a completion and lacks the columns of a
             token.
         steps: the steps to read; by default all that have a file.
+        by_token: leave out steps that were attributed by completion.
 
     Returns:
         A row for each completion token: `step`, `row`, `prompt_index`, `position` (0 is the first token of the
         completion), `token_id`, `token`, `attribution` (nats per token), `advantage` (T1), `reward`, `pass_rate` (mean
         reward of the prompt's group), `length` (tokens of the completion), `probability` and `entropy` (nats) under
-        the policy before the step.
+        the policy before the step. A run without attribution gives these columns and no rows.
 
     Raises:
         ValueError: when the files of a step do not belong together.
     """
     steps = run.probe_steps("attribution") if steps is None else steps
     tables = [_table_of(run, step) for step in steps]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    tables = [table for table in tables if "token" in table or not by_token]
+    if not tables:
+        return pd.DataFrame(columns=[*_COMPLETION_COLUMNS, *_TOKEN_COLUMNS])
+    return pd.concat(tables, ignore_index=True)
 
 
 def _table_of(run: Run, step: int) -> pd.DataFrame:
@@ -70,7 +85,7 @@ def _table_of(run: Run, step: int) -> pd.DataFrame:
         table = run.tokens_in(given | {"input_ids": rollouts["input_ids"]})
         table = table.drop(columns=["loss_coefficients"])
         if "logps" in table:
-            table["probability"] = np.exp(table.pop("logps").astype(float))
+            table["probability"] = np.exp(np.minimum(table.pop("logps").astype(float), 0.0))  # rounding above 0
             table["entropy"] = table["entropy"].astype(float)
     table.insert(0, "step", step)
     return table.join(of_rows, on="row")
@@ -82,10 +97,12 @@ def categories(table: pd.DataFrame, by: str, edges: Sequence[float] | None = Non
 
     Args:
         table: the rows.
-        by: one of `BY`. The outcome is correct if the advantage is above 0 and incorrect if it is below; a row with
-            advantage 0 has no category.
-        edges: edges of the bins of a quantity, ascending. By default those of `probability` and `pass_rate` are fixed,
-            and other quantities are divided at their quartiles.
+        by: one of `BY`. The outcome says whether the advantage is above or below 0, and a row with advantage 0 has no
+            category; it is called `correct` or `incorrect` if all rewards are 0 or 1, else `above_mean` or
+            `below_mean`: the reward is above or below the group's mean ([`outcome_text`]).
+        edges: edges of the bins of a quantity, ascending; what lies outside has a bin of its own. By default those of
+            `probability`, and of `pass_rate` if all rewards are 0 or 1, are fixed, and other quantities are divided at
+            their quartiles.
 
     Raises:
         ValueError: when the table has no such column.
@@ -93,53 +110,134 @@ def categories(table: pd.DataFrame, by: str, edges: Sequence[float] | None = Non
     if by not in BY or (by not in table and not by.startswith("outcome")):
         raise ValueError(f"by is {by!r}: use one of {[name for name in BY if name in table or 'outcome' in name]}")
     if by in table:
-        return _binned(table[by], edges or _EDGES.get(by))
-    named = pd.Series(np.where(table["advantage"] > 0, *OUTCOMES), index=table.index)
-    names: Sequence[str] = OUTCOMES
+        fixed = None if by == "pass_rate" and not has_right_answers(table) else _EDGES.get(by)
+        return _binned(table[by], edges or fixed)
+    names: Sequence[str] = OUTCOMES if has_right_answers(table) else RELATIVE_OUTCOMES
+    named = pd.Series(np.where(table["advantage"] > 0, *names), index=table.index)
     if by == "outcome_probability":
         named = named + np.where(table["probability"] < RARE, "_rare", "_common")
-        names = OUTCOMES_BY_PROBABILITY
-    return named.where(table["advantage"] != 0).astype(pd.CategoricalDtype(list(names), ordered=True))
+        names = [f"{name}_{rarity}" for name in names for rarity in ("rare", "common")]
+    return named.where(table["advantage"].ne(0)).astype(pd.CategoricalDtype(list(names), ordered=True))
+
+
+def has_right_answers(table: pd.DataFrame) -> bool:
+    """Whether all rewards of an [`attribution_table`] are 0 or 1, so that 1 means a right answer."""
+    return "reward" in table and bool(table["reward"].isin((0, 1)).all())
+
+
+def outcome_text(name: object) -> str:
+    """The category in words: `above_mean_rare` is "above the group's mean, rare"; other names stay as they are."""
+    outcome, _, rarity = str(name).rpartition("_")
+    if str(name) in _OUTCOME_TEXTS:
+        return _OUTCOME_TEXTS[str(name)]
+    return f"{_OUTCOME_TEXTS[outcome]}, {rarity}" if outcome in _OUTCOME_TEXTS else str(name)
 
 
 def _binned(values: pd.Series, edges: Sequence[float] | None) -> pd.Series:
-    if edges is None:
-        edges = sorted(set(values.quantile([0, 0.25, 0.5, 0.75, 1])))
-    edges = [edges[0], *edges] if len(edges) == 1 else edges
-    labels = [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
-    return pd.cut(values, list(edges), include_lowest=True, labels=labels, duplicates="drop", ordered=len(labels) > 1)
+    """Bins from edge to edge that hold every value: the lowest holds its lower edge, and each its upper one."""
+    known = values.dropna().astype(float)
+    if known.empty:
+        return pd.Series(pd.NA, index=values.index).astype(pd.CategoricalDtype([], ordered=True))
+    ends = sorted(set(known.quantile([0, 0.25, 0.5, 0.75, 1])) if edges is None else set(edges))
+    texts = _edge_texts(ends)
+    labels = [f"{low} to {high}" for low, high in itertools.pairwise(texts)] or texts
+    below, above = bool((known < ends[0]).any()), bool((known > ends[-1]).any())
+    labels = [f"below {texts[0]}"] * below + labels + [f"above {texts[-1]}"] * above
+    codes = below + np.searchsorted(ends[1:-1], values.astype(float), side="left")
+    codes = np.where(values < ends[0], 0, np.where(values > ends[-1], len(labels) - 1, codes))
+    codes = np.where(values.isna(), -1, codes)
+    return pd.Series(pd.Categorical.from_codes(codes, labels, ordered=True), index=values.index)
+
+
+def _edge_texts(edges: Sequence[float]) -> list[str]:
+    """The edges with as few digits as tell them apart."""
+    for digits in range(3, 18):
+        texts = [f"{edge:.0f}" if edge == round(edge) and abs(edge) < 1e6 else f"{edge:.{digits}g}" for edge in edges]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def shares(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
     """
-    Each category's share of the total change (T9); numerator and denominator are summed over steps before division.
+    What each category adds to the change (T9), and its share of the sum; both are summed over steps before division.
 
     Args:
         table: from [`attribution_table`].
         category: the category of each row, from [`categories`] or your own; rows without one (nan) are left out.
 
     Returns:
-        By category: `change`, nats per token and step; `share` of the total, outside [0, 1] if categories have
-        opposite signs, with its 95 % interval `low`, `high` (Fieller; jackknife over prompts, with steps independent
-        given the policy), which is infinite if the total is consistent with 0; `token_share`, the share of the rows.
+        By category: `change`, nats per token and step, with its 95 % interval `change_low`, `change_high` (Student's
+        t, over prompts, with steps independent given the policy); `share` of the sum, outside [0, 1] if categories
+        have opposite signs, with its 95 % interval `low`, `high` (Fieller); `token_share`, the share of the rows.
+        Shares are nan unless [`is_well_away`] holds of the sum: where parts cancel, a share says nothing.
     """
-    groups = table.assign(category=category).groupby(["step", "prompt_index", "category"], observed=False)
-    sums = groups["attribution"].sum().unstack("category", fill_value=0.0)
+    if table.empty:
+        return pd.DataFrame(columns=_SHARE_COLUMNS, dtype=float)
+    sums = _prompt_sums(table, category)
+    num_steps, totals = max(1, sums.index.get_level_values("step").nunique()), sums.sum(skipna=False).to_numpy()
+    deviations = _deviations(sums)
+    half = _half_widths(deviations).to_numpy() / num_steps
+    result = pd.DataFrame({"change": totals / num_steps}, index=pd.Index(sums.columns, name="category"))
+    result = result.assign(change_low=result["change"] - half, change_high=result["change"] + half)
+    whole = float(totals.sum())
+    result[["share", "low", "high"]] = np.nan
+    of_whole = deviations.sum(axis=1, skipna=False)
+    if is_well_away(whole, float(_half_widths(of_whole.to_frame()).iloc[0])):
+        result["share"] = totals / whole
+        result[["low", "high"]] = [
+            _share_interval(top, whole, deviations[name], of_whole)
+            for name, top in zip(sums, totals.tolist(), strict=True)
+        ]
+    rows = category.value_counts().reindex(sums.columns).fillna(0).to_numpy()
+    return result.assign(token_share=rows / max(rows.sum(), 1))
+
+
+def is_well_away(value: float, half_width: float) -> bool:
+    """Whether a sum is so far from 0, in half widths of its 95 % interval, that shares of it say something."""
+    return abs(value) > SHARE_MARGIN * half_width
+
+
+def _prompt_sums(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
+    """The sum of each prompt (rows) by category (columns): 0 where it has no such rows, nan where one is nan."""
+    names = category.cat.categories if isinstance(category.dtype, pd.CategoricalDtype) else sorted(category.unique())
+    prompts = table.groupby(["step", "prompt_index"]).size().index
+    groups = table.assign(category=category).groupby(["step", "prompt_index", "category"], observed=True)
+    found = groups["attribution"].agg(["sum", "size", "count"])
+    sums = found["sum"].where(found["size"] == found["count"]).unstack("category")
+    present = found["size"].unstack("category").notna()
+    return sums.where(present, 0.0).reindex(index=prompts, columns=list(names), fill_value=0.0).astype(float)
+
+
+def _deviations(sums: pd.DataFrame) -> pd.DataFrame:
+    """
+    The sums' deviations from their step's mean, scaled so that their squares add up to the variance of the totals,
+    steps and prompts independent; nan in a step of one prompt.
+    """
     steps = sums.groupby(level="step")
-    num_prompts = steps.transform("size").to_numpy()[:, None]
-    centred = (sums - steps.transform("mean")).to_numpy() * np.sqrt(num_prompts / np.maximum(num_prompts - 1, 1))
-    covariance, dof = centred.T @ centred, len(sums) - len(steps)
-    totals, rows = sums.sum().to_numpy(), category.value_counts().reindex(sums.columns).to_numpy()
-    result = pd.DataFrame(
-        {"change": totals / len(steps), "share": totals / totals.sum()},
-        index=pd.Index(sums.columns, name="category"),
-    )
-    quantile = student_t(dof)
-    result[["low", "high"]] = [
-        _fieller(totals[i], totals.sum(), covariance[i, i], covariance[i].sum(), covariance.sum(), quantile)
-        for i in range(len(totals))
-    ]
-    return result.assign(token_share=rows / rows.sum())
+    num_prompts = steps.transform("size").astype(float)
+    return (sums - steps.transform("mean")).mul((num_prompts / (num_prompts - 1)) ** 0.5, axis=0)
+
+
+def _dofs(deviations: pd.DataFrame) -> pd.Series:
+    """By column the degrees of freedom of the variance of its sum (Satterthwaite, as `PooledParts.dof`)."""
+    steps = deviations.pow(2).groupby(level="step")
+    variances, dofs = steps.sum(), steps.size() - 1
+    found = variances.sum() ** 2 / variances.pow(2).div(dofs, axis=0).sum()
+    return found.clip(dofs.min(), dofs.sum()).fillna(dofs.sum())
+
+
+def _half_widths(deviations: pd.DataFrame) -> pd.Series:
+    """By column half of the 95 % interval of the sum whose prompts deviate so; nan if one is."""
+    return _dofs(deviations).map(student_t) * deviations.pow(2).sum(skipna=False) ** 0.5
+
+
+def _share_interval(top: float, bottom: float, of_top: pd.Series, of_bottom: pd.Series) -> Sequence[float]:
+    """Fieller's interval of a ratio of two sums with these deviations, as `PooledParts.ratio_interval`."""
+    combined = pd.DataFrame({"top": of_top, "bottom": of_bottom, "ratio": of_top - top / bottom * of_bottom})
+    products = of_top * of_top, of_top * of_bottom, of_bottom * of_bottom
+    top_variance, covariance, bottom_variance = (float(product.sum()) for product in products)
+    return _fieller(top, bottom, top_variance, covariance, bottom_variance, student_t(_dofs(combined).min()))
 
 
 def _fieller(top: float, bottom: float, top_var: float, cov: float, bottom_var: float, quantile: float) -> Sequence:

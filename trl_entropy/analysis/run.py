@@ -3,7 +3,7 @@ A run directory as pandas DataFrames. Runs that still go on, were killed or were
 
     run = load_run("runs/quickstart")
     run.steps["entropy/policy"].plot()
-    high_entropy_tokens(run.evaluation_tokens)
+    run.completions.tail()
 
 Files are read when a table is first asked for. This module imports no torch.
 """
@@ -14,15 +14,17 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from trl_entropy.analysis.tokens import token_table
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import unit
+from trl_entropy.runs.reading import UnreadableFile, check_last_line, reading
 from trl_entropy.runs.strict_json import Json, Row
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PROBE_COLUMNS = [
+    "step", "row", "prompt_index", "position", "token_id", "token", "logps_before", "logps_after", "entropy_before",
+    "entropy_after",
+]  # fmt: skip
 _TOKEN_COLUMNS = [
     "step", "prompt_id", "sample", "position", "token_id", "token", "entropy", "surprisal", "correct",
 ]  # fmt: skip
@@ -59,6 +65,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.resolve().name
         self._directory = RunDirectory(path)
+        self._left_out: list[str] = []
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -68,36 +75,79 @@ class Run:
     @functools.cached_property
     def steps(self) -> pd.DataFrame:
         """`metrics.jsonl`: a row for each step (the index), a column for each key; nan where a step lacks the key."""
-        return _by_step(self._directory.metrics())
+        return _by_step(self._rows)
 
     def rows(self, key: str = "step") -> list[Row]:
         """The lines of `metrics.jsonl` that have `key`, as the functions of `analysis.plots` take them."""
-        return [row for row in self._directory.metrics() if row.get(key) is not None]
+        return [row for row in self._rows if row.get(key) is not None]
+
+    @functools.cached_property
+    def _rows(self) -> list[Row]:
+        rows = self._directory.metrics()
+        self._name_unreadable(self._directory.metrics_path)
+        return rows
 
     @functools.cached_property
     def training_evaluation(self) -> pd.DataFrame:
         """`evaluation/metrics.csv`: what training measured on held-out prompts, a row for each evaluated step, and
         for each set if there are several: then the column `dataset` names it."""
-        return _by_step(self._directory.evaluation())
+        rows = self._directory.evaluation()
+        self._name_unreadable(self._directory.evaluation_path)
+        return _by_step(rows)
 
     @functools.cached_property
     def completions(self) -> pd.DataFrame:
         """`completions/*.parquet`, TRL's table: prompt, completion, rewards, advantage; a row for each completion."""
-        return _concatenated(_read_parquets(sorted(self.path.glob("completions/*.parquet"))))
+        return _concatenated(self._read_parquets(sorted(self.path.glob("completions/*.parquet"))))
 
     @functools.cached_property
     def config(self) -> Json:
         """`config.yaml`: all settings; empty if the run was killed before it wrote them."""
         import yaml
 
-        path = self.path / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return _mapping_in(self.path / "config.yaml", yaml.safe_load)
 
     @functools.cached_property
     def environment(self) -> Json:
         """`environment.json`: versions, machine, command line."""
-        path = self.path / "environment.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return _mapping_in(self.path / "environment.json", json.loads)
+
+    # ---- damage
+
+    @property
+    def left_out(self) -> list[str]:
+        """What has been read so far without a part that is cut or damaged: a sentence for each file."""
+        return list(self._left_out)
+
+    @property
+    def lacks_texts(self) -> bool:
+        """Whether tokens were shown by number so far, since the run directory holds no tokenizer."""
+        return self.__dict__.get("_tokenizer", self) is None
+
+    def _leave_out(self, sentence: str) -> None:
+        logger.warning("%s", sentence)
+        self._left_out.append(sentence)
+
+    def _name_unreadable(self, path: Path) -> None:
+        if numbers := self._directory.unreadable_lines.get(path):
+            lines = f"line{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers[:8]))}"
+            more = ", ..." if len(numbers) > 8 else ""
+            self._leave_out(f"{path}: left out is {lines}{more}, cut when the run was killed or not written yet.")
+
+    def _read_parquets(self, paths: list[Path]) -> Iterator[pd.DataFrame]:
+        """The tables that can be read; the newest may be incomplete, since TRL does not write it in one step."""
+        for path in paths:
+            try:
+                with reading(path):
+                    yield pd.read_parquet(path)
+            except UnreadableFile as error:
+                self._leave_out(f"{error}; it is left out.")
+
+    @functools.cached_property
+    def starts(self) -> list[Row]:
+        """`starts.jsonl`: where training began and was resumed, the command, versions, and the settings that changed
+        there: `{"learning_rate": [0.001, 0.0005]}`. Empty for runs of earlier versions."""
+        return self._directory.starts()
 
     # ---- probe files
 
@@ -109,7 +159,12 @@ class Run:
         """The arrays that `probe` wrote at `step`, by name."""
         from safetensors.numpy import load_file
 
-        return load_file(self.path / "probes" / probe / f"step_{step:06d}.safetensors")
+        path = self._probe_path(probe, step)
+        with reading(path):
+            return load_file(path)
+
+    def _probe_path(self, probe: str, step: int) -> Path:
+        return self.path / "probes" / probe / f"step_{step:06d}.safetensors"
 
     @functools.cached_property
     def tokens(self) -> pd.DataFrame:
@@ -125,6 +180,11 @@ class Run:
         table = self.tokens_in(self.probe_file(probe, step))
         table.insert(0, "step", step)
         return table
+
+    def last_tokens(self) -> pd.DataFrame:
+        """[`Run.tokens`] of the last step that has them; without rows if there is none."""
+        steps = self.probe_steps("entropy")
+        return self.tokens_of("entropy", steps[-1]) if steps else pd.DataFrame(columns=_PROBE_COLUMNS)
 
     def tokens_in(self, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
         """[`token_table`] of the arrays of a probe file, with the text of each token."""
@@ -168,6 +228,10 @@ class Run:
         names = pd.MultiIndex.from_arrays([arrays["prompt_index"], arrays["rows"]], names=["prompt_index", "row"])
         return pd.DataFrame(arrays["kernel"], index=names, columns=names).sort_index().sort_index(axis=1)
 
+    def last_kernel(self) -> pd.DataFrame:
+        """[`Run.kernel`] of the last step that has one; without rows if there is none."""
+        return self.kernel() if self.probe_steps("fisher") else pd.DataFrame()
+
     def kernel_shares(self, step: int) -> pd.DataFrame:
         """
         How the trace of a step's Fisher kernel is divided among the parameters, a row for each: `parameter`, `layer`
@@ -176,7 +240,8 @@ class Run:
         """
         from safetensors import safe_open
 
-        with safe_open(self.path / "probes" / "fisher" / f"step_{step:06d}.safetensors", "np") as file:
+        path = self._probe_path("fisher", step)
+        with reading(path), safe_open(path, "np") as file:
             names, norms = json.loads(file.metadata()["parameters"]), file.get_tensor("parameter_norms").sum(axis=1)
         table = pd.DataFrame({"parameter": names})
         parts = table["parameter"].str.extract(r"(?:.*\.layers\.(?P<layer>\d+)\.)?(?P<matrix>.*)")
@@ -231,13 +296,14 @@ class Run:
         tables = []
         for summary in self._directory.checkpoint_summaries():
             path = self._directory.checkpoint_folder(summary["step"]) / name
-            table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            with reading(path):
+                table = _table_in(path)
             table.insert(0, "step", summary["step"])
             tables.append(table)
         return _concatenated(tables)
 
     def _texts(self, token_ids: pd.Series) -> pd.Series:
-        """The text of each token; `#12` for token 12 if the run has no checkpoint, and so no tokenizer."""
+        """The text of each token; `#12` for token 12 if the run directory holds no tokenizer."""
         texts = {token: self._text(token) for token in token_ids.unique().tolist()}
         return token_ids.map(texts)
 
@@ -250,25 +316,14 @@ class Run:
     def _tokenizer(self) -> Tokenizer | None:
         from tokenizers import Tokenizer
 
-        path = next(iter(sorted(self.path.glob("checkpoint-*/tokenizer.json"))), None)
-        return None if path is None else Tokenizer.from_file(str(path))
-
-
-def token_table(arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """The completion tokens of a probe file, a row for each, without padding; every (B, T) array becomes a column."""
-    mask: np.ndarray = arrays["completion_mask"].astype(bool)
-    rows, positions = np.nonzero(mask)
-    width = mask.shape[1]
-    columns = {
-        "row": rows,
-        "prompt_index": arrays["prompt_index"][rows],
-        "position": positions,
-        "token_id": arrays["input_ids"][:, -width:][mask],
-    }
-    columns |= {
-        name: array[mask] for name, array in arrays.items() if array.shape == mask.shape and name != "completion_mask"
-    }
-    return pd.DataFrame(columns)
+        for path in [self._directory.tokenizer_path, *sorted(self.path.glob("checkpoint-*/tokenizer.json"))]:
+            if path.exists():
+                try:
+                    with reading(path):
+                        return Tokenizer.from_file(str(path))
+                except UnreadableFile as error:
+                    self._leave_out(f"{error}; it is left out.")
+        return None
 
 
 def cosines_of(kernel: pd.DataFrame) -> pd.DataFrame:
@@ -279,51 +334,10 @@ def cosines_of(kernel: pd.DataFrame) -> pd.DataFrame:
 
 
 def spectrum_of(kernel: pd.DataFrame) -> pd.Series:
-    """The eigenvalues of a kernel in nats^2, the largest first, indexed by rank 1, 2, ..."""
-    values = np.linalg.eigvalsh(kernel.to_numpy())[::-1]
+    """The eigenvalues of a kernel in nats^2, the largest first, indexed by rank 1, 2, ...; nan if an entry is."""
+    entries = kernel.to_numpy(dtype=float)
+    values = np.linalg.eigvalsh(entries)[::-1] if np.isfinite(entries).all() else np.full(len(entries), np.nan)
     return pd.Series(values, index=pd.RangeIndex(1, len(values) + 1, name="rank"), name="eigenvalue")
-
-
-def high_entropy_tokens(
-    tokens: pd.DataFrame, column: str = "entropy", quantile: float = 0.8, min_count: int = 5
-) -> pd.DataFrame:
-    """
-    Which tokens are drawn from distributions of high entropy.
-
-    Args:
-        tokens: a row for each token: `Run.evaluation_tokens`, or `Run.tokens` with `column="entropy_before"`.
-        column: the column of the entropy, in nats.
-        quantile: entropies above this quantile count as high.
-        min_count: tokens that were drawn less often are left out.
-
-    Returns:
-        By `token`, the largest share first: `count`; `entropy_mean` in nats; `high_fraction`, the fraction of its
-        draws with high entropy; `share_of_entropy`, its part of the entropy summed over all tokens.
-    """
-    high = tokens[column] > tokens[column].quantile(quantile)
-    groups = tokens.assign(high=high).groupby("token", sort=False)
-    table = groups.agg(count=(column, "size"), entropy_mean=(column, "mean"), high_fraction=("high", "mean"))
-    table["share_of_entropy"] = table["count"] * table["entropy_mean"] / tokens[column].sum()
-    return table[table["count"] >= min_count].sort_values("share_of_entropy", ascending=False)
-
-
-def token_dump(tokens: pd.DataFrame, columns: Sequence[str] = ("entropy", "surprisal"), width: int = 30) -> str:
-    """
-    One completion as text, a line for each token: position, token, numbers in nats, and a bar for the first number.
-
-    Args:
-        tokens: the rows of one completion, in order.
-        columns: the numbers to print.
-        width: length of the longest bar in characters.
-    """
-    largest = tokens[columns[0]].max() or 1.0
-    heads = "  ".join(f"{column:>14}" for column in columns)
-    lines = [f"{'position':>8}  {'token':<16}  {heads}"]
-    for row in tokens.to_dict("records"):
-        numbers = "  ".join(f"{row[column]:>14.4f}" for column in columns)
-        bar = "█" * round(width * row[columns[0]] / largest)
-        lines.append(f"{row['position']:>8}  {row['token']!r:<16}  {numbers}  {bar}")
-    return "\n".join(lines)
 
 
 def _by_step(rows: list[Row]) -> pd.DataFrame:
@@ -343,19 +357,25 @@ def _groups_of(step: int, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return groups.reset_index()
 
 
-def _read_parquets(paths: list[Path]) -> Iterator[pd.DataFrame]:
-    """All tables; the newest may be incomplete, since TRL does not write it in one step: a warning says so."""
-    from pyarrow import ArrowInvalid
+def _mapping_in(path: Path, parse: Callable[[str], object]) -> Json:
+    """The settings in a file of YAML or JSON; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    with reading(path):
+        if path.suffix == ".yaml":  # a part of YAML is YAML too
+            check_last_line(path)
+        found = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no names with values")
+    return found
 
-    for path in paths:
-        try:
-            yield pd.read_parquet(path)
-        except ArrowInvalid as error:
-            if path != paths[-1]:
-                raise
-            logger.warning(
-                "left out %s: the file is incomplete, it is being written or the run was killed (%s)", path, error
-            )
+
+def _table_in(path: Path) -> pd.DataFrame:
+    """The table in a file of Parquet or CSV."""
+    if path.suffix != ".csv":
+        return pd.read_parquet(path)
+    check_last_line(path)
+    return pd.read_csv(path)
 
 
 def _concatenated(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

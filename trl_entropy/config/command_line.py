@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from trl import ModelConfig, TrlParser
 
+from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.number_checks import check_numbers
 from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings
@@ -100,7 +101,8 @@ class _Parser(TrlParser):
                 self._check_choice(action.dest, settings[action.dest], list(action.choices))
         self.set_defaults_with_config(**settings)
         try:
-            return self.parse_args_into_dataclasses(args=flags)
+            with explaining_bf16():
+                return self.parse_args_into_dataclasses(args=flags)
         except (TypeError, ArithmeticError, AttributeError) as error:  # of a value that no check of ours foresaw
             raise ValueError(f"the settings do not go together: {one_line(error)}.") from error
 

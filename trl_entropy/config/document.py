@@ -22,7 +22,12 @@ line (`--entropy_probe true`), or be given to `DrGRPOConfig(...)`. (T1), (T2), .
 `python -m trl_entropy.config.document`.
 """
 _TABLES = (
-    ("Probes", ProbeSettings, "Probes only measure. Training is, bit for bit, what it is without them."),
+    (
+        "Probes",
+        ProbeSettings,
+        "Probes only measure. Training is, bit for bit, what it is without them: TRL's, but with whole prompt groups "
+        "shuffled, where TRL's own shuffle of single completions draws other random numbers.",
+    ),
     ("Controls", ControlSettings, "Controls change the step or the loss to steer the entropy."),
     ("Training", TrainingSettings, "What is trained on, and when it is evaluated."),
 )

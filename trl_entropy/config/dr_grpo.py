@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.control_checks import ControlChecks
 from trl_entropy.config.number_checks import NumberChecks
 from trl_entropy.config.probe_checks import ProbeChecks
@@ -61,7 +62,8 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
         if self.stop_at_answer and self.use_vllm:  # without vLLM the trainer stops the model's own generate
             stop = {"stop": [ANSWER_CLOSE], "include_stop_str_in_output": True}
             self.generation_kwargs: dict | None = {**stop, **(self.generation_kwargs or {})}
-        super().__post_init__()
+        with explaining_bf16():
+            super().__post_init__()
         self._check_processes(world_size)
         self._check_loss()
         self._check_sampler()
@@ -70,7 +72,7 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
         self._check_probes()
         self._check_controls()
         controlled = ["entropy_control"] if self.entropy_control != "none" else []
-        self._check_full_distribution(self._probes_of_full_support() + controlled)
+        self.check_full_distribution(self._probes_of_full_support() + controlled)
 
     def _check_processes(self, world_size: int) -> None:
         if self.world_size != world_size:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from trl import GRPOConfig
 
 from trl_entropy.config.control_settings import ControlSettings
 from trl_entropy.config.probe_settings import ProbeSettings
+from trl_entropy.config.sampling import merged, narrowing, narrowing_arguments
 from trl_entropy.config.setting import own_settings
 from trl_entropy.config.training_settings import TrainingSettings
 
@@ -67,15 +70,28 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
                 f"Set num_prompts_per_step=4 or more, or {otherwise}."
             )
 
-    def _check_full_distribution(self, names: list[str]) -> None:
-        """Raises `ValueError` unless completions are drawn from the policy's own distribution, and all are kept."""
+    def check_full_distribution(self, names: list[str], of_model: Mapping[str, object] | None = None) -> None:
+        """
+        Check that completions are drawn from the policy's own distribution, and that all are kept.
+
+        Args:
+            names: the probes that need this; with none nothing is checked.
+            of_model: the model's own `generation_config`; see [`truncated_sampling`].
+
+        Raises:
+            ValueError: naming the setting.
+        """
         if not names:
             return
-        if truncation := self.truncated_sampling():
+        if truncation := self.truncated_sampling(of_model):
+            of_run = self.truncated_sampling()
+            whose = "" if of_run else " of the model's generation_config"
+            remedy = "Set top_k=0, top_p=1, min_p=None, repetition_penalty=1"
+            if not of_run:
+                remedy = "Set it to None there, or to a neutral value in generation_kwargs ({'typical_p': 1.0})"
             raise ValueError(
                 f"{', '.join(names)}: the estimators hold for completions drawn from the policy's full distribution, "
-                f"but {truncation} changes it. Set top_k=0, top_p=1, min_p=None, repetition_penalty=1, or turn the "
-                "probe off."
+                f"but {truncation}{whose} changes it. {remedy}, or turn the probe off."
             )
         if self.mask_truncated_completions:
             raise ValueError(
@@ -97,12 +113,17 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
         """Names of the probes that are turned on."""
         return [name for name in self.__dataclass_fields__ if name.endswith("_probe") and getattr(self, name)]
 
-    def truncated_sampling(self) -> str:
-        """The sampling settings that keep tokens from being drawn with the policy's probability; empty if none."""
-        full = {"top_k": (0, None), "top_p": (1.0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0, None)}
+    def truncated_sampling(self, of_model: Mapping[str, object] | None = None) -> str:
+        """
+        The sampling settings that keep tokens from being drawn with the policy's probability; empty if none.
+
+        Args:
+            of_model: the model's own `generation_config`, from which transformers takes every setting that is None,
+                before its own default (top_k=50).
+        """
+        own = {name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
         extra = self.generation_kwargs or {}
-        found = {name: extra.get(name, getattr(self, name)) for name in full}
-        narrowed = {name: value for name, value in found.items() if value not in full[name]}
-        known = {*full, "stop", "stop_strings", "include_stop_str_in_output", "max_tokens", "seed"}
-        narrowed |= {name: value for name, value in extra.items() if name not in known}
-        return ", ".join(f"{name}={value}" for name, value in narrowed.items())
+        found = narrowing(merged(of_model or {}, own, extra)) | narrowing_arguments(extra)
+        if self.use_vllm and self.vllm_structured_outputs_regex is not None:
+            found["vllm_structured_outputs_regex"] = self.vllm_structured_outputs_regex
+        return ", ".join(f"{name}={value}" for name, value in found.items())

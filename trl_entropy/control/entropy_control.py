@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerState
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
@@ -33,8 +33,11 @@ from trl_entropy.estimators.control.entropy_control import (
 )
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms, policy_entropy
 from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.gradients.inputs import counts_columns
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import entropy_gradient, gradient_of, weighted_logps
+from trl_entropy.probes import model_checks
+from trl_entropy.probes.model_checks import dropout_of
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
@@ -117,6 +120,7 @@ class EntropyControl(Probe):
         self._before: tuple[float, float, Estimate] | None = None
         # Entropy terms and prompts of the step's own completions on this process, one pair per micro-batch.
         self._own: list[tuple[RatioTerms, Tensor]] = []
+        self._pools_rollouts = True
 
     @classmethod
     def from_config(cls, args: DrGRPOConfig) -> EntropyControl:
@@ -135,13 +139,27 @@ class EntropyControl(Probe):
     def needs_loss_coefficients(self) -> bool:
         return self.source == "rollouts"
 
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        what = "entropy_control"
+        if self.draw is None:
+            model_checks.check_full_distribution(args, model, what, draws=self.source == "probe")
+        model_checks.check_scoring(model, what)
+        model_checks.check_derivatives(model, what)
+        # Else what the loss computes of the step's completions is not of the policy that E is drawn from.
+        self._pools_rollouts = not dropout_of(model) and not counts_columns(model)
+        if self.source == "rollouts":
+            model_checks.check_no_dropout(model, "entropy_control_completions='rollouts'")
+            model_checks.check_own_completions(model, "entropy_control_completions='rollouts'")
+            model_checks.check_no_auxiliary_loss(args, model, "entropy_control_completions='rollouts'")
+
     def reset(self) -> None:
         self._own.clear()
 
     # ---- events
 
     def on_micro_batch(self, args, state, control, *, metrics, inputs, mask, token_entropy, **kwargs: Any) -> None:
-        if self.source != "rollouts" and args.rollouts_are_the_policys():
+        is_the_policys = self._pools_rollouts and "tool_mask" not in inputs and args.rollouts_are_the_policys()
+        if self.source != "rollouts" and is_the_policys:
             terms = entropy_terms(token_entropy, mask.double(), mask)
             self._own.append((terms, inputs["prompt_index"]))
 
@@ -150,7 +168,7 @@ class EntropyControl(Probe):
     ) -> None:
         step, rank = state.global_step + 1, engine.accelerator.process_index
         if self.source == "rollouts":
-            self._completions = Completions.of(rollouts)
+            self._completions = Completions.drawn_whole(rollouts, "entropy_control_completions='rollouts'")
         elif self.draw is not None:
             self._completions = self.draw(step, rank)
         else:
@@ -248,6 +266,7 @@ class EntropyControl(Probe):
     def _learn_realised(self, entropy: Estimate, metrics: dict[str, float], state: TrainerState) -> None:
         """Compare the last step's predicted change with the measured one; switch off if the predictions are wrong."""
         metrics |= {"entropy_control/entropy": entropy.value, "entropy_control/entropy_stderr": entropy.stderr}
+        metrics["entropy_control/num_prompts"] = entropy.dof + 1
         if self._before is None:
             return
         predicted, shared, before = self._before

@@ -47,7 +47,7 @@ def run_job(
         watcher = threading.Thread(target=_end_in_time, args=(process, deadline, cancel), daemon=True)
         watcher.start()
         try:
-            _follow(process, show)
+            said = _follow(process, show)
         finally:
             process.kill()
             process.wait()
@@ -56,7 +56,7 @@ def run_job(
         return CANCELLED
     if process.returncode != 0 and time.monotonic() > deadline:
         return f"not finished after {timeout:.0f} s; raise --timeout"
-    return _outcome(process.returncode, log)
+    return _outcome(process.returncode, log, said)
 
 
 def _environment() -> dict[str, str]:
@@ -70,20 +70,26 @@ def _end_in_time(process: subprocess.Popen[str], deadline: float, cancel: thread
             return
 
 
-def _follow(process: subprocess.Popen[str], show: Callable[[int, int], object]) -> None:
-    """Report the progress of the process until it ends."""
+def _follow(process: subprocess.Popen[str], show: Callable[[int, int], object]) -> str:
+    """Report the progress of the process until it ends; returns the reason that it gives if it fails."""
     assert process.stdout is not None
+    said = ""
     for line in process.stdout:
         match line.split():
             case ["progress", done, total]:
                 show(int(done), int(total))
+            case ["failed", *reason]:
+                said = " ".join(reason)
     process.wait()
+    return said
 
 
-def _outcome(returncode: int, log: Path) -> str | None:
+def _outcome(returncode: int, log: Path, said: str) -> str | None:
     if returncode == 0:
         log.unlink()
         return None
+    if said:
+        return f"{said}; all messages are in {log}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return "\n".join([f"exit status {returncode}; all messages are in {log}, the last lines are:", *lines[-_TAIL:]])
 

@@ -20,6 +20,7 @@ from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import CHECKPOINT_SUMMARY, CheckpointSummary
 from trl_entropy.runs.durable import replacing
+from trl_entropy.runs.file_errors import describe
 from trl_entropy.runs.strict_json import Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
@@ -29,7 +30,7 @@ from trl_entropy.tasks.word_problems import MAX_PROBLEMS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROGRESS = "progress"
+PROGRESS, FAILED = "progress", "failed"  # begin the lines that are for whoever started the worker
 _EVERY_HELD_OUT = {"word_problems": MAX_PROBLEMS["test"], "gsm8k": 10**9}
 
 
@@ -122,4 +123,8 @@ def _device(wanted: str) -> str:
 
 if __name__ == "__main__":
     quiet_libraries()
-    evaluate(Job.from_json(sys.argv[1]))
+    try:
+        evaluate(Job.from_json(sys.argv[1]))
+    except OSError as error:  # said where it is read even if the disk is full
+        print(FAILED, describe(error), flush=True)
+        raise

@@ -49,6 +49,7 @@ class Integrals(TypedDict):
     steps: list[float]
     fresh: list[float]
     fresh_stderr: list[float]
+    fresh_num_prompts: list[float | None]
     linear: NotRequired[Integral]
     second_order: NotRequired[Integral]
     trapezoid: NotRequired[Integral]
@@ -175,6 +176,7 @@ def integrals(rows: Rows) -> Integrals:
         "steps": [row["step"] for row in rows],
         "fresh": fresh,
         "fresh_stderr": errors,
+        "fresh_num_prompts": [row.get("entropy/num_prompts") for row in rows],
     }
     for name in PREDICTORS:
         if result["num_unprobed"] or f"entropy/delta_{name}" not in rows[0]:

@@ -16,6 +16,7 @@ from trl_entropy.experiments.redraws import Cache
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import describe_environment
+from trl_entropy.runs.file_errors import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ class Command(Generic[Result]):
         except ValueError as error:
             sys.exit(f"Error: {error}")
         output = options.output or checkpoint.path.parent / "experiments" / f"{self.name}-{checkpoint.step}"
-        output.mkdir(parents=True, exist_ok=True)
+        check_writable(output)
         start = time.perf_counter()
         state = FixedState(checkpoint, output, options.seed)
         result = self.compute(state, Cache.of(output, checkpoint, options.seed), options)

@@ -23,6 +23,7 @@ from trl_entropy.probes.rollout_entropy import metric_of
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.durable import replacing
+from trl_entropy.runs.file_errors import as_os_error
 
 ROWS_PER_CHUNK = 1024  # completions generated at a time
 FORMS: tuple[WeightForm, ...] = ("decision", "sequence")
@@ -57,7 +58,7 @@ class Cache:
         if path.exists():
             return torch.load(path, weights_only=True)
         value = compute()
-        with replacing(path) as temporary:
+        with as_os_error(path), replacing(path) as temporary:
             torch.save(value, temporary)
         return value
 

@@ -16,6 +16,7 @@ from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.cross_prompt import group_entropy_surrogate, group_loss_surrogate
 from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
+from trl_entropy.gradients.inputs import model_inputs
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.rollouts.completions import Completions
 
@@ -32,12 +33,7 @@ def token_scores(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Entropy and log-probability of every completion token, nats, with their graph."""
     width = completions.completion_mask.shape[1]
-    output = model(
-        input_ids=completions.input_ids,
-        attention_mask=completions.attention_mask,
-        use_cache=False,
-        logits_to_keep=width + 1,
-    )
+    output = model(**model_inputs(model, completions))
     return entropy_and_logps(output.logits[:, :-1], completions.input_ids[:, -width:], temperature)
 
 

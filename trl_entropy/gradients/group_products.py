@@ -215,4 +215,4 @@ def _loss_of_groups(
     """Its gradient is the sum of Y_n over the groups of `rows`."""
     _, logps = token_scores(model, rows, args.temperature)
     weights = advantages if advantages.ndim == 1 else advantages[:, : logps.shape[1]]
-    return group_loss_surrogate(logps, rows.completion_mask, weights, args.num_generations, args.max_completion_length)
+    return group_loss_surrogate(logps, rows.loss_mask, weights, args.num_generations, args.max_completion_length)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
+from trl_entropy.gradients.inputs import eager_experts, model_inputs
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.rollouts.completions import Completions
 
@@ -70,20 +71,17 @@ def score(
         parts = [_derivatives(_scorer(model, chunk, temperature), params, direction, order) for chunk in chunks]
         return [_join([part[i] for part in parts], completions, longest_first) for i in range(2 * (order + 1))]
 
-    with evaluation_mode(model), _without_input_grad_hooks(model), _differentiable_kernels(order):
+    with evaluation_mode(model), _without_input_grad_hooks(model), _differentiable_kernels(model, order):
         results = halved_on_out_of_memory(score_all, min(batch_size, len(completions)))
     return TokenScores(entropy=tuple(results[0::2]), logps=tuple(results[1::2]))
 
 
 def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callable[[dict], tuple[Tensor, Tensor]]:
     """The function from parameters to (entropy, log-probabilities) of a chunk."""
-    width = chunk.completion_mask.shape[1]
+    width, inputs = chunk.completion_mask.shape[1], model_inputs(model, chunk)
 
     def scores(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        inputs = {"input_ids": chunk.input_ids, "attention_mask": chunk.attention_mask}
-        output = torch.func.functional_call(
-            model, params, (), {**inputs, "use_cache": False, "logits_to_keep": width + 1}, strict=False
-        )
+        output = torch.func.functional_call(model, params, (), inputs, strict=False)
         return entropy_and_logps(output.logits[:, :-1], chunk.input_ids[:, -width:], temperature)
 
     return scores
@@ -115,12 +113,17 @@ def _join(parts: list[Float[Tensor, "..."]], completions: Completions, order: In
 
 
 @contextlib.contextmanager
-def _differentiable_kernels(order: int) -> Iterator[None]:
+def _differentiable_kernels(model: nn.Module, order: int) -> Iterator[None]:
     """
-    Kernels that have the derivatives asked for: fused attention has no forward mode, and with grad mode off some
-    forward derivatives (SiLU's) are kernels without a derivative of their own. No parameter requires a gradient.
+    Kernels that have the derivatives asked for: fused attention and fused experts have no forward mode, and with grad
+    mode off some forward derivatives (SiLU's) are kernels without a derivative of their own. No parameter requires a
+    gradient.
     """
-    with torch.set_grad_enabled(order > 1), sdpa_kernel(SDPBackend.MATH) if order else contextlib.nullcontext():
+    with contextlib.ExitStack() as kernels:
+        kernels.enter_context(torch.set_grad_enabled(order > 1))
+        if order:
+            kernels.enter_context(sdpa_kernel(SDPBackend.MATH))
+            kernels.enter_context(eager_experts(model))
         yield
 
 

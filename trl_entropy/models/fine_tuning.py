@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ def train_sft(
     dataset: Dataset,
     args: SFTConfig,
     peft_config: PeftConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> SFTTrainer:
     """Trains a model on demonstrations; the loss covers the completion and its end token.
 
@@ -31,6 +32,7 @@ def train_sft(
             dropped, since a truncated demonstration would not teach the model to stop.
         args: TRL's settings. `args.train_sampling_strategy="sequential"` keeps the order of the dataset.
         peft_config: Trains an adapter instead of the whole model.
+        callbacks: Beside those of the trainer.
 
     Returns:
         The trainer after training, with the trained model in `trainer.model`.
@@ -40,10 +42,18 @@ def train_sft(
     """
     from trl import SFTTrainer
 
+    from trl_entropy.runs.trackers import show_numbers_only
+
     tokenized = tokenize_demonstrations(dataset, tokenizer, args.max_length)
     trainer = SFTTrainer(
-        model=model, args=args, train_dataset=tokenized, processing_class=tokenizer, peft_config=peft_config
+        model=model,
+        args=args,
+        train_dataset=tokenized,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=callbacks,
     )
+    show_numbers_only(trainer.callback_handler.callbacks)
     trainer.train()
     return trainer
 

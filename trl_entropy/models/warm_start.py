@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from trl_entropy.runs.strict_json import Json
 from trl_entropy.tasks import r1_template, word_problems
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
     from trl import SFTConfig
 
 # What determines the warm start, in addition to the files that write the data and build the model. Raise the version
@@ -36,6 +39,7 @@ WARM_START_RECIPE: Json = {
     "max_grad_norm": 1.0,
 }
 COMPLETE_MARK = "warm_start.json"  # written last: a directory without it is not a warm start
+_SAYS = "warm start: "  # begins a line of the build that is for the user
 
 
 def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Path:
@@ -65,7 +69,7 @@ def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Pat
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{directory.name}.lock"):
         if not (directory / COMPLETE_MARK).exists():
-            print(f"building the warm start, about 35 s; cached in {directory}", file=sys.stderr, flush=True)
+            print(f"building the warm start, once; cached in {directory}", file=sys.stderr, flush=True)
             _build_into(directory, seed)
     return directory
 
@@ -94,7 +98,7 @@ def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
     clean = word_problems.load_demonstrations(recipe["num_clean"], seed, flawed_share=0.0)
     flawed = word_problems.load_demonstrations(recipe["num_flawed"], seed + 1_000_000, recipe["flawed_share"])
     args = warm_start_config(directory, seed)
-    train_sft(model, tokenizer, concatenate_datasets([clean, flawed]), args)
+    train_sft(model, tokenizer, concatenate_datasets([clean, flawed]), args, callbacks=[_time_left_callback()])
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (directory / COMPLETE_MARK).write_text(json.dumps(_recipe(seed), indent=2) + "\n")
@@ -154,20 +158,52 @@ def _build_into(directory: Path, seed: int) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def _time_left_callback() -> "TrainerCallback":
+    """Says once how long the rest of the build will take, from the time of its first steps."""
+    from transformers import TrainerCallback
+
+    class TimeLeft(TrainerCallback):
+        first, last = 10, 60  # steps: the first ones are slower
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            if state.global_step == self.first:
+                self.start = time.perf_counter()
+            elif state.global_step == self.last:
+                each = (time.perf_counter() - self.start) / (self.last - self.first)
+                seconds = each * (state.max_steps - state.global_step)
+                print(f"{_SAYS}about {seconds:.0f} s are left, at the pace of its first steps", flush=True)
+
+    return TimeLeft()
+
+
 def _run_build(building: Path, seed: int) -> None:
     module = "trl_entropy.models.warm_start"
     code = f"import sys, {module} as w; w.build_warm_start(sys.argv[1], int(sys.argv[2]))"
-    child = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", code, os.fspath(building), str(seed)],
         env=_single_process_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
+    ) as child:
+        try:
+            printed = _pass_on(child.stdout or ())
+        except BaseException:
+            child.kill()
+            raise
     if child.returncode != 0:
-        raise RuntimeError(
-            f"building the warm start failed with exit status {child.returncode}:\n{child.stdout[-4000:]}"
-        )
+        raise RuntimeError(f"building the warm start failed with exit status {child.returncode}:\n{printed[-4000:]}")
+
+
+def _pass_on(lines: Iterable[str]) -> str:
+    """Show the lines that are for the user while they come; returns the others."""
+    others = []
+    for line in lines:
+        if line.startswith(_SAYS):
+            print(line, end="", file=sys.stderr, flush=True)
+        else:
+            others.append(line)
+    return "".join(others)
 
 
 def _single_process_environment() -> dict[str, str]:

@@ -15,6 +15,7 @@ from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.hardware import GIB
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.probes.rollout_entropy import check_memory
+from trl_entropy.runs.file_errors import LEAST_FREE, existing_parent, free_bytes
 
 
 def findings(plan: Plan, reads_data: bool = True) -> list[Finding]:
@@ -191,34 +192,36 @@ def disk(plan: Plan) -> Findings:
     if plan.shape is None or not plan.hardware.is_this_machine:
         return
     needed = estimate.checkpoint_bytes(plan) * estimate.num_checkpoints(plan) + estimate.probe_file_bytes(plan)
-    free = shutil.disk_usage(_existing_parent(Path(plan.args.output_dir))).free
+    free = free_bytes(Path(plan.args.output_dir))
     if needed > free:
         yield Finding(
-            f"Checkpoints and probe files will take {needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB are free at "
+            f"Checkpoints and probe files will take {_size(needed)}, but {_size(free)} are free at "
             f"{plan.args.output_dir}.",
             "Set save_total_limit, raise save_steps, set probe_files_keep, or choose another output_dir.",
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def output_dir(plan: Plan) -> Findings:
     """Whether the run directory can be written to, as far as that can be told without writing."""
     if not plan.hardware.is_this_machine:
         return
-    there = _existing_parent(Path(plan.args.output_dir))
+    there = existing_parent(Path(plan.args.output_dir))
     if not there.is_dir():
         yield Finding(f"output_dir is {plan.args.output_dir}, but {there} is a file.", "Choose another output_dir.")
     elif not os.access(there, os.W_OK | os.X_OK):
         yield Finding(f"Nothing can be written to {there}, for output_dir.", "Choose another output_dir.")
+    elif (free := free_bytes(there)) < LEAST_FREE:
+        yield Finding(f"The disk of output_dir is full: {_size(free)} are left at {there}.", "Make room.")
 
 
 def learning_rate(plan: Plan) -> Findings:
     if plan.args.learning_rate == 0:
         text = "learning_rate is 0: no step changes the policy, and every change of its entropy is 0."
         yield Finding(text, "Set a learning_rate above 0 to train.", is_problem=False)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 CHECKS: tuple[Callable[[Plan], Findings], ...] = (

@@ -14,7 +14,12 @@ from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
-from trl_entropy.runs.checkpoints import CheckpointError, check_before_loading
+from trl_entropy.runs.checkpoints import (
+    CheckpointError,
+    check_before_loading,
+    describe_finished,
+    is_finished,
+)
 from trl_entropy.tasks.arguments import load_task
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
 from trl_entropy.tasks.gsm8k import local_path
@@ -113,9 +118,13 @@ def _on_the_hub(name: str) -> Findings:
 
 def resume(plan: Plan) -> Findings:
     try:
-        resumed_checkpoint(plan)
+        found = resumed_checkpoint(plan)
     except CheckpointError as error:
         yield Finding(str(error))
+        return
+    args = plan.args
+    if found is not None and not args.additional_steps and is_finished(found, args.max_steps, args.num_train_epochs):
+        yield Finding(describe_finished(found, "will be"), is_problem=False)
 
 
 def resumed_checkpoint(plan: Plan) -> Path | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from trl_entropy.preflight.checks import devices, processes
+from trl_entropy.preflight.checks import devices, learning_rate, output_dir, processes
 from trl_entropy.preflight.files import demonstrations, model_files
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.plan import Plan
-from trl_entropy.preflight.report import machine_lines, section, versions
+from trl_entropy.preflight.report import free_space, machine_lines, section, versions
 
 
 def fine_tuning_report(plan: Plan) -> list[str]:
@@ -19,9 +19,11 @@ def fine_tuning_report(plan: Plan) -> list[str]:
         f"micro-batch(es) of {args.per_device_train_batch_size}; {length}",
     ]
     sections = {"Versions": versions(), "Machine and processes": machine_lines(plan), "Batch plan": batches}
+    sections |= {"Disk": free_space(plan)}
     return [line for title, lines in sections.items() for line in section(title, lines)]
 
 
 def fine_tuning_findings(plan: Plan) -> list[Finding]:
     """The findings of the checks that do not depend on RL."""
-    return [finding for check in (processes, devices, model_files, demonstrations) for finding in check(plan)]
+    checks = (processes, devices, output_dir, learning_rate, model_files, demonstrations)
+    return [finding for check in checks for finding in check(plan)]

@@ -19,6 +19,7 @@ from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.shapes import UnknownShape, model_shape
 from trl_entropy.runs.checkpoints import CheckpointError, checkpoints_of
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import free_bytes
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -189,7 +190,7 @@ def _gib(size: int) -> str:
 
 def _disk(plan: Plan) -> list[str]:
     if plan.shape is None:
-        return ["not estimated: the model's shape is unknown"]
+        return ["not estimated: the model's shape is unknown", *free_space(plan)]
     each, number = estimate.checkpoint_bytes(plan), estimate.num_checkpoints(plan)
     return [
         f"checkpoints: {number} x {each / GIB:.2f} GiB = {number * each / GIB:.2f} GiB "
@@ -197,7 +198,16 @@ def _disk(plan: Plan) -> list[str]:
         f"save_total_limit {plan.args.save_total_limit})",
         f"probe files: at most {estimate.probe_file_bytes(plan) / GIB:.2f} GiB "
         f"(probe_files_keep {plan.args.probe_files_keep})",
+        *free_space(plan),
     ]
+
+
+def free_space(plan: Plan) -> list[str]:
+    """A line on the disk of the run directory, if that is on this machine."""
+    if not plan.hardware.is_this_machine:
+        return []
+    free = free_bytes(Path(plan.args.output_dir))
+    return [f"free: {free / GIB:.2f} GiB at {plan.args.output_dir}"]
 
 
 def _support(plan: Plan) -> list[str]:

@@ -29,7 +29,6 @@ from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, poli
 from trl_entropy.estimators.statistics.pooled import PooledParts
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.scores import TokenScores, score
-from trl_entropy.gradients.sequence_gradients import SequenceGradients
 from trl_entropy.gradients.sequence_products import (
     Value,
     entropy_gradient,
@@ -38,6 +37,7 @@ from trl_entropy.gradients.sequence_products import (
     weighted_logps,
 )
 from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.model_checks import check_no_auxiliary_loss, check_no_dropout, check_sequences
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -104,10 +104,12 @@ class StepAttribution:
     # ---- called by the probe, in this order
 
     def check(self, args: DrGRPOConfig, model: nn.Module) -> None:
-        """Raises `ValueError` that names a loss or a trainable module that (T9) does not cover."""
+        """Raises `ValueError` that names a loss, a dropout or a trainable module that (T9) does not cover."""
         args.check_attribution()
+        check_no_dropout(model, "entropy_attribution")
+        check_no_auxiliary_loss(args, model, "entropy_attribution")
         if self.mode == "sequence":
-            SequenceGradients(model)
+            check_sequences(model, "entropy_attribution='sequence'")
 
     def before_update(self, update: UpdateContext) -> None:
         """Read what the optimizer's step is computed from, before it changes. Collective."""
@@ -211,8 +213,13 @@ class StepAttribution:
         self.record = self.record.update(sums, counts)
 
     def _pooled(self) -> dict[str, float]:
-        """Each category's share of the change that all completions caused over the run, and of their tokens."""
+        """What each category and all add to the change over the run, and their shares of it and of the tokens."""
         logged: dict[str, float] = {}
+        for name, members in {**{name: (name,) for name in self.record.names}, "all": self.record.names}.items():
+            mean = self.record.change(*members)
+            low, high = mean.interval()
+            key = f"entropy/mean_delta_{name}"
+            logged |= {key: mean.value, f"{key}_low": low, f"{key}_high": high}
         for name in self.record.names:
             low, high = self.record.share_interval(name)
             key = f"entropy/share_{name}"

@@ -34,6 +34,7 @@ from trl_entropy.estimators.entropy_change.step_change import (
 from trl_entropy.estimators.statistics.estimate import Linearization
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.gradients.scores import Params, TokenScores, score
+from trl_entropy.probes import model_checks
 from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
@@ -57,6 +58,9 @@ class EntropyProbe(Probe):
     E is drawn before the step, and scored after it twice: with the parameters from before and from after the step in
     the model. Forward-mode differentiation along the true update gives the derivative of each token's score, so every
     optimizer and every loss is covered.
+
+    With dropout everything but (T11) is about the policy without it: E is drawn and scored in evaluation mode, and the
+    update is the one that training made. The covariances are of training's own passes.
 
     Args:
         every: cadence in steps.
@@ -117,6 +121,10 @@ class EntropyProbe(Probe):
         return self.attribution is not None
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        if self.draw is None and self.sampler == "model":
+            model_checks.check_full_distribution(args, model, "entropy_probe", draws=True)
+        model_checks.check_scoring(model, "entropy_probe", derivatives=True)
+        model_checks.check_derivatives(model, "entropy_probe")
         if self.attribution is not None:
             self.attribution.check(args, model)
 
@@ -226,7 +234,7 @@ class EntropyProbe(Probe):
         if self._completions.sampling_logps is not None:
             mean_weights = accelerator.gather(self._sampler_weights(before))
             logged["entropy/sampler_ess"] = effective_sample_size(mean_weights).item()
-        logged["entropy/num_completions"] = len(prompts)
+        logged |= {"entropy/num_completions": len(prompts), "entropy/num_prompts": len(prompts.unique())}
         sequence = step_changes(
             self._terms(before, before, accelerator, "sequence"), self._terms(after, before, accelerator, "sequence")
         )
@@ -266,6 +274,7 @@ class EntropyProbe(Probe):
         for label, half in zip("ab", halves, strict=True):
             for name, estimate in half.items():
                 logged |= with_stderr(f"entropy/half_{label}_{name}", estimate)
+            logged[f"entropy/half_{label}_num_prompts"] = half["measured"].dof + 1
         return logged
 
     def _rival_changes(self, accelerator: Accelerator) -> dict[str, float]:

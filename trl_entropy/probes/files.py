@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +24,20 @@ class ProbeFiles:
         args: says where to write, and how many files to keep.
         accelerator: gathers the rows of all processes.
         learning_rate: returns the learning rate of the present step, for the files' metadata.
+        processing_class: the tokenizer, or a processor that has one; it is kept beside the files, which hold token
+            ids, since a run need not have a checkpoint. One without a form in `tokenizer.json` is not kept.
     """
 
-    def __init__(self, args: DrGRPOConfig, accelerator: Accelerator, learning_rate: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        args: DrGRPOConfig,
+        accelerator: Accelerator,
+        learning_rate: Callable[[], float],
+        processing_class: Any = None,
+    ) -> None:
         self._args, self._accelerator, self._learning_rate = args, accelerator, learning_rate
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None)
         self._rollouts_written: int | None = None  # the step whose rollouts were written last
 
     def reset(self) -> None:
@@ -66,7 +77,10 @@ class ProbeFiles:
             "distribution": distribution or args.distribution_of_rollouts(),
             **more,
         }
-        RunDirectory(args.output_dir).write_probe_file(probe, step, tensors, metadata, args.probe_files_keep)
+        run = RunDirectory(args.output_dir)
+        run.write_probe_file(probe, step, tensors, metadata, args.probe_files_keep)
+        if self._tokenizer is not None and not run.tokenizer_path.exists():
+            run.write_tokenizer(self._tokenizer.to_str())
 
     def write_rollouts(self, step: int, rollouts: RolloutBatch) -> None:
         """Write the step's own completions, only once even if several probes call this. Collective."""

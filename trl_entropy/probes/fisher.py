@@ -37,6 +37,7 @@ from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, Se
 from trl_entropy.gradients.group_gradients import gram_of_all_rows
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import consumed, weighted_logps
+from trl_entropy.probes import model_checks
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
@@ -58,8 +59,8 @@ class FisherProbe(Probe):
 
     The completions are whole prompt groups. M is AdamW's preconditioner in this step, with its gradient included;
     coordinates that never had a gradient are left out and counted. Gradients are those of the on-policy Dr-GRPO loss
-    (T2) for the float32 model without dropout. The prediction is exact to first order; the measured change differs by
-    curvature, and by rounding if changes are tiny.
+    (T2) for the float32 model; dropout is refused. The prediction is exact to first order; the measured change differs
+    by curvature, and by rounding if changes are tiny.
 
     Cost: a forward and a backward pass of these completions before the step, a forward pass after it.
     Memory: if one process has all completions in one batch, the rows of the largest parameter; otherwise one float32
@@ -96,6 +97,11 @@ class FisherProbe(Probe):
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         args.check_fisher_probe(self.num_sequences)
+        model_checks.check_full_distribution(args, model, "fisher_probe")
+        model_checks.check_scoring(model, "fisher_probe")
+        model_checks.check_no_dropout(model, "fisher_probe")
+        model_checks.check_no_auxiliary_loss(args, model, "fisher_probe")
+        model_checks.check_sequences(model, "fisher_probe")
         if not self.sketch_dim:
             check_memory(self.num_sequences // args.world_size * (2 if args.world_size > 1 else 1), model)
 
@@ -109,7 +115,7 @@ class FisherProbe(Probe):
         read_before_step(update)
         accelerator = engine.accelerator
         self._index = first_groups(rollouts.prompt_index, self.num_sequences // args.world_size)
-        self._completions = Completions.of(rollouts).rows(self._index)
+        self._completions = Completions.drawn_whole(rollouts, "fisher_probe").rows(self._index)
         self._gather_what_is_known(rollouts, accelerator)
         metric = preconditioner_of_step(update)
         consumer, norms, dots = self._differentiate(args, engine, update, metric)
@@ -129,7 +135,7 @@ class FisherProbe(Probe):
         measured = engine.accelerator.gather(after - before)
         predicted = torch.stack(self._parts).sum(0)
         slope, correlation = change_agreement(predicted, measured, self._prompts)
-        metrics |= with_stderr("fisher/change_slope", slope)
+        metrics |= {"fisher/num_prompts": slope.dof + 1} | with_stderr("fisher/change_slope", slope)
         metrics["fisher/change_correlation"] = correlation
         metrics["fisher/change_measured_rms"] = measured.square().mean().sqrt().item()
         self._write(files, record, predicted, measured)

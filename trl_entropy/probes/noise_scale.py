@@ -35,6 +35,12 @@ from trl_entropy.gradients.group_products import (
     products_by_extra_pass,
 )
 from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.model_checks import (
+    check_no_auxiliary_loss,
+    check_no_dropout,
+    check_scoring,
+    check_sequences,
+)
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
@@ -92,6 +98,7 @@ class NoiseScaleProbe(Probe):
         self.batch_size, self.halves, self.source = batch_size, halves, source
         self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
         self._shares: BackwardGroupGradients | MicroBatchNorms | None = None
+        self._way_said = ""
         self._previous: NoiseParts | None = None  # of the previously measured step, for (T15)
 
     @classmethod
@@ -113,9 +120,20 @@ class NoiseScaleProbe(Probe):
         self._by_extra_pass = reason is not None
         if reason is not None:
             args.check_dr_grpo_step(f"noise_scale_probe, as {reason},")
+        self._check_layers(args, model)
         way = f"an extra pass before the update, as {reason}" if reason else "training's own backward"
-        if args.process_index == 0:
+        if args.process_index == 0 and way != self._way_said:
+            self._way_said = way
             logger.info("noise scale: gradients of prompt groups come from %s", way)
+
+    def _check_layers(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        """Raises `ValueError` unless the groups' gradients can be had, and are those of training."""
+        check_no_auxiliary_loss(args, model, "noise_scale_probe")
+        if self._by_extra_pass or self.halves:
+            what = "noise_scale_within_prompt" if self.halves else "noise_scale_probe, with a pass of its own,"
+            check_scoring(model, what)
+            check_no_dropout(model, what)
+        check_sequences(model, "noise_scale_probe")
 
     def reset(self) -> None:
         self._shares = None

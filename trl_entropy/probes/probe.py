@@ -35,8 +35,9 @@ class Probe(TrainerCallback):
     Args:
         every: cadence in optimizer steps.
 
-    When training begins: `reset`, `load_state_dict` (when it is resumed), `check_model`, then the events of the steps.
-    Step s is the update from theta_(s-1) to theta_s, so during a step `state.global_step` is still s - 1.
+    When the trainer is built: `check_model`. When training begins: `reset`, `load_state_dict` (when it is resumed),
+    `check_model` again, then the events of the steps. Step s is the update from theta_(s-1) to theta_s, so during a
+    step `state.global_step` is still s - 1.
     """
 
     name = "probe"
@@ -65,8 +66,8 @@ class Probe(TrainerCallback):
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         """
-        Called when the model is prepared and a checkpoint loaded, with the unwrapped model: refuse what the probe's
-        equation does not cover.
+        Called when the trainer is built, and again when the model is prepared and a checkpoint loaded, each time with
+        the unwrapped model: refuse what the probe's equation does not cover.
 
         Raises:
             ValueError: with a message that says what was found and what to change.

@@ -30,6 +30,7 @@ from trl_entropy.estimators.statistics.importance import effective_sample_size, 
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
 from trl_entropy.gradients.scores import Params, TokenScores, score
+from trl_entropy.probes import model_checks
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
@@ -66,7 +67,7 @@ class RolloutEntropyProbe(Probe):
     prompts P. Without it, everything is about all prompts.
 
     Needs the on-policy Dr-GRPO loss (T2) and AdamW; `DrGRPOConfig.check_rollouts_source` lists what else is refused.
-    Gradients are those of the float32 model without dropout; `entropy/rollouts_gradient_error` is the relative
+    Gradients are those of the float32 model, and dropout is refused; `entropy/rollouts_gradient_error` is the relative
     difference of their sum from the gradient that the optimizer got. `scale_rewards="batch"` makes the groups
     dependent by O(1/P).
     Cost: three forward and two backward passes of U. Memory: two float32 vectors of all trainable parameters for each
@@ -92,7 +93,14 @@ class RolloutEntropyProbe(Probe):
     # ---- before training
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        what = "entropy_probe_completions='rollouts'"
         args.check_rollouts_source()
+        model_checks.check_full_distribution(args, model, what)
+        model_checks.check_own_completions(model, what)
+        model_checks.check_scoring(model, what)
+        model_checks.check_derivatives(model, what)
+        model_checks.check_no_dropout(model, what)
+        model_checks.check_no_auxiliary_loss(args, model, what)
         num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         check_memory(num_rows // args.num_generations, model)
 
@@ -103,7 +111,7 @@ class RolloutEntropyProbe(Probe):
     ) -> None:
         update.check_adamw()
         accelerator = engine.accelerator
-        self._completions = Completions.of(rollouts)
+        self._completions = Completions.drawn_whole(rollouts, "entropy_probe_completions='rollouts'")
         self._accepted = accepted_of(args, rollouts, accelerator)
         self._before = self._score(engine, args, update.params_before)
         self._terms = self._entropy_terms(self._before, accelerator)
@@ -111,7 +119,7 @@ class RolloutEntropyProbe(Probe):
         self._prompts = prompts[self._accepted.of_rows]
         entropy = policy_entropy(self._terms).estimate(self._prompts)
         metrics |= {"entropy/probe_batch": entropy.value, "entropy/probe_batch_stderr": entropy.stderr}
-        metrics["entropy/num_completions"] = entropy.num_samples
+        metrics |= {"entropy/num_completions": entropy.num_samples, "entropy/num_prompts": entropy.dof + 1}
         if update.optimizer_step > 1:
             metrics |= self._predicted_changes(args, update, engine, rollouts.advantages, entropy.value)
         elif not self._said_undefined and state.is_world_process_zero:

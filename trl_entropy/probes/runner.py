@@ -25,6 +25,7 @@ from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.drawing import ProbeBatchSampler
 from trl_entropy.runs import tensorboard
+from trl_entropy.runs.self_checks import SELF_CHECK_LIMIT, advice, failed_self_checks
 from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class ProbeRunner(TrainerCallback):
         self._micro_batches: list[TrainingBatch] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._coefficients = LossCoefficientRecorder()
+        self._warned: set[str] = set()  # self-checks of which the console has been told
 
     def attach(self, host: StepHost, sampler: ProbeBatchSampler, files: ProbeFiles) -> None:
         """Set the trainer, the sampler and the files; must be called before the first event."""
@@ -145,9 +147,29 @@ class ProbeRunner(TrainerCallback):
                 **kwargs,
             )
             self._seconds[probe.name] += time.perf_counter() - start
+            self._warn_of_self_checks(metrics)
             host.record_metrics(metrics)
 
+    def _warn_of_self_checks(self, metrics: Mapping[str, float]) -> None:
+        """Say once for each key that a probe computed the same number in two ways, and that they differ."""
+        host = self._host
+        failed = {key: value for key, value in failed_self_checks(metrics).items() if key not in self._warned}
+        self._warned |= failed.keys()
+        if failed and host.accelerator.is_main_process:
+            named = ", ".join(f"{key} is {value:.2g}" for key, value in failed.items())
+            logger.warning(
+                "step %d: %s, and may be at most %g. %s", host.current_step, named, SELF_CHECK_LIMIT, advice()
+            )
+
     # ---- training begins and ends
+
+    def check_model(self) -> None:
+        """Let each probe check the model: to call when the trainer is built, and when training begins."""
+        host = self._host
+        model = host.accelerator.unwrap_model(host.model)
+        self.named_probes()  # raises if two share a name
+        for probe in self.probes():
+            probe.check_model(host.args, model)
 
     def reset(self) -> None:
         """Drop what an earlier training has left that ended with an exception inside a step."""
@@ -155,6 +177,7 @@ class ProbeRunner(TrainerCallback):
         self._seconds.clear()
         self._coefficients.forget()
         self._files.reset()
+        self._warned.clear()
         self.last_step = None
         if self.engine is not None:
             self._close_engine()
@@ -166,10 +189,7 @@ class ProbeRunner(TrainerCallback):
     ) -> None:
         """Let each probe check the model, and start the engine if any probe listens to the update."""
         host, probes = self._host, self.probes()
-        model = host.accelerator.unwrap_model(host.model)
-        self.named_probes()  # raises if two share a name
-        for probe in probes:
-            probe.check_model(host.args, model)
+        self.check_model()
         if any(map(_follows_updates, probes)):  # only then must the engine be one that we can read
             self._start_engine()
         tensorboard.lay_out(host.callback_handler.callbacks, {probe.name for probe in probes})

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from trl_entropy.analysis import plots
 from trl_entropy.analysis.attribution import (
+    SHARE_MARGIN,
     attribution_table,
     categories,
+    has_right_answers,
     most_moving_tokens,
+    outcome_text,
     ranked_prompts,
     shares,
 )
 from trl_entropy.analysis.run import Run
-from trl_entropy.reporting.figures import Figure, draw
+from trl_entropy.reporting.figures import Figure, draw, shade
 from trl_entropy.reporting.tables import Table, share_table
-from trl_entropy.runs.metrics import OUTCOMES
+from trl_entropy.runs.metrics import OUTCOMES, RELATIVE_OUTCOMES
 from trl_entropy.runs.strict_json import Row
 
+_CAPTION = (
+    "what each category adds to the change that the steps' own completions made, with 95 % intervals over prompts, "
+    "beside what it would add if all tokens changed the entropy alike. A category's share of the change stands at its "
+    f"bar where the sum of all is further from 0 than {SHARE_MARGIN:g} times the half width of its 95 % interval."
+)
 _STEPS, _COMPLETIONS, _PROMPTS, _TOKENS, _PROMPT_END = 60, 3, 10, 15, 200
 _RAISED, _LOWERED = "213 94 0", "0 114 178"  # orange and blue
 _PANELS = {
@@ -28,7 +38,7 @@ _PANELS = {
     "outcome": "outcome",
     "entropy": "token's entropy, nats",
     "position": "position in the completion",
-    "pass_rate": "prompt's pass rate",
+    "pass_rate": "prompt's {rate}",
 }
 
 
@@ -68,22 +78,35 @@ def attribution_section(run: Run) -> AttributionSection | None:
     steps = run.probe_steps("attribution")
     if not steps:
         return None
-    steps = steps[:: -(-len(steps) // _STEPS)]
-    table = attribution_table(run, steps)
-    by_token = "token" in table
-    caption = (
-        f"{run.name}, steps {steps[0]} to {steps[-1]}: each category's share of the change that the steps' own "
-        "completions made, with 95 % intervals over prompts, and its share of the tokens."
-    )
+    read = steps[:: -(-len(steps) // _STEPS)]
+    table = _finite_steps(attribution_table(run, read))
+    by_token, has_answers = "token" in table, has_right_answers(table)
+    steps_shown = f"{table['step'].min()} to {table['step'].max()}"
     return AttributionSection(
         run=run.name,
-        steps=f"{steps[0]} to {steps[-1]}",
-        figure=draw(f"attribution-{run.name}", caption, _panels(table, by_token)),
-        table=share_table(run),
+        steps=steps_shown,
+        figure=draw(
+            f"attribution-{run.name}",
+            f"{run.name}, steps {steps_shown}: {_CAPTION}{_left_out(len(read) - table['step'].nunique())}",
+            _panels(table, by_token),
+        ),
+        table=share_table(run, has_answers),
         completions=_completions(table) if by_token else [],
-        tokens=[_token_line(row) for row in _rows(most_moving_tokens(table, _TOKENS))] if by_token else [],
-        prompts=[_prompt_line(row) for row in _rows(ranked_prompts(run, table, _PROMPTS))],
+        tokens=_token_lines(table, has_answers) if by_token else [],
+        prompts=[_prompt_line(row, _rate(has_answers)) for row in _rows(ranked_prompts(run, table, _PROMPTS))],
     )
+
+
+def _finite_steps(table: pd.DataFrame) -> pd.DataFrame:
+    """The steps whose contributions are all finite numbers."""
+    bad = table.loc[~np.isfinite(table["attribution"].astype(float)), "step"].unique()
+    if set(bad) == set(table["step"]):
+        raise ValueError("the contributions of every step are nan or infinite")
+    return table[~table["step"].isin(bad)].reset_index(drop=True)
+
+
+def _left_out(number: int) -> str:
+    return f" Left out: {number} of these steps, whose contributions are nan or infinite." if number else ""
 
 
 def _rows(table: pd.DataFrame) -> list[Row]:
@@ -91,24 +114,31 @@ def _rows(table: pd.DataFrame) -> list[Row]:
 
 
 def _panels(table: pd.DataFrame, by_token: bool) -> list[Callable]:
-    always = "outcome_probability" if by_token else "outcome"
+    always, rate = "outcome_probability" if by_token else "outcome", _rate(has_right_answers(table))
     return [
-        lambda axes, by=by, title=title: plots.plot_shares(axes, shares(table, categories(table, by)), title)
+        lambda axes, by=by, title=title: plots.plot_shares(
+            axes, shares(table, categories(table, by)), title.format(rate=rate)
+        )
         for by, title in _PANELS.items()
         if by in table or by == always
     ]
 
 
+def _rate(has_answers: bool) -> str:
+    """What the mean reward of a prompt's group is called."""
+    return "pass rate" if has_answers else "mean reward"
+
+
 def _completions(tokens: pd.DataFrame) -> list[ColouredCompletion]:
     """The completions that changed the entropy most, each token coloured by its own contribution."""
-    sums = tokens.groupby(["step", "row"])["attribution"].sum()
+    sums, has_answers = tokens.groupby(["step", "row"])["attribution"].sum(), has_right_answers(tokens)
     found = []
     for step, row in sums.abs().sort_values(ascending=False).index[:_COMPLETIONS]:
         mine = tokens[(tokens["step"] == step) & (tokens["row"] == row)]
-        largest = mine["attribution"].abs().max() or 1.0
-        first = mine.iloc[0]
+        largest, first = mine["attribution"].abs().max(), mine.iloc[0]
         title = (
-            f"step {first['step']}, {_outcome(first)}, reward {first['reward']:.3g}: {sums[step, row]:+.2e} nats/token"
+            f"step {first['step']}, {_outcome(first, has_answers)}, reward {first['reward']:.3g}: "
+            f"{sums[step, row]:+.2e} nats/token"
         )
         found.append(ColouredCompletion(title, [_coloured_by_contribution(token, largest) for token in _rows(mine)]))
     return found
@@ -119,18 +149,21 @@ def _coloured_by_contribution(token: Row, largest: float) -> ColouredToken:
     return ColouredToken(
         token["token"],
         _RAISED if change > 0 else _LOWERED,
-        round(80 * (abs(change) / largest) ** 0.5),
+        shade(math.sqrt(abs(change)), math.sqrt(largest), 80),
         f"{change:+.2e} nats/token, probability {_probability(token)}",
     )
 
 
-def _token_line(token: Row) -> str:
-    outcome, probability = _outcome(token), _probability(token)
-    return f"{_change(token)}, step {token['step']}, {outcome}, probability {probability}: {token['text']}"
+def _token_lines(table: pd.DataFrame, has_answers: bool) -> list[str]:
+    return [
+        f"{_change(token)}, step {token['step']}, {_outcome(token, has_answers)}, probability {_probability(token)}: "
+        f"{token['text']}"
+        for token in _rows(most_moving_tokens(table, _TOKENS))
+    ]
 
 
-def _prompt_line(prompt: Row) -> str:
-    about = f"{_change(prompt)}, step {prompt['step']}, pass rate {prompt['pass_rate']:.3g}"
+def _prompt_line(prompt: Row, rate: str) -> str:
+    about = f"{_change(prompt)}, step {prompt['step']}, {rate} {prompt['pass_rate']:.3g}"
     return f"{about}: …{prompt['prompt'][-_PROMPT_END:]}"
 
 
@@ -138,8 +171,13 @@ def _change(row: Row) -> str:
     return f"{row['attribution']:+.2e} nats/token"
 
 
-def _outcome(row: Row | pd.Series) -> str:
-    return OUTCOMES[int(row["advantage"] <= 0)]
+def _outcome(row: Row | pd.Series, has_answers: bool) -> str:
+    """Whether the answer is right, where rewards say so; else on which side of the group's mean its reward lies."""
+    if has_answers:
+        return outcome_text(OUTCOMES[int(row["reward"] == 0)])
+    if row["advantage"] == 0:
+        return "at the group's mean"
+    return outcome_text(RELATIVE_OUTCOMES[int(row["advantage"] < 0)])
 
 
 def _probability(token: Row) -> str:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from trl_entropy.analysis.run import Run, load_run
 from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
-from trl_entropy.reporting.figures import Figure
+from trl_entropy.reporting.figures import Figure, shade
+from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.reporting.sections import sections_of
 from trl_entropy.reporting.tables import glance_table
-from trl_entropy.reporting.warnings import warnings_of
-from trl_entropy.runs.strict_json import Row
+from trl_entropy.reporting.warnings import RunWarning, warnings_of
+from trl_entropy.runs.strict_json import Json, Row
+
+T = TypeVar("T")
 
 _NUM_SAMPLES, _NUM_TEXT = 4, 4000
 _ENTROPY = "213 94 0"  # orange
@@ -26,6 +31,9 @@ def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
     """
     The page of the runs, as one HTML text that loads nothing from a network, and the figures on it.
 
+    A part that cannot be made, since a file is damaged or for any other reason, is left out; the page says which and
+    why, and so does the log.
+
     Raises:
         ValueError: when a directory holds no metrics.
     """
@@ -35,22 +43,54 @@ def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
     for run in runs:
         if run.steps.empty:
             raise ValueError(f"{run.path} holds no metrics.jsonl with a line in it; is it a run directory?")
-    sections = sections_of(runs)
-    attributions = [section for run in runs if (section := attribution_section(run)) is not None]
+    parts, figures = _parts(runs)
     environment = Environment(loader=PackageLoader("trl_entropy.reporting"), autoescape=True)
     environment.filters["plain"] = plain
-    page = environment.get_template("report.html").render(
-        runs=[_about(run) for run in runs],
-        glance=glance_table(runs),
-        warned=[(run.name, found) for run in runs if (found := warnings_of(run.rows()))],
-        sections=sections,
-        attributions=attributions,
-        evaluated=[completion for run in runs for completion in _evaluated(run)],
-        samples=[sample for run in runs for sample in _samples(run)],
-        written=time.strftime("%Y-%m-%d %H:%M"),
-    )
+    template = environment.get_template("report.html")
+    return template.render(parts, written=time.strftime("%Y-%m-%d %H:%M")), figures
+
+
+def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
+    """What the template shows, by name; parts that could not be made are named in `gaps`."""
+    gaps = Gaps()
+    configs = {run.name: gaps.attempt("config.yaml", run.name, _config, run) or {} for run in runs}
+    sections = sections_of(runs, configs, gaps)
+    attributions = _of_each(runs, gaps, "What changed the entropy", attribution_section)
+    parts: dict[str, object] = {
+        "runs": [_about(run, configs[run.name], gaps) for run in runs],
+        "resumed": list(chain.from_iterable(_of_each(runs, gaps, "Where it was resumed", _resumed))),
+        "glance": gaps.attempt("At a glance", ", ".join(configs), glance_table, runs),
+        "warned": [found for found in _of_each(runs, gaps, "The warnings", _warned) if found[1]],
+        "sections": sections,
+        "attributions": attributions,
+        "evaluated": list(chain.from_iterable(_of_each(runs, gaps, "Entropy token by token", _evaluated))),
+        "samples": list(chain.from_iterable(_of_each(runs, gaps, "Completions of the last step", _samples))),
+        "no_texts": [run.name for run in runs if run.lacks_texts],
+    }
+    missing = [*gaps.sentences, *(sentence for run in runs for sentence in run.left_out)]
     figures = [figure for section in sections for figure in section.figures]
-    return page, [*figures, *(attribution.figure for attribution in attributions)]
+    return parts | {"gaps": missing}, [*figures, *(attribution.figure for attribution in attributions)]
+
+
+def _of_each(runs: list[Run], gaps: Gaps, part: str, make: Callable[[Run], T | None]) -> list[T]:
+    """What `make` gives of each run, without None."""
+    found = [gaps.attempt(part, run.name, make, run) for run in runs]
+    return [item for item in found if item is not None]
+
+
+def _warned(run: Run) -> tuple[str, list[RunWarning]]:
+    return run.name, warnings_of(run.rows())
+
+
+def _resumed(run: Run) -> list[str]:
+    """A sentence for each time that the run was resumed with other settings."""
+    return [
+        f"{run.name} was resumed after step {start['after_step']} with other settings: "
+        + ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in start["changed"].items())
+        + ". Steps before and after it are not of one run."
+        for start in run.starts
+        if start.get("changed")
+    ]
 
 
 def _evaluated(run: Run) -> list[ColouredCompletion]:
@@ -59,7 +99,7 @@ def _evaluated(run: Run) -> list[ColouredCompletion]:
     if tokens.empty:
         return []
     chosen = tokens[(tokens["prompt_id"] == tokens["prompt_id"].iloc[0]) & (tokens["sample"] == 0)]
-    largest = chosen["entropy"].max() or 1.0
+    largest = chosen["entropy"].max()
     return [
         ColouredCompletion(
             f"{run.name}, step {step}: {rows['prompt_id'].iloc[0]}",
@@ -71,7 +111,7 @@ def _evaluated(run: Run) -> list[ColouredCompletion]:
 
 def _coloured_by_entropy(token: Row, largest: float) -> ColouredToken:
     hint = f"entropy {token['entropy']:.4g}, surprisal {token['surprisal']:.4g} nats"
-    return ColouredToken(token["token"], _ENTROPY, round(75 * token["entropy"] / largest), hint)
+    return ColouredToken(token["token"], _ENTROPY, shade(token["entropy"], largest, 75), hint)
 
 
 def _samples(run: Run) -> list[dict[str, str]]:
@@ -101,11 +141,16 @@ def plain(text: str) -> str:
     return _UNSEEN.sub("", text)
 
 
-def _about(run: Run) -> dict[str, str]:
+def _about(run: Run, config: Json, gaps: Gaps) -> dict[str, str]:
     import yaml
 
+    environment = gaps.attempt("environment.json", run.name, lambda: run.environment)
     return {
         "name": run.name,
-        "config_text": yaml.safe_dump(run.config, allow_unicode=True) if run.config else "not written",
-        "environment_text": json.dumps(run.environment, indent=2) if run.environment else "not written",
+        "config_text": yaml.safe_dump(config, allow_unicode=True) if config else "not written, or not readable",
+        "environment_text": json.dumps(environment, indent=2) if environment else "not written, or not readable",
     }
+
+
+def _config(run: Run) -> Json:
+    return run.config

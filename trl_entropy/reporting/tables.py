@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from trl_entropy.analysis.attribution import SHARE_MARGIN, is_well_away, outcome_text
 from trl_entropy.analysis.run import Run
-from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, PASS_AT_1, unit
+from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, PASS_AT_1, RELATIVE_OUTCOMES, unit
 from trl_entropy.runs.strict_json import Row
 
 _SHARES = (*OUTCOMES, *OUTCOMES_BY_PROBABILITY)
+_MEAN, _SHARE = "entropy/mean_delta_", "entropy/share_"
 _GLANCE = ("reward", "entropy/policy", "entropy/surprisal", "completions/mean_length")
 _AGREEMENT = {
     "cross_linear": "first order, predicted and measured on different prompts",
@@ -39,11 +42,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Column heads and rows; a row is a label and its cells, None where there is no number."""
+    """Column heads, rows, and a sentence below them; a row is a label and its cells, None where there is no number."""
 
     heads: list[str]
     rows: list[tuple[str, list[Cell | None]]]
     title: str = ""
+    note: str = ""
 
 
 def glance_table(runs: list[Run]) -> Table:
@@ -93,20 +97,54 @@ def agreement_table(run: Run) -> Table | None:
     return Table(heads, rows, run.name) if rows else None
 
 
-def share_table(run: Run) -> Table | None:
-    """Each outcome's share of the change that the completions made over the run (T9), as logged last."""
+def share_table(run: Run, has_answers: bool) -> Table | None:
+    """
+    What each outcome's completions or tokens add to the change over the run (T9), and their shares of it.
+
+    Args:
+        has_answers: whether rewards are 0 or 1, so that outcomes are called correct and incorrect.
+    """
+    whole = _ends(run, "metrics.jsonl", run.steps, f"{_MEAN}all")[1]
+    if whole is None:
+        return None
+    whole = _with_interval(run, whole)
+    has_shares = len(whole.ends) == 2 and is_well_away(whole.value, whole.ends[1].value - whole.value)
     rows = []
     for name in _SHARES:
-        share, tokens = (
-            _ends(run, "metrics.jsonl", run.steps, f"entropy/{key}_{name}")[1] for key in ("share", "token_share")
+        change, share, tokens = (
+            _at(run, whole.step, f"{key}{name}") for key in (_MEAN, _SHARE, "entropy/token_share_")
         )
-        if share is not None:
-            ends = [
-                _ends(run, "metrics.jsonl", run.steps, f"entropy/share_{name}_{end}")[1] for end in ("low", "high")
-            ]
-            rows.append((name.replace("_", ", "), [replace(share, ends=tuple(end for end in ends if end)), tokens]))
-    heads = ["over the run", "share of the change (95 %)", "share of the tokens"]
-    return Table(heads, rows, run.name) if rows else None
+        if change is not None:
+            part = _with_interval(run, share) if has_shares and share is not None else None
+            rows.append((_outcome_named(name, has_answers), [_with_interval(run, change), part, tokens]))
+    rows.append(("all of these", [whole, None, None]))
+    heads = [
+        "over the run",
+        "change of a step, nats/token (95 %)",
+        "share of the change (95 %)",
+        "share of the tokens",
+    ]
+    rule = f"is further from 0 than {SHARE_MARGIN:g} times the half width of its 95 % interval"
+    note = f"Shares are given only where the change of all {rule}{'.' if has_shares else '; here it is not.'}"
+    return Table(heads, rows, run.name, note)
+
+
+def _at(run: Run, step: int, key: str) -> Cell | None:
+    """The number of a key at a step of `metrics.jsonl`; None where it is nan or not there."""
+    value = run.steps[key].get(step) if key in run.steps else None
+    return None if value is None or pd.isna(value) else Cell(run.name, "metrics.jsonl", key, step, float(value))
+
+
+def _with_interval(run: Run, cell: Cell) -> Cell:
+    ends = [_at(run, cell.step, f"{cell.key}_{end}") for end in ("low", "high")]
+    return replace(cell, ends=tuple(end for end in ends if end is not None and math.isfinite(end.value)))
+
+
+def _outcome_named(name: str, has_answers: bool) -> str:
+    if has_answers:
+        return outcome_text(name)
+    outcome, *rarity = name.split("_")
+    return outcome_text("_".join([RELATIVE_OUTCOMES[OUTCOMES.index(outcome)], *rarity]))
 
 
 def checkpoint_table(run: Run) -> Table:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from trl_entropy.analysis.contents import steps_text
+from trl_entropy.runs.metrics import METRICS
+from trl_entropy.runs.self_checks import SELF_CHECK_LIMIT, advice, failed_self_checks
 from trl_entropy.runs.strict_json import Row
 
 Rows = Sequence[Row]
@@ -23,11 +28,13 @@ class RunWarning:
         title: the problem in a few words.
         text: which numbers show it, and what to do.
         steps: the steps at which it was found.
+        is_note: nothing need be wrong, but a reader must know it.
     """
 
     title: str
     text: str
     steps: tuple[int, ...]
+    is_note: bool = False
 
 
 def warnings_of(metrics: Rows) -> list[RunWarning]:
@@ -99,11 +106,92 @@ def _collapse(metrics: Rows) -> Iterator[RunWarning]:
 
 
 def _not_finite(metrics: Rows) -> Iterator[RunWarning]:
-    """A loss, gradient norm or entropy is nan or infinite."""
-    keys = ("loss", "grad_norm", "entropy/policy", "entropy/delta_measured")
-    bad = [row["step"] for row in metrics if any(not math.isfinite(row[k]) for k in keys if row.get(k) is not None)]
-    if bad:
-        yield RunWarning("Not a finite number", f"One of {', '.join(keys)} is nan or infinite.", tuple(bad))
+    """Metrics that are nan or infinite: those that must have a value, and those that can be undefined."""
+    broken, undefined = _places(metrics, can_be_undefined=False), _places(metrics, can_be_undefined=True)
+    if broken:
+        text = "Find out what made them so before you trust the run: a diverged step, rewards, or data"
+        yield RunWarning("Not a finite number", f"{_listed(broken)}. {text}.", _all_steps(broken))
+    if undefined:
+        text = (
+            "These statistics have no value where a denominator is 0 or the steps are still few, and an interval has "
+            "no end where the data set it none"
+        )
+        yield RunWarning("Undefined or without an end", f"{_listed(undefined)}. {text}.", _all_steps(undefined), True)
+
+
+def _places(metrics: Rows, can_be_undefined: bool) -> dict[str, dict[int, str]]:
+    """By key the steps at which it is nan or infinite, and which; what has no value (null) is nan."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in metrics:
+        for key, given in row.items():
+            value = math.nan if given is None else given
+            if isinstance(value, float) and not math.isfinite(value) and _can_be_undefined(key) == can_be_undefined:
+                found[key][row["step"]] = str(value)
+    return found
+
+
+def _can_be_undefined(key: str) -> bool:
+    return key.endswith("_stderr") or (key in METRICS and METRICS[key].can_be_undefined)
+
+
+def _listed(places: Mapping[str, Mapping[int, str]]) -> str:
+    """Keys by what they are and where, those of the same steps together."""
+    keys: dict[str, list[str]] = defaultdict(list)
+    for key, values in places.items():
+        for value in dict.fromkeys(values.values()):
+            steps = steps_text([step for step, given in values.items() if given == value])
+            keys[f"{value} at {steps}"].append(key)
+    return "; ".join(f"{place}: {', '.join(names)}" for place, names in keys.items())
+
+
+def _all_steps(places: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
+    return tuple(sorted({step for steps in places.values() for step in steps}))
+
+
+def _no_reward(metrics: Rows) -> Iterator[RunWarning]:
+    """Every reward of the step is None or nan."""
+    without = [row["step"] for row in metrics if _has_no_reward(row)]
+    if without:
+        yield RunWarning(
+            "No reward arrived",
+            "Every reward of these steps is None or nan, so that they trained on nothing. Look at what the reward "
+            "functions return for the completions of a step.",
+            tuple(without),
+        )
+
+
+def _has_no_reward(row: Row) -> bool:
+    rewards = [value for key, value in row.items() if re.fullmatch(r"rewards/.*/mean", key)]
+    rewards = rewards or [row[key] for key in ("reward",) if key in row]
+    return bool(rewards) and all(value is None or math.isnan(value) for value in rewards)
+
+
+def _self_checks(metrics: Rows) -> Iterator[RunWarning]:
+    """A probe computed a number in two ways that differ by more than rounding."""
+    failed: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in metrics:
+        for key, value in failed_self_checks(row).items():
+            failed[key][row["step"]] = abs(value)
+    if failed:
+        named = "; ".join(
+            f"|{key}| is up to {max(values.values()):.2g} at {steps_text(list(values))}"
+            for key, values in failed.items()
+        )
+        text = f"{named}; the limit is {SELF_CHECK_LIMIT:g}. {advice()}"
+        yield RunWarning("A probe's self-check failed", text, _all_steps(failed))
+
+
+def _learning_rate_0(metrics: Rows) -> Iterator[RunWarning]:
+    """No step had a learning rate; a single step may be the first of a warm-up."""
+    rates = [row["learning_rate"] for row in _having(metrics, "learning_rate")]
+    if len(rates) > 1 and not any(rates):
+        yield RunWarning(
+            "The learning rate is 0",
+            "No step changed the policy, and every change of its entropy is 0 or rounding. Set a learning_rate above "
+            "0 to train.",
+            tuple(row["step"] for row in metrics),
+            True,
+        )
 
 
 def _no_signal(metrics: Rows) -> Iterator[RunWarning]:
@@ -115,14 +203,22 @@ def _no_signal(metrics: Rows) -> Iterator[RunWarning]:
 
 
 _CHECKS: tuple[Callable[[Rows], Iterator[RunWarning]], ...] = (
-    _not_finite,
+    _no_reward,
+    _self_checks,
     _low_importance_ess,
     _noise_floor,
     _prediction_fails,
     _collapse,
     _no_signal,
+    _not_finite,
+    _learning_rate_0,
 )
 
 
 def _having(metrics: Rows, *keys: str) -> list[Row]:
-    return [row for row in metrics if all(row.get(key) is not None for key in keys)]
+    """The rows in which all of these keys are finite numbers."""
+    return [row for row in metrics if all(_is_number(row.get(key)) for key in keys)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.durable import replace_text
+
+if TYPE_CHECKING:
+    from trl_entropy.reporting.figures import Figure
 
 
 def write_report(path: Path) -> Path:
@@ -16,18 +22,38 @@ def write_report(path: Path) -> Path:
         path: the run directory.
 
     Returns:
-        The path of the figure, `report/training.png`; the page is `report/index.html`.
+        The path of the figure, `report/training.png`, or of the page if the figure could not be drawn; the page is
+        `report/index.html`.
 
     Raises:
         ValueError: when the directory holds no metrics.
     """
+    gaps = Gaps()
+    run = RunDirectory(path)
+    figure = gaps.attempt("The figure of the training", path.resolve().name, _training_figure, run)
+    page = write_page([path], run.report_path / "index.html")
+    if figure is None:
+        return page
+    target = run.report_path / "training.png"
+    target.write_bytes(figure.png)
+    return target
+
+
+def write_report_of_finished_run(path: Path) -> Path | None:
+    """
+    [`write_report`] at the end of a training, which a page that cannot be written does not make fail.
+
+    Returns:
+        None if there is no page; the log says why in one line.
+    """
+    return Gaps().attempt("The page", path, write_report, path)
+
+
+def _training_figure(run: RunDirectory) -> Figure:
     from trl_entropy.analysis import plots
     from trl_entropy.reporting.figures import draw
 
-    run = RunDirectory(path)
     metrics, evaluation = run.metrics(), run.evaluation()
-    if not metrics:
-        raise ValueError(f"{path} holds no metrics.jsonl with a line in it; is it a run directory?")
     panels = [
         lambda axes: plots.plot_reward(axes, metrics),
         lambda axes: plots.plot_pass_at_1(axes, evaluation),
@@ -35,11 +61,7 @@ def write_report(path: Path) -> Path:
     ]
     if any("entropy/delta_measured" in row for row in metrics):
         panels.append(lambda axes: plots.plot_entropy_change(axes, metrics))
-    run.report_path.mkdir(parents=True, exist_ok=True)
-    target = run.report_path / "training.png"
-    target.write_bytes(draw("training", "", panels).png)
-    write_page([path], run.report_path / "index.html")
-    return target
+    return draw("training", "", panels)
 
 
 def write_page(paths: Sequence[Path], target: Path) -> Path:
@@ -47,23 +69,18 @@ def write_page(paths: Sequence[Path], target: Path) -> Path:
     Write the page of one or several runs, and its figures as PNG files beside it.
 
     Args:
-        paths: run directories; their names must differ.
+        paths: run directories; their names must differ, and one that is given twice is shown once.
         target: the HTML file.
 
     Raises:
         ValueError: when a directory holds no metrics, or two have the same name.
     """
+    from trl_entropy.analysis.comparison import distinct
     from trl_entropy.reporting.page import render
 
-    names = [Path(path).resolve().name for path in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"The page names each run by its directory, and these names are not all different: {names}. Rename one."
-        )
-    page, figures = render(paths)
+    page, figures = render(distinct(paths))
     target.parent.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         (target.parent / f"{figure.name}.png").write_bytes(figure.png)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(target)
+    replace_text(target, page)
+    return target

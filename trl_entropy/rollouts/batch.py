@@ -57,6 +57,8 @@ class RolloutBatch:
         raw_advantages: equation (T1), before `length_normalizer` or any entropy control.
         length_scale: `max_completion_length` / L_i of (T2).
         advantages: the advantages that the loss reads, one per completion or per token.
+        first_position: position of each row's first column, as the loss counts columns: 0, or below 0 where the row
+            is padded further here than in its micro-batch.
     """
 
     prompt_ids: Int[Tensor, "B S"]
@@ -69,11 +71,20 @@ class RolloutBatch:
     raw_advantages: Float[Tensor, " B"]
     length_scale: Float[Tensor, " B"]
     advantages: Float[Tensor, "B *T"]
+    first_position: Int[Tensor, " B"]
 
     @classmethod
     def from_micro_batches(cls, micro_batches: Sequence[TrainingBatch]) -> RolloutBatch:
         """Join the micro-batches of one optimizer step, and pad those of different generations to one width."""
-        parts: list[dict[str, Any]] = [{**batch, "loss_mask": loss_mask_of(batch)} for batch in micro_batches]
+        width = max(batch["prompt_ids"].shape[1] for batch in micro_batches)
+        parts: list[dict[str, Any]] = [
+            {
+                **batch,
+                "loss_mask": loss_mask_of(batch),
+                "first_position": torch.full_like(batch["prompt_index"], batch["prompt_ids"].shape[1] - width),
+            }
+            for batch in micro_batches
+        ]
         return cls(**{name: join_rows([part[name] for part in parts], name) for name in cls.__dataclass_fields__})
 
     @property

@@ -24,6 +24,8 @@ class Completions:
         prompt_index: number of each row's prompt group; completions of different prompts are independent.
         sampling_logps: log-probability of each completion token under its sampler, nats; None if that is the policy.
         loss_mask: 1 for completion tokens that the policy drew: those of `completion_mask` except tokens of tools.
+        first_position: position of each row's first column, where training counts columns from another one (see
+            `position_ids`); None: training has not seen the rows, and a row's first token has position 0.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -32,6 +34,7 @@ class Completions:
     prompt_index: Int[Tensor, " B"]
     sampling_logps: Float[Tensor, "B T"] | None = None
     loss_mask: Int[Tensor, "B T"] = field(kw_only=True)
+    first_position: Int[Tensor, " B"] | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> Completions:
@@ -42,11 +45,28 @@ class Completions:
             batch.completion_mask,
             batch.prompt_index,
             loss_mask=batch.loss_mask,
+            first_position=batch.first_position,
         )
 
+    @classmethod
+    def drawn_whole(cls, batch: RolloutBatch, what: str) -> Completions:
+        """
+        As [`of`], for a probe that takes every token for one that the policy drew.
+
+        Raises:
+            ValueError: naming the probe, if some tokens are those of tools, as a `rollout_func` may mark them.
+        """
+        if not torch.equal(batch.loss_mask, batch.completion_mask):
+            raise ValueError(
+                f"{what} scores every token of the step's completions, but some are masked as results of tools, which "
+                "the policy did not write. Turn it off, or train without tools."
+            )
+        return cls.of(batch)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are not None, by name; `loss_mask` only if it differs from `completion_mask`."""
-        return self._given({"loss_mask"} if torch.equal(self.loss_mask, self.completion_mask) else set())
+        """What a file keeps: the tensors that are not None, `loss_mask` only if it differs from `completion_mask`."""
+        same = torch.equal(self.loss_mask, self.completion_mask)
+        return self._given({"first_position"} | ({"loss_mask"} if same else set()))
 
     def _given(self, omitted: Collection[str] = ()) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in omitted}
@@ -58,6 +78,17 @@ class Completions:
     @property
     def lengths(self) -> Int[Tensor, " B"]:
         return self.completion_mask.sum(dim=1)
+
+    @property
+    def position_ids(self) -> Int[Tensor, "B L"]:
+        """
+        The position of each column's token, 0 before the first, for a model that learns positions: as TRL's loss
+        counts them, which is by columns of its batch, or for rows of a probe batch as `generate` does.
+        """
+        if self.first_position is None:
+            return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return (self.first_position.unsqueeze(1) + columns).clamp(min=0)
 
     def rows(self, index: Any) -> Completions:
         """The rows that `index` selects, in its order."""
@@ -76,4 +107,5 @@ class Completions:
             self.prompt_index,
             None if self.sampling_logps is None else self.sampling_logps[:, :keep],
             loss_mask=self.loss_mask[:, :keep],
+            first_position=None if self.first_position is None else self.first_position + start,
         )

@@ -75,5 +75,10 @@ def group_max_lengths(all_lengths: Int[Tensor, " N"], num_generations: int) -> I
     Args:
         all_lengths: completion lengths of all processes in rank order, as a group may be split over processes.
         num_generations: number of completions of a group, G.
+
+    Returns:
+        At least 1: a group of which every completion is masked (`mask_truncated_completions`) has no token whose loss
+        could be scaled.
     """
-    return all_lengths.view(-1, num_generations).amax(dim=1).repeat_interleave(num_generations)
+    longest = all_lengths.view(-1, num_generations).amax(dim=1).clamp(min=1)
+    return longest.repeat_interleave(num_generations)

@@ -228,15 +228,15 @@ def is_finished(path: Path, max_steps: int, num_train_epochs: float) -> bool:
     """
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     if max_steps > 0:
-        return state["global_step"] >= max_steps
-    return state["epoch"] >= num_train_epochs - 1e-9  # a quotient of steps
+        return state.get("global_step", 0) >= max_steps
+    return state.get("epoch", 0.0) >= num_train_epochs - 1e-9  # a quotient of steps
 
 
-def describe_finished(path: Path) -> str:
-    """What to say instead of training."""
+def describe_finished(path: Path, was: str = "was") -> str:
+    """What to say instead of training; `was`: or will be."""
     return (
-        f"{path.parent} is already finished: {path.name} is its last step. Nothing was trained, and nothing written. "
-        "To train longer, set additional_steps."
+        f"{path.parent} is already finished: {path.name} is its last step. Nothing {was} trained, and nothing "
+        "written. To train longer, set additional_steps."
     )
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl.trainer import grpo_trainer
 
 from trl_entropy.runs.evaluations import evaluation_of
@@ -71,7 +80,7 @@ class ConsoleProgress(ProgressCallback):
         shown = {label: f"{logs[key]:.3f}" for key, label in _SHOWN.items() if logs.get(key) is not None}
         if shown:
             self.training_bar.set_postfix(shown)
-        if "eval_reward" in logs:
+        if any(key.startswith("eval_") for key in logs):
             evaluation, name = evaluation_of(logs)
             named = f"held out, {name}" if name else "held out"
             self.training_bar.write(f"step {state.global_step:>4}  {named}: {describe_evaluation(evaluation)}")
@@ -84,8 +93,30 @@ class ConsoleProgress(ProgressCallback):
 
 def describe_evaluation(row: Row) -> str:
     """One line: pass@1 if the run has the reward whose mean it is, else the mean reward; then the entropy."""
-    quality = f"pass@1 {row[PASS_AT_1]:.3f}" if PASS_AT_1 in row else f"reward {row['reward']:.3f}"
-    return f"{quality}, entropy {row['entropy']:.3f} nats/token"
+    key, name = (PASS_AT_1, "pass@1") if PASS_AT_1 in row else ("reward", "reward")
+    return f"{name} {_number(row.get(key))}, entropy {_number(row.get('entropy'))} nats/token"
+
+
+def _number(value: float | None) -> str:
+    return f"{math.nan if value is None else value:.3f}"
+
+
+def use_progress_bar(trainer: Trainer, callbacks: Iterable[object]) -> None:
+    """
+    Have a trainer show [`ConsoleProgress`] in the place of transformers' bar, which prints all metrics of a step; with
+    `disable_tqdm` nothing, in the place of its printer. A notebook keeps its table.
+
+    Args:
+        callbacks: the user's own, classes or instances; a bar or printer among them is the user's choice, and stays.
+    """
+    kind = PrinterCallback if trainer.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
+    if kind not in (PrinterCallback, ProgressCallback):
+        return
+    added = [callback for callback in trainer.callback_handler.callbacks if type(callback) is kind]
+    trainer.remove_callback(added[-1])  # transformers adds it after the user's
+    classes = [callback if isinstance(callback, type) else type(callback) for callback in callbacks]
+    if kind is ProgressCallback and not any(issubclass(each, ProgressCallback) for each in classes):
+        trainer.add_callback(ConsoleProgress)
 
 
 def quiet_libraries() -> None:
@@ -96,6 +127,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("transformers", "datasets", "accelerate", "trl", "deepspeed", "DeepSpeed", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It sets its level when it is imported, and says of every machine without a GPU that it has found none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     import datasets
     import transformers
 

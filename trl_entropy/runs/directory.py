@@ -3,7 +3,7 @@ The run directory: everything that a run leaves is written here and read here.
 
     runs/<name>/  config.yaml  environment.json  metrics.jsonl (one line a step)  tensorboard/  checkpoint-N/
                   starts.jsonl (one line for the beginning and each resumption)  set_aside/ (what a resumption cut)
-                  completions/  probes/<probe>/step_000012.safetensors  report/
+                  completions/  probes/<probe>/step_000012.safetensors  probes/tokenizer.json  report/
                   evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
                                 prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
 
@@ -23,15 +23,17 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
 
 from trl_entropy.runs.durable import replace_text, replacing
+from trl_entropy.runs.file_errors import as_os_error
 from trl_entropy.runs.metrics import unit
+from trl_entropy.runs.reading import UnreadableFile, read_csv_lines, read_json_lines, reading
 from trl_entropy.runs.secrets import masked, masked_command, masked_items
-from trl_entropy.runs.strict_json import Json, Row, from_line, to_line
+from trl_entropy.runs.strict_json import Json, Row, to_line
 
 _PACKAGES = ("torch", "trl", "transformers", "accelerate", "peft", "datasets", "deepspeed", "numpy", "trl_entropy")
 _LATER = "added_later"  # marks a line of metrics.jsonl that belongs to an earlier one
@@ -77,6 +79,8 @@ class RunDirectory:
         self.evaluation_path = self.path / "evaluation" / "metrics.csv"
         self.tensorboard_path = self.path / "tensorboard"
         self.report_path = self.path / "report"
+        self.tokenizer_path = self.path / "probes" / "tokenizer.json"
+        self.unreadable_lines: dict[Path, list[int]] = {}  # of each file as it was last read, from 1
 
     def check_unused(self) -> None:
         """
@@ -145,7 +149,7 @@ class RunDirectory:
         Write `evaluation/checkpoints.csv`, a row for each checkpoint that `trl-entropy evaluate` has evaluated, and
         `evaluation/consolidated_metrics.csv`, a row for each number, those that training measured included.
         """
-        summaries = self.checkpoint_summaries()
+        summaries = self._readable_summaries()
         numbers = [number for row in self.evaluation() for number in _numbers_of_training(row)]
         numbers += [number for summary in summaries for number in _numbers_of_checkpoint(summary)]
         folder = self.evaluation_path.parent
@@ -177,12 +181,16 @@ class RunDirectory:
         target = folder / f"step_{step:06d}.safetensors"
         values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         described = {name: str(value) for name, value in {"step": step, **metadata}.items()}
-        with replacing(target) as temporary:
+        with as_os_error(target), replacing(target) as temporary:
             save_file(values, temporary, described)
         if keep is not None:
             for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
                 old.unlink()
         return target
+
+    def write_tokenizer(self, text: str) -> None:
+        """Write `probes/tokenizer.json`, by which readers of the probe files know the texts of their token ids."""
+        replace_text(self.tokenizer_path, text)
 
     def replace_metrics(self, rows: list[Row]) -> None:
         """Write `metrics.jsonl` anew, one line for each row."""
@@ -202,14 +210,16 @@ class RunDirectory:
 
     def metrics(self) -> list[Row]:
         """
-        The lines of `metrics.jsonl` in order of step, nan and infinities restored. An incomplete line is skipped; of
+        The lines of `metrics.jsonl` in order of step, nan and infinities restored. A line that cannot be read is left
+        out, and its number stands in `unreadable_lines`: the run was killed inside it, or is writing it now. Of
         several lines of one step the last counts, joined by what was added later.
         """
+        if not self.metrics_path.exists():
+            return []
+        lines, self.unreadable_lines[self.metrics_path] = read_json_lines(self.metrics_path)
         rows: dict[int, Row] = {}
         added: dict[int, Row] = defaultdict(dict)
-        for row in _lines(self.metrics_path):
-            if not isinstance(row.get("step"), int):
-                continue
+        for row in lines:
             if row.pop(_LATER, False):
                 added[row["step"]] |= row
             else:
@@ -218,16 +228,20 @@ class RunDirectory:
 
     def starts(self) -> list[Row]:
         """The lines of `starts.jsonl`: where training began and was resumed, with what was changed there."""
-        return list(_lines(self.starts_path))
+        if not self.starts_path.exists():
+            return []
+        lines, self.unreadable_lines[self.starts_path] = read_json_lines(self.starts_path, key="after_step")
+        return lines
 
     def evaluation(self) -> list[Row]:
-        """The rows of `evaluation/metrics.csv` in order of step, with numbers parsed."""
+        """
+        The rows of `evaluation/metrics.csv` in order of step, with numbers parsed. A line that is cut is left out, and
+        its number stands in `unreadable_lines`.
+        """
         if not self.evaluation_path.exists():
             return []
-        with open(self.evaluation_path, newline="", encoding="utf-8") as file:
-            whole = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
-        rows = [{name: _number(text) for name, text in row.items() if text != ""} for row in whole]
-        return sorted((row for row in rows if isinstance(row.get("step"), int)), key=lambda row: row["step"])
+        rows, self.unreadable_lines[self.evaluation_path] = read_csv_lines(self.evaluation_path)
+        return sorted(rows, key=lambda row: row["step"])
 
     def checkpoint_folder(self, step: int) -> Path:
         """The folder into which `trl-entropy evaluate` writes the results of the checkpoint of `step`."""
@@ -235,31 +249,29 @@ class RunDirectory:
 
     def checkpoint_summary(self, step: int) -> CheckpointSummary | None:
         """Settings and metrics of an evaluated checkpoint; None if it has not been evaluated."""
-        return _summary(self.checkpoint_folder(step) / CHECKPOINT_SUMMARY)
+        path = self.checkpoint_folder(step) / CHECKPOINT_SUMMARY
+        return _summary_in(path) if path.exists() else None
 
     def checkpoint_summaries(self) -> list[CheckpointSummary]:
         """The summaries of all evaluated checkpoints in order of step."""
         paths = sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}"))
-        return [summary for path in paths if (summary := _summary(path))]
+        return [_summary_in(path) for path in paths]
+
+    def _readable_summaries(self) -> list[CheckpointSummary]:
+        """[`checkpoint_summaries`] without those that are damaged, whose checkpoints count as not evaluated."""
+        summaries = []
+        for path in sorted(self.evaluation_path.parent.glob(f"step_*/{CHECKPOINT_SUMMARY}")):
+            with contextlib.suppress(UnreadableFile):
+                summaries.append(_summary_in(path))
+        return summaries
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    """The rows of a file of JSON lines; none if there is no file."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # the run was killed inside this line, or is writing it now
-            yield from_line(line)
-
-
-def _summary(path: Path) -> CheckpointSummary | None:
-    """What the file says; None if it is not there or damaged, so that its checkpoint counts as not evaluated."""
-    try:
-        summary: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(summary, dict) and summary.keys() >= CheckpointSummary.__annotations__.keys()
-    return summary if whole else None
+def _summary_in(path: Path) -> CheckpointSummary:
+    with reading(path):
+        summary: CheckpointSummary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError("it holds no names with values")
+        return summary
 
 
 def _row_of_checkpoint(summary: CheckpointSummary) -> Row:
@@ -337,13 +349,3 @@ def _plain(value: object) -> object:
 
 def _plain_items(values: Mapping) -> dict[str, object]:
     return {str(key): _plain(item) for key, item in values.items()}
-
-
-def _number(text: str) -> float | str:
-    """`text` as an int, else as a float, else as it is."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -51,6 +51,18 @@ class Metric:
         """
         return self.unit == "1" and self.name.endswith(("_error", "_rounding"))
 
+    @property
+    def can_be_undefined(self) -> bool:
+        """
+        Whether nan and infinities are ordinary values of this key.
+
+        So it is with ratios and statistics (unit 1), which have no value where the denominator is 0 or the steps so
+        far are too few, with numbers of prompts and completions that are ratios, with ends of intervals, and with
+        means over completions of a kind that a step may lack.
+        """
+        of_a_ratio = self.reduce != "TRL" and self.unit in ("1", "prompts", "completions")
+        return of_a_ratio or self.name.endswith(("_low", "_high", "_lower", "_upper", "/think_length"))
+
 
 def _keys(
     reduce: str, rows: Iterable[tuple[str, str, str]], prefix: str = "", over_steps: str = "mean"
@@ -154,6 +166,8 @@ _COMPARED = [*(f"same_sample_{name}" for name in _PREDICTIONS), *(f"cross_{name}
 _ENTROPY = _keys("E", [
     ("probe_batch", "nats/token", "entropy of the policy before the step, estimated on the probe batch E"),
     ("num_completions", "completions", "completions in E"),
+    ("num_prompts", "prompts", "prompts in E, over which standard errors are clustered"),
+    *((f"half_{half}_num_prompts", "prompts", f"prompts in half {half} of E") for half in "ab"),
     ("importance_ess", "completions", "effective sample size of E under the policy after the step (T3)"),
     ("sampler_ess", "completions", "effective sample size of E if vLLM drew it, by the ratio of policy to sampler"),
     ("noise_floor", "nats/token", "apparent change when E is scored again in other batches: rounding alone"),
@@ -196,6 +210,8 @@ _PARTS = {
 RARE = 0.1  # a token is rare below this probability
 OUTCOMES = ("correct", "incorrect")
 OUTCOMES_BY_PROBABILITY = ("correct_rare", "correct_common", "incorrect_rare", "incorrect_common")
+# What readers call the two outcomes where rewards are not just 0 and 1, so that none says which answers are right.
+RELATIVE_OUTCOMES = ("above_mean", "below_mean")
 _CATEGORIES = {
     "correct": "completions with an advantage above 0",
     "incorrect": "completions with an advantage below 0",
@@ -203,6 +219,11 @@ _CATEGORIES = {
     "correct_common": "the other tokens of completions with an advantage above 0",
     "incorrect_rare": "tokens below probability 0.1 in completions with an advantage below 0",
     "incorrect_common": "the other tokens of completions with an advantage below 0",
+}
+_MEAN_OF_CATEGORY = {
+    "mean_delta_{}": "entropy change of a step made by them",
+    "mean_delta_{}_low": "lower end of the 95 % interval of that change (Student's t)",
+    "mean_delta_{}_high": "upper end of the 95 % interval of that change (Student's t)",
 }
 _OF_CATEGORY = {
     "share_{}": "share of entropy/delta_gradient (T9)",
@@ -216,6 +237,9 @@ _ATTRIBUTION = _keys("sum", [
     *((f"share_{name}", "1", f"fraction of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
     *((key.format(name), "1", f"{text}: {what}, over the run so far")
       for name, text in _CATEGORIES.items() for key, what in _OF_CATEGORY.items()),
+    *((key.format(name), "nats/token", f"{text}: {what} (T9), mean over the run so far")
+      for name, text in (_CATEGORIES | {"all": "completions with an advantage other than 0"}).items()
+      for key, what in _MEAN_OF_CATEGORY.items()),
 ], "entropy/", "last") + _keys("sum", [
     ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),
 ], "entropy/", "max")
@@ -261,6 +285,7 @@ _SOURCES = {
 }
 _FISHER = _keys("pairs", [
     ("num_completions", "completions", "completions in the kernel (T12)"),
+    ("num_prompts", "prompts", "prompts of these completions, over which the errors of the changes are clustered"),
     ("diagonal", "nats^2", "mean of K_ii, the squared norms of the completions' scores"),
     ("effective_rank", "1", "exp(entropy of the normalised spectrum of K)"),
     ("participation_ratio", "1", "(sum l)^2 / sum l^2 over the eigenvalues l of K"),
@@ -285,6 +310,7 @@ _FISHER = _keys("pairs", [
 
 _ENTROPY_CONTROL = _keys("E", [
     ("entropy", "nats/token", "entropy before the step, from the control's own completions and the step's"),
+    ("num_prompts", "prompts", "prompts of these completions, over which the error of that entropy is clustered"),
     ("target_change", "nats/token", "change that the step is meant to make (T19)"),
     ("delta_optimizer", "nats/token", "first-order prediction of the change by the optimizer's step alone"),
     ("delta_predicted", "nats/token", "first-order prediction of the change by the corrected step"),

@@ -37,5 +37,7 @@ def advice() -> str:
         "in the model or in its adapter, mixed precision (bf16 or fp16), a kernel of attention or of experts that "
         "rounds otherwise or depends on the batch, absolute positions that ignore padding, prompt learning (peft's "
         "virtual tokens), a sampler other than the policy that is scored, and a learning rate so small that the "
-        "parameters' rounding outweighs the step. Turn these off one at a time, in float32, until the check passes."
+        "parameters' rounding outweighs the step. Turn these off one at a time, in float32, until the check passes. "
+        "AdamW's first steps can fail by themselves, since they make as much of gradients that are rounding as of any "
+        "others: then later steps pass."
     )

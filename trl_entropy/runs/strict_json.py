@@ -36,12 +36,12 @@ def from_line(text: str) -> Row:
     The row that [`to_line`] wrote, with nan and infinities restored; Python's own `NaN` is read too.
 
     Raises:
-        ValueError: for a text that is no object of JSON.
+        ValueError: when the text is cut, or no object of JSON.
     """
     row = json.loads(text)
-    if not isinstance(row, dict) or not isinstance(row.get(NOT_FINITE, {}), dict):
-        raise ValueError(f"{text[:40]!r} is no row.")
-    return row | {name: float(value) for name, value in row.pop(NOT_FINITE, {}).items()}
+    if not isinstance(row, dict):
+        raise ValueError(f"a line of metrics is an object of JSON, got {text[:40]!r}")
+    return row | {name: float(value) for name, value in (row.pop(NOT_FINITE, None) or {}).items()}
 
 
 def _is_not_finite(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -89,6 +90,13 @@ def _tag(key: str) -> str:
 def _only(key: str) -> str:
     """The expression that finds this key's tag and none that begins with it, such as its standard error."""
     return f"{re.escape(_tag(key))}$"
+
+
+def log_into(callbacks: Iterable[TrainerCallback], folder: Path) -> None:
+    """Have TensorBoard's files written into `folder`, unless the user has named another place."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # no TENSORBOARD_LOGGING_DIR
+            callback.logging_dir = str(folder)
 
 
 def continue_after(callbacks: Iterable[TrainerCallback], step: int) -> None:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.control import EntropyControl
+from trl_entropy.probes import EntropyProbe, FisherProbe, NoiseScaleProbe, RolloutEntropyProbe
 from trl_entropy.tasks.arguments import too_few_prompts
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """A probe or a control that draws prompts: what turned it on, from where, how many."""
 
     name: str
@@ -37,9 +39,10 @@ def check_datasets(
 
     Raises:
         ValueError: for too few prompts, a missing column `prompt`, a streamed dataset of which rows are drawn, an
-            evaluation set that a probe draws from and that is not there, or images where groups are replaced.
+            evaluation set that a probe draws from and that is not there, or images where only text is scored.
     """
-    draws = [*_draws_of(args), *_draws_of_callbacks(callbacks)]
+    callbacks = list(callbacks)
+    draws = draws_of(args, callbacks)
     sets = _named("eval_dataset", eval_dataset)
     for name, dataset in {"train_dataset": train_dataset, **sets}.items():
         _check_prompts(name, dataset, prompts_from_environment)
@@ -51,7 +54,13 @@ def check_datasets(
     _check_rows_are_drawn([name for name, is_set in selecting.items() if is_set], {"train_dataset": train_dataset})
     for draw in draws:
         _check_draw(args, draw, sets if draw.source == "eval" else {"train_dataset": train_dataset})
-    _check_images(args, train_dataset)
+    drawn_from = sets if any(draw.source == "eval" for draw in draws) else {}
+    _check_images(args, {"train_dataset": train_dataset, **drawn_from}, callbacks)
+
+
+def draws_of(args: DrGRPOConfig, callbacks: Iterable[object]) -> list[Draw]:
+    """The probes and controls that draw prompts, of the settings and of the caller's own callbacks."""
+    return [*_draws_of_settings(args), *_draws_of_callbacks(callbacks)]
 
 
 def _named(name: str, dataset: object) -> dict[str, object]:
@@ -60,20 +69,20 @@ def _named(name: str, dataset: object) -> dict[str, object]:
     return {} if dataset is None else {name: dataset}
 
 
-def _draws_of(args: DrGRPOConfig) -> Iterator[_Draw]:
+def _draws_of_settings(args: DrGRPOConfig) -> Iterator[Draw]:
     if args.entropy_probe and args.entropy_probe_completions != "rollouts":
         source = args.entropy_probe_completions
-        yield _Draw(f"entropy_probe_completions={source!r}", source, args.entropy_probe_num_completions)
+        yield Draw(f"entropy_probe_completions={source!r}", source, args.entropy_probe_num_completions)
     if args.entropy_control != "none" and args.entropy_control_completions == "probe":
-        yield _Draw("entropy_control_completions='probe'", "held_out", args.entropy_control_num_completions)
+        yield Draw("entropy_control_completions='probe'", "held_out", args.entropy_control_num_completions)
 
 
-def _draws_of_callbacks(callbacks: Iterable[object]) -> Iterator[_Draw]:
+def _draws_of_callbacks(callbacks: Iterable[object]) -> Iterator[Draw]:
     sources = {"held_out": "held_out", "eval": "eval", "probe": "held_out"}
     for callback in callbacks:
         source = sources.get(str(getattr(callback, "source", None)))
         if source is not None and getattr(callback, "draw", None) is None:  # else it draws from elsewhere
-            yield _Draw(f"{type(callback).__name__} (source={source!r})", source, getattr(callback, "num_prompts", 0))
+            yield Draw(f"{type(callback).__name__} (source={source!r})", source, getattr(callback, "num_prompts", 0))
 
 
 def _check_prompts(name: str, dataset: object, prompts_from_environment: bool) -> None:
@@ -105,7 +114,7 @@ def _check_rows_are_drawn(names: list[str], datasets: Mapping[str, object]) -> N
             )
 
 
-def _check_draw(args: DrGRPOConfig, draw: _Draw, datasets: Mapping[str, object]) -> None:
+def _check_draw(args: DrGRPOConfig, draw: Draw, datasets: Mapping[str, object]) -> None:
     if draw.source == "eval" and not datasets:
         raise ValueError(
             f"{draw.name} draws prompts from eval_dataset, and there is none. Pass one, or use 'held_out'."
@@ -123,10 +132,45 @@ def _check_draw(args: DrGRPOConfig, draw: _Draw, datasets: Mapping[str, object])
         )
 
 
-def _check_images(args: DrGRPOConfig, dataset: object) -> None:
-    images = {"image", "images"} & set(dataset.column_names if isinstance(dataset, Dataset) else ())
-    if images and args.resample_uninformative_groups:
+def _check_images(args: DrGRPOConfig, datasets: Mapping[str, object], callbacks: list[object]) -> None:
+    images = {name: found for name, dataset in datasets.items() if (found := _images_of(dataset))}
+    if not images:
+        return
+    if args.resample_uninformative_groups:
+        columns = sorted(set().union(*images.values()))
         raise ValueError(
             "resample_uninformative_groups=True moves completions between rounds, and the dataset has "
-            f"{sorted(images)}, whose pixels TRL does not keep by completion. Set it to False, or use text alone."
+            f"{columns}, whose pixels TRL does not keep by completion. Set it to False, or use text alone."
         )
+    if names := [*_seeing_text_alone(args), *_callbacks_seeing_text_alone(callbacks)]:
+        where = "; ".join(f"{name}: {', '.join(sorted(found))}" for name, found in images.items())
+        raise ValueError(
+            f"{' and '.join(names)} sees the text of a prompt alone, and there are images ({where}). Turn it off, or "
+            "use text alone."
+        )
+
+
+def _images_of(dataset: object) -> set[str]:
+    """Where a dataset has images: the columns that TRL reads, or the messages of its first prompt."""
+    found = {"image", "images"} & set(getattr(dataset, "column_names", None) or ())
+    prompt = dataset[0].get("prompt") if isinstance(dataset, Dataset) and len(dataset) else None
+    contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    in_messages = any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
+    return found | ({"messages of type image"} if in_messages else set())
+
+
+def _seeing_text_alone(args: DrGRPOConfig) -> Iterator[str]:
+    by_pass = args.token_control != "none" and args.token_control_scope == "optimizer_batch"
+    yield from (name for name in ("entropy_probe", "fisher_probe", "kl_every") if getattr(args, name))
+    yield from ["noise_scale_from='groups'"] if args.noise_scale_probe and args.noise_scale_from == "groups" else []
+    yield from ["entropy_control"] if args.entropy_control != "none" else []
+    yield from ["token_control_scope='optimizer_batch'"] if by_pass else []
+
+
+def _callbacks_seeing_text_alone(callbacks: list[object]) -> Iterator[str]:
+    for callback in callbacks:
+        if isinstance(callback, (EntropyProbe, RolloutEntropyProbe, FisherProbe, EntropyControl)) or (
+            isinstance(callback, NoiseScaleProbe) and callback.source == "groups"
+        ):
+            yield type(callback).__name__

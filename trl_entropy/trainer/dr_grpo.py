@@ -21,9 +21,13 @@ from trl.trainer.utils import get_config_model_id
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.control import TokenControl, controls
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
+from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
+from trl_entropy.models import warm_start
+from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.model_checks import dropout_of
 from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
 from trl_entropy.probes.step_statistics import StepStatistics
 from trl_entropy.rollouts.batch import TrainingBatch, loss_mask_of
@@ -31,10 +35,12 @@ from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.generation import answer_end, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
 from trl_entropy.runs import tensorboard, trackers
-from trl_entropy.runs.console import printing_plain_text
+from trl_entropy.runs.console import printing_plain_text, use_progress_bar
+from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
+from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.model_card import PAPER, name_base_model
@@ -48,11 +54,13 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     """
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
-    Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`. Probes are turned on by toggles of the
+    Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
+    after its warm start, which is made at the first use. Probes are turned on by toggles of the
     config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
 
-    With all toggles off, training differs from TRL's in three points: advantages are scaled by `length_normalizer`;
-    completions are shuffled by whole prompt groups; completions may stop at the answer tag.
+    With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
+    With that shuffle in TRL too, the two are equal; TRL's own, of single rows, draws other random numbers. Only
+    `length_normalizer` and `stop_at_answer` change more.
     """
 
     _name = "DrGRPO"
@@ -64,7 +72,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         *positional: Any,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: list[TrainerCallback | type[TrainerCallback]] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is not None and not isinstance(args, DrGRPOConfig):
@@ -78,13 +86,21 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             prompts_from_environment=data.get("environment_factory") is not None,
             callbacks=callbacks or (),
         )
+        agents = {name: kwargs.get(name) for name in ("tools", "environment_factory", "rollout_func")}
+        check_agents(args, **agents, callbacks=callbacks or ())
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
+        if model == EMBEDDED_MODEL:
+            model = str(warm_start.warm_start(seed=args.seed))
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
+        use_progress_bar(self, callbacks or ())
+        tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
         self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
         self.probe_batches = ProbeBatches(self, self.step_prompts)
-        self.probe_runner.attach(self, self.probe_batches, ProbeFiles(args, self.accelerator, self._get_learning_rate))
+        files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
+        self.probe_runner.attach(self, self.probe_batches, files)
+        self.probe_runner.check_model()
         self._step_log.attach(self)
         self._token_control = None
         if args.token_control != "none":
@@ -273,7 +289,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         if not self.model.training:
             return super()._compute_loss(model, inputs)
         # Before the loss: scoring swaps the model's parameters, and the loss needs the policy's for its backward pass.
-        start_logps = self._score_start_policy(inputs) if self._wants_kl() else None
+        logps_for_kl = self._score_for_kl(inputs) if self._wants_kl() else None
         if self.args.controls_tokens_of("micro_batch"):
             inputs = self._controlled = inputs.copy()  # a copy, as TRL uses its batch again in the next iteration
         if self.probe_runner.wants_step():
@@ -283,10 +299,10 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         if self._token_control is not None and self.args.token_control == "kl_cov":
             num_micro_batches = self.current_gradient_accumulation_steps
             loss = loss + self._token_control.penalty(inputs, self._scored[0], num_micro_batches)
-        self._observe(inputs, start_logps)
+        self._observe(inputs, logps_for_kl)
         return loss
 
-    def _observe(self, inputs: TrainingBatch, start_logps: Float[Tensor, "B T"] | None) -> None:
+    def _observe(self, inputs: TrainingBatch, logps_for_kl: tuple[Tensor | None, Tensor] | None) -> None:
         """Add what the loss has computed to the step's sums and tell the probes; log after the last micro-batch."""
         loss_logps, loss_entropy = self._scored
         del self._scored  # so that the autograd graph lives no longer than the loss
@@ -294,8 +310,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         old_logps = inputs.get("old_per_token_logps")
         log_ratio = None if old_logps is None else per_token_logps - old_logps
         self._statistics.add_tokens(per_token_logps, loss_entropy.detach(), log_ratio, mask)
-        if start_logps is not None:
-            self._statistics.add_kl(per_token_logps, start_logps, mask)
+        if logps_for_kl is not None:
+            policy_logps, start_logps = logps_for_kl
+            self._statistics.add_kl(per_token_logps if policy_logps is None else policy_logps, start_logps, mask)
         self.probe_runner.micro_batch_done(inputs, ScoredMicroBatch(loss_logps, loss_entropy, log_ratio, mask))
         if self.accelerator.sync_gradients:
             metrics = self._statistics.reduce(self.accelerator)
@@ -308,28 +325,33 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def _wants_kl(self) -> bool:
         return bool(self._start_parameters) and self.current_step % self.args.kl_every == 0
 
-    @torch.no_grad()
     def _score_as_trl(self, batch: TrainingBatch) -> Float[Tensor, "B T"]:
-        """Log-probabilities of a batch's completions under the policy, as TRL scores them, nats."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            return self._get_per_token_logps_and_entropies(
-                self.model, ids, mask, batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
-            )[0]
+        """Log-probabilities of a batch's completions under the policy, as TRL scores them, nats; without dropout."""
+        return self._score_without_dropout(self.model, batch, self.args.per_device_train_batch_size)
+
+    def _score_for_kl(self, inputs: TrainingBatch) -> tuple[Float[Tensor, "B T"] | None, Float[Tensor, "B T"]]:
+        """
+        Log-probabilities under the policy, and under the parameters that training started from, nats. The former are
+        None where there is no dropout: they are those of the loss.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        policy = self._score_without_dropout(model, inputs) if dropout_of(model) else None
+        with swapped_parameters(model, self._start_parameters):
+            return policy, self._score_without_dropout(model, inputs)
 
     @torch.no_grad()
-    def _score_start_policy(self, inputs: TrainingBatch) -> Float[Tensor, "B T"]:
-        """Log-probabilities under the parameters that training started from, nats."""
-        model = self.accelerator.unwrap_model(self.model)
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    def _score_without_dropout(
+        self, model: nn.Module, batch: TrainingBatch, batch_size: int | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Log-probabilities of a batch's completions as TRL scores them, but in evaluation mode, nats."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         with (
-            swapped_parameters(model, self._start_parameters),
+            evaluation_mode(model),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
             return self._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, inputs["completion_ids"].size(1)
+                model, ids, mask, batch["completion_ids"].shape[1], batch_size
             )[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset
 from trl import GRPOTrainer
 
+from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import draw_prompts, own_randomness, pack_completions
 from trl_entropy.rollouts.generation import generating_with_the_model
@@ -46,7 +47,8 @@ class ProbeBatches:
     def draw_completions(self, prompts: list[Any], seed: tuple[int, ...], first_prompt: int = 0) -> Completions:
         """One completion of each prompt, numbered from `first_prompt`, by the trainer's present generation. Local."""
         trainer, device = self._trainer, self._trainer.accelerator.device
-        with own_randomness(seed, device):
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with own_randomness(seed, device), evaluation_mode(model):  # the policy that is scored has no dropout
             prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
             completion_ids, logps = trainer._generate_single_turn(prompt_ids, images, fields, 1)
         return pack_completions(

@@ -22,7 +22,7 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.engine import ending_together, rank_symmetric
-from trl_entropy.runs import checkpoints, tensorboard
+from trl_entropy.runs import checkpoints, file_errors, tensorboard
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.state import StateOwner
@@ -178,9 +178,10 @@ class ResumableTrainer(GRPOTrainer):
             self._write_checkpoint(path, model, trial)
         except Exception as error:
             whole = [str(p) for p in checkpoints.checkpoints_of(path.parent) if (p / checkpoints.SEAL).exists()]
-            go_on = f"resume from {whole[0]}" if whole else "start again: no checkpoint is complete yet"
+            anew = "begin anew with resume_from_checkpoint=latest_or_new: no checkpoint is complete yet"
+            go_on = f"resume from {whole[0]}" if whole else anew
             raise checkpoints.CheckpointError(
-                f"writing {path} failed: {error}. Make room, or set save_total_limit; then {go_on}."
+                f"writing {path} failed: {str(error).removesuffix('.')}. {_remedy(error, path)}; then {go_on}."
             ) from error
 
     def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
@@ -193,15 +194,21 @@ class ResumableTrainer(GRPOTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        if self.args.save_only_model:
-            return
-        training_state.save(self.state_owners(), path, self.args.process_index)
-        self.accelerator.wait_for_everyone()
+        if not self.args.save_only_model:
+            training_state.save(self.state_owners(), path, self.args.process_index)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
         if self.args.should_save:
-            checkpoints.seal(path, {"step": self.state.global_step, **self._contract()})
             rotate_checkpoints(
                 output_dir=str(path.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,  # by step: a clock may have been set back
             )
+
+
+def _remedy(error: Exception, path: Path) -> str:
+    if file_errors.is_full(error, path):
+        return "Make room, or set save_total_limit"
+    return file_errors.remedy(error).capitalize()

@@ -103,7 +103,8 @@ class StepLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._last_step = state.global_step
+        self._last_step, self._loss = state.global_step, None
+        self._of_step.clear()  # what an attempt with a larger batch has left, with auto_find_batch_size
         if self._restored is not None:
             self._trainer._tr_loss = self._restored["tr_loss"].to(args.device)
             self._trainer._globalstep_last_logged = self._restored["globalstep_last_logged"]

@@ -10,11 +10,14 @@ and reads the file, and owns the part of TRL's generation. Written against trl 1
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from trl import GRPOTrainer
@@ -30,13 +33,30 @@ def file_of(checkpoint: Path, rank: int) -> Path:
 
 
 def save(owners: Mapping[str, StateOwner], checkpoint: Path, rank: int) -> None:
-    """Write this process's file into the checkpoint."""
+    """
+    Write this process's file into the checkpoint, and read it back.
+
+    Raises:
+        ValueError: if the state holds an object that would not be loaded, such as one that a reward has logged.
+    """
     torch.save({name: owner.state_dict() for name, owner in owners.items()}, file_of(checkpoint, rank))
+    try:
+        _read(checkpoint, rank)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"the state between two steps holds an object ({found[1] if found else error}) that is no tensor, number "
+            "or text, and would not be loaded. Pass none to TRL's log_extra and log_metric"
+        ) from error
+
+
+def _read(checkpoint: Path, rank: int) -> dict[str, Any]:
+    return torch.load(file_of(checkpoint, rank), weights_only=True, map_location="cpu")
 
 
 def load(owners: Mapping[str, StateOwner], checkpoint: Path, rank: int) -> None:
     """Give each owner back what [`save`] wrote of it; the seal's `STATE_FORMAT` says that all of them are there."""
-    state = torch.load(file_of(checkpoint, rank), weights_only=True, map_location="cpu")
+    state = _read(checkpoint, rank)
     for name, owner in owners.items():
         owner.load_state_dict(state[name])
 
@@ -74,10 +94,12 @@ class GenerationWindow:
 
 def plain_logs(logs: dict[str, Any], last: int = 0) -> dict[str, Any]:
     """TRL's logged completions without images, as lists; only the last `last` rows, or all if it is 0."""
+
+    def plain(column: Iterable[Any]) -> list[Any]:
+        return [value.item() if isinstance(value, np.generic) else value for value in list(column)[-last:]]
+
     return {
-        name: {key: list(column)[-last:] for key, column in value.items()}
-        if isinstance(value, dict)
-        else list(value)[-last:]
+        name: {key: plain(column) for key, column in value.items()} if isinstance(value, dict) else plain(value)
         for name, value in logs.items()
         if name != "images"
     }

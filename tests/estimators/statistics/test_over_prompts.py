@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.statistics.estimate import student_t_quantile
 from trl_entropy.estimators.statistics.over_prompts import ratio_intervals, share_intervals
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 NUMERATORS = torch.tensor([[0.3, 2.0, 0.1, 1.7], [0.3, 2.0, 0.0, 1.7]], dtype=torch.float64).T
 DENOMINATORS = torch.tensor([[1.0, 4.0, 2.0, 3.0], [1.0, 4.0, 0.0, 3.0]], dtype=torch.float64).T

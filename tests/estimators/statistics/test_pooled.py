@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.statistics.estimate import student_t_quantile
 from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts, jackknife_covariance, sum_over_prompts
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 UNIT = torch.eye(2, dtype=torch.float64)
 

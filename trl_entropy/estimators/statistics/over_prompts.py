@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.statistics.estimate import student_t_quantile
 from trl_entropy.estimators.statistics.pooled import means_without_one
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 
 def ratio_intervals(

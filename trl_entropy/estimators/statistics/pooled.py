@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.estimators.statistics.estimate import Estimate, student_t_quantile
+from trl_entropy.estimators.statistics.estimate import Estimate
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 
 
 class StepParts(NamedTuple):

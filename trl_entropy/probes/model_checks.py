@@ -1,0 +1,260 @@
+"""
+What a model must be for a probe's equation to hold; each refusal names what was found, and says why and what to do.
+
+A probe calls these in `check_model`, which is asked when the trainer is built and again when training begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import nn
+
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.settings_file import one_line
+from trl_entropy.engine.parameters import evaluation_mode
+from trl_entropy.engine.strict_float32 import fp32_strict
+from trl_entropy.estimators.rows.row_gradients import RowGradients
+from trl_entropy.estimators.rows.row_sums import Consumer
+from trl_entropy.gradients.inputs import base_model, counts_columns
+from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.sequence_gradients import SequenceGradients
+from trl_entropy.gradients.sequence_products import consumed, weighted_logps
+from trl_entropy.rollouts.completions import Completions
+
+# Kernels of attention that compute in float32, in which probes score.
+SCORED_ATTENTION = ("eager", "sdpa")
+# Numbers of a model's parameters by which a trial differentiates, at most: a part of them is enough to meet a kernel.
+_MAX_TRIED = 2**24
+_MAX_ON_CPU = 2**30  # numbers of a model's parameters with which it is tried on a CPU, at most
+# Nats by which scores may differ in float32 where rows are padded otherwise.
+_ROUNDING = 1e-2
+# Whether derivatives of a model have been tried, and on which device.
+_TRIED: WeakKeyDictionary[nn.Module, tuple[bool, torch.device]] = WeakKeyDictionary()
+
+
+def check_scoring(model: nn.Module, what: str, derivatives: bool = False) -> None:
+    """
+    Raises `ValueError` unless the model can be scored in float32, alike however its rows are padded, and if
+    `derivatives` are needed with those in forward mode. A few tokens are scored to see it.
+    """
+    _check_attention(model, what)
+    _check_whole_precision(model, what)
+    if names := [name for name, config in adapters_of(model).items() if getattr(config, "is_prompt_learning", False)]:
+        kind = adapters_of(model)[names[0]].peft_type.value
+        raise ValueError(
+            f"{what} scores each row without the columns that other rows need, but the model is trained by {kind}, "
+            "whose virtual tokens stand before the padding: how far they are from a prompt depends on the batch. Use "
+            "LoRA, or turn it off."
+        )
+    if not _can_be_tried(model):
+        return
+    device = next(model.parameters()).device
+    tried = _TRIED.get(model)
+    if tried not in ((derivatives, device), (True, device)):  # another device may have other kernels
+        with fp32_strict(model):
+            _try_scoring(model, what)
+            if derivatives:
+                _try_derivatives(model, what)
+        _TRIED[model] = derivatives, device
+
+
+def check_sequences(model: nn.Module, what: str) -> None:
+    """Raises `ValueError` unless hooks on the layers see each sequence's own gradient."""
+    SequenceGradients(model)  # raises for layers that are not known
+    if not _can_be_tried(model):
+        return
+    both = _trial(model)
+    ones = torch.ones_like(both.completion_mask, dtype=torch.float64)
+    try:
+        with evaluation_mode(model):
+            consumed(model, both, weighted_logps(ones), _Nothing, 1.0, len(both))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{what} needs each sequence's own gradient, but {one_line(error)}. Train other layers, or turn it off."
+        ) from error
+
+
+class _Nothing(Consumer):
+    """Takes the gradients of a trial."""
+
+    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        """Nothing to prepare."""
+
+    def add(self, name: str, gradients: RowGradients, rows: Int[torch.Tensor, " R"]) -> None:
+        """Nothing to add to."""
+
+
+def check_derivatives(model: nn.Module, what: str) -> None:
+    """Raises `ValueError` if what autograd gives is not the derivative of the model's scores."""
+    if any(getattr(config, "use_dora", False) for config in adapters_of(model).values()):
+        raise ValueError(
+            f"{what} predicts the change that an update makes, but use_dora=True leaves the norm of the weights out "
+            "of the derivative, so that no prediction to first order holds. Set use_dora=False, or turn it off."
+        )
+
+
+def check_no_dropout(model: nn.Module, what: str) -> None:
+    """Raises `ValueError` if training computes with dropout, naming its settings."""
+    found = dropout_of(model)
+    if not found:
+        return
+    named = ", ".join(f"{name}={rate:g}" for name, rate in found.items())
+    zero = ", ".join(f"{name}=0" for name in found)
+    raise ValueError(
+        f"{named}: {what} computes the gradients of a step again, without dropout, and those of training have it: "
+        f"each pass leaves out other activations. Set {zero} (disable_dropout=True does it for modules of dropout), "
+        "or turn it off."
+    )
+
+
+def check_no_auxiliary_loss(args: DrGRPOConfig, model: nn.Module, what: str) -> None:
+    """Raises `ValueError` if TRL adds the loss that balances the load of a mixture's experts."""
+    config = base_model(model).config.get_text_config()
+    given = args.router_aux_loss_coef
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if given is None else given
+    if hasattr(config, "output_router_logits") and coefficient:
+        raise ValueError(
+            f"{what} needs a loss that is a sum over completions, but router_aux_loss_coef={coefficient:g} adds the "
+            "balance of the experts over all tokens of a micro-batch. Set router_aux_loss_coef=0, or turn it off."
+        )
+
+
+def check_own_completions(model: nn.Module, what: str) -> None:
+    """Raises `ValueError` unless a step's completions are draws of the policy that its loss evaluates."""
+    if counts_columns(model):
+        raise ValueError(
+            f"{what} needs completions drawn from the policy that is trained, but this model learns a vector for each "
+            "position, which generation counts from a prompt's first token and TRL's loss from the first column of "
+            "the padded batch. Use a model with rotary positions, or completions that are drawn for the purpose."
+        )
+
+
+def check_full_distribution(args: DrGRPOConfig, model: nn.Module, what: str, draws: bool = False) -> None:
+    """
+    Raises `ValueError` if settings of the run, or the model's own, keep tokens from being drawn.
+
+    Args:
+        draws: whether the probe draws completions by the model's `generate`; else they are those of the step.
+    """
+    own = getattr(base_model(model), "generation_config", None)
+    if args.use_vllm and not draws:  # vLLM does not read the model's own settings
+        own = None
+    args.check_full_distribution([what], None if own is None else own.to_dict())
+
+
+def dropout_of(model: nn.Module) -> dict[str, float]:
+    """The rates of dropout and of other noise that training computes with, by the name of their setting."""
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        parts = [part for part in path.split(".") if "drop" in part.lower()]
+        if "dropout" in type(module).__name__.lower() and _rate(getattr(module, "p", 0.0)):
+            found[parts[-1] if parts else "dropout"] = _rate(module.p)
+        found |= dict(_rates_of_attributes(module))
+    return found
+
+
+def _rates_of_attributes(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """Models hand their rates to functions too (`attention_dropout`), and peft keeps some by adapter."""
+    for name, value in vars(module).items():
+        if any(word in name.lower() for word in ("dropout", "drop_path", "layerdrop", "jitter")):
+            rates = [_rate(one) for one in (value.values() if isinstance(value, Mapping) else [value])]
+            if any(rates):
+                yield name, max(rates)
+
+
+def _rate(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0.0
+
+
+def adapters_of(model: nn.Module) -> Mapping[str, Any]:
+    """The configurations of peft's adapters on the model, by name; none without peft."""
+    found = getattr(model, "peft_config", None)
+    return found if isinstance(found, Mapping) else {}
+
+
+# ---- scoring
+
+
+def _check_attention(model: nn.Module, what: str) -> None:
+    kernel = getattr(getattr(base_model(model), "config", None), "_attn_implementation", None)
+    if isinstance(kernel, str) and kernel not in SCORED_ATTENTION:
+        raise ValueError(
+            f"{what} scores in float32, with derivatives, which attn_implementation={kernel!r} does not compute. Set "
+            "attn_implementation to 'sdpa' or 'eager' (in model_init_kwargs), or turn it off."
+        )
+
+
+def _check_whole_precision(model: nn.Module, what: str) -> None:
+    for name, param in model.named_parameters():
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{what} scores in float32, but {name!r} is quantised ({param.dtype}). Load the model in bfloat16, or "
+                "turn it off."
+            )
+
+
+def _can_be_tried(model: nn.Module) -> bool:
+    """
+    Whether this process alone can call the model, in seconds: its parameters are neither sharded nor without data, and
+    it is no large model that waits on the CPU for DeepSpeed to place it, when training begins.
+    """
+    params = list(model.parameters())
+    waits = sum(param.numel() for param in params if param.device.type == "cpu") > _MAX_ON_CPU
+    return not waits and not any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") or p.is_meta for p in params)
+
+
+def _try_scoring(model: nn.Module, what: str) -> None:
+    """In narrower dtypes rounding would hide what is looked for."""
+    if any(param.itemsize < 4 for param in model.parameters()):
+        return
+    both, name = _trial(model), type(base_model(model)).__name__
+    padded = score(model, both, 1.0, len(both)).logps[0][1]
+    alone = score(model, both.rows(torch.tensor([1])).trimmed(), 1.0, 1).logps[0][0]
+    difference = (padded - alone).abs().max()
+    if difference > _ROUNDING:
+        raise ValueError(
+            f"{what} scores each row without the columns that other rows need, but the scores of {name} depend on how "
+            f"far a row is padded: they differ by {difference:.2g} nats. Use a model that counts positions by its "
+            "attention mask, or turn it off."
+        )
+
+
+def _try_derivatives(model: nn.Module, what: str) -> None:
+    params, both = _some_parameters(model), _trial(model)
+    direction = {name: torch.zeros_like(value) for name, value in params.items()}
+    try:
+        score(model, both, 1.0, len(both), params, direction, order=1)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{what} needs derivatives in forward mode, and a kernel of {type(base_model(model)).__name__} or of its "
+            f"adapter has none ({one_line(error)[:120]}). Use kernels of torch (attn_implementation='eager', "
+            "use_kernels=False, use_liger_kernel=False) or another adapter, or turn it off."
+        ) from error
+
+
+def _trial(model: nn.Module) -> Completions:
+    """Two rows, of which the second has columns without a token."""
+    table = base_model(model).get_input_embeddings()
+    ids = torch.arange(10, device=table.weight.device).view(2, 5) % table.num_embeddings
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    ones = torch.ones_like(ids[:, :2])
+    return Completions(ids, mask, ones, torch.arange(2, device=ids.device), loss_mask=ones)
+
+
+def _some_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable parameters of `_MAX_TRIED` numbers together, the smallest first."""
+    chosen: dict[str, torch.Tensor] = {}
+    left = _MAX_TRIED
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    for name, param in sorted(trainable, key=lambda one: one[1].numel()):
+        left -= param.numel()
+        if chosen and left < 0:
+            break
+        chosen[name] = param.detach()
+    return chosen
