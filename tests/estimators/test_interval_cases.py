@@ -1,6 +1,5 @@
 """Stated 95 % intervals cover as often as they say where their assumption holds: part of docs/intervals.md."""
 
-import functools
 import math
 
 import pytest
