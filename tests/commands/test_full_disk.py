@@ -34,8 +34,9 @@ def test_one_line(name, number, advice, tmp_path, monkeypatch):
         raise OSError(number, "what happened", "some/file")
 
     monkeypatch.setattr(command, called, fail)
-    for before, found in {"read_config": {}, "_settings": None, "targets_of": []}.items():
-        monkeypatch.setattr(evaluate, before, lambda *args, found=found: found)
+    monkeypatch.setattr(evaluate, "read_config", lambda run: {})
+    monkeypatch.setattr(evaluate, "_settings", lambda args, config: None)
+    monkeypatch.setattr(evaluate, "targets_of", lambda *_: [])
     main = (experiment if called == "import_module" else command).main
     with pytest.raises(SystemExit) as end:
         main([str(tmp_path) if argument == "RUN" else argument for argument in arguments])

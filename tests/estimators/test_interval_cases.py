@@ -75,7 +75,9 @@ def test_summed_degrees_of_freedom_would_cover_too_little():
 
 @pytest.mark.parametrize("num_runs", [1, 3])
 def test_shares_of_loud_steps_cover(num_runs):
-    share, bounded = covered(lambda n, g: share_of(n, g, loud=True, num_runs=num_runs, num_steps=NUM_STEPS), 0.5, 16)
+    share, bounded = covered(
+        lambda n, g: share_of(n, g, loud=True, num_runs=num_runs, num_steps=NUM_STEPS), 0.5, 16, 200
+    )
     assert 0.925 <= share <= 0.985 and bounded > 0.3
 
 

@@ -166,8 +166,10 @@ def test_a_signal_ends_the_command_in_one_line(run, capsys, monkeypatch, ending)
 
     monkeypatch.setattr("trl_entropy.evaluate.run_job", run_job)
     before = signal.getsignal(signal.SIGTERM)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     with pytest.raises(SystemExit) as ended:
         main(["--run", str(run), "--checkpoints", "2", "--seed", "9"])
+    signal.signal(signal.SIGINT, ignored)
     assert ended.value.code == 128 + ending and left == [2]
     assert (
         capsys.readouterr().err == "The evaluation is cut off. What it has generated is kept: call again to go on.\n"

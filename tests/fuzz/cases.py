@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 from fuzz.mutations import BYTES, mutated_json_lines, mutated_yaml
 
@@ -178,7 +179,8 @@ def _read_run(command: str, run: Path) -> None:
     if command == "report":
         report.main([str(run)])
     elif command == "evaluate":
-        evaluate._plan(evaluate.parse(["--run", str(run)]))
+        with mock.patch.object(evaluate, "_evaluate", lambda *_: True):
+            evaluate.main(["--run", str(run)])
     elif command == "archive":
         archive.main([str(run), "file:///" + str(run.parent / "archive").lstrip("/")])
     elif command == "resume":

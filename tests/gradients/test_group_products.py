@@ -24,7 +24,7 @@ def test_tokens_of_tools_have_no_gradient(tmp_path):
     def products(loss_mask, advantages):
         groups = torch.tensor([0, 0, 1, 1])
         completions = Completions(ids, torch.ones_like(ids), mask, groups, loss_mask=loss_mask)
-        (found,) = products_by_extra_pass(model, completions, advantages, args, gradient, None, 8)
+        (found,), _ = products_by_extra_pass(model, completions, advantages, args, gradient, None, 8)
         return torch.stack(found)
 
     found = products(by_policy, advantages)

@@ -139,7 +139,8 @@ class Run:
         for path in paths:
             try:
                 with reading(path):
-                    yield pd.read_parquet(path)
+                    table = _table_in(path)
+                yield table
             except UnreadableFile as error:
                 self._leave_out(f"{error}; it is left out.")
 
@@ -373,7 +374,8 @@ def _mapping_in(path: Path, parse: Callable[[str], object]) -> Json:
 def _table_in(path: Path) -> pd.DataFrame:
     """The table in a file of Parquet or CSV."""
     if path.suffix != ".csv":
-        return pd.read_parquet(path)
+        with open(path, "rb") as file:  # by its name pandas would take a folder for an empty table
+            return pd.read_parquet(file)
     check_last_line(path)
     return pd.read_csv(path)
 
