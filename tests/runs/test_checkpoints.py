@@ -112,3 +112,12 @@ def test_what_cannot_be_allowed_is_refused_by_name(run):
         for resume_from in (None, "latest", "latest_or_new"):  # also where there is no checkpoint yet
             with pytest.raises(CheckpointError, match=f"names {name}, which is no setting"):
                 checkpoints.check_before_loading(resume_from, run / "empty", CONTRACT["settings"], [name])
+    with pytest.raises(CheckpointError, match=r"Did you mean reward_funcs\?"):
+        checkpoints.check_contract(run / "checkpoint-2", CONTRACT, ["reward_func"])
+
+
+def test_allowing_is_only_advised_where_it_can_be(run):
+    for settings, advised in (({"seed": 2}, True), ({"seed": 2, "world_size": 2}, False)):
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.check_contract(run / "checkpoint-2", CONTRACT | {"settings": settings})
+        assert ("resume_allow_changes=seed" in str(error.value)) == advised

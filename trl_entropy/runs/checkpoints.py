@@ -7,6 +7,7 @@ and the settings that a resumed run must share.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -205,10 +206,11 @@ def check_contract(path: Path, current: Mapping[str, Any], allowed: Collection[s
     if refused:
         texts = [f"{name} was {old!r} and is {new!r}" for name, (old, new) in refused.items()]
         advice = " To train longer, use additional_steps." if "max_steps" in refused else ""
+        free = [name for name in refused if name not in (*_OF_THE_FILES, "model", "format")]
+        allow = f"allow the change (resume_allow_changes={','.join(free)}), " if len(free) == len(refused) else ""
         raise CheckpointError(
             f"{path} cannot be resumed exactly, other settings wrote it: {'; '.join(texts)}. Set them as they were, "
-            f"name those that shall differ in resume_allow_changes, or start a new run from its weights "
-            f"(model_name_or_path).{advice}"
+            f"{allow}or start a new run from its weights (model_name_or_path).{advice}"
         )
     return differing
 
@@ -217,9 +219,11 @@ def _check_allowed(allowed: Collection[str], settings: Mapping[str, Any]) -> Non
     may = {name for name in settings if name not in _OF_THE_FILES} | _NOT_ALWAYS_KNOWN
     wrong = [name for name in allowed if name not in may and not name.startswith("adapter")]
     if wrong:
+        near = sorted({close for name in wrong for close in difflib.get_close_matches(name, may, n=2)})
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
         raise CheckpointError(
-            f"resume_allow_changes names {', '.join(wrong)}, which is no setting that a resumed run can change. "
-            f"It takes: {', '.join(sorted(may))}"
+            f"resume_allow_changes names {', '.join(wrong)}, which is no setting that a resumed run can change."
+            f"{meant} It takes: {', '.join(sorted(may))}"
         )
 
 
