@@ -14,6 +14,13 @@ def rounding_of(row: dict) -> float:
     return 3e-7 * row["entropy/probe_batch"]
 
 
+def width_of(row: dict, key: str) -> float:
+    """The width of the interval that a key is an end of, which may be near 0; 0 for another key."""
+    name, _, end = key.rpartition("_")
+    width = row[f"{name}_high"] - row[f"{name}_low"] if end in ("low", "high") and f"{name}_low" in row else 0.0
+    return width if math.isfinite(width) else 0.0
+
+
 def largest_deviation(expected: list[dict], got: list[dict]) -> tuple[float, str]:
     """Asserts that all metrics agree; the largest relative deviation beyond rounding, and its metric."""
     largest = (0.0, "")
@@ -32,7 +39,7 @@ def largest_deviation(expected: list[dict], got: list[dict]) -> tuple[float, str
                 assert two[key] is None or math.isnan(two[key]), key
             else:
                 # A sum whose terms cancel has the rounding of its terms, as its standard error has their size.
-                of_terms = 5e-4 * (one.get(f"{key}_stderr") or 0.0)
+                of_terms = 5e-4 * (one.get(f"{key}_stderr") or width_of(one, key))
                 assert two[key] == pytest.approx(value, rel=1e-3, abs=max(rounding, of_terms)), key
                 beyond = max(abs(two[key] - value) - rounding, 0.0)
                 largest = max(largest, (beyond / abs(value) if beyond else 0.0, key))
