@@ -241,10 +241,9 @@ def main() -> None:
     parser.add_argument("--planted", action="store_true", help="archive without copying, which must be found")
     args = parser.parse_args()
     if "fail_at" not in os.environ.get("LD_PRELOAD", ""):
-        with tempfile.TemporaryDirectory() as folder:
-            environment = os.environ | {"LD_PRELOAD": str(library(Path(folder))), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "faults.harness", *sys.argv[1:]]
-            sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+        environment = os.environ | {"LD_PRELOAD": str(library(Path(tempfile.mkdtemp()))), "OMP_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, "-m", "faults.harness", *sys.argv[1:]], environment)
+    shutil.rmtree(Path(os.environ["LD_PRELOAD"]).parent)  # it is loaded
     if args.planted:
         plant()
     outcomes = points(args.points, args.seed, *([("archive",)] if args.planted else []))
