@@ -51,10 +51,8 @@ def train(make_trainer, folder, dies_at=None):
     elif dies_at == "seal":
         checkpoints.seal = dies(None)
     elif dies_at == "rotate":
-        import trl_entropy.trainer.resumable as module
-
-        module.rotate_checkpoints = dies(None)
-    trainer.train(resume_from_checkpoint="latest")
+        trainer._delete_old_checkpoints = dies(None)
+    trainer.train(resume_from_checkpoint="latest_or_new")  # it may have been killed before its first checkpoint
     return trainer
 
 
