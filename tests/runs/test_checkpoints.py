@@ -121,3 +121,15 @@ def test_allowing_is_only_advised_where_it_can_be(run):
         with pytest.raises(CheckpointError) as error:
             checkpoints.check_contract(run / "checkpoint-2", CONTRACT | {"settings": settings})
         assert ("resume_allow_changes=seed" in str(error.value)) == advised
+
+
+def test_what_is_left_of_a_removal_that_was_cut_off_has_no_seal(run, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.remove(run / "checkpoint-2")
+    assert checkpoints.newest_complete(run) == run / "checkpoint-1"
+    with pytest.raises(CheckpointError, match="its writing was cut off"):
+        checkpoints.read_seal(run / "checkpoint-2")

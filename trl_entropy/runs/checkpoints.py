@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -50,6 +51,12 @@ def seal(path: Path, contract: Mapping[str, Any]) -> None:
     sync_tree(path)
     replace_text(path / SEAL, json.dumps({**contract, "files": files}, indent=1))
     sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, its seal first: what a killed process leaves of it does not look whole."""
+    (path / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def read_seal(path: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ class ResumableTrainer(GRPOTrainer):
     def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
         """Write all files, then a seal with checksums, then delete old checkpoints, never the only complete one."""
         if self.args.should_save and path.exists():  # of a run that was interrupted, or resumed from an earlier step
-            shutil.rmtree(path)
+            checkpoints.remove(path)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -222,7 +222,8 @@ class ResumableTrainer(GRPOTrainer):
         kept = set(found[:1]) | ({Path(best)} if best else set())
         old = [p for p in reversed(found) if p not in kept and checkpoints.step_of(p) not in self.checkpoints_in_use()]
         for path in old[: max(0, len(found) - max(limit, len(kept)))]:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # as in transformers: what cannot be deleted stays
+                checkpoints.remove(path)
 
 
 def _remedy(error: Exception, path: Path) -> str:
