@@ -85,5 +85,8 @@ def test_a_kill_at_any_rename_loses_no_line(run, monkeypatch):
         lines = "".join(path.read_text() for path in run.path.rglob("metrics.jsonl"))
         assert all(f'"step": {step}' in lines for step in (1, 2, 3))
         assert {b"1", b"2", b"3"} <= set(files(run.path).values())
+        newest = int(checkpoints.newest_complete(run.path).name.split("-")[1])
+        logged = [row["step"] for row in run.metrics()]
+        assert logged[:newest] == list(range(1, newest + 1))  # of the checkpoint that `latest` takes now
         kills += not finished
     assert kills > 3 and [row["step"] for row in run.metrics()] == [1]

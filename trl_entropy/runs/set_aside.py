@@ -22,12 +22,15 @@ def set_aside_after(run: RunDirectory, step: int) -> Path | None:
     Move what is about later steps than `step` into `set_aside/after_step_000020_1/` of the run, under its own names.
 
     Lines of metrics and evaluations, files of probes and completions, evaluated checkpoints and complete checkpoints
-    are moved. A process killed meanwhile leaves each of them in one of the two places or, for lines, in both.
+    are moved, the newest checkpoints first: one that is still there has all its lines. A process that is killed
+    meanwhile leaves each of them in one of the two places or, for lines, in both.
 
     Returns:
         The folder, or None if there was nothing to move.
     """
     folder = next(path for path in _names(run.path, step) if not path.exists())
+    for path in _checkpoints_after(run.path, step):
+        _move(path, run.path, folder)
     later = [row for row in run.metrics() if row["step"] > step]
     if later:
         replace_text(folder / run.metrics_path.name, "".join(to_line(row) + "\n" for row in later))
@@ -36,11 +39,15 @@ def set_aside_after(run: RunDirectory, step: int) -> Path | None:
     if evaluated:
         run.write_table(folder / run.evaluation_path.relative_to(run.path), evaluated)
         run.write_table(run.evaluation_path, [row for row in run.evaluation() if row["step"] <= step])
-    for path in [*_files_after(run.path, step), *_checkpoints_after(run.path, step)]:
-        target = folder / path.relative_to(run.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+    for path in _files_after(run.path, step):
+        _move(path, run.path, folder)
     return folder if folder.exists() else None
+
+
+def _move(path: Path, run: Path, folder: Path) -> None:
+    target = folder / path.relative_to(run)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, target)
 
 
 def _names(run: Path, step: int) -> Iterator[Path]:
@@ -56,7 +63,7 @@ def _files_after(run: Path, step: int) -> Iterator[Path]:
 
 
 def _checkpoints_after(run: Path, step: int) -> Iterator[Path]:
-    """Those with a seal; what has none is the rest of a writing that was cut off, and is written over."""
+    """Those with a seal, the newest first; what has none was cut off while it was written, and is written over."""
     for path in checkpoints_of(run):
         if int(path.name.split("-")[1]) > step and (path / SEAL).exists():
             yield path
