@@ -39,7 +39,7 @@ def test_refusals(tmp_path):
 @pytest.fixture(scope="module")
 def whole_file(tmp_path_factory):
     """A file of the format with two settings and one tensor."""
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="transformers reads GGUF with the package gguf")
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -63,7 +63,7 @@ def refused(tmp_path, content):
 
 @pytest.mark.parametrize("content", [b"GGUF\x03\x00\x00\x00", b"", b"no model"])
 def test_what_is_no_file_of_the_format_is_named_in_one_line(tmp_path, content):
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="transformers reads GGUF with the package gguf")
     refused(tmp_path, content)
 
 
@@ -75,7 +75,7 @@ def test_a_file_that_is_cut_or_damaged_is_named_in_one_line(tmp_path, whole_file
 
 def test_nothing_is_left_of_a_conversion_that_failed_at_its_end(tmp_path, monkeypatch):
     """A folder that is left would be trained on by the next run."""
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="transformers reads GGUF with the package gguf")
     (tmp_path / "model.gguf").touch()
     tokenizer = build_tokenizer()
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: build_model(tokenizer, seed=0))

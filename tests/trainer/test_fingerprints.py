@@ -1,5 +1,6 @@
 """What tells two runs apart: equal for equal data and adapters in any process, different for every difference."""
 
+import pytest
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -18,7 +19,8 @@ def test_gold_answers_and_order_count_and_the_object_does_not():
     assert len({data_fingerprint(dataset) for dataset in (same, other, turned, chat)}) == 4
 
 
-def test_images_count_by_their_place():
+def test_images_count_by_their_name_and_are_not_decoded(monkeypatch):
+    monkeypatch.setattr("datasets.Image.decode_example", lambda *_, **__: pytest.fail("decoded"))
     images = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
     pictured = [Dataset.from_dict(ROWS | {"image": images}) for _ in range(2)]
     assert data_fingerprint(pictured[0]) == data_fingerprint(pictured[1]) != data_fingerprint(Dataset.from_dict(ROWS))

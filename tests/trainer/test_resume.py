@@ -276,6 +276,16 @@ def test_changes_that_are_allowed_where_nothing_is_resumed_are_warned_of(make_tr
         assert caplog.messages.count(said) == times
 
 
+@pytest.mark.parametrize("change", [{"learning_rate": 5e-4}, {"temperature": 0.5}], ids=str)
+def test_a_schedule_that_follows_no_step_keeps_what_was_not_changed(make_trainer, problems, tmp_path, change):
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 9, "max_steps": 2}
+    settings |= {"eval_dataset": problems.select(range(4)), "num_generations_eval": 1, "warmup_steps": 0}
+    train(make_trainer, tmp_path / "run", **settings)
+    path = str(tmp_path / "run" / "checkpoint-1")
+    trainer = train(make_trainer, tmp_path / "run", None, path, **settings | change, resume_allow_changes=list(change))
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {change.get("learning_rate", 1e-3)}
+
+
 def test_no_file_of_a_run_holds_a_secret(make_trainer, tmp_path, monkeypatch):
     secrets = [f"hf_{letter * 30}" for letter in "abcd"]
     monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", secrets[0], f"--hub_token={secrets[1]}"])

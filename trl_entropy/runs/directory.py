@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import enum
+import functools
 import json
 import os
 import platform
@@ -319,6 +320,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _git_commit() -> str | None:
     """The commit of the checkout that holds this file, with `+` if there are uncommitted changes; None elsewhere."""
     root = Path(__file__).resolve().parents[2]

@@ -55,8 +55,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
     Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
-    after its warm start, which is made at the first use. Probes are turned on by toggles of the
-    config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
+    after its warm start, which is made at the first use. Probes are turned on by toggles of the config, or passed as
+    instances of [`~trl_entropy.Probe`] in `callbacks`.
 
     With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
     With that shuffle in TRL too, the two are equal; TRL's own, of single rows, draws other random numbers. Only
@@ -112,6 +112,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         # The micro-batch whose loss is being computed, if `token_control` chooses its tokens there.
         self._controlled: TrainingBatch | None = None
         self._around_micro_batch: contextlib.ExitStack
+        self._has_dropout = bool(dropout_of(self.model))
         # Empty if `kl_every` is 0, or if TRL logs the KL itself.
         self._start_parameters = snapshot_parameters(self.model) if args.kl_every and self.beta == 0 else {}
 
@@ -163,6 +164,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def begin_training(self) -> None:
         super().begin_training()
         self._statistics = StepStatistics(self.accelerator.device)
+        self._has_dropout = bool(dropout_of(self.model))
         self._controlled = None
         self.step_prompts.reset()
         self._step_log.reset()
@@ -350,7 +352,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         None where there is no dropout: they are those of the loss.
         """
         model = self.accelerator.unwrap_model(self.model)
-        policy = self._score_without_dropout(model, inputs) if dropout_of(model) else None
+        policy = self._score_without_dropout(model, inputs) if self._has_dropout else None
         with swapped_parameters(model, self._start_parameters):
             return policy, self._score_without_dropout(model, inputs)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
+from datasets.features.features import require_decoding
 from torch import nn
 
 from trl_entropy.engine import parameter_shape
@@ -18,7 +19,7 @@ _NOT_TRAINING = ("base_model_name_or_path", "revision", "inference_mode", "peft_
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """A hash of all columns in the order of the rows, images by their place only; of a streamed dataset of nothing."""
+    """A hash of all columns in the order of the rows, of images the column's name only; of a stream nothing."""
     return fingerprint(_rows(dataset))
 
 
@@ -40,5 +41,7 @@ def adapter_settings(model: nn.Module) -> dict[str, object]:
 
 def _rows(dataset: Any) -> Iterator[str]:
     if isinstance(dataset, Dataset):
-        for batch in dataset.with_format(None).iter(_BATCH):
+        yield from dataset.column_names
+        read = [name for name, feature in dataset.features.items() if not require_decoding(feature)]
+        for batch in dataset.select_columns(read).with_format(None).iter(_BATCH):
             yield json.dumps(batch, sort_keys=True, default=lambda value: type(value).__name__)

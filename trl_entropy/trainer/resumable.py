@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -32,6 +33,13 @@ from trl_entropy.trainer.fingerprints import adapter_settings, data_fingerprint,
 from trl_entropy.trainer.training_state import GenerationWindow
 
 logger = logging.getLogger(__name__)
+
+
+# Settings whose values an optimizer or a learning-rate schedule keeps in its own state.
+_OF_THE_OPTIMIZER = (
+    *("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "warmup_steps"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "num_train_epochs"),
+)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -167,18 +175,24 @@ class ResumableTrainer(GRPOTrainer):
         if checkpoint is None:
             return
         training_state.load(self.state_owners(), Path(checkpoint), self.args.process_index)
-        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        if self._allowed_changes:
+        changed = any(name in _OF_THE_OPTIMIZER for name in self._allowed_changes)
+        if changed:
             self._set_hyperparameters()
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        follows_steps = not isinstance(scheduler, ReduceLROnPlateau)
+        if (changed or self.args.additional_steps) and follows_steps:  # the loaded rate is that of the other schedule
             scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
-        if self._allowed_changes or self.args.additional_steps:  # the loaded rate is that of the other schedule
             scheduler.last_epoch -= 1
             scheduler.step()
 
     def _set_hyperparameters(self) -> None:
         """Give the optimizer those of the arguments: it has loaded the checkpoint's."""
         args = self.args
-        values = {"initial_lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        values = {
+            "lr": args.learning_rate,
+            "initial_lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+        }
         values |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
         for place, group in enumerate(self.optimizer.param_groups):
             kept = ("weight_decay",) if place else ()  # transformers' second group is that without decay
