@@ -46,24 +46,30 @@ class KillAfter(TrainerCallback):
                 file.write(line[: len(line) // 2])
 
 
-@pytest.fixture(scope="session")
-def real_run(tmp_path_factory, warm_start_dir) -> Path:
+def train_and_evaluate(path: Path, callbacks=(), **settings) -> None:
+    """Leaves a run of three steps in `path`, and the evaluation of its start policy and its checkpoint."""
     from trl_entropy.config.command_line import parse
     from trl_entropy.evaluation.plan import PROFILES, Job, read_config, settings_of, targets_of
     from trl_entropy.evaluation.worker import evaluate
     from trl_entropy.runs.directory import RunDirectory
     from trl_entropy.train import build_trainer
 
-    path = tmp_path_factory.mktemp("real") / "three-steps"
-    given = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    given = [word for name, value in (SETTINGS | settings).items() for word in (f"--{name}", str(value))]
     task, args, model = parse(["--config", f"{REPOSITORY}/configs/quickstart.yaml", "--output_dir", str(path), *given])
     trainer = build_trainer(task, args, model)
-    trainer.add_callback(probe_of_notebook()(every=1))
-    trainer.add_callback(KillAfter(2, path, path.parent / "killed" / path.name))
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train()
     config = read_config(path)
-    settings = settings_of(config, PROFILES["quick"], subset_frac=0.004, num_samples=2)
+    chosen = settings_of(config, PROFILES["quick"], subset_frac=0.004, num_samples=2)
     for target in targets_of(path, config, "all"):
-        evaluate(Job(target, settings, str(RunDirectory(path).checkpoint_folder(target.step)), 32, "cpu"))
+        evaluate(Job(target, chosen, str(RunDirectory(path).checkpoint_folder(target.step)), 32, "cpu"))
     RunDirectory(path).write_checkpoint_tables()
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory, warm_start_dir) -> Path:
+    path = tmp_path_factory.mktemp("real") / "three-steps"
+    kill = KillAfter(2, path, path.parent / "killed" / path.name)
+    train_and_evaluate(path, callbacks=[probe_of_notebook()(every=1), kill])
     return path

@@ -3,7 +3,7 @@ Mutated configs, data files and run directories: every command ends with an exit
 
     PYTHONPATH=.:tests python -m fuzz.cases config --cases 1000 --seed 0 --found tests/fuzz/corpus
     PYTHONPATH=.:tests python -m fuzz.cases data --cases 400
-    PYTHONPATH=.:tests python -m fuzz.cases run --cases 600 --run runs/some-run
+    PYTHONPATH=.:tests python -m fuzz.cases run --cases 600
 
 What ends otherwise is printed, and with `--found` kept in a file that `test_fuzz.py` tries ever after.
 """
@@ -26,6 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 from fuzz.mutations import BYTES, mutated_json_lines, mutated_yaml
+from real_run import train_and_evaluate
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -221,9 +222,18 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=Path, help="the run to damage copies of")
+    parser.add_argument("--run", type=Path, help="damage copies of this run instead of a new one of three steps")
     parser.add_argument("--found", type=Path, help="a folder for the cases that end with a traceback")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.kind == "run" and args.run is None:
+            args.run = Path(folder).resolve() / "three-steps"
+            train_and_evaluate(args.run, save_only_model=False, log_completions=True, num_completions_to_print=1)
+        sys.exit(bool(try_cases(args)))
+
+
+def try_cases(args: argparse.Namespace) -> Counter[str]:
+    """Print how cases ended that should not have; how often each."""
     kinds: Counter[str] = Counter()
     for number in range(args.cases):
         rng = random.Random(f"{args.kind} {args.seed} {number}")
@@ -241,7 +251,7 @@ def main() -> None:
             if args.found and kinds[last] <= 2:
                 keep(args.found, args.kind, command, case, number)
     print(f"{args.cases} cases of {args.kind}, seed {args.seed}: {sum(kinds.values())} ended otherwise")
-    sys.exit(bool(kinds))
+    return kinds
 
 
 if __name__ == "__main__":
