@@ -44,6 +44,8 @@ class ProbeChecks(Requirements):
             return self.check_rollouts_source()
         if self.entropy_attribution != "none":
             self.check_attribution()
+        if self.entropy_probe_completions == "next_rollouts":
+            return self.check_next_rollouts(self.num_entropy_completions())
         self._check_probe_batch()
         if self.entropy_second_order and not all(self._step_of_adamw().values()):
             raise ValueError(
@@ -51,8 +53,60 @@ class ProbeChecks(Requirements):
                 f"{self._optimizer_name()}. Set optim='adamw_torch_fused', or entropy_second_order=False."
             )
 
+    def num_entropy_completions(self) -> int:
+        """Completions of all processes that the entropy probe measures on, where they are independent of the step."""
+        if self.entropy_probe_num_completions is not None:
+            return self.entropy_probe_num_completions
+        if self.entropy_probe_completions != "next_rollouts":
+            return 64
+        group, world, rows = int(self.num_generations or 1), self.world_size, self._rows_of_step()
+        if rows % group:
+            return world * rows
+        groups = -(-rows * world // (4 * group))
+        return -(-max(groups, 4) // world) * world * group
+
+    def _rows_of_step(self) -> int:
+        """Completions of one process in a step."""
+        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps)
+
+    def check_next_rollouts(self, number: int) -> None:
+        """
+        Raises `ValueError` unless the next step's completions are independent of a step, and `number` of them are whole
+        groups on each process: see `NextRolloutsProbe`.
+        """
+        what = "entropy_probe_completions='next_rollouts'"
+        otherwise = "entropy_probe_completions='held_out'"
+        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+        remedies = {
+            "num_iterations=1 (else steps share completions)": self.num_iterations == 1,
+            "entropy_second_order=False (it is predicted before the step)": not self.entropy_second_order,
+            f"steps_per_generation={accumulation} (else later steps get groups chosen by their rewards)": (
+                not self.resample_uninformative_groups or accumulation % generation == 0
+            ),
+        }
+        needs = f"{what} measures a step on completions of the next one, which must not depend on it"
+        self._check_settings(remedies, needs, otherwise)
+        self._check_num_prompts_of_a_step(what, otherwise)
+        unit, rows = self.world_size * self.num_generations, self._rows_of_step()
+        whole = self.world_size * rows
+        if number == whole:
+            return
+        if rows % self.num_generations:
+            raise ValueError(
+                f"{what} takes {number} of a step's {whole} completions in whole prompt groups, but a process has "
+                f"{rows}, no multiple of num_generations={self.num_generations}. Set "
+                f"entropy_probe_num_completions={whole}, all of them, or {otherwise}."
+            )
+        if number % unit or not 4 * self.num_generations <= number <= whole:
+            fitting = min(max(number // unit, -(-4 // self.world_size)) * unit, whole)
+            raise ValueError(
+                f"entropy_probe_num_completions is {number}: with {what} it must be a multiple of {unit} "
+                f"({self.world_size} process(es) x num_generations={self.num_generations}), of at least 4 prompts, and "
+                f"at most the {whole} completions of a step. Try entropy_probe_num_completions={fitting}."
+            )
+
     def _check_probe_batch(self) -> None:
-        prompts, world = self.entropy_probe_num_completions, self.world_size
+        prompts, world = self.num_entropy_completions(), self.world_size
         if prompts < 4 * world or prompts % world:
             fitting = max(4, round(prompts / world)) * world
             raise ValueError(
@@ -62,7 +116,12 @@ class ProbeChecks(Requirements):
             )
 
     def check_attribution(self) -> None:
-        """Raises `ValueError` unless the step is AdamW's."""
+        """Raises `ValueError` unless the step is AdamW's, and predicted to first order."""
+        if self.entropy_prediction == "none":
+            raise ValueError(
+                "entropy_attribution splits the first-order prediction (T9), and entropy_prediction='none' makes none. "
+                "Set entropy_prediction='linear', or entropy_attribution='none'."
+            )
         if not all(self._step_of_adamw().values()):
             raise ValueError(
                 f"entropy_attribution splits a step of AdamW (T9), but optim is {self._optimizer_name()}. Set "

@@ -8,6 +8,8 @@ from trl_entropy.config.setting import setting
 
 # Where the entropy probe draws the completions that it measures on.
 _DRAWN: dict[str, tuple[object, ...]] = {"entropy_probe_completions": ("held_out", "eval")}
+# Where they are independent of the step, so that its change can be measured on them without bias.
+_INDEPENDENT: dict[str, tuple[object, ...]] = {"entropy_probe_completions": ("next_rollouts", "held_out", "eval")}
 
 
 @dataclass
@@ -22,7 +24,8 @@ class ProbeSettings:
         changes_training=False,
         logs="`entropy/delta_measured`, `_linear`, `_trapezoid` and their `_stderr`; over the run, how well "
         "prediction and measurement agree",
-        cost="drawing a batch of completions, and about 8 forward passes over it",
+        cost="about 8 forward passes over `entropy_probe_num_completions` completions; and drawing them, unless they "
+        "are the next step's",
     )
     entropy_probe_every: int = setting(
         "The entropy probe measures every this many steps.",
@@ -31,20 +34,24 @@ class ProbeSettings:
         probe="entropy_probe",
         changes_training=False,
     )
-    entropy_probe_num_completions: int = setting(
-        "Size of the batch that the entropy probe draws, over all processes, with one completion for each prompt.",
-        64,
+    entropy_probe_num_completions: int | None = setting(
+        "Number of completions that the entropy probe measures on, over all processes. If it is not set: with "
+        "entropy_probe_completions=next_rollouts a quarter of a step's, in whole prompt groups and of 4 prompts or more; "
+        "else 64, with one completion for each prompt.",
+        None,
         unit="completions",
         probe="entropy_probe",
-        read_with=_DRAWN,
+        read_with=_INDEPENDENT,
         changes_training=False,
     )
     entropy_probe_completions: str = setting(
-        "Which completions the entropy probe measures on. held_out: drawn for training prompts that are not in this "
-        "step. eval: drawn for prompts of eval_dataset. rollouts: the step's own completions; nothing is generated, "
-        "and a completion never predicts its own prompt's change (T17).",
-        "held_out",
-        choices=("held_out", "eval", "rollouts"),
+        "Which completions the entropy probe measures on. next_rollouts: those of the next step, which are independent "
+        "of this step's update; nothing is generated, and the numbers of a step are known when the next one begins. "
+        "held_out: drawn for training prompts that are not in this step. eval: drawn for prompts of eval_dataset. "
+        "rollouts: the step's own completions; nothing is generated, and a completion never predicts its own prompt's "
+        "change (T17).",
+        "next_rollouts",
+        choices=("next_rollouts", "held_out", "eval", "rollouts"),
         probe="entropy_probe",
         changes_training=False,
         logs="`rollouts`: `entropy/delta_cross_prompt`, `_in_sample` (T17) in place of the others",
@@ -59,6 +66,18 @@ class ProbeSettings:
         probe="entropy_probe",
         read_with=_DRAWN,
         changes_training=False,
+    )
+    entropy_prediction: str = setting(
+        "How the change of the entropy is predicted from the update. linear: to first order, from the derivative "
+        "before the step. trapezoid: also from the mean of the derivatives before and after it. none: it is only "
+        "measured.",
+        "trapezoid",
+        choices=("trapezoid", "linear", "none"),
+        unit="nats per token",
+        probe="entropy_probe",
+        read_with=_INDEPENDENT,
+        changes_training=False,
+        cost="about 4 forward passes over the probe's completions for each derivative",
     )
     entropy_second_order: bool = setting(
         "Also predict the change of the entropy to second order, before the step is made. Needs AdamW.",

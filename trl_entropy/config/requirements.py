@@ -62,6 +62,9 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
                     f"step(s) splits groups of num_generations={self.num_generations}. Try "
                     f"per_device_train_batch_size={below + self.num_generations}, a multiple of num_generations."
                 )
+        self._check_num_prompts_of_a_step(what, otherwise)
+
+    def _check_num_prompts_of_a_step(self, what: str, otherwise: str) -> None:
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         num_prompts = self.world_size * rows // self.num_generations
         if num_prompts < 4:

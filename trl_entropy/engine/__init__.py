@@ -24,13 +24,16 @@ from trl_entropy.engine.parameters import (
     swapped_parameters,
     trainable_parameters,
 )
+from trl_entropy.engine.past_update import KeptUpdate, PastUpdate
 from trl_entropy.engine.ranks import OtherRankFailed, ending_together, rank_symmetric
 from trl_entropy.engine.reader import EngineReader
 
 __all__ = [
     "Engine",
     "EngineReader",
+    "KeptUpdate",
     "OtherRankFailed",
+    "PastUpdate",
     "UpdateContext",
     "build_engine",
     "ending_together",

@@ -183,6 +183,17 @@ class UpdateContext:
         """
         return self._engine.step_skipped()
 
+    # ---- this rank's shares, for what is measured when the step is over
+
+    def shares_before(self) -> dict[str, Tensor]:
+        """This rank's share of theta before the step, which may be kept: nothing writes into it. Local."""
+        return self._theta_before
+
+    def shares_of_moment(self, key: str) -> dict[str, Tensor]:
+        """Copies of this rank's share of a moment before the step, none before the first. Local."""
+        self._require(key, ("before",))
+        return {name: share.detach().clone() for name, share in self._engine.local_moment(key).items()}
+
     # ---- changing the step
 
     @property

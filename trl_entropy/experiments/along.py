@@ -61,6 +61,7 @@ def changes_at(start: PointTerms, there: RatioTerms, factor: float) -> dict[str,
     def scaled(terms: RatioTerms, by: float) -> RatioTerms:
         return RatioTerms(*(by * column for column in terms))
 
+    assert start.tangents is not None
     tangents = scaled(start.tangents, factor)
     changes = {"measured": delta_measured(start.terms, there), "linear": delta_linear(start.terms, tangents)}
     if start.second_tangents is not None:

@@ -99,7 +99,7 @@ def compute(state: FixedState, cache: Cache, options: argparse.Namespace) -> Res
     """The true change and the predictions at every length of the step."""
     columns = sweep_pool(state, cache, options.num_completions, options.seed, options.batch_size)
     start, points = points_of(columns, len(FACTORS))
-    assert start.second_tangents is not None
+    assert start.tangents is not None and start.second_tangents is not None
     eta_star = critical_length(start.terms, start.tangents, start.second_tangents)
     prompts = torch.arange(len(columns))
     rows: list[Row] = []

@@ -101,9 +101,18 @@ def _always(plan: Plan) -> dict[str, int]:
     }
     if plan.args.kl_every and plan.args.beta == 0:
         items["start parameters (kl_every)"] = shape.num_trainable * trained_bytes(plan)
+    if kept := _kept_update(plan):
+        items["last step, until it is measured"] = kept // memory.shards(plan.engine, "optimizer", plan.world_size)
     if plan.args.entropy_probe and plan.args.entropy_placebo:
         items["earlier update (entropy_placebo)"] = 4 * shape.num_trainable
     return {name: size for name, size in items.items() if size}
+
+
+def _kept_update(plan: Plan) -> int:
+    """Bytes, over all processes, of what is kept of a step until the next completions have been drawn, and saved."""
+    if not plan.args.entropy_probe or plan.args.entropy_probe_completions != "next_rollouts":
+        return 0
+    return 4 * shape_of(plan).num_trainable * (1 if plan.args.entropy_attribution == "none" else 2)
 
 
 def _gradients(plan: Plan) -> dict[str, int]:
@@ -170,7 +179,7 @@ def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
     """Copies: parameters before and after, update; for the second order gradient and moments; three more for (T9)."""
     args, shape = plan.args, shape_of(plan)
     order = 2 if args.entropy_second_order else 1
-    rows = min(args.probe_batch_size, max(1, args.entropy_probe_num_completions // plan.world_size))
+    rows = min(args.probe_batch_size, max(1, args.num_entropy_completions() // plan.world_size))
     scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order)
     attributed = args.entropy_attribution != "none"
     if attributed:  # grad h, and by sequence every g_i, need a backward pass
@@ -261,7 +270,7 @@ def checkpoint_bytes(plan: Plan) -> int:
         shape_of(plan).num_trainable,
         trained_bytes(plan),
         plan.has_adapter,
-        0 if plan.args.save_only_model else of_all_processes,
+        0 if plan.args.save_only_model else of_all_processes + _kept_update(plan),
     )
 
 
@@ -284,7 +293,7 @@ def probe_file_bytes(plan: Plan) -> int:
         return 0
     probed = plan.num_steps // args.entropy_probe_every
     kept = probed if args.probe_files_keep is None else min(probed, args.probe_files_keep)
-    held_out = 0 if args.entropy_probe_completions == "rollouts" else args.entropy_probe_num_completions
+    held_out = 0 if args.entropy_probe_completions == "rollouts" else args.num_entropy_completions()
     completion = 16 * plan.sequence_length + 24 * args.max_completion_length
     attributed = 0 if args.entropy_attribution == "none" else 20 * args.max_completion_length + 16
     return kept * ((held_out + plan.completions_per_step) * completion + plan.completions_per_step * attributed)

@@ -3,6 +3,7 @@
 from trl_entropy.probes.effective_sample_size import EffectiveSampleSizeProbe
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.fisher import FisherProbe
+from trl_entropy.probes.next_rollouts import NextRolloutsProbe
 from trl_entropy.probes.noise_scale import NoiseScaleProbe
 from trl_entropy.probes.optimizer_state import OptimizerStateProbe
 from trl_entropy.probes.probe import Probe
@@ -22,6 +23,7 @@ __all__ = [
     "EffectiveSampleSizeProbe",
     "EntropyProbe",
     "FisherProbe",
+    "NextRolloutsProbe",
     "NoiseScaleProbe",
     "OptimizerStateProbe",
     "Probe",

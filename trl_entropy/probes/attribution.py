@@ -12,8 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
-from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
-from trl_entropy.engine.adamw_step import metric_of_step, read_before_step, update_parts
+from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.attribution.shares import (
     Attribution,
     CategoryRecord,
@@ -50,8 +49,9 @@ CATEGORIES = {"sequence": OUTCOMES, "token": OUTCOMES_BY_PROBABILITY}
 
 class ProbeBatch(NamedTuple):
     """
-    The probe batch E, scored before the step: this rank's completions and their importance weights (T6), the entropy
-    terms of all ranks' completions, and the first-order change grad h . dtheta, nats per token.
+    The probe batch E, scored with the parameters from before the step: this rank's completions and their importance
+    weights (T6), the entropy terms of all ranks' completions, and the first-order change grad h . dtheta, nats per
+    token.
     """
 
     completions: Completions
@@ -88,7 +88,7 @@ class StepAttribution:
     Cost, with E the probe batch and U the step's own completions: a forward and backward pass of E for grad h;
     `"sequence"` adds one such pass of U, and one more each for the KL term and the bonus; `"token"` adds a
     forward-mode pass of U.
-    Memory: three vectors of all trainable parameters, in addition to the moments and the gradient.
+    Memory: five vectors of all trainable parameters while it computes, beside the three of the step itself.
 
     Args:
         mode: `"sequence"` (by completion) or `"token"`.
@@ -101,7 +101,7 @@ class StepAttribution:
         self.mode, self.batch_size = mode, batch_size
         self.record = CategoryRecord.empty(CATEGORIES[mode])
 
-    # ---- called by the probe, in this order
+    # ---- called by the probe
 
     def check(self, args: DrGRPOConfig, model: nn.Module) -> None:
         """Raises `ValueError` that names a loss, a dropout or a trainable module that (T9) does not cover."""
@@ -111,14 +111,10 @@ class StepAttribution:
         if self.mode == "sequence":
             check_sequences(model, "entropy_attribution='sequence'")
 
-    def before_update(self, update: UpdateContext) -> None:
-        """Read what the optimizer's step is computed from, before it changes. Collective."""
-        read_before_step(update)
-
-    def after_update(
+    def attribute(
         self,
         args: DrGRPOConfig,
-        update: UpdateContext,
+        past: PastUpdate,
         engine: Engine,
         record: StepRecord,
         probe: ProbeBatch,
@@ -128,16 +124,16 @@ class StepAttribution:
         accelerator, temperature = engine.accelerator, args.temperature
         rollouts, coefficients = record.rollouts, record.loss_coefficients
         assert coefficients is not None, "the entropy probe needs_loss_coefficients"
-        gradient = self._entropy_gradient(update, engine, probe, temperature)
+        gradient = self._entropy_gradient(past, engine, probe, temperature)
         products = UpdateProducts(0.0, 0.0, 0.0)
-        for name, parts in update_parts(update):
+        for name, parts in past.parts():
             products = update_products(gradient[name], parts, products)
-        direction = {name: metric * gradient[name] for name, metric in metric_of_step(update).items()}
-        contributions = self._contributions(update, engine, rollouts, coefficients, direction, temperature)
+        direction = {name: metric * gradient[name] for name, metric in past.metric().items()}
+        contributions = self._contributions(past, engine, rollouts, coefficients, direction, temperature)
         completions = accelerator.gather(contributions.policy.sum(1))
         other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
-        if update.correction:
-            made = engine.dot(update.correction, gradient)
+        if past.correction:
+            made = engine.dot(past.correction, gradient)
             other["entropy_control"] = completions.new_tensor([made], dtype=torch.float64)
         attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions, other)
         self._add_to_record(contributions, rollouts, accelerator)
@@ -152,14 +148,14 @@ class StepAttribution:
     def load_state_dict(self, state: StateDict) -> None:
         self.record = CategoryRecord(self.record.names, PooledParts(**state["parts"]), state["counts"])
 
-    # ---- the steps of `after_update`
+    # ---- the steps of `attribute`
 
     def _entropy_gradient(
-        self, update: UpdateContext, engine: Engine, probe: ProbeBatch, temperature: float
+        self, past: PastUpdate, engine: Engine, probe: ProbeBatch, temperature: float
     ) -> dict[str, Tensor]:
         """grad h over all ranks' probe batches E: computed by each rank alone, then summed over ranks. Collective."""
         entropy, num_tokens = float(policy_entropy(probe.terms).value), float(probe.terms.denominator.sum())
-        params, size = update.params_before, self.batch_size
+        params, size = past.params_before, self.batch_size
         with (
             rank_symmetric(engine.accelerator, "differentiating the entropy of the probe batch"),
             engine.scoring_model(params) as model,
@@ -169,7 +165,7 @@ class StepAttribution:
 
     def _contributions(
         self,
-        update: UpdateContext,
+        past: PastUpdate,
         engine: Engine,
         rollouts: RolloutBatch,
         coefficients: LossCoefficients,
@@ -177,7 +173,7 @@ class StepAttribution:
         temperature: float,
     ) -> Contributions:
         """The contributions of this rank's completions, or of their tokens. Local."""
-        completions, params = Completions.of(rollouts), update.params_before
+        completions, params = Completions.of(rollouts), past.params_before
         with (
             rank_symmetric(engine.accelerator, "attributing the entropy change to the step's completions"),
             engine.scoring_model(params) as model,
@@ -241,7 +237,7 @@ class StepAttribution:
         }
         if contributions.scores is not None:
             tensors |= {"logps": contributions.scores.logps[0], "entropy": contributions.scores.entropy[0]}
-        files.write(self.name, record.step, tensors)
+        files.write(self.name, record.step, tensors, learning_rate=record.learning_rate)
 
 
 def _by_token(

@@ -44,7 +44,9 @@ class ProbeFiles:
         """Called when training begins: the next step's rollouts are not written yet."""
         self._rollouts_written = None
 
-    def write(self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None) -> None:
+    def write(
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None, **more: object
+    ) -> None:
         """
         Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective.
 
@@ -52,6 +54,7 @@ class ProbeFiles:
             tensors: this process's rows by name; the width of `completion_mask`, which must be among them, is the
                 number of columns of the completions.
             distribution: which prompts and groups the numbers describe, if not the step's own.
+            more: entries of the file's metadata.
         """
         width = torch.tensor([tensors["completion_mask"].shape[1]], device=self._accelerator.device)
         missing = int(self._accelerator.gather(width).max() - width)  # columns that this rank lacks
@@ -61,10 +64,10 @@ class ProbeFiles:
                 rows = torch.nn.functional.pad(rows, (0, missing))
                 rows = self._accelerator.pad_across_processes(rows, dim=1, pad_first=True)
             gathered[name] = self._accelerator.gather(rows)
-        self.write_gathered(probe, step, gathered, distribution)
+        self.write_gathered(probe, step, gathered, distribution, **more)
 
     def write_gathered(
-        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None, **more: str
+        self, probe: str, step: int, tensors: dict[str, Tensor], distribution: str | None = None, **more: object
     ) -> None:
         """Write `probes/<probe>/step_*.safetensors` on the main process; `tensors` hold the rows of all. Local."""
         args = self._args

@@ -112,6 +112,18 @@ def check_no_dropout(model: nn.Module, what: str) -> None:
     )
 
 
+def check_drawn_without_dropout(model: nn.Module, what: str) -> None:
+    """Raises `ValueError` if training draws its completions with dropout, naming its settings."""
+    if found := dropout_of(model):
+        named = ", ".join(f"{name}={rate:g}" for name, rate in found.items())
+        zero = ", ".join(f"{name}=0" for name in found)
+        raise ValueError(
+            f"{named}: {what} needs completions drawn from the policy, and training draws its own with dropout, from "
+            f"another policy at each token. Set {zero} (disable_dropout=True does it for modules of dropout), or "
+            "entropy_probe_completions='held_out'."
+        )
+
+
 def check_no_auxiliary_loss(args: DrGRPOConfig, model: nn.Module, what: str) -> None:
     """Raises `ValueError` if TRL adds the loss that balances the load of a mixture's experts."""
     config = base_model(model).config.get_text_config()

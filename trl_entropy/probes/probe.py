@@ -85,9 +85,18 @@ class Probe(TrainerCallback):
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
-        Each time completions were generated and rewarded, whatever the cadence, by the parameters after the last step
-        and before they are shuffled and split: `drawn` (`RolloutBatch`), `record` (`StepRecord` of the step before;
-        None at the first step and after a resume).
+        When a step begins, whatever the cadence: `drawn` (`RolloutBatch`), the completions that are known by then, all
+        of a new generation, before uninformative groups are replaced, or the step's own of an earlier one; `engine`;
+        `record` (`StepRecord` of the step before; None at the first step, and after a resume unless its update was
+        kept). What is put into `metrics` is logged with the step of `record`.
+        """
+
+    def on_no_more_rollouts(
+        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+    ) -> None:
+        """
+        When training ends, after the last checkpoint: no completions will follow the last step. `engine`, `record`
+        (`StepRecord` of that step). What is put into `metrics` is logged with it. Not sent after SIGTERM.
         """
 
     def around_micro_batch(

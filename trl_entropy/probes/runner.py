@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,8 +48,11 @@ class StepHost(Protocol):
     def current_step(self) -> int:
         """The present optimizer step, 1, 2, ...: the update from theta_(step - 1) to theta_step."""
 
-    def record_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Log scalars with the present step."""
+    def record_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log scalars with the present step, or with an earlier one."""
+
+    def _get_learning_rate(self) -> float:
+        """transformers': the learning rate of the step that is being made."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class ProbeRunner(TrainerCallback):
     into `metrics` and how long they took.
 
     It is a callback itself, registered before the probes, for the events that transformers sends. The trainer reports
-    the other ones by calling [`rollouts_drawn`], [`around_micro_batch`], [`micro_batch_done`], [`rollouts_complete`]
-    and [`gradients_ready`].
+    the other ones by calling [`rollouts_drawn`], [`around_micro_batch`], [`micro_batch_done`], [`rollouts_complete`],
+    [`gradients_ready`] and [`no_more_rollouts`].
     """
 
     def __init__(self) -> None:
@@ -86,6 +89,7 @@ class ProbeRunner(TrainerCallback):
         self._micro_batches: list[TrainingBatch] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._coefficients = LossCoefficientRecorder()
+        self.epoch_has_ended = False
         self._warned: set[str] = set()  # self-checks of which the console has been told
 
     def attach(self, host: StepHost, sampler: ProbeBatchSampler, files: ProbeFiles) -> None:
@@ -128,9 +132,13 @@ class ProbeRunner(TrainerCallback):
     def _records_coefficients(self) -> bool:
         return any(probe.needs_loss_coefficients for probe in self._wanting())
 
-    def _send(self, event: str, probes: list[Probe] | None = None, **kwargs: Any) -> None:
-        """Call `event` of every probe that wants this step, or of `probes`, and log what it puts into `metrics`."""
+    def _send(self, event: str, probes: list[Probe] | None = None, step: int | None = None, **kwargs: Any) -> None:
+        """
+        Call `event` of every probe that wants this step, or of `probes`, and log what it puts into `metrics` with this
+        step, or with `step`.
+        """
         host = self._host
+        step = host.current_step if step is None else step
         model = host.accelerator.unwrap_model(host.model)
         for probe in self._wanting() if probes is None else probes:
             metrics: dict[str, float] = {}
@@ -147,19 +155,18 @@ class ProbeRunner(TrainerCallback):
                 **kwargs,
             )
             self._seconds[probe.name] += time.perf_counter() - start
-            self._warn_of_self_checks(metrics)
-            host.record_metrics(metrics)
+            self._warn_of_self_checks(metrics, step)
+            if metrics:
+                host.record_metrics(metrics, step)
 
-    def _warn_of_self_checks(self, metrics: Mapping[str, float]) -> None:
+    def _warn_of_self_checks(self, metrics: Mapping[str, float], step: int) -> None:
         """Say once for each key that a probe computed the same number in two ways, and that they differ."""
         host = self._host
         failed = {key: value for key, value in failed_self_checks(metrics).items() if key not in self._warned}
         self._warned |= failed.keys()
         if failed and host.accelerator.is_main_process:
             named = ", ".join(f"{key} is {value:.2g}" for key, value in failed.items())
-            logger.warning(
-                "step %d: %s, and may be at most %g. %s", host.current_step, named, SELF_CHECK_LIMIT, advice()
-            )
+            logger.warning("step %d: %s, and may be at most %g. %s", step, named, SELF_CHECK_LIMIT, advice())
 
     # ---- training begins and ends
 
@@ -194,6 +201,16 @@ class ProbeRunner(TrainerCallback):
             self._start_engine()
         tensorboard.lay_out(host.callback_handler.callbacks, {probe.name for probe in probes})
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.epoch_has_ended = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.epoch_has_ended = True
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -217,15 +234,33 @@ class ProbeRunner(TrainerCallback):
 
     # ---- rollouts and micro-batches
 
-    def rollouts_drawn(self, batch: TrainingBatch) -> None:
-        """A generation has been drawn and rewarded, at theta after the last step. Whatever their cadence, probes that
-        listen are told: one that measures every fifth step finishes it when the next completions come."""
-        listening = [probe for probe in self.probes() if type(probe).on_rollouts_drawn is not Probe.on_rollouts_drawn]
+    def rollouts_drawn(self, batches: Sequence[TrainingBatch], by_present_policy: bool) -> None:
+        """
+        To call when a step begins. Whatever their cadence, probes that listen are told: one that measures every fifth
+        step finishes it when the next completions come.
+
+        Args:
+            batches: the completions of the step that are known, or all of a new generation.
+            by_present_policy: whether they were drawn after the last step, rather than before it.
+        """
+        listening, record = self._overriding("on_rollouts_drawn"), self.last_step
         if listening:
-            drawn = RolloutBatch.from_micro_batches([batch])
-            self._send("on_rollouts_drawn", listening, drawn=drawn, record=self.last_step)
-        if self.last_step is not None:
-            self.last_step.forget_update()  # not to be held while the next step is made
+            drawn = RolloutBatch.from_micro_batches(batches, by_present_policy)
+            step = None if record is None else record.step
+            self._send("on_rollouts_drawn", listening, step, drawn=drawn, record=record, engine=self.engine)
+        if record is not None:
+            record.forget_update()  # not to be held while the next step is made
+
+    def no_more_rollouts(self) -> None:
+        """To call when training ends, after the last checkpoint, unless it is to go on later."""
+        if (record := self.last_step) is not None:
+            listening = self._overriding("on_no_more_rollouts")
+            self._send("on_no_more_rollouts", listening, record.step, record=record, engine=self.engine)
+            record.forget_update()
+
+    def _overriding(self, event: str) -> list[Probe]:
+        """The probes that listen to an event, whatever their cadence."""
+        return [probe for probe in self.probes() if getattr(type(probe), event) is not getattr(Probe, event)]
 
     @property
     def num_micro_batches(self) -> int:
@@ -267,7 +302,8 @@ class ProbeRunner(TrainerCallback):
         """To call after `micro_batch_done` of the step's last micro-batch."""
         rollouts = RolloutBatch.from_micro_batches(self._micro_batches)
         self._micro_batches = []
-        self.last_step = StepRecord(self._host.current_step, rollouts)
+        host = self._host
+        self.last_step = StepRecord(host.current_step, host._get_learning_rate(), rollouts)
         self._send("on_rollouts", rollouts=rollouts, record=self.last_step)
 
     # ---- the update
@@ -312,15 +348,21 @@ class ProbeRunner(TrainerCallback):
     # ---- resuming
 
     def state_dict(self) -> StateDict:
-        """The state of every probe that has one, by its `state_name`."""
-        return {name: probe.state_dict() for name, probe in self.named_probes().items()}
+        """The state of every probe that has one, by its `state_name`, and the last step if it is not measured yet."""
+        record = self.last_step
+        return {
+            "probes": {name: probe.state_dict() for name, probe in self.named_probes().items()},
+            "last_step": None if record is None or record.kept is None else record.state_dict(),
+        }
 
     def load_state_dict(self, state: StateDict) -> None:
         """Give each probe its state back; one that is turned on later has none, and one that is off is named."""
-        named = self.named_probes()
-        for name in (name for name in named if name in state):
-            named[name].load_state_dict(state[name])
-        if gone := sorted(state.keys() - named.keys()):
+        named, of_probes = self.named_probes(), state["probes"]
+        for name in (name for name in named if name in of_probes):
+            named[name].load_state_dict(of_probes[name])
+        if state["last_step"] is not None:
+            self.last_step = StepRecord.from_state(state["last_step"], self._host.accelerator.device)
+        if gone := sorted(of_probes.keys() - named.keys()):
             logger.warning("the checkpoint has the state of probes that this run does not have: %s", ", ".join(gone))
 
 

@@ -1,14 +1,16 @@
-"""`StepRecord`: what is known of one optimizer step, kept after its update until the next step."""
+"""`StepRecord`: what is known of one optimizer step, kept after its update until the next step has begun."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from accelerate.utils import send_to_device
 
-from trl_entropy.engine import UpdateContext
+from trl_entropy.engine import KeptUpdate, UpdateContext
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.runs.state import StateDict
 
 
 @dataclass
@@ -17,35 +19,62 @@ class StepRecord:
     One optimizer step of this process.
 
     The `UpdateContext` of a step can be read only until the step ends; this record stays until the next step has one,
-    for probes that finish their measurement later.
+    for probes that finish their measurement later. A checkpoint keeps it if its update is kept.
 
     Attributes:
         step: 1, 2, ...: the update from theta_(step - 1) to theta_step.
+        learning_rate: of the step, as transformers logs it.
         rollouts: the step's own completions.
         loss_coefficients: how the step's loss depends on their scores (T9), nats^-1; None unless a probe
             `needs_loss_coefficients`.
-        params_before, update: theta before the step, and the step with what corrected it: whole tensors by parameter
-            name, from the end of the step until the next completions have been drawn, if [`keep_update`] asked for
-            them; else empty.
+        kept: this rank's share of the update, until the next completions have been drawn; None unless a probe has
+            asked for it by [`keep_update`].
     """
 
     step: int
+    learning_rate: float
     rollouts: RolloutBatch
     loss_coefficients: LossCoefficients | None = None
-    params_before: dict[str, Tensor] = field(default_factory=dict)
-    update: dict[str, Tensor] = field(default_factory=dict)
+    kept: KeptUpdate | None = None
 
-    _keeps_update: bool = False
+    def keep_update(self, update: UpdateContext, adamw: bool = False) -> None:
+        """
+        Have this rank's share of the update kept. Call it in `on_before_update`, on all ranks.
 
-    def keep_update(self) -> None:
-        """Have theta before the step and the step itself kept. Call it in an event of the update, on all ranks."""
-        self._keeps_update = True
+        Args:
+            adamw: also keep what splits a step of AdamW into its parts (T5).
+        """
+        if self.kept is None or (adamw and self.kept.adamw is None):
+            self.kept = KeptUpdate.of(update, adamw)
 
     def take(self, update: UpdateContext) -> None:
-        """Keep what [`keep_update`] asked for, when no probe changes the step any more. Collective."""
-        if self._keeps_update:
-            self.params_before, self.update = dict(update.params_before), dict(update.update)
+        """Note how the step was corrected, when no probe changes it any more."""
+        if self.kept is not None and self.kept.adamw is not None:
+            self.kept.correction = dict(update.correction)
 
     def forget_update(self) -> None:
-        """Let go of what [`take`] kept: two vectors of all trainable parameters."""
-        self.params_before, self.update = {}, {}
+        """Let go of what [`keep_update`] kept."""
+        self.kept = None
+
+    # ---- resuming
+
+    def state_dict(self) -> StateDict:
+        assert self.kept is not None, "a step whose update is not kept is not measured later"
+        return {
+            "step": self.step,
+            "learning_rate": self.learning_rate,
+            "rollouts": vars(self.rollouts),
+            "loss_coefficients": self.loss_coefficients and self.loss_coefficients._asdict(),
+            "kept": self.kept.state_dict(),
+        }
+
+    @classmethod
+    def from_state(cls, state: StateDict, device: Any) -> StepRecord:
+        coefficients = state["loss_coefficients"]
+        return cls(
+            state["step"],
+            state["learning_rate"],
+            RolloutBatch(**send_to_device(state["rollouts"], device)),
+            coefficients and LossCoefficients(**send_to_device(coefficients, device)),
+            KeptUpdate.from_state(state["kept"]),
+        )

@@ -25,6 +25,7 @@ class GenerationBatch(TypedDict):
     tool_mask: NotRequired[Int[Tensor, "B T"]]  # 0 for tokens of tools and environments, which the policy did not draw
     old_per_token_logps: NotRequired[Float[Tensor, "B T"]]
     ref_per_token_logps: NotRequired[Float[Tensor, "B T"]]
+    sampling_per_token_logps: NotRequired[Float[Tensor, "B T"]]  # of vLLM, or of what a rollout_func drew with
 
 
 class TrainingBatch(GenerationBatch):
@@ -59,6 +60,8 @@ class RolloutBatch:
         advantages: the advantages that the loss reads, one per completion or per token.
         first_position: position of each row's first column, as the loss counts columns: 0, or below 0 where the row
             is padded further here than in its micro-batch.
+        sampling_logps: log-probability of each completion token under what drew it, nats; None if that is the policy
+            that the step starts from.
     """
 
     prompt_ids: Int[Tensor, "B S"]
@@ -72,20 +75,33 @@ class RolloutBatch:
     length_scale: Float[Tensor, " B"]
     advantages: Float[Tensor, "B *T"]
     first_position: Int[Tensor, " B"]
+    sampling_logps: Float[Tensor, "B T"] | None = None
 
     @classmethod
-    def from_micro_batches(cls, micro_batches: Sequence[TrainingBatch]) -> RolloutBatch:
-        """Join the micro-batches of one optimizer step, and pad those of different generations to one width."""
+    def from_micro_batches(
+        cls, micro_batches: Sequence[TrainingBatch], by_present_policy: bool = False
+    ) -> RolloutBatch:
+        """
+        Join the micro-batches of one optimizer step, and pad those of different generations to one width.
+
+        Args:
+            by_present_policy: whether the present policy drew them; else they are by the policy of TRL's
+                `old_per_token_logps`, if it computes these.
+        """
         width = max(batch["prompt_ids"].shape[1] for batch in micro_batches)
         parts: list[dict[str, Any]] = [
             {
                 **batch,
                 "loss_mask": loss_mask_of(batch),
+                "sampling_logps": _sampling_logps(batch, by_present_policy),
                 "first_position": torch.full_like(batch["prompt_index"], batch["prompt_ids"].shape[1] - width),
             }
             for batch in micro_batches
         ]
-        return cls(**{name: join_rows([part[name] for part in parts], name) for name in cls.__dataclass_fields__})
+        columns = {name: [part[name] for part in parts] for name in cls.__dataclass_fields__}
+        return cls(
+            **{name: None if column[0] is None else join_rows(column, name) for name, column in columns.items()}
+        )
 
     @property
     def input_ids(self) -> Int[Tensor, "B L"]:
@@ -104,6 +120,11 @@ class RolloutBatch:
         """For each group, ordered by number, whether its rewards differ (see `resample_uninformative_groups`)."""
         _, groups = self.prompt_index.unique(return_inverse=True)
         return groups_with_different_rewards(self.rewards, groups)
+
+
+def _sampling_logps(batch: GenerationBatch, by_present_policy: bool) -> Float[Tensor, "B T"] | None:
+    logps = batch.get("sampling_per_token_logps")
+    return batch.get("old_per_token_logps") if logps is None and not by_present_policy else logps
 
 
 def join_rows(parts: list[Tensor], name: str, fill: int = 0) -> Tensor:

@@ -44,6 +44,7 @@ class Completions:
             batch.attention_mask,
             batch.completion_mask,
             batch.prompt_index,
+            batch.sampling_logps,
             loss_mask=batch.loss_mask,
             first_position=batch.first_position,
         )

@@ -32,6 +32,9 @@ class ProbeBatchSampler(Protocol):
                 log-probabilities. vLLM's own random state does advance.
         """
 
+    def check_alike(self) -> None:
+        """Raises `ValueError` unless a draw of held-out prompts is what training's own completions are made by."""
+
 
 def prompt_key(prompt: Any) -> str:
     """A string that identifies a prompt, plain or conversational: equal for equal prompts."""

@@ -227,6 +227,15 @@ class RunDirectory:
                 rows[row["step"]] = row
         return [rows[step] | added.get(step, {}) for step in sorted(rows)]
 
+    def metrics_added_later(self, step: int) -> Row:
+        """What was added to a step after its own line had been written, as one row; empty if nothing was."""
+        if not self.metrics_path.exists():
+            return {}
+        added: Row = {}
+        for row in (row for row in read_json_lines(self.metrics_path)[0] if row["step"] == step):
+            added = added | row if _LATER in row else {}
+        return added
+
     def starts(self) -> list[Row]:
         """The lines of `starts.jsonl`: where training began and was resumed, with what was changed there."""
         if not self.starts_path.exists():

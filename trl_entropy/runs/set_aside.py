@@ -11,7 +11,7 @@ from pathlib import Path
 from trl_entropy.runs.checkpoints import SEAL, checkpoints_of
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.durable import replace_text
-from trl_entropy.runs.strict_json import to_line
+from trl_entropy.runs.strict_json import Row, to_line
 
 FOLDER = "set_aside"
 _STEP = re.compile(r"(?:step|completions)_(\d+)(?:\.safetensors|\.parquet)?")
@@ -21,8 +21,8 @@ def set_aside_after(run: RunDirectory, step: int) -> Path | None:
     """
     Move what is about later steps than `step` into `set_aside/after_step_000020_1/` of the run, under its own names.
 
-    Lines of metrics and evaluations, files of probes and completions, evaluated checkpoints and complete checkpoints
-    are moved, the newest checkpoints first: one that is still there has all its lines. A process that is killed
+    Lines of metrics and evaluations, what was measured of `step` itself when the next one began, files of probes and
+    completions, evaluated checkpoints and complete checkpoints are moved, the newest checkpoints first: one that is still there has all its lines. A process that is killed
     meanwhile leaves each of them in one of the two places or, for lines, in both.
 
     Returns:
@@ -31,10 +31,12 @@ def set_aside_after(run: RunDirectory, step: int) -> Path | None:
     folder = next(path for path in _names(run.path, step) if not path.exists())
     for path in _checkpoints_after(run.path, step):
         _move(path, run.path, folder)
-    later = [row for row in run.metrics() if row["step"] > step]
+    rows, measured_later = run.metrics(), run.metrics_added_later(step)  # which the resumed run measures again
+    later = [*([measured_later] if measured_later else []), *(row for row in rows if row["step"] > step)]
     if later:
         replace_text(folder / run.metrics_path.name, "".join(to_line(row) + "\n" for row in later))
-        run.replace_metrics([row for row in run.metrics() if row["step"] <= step])
+        kept = [row for row in rows if row["step"] <= step]
+        run.replace_metrics([_without(row, measured_later) if row["step"] == step else row for row in kept])
     evaluated = [row for row in run.evaluation() if row["step"] > step]
     if evaluated:
         run.write_table(folder / run.evaluation_path.relative_to(run.path), evaluated)
@@ -42,6 +44,10 @@ def set_aside_after(run: RunDirectory, step: int) -> Path | None:
     for path in _files_after(run.path, step):
         _move(path, run.path, folder)
     return folder if folder.exists() else None
+
+
+def _without(row: Row, others: Row) -> Row:
+    return {name: value for name, value in row.items() if name == "step" or name not in others}
 
 
 def _move(path: Path, run: Path, folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 _TRACKERS = tuple(INTEGRATION_TO_CALLBACK.values())
@@ -23,6 +25,15 @@ def show_numbers_only(callbacks: Iterable[TrainerCallback]) -> None:
     for callback in callbacks:
         if isinstance(callback, _TRACKERS) and "on_log" not in vars(callback):
             callback.on_log = functools.partial(_logging, callback.on_log)  # type: ignore[method-assign]
+
+
+def add_later(callbacks: Iterable[TrainerCallback], trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
+    """Have those of `report_to` log numbers of an earlier step, except TensorBoard: see `tensorboard.add_later`."""
+    state = copy.copy(trainer.state)
+    state.global_step = step
+    for callback in callbacks:
+        if isinstance(callback, _TRACKERS) and not isinstance(callback, TensorBoardCallback):
+            callback.on_log(trainer.args, state, trainer.control, logs=shown(metrics), model=trainer.model)
 
 
 def _logging(original: Callable[..., Any], *args: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:

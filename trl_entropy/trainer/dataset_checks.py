@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.control import EntropyControl
-from trl_entropy.probes import EntropyProbe, FisherProbe, NoiseScaleProbe, RolloutEntropyProbe
+from trl_entropy.probes import FisherProbe, NoiseScaleProbe, RolloutEntropyProbe
+from trl_entropy.probes.entropy_change import EntropyChangeProbe
 from trl_entropy.tasks.arguments import too_few_prompts
 
 
@@ -70,9 +71,9 @@ def _named(name: str, dataset: object) -> dict[str, object]:
 
 
 def _draws_of_settings(args: DrGRPOConfig) -> Iterator[Draw]:
-    if args.entropy_probe and args.entropy_probe_completions != "rollouts":
+    if args.entropy_probe and args.entropy_probe_completions in ("held_out", "eval"):
         source = args.entropy_probe_completions
-        yield Draw(f"entropy_probe_completions={source!r}", source, args.entropy_probe_num_completions)
+        yield Draw(f"entropy_probe_completions={source!r}", source, args.num_entropy_completions())
     if args.entropy_control != "none" and args.entropy_control_completions == "probe":
         yield Draw("entropy_control_completions='probe'", "held_out", args.entropy_control_num_completions)
 
@@ -170,7 +171,7 @@ def _seeing_text_alone(args: DrGRPOConfig) -> Iterator[str]:
 
 def _callbacks_seeing_text_alone(callbacks: list[object]) -> Iterator[str]:
     for callback in callbacks:
-        if isinstance(callback, (EntropyProbe, RolloutEntropyProbe, FisherProbe, EntropyControl)) or (
+        if isinstance(callback, (EntropyChangeProbe, RolloutEntropyProbe, FisherProbe, EntropyControl)) or (
             isinstance(callback, NoiseScaleProbe) and callback.source == "groups"
         ):
             yield type(callback).__name__

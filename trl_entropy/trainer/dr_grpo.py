@@ -30,7 +30,7 @@ from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import dropout_of
 from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
 from trl_entropy.probes.step_statistics import StepStatistics
-from trl_entropy.rollouts.batch import TrainingBatch, loss_mask_of
+from trl_entropy.rollouts.batch import GenerationBatch, TrainingBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.generation import answer_end, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
@@ -111,6 +111,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self._scored: tuple[Tensor, Tensor]
         # The micro-batch whose loss is being computed, if `token_control` chooses its tokens there.
         self._controlled: TrainingBatch | None = None
+        self._drawn: TrainingBatch | None = None  # a new generation of which the probes have not been told yet
         self._around_micro_batch: contextlib.ExitStack
         self._has_dropout = bool(dropout_of(self.model))
         # Empty if `kl_every` is 0, or if TRL logs the KL itself.
@@ -129,12 +130,13 @@ class DrGRPOTrainer(PromptSelectingTrainer):
 
         Args:
             step: the step that they describe, if not the present one: of an earlier step they are added to its line in
-                `metrics.jsonl` and to TensorBoard.
+                `metrics.jsonl` and to the trackers.
         """
         if step is not None and step < self.current_step:
             if self.is_world_process_zero():
                 self.run_log.add_later(step, metrics)
                 tensorboard.add_later(self.callback_handler.callbacks, step, metrics)
+                trackers.add_later(self.callback_handler.callbacks, self, step, metrics)
             return
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
@@ -145,6 +147,10 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         if row is not None:
             self.run_log.step_done(self.state, row, is_logged=self.control.should_log)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        # transformers calls this once more at the end of an epoch; after the last one nothing is saved any more.
+        ends = self.control.should_training_stop and self.probe_runner.epoch_has_ended
+        if ends and not self._stop_on_signal.received:
+            self.probe_runner.no_more_rollouts()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         training = self.model.training
@@ -165,7 +171,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         super().begin_training()
         self._statistics = StepStatistics(self.accelerator.device)
         self._has_dropout = bool(dropout_of(self.model))
-        self._controlled = None
+        self._controlled = self._drawn = None
         self.step_prompts.reset()
         self._step_log.reset()
         self.probe_runner.reset()
@@ -207,20 +213,26 @@ class DrGRPOTrainer(PromptSelectingTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         with whole_group_shuffling():
-            return super()._prepare_inputs(generation_batch)
+            inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self.probe_runner.num_micro_batches == 0:
+            self._tell_of_rollouts()
+        return inputs
+
+    def _tell_of_rollouts(self) -> None:
+        """Tell the probes which completions are known at the beginning of a step."""
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None:
+            self.probe_runner.rollouts_drawn([drawn], by_present_policy=True)
+        else:  # the step uses a part of an earlier generation
+            first = self._step % self.args.steps_per_generation
+            batches = self._buffered_inputs[first : first + self.current_gradient_accumulation_steps]
+            self.probe_runner.rollouts_drawn(batches, by_present_policy=False)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> TrainingBatch:
-        batch = cast(TrainingBatch, super()._generate_and_score_completions(inputs))
-        num_rows, rank = len(inputs), self.accelerator.process_index
-        training = self.model.training
+        batch = self._with_groups(super()._generate_and_score_completions(inputs), self._rewards)
+        num_rows, training = len(inputs), self.model.training
         num_generations = self.num_generations if training else self.num_generations_eval
-        local = slice(rank * num_rows, (rank + 1) * num_rows)
-        batch["prompt_index"] = self.step_prompts.num_groups + group_numbers(
-            num_rows, num_generations, rank, self.accelerator.device
-        )
-        batch["rewards"] = self._rewards[local]
-        batch["raw_advantages"] = batch["advantages"]
-        batch["length_scale"] = torch.ones_like(batch["advantages"])
+        local = self._local_rows(num_rows)
         if self.args.length_normalizer == "group_max":
             lengths = self.accelerator.gather(batch["completion_mask"].sum(dim=1))
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
@@ -230,10 +242,29 @@ class DrGRPOTrainer(PromptSelectingTrainer):
                 metrics = self._token_control.change_optimizer_batch(batch, self.current_step)
                 self.record_metrics(metrics)
                 self._token_control.warn_of_no_token(metrics, self.current_step)
+            first = self.first_round
+            self._drawn = batch if first is None else self._with_groups(first.batch, first.rewards)
             num_groups = num_rows * self.accelerator.num_processes // num_generations
             self.step_prompts.add(map(prompt_key, self._logs["prompt"]), num_groups)  # all ranks' prompts
-            self.probe_runner.rollouts_drawn(batch)
         return batch
+
+    def _with_groups(self, batch: GenerationBatch, rewards: Tensor) -> TrainingBatch:
+        """TRL's batch with the prompt groups, rewards and advantages of its rows; `rewards` are those of all ranks."""
+        num_rows, rank = len(batch["advantages"]), self.accelerator.process_index
+        num_generations = self.num_generations if self.model.training else self.num_generations_eval
+        numbers = group_numbers(num_rows, num_generations, rank, self.accelerator.device)
+        added = {
+            "prompt_index": self.step_prompts.num_groups + numbers,
+            "rewards": rewards[self._local_rows(num_rows)],
+            "raw_advantages": batch["advantages"],
+            "length_scale": torch.ones_like(batch["advantages"]),
+        }
+        return cast(TrainingBatch, batch | added)
+
+    def _local_rows(self, num_rows: int) -> slice:
+        """This process's rows of a tensor with those of all."""
+        rank = self.accelerator.process_index
+        return slice(rank * num_rows, (rank + 1) * num_rows)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from datasets import Dataset
 from torch.utils.data import ConcatDataset
 from trl import GRPOTrainer
 
@@ -43,6 +44,20 @@ class ProbeBatches:
         own_sampler = generating_with_the_model(trainer) if sampler == "model" else contextlib.nullcontext()
         with own_sampler:
             return self.draw_completions(prompts, (seed, step, rank), rank * share)
+
+    def check_alike(self) -> None:
+        """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
+        trainer = self._trainer
+        own = {"tools": trainer.tools, "environments": trainer.environments, "a rollout_func": trainer.rollout_func}
+        if names := [name for name, given in own.items() if given]:
+            raise ValueError(
+                f"training's completions are made with {' and '.join(names)}, and those of a probe are not"
+            )
+        dataset = trainer.train_dataset
+        if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+            raise ValueError(
+                "the dataset is streamed or has no column of prompts, so that none can be drawn by number"
+            )
 
     def draw_completions(self, prompts: list[Any], seed: tuple[int, ...], first_prompt: int = 0) -> Completions:
         """One completion of each prompt, numbered from `first_prompt`, by the trainer's present generation. Local."""

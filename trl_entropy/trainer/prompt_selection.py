@@ -43,9 +43,14 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     TRL's own metrics (`reward`, `completions/*`, ...) describe the prompts as they were first drawn; the batch that is
     trained on, the logged completions and `_rewards` have the replacements.
+
+    Attributes:
+        pass_reward: total reward from which on a completion counts as passed, for `curriculum`.
+        first_round: what was drawn last, before any group was replaced; None if none could have been.
     """
 
-    pass_reward = 1.0  # total reward from which on a completion counts as passed, for `curriculum`
+    pass_reward = 1.0
+    first_round: ScoredRound | None = None
     _rewards: Tensor
     _replacements: PassRateSampler | None = None
     _has_warned_of_no_reward = False
@@ -114,6 +119,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return batch
+        self.first_round = None
         self._learn_pass_rates()
         if self.args.resample_uninformative_groups:
             batch = self._replace_uninformative_groups(batch, columns)
@@ -155,6 +161,7 @@ class PromptSelectingTrainer(ResumableTrainer):
                 batch = super()._generate_and_score_completions(self._share_of(rows, columns))
                 rounds.append(self._scored_round(batch))
                 self._learn_pass_rates()
+        self.first_round = rounds[0]
         chosen = chosen_groups([one.informative for one in rounds])
         self._record_resampling(rounds, time.perf_counter() - start)
         return rounds[0].batch if len(rounds) == 1 else self._filled(rounds, chosen)

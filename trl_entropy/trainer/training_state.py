@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 from trl_entropy.runs.state import StateDict, StateOwner
 
 # Of what `save` writes; part of the contract of a checkpoint, so that one of another format is refused.
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 
 
 def file_of(checkpoint: Path, rank: int) -> Path:

@@ -93,6 +93,29 @@ def adamw_update_parts(
     )
 
 
+def update_parts_after(
+    param: Float[Tensor, "*shape"],
+    exp_avg: Float[Tensor, "*shape"],
+    exp_avg_after: Float[Tensor, "*shape"],
+    exp_avg_sq_after: Float[Tensor, "*shape"],
+    step: int,
+    settings: AdamWSettings,
+) -> UpdateParts:
+    """(T5) as `adamw_update_parts`, from what the optimizer holds once the step is made.
+
+    `param` and `exp_avg` are from before the step, the others from after it. The clipped gradient is what the first
+    moment gained, (1-b1) c g = m' - b1 m, to within the rounding of m'.
+    """
+    beta1, beta2 = settings.betas
+    metric = live_preconditioner(exp_avg_sq_after, step, beta2, settings.eps)
+    scale = -settings.lr / (1 - beta1**step)
+    return UpdateParts(
+        momentum=scale * beta1 * metric * exp_avg,
+        weight_decay=-settings.lr * settings.weight_decay * param,
+        gradient=scale * metric * (exp_avg_after - beta1 * exp_avg),
+    )
+
+
 def adamw_update(
     param: Float[Tensor, "*shape"],
     grad: Float[Tensor, "*shape"],

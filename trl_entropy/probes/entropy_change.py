@@ -1,0 +1,356 @@
+"""The change of the policy's entropy by one optimizer step on given completions: measured, predicted, attributed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
+from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
+from trl_entropy.estimators.entropy_change.rivals import (
+    CovarianceTerms,
+    delta_covariance,
+    natural_gradient_terms,
+    policy_gradient_terms,
+)
+from trl_entropy.estimators.entropy_change.step_change import (
+    PointTerms,
+    importance_sample_size,
+    point_terms,
+    rows,
+    stacked,
+    step_changes,
+    unstacked,
+)
+from trl_entropy.estimators.statistics.estimate import Linearization
+from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
+from trl_entropy.gradients.scores import Params, TokenScores, score
+from trl_entropy.probes import model_checks
+from trl_entropy.probes.agreement import RunningAgreement
+from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
+from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.logged import changes_logged, with_stderr
+from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_record import StepRecord
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.state import StateDict
+
+_NOISE_FLOOR_EVERY = 10  # the rounding noise hardly changes, so it is measured on every tenth probed step
+_RIVALS = {"cov_natural": natural_gradient_terms, "cov_policy_gradient": policy_gradient_terms}
+# Derivatives along the update that each prediction takes: before the step, and after it.
+_ORDERS = {"none": (0, 0), "linear": (1, 0), "trapezoid": (1, 1)}
+
+
+class Ends(NamedTuple):
+    """Scores of E with the parameters from before and from after the step, and which of the two policies drew E."""
+
+    before: TokenScores
+    after: TokenScores
+    drawn_by: TokenScores
+
+
+class EntropyChangeProbe(Probe):
+    """
+    Entropy change of a step on a probe batch E, completions that are independent of those of the step: measured (T7);
+    predicted to first order (T8), to second order (T10) and by the trapezoidal rule (T10), each with its standard
+    error; and, for comparison, the predictions of covariance formulas (T11). A subclass says where E comes from.
+
+    E is scored with the parameters from before and from after the step in the model. Forward-mode differentiation
+    along the true update gives the derivative of each token's score, so every optimizer and every loss is covered.
+
+    Args:
+        every: cadence in steps.
+        batch_size: completions scored at a time; halved on out-of-memory.
+        prediction: `"trapezoid"` (and first order), `"linear"` (first order alone) or `"none"`.
+        placebo: a control: also predict this step's change from an earlier step's update.
+        attribution: split the first-order change (T9) into momentum, weight decay and each completion (`"sequence"`)
+            or each token (`"token"`); `"none"`: do not split it.
+    """
+
+    name = "entropy"
+
+    def __init__(
+        self,
+        every: int,
+        batch_size: int,
+        prediction: str = "trapezoid",
+        placebo: bool = False,
+        attribution: str = "none",
+    ) -> None:
+        super().__init__(every)
+        if prediction not in _ORDERS:
+            raise ValueError(f"prediction is {prediction!r}; use one of {', '.join(_ORDERS)}.")
+        self.batch_size, self.prediction, self.placebo = batch_size, prediction, placebo
+        self.attribution = None if attribution == "none" else StepAttribution(attribution, batch_size)
+        self.agreement = RunningAgreement()
+        self._num_probed = 0
+        self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
+        self._earlier_update: dict[str, Tensor] | None = None
+        self._second_order: PointTerms | None = None
+
+    # ---- before training
+
+    @property
+    def needs_loss_coefficients(self) -> bool:
+        return self.attribution is not None
+
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        model_checks.check_scoring(model, "entropy_probe", derivatives=self.prediction != "none")
+        model_checks.check_derivatives(model, "entropy_probe")
+        if self.attribution is not None:
+            self.attribution.check(args, model)
+
+    def reset(self) -> None:
+        for parts in self._rivals.values():
+            parts.clear()
+
+    # ---- events
+
+    def on_micro_batch(self, args, state, control, *, metrics, inputs, per_token_logps, mask, **kwargs: Any) -> None:
+        for name, terms in _RIVALS.items():
+            self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
+
+    # ---- resuming
+
+    def state_dict(self) -> StateDict:
+        return {
+            "agreement": self.agreement.state_dict(),
+            "num_probed": self._num_probed,
+            "earlier_update": self._earlier_update,
+            "attribution": self.attribution and self.attribution.state_dict(),
+        }
+
+    def load_state_dict(self, state: StateDict) -> None:
+        self.agreement.load_state_dict(state["agreement"])
+        self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
+        if self.attribution is not None and state.get("attribution"):  # a checkpoint has none if it was off then
+            self.attribution.load_state_dict(state["attribution"])
+
+    # ---- measuring
+
+    def measure(
+        self,
+        args: DrGRPOConfig,
+        past: PastUpdate,
+        record: StepRecord,
+        completions: Completions,
+        engine: Engine,
+        files: ProbeFiles,
+        drawn_after: bool = False,
+    ) -> dict[str, float]:
+        """
+        The metrics of a step that has been made, on completions that are independent of it; writes the probe's files.
+        Collective.
+
+        Args:
+            completions: E; equally many rows on every rank.
+            drawn_after: whether the policy after the step drew E, and not the one before it. Weights (T6) are those of
+                `completions.sampling_logps` if it has them.
+        """
+        self._completions = completions
+        orders = _ORDERS[self.prediction]
+        before = self._score(engine, args, past.params_before, past.update, orders[0])
+        after = self._score(engine, args, past.params_after, past.update, orders[1])
+        ends = Ends(before, after, after if drawn_after else before)
+        metrics = self._changes(ends, engine.accelerator)
+        if self.attribution is not None:
+            probe = self._batch_before(ends, metrics["entropy/delta_linear"], engine.accelerator)
+            metrics |= self.attribution.attribute(args, past, engine, record, probe, files)
+        if self._num_probed % _NOISE_FLOOR_EVERY == 0:
+            metrics |= self._noise_floor(ends, args, past, engine)
+        if computes_below_float32(engine):
+            metrics |= self._model_change(args, past, engine, drawn_after)
+        if self.placebo:
+            metrics |= self._placebo(ends, args, past, engine)
+        metrics |= self.agreement.metrics()
+        self._num_probed += 1
+        self._write(args, files, record, ends, drawn_after)
+        return metrics
+
+    def _score(
+        self,
+        engine: Engine,
+        args: DrGRPOConfig,
+        params: Params,
+        direction: Params | None,
+        order: int,
+        batch_size: int | None = None,
+    ) -> TokenScores:
+        """Score E in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
+        with (
+            rank_symmetric(engine.accelerator, "scoring the entropy probe's completions"),
+            engine.scoring_model(params) as model,
+        ):
+            size = batch_size or self.batch_size
+            return score(model, self._completions, args.temperature, size, params, direction, order)
+
+    def _terms(
+        self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator, form: Any = "decision"
+    ) -> PointTerms:
+        """The entropy terms of each completion of all ranks, in rank order. Collective."""
+        mask = self._completions.loss_mask
+        terms = point_terms(scores.entropy, scores.logps, self._sampling_logps(drawn_by), mask, form)
+        return unstacked(accelerator.gather(stacked(terms)))
+
+    def _sampling_logps(self, policy: TokenScores) -> Tensor:
+        """Log-probabilities of E under what drew it: the sampler's own if it returned any, else the policy's."""
+        own = self._completions.sampling_logps
+        return policy.logps[0] if own is None else own
+
+    def _sampler_weights(self, policy: TokenScores) -> Tensor:
+        """Mean importance weight over the tokens of each completion, when vLLM drew it."""
+        mask = self._completions.loss_mask
+        weights = importance_weights(policy.logps[0], self._sampling_logps(policy), mask)
+        return weights.where(mask.bool(), 0.0).sum(1) / mask.sum(1)
+
+    def _changes(self, ends: Ends, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics of the step's entropy change on E; adds its pairs to the running agreement. Collective."""
+        prompts = accelerator.gather(self._completions.prompt_index)
+        points = self._points(ends, accelerator)
+        changes = step_changes(*points, self._second_order)
+        logged = changes_logged(changes, prompts)
+        logged |= with_stderr("entropy/probe_batch", policy_entropy(points[0].terms).estimate(prompts))
+        drawn, other = reversed(points) if ends.drawn_by is ends.after else points
+        logged["entropy/importance_ess"] = importance_sample_size(drawn, other)
+        if self._completions.sampling_logps is not None:
+            mean_weights = accelerator.gather(self._sampler_weights(ends.drawn_by))
+            logged["entropy/sampler_ess"] = effective_sample_size(mean_weights).item()
+        logged |= {"entropy/num_completions": len(prompts), "entropy/num_prompts": len(prompts.unique())}
+        by_sequence = step_changes(*self._points(ends, accelerator, "sequence"))
+        for name in ("measured", "linear"):
+            if name in by_sequence:
+                logged |= with_stderr(f"entropy/delta_{name}_sequence", by_sequence[name].estimate(prompts))
+        self._measured = changes["measured"].estimate(prompts)
+        self._add_to_agreement(changes, points, prompts)
+        return logged | self._halves(points, prompts)
+
+    def _points(self, ends: Ends, accelerator: Accelerator, form: Any = "decision") -> tuple[PointTerms, PointTerms]:
+        """The entropy terms before and after the step. Collective."""
+        before, after = (self._terms(scores, ends.drawn_by, accelerator, form) for scores in (ends.before, ends.after))
+        return before, after
+
+    def _add_to_agreement(
+        self, changes: dict[str, Linearization], points: tuple[PointTerms, PointTerms], prompts: Tensor
+    ) -> None:
+        """Add the pairs on the same completions, and the changes to the integrals."""
+        start = policy_entropy(points[0].terms).value.item()
+        for name, change in changes.items():
+            if self.every == 1:
+                self.agreement.add_change(name, start, change.value.item())
+            if name != "measured":
+                difference = (change - changes["measured"]).estimate(prompts)
+                self.agreement.add_pair(f"same_sample_{name}", change.estimate(prompts), self._measured, difference)
+
+    def _halves(self, points: tuple[PointTerms, PointTerms], prompts: Tensor) -> dict[str, float]:
+        """
+        Predict on every second prompt of E and measure on the others: unlike on the same completions, the two share no
+        sampling error, so that their agreement is a test of the prediction.
+        """
+        halves, numbers = [], prompts.unique(return_inverse=True)[1]
+        for parity in (0, 1):
+            part = numbers % 2 == parity
+            second = None if self._second_order is None else rows(self._second_order, part)
+            before, after = (rows(point, part) for point in points)
+            changes = step_changes(before, after, second)
+            halves.append({name: change.estimate(prompts[part]) for name, change in changes.items()})
+        for name, predicted in halves[0].items():
+            self.agreement.add_pair(f"cross_{name}", predicted, halves[1]["measured"])
+        logged: dict[str, float] = {}
+        for label, half in zip("ab", halves, strict=True):
+            for name, estimate in half.items():
+                logged |= with_stderr(f"entropy/half_{label}_{name}", estimate)
+            logged[f"entropy/half_{label}_num_prompts"] = half["measured"].dof + 1
+        return logged
+
+    def _rival_changes(self, accelerator: Accelerator) -> dict[str, float]:
+        logged = {}
+        for name, parts in self._rivals.items():
+            columns = accelerator.gather(torch.cat(parts)).unbind(1)
+            logged[f"entropy/delta_{name}"] = delta_covariance(CovarianceTerms(*columns)).value.item()
+            parts.clear()
+        return logged
+
+    def _batch_before(self, ends: Ends, delta_linear: float, accelerator: Accelerator) -> ProbeBatch:
+        """E before the step, as the attribution needs it. Collective."""
+        batch = self._completions
+        weights = importance_weights(ends.before.logps[0], self._sampling_logps(ends.drawn_by), batch.loss_mask)
+        return ProbeBatch(batch, weights, self._terms(ends.before, ends.drawn_by, accelerator).terms, delta_linear)
+
+    def _noise_floor(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
+        """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""
+        size = max(1, self.batch_size // 2 - 1)
+        again = self._score(engine, args, past.params_before, None, order=0, batch_size=size)
+        accelerator = engine.accelerator
+        values = [self._entropy(scores, ends.drawn_by, accelerator) for scores in (ends.before, again)]
+        return {"entropy/noise_floor": abs(values[0] - values[1])}
+
+    def _entropy(self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator) -> float:
+        """The entropy (T6) on E, nats per token. Collective."""
+        mask = self._completions.loss_mask
+        weights = importance_weights(scores.logps[0], self._sampling_logps(drawn_by), mask)
+        terms = entropy_terms(scores.entropy[0], weights, mask)
+        return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()
+
+    def _model_change(
+        self, args: DrGRPOConfig, past: PastUpdate, engine: Engine, drawn_after: bool
+    ) -> dict[str, float]:
+        """The same change in the precision that training computes in: mostly rounding at small learning rates."""
+        ends = []
+        for params in (past.params_before, past.params_after):
+            with (
+                rank_symmetric(engine.accelerator, "scoring with the training precision"),
+                engine.scoring_model(params, dtype=None) as model,
+            ):
+                ends.append(score(model, self._completions, args.temperature, self.batch_size))
+        values = [self._entropy(scores, ends[drawn_after], engine.accelerator) for scores in ends]
+        return {"entropy/delta_measured_model": values[1] - values[0]}
+
+    def _placebo(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
+        """
+        Predict this step's change from an earlier update. The n-th probed step's update replaces the one that is kept
+        with probability 1/n, so that each earlier update is kept with the same probability.
+        """
+        logged: dict[str, float] = {}
+        if self._earlier_update is not None:
+            # A resumed run has it on the CPU, from the checkpoint.
+            direction = send_to_device(self._earlier_update, engine.accelerator.device)
+            scores = self._score(engine, args, past.params_before, direction, order=1)
+            terms = self._terms(scores, ends.drawn_by, engine.accelerator)
+            assert terms.tangents is not None
+            prompts = engine.accelerator.gather(self._completions.prompt_index)
+            predicted = delta_linear(terms.terms, terms.tangents).estimate(prompts)
+            self.agreement.add_pair("placebo", predicted, self._measured)
+            logged = with_stderr("entropy/delta_placebo", predicted)
+        if random.Random(self._num_probed).random() < 1 / (self._num_probed + 1):
+            self._earlier_update = {name: value.clone() for name, value in past.update.items()}
+        return logged
+
+    def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, ends: Ends, drawn_after: bool) -> None:
+        """
+        Write `probes/entropy/step_*.safetensors`; with it and the checkpoints of steps s - 1 and s every number of
+        step s can be recomputed.
+        """
+        tensors = self._completions.tensors()
+        tensors |= {"logps_before": ends.before.logps[0], "logps_after": ends.after.logps[0]}
+        tensors |= {"entropy_before": ends.before.entropy[0], "entropy_after": ends.after.entropy[0]}
+        described: dict[str, object] = {"drawn": "after the step" if drawn_after else "before the step"}
+        described["learning_rate"] = record.learning_rate
+        if "sampling_logps" in tensors:
+            described["sampler"] = "vllm" if args.use_vllm else "an earlier policy"
+        files.write(self.name, record.step, tensors, self.distribution(args), **described)
+
+    def distribution(self, args: DrGRPOConfig) -> str:
+        """Which prompts E has, for its files."""
+        return "all prompts"
+
+
+def computes_below_float32(engine: Engine) -> bool:
+    """Whether training computes below float32: under autocast, or with parameters of a narrower dtype."""
+    narrow = any(param.is_floating_point() and param.itemsize < 4 for param in engine.module.parameters())
+    return narrow or engine.accelerator.mixed_precision != "no"
