@@ -42,9 +42,14 @@ SHAPES: dict[str, dict[str, int]] = {
 PROMPT = "a prompt of a few words "
 PROBES: dict[str, dict[str, Any]] = {
     "toggles off": {},
-    "entropy_probe, |E| = 64": {"entropy_probe": True, "entropy_probe_num_completions": 64},
+    "entropy_probe, |E| = 64": {
+        "entropy_probe": True,
+        "entropy_probe_completions": "held_out",
+        "entropy_probe_num_completions": 64,
+    },
     "entropy_probe, second order": {
         "entropy_probe": True,
+        "entropy_probe_completions": "held_out",
         "entropy_probe_num_completions": 64,
         "entropy_second_order": True,
     },

@@ -187,7 +187,12 @@ def main() -> None:
             results = paired(build(*off), other, options.rounds)
             report("DrGRPOTrainer / GRPOTrainer", results["whole"], "|U| = 128")
             return
-        settings = {"entropy_probe": True, "entropy_probe_num_completions": options.prompts, "probe_batch_size": 128}
+        settings = {
+            "entropy_probe": True,
+            "entropy_probe_completions": "held_out",
+            "entropy_probe_num_completions": options.prompts,
+            "probe_batch_size": 128,
+        }
         on = build(DrGRPOTrainer, DrGRPOConfig, Path(folder) / "on", options.steps, **settings)
         draw, sizes = "time/entropy_draw", f"|U| = 128, |E| = {options.prompts}"
         results = paired(on, build(*off), options.rounds, (draw, "time/entropy"))

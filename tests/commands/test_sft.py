@@ -202,7 +202,8 @@ def test_a_run_is_not_written_over(adapter):
 
 RL = ["--config", str(REPOSITORY / "configs" / "quickstart.yaml"), "--num_prompts_per_step", "2", "--max_steps", "2",
       "--per_device_train_batch_size", "8", "--num_generations", "4", "--num_eval_problems", "4", "--eval_strategy",
-      "no", "--eval_on_start", "False", "--report_to", "none", "--entropy_probe_num_completions", "8",
+      "no", "--eval_on_start", "False", "--report_to", "none", "--entropy_probe_completions", "held_out",
+      "--entropy_probe_num_completions", "8",
       "--entropy_probe_every", "1", "--disable_tqdm", "True", "--warmup_steps", "0"]  # fmt: skip
 
 

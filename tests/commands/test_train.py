@@ -138,7 +138,8 @@ def test_a_mistake_ends_in_one_line_before_a_model_is_loaded(tmp_path, more, fil
     (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout is 0.1.*Set lora_dropout=0"),
     (["--entropy_probe", "True", "--top_k", "50"], "entropy_probe: .*top_k=50 changes it.*Set top_k=0"),
     (["--entropy_probe", "True", "--mask_truncated_completions", "True"], "mask_truncated_completions=True drops"),
-    (["--entropy_probe_num_completions", "3"], "entropy_probe_num_completions is 3.*Try .*_num_completions=4"),
+    (["--entropy_probe_completions", "held_out", "--entropy_probe_num_completions", "3"],
+     "entropy_probe_num_completions is 3.*Try .*_num_completions=4"),
 ])  # fmt: skip
 def test_errors_come_before_anything_is_loaded(tmp_path, more, message, monkeypatch):
     monkeypatch.setattr(
@@ -227,8 +228,8 @@ def launch(arguments: list[str], warm_start_dir: Path) -> subprocess.Popen:
 
 def test_ten_steps_of_the_quickstart(tmp_path, warm_start_dir):
     arguments = settings(
-        REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "10",
-        "--entropy_probe_num_completions", "8", "--report_to", "tensorboard",
+        REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps",
+        "10", "--report_to", "tensorboard",
     )  # fmt: skip
     process = launch(arguments, warm_start_dir)
     output, _ = process.communicate(timeout=240)
@@ -267,10 +268,11 @@ def test_the_tokenizer_is_of_the_models_revision_and_evaluation_reads_it(tmp_pat
 def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
     if not GSM8K.exists():
         pytest.skip("no ../shared/data/gsm8k beside this checkout: the records are not part of the repository")
+
     arguments = settings(
         REPOSITORY / "configs" / "gsm8k-embedded.yaml", tmp_path, "--max_steps", "2", "--dataset_path", str(GSM8K),
-        "--num_train_problems", "16", "--use_peft", "--lora_r", "4", "--entropy_probe_num_completions", "8",
-        "--entropy_probe_every", "1",
+        "--num_train_problems", "16", "--use_peft", "--lora_r", "4", "--entropy_probe_every", "1",
+        "--entropy_probe_completions", "held_out", "--entropy_probe_num_completions", "8",
     )  # fmt: skip
     process = launch(arguments, warm_start_dir)
     output, _ = process.communicate(timeout=240)

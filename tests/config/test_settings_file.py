@@ -288,7 +288,7 @@ def test_the_command_line_may_leave_settings_of_a_file_unread(read):
     text += "entropy_probe_num_completions: 8\n" + yaml.safe_dump(STEP)
     assert read(text)[1].token_control_bounds == [2, 3]
     args = read(text, "--token_control", "random", "--entropy_probe_completions", "rollouts")[1]
-    assert (args.token_control_bounds, args.entropy_probe_num_completions) == ([1.0, 5.0], 64)
+    assert (args.token_control_bounds, args.entropy_probe_num_completions) == ([1.0, 5.0], None)
 
 
 def test_what_the_command_line_turns_off_is_left_out(read):

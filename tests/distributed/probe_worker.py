@@ -157,6 +157,7 @@ def train(
         "adam_epsilon": 1e-4,
         "weight_decay": 0.01,
         "entropy_probe": True,
+        "entropy_probe_completions": "held_out",
         "entropy_probe_num_completions": 12,
         "probe_batch_size": 4,
         "bf16": False,

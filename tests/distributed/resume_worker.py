@@ -65,6 +65,7 @@ def train(
         "max_steps": STEPS,
         "learning_rate": 1e-3,
         "entropy_probe": True,
+        "entropy_probe_completions": "held_out",
         "entropy_probe_num_completions": 8,
         "entropy_second_order": True,
         "entropy_placebo": True,

@@ -11,7 +11,7 @@ from probe_worker import FAILING_EVENTS
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("failing_worker.py")
-SETTINGS = {"max_steps": 2, "entropy_probe_num_completions": 8}
+SETTINGS = {"max_steps": 2, "entropy_probe_completions": "held_out", "entropy_probe_num_completions": 8}
 
 
 def last_line(text: str) -> str:

@@ -27,7 +27,7 @@ SPARSE = {"resample_uninformative_groups": True, "equal_often": True, "num_promp
           "per_device_train_batch_size": 12}  # fmt: skip
 BUDGET = {"entropy_control": "hold", "entropy_control_per_step": 0.02, "entropy_control_num_completions": 8}
 # Nothing is drawn, so that nothing reads how many completions.
-OWN = {"entropy_probe_completions": "rollouts", "entropy_probe_num_completions": 64}
+OWN = {"entropy_probe_completions": "rollouts", "entropy_probe_num_completions": None}
 RUNS = [
     SECOND_ORDER | GRADIENTS | {"name": "full", "entropy_attribution": "token"},
     SECOND_ORDER
@@ -67,7 +67,7 @@ BF16 = [
     {"name": f"bf16-{rate}", "bf16": True, "keeps_parameters": True, "learning_rate": rate} for rate in (1e-4, 1e-6)
 ]
 # The same training without a probe, and its number of completions as by default: nothing reads it.
-NO_PROBE = {"entropy_probe": False, "entropy_probe_num_completions": 64}
+NO_PROBE = {"entropy_probe": False, "entropy_probe_num_completions": None}
 OFF = [
     {"name": "full-off", **NO_PROBE},
     {"name": "lora-off", "lora": True, "gradient_accumulation_steps": 1, **NO_PROBE},

@@ -31,7 +31,8 @@ RL_SIZES = [
     "--per_device_eval_batch_size", "8", "--num_generations_eval", "2", "--eval_steps", "3", "--save_steps", "3",
 ]  # fmt: skip
 EVERY_PROBE = [
-    "--entropy_probe_every", "1", "--entropy_probe_num_completions", "16", "--entropy_second_order", "True",
+    "--entropy_probe_every", "1", "--entropy_probe_completions", "held_out", "--entropy_probe_num_completions", "16",
+    "--entropy_second_order", "True",
     "--entropy_placebo", "True", "--optimizer_state_probe_every", "1", "--kl_every", "1",
 ]  # fmt: skip
 

@@ -39,6 +39,7 @@ COMMON = {
     "weight_decay": 0.01,
     "probe_batch_size": 4,
     "entropy_probe_every": 1,
+    "entropy_probe_completions": "held_out",
     "entropy_probe_num_completions": 16,
     "optimizer_state_probe_every": 1,
     "eval_on_start": False,
@@ -65,7 +66,7 @@ RUNS = {
         "entropy_attribution": "token",
     },
     "full, rollouts": GRADIENTS
-    | {"num_prompts_per_step": 4, "entropy_probe_completions": "rollouts", "entropy_probe_num_completions": 64},
+    | {"num_prompts_per_step": 4, "entropy_probe_completions": "rollouts", "entropy_probe_num_completions": None},
     "lora": GRADIENTS | HELD_OUT | {"num_prompts_per_step": 4, "use_peft": True},
     # Three groups of four on two or four processes: groups lie across them.
     "split groups": {

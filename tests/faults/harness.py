@@ -103,7 +103,12 @@ class Training:
             **{"max_completion_length": 4, "learning_rate": 1e-3, "max_steps": STEPS, "use_cpu": True, "seed": 1},
             **{"gradient_checkpointing": False, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2},
             **{"disable_tqdm": True, "report_to": "none", "log_completions": True, "num_completions_to_print": 0},
-            **{"entropy_probe": True, "entropy_probe_num_completions": 4, **settings},
+            **{
+                "entropy_probe": True,
+                "entropy_probe_completions": "held_out",
+                "entropy_probe_num_completions": 4,
+                **settings,
+            },
         }
         trainer = DrGRPOTrainer(
             model=build_model(self.tokenizer, seed=0),

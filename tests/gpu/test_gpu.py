@@ -37,7 +37,13 @@ def test_probe_on_is_probe_off_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     off, _ = train(tmp_path / "off", use_cpu=False)
-    on, rows = train(tmp_path / "on", use_cpu=False, entropy_probe=True, entropy_probe_num_completions=8)
+    on, rows = train(
+        tmp_path / "on",
+        use_cpu=False,
+        entropy_probe=True,
+        entropy_probe_completions="held_out",
+        entropy_probe_num_completions=8,
+    )
     torch.use_deterministic_algorithms(False)
     assert torch.equal(off, on)
     for row in rows:  # the trapezoid is exact to third order: the two agree when both are right

@@ -20,7 +20,7 @@ CONFIGS = [
     path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if "-m trl_entropy.train" in path.read_text()
 ]
 ON_CPU = ["--task", "word_problems", "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"]
-PROBED = ["--entropy_probe", "true", "--entropy_probe_num_completions", "8"]
+PROBED = ["--entropy_probe", "true", "--entropy_probe_completions", "held_out", "--entropy_probe_num_completions", "8"]
 GPUS = ["--hardware", "2xH100-80GB", "--model_name_or_path", "Qwen/Qwen2.5-1.5B", "--dtype", "bfloat16"]
 LORA = ["--use_peft", "true"]
 KL = ["--kl_every", "1"]

@@ -33,7 +33,7 @@ from trl_entropy.probes.model_checks import (
 from trl_entropy.probes.noise_scale import NoiseScaleProbe
 from trl_entropy.runs.directory import RunDirectory
 
-HELD_OUT = {"entropy_probe": True, "entropy_probe_num_completions": 4}
+HELD_OUT = {"entropy_probe": True, "entropy_probe_completions": "held_out", "entropy_probe_num_completions": 4}
 PROBES = {
     "held_out": HELD_OUT,
     "second order": HELD_OUT | {"entropy_second_order": True},

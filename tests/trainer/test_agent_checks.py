@@ -40,7 +40,7 @@ def args(**settings):
     return DrGRPOConfig(**(defaults | {"use_cpu": True} | settings))
 
 
-HELD_OUT = {"entropy_probe": True, "entropy_probe_num_completions": 4}
+HELD_OUT = {"entropy_probe": True, "entropy_probe_completions": "held_out", "entropy_probe_num_completions": 4}
 DRAWING = [HELD_OUT, {"entropy_control": "report", "entropy_control_num_completions": 4}]
 OWN = [
     {"entropy_probe": True, "entropy_probe_completions": "rollouts"},

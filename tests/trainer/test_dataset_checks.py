@@ -15,7 +15,7 @@ from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.trainer import dr_grpo
 from trl_entropy.trainer.dataset_checks import check_datasets
 
-PROBE = {"entropy_probe": True, "entropy_probe_num_completions": 4}
+PROBE = {"entropy_probe": True, "entropy_probe_completions": "held_out", "entropy_probe_num_completions": 4}
 EVAL = {**PROBE, "entropy_probe_completions": "eval"}
 
 
@@ -193,7 +193,8 @@ def test_several_evaluation_sets_have_rows_by_name(kind, problems, make_trainer)
     sets = kind(a=problems.select(range(4)), a_b=problems.select(range(4, 8)).add_column("extra", [1] * 4))
     trainer = make_trainer(
         eval_dataset=sets, eval_strategy="steps", eval_steps=1, eval_on_start=True, num_generations_eval=2,
-        per_device_eval_batch_size=8, **(EVAL | {"entropy_probe_num_completions": 8}),
+        per_device_eval_batch_size=8, **(EVAL | {"entropy_probe_completions": "held_out",
+        "entropy_probe_num_completions": 8}),
     )  # fmt: skip
     trainer.train()
     run = RunDirectory(trainer.args.output_dir)

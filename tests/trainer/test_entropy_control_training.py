@@ -49,7 +49,8 @@ def moments(trainer):
 def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
     """Measured by the entropy probe, on completions of its own: 32 a step, 5 steps."""
     _, rows = trained(
-        make_trainer, problems, max_steps=5, entropy_probe=True, entropy_probe_num_completions=32, learning_rate=3e-4,
+        make_trainer, problems, max_steps=5, entropy_probe=True, entropy_probe_completions="held_out",
+        entropy_probe_num_completions=32, learning_rate=3e-4,
         entropy_attribution="sequence",
         **(of(source) | {"entropy_control_per_step": -0.01}),
     )  # fmt: skip

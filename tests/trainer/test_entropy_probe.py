@@ -17,7 +17,12 @@ from trl_entropy.models.embedded import build_model
 from trl_entropy.probes import EntropyProbe
 from trl_entropy.runs.directory import RunDirectory
 
-PROBE = {"entropy_probe": True, "entropy_probe_num_completions": 8, "probe_batch_size": 5}
+PROBE = {
+    "entropy_probe": True,
+    "entropy_probe_completions": "held_out",
+    "entropy_probe_num_completions": 8,
+    "probe_batch_size": 5,
+}
 
 
 @pytest.fixture(scope="module")

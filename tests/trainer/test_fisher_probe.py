@@ -182,7 +182,12 @@ def test_other_prompts_are_the_cross_prompt_entries_of_the_kernel_of_all_complet
 def test_the_row_of_the_entropy_gradient_reproduces_the_attribution(trained):
     """(T12): one more row of the Gram, (grad h)' M grad S_j, times alpha_j is what (T9) gives completion j."""
     problems = Dataset.from_dict({"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben") for i in range(16)]})
-    settings = {"entropy_probe": True, "entropy_probe_num_completions": 8, "entropy_attribution": "sequence"}
+    settings = {
+        "entropy_probe": True,
+        "entropy_probe_completions": "held_out",
+        "entropy_probe_num_completions": 8,
+        "entropy_attribution": "sequence",
+    }
     keep, trainer, _, _ = trained(num_sequences=16, dataset=problems, **settings)
     folder = RunDirectory(trainer.args.output_dir).path / "probes"
     of_probe, of_update = (load_file(folder / name / "step_000002.safetensors") for name in ("entropy", "attribution"))

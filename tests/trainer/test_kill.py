@@ -25,6 +25,7 @@ SETTINGS = {
     "save_total_limit": 2,
     "steps_per_generation": 2,
     "entropy_probe": True,
+    "entropy_probe_completions": "held_out",
     "entropy_probe_num_completions": 4,
     "effective_sample_size_probe": True,
 }

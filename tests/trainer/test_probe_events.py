@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl_entropy import Probe
+from trl_entropy.engine import PastUpdate
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.set_aside import set_aside_after
@@ -24,10 +25,13 @@ class Listener(Probe):
     def reset(self):
         self.resets += 1
 
-    def on_rollouts_drawn(self, args, state, control, *, metrics, drawn, record, **kwargs):
+    def on_rollouts_drawn(self, args, state, control, *, metrics, drawn, record, engine, **kwargs):
         self.events.append("drawn")
-        update = None if record is None else {name: value.clone() for name, value in record.update.items()}
-        self.drawn.append((drawn, record and record.step, update))
+        past = record and record.kept and PastUpdate.rebuilt(record.kept, engine)
+        self.drawn.append((drawn, record and record.step, past))
+
+    def on_no_more_rollouts(self, args, state, control, *, metrics, record, **kwargs):
+        self.events.append(f"no more after {record.step}")
 
     def on_micro_batch(self, args, state, control, *, metrics, **kwargs):
         self.events.append("micro-batch")
@@ -38,11 +42,11 @@ class Listener(Probe):
 
     def on_before_update(self, args, state, control, *, metrics, record, update, **kwargs):
         self.events.append("before")
+        record.keep_update(update)
         self.coefficients.append((record.loss_coefficients, record.rollouts))
 
     def on_after_update(self, args, state, control, *, metrics, record, update, **kwargs):
         self.events.append("after")
-        record.keep_update()
         self.moved.append({name: value.clone() for name, value in update.update.items()})
 
 
@@ -52,9 +56,10 @@ def test_events_come_in_order_and_the_record_outlives_its_step(make_trainer):
     trainer.train()
     step = ["drawn", "micro-batch", "micro-batch", "rollouts", "before", "after"]
     # When the trainer is built, and again when training begins.
-    assert listener.events == ["check Qwen2ForCausalLM", "check Qwen2ForCausalLM", *step, *step]
+    checked = ["check Qwen2ForCausalLM"] * 2
+    assert listener.events == [*checked, *step, *step, "no more after 2"]
     assert [number for _, number, _ in listener.drawn] == [None, 1]
-    kept = listener.drawn[1][2]
+    kept = listener.drawn[1][2].update
     assert kept.keys() == listener.moved[0].keys() and any(value.any() for value in kept.values())
     assert all(torch.equal(value, listener.moved[0][name]) for name, value in kept.items())
     # What was drawn is what the step's micro-batches hold, before they are shuffled.
@@ -83,14 +88,19 @@ class Seldom(Listener):
 def test_probes_of_different_cadence_share_what_is_recorded(make_trainer):
     """Neither gets rows of steps that the other alone, or none, wanted; each measured step is finished by the next."""
     always, seldom = Listener(), Seldom()
-    attribution = {"entropy_probe": True, "entropy_probe_num_completions": 4, "entropy_attribution": "sequence"}
+    attribution = {
+        "entropy_probe": True,
+        "entropy_probe_completions": "held_out",
+        "entropy_probe_num_completions": 4,
+        "entropy_attribution": "sequence",
+    }
     make_trainer(callbacks=[seldom], max_steps=5, entropy_probe_every=3, **attribution).train()
     make_trainer(callbacks=[always, Seldom()], max_steps=4).train()
     for listener, num_measured in ((always, 4), (seldom, 2)):
         assert len(listener.coefficients) == num_measured
         assert all(len(found.policy) == 16 for found, _ in listener.coefficients)
     assert [step for _, step, _ in seldom.drawn] == [None, 1, 2, 3, 4]
-    assert [bool(update) for _, _, update in seldom.drawn] == [False, False, True, False, True]
+    assert [bool(past) for _, _, past in seldom.drawn] == [False, False, True, False, True]
 
 
 def test_numbers_of_an_earlier_step_join_its_line(make_trainer):
@@ -182,7 +192,12 @@ def test_training_again_after_an_exception_begins_the_step_anew(make_trainer):
             metrics["my/num_rows"] = len(rollouts.rewards)
 
     listener = Listener()
-    settings = {"effective_sample_size_probe": True, "entropy_probe": True, "entropy_probe_num_completions": 4}
+    settings = {
+        "effective_sample_size_probe": True,
+        "entropy_probe": True,
+        "entropy_probe_completions": "held_out",
+        "entropy_probe_num_completions": 4,
+    }
     trainer = make_trainer(
         callbacks=[listener, FailsOnce()],
         per_device_train_batch_size=8,

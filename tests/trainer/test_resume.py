@@ -21,6 +21,7 @@ from trl_entropy.runs.directory import RunDirectory
 
 EVERY_PROBE = {
     "entropy_probe": True,
+    "entropy_probe_completions": "held_out",
     "entropy_probe_num_completions": 8,
     "entropy_second_order": True,
     "entropy_placebo": True,

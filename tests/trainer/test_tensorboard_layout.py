@@ -46,6 +46,7 @@ def test_a_run_writes_it_and_logs_what_it_draws(make_trainer, tmp_path, monkeypa
         report_to="tensorboard",
         max_steps=3,
         entropy_probe=True,
+        entropy_probe_completions="held_out",
         entropy_probe_num_completions=4,
         noise_scale_probe=True,
     )

@@ -204,7 +204,8 @@ def test_random_positive_tokens_have_no_loss(make_trainer, scope):
 @pytest.mark.parametrize("control", ["clip_cov", "random"])
 def test_probes_go_with_it(make_trainer, control, scope):
     _, _, rows = trained(
-        make_trainer, entropy_probe=True, entropy_probe_num_completions=4, entropy_attribution="sequence",
+        make_trainer, entropy_probe=True, entropy_probe_completions="held_out", entropy_probe_num_completions=4,
+        entropy_attribution="sequence",
         noise_scale_probe=True, **read_by(CLIP | {"token_control": control, "token_control_scope": scope}),
     )  # fmt: skip
     assert abs(rows[-1]["entropy/attribution_rounding"]) < 1e-5

@@ -71,8 +71,8 @@ class ProbeChecks(Requirements):
 
     def check_next_rollouts(self, number: int) -> None:
         """
-        Raises `ValueError` unless the next step's completions are independent of a step, and `number` of them are whole
-        groups on each process: see `NextRolloutsProbe`.
+        Raises `ValueError` unless the next step's completions are independent of a step, and `number` of them are
+        whole groups on each process: see `NextRolloutsProbe`.
         """
         what = "entropy_probe_completions='next_rollouts'"
         otherwise = "entropy_probe_completions='held_out'"
@@ -101,8 +101,8 @@ class ProbeChecks(Requirements):
             fitting = min(max(number // unit, -(-4 // self.world_size)) * unit, whole)
             raise ValueError(
                 f"entropy_probe_num_completions is {number}: with {what} it must be a multiple of {unit} "
-                f"({self.world_size} process(es) x num_generations={self.num_generations}), of at least 4 prompts, and "
-                f"at most the {whole} completions of a step. Try entropy_probe_num_completions={fitting}."
+                f"({self.world_size} process(es) x num_generations={self.num_generations}), of at least 4 prompts, "
+                f"and at most the {whole} completions of a step. Try entropy_probe_num_completions={fitting}."
             )
 
     def _check_probe_batch(self) -> None:
@@ -119,8 +119,8 @@ class ProbeChecks(Requirements):
         """Raises `ValueError` unless the step is AdamW's, and predicted to first order."""
         if self.entropy_prediction == "none":
             raise ValueError(
-                "entropy_attribution splits the first-order prediction (T9), and entropy_prediction='none' makes none. "
-                "Set entropy_prediction='linear', or entropy_attribution='none'."
+                "entropy_attribution splits the first-order prediction (T9), and entropy_prediction='none' makes "
+                "none. Set entropy_prediction='linear', or entropy_attribution='none'."
             )
         if not all(self._step_of_adamw().values()):
             raise ValueError(

@@ -36,8 +36,8 @@ class ProbeSettings:
     )
     entropy_probe_num_completions: int | None = setting(
         "Number of completions that the entropy probe measures on, over all processes. If it is not set: with "
-        "entropy_probe_completions=next_rollouts a quarter of a step's, in whole prompt groups and of 4 prompts or more; "
-        "else 64, with one completion for each prompt.",
+        "entropy_probe_completions=next_rollouts a quarter of a step's, in whole prompt groups and of 4 prompts or "
+        "more; else 64, with one completion for each prompt.",
         None,
         unit="completions",
         probe="entropy_probe",
@@ -45,11 +45,11 @@ class ProbeSettings:
         changes_training=False,
     )
     entropy_probe_completions: str = setting(
-        "Which completions the entropy probe measures on. next_rollouts: those of the next step, which are independent "
-        "of this step's update; nothing is generated, and the numbers of a step are known when the next one begins. "
-        "held_out: drawn for training prompts that are not in this step. eval: drawn for prompts of eval_dataset. "
-        "rollouts: the step's own completions; nothing is generated, and a completion never predicts its own prompt's "
-        "change (T17).",
+        "Which completions the entropy probe measures on. next_rollouts: those of the next step, which are "
+        "independent of this step's update; nothing is generated, and the numbers of a step are known when the next "
+        "one begins. held_out: drawn for training prompts that are not in this step. eval: drawn for prompts of "
+        "eval_dataset. rollouts: the step's own completions; nothing is generated, and a completion never predicts "
+        "its own prompt's change (T17).",
         "next_rollouts",
         choices=("next_rollouts", "held_out", "eval", "rollouts"),
         probe="entropy_probe",

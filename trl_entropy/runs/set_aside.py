@@ -22,8 +22,9 @@ def set_aside_after(run: RunDirectory, step: int) -> Path | None:
     Move what is about later steps than `step` into `set_aside/after_step_000020_1/` of the run, under its own names.
 
     Lines of metrics and evaluations, what was measured of `step` itself when the next one began, files of probes and
-    completions, evaluated checkpoints and complete checkpoints are moved, the newest checkpoints first: one that is still there has all its lines. A process that is killed
-    meanwhile leaves each of them in one of the two places or, for lines, in both.
+    completions, evaluated checkpoints and complete checkpoints are moved, the newest checkpoints first: one that is
+    still there has all its lines. A process that is killed meanwhile leaves each of them in one of the two places or,
+    for lines, in both.
 
     Returns:
         The folder, or None if there was nothing to move.
