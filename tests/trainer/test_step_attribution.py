@@ -261,3 +261,15 @@ def test_parts_sum_in_float64(model_path):
         found = Attribution(whole, products.momentum, products.weight_decay, contributions.flatten())
         assert abs(found.relative_rounding) < 1e-12
     assert abs(products.momentum) > 1e-6 < by_sequence.abs().min()
+
+
+@pytest.mark.parametrize("mode", ["token", "sequence"])
+def test_parts_add_up_on_the_next_steps_rollouts(make_trainer, problems, mode):
+    """grad h is weighed back to the policy before the step, and M is read when the step is over."""
+    own = {"entropy_probe_completions": "next_rollouts", "entropy_probe_num_completions": 16}
+    _, run = trained(make_trainer, problems, mode, **own)
+    for row in run.metrics():
+        parts = sum(row[f"entropy/delta_{name}"] for name in ("momentum", "weight_decay", "gradient"))
+        assert parts == pytest.approx(row["entropy/delta_linear"], rel=1e-3)
+        assert abs(row["entropy/attribution_rounding"]) < 1e-4
+    assert len(files(run, "attribution")) == 3
