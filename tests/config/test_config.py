@@ -121,13 +121,14 @@ def test_truncated_sampling_is_found(settings, named):
 
 
 def test_vllm_stops_at_the_answer_and_its_sampler_needs_it():
-    args = config(use_vllm=True, stop_at_answer=True, entropy_probe=True, entropy_probe_sampler="vllm")
+    probe = {"entropy_probe": True, "entropy_probe_completions": "held_out"}
+    args = config(use_vllm=True, stop_at_answer=True, entropy_probe_sampler="vllm", **probe)
     assert args.generation_kwargs == {"stop": ["</answer>"], "include_stop_str_in_output": True}
     assert args.truncated_sampling() == ""
     with pytest.raises(ValueError, match="entropy_probe_sampler='vllm' needs use_vllm=True"):
-        config(entropy_probe=True, entropy_probe_sampler="vllm")
+        config(entropy_probe_sampler="vllm", **probe)
     with pytest.raises(ValueError, match="entropy_probe_sampler is 'vlm'; use one of"):
-        config(entropy_probe=True, entropy_probe_sampler="vlm")
+        config(entropy_probe_sampler="vlm", **probe)
 
 
 def test_help_of_every_field_prints():

@@ -55,7 +55,7 @@ def test_what_changes_training_is_compared(tmp_path, changed):
         {"gradient_checkpointing": True, "dataloader_num_workers": 1},
         {"hub_token": "x", "push_to_hub": False},
         {"model_init_kwargs": {"token": "x", "attn_implementation": "eager"}},
-        {"entropy_probe": True, "kl_every": 5, "entropy_control": "report"},
+        {"optimizer_state_probe": True, "kl_every": 5, "entropy_control": "report"},
     ],
     ids=str,
 )

@@ -89,9 +89,9 @@ def test_every_field_takes_its_default_and_no_value_of_another_kind(parsed):
 
 def test_texts_stand_for_what_they_spell(read):
     _, args, _ = read(
-        'learning_rate: "1e-3"\nmax_steps: "7"\nentropy_probe: "true"\nreport_to: none\nrun_name: 2024-01-01\n'
+        'learning_rate: "1e-3"\nmax_steps: "7"\nbf16_full_eval: "true"\nreport_to: none\nrun_name: 2024-01-01\n'
     )
-    assert (args.learning_rate, args.max_steps, args.entropy_probe, args.run_name) == (1e-3, 7, True, "2024-01-01")
+    assert (args.learning_rate, args.max_steps, args.bf16_full_eval, args.run_name) == (1e-3, 7, True, "2024-01-01")
 
 
 def test_home_is_found_in_every_path(read, tmp_path, monkeypatch):
@@ -203,9 +203,12 @@ def test_a_question_at_the_end_of_an_error_has_no_full_stop(tmp_path):
 READERS = readers_of(PARSED)
 
 
-def other_than(value: object) -> object:
+def other_than(value: object, kind: object = None) -> object:
+    """A value other than `value`, of the type that is annotated where the default is None."""
     if isinstance(value, bool):
         return not value
+    if value is None and "int" in str(kind):
+        return 7
     return {int: 7, float: 0.25, str: "other", list: [0.25, 0.75], type(None): 0.25}[type(value)]
 
 
@@ -223,7 +226,7 @@ def test_a_setting_that_nothing_reads_is_refused_by_name(name, tmp_path):
     by_name = {field.name: (parsed, field) for parsed in PARSED for field in dataclasses.fields(parsed)}
     parsed, field = by_name[name]
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    choices = field.metadata.get("choices") or [other_than(default)]
+    choices = field.metadata.get("choices") or [other_than(default, field.type)]
     value = next(choice for choice in choices if choice != default)
     path = tmp_path / "settings.yaml"
     flags = ["--config", str(path), "--output_dir", str(tmp_path / "run"), *ON_CPU]
@@ -260,7 +263,8 @@ def test_a_setting_that_another_value_leaves_unread_is_refused_by_name(name, rea
     first, second = SECOND_LEVEL[name].needed
     on = STEP | ON[first.toggle] | {second.toggle: unread_by(second)}
     value = next((c for c in own_settings(DrGRPOConfig)[name].choices if c != default_of(DrGRPOConfig, name)), None)
-    value = other_than(default_of(DrGRPOConfig, name)) if value is None else value
+    kind = DrGRPOConfig.__dataclass_fields__[name].type
+    value = other_than(default_of(DrGRPOConfig, name), kind) if value is None else value
     message = f"{name} is .*, but nothing reads it: {second.toggle} is .*Set {second.toggle}"
     DrGRPOConfig(**on, output_dir="x", use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=message):
@@ -273,7 +277,7 @@ def test_every_setting_whose_help_names_a_value_of_another_is_read_with_it():
     """Else nobody would see that a new one is missing from the rule."""
     assert set(SECOND_LEVEL) == {
         "entropy_control_gain", "entropy_control_gradient_ema", "entropy_control_num_completions",
-        "entropy_probe_num_completions", "entropy_probe_sampler",
+        "entropy_prediction", "entropy_probe_num_completions", "entropy_probe_sampler",
         "token_control_bounds", "token_control_coefficient", "token_control_quantiles",
     }  # fmt: skip
     for name, described in own_settings(DrGRPOConfig).items():
@@ -285,7 +289,7 @@ def test_every_setting_whose_help_names_a_value_of_another_is_read_with_it():
 
 def test_the_command_line_may_leave_settings_of_a_file_unread(read):
     text = "token_control: clip_cov\ntoken_control_bounds: [2, 3]\nentropy_probe: true\n"
-    text += "entropy_probe_num_completions: 8\n" + yaml.safe_dump(STEP)
+    text += "entropy_probe_num_completions: 16\n" + yaml.safe_dump(STEP)
     assert read(text)[1].token_control_bounds == [2, 3]
     args = read(text, "--token_control", "random", "--entropy_probe_completions", "rollouts")[1]
     assert (args.token_control_bounds, args.entropy_probe_num_completions) == ([1.0, 5.0], None)
@@ -293,7 +297,7 @@ def test_the_command_line_may_leave_settings_of_a_file_unread(read):
 
 def test_what_the_command_line_turns_off_is_left_out(read):
     """A toggle may be turned off without taking its settings out of the file."""
-    text = "entropy_probe: true\nentropy_probe_every: 5\nentropy_attribution: token\n"
+    text = "entropy_probe: true\nentropy_probe_every: 5\nentropy_attribution: token\n" + yaml.safe_dump(STEP)
     text += "task: gsm8k\ndataset_path: my.jsonl\n"
     task, args, _ = read(text, "--entropy_probe", "false", "--task", "word_problems")
     assert (args.entropy_probe, args.entropy_probe_every, args.entropy_attribution) == (False, 1, "none")

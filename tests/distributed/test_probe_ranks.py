@@ -67,7 +67,11 @@ BF16 = [
     {"name": f"bf16-{rate}", "bf16": True, "keeps_parameters": True, "learning_rate": rate} for rate in (1e-4, 1e-6)
 ]
 # The same training without a probe, and its number of completions as by default: nothing reads it.
-NO_PROBE = {"entropy_probe": False, "entropy_probe_num_completions": None}
+NO_PROBE = {
+    "entropy_probe": False,
+    "entropy_probe_completions": "next_rollouts",
+    "entropy_probe_num_completions": None,
+}
 OFF = [
     {"name": "full-off", **NO_PROBE},
     {"name": "lora-off", "lora": True, "gradient_accumulation_steps": 1, **NO_PROBE},

@@ -109,6 +109,7 @@ CONTROL = {"entropy_control": "report", "entropy_control_num_completions": 4}
 # and whether it sees the pixels of a prompt, or needs none.
 TOGGLES = {
     "entropy_probe": (PROBE, False, False),
+    "entropy_prediction": ({"entropy_probe": True, "entropy_prediction": "linear"}, True, False),
     "entropy_probe_completions": (EVAL, True, False),  # of a set that is no stream
     "entropy_probe_completions ": ({"entropy_probe": True, "entropy_probe_completions": "rollouts"}, True, False),
     "entropy_second_order": (PROBE | {"entropy_second_order": True}, False, False),
@@ -193,8 +194,7 @@ def test_several_evaluation_sets_have_rows_by_name(kind, problems, make_trainer)
     sets = kind(a=problems.select(range(4)), a_b=problems.select(range(4, 8)).add_column("extra", [1] * 4))
     trainer = make_trainer(
         eval_dataset=sets, eval_strategy="steps", eval_steps=1, eval_on_start=True, num_generations_eval=2,
-        per_device_eval_batch_size=8, **(EVAL | {"entropy_probe_completions": "held_out",
-        "entropy_probe_num_completions": 8}),
+        per_device_eval_batch_size=8, **(EVAL | {"entropy_probe_num_completions": 8}),
     )  # fmt: skip
     trainer.train()
     run = RunDirectory(trainer.args.output_dir)

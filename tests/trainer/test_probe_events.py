@@ -119,6 +119,7 @@ def test_numbers_of_an_earlier_step_join_its_line(make_trainer):
     assert [row.get("my/late") for row in rows] == [1.0, 2.0, None]
     assert [row.get("my/early") for row in rows] == [1.0, 2.0, 3.0]
     set_aside_after(RunDirectory(trainer.args.output_dir), 2)
+    del rows[1]["my/late"]  # which came after the checkpoint of step 2, and comes again
     assert RunDirectory(trainer.args.output_dir).metrics() == rows[:2]
 
 
@@ -174,7 +175,7 @@ def test_two_probes_of_one_state_name_are_refused(make_trainer):
     named.state_name = "other"
     trainer = make_trainer(callbacks=[Counter(), named], max_steps=1)
     trainer.train()
-    assert set(trainer.probe_runner.state_dict()) == {"Counter", "other"}
+    assert set(trainer.probe_runner.state_dict()["probes"]) == {"Counter", "other"}
 
 
 def test_training_again_after_an_exception_begins_the_step_anew(make_trainer):
@@ -212,7 +213,8 @@ def test_training_again_after_an_exception_begins_the_step_anew(make_trainer):
     assert FailsOnce.has_failed and listener.resets == 2
     assert row["my/num_rows"] == 16 and len(listener.coefficients[-1][0].policy) == 16
     assert row["ess/importance_weights"] == pytest.approx(16)  # 24 with those of the first attempt
-    assert listener.events[-6:] == ["drawn", "micro-batch", "micro-batch", "rollouts", "before", "after"]
+    step = ["drawn", "micro-batch", "micro-batch", "rollouts", "before", "after"]
+    assert listener.events[-7:] == [*step, "no more after 1"]
     (drawn, _, _), rollouts = listener.drawn[-1], listener.coefficients[-1][1]
     assert sorted(drawn.completion_ids.tolist()) == sorted(rollouts.completion_ids.tolist())  # of one generation
     assert row["reward"] == pytest.approx(rollouts.rewards.mean().item())  # not averaged with the first attempt's

@@ -134,7 +134,7 @@ def test_on_policy_coefficients_are_those_of_the_equation(make_trainer, problems
 @pytest.mark.parametrize("terms", [{}, {"beta": 0.1, "entropy_coef": 0.1, "num_iterations": 2}], ids=str)
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, terms):
     points = []
-    off = {"entropy_probe": False, "entropy_probe_num_completions": None}  # as by default: nothing reads it
+    off = {"entropy_probe": False, "entropy_probe_completions": "next_rollouts", "entropy_probe_num_completions": None}
     for settings in (off, {"entropy_attribution": "sequence"}, {"entropy_attribution": "token"}):
         trainer, run = trained(make_trainer, problems, "none", **terms, **settings)
         points.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))

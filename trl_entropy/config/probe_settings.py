@@ -77,6 +77,7 @@ class ProbeSettings:
         probe="entropy_probe",
         read_with=_INDEPENDENT,
         changes_training=False,
+        logs="`entropy/delta_linear` and `_trapezoid`, with the errors and statistics that belong to them",
         cost="about 4 forward passes over the probe's completions for each derivative",
     )
     entropy_second_order: bool = setting(
