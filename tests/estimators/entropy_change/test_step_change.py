@@ -111,3 +111,31 @@ def test_columns_go_there_and_back():
         assert columns.shape == (len(SAMPLE), width)
         torch.testing.assert_close(stacked(unstacked(columns)), columns)
     assert unstacked(stacked(before)).second_tangents is None
+
+
+@pytest.mark.parametrize("form", ["decision", "sequence"])
+@pytest.mark.parametrize("drawn_at", [1.0, 0.4], ids=["after the step", "by an earlier policy"])
+def test_completions_of_the_next_step_tell_of_both_ends(form, drawn_at):
+    """By enumeration: weighed to either end, the expected sums give the entropy there and its exact derivative."""
+    there = POLICY.theta + drawn_at * POLICY.update
+    probabilities, sampling = POLICY.probabilities(there), POLICY.score(there)[1]
+    for share in (0.0, 1.0):
+        theta = POLICY.theta + share * POLICY.update
+        (entropy, logps), tangents = torch.func.jvp(POLICY.score, (theta,), (POLICY.update,))
+        levels = zip((entropy, logps), tangents, strict=True)
+        found = point_terms(*levels, sampling, POLICY.completion_mask, form)
+        top, bottom = (float(probabilities @ column) for column in found.terms)
+        d_top, d_bottom = (float(probabilities @ column) for column in found.tangents)
+        assert bottom == pytest.approx(float(POLICY.mean_length(theta)), rel=1e-12)
+        assert top / bottom == pytest.approx(float(POLICY.policy_entropy(theta)), rel=1e-12)
+        slope = float(POLICY.policy_entropy_gradient(theta) @ POLICY.update)
+        assert (d_top - top / bottom * d_bottom) / bottom == pytest.approx(slope, rel=1e-9)
+
+
+def test_predictions_without_derivatives_are_left_out():
+    (entropy, logps), after = scores_at(0, 1), scores_at(1, 1)
+    value_alone = point_terms(*((scores[0],) for scores in after), logps[0], MASK)
+    before = point_terms(entropy, logps, logps[0], MASK)
+    assert set(step_changes(before, value_alone)) == {"measured", "linear"}
+    assert set(step_changes(value_alone, value_alone)) == {"measured"}
+    assert unstacked(stacked(value_alone)).tangents is None
