@@ -3,6 +3,7 @@ Time of a training step relative to another way of training, measured in turns i
 
     python tests/benchmarks/step_time.py trl      # DrGRPOTrainer with toggles off, relative to TRL's GRPOTrainer
     python tests/benchmarks/step_time.py probe    # with the entropy probe in every step, relative to without
+    python tests/benchmarks/step_time.py probe --source held_out --prediction linear
     python tests/benchmarks/step_time.py noise_scale --hidden 128 512    # with that probe, relative to without
 
 U are the step's own completions, E the completions of the entropy probe: by default a quarter as many.
@@ -14,8 +15,8 @@ machine's speed affect both. Each round gives the ratio of the two median steps.
 For `noise_scale` (LoRA of rank 16 on a Qwen2 with 8 layers, 8 prompts with 4 completions each, float32) both sides are
 steps of one run: off, on, on, off. Each such round gives the ratio of the two sums.
 
-Intervals are 95 % (Student's t) over rounds. Times are wall-clock seconds, and for `noise_scale` also CPU seconds of
-the process, which depend less on other load.
+Intervals are 95 % (Student's t) over rounds. Times are wall-clock seconds and CPU seconds of the process, which depend
+less on other load.
 """
 
 from __future__ import annotations
@@ -76,10 +77,12 @@ class Stopwatch(TrainerCallback):
         self.cpu_seconds: list[float] = []
         self.logged: list[dict[str, float]] = []
 
-    def median(self, *subtract: str) -> float:
-        """Median seconds per step, after subtracting the logged times of these names."""
+    def median(self, name: str) -> float:
+        """Median of steps: of `"wall"` or `"cpu"` seconds, or of wall seconds without the logged time of this name."""
+        if name == "cpu":
+            return statistics.median(self.cpu_seconds)
         rows = zip(self.seconds, self.logged, strict=True)
-        return statistics.median(seconds - sum(logs[name] for name in subtract) for seconds, logs in rows)
+        return statistics.median(seconds - logs.get(name, 0.0) for seconds, logs in rows)
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(1000 * args.seed + state.global_step)
@@ -121,17 +124,19 @@ def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[s
     Median seconds per step of both sides in each round; the sides take turns, each starting every other round.
 
     Returns:
-        `"whole"`: of whole steps; and for each name in `subtract`: without the first side's logged time of that name.
+        `"wall"` and `"cpu"`: of whole steps; for each name in `subtract`: without the first side's logged time of it.
     """
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ("whole", *subtract)}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ("wall", "cpu", *subtract)}
     for number in range(rounds):
         order = [first, second] if number % 2 == 0 else [second, first]
         for trainer, watch in order:
             watch.start_turn()
             trainer.args.seed = number
+            folder = Path(trainer.args.output_dir)
+            trainer.args.output_dir = str(folder.with_name(f"{folder.name.split('-')[0]}-{number}"))  # each is a run
             trainer.train()
         for name, rows in results.items():
-            rows.append((first[1].median(*([] if name == "whole" else [name])), second[1].median()))
+            rows.append((first[1].median(name), second[1].median("cpu" if name == "cpu" else "wall")))
     return results
 
 
@@ -173,6 +178,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16, help="number of rounds; the first is not counted")
     parser.add_argument("--steps", type=int, default=5, help="steps per turn, after a first one that is not counted")
     parser.add_argument("--prompts", type=int, default=32, help="for `probe`: completions of the entropy probe, |E|")
+    parser.add_argument("--source", default="next_rollouts", help="for `probe`: entropy_probe_completions")
+    parser.add_argument("--prediction", default="trapezoid", help="for `probe`: entropy_prediction")
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 512], help="for `noise_scale`: hidden sizes")
     options = parser.parse_args()
     quiet_libraries()
@@ -185,19 +192,24 @@ def main() -> None:
         if options.what == "trl":
             other = build(GRPOTrainer, GRPOConfig, Path(folder) / "trl", options.steps)
             results = paired(build(*off), other, options.rounds)
-            report("DrGRPOTrainer / GRPOTrainer", results["whole"], "|U| = 128")
+            for clock in ("wall", "cpu"):
+                report(f"DrGRPOTrainer / GRPOTrainer, {clock}", results[clock], "|U| = 128")
             return
         settings = {
             "entropy_probe": True,
-            "entropy_probe_completions": "held_out",
+            "entropy_probe_completions": options.source,
             "entropy_probe_num_completions": options.prompts,
+            "entropy_prediction": options.prediction,
             "probe_batch_size": 128,
         }
         on = build(DrGRPOTrainer, DrGRPOConfig, Path(folder) / "on", options.steps, **settings)
         draw, sizes = "time/entropy_draw", f"|U| = 128, |E| = {options.prompts}"
         results = paired(on, build(*off), options.rounds, (draw, "time/entropy"))
-        report("entropy probe on / off", results["whole"], sizes)
-        report("the same without drawing E", results[draw], sizes)
+        named = f"entropy probe ({options.source}, {options.prediction}) on / off"
+        for clock in ("wall", "cpu"):
+            report(f"{named}, {clock}", results[clock], sizes)
+        if options.source == "held_out":
+            report("the same without drawing E", results[draw], sizes)
         report("the same without all of the probe's events (about 1)", results["time/entropy"], sizes)
 
 
