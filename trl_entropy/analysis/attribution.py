@@ -18,6 +18,7 @@ import pandas as pd
 
 from trl_entropy.analysis.comparison import student_t
 from trl_entropy.analysis.run import Run
+from trl_entropy.analysis.tokens import own_tokens
 from trl_entropy.runs.metrics import OUTCOMES, RARE, RELATIVE_OUTCOMES
 
 # Fixed edges of bins, so that steps and runs can be compared.
@@ -76,7 +77,7 @@ def _table_of(run: Run, step: int) -> pd.DataFrame:
     of_rows = pd.DataFrame({
         "advantage": given.get("raw_advantages", rollouts["advantages"]), "reward": rewards,
         "pass_rate": rewards.groupby(rollouts["prompt_index"]).transform("mean"),
-        "length": given["completion_mask"].sum(1),
+        "length": own_tokens(given).sum(1),
     })  # fmt: skip
     if given["attribution"].ndim == 1:
         table = pd.DataFrame({"row": of_rows.index, "prompt_index": given["prompt_index"]})

@@ -184,7 +184,7 @@ class StepAttribution:
         ):
             if self.mode == "token":
                 scores = score(model, completions, temperature, self.batch_size, params, direction, order=1)
-                return _by_token(scores, coefficients, completions.completion_mask)
+                return _by_token(scores, coefficients, completions.loss_mask)
 
             def products(value: Value) -> Float[Tensor, " B"]:
                 return gradient_products(model, completions, value, direction, temperature, self.batch_size)
@@ -205,7 +205,7 @@ class StepAttribution:
         categories, mask = (advantages <= 0).long().expand(shape), advantages != 0
         if contributions.scores is not None:
             common = bin_index(contributions.scores.logps[0], [math.log(RARE)])
-            categories, mask = crossed(categories, common, 2), mask & rollouts.completion_mask.bool()
+            categories, mask = crossed(categories, common, 2), mask & rollouts.loss_mask.bool()
         sums, counts = category_sums(
             contributions.policy, categories, mask.expand(shape), position, len(prompts), len(self.record.names)
         )
@@ -234,6 +234,7 @@ class StepAttribution:
         rollouts = record.rollouts
         tensors = {
             "completion_mask": rollouts.completion_mask,
+            "loss_mask": rollouts.loss_mask,
             "prompt_index": rollouts.prompt_index,
             "raw_advantages": rollouts.raw_advantages,
             "loss_coefficients": coefficients.policy.float(),
@@ -244,16 +245,14 @@ class StepAttribution:
         files.write(self.name, record.step, tensors)
 
 
-def _by_token(
-    scores: TokenScores, coefficients: LossCoefficients, completion_mask: Int[Tensor, "B T"]
-) -> Contributions:
+def _by_token(scores: TokenScores, coefficients: LossCoefficients, loss_mask: Int[Tensor, "B T"]) -> Contributions:
     """delta_ik of each token, from derivatives of its score along lr c (1-b1)/(1-b1^t) M grad h."""
     derivatives = {"kl": scores.logps[1], "entropy_bonus": scores.entropy[1]}
     other = {
-        name: token_contributions(given, derivatives[name], completion_mask, 1.0).sum(1)
+        name: token_contributions(given, derivatives[name], loss_mask, 1.0).sum(1)
         for name, given in _others(coefficients).items()
     }
-    policy = token_contributions(coefficients.policy, scores.logps[1], completion_mask, 1.0)
+    policy = token_contributions(coefficients.policy, scores.logps[1], loss_mask, 1.0)
     return Contributions(policy, other, scores)
 
 

@@ -208,7 +208,7 @@ class EntropyProbe(Probe):
         self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator, form: Any = "decision"
     ) -> PointTerms:
         """The entropy terms of each completion of all ranks, in rank order. Collective."""
-        mask = self._completions.completion_mask
+        mask = self._completions.loss_mask
         terms = point_terms(scores.entropy, scores.logps, self._sampling_logps(drawn_by), mask, form)
         return unstacked(accelerator.gather(stacked(terms)))
 
@@ -219,7 +219,7 @@ class EntropyProbe(Probe):
 
     def _sampler_weights(self, policy: TokenScores) -> Tensor:
         """Mean importance weight over the tokens of each completion, when vLLM drew it."""
-        mask = self._completions.completion_mask
+        mask = self._completions.loss_mask
         weights = importance_weights(policy.logps[0], self._sampling_logps(policy), mask)
         return weights.where(mask.bool(), 0.0).sum(1) / mask.sum(1)
 
@@ -288,7 +288,7 @@ class EntropyProbe(Probe):
     def _batch_before(self, before: TokenScores, delta_linear: float, accelerator: Accelerator) -> ProbeBatch:
         """E before the step, as the attribution needs it. Collective."""
         batch = self._completions
-        weights = importance_weights(before.logps[0], self._sampling_logps(before), batch.completion_mask)
+        weights = importance_weights(before.logps[0], self._sampling_logps(before), batch.loss_mask)
         return ProbeBatch(batch, weights, self._terms(before, before, accelerator).terms, delta_linear)
 
     def _noise_floor(
@@ -304,7 +304,7 @@ class EntropyProbe(Probe):
 
     def _entropy(self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator) -> float:
         """The entropy (T6) on E, nats per token. Collective."""
-        mask = self._completions.completion_mask
+        mask = self._completions.loss_mask
         weights = importance_weights(scores.logps[0], self._sampling_logps(drawn_by), mask)
         terms = entropy_terms(scores.entropy[0], weights, mask)
         return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()

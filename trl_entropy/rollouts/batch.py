@@ -50,8 +50,10 @@ class RolloutBatch:
 
     Attributes:
         prompt_ids, prompt_mask: the prompts, padded on the left.
-        completion_ids, completion_mask: the completions, padded on the right; the mask includes the end token.
-        loss_mask: 1 for completion tokens that the policy drew, 0 for those of tools and environments and for padding.
+        completion_ids, completion_mask: the completions, padded on the right; the mask is 1 for all that the model
+            attends to, the end token and tokens of tools and environments included.
+        loss_mask: 1 for completion tokens that the policy drew, 0 for those of tools and environments and for padding:
+            what is scored, differentiated and counted.
         prompt_index: number of the row's prompt group, unique over processes and over the run.
         rewards: weighted sum of the reward functions.
         raw_advantages: equation (T1), before `length_normalizer` or any entropy control.
@@ -97,7 +99,8 @@ class RolloutBatch:
 
     @property
     def lengths(self) -> Int[Tensor, " B"]:
-        return self.completion_mask.sum(dim=1)
+        """Tokens that the policy drew."""
+        return self.loss_mask.sum(dim=1)
 
     @property
     def accepted(self) -> Bool[Tensor, " P"]:

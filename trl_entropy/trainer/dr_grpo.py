@@ -32,7 +32,7 @@ from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
 from trl_entropy.probes.step_statistics import StepStatistics
 from trl_entropy.rollouts.batch import TrainingBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key
-from trl_entropy.rollouts.generation import answer_end, stopping_at
+from trl_entropy.rollouts.generation import answer_end, last_turn, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
 from trl_entropy.runs import tensorboard, trackers
 from trl_entropy.runs.console import printing_plain_text, use_progress_bar
@@ -40,6 +40,7 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
+from trl_entropy.tasks.rewards import completion_text
 from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.dataset_checks import check_datasets
@@ -86,8 +87,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             prompts_from_environment=data.get("environment_factory") is not None,
             callbacks=callbacks or (),
         )
-        agents = {name: kwargs.get(name) for name in ("tools", "environment_factory", "rollout_func")}
-        check_agents(args, **agents, callbacks=callbacks or ())
+        check_agents(args, environment_factory=kwargs.get("environment_factory"), callbacks=callbacks or ())
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
@@ -222,7 +222,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         batch["raw_advantages"] = batch["advantages"]
         batch["length_scale"] = torch.ones_like(batch["advantages"])
         if self.args.length_normalizer == "group_max":
-            lengths = self.accelerator.gather(batch["completion_mask"].sum(dim=1))
+            lengths = self.accelerator.gather(loss_mask_of(batch).sum(dim=1))
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
             batch["advantages"] = batch["advantages"] * batch["length_scale"]
         if training:
@@ -242,7 +242,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
 
     def _record_think_length(self, completions: list[Any]) -> None:
         """Mean number of tokens before the closing think tag, over the completions that have one."""
-        texts = [text if isinstance(text, str) else str(text[-1]["content"]) for text in completions]
+        texts = list(map(completion_text, completions))
         thoughts = [text.split(THINK_CLOSE, 1)[0] for text in texts if THINK_CLOSE in text]
         lengths = [len(ids) for ids in self._tokenizer(thoughts)["input_ids"]] if thoughts else []
         sums = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64, device=self.accelerator.device)
@@ -258,7 +258,6 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         with stopping_at(self.accelerator.unwrap_model(self.model), self._tokenizer, ANSWER_CLOSE):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         ends = [answer_end(self._tokenizer, ids, ANSWER_CLOSE) for ids in completion_ids]
-        self._answered = torch.tensor([end is not None for end in ends], device=self.accelerator.device)
         completion_ids = [ids[:end] for ids, end in zip(completion_ids, ends, strict=True)]
         if logprobs is not None:
             logprobs = [values[:end] for values, end in zip(logprobs, ends, strict=True)]
@@ -267,15 +266,24 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def _generate(self, prompts: list) -> Any:
         output = super()._generate(prompts)
         if self.args.stop_at_answer:
-            self._correct_terminated(output[1])
+            self._correct_terminated(*output[1:3])
         return output
 
-    def _correct_terminated(self, completion_ids: list[list[int]]) -> None:
-        """Correct TRL's metrics, which count completions that stop at their answer as clipped."""
+    def _correct_terminated(self, completion_ids: list[list[int]], own_tokens: list[list[int]] | None) -> None:
+        """
+        Correct TRL's metrics, which count completions that stop at their answer as clipped.
+
+        Args:
+            own_tokens: 1 for each token that the policy drew, 0 for those of tools and environments; None: it drew
+                all.
+        """
+        own_tokens = own_tokens or [[1] * len(ids) for ids in completion_ids]
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         ended = torch.tensor([ids[-1] in ends for ids in completion_ids], device=self.accelerator.device)
-        lengths = torch.tensor([len(ids) for ids in completion_ids], device=self.accelerator.device)
-        answered = self.accelerator.gather(self._answered)
+        lengths = torch.tensor([sum(own) for own in own_tokens], device=self.accelerator.device)
+        turns = [last_turn(ids, own) for ids, own in zip(completion_ids, own_tokens, strict=True)]
+        closed = [answer_end(self._tokenizer, turn, ANSWER_CLOSE) is not None for turn in turns]
+        answered = self.accelerator.gather(torch.tensor(closed, device=self.accelerator.device))
         terminated = self.accelerator.gather(ended) | answered
         lengths = self.accelerator.gather(lengths)[terminated].float()
         lengths = lengths if len(lengths) else torch.zeros(1)
