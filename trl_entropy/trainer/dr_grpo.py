@@ -24,7 +24,7 @@ from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
 from trl_entropy.models import warm_start
-from trl_entropy.models.loading import EMBEDDED_MODEL
+from trl_entropy.models.loading import EMBEDDED_MODELS
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import dropout_of
@@ -56,7 +56,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
     Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
-    after its warm start, which is made at the first use. Probes are turned on by toggles of the config, or passed as
+    after its warm start, which is made at the first use; `"embedded-agent"` has learned to call a calculator. Probes are turned on by toggles of the config, or passed as
     instances of [`~trl_entropy.Probe`] in `callbacks`.
 
     With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
@@ -93,8 +93,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
         if args.evaluate_checkpoints != "none":
             own.append(self._checkpoint_evaluation(args))
-        if model == EMBEDDED_MODEL:
-            model = str(warm_start.warm_start(seed=args.seed))
+        if isinstance(model, str) and model in EMBEDDED_MODELS:
+            model = str(warm_start.warm_start(seed=args.seed, name=model))
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         use_progress_bar(self, callbacks or ())
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
