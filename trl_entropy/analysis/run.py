@@ -187,9 +187,9 @@ class Run:
         steps = self.probe_steps("entropy")
         return self.tokens_of("entropy", steps[-1]) if steps else pd.DataFrame(columns=_PROBE_COLUMNS)
 
-    def tokens_in(self, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    def tokens_in(self, arrays: Mapping[str, np.ndarray], context: bool = False) -> pd.DataFrame:
         """[`token_table`] of the arrays of a probe file, with the text of each token."""
-        table = token_table(arrays)
+        table = token_table(arrays, context)
         table.insert(4, "token", self._texts(table["token_id"]))
         return table
 

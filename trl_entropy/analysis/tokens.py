@@ -46,6 +46,12 @@ def token_table(arrays: Mapping[str, np.ndarray], context: bool = False) -> pd.D
     return pd.DataFrame(columns)
 
 
+def turns_of(own: np.ndarray) -> np.ndarray:
+    """The turn, from 0, of each of the policy's tokens in [`own_tokens`]; other entries say nothing."""
+    begins = own & ~np.pad(own, ((0, 0), (1, 0)))[:, :-1]
+    return begins.cumsum(axis=1) - 1
+
+
 def high_entropy_tokens(
     tokens: pd.DataFrame, column: str = "entropy", quantile: float = 0.8, min_count: int = 5
 ) -> pd.DataFrame:

@@ -166,7 +166,9 @@ def _check_config(path: Path, config: Json) -> None:
             "`task: word_problems` or `task: gsm8k`, and dataset_path, reward_funcs and model_name_or_path."
         )
     if config["task"] not in SINGLE_TURN_TASKS:
-        raise ValueError(f"{path} has task: {config['task']}, but only {' and '.join(SINGLE_TURN_TASKS)} can be evaluated")
+        raise ValueError(
+            f"{path} has task: {config['task']}, but only {' and '.join(SINGLE_TURN_TASKS)} can be evaluated"
+        )
     for name in ("max_completion_length", "seed"):
         if not isinstance(config.get(name), int):
             raise ValueError(f"{path} has {name}: {config.get(name)}; it must be the run's own, a whole number")

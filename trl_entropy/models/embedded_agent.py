@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 RECIPE: Json = {"version": 1, "num_clean": 6_400, "num_flawed": 1_600, "flawed_share": 0.5}
 _PROMPT_END = "\nResponse:"
 _TOKENS = (
-    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", '{"name": "', "calculate", '", "arguments": ',
-    '{"expression": "', '"}', "}", _PROMPT_END,
+    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", '{"name": "', "calculate",
+    '", "arguments": ', '{"expression": "', '"}', "}", _PROMPT_END,
 )  # fmt: skip
 # A turn of the assistant follows `_PROMPT_END`. What tools there are is not said: the warm start has seen them.
 _CHAT_TEMPLATE = """\

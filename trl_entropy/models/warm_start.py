@@ -151,9 +151,9 @@ def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
 
 def _recipe(seed: int, name: str = EMBEDDED_MODEL) -> dict:
     """What determines the weights: recipe, seed, versions, and the files that write the data and build the model."""
-    files = (r1_template, word_problems, embedded_model)
+    files = [r1_template, word_problems, embedded_model]
     if name == EMBEDDED_AGENT:
-        files = (*files, calculator, embedded_agent)
+        files += [calculator, embedded_agent]
     return {
         "recipe": WARM_START_RECIPE | (embedded_agent.RECIPE if name == EMBEDDED_AGENT else {}),
         "seed": seed,

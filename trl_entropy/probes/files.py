@@ -36,8 +36,8 @@ class ProbeFiles:
         processing_class: Any = None,
     ) -> None:
         self._args, self._accelerator, self._learning_rate = args, accelerator, learning_rate
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None)
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
         self._rollouts_written: int | None = None  # the step whose rollouts were written last
 
     def reset(self) -> None:

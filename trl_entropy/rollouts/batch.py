@@ -61,6 +61,8 @@ class RolloutBatch:
         advantages: the advantages that the loss reads, one per completion or per token.
         first_position: position of each row's first column, as the loss counts columns: 0, or below 0 where the row
             is padded further here than in its micro-batch.
+        has_tool_mask: whether TRL told the policy's tokens from those of tools and environments, also where a step
+            holds none of the latter: the same on all processes and in all steps.
     """
 
     prompt_ids: Int[Tensor, "B S"]
@@ -74,6 +76,7 @@ class RolloutBatch:
     length_scale: Float[Tensor, " B"]
     advantages: Float[Tensor, "B *T"]
     first_position: Int[Tensor, " B"]
+    has_tool_mask: bool = False
 
     @classmethod
     def from_micro_batches(cls, micro_batches: Sequence[TrainingBatch]) -> RolloutBatch:
@@ -87,7 +90,9 @@ class RolloutBatch:
             }
             for batch in micro_batches
         ]
-        return cls(**{name: join_rows([part[name] for part in parts], name) for name in cls.__dataclass_fields__})
+        joined = {name: [part[name] for part in parts] for name in cls.__dataclass_fields__ if name != "has_tool_mask"}
+        has_tool_mask = "tool_mask" in micro_batches[0]
+        return cls(**{name: join_rows(rows, name) for name, rows in joined.items()}, has_tool_mask=has_tool_mask)
 
     @property
     def input_ids(self) -> Int[Tensor, "B L"]:

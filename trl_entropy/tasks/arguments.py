@@ -96,11 +96,13 @@ def check_agent_task(task: str, model: str, evaluate_checkpoints: str) -> None:
     if task in SINGLE_TURN_TASKS:
         return
     if model == "embedded":
-        raise ValueError(f"task is {task}, but the embedded model calls no tools. Set model_name_or_path: embedded-agent.")
+        raise ValueError(
+            f"task is {task}, but the embedded model calls no tools. Set model_name_or_path: embedded-agent."
+        )
     if evaluate_checkpoints != "none":
         raise ValueError(
-            f"evaluate_checkpoints is {evaluate_checkpoints}, which draws single turns, but task {task} has episodes with "
-            "calls of tools. Set evaluate_checkpoints=none, and eval_strategy=steps to evaluate in training."
+            f"evaluate_checkpoints is {evaluate_checkpoints}, which draws single turns, but task {task} has episodes "
+            "with calls of tools. Set evaluate_checkpoints=none, and eval_strategy=steps to evaluate in training."
         )
 
 

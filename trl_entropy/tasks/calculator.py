@@ -1,8 +1,8 @@
 """The embedded agent's task: word problems on numbers of two digits, and a calculator to call.
 
 A completion is an episode of two turns: the policy calls the calculator, reads the result, and answers. The numbers
-are too large for a tiny model to reckon with, so that the reward depends on the call. Demonstrations for the warm start
-are flawed in part, on purpose, as those of [`word_problems`] are.
+are too large for a tiny model to reckon with, so that the reward depends on the call. Demonstrations for the warm
+start are flawed in part, on purpose, as those of [`word_problems`] are.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
     Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
-    after its warm start, which is made at the first use; `"embedded-agent"` has learned to call a calculator. Probes are turned on by toggles of the config, or passed as
-    instances of [`~trl_entropy.Probe`] in `callbacks`.
+    after its warm start, which is made at the first use; `"embedded-agent"` has learned to call a calculator.
+    Probes are turned on by toggles of the config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
 
     With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
     With that shuffle in TRL too, the two are equal; TRL's own, of single rows, draws other random numbers. Only
@@ -335,6 +335,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         old_logps = inputs.get("old_per_token_logps")
         log_ratio = None if old_logps is None else per_token_logps - old_logps
         self._statistics.add_tokens(per_token_logps, loss_entropy.detach(), log_ratio, mask)
+        if "tool_mask" in inputs:
+            self._statistics.add_turns(loss_entropy.detach(), mask)
         if logps_for_kl is not None:
             policy_logps, start_logps = logps_for_kl
             self._statistics.add_kl(per_token_logps if policy_logps is None else policy_logps, start_logps, mask)

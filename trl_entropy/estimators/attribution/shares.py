@@ -207,6 +207,11 @@ class CategoryRecord:
             raise ValueError(f"records of different categories: {self.names} and {other.names}")
         return CategoryRecord(self.names, self.parts.merge(other.parts), self.counts + other.counts)
 
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The categories of which there was a token."""
+        return tuple(name for name, count in zip(self.names, self.counts.tolist(), strict=True) if count)
+
     def change(self, *names: str) -> Estimate:
         """The mean over steps of the entropy change that tokens of these categories make, nats per token."""
         return self.parts.mean(self._members(names))
