@@ -2,13 +2,16 @@
 
 import math
 
+import pandas
 import pytest
 import torch
 from environment_rollouts import ENVIRONMENT, environment_tokens, score_environment_with_garbage, two_turns
 from safetensors.torch import load_file
 
+from trl_entropy.analysis.attribution import attribution_table, own_rows
 from trl_entropy.analysis.run import load_run
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.metrics import KINDS, TURNS
 
 ALWAYS = {"weight_decay": 0.1, "effective_sample_size_probe": True, "probe_batch_size": 5}
 HELD_OUT = {"entropy_probe": True, "entropy_probe_num_completions": 4}
@@ -31,7 +34,8 @@ SETTINGS = {
         "entropy_control_target": 5.0,
         "entropy_control_num_completions": 4,
     },
-    "clip-cov": {"token_control": "clip_cov", "token_control_bounds": [-10.0, 10.0], "token_control_fraction": 0.2},
+    "clip-cov": {"token_control": "clip_cov", "token_control_bounds": [-10.0, 10.0], "token_control_fraction": 0.2}
+    | {"token_control_scope": "micro_batch"},
     "kl-cov": {"token_control": "kl_cov", "token_control_fraction": 0.2, "token_control_scope": "optimizer_batch"},
 }
 
@@ -120,3 +124,57 @@ def test_means_and_lengths_are_over_the_policys_tokens(make_trainer, source):
     assert row["ess/loss_weights"] == pytest.approx(float(weights.sum() ** 2 / weights.square().sum()))
     table = load_run(run.path).tokens
     assert table[["row", "position"]].to_numpy().tolist() == own.nonzero().tolist()
+
+
+def test_shares_of_tokens_are_of_the_policys(make_trainer):
+    settings = HELD_OUT | {"entropy_attribution": "token"}
+    run, _ = run_of(make_trainer, False, max_steps=1, **settings)
+    (row,), file, rollouts = run.metrics(), files_of(run, "attribution"), files_of(run, "rollouts")
+    own = file["loss_mask"].bool() & (file["raw_advantages"] != 0)[:, None]
+    rare = (file["logps"] < math.log(0.1)) & own & (file["raw_advantages"] > 0)[:, None]
+    assert row["entropy/token_share_correct_rare"] == pytest.approx(float(rare.sum() / own.sum()))
+    written = rollouts["completion_mask"].bool() & ~rollouts["loss_mask"].bool()
+    assert written.any()
+    for name in ("attribution", "loss_coefficients", "logps", "entropy"):
+        assert (file[name][written] == 0).all(), name
+
+
+def test_parts_by_turn_and_by_kind_sum_to_the_whole(make_trainer):
+    settings = HELD_OUT | {"entropy_attribution": "token", "token_control": "kl_cov", "token_control_fraction": 0.1}
+    run, _ = run_of(make_trainer, False, max_steps=2, **settings)
+    for row in run.metrics():
+        for names in (TURNS, KINDS):
+            parts = [row.get(f"entropy/delta_{name}", 0.0) for name in names]
+            assert sum(parts) == pytest.approx(row["entropy/delta_gradient"], rel=1e-9)
+            shares = [row.get(f"entropy/share_{name}", 0.0) for name in names]
+            assert sum(shares) == pytest.approx(1)
+        assert row["entropy/delta_turn_1"] != 0 != row["entropy/delta_turn_2"]
+        assert "entropy/delta_turn_3" not in row
+    table = attribution_table(load_run(run.path))
+    of_step = table[table["step"] == 1].groupby("turn")["attribution"].sum()
+    assert of_step["turn_2"] == pytest.approx(run.metrics()[0]["entropy/delta_turn_2"], rel=1e-6)
+    whole = attribution_table(load_run(run.path), context=True)
+    assert len(whole) > len(table)
+    pandas.testing.assert_frame_equal(own_rows(whole).drop(columns="own"), table, check_dtype=False)
+
+
+def test_entropy_by_turn_is_over_each_turns_tokens(make_trainer):
+    run, _ = run_of(
+        make_trainer, False, max_steps=1, **FISHER, entropy_probe=True, entropy_probe_completions="rollouts"
+    )
+    (row,), file = run.metrics(), files_of(run, "entropy")
+    first = file["loss_mask"].bool() & (file["loss_mask"].cumsum(1) == torch.arange(1, file["loss_mask"].shape[1] + 1))
+    second = file["loss_mask"].bool() & ~first
+    for name, mask in (("turn_1", first), ("turn_2", second)):
+        assert row[f"entropy/{name}"] == pytest.approx(float(file["entropy_before"][mask].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["probe", "rollouts"])
+def test_the_controlled_entropy_is_the_policys(make_trainer, source):
+    settings = {"entropy_control": "report", "entropy_control_completions": source}
+    settings |= {"entropy_control_num_completions": 4} if source == "probe" else {}
+    run, _ = run_of(make_trainer, False, max_steps=1, **settings)
+    (row,) = run.metrics()
+    assert row["entropy_control/entropy"] == pytest.approx(
+        row["entropy/policy"], rel=1e-5 if source == "rollouts" else 0.01
+    )
