@@ -43,8 +43,10 @@ def _calls_in(text: str, calls: Mapping[str, Any]) -> Iterator[tuple[int, int, l
     at = 0
     while (opened := opening.search(text, at)) is not None:
         closed = closing.search(text, opened.end())
-        inner_end, at = (closed.start(), max(closed.end(), opened.end() + 1)) if closed else (len(text), len(text) + 1)
-        yield opened.start(), min(at, len(text)), list(_arguments_in(text, opened.end(), inner_end, calls))
+        inner_end = closed.start() if closed else len(text)
+        end = inner_end + len(closed.group().rstrip()) if closed else len(text)
+        yield opened.start(), end, list(_arguments_in(text, opened.end(), inner_end, calls))
+        at = max(end, opened.start() + 1)
 
 
 def _arguments_in(text: str, begin: int, end: int, calls: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
