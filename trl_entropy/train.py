@@ -13,7 +13,8 @@ from trl_entropy.config.command_line import parse
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.config.settings_file import one_line, sentence
 from trl_entropy.models.loading import (
-    EMBEDDED_MODEL,
+    EMBEDDED_AGENT,
+    EMBEDDED_MODELS,
     is_adapter,
     load_adapter,
     load_tokenizer,
@@ -24,7 +25,7 @@ from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries, saying_once
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, remedy
-from trl_entropy.tasks.arguments import TaskArguments, load_task
+from trl_entropy.tasks.arguments import TaskArguments, load_task, tools_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model) if isinstance(policy, str) else None,
+        tools=tools_of(task) or None,
     )
     trainer.run_log.settings = {**dataclasses.asdict(task), **model_settings(model)}
     return trainer
@@ -62,9 +64,12 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
 def tokenizer_of(args: DrGRPOConfig, model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, before the model is loaded (or made, as the embedded one)."""
     from trl_entropy.models.embedded import build_tokenizer
+    from trl_entropy.models.embedded_agent import build_agent_tokenizer
 
     name = str(model.model_name_or_path)
-    return build_tokenizer() if name == EMBEDDED_MODEL else load_tokenizer(name, **tokenizer_kwargs(args, model))
+    if name in EMBEDDED_MODELS:
+        return build_agent_tokenizer() if name == EMBEDDED_AGENT else build_tokenizer()
+    return load_tokenizer(name, **tokenizer_kwargs(args, model))
 
 
 def tokenizer_kwargs(args: DrGRPOConfig, model: ModelConfig) -> dict[str, Any]:
@@ -80,10 +85,10 @@ def load_policy(args: DrGRPOConfig, model: ModelConfig) -> tuple[PreTrainedModel
     from trl import get_quantization_config
 
     name = str(model.model_name_or_path)
-    if name == EMBEDDED_MODEL:
+    if name in EMBEDDED_MODELS:
         from trl_entropy.models.warm_start import warm_start
 
-        name = str(warm_start(seed=args.seed))
+        name = str(warm_start(seed=args.seed, name=name))
     kwargs = tokenizer_kwargs(args, model)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left", **kwargs)
     init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}
@@ -192,6 +197,7 @@ def _length_of(args: DrGRPOConfig) -> str:
 def _say_end(trainer: DrGRPOTrainer) -> None:
     """Write the figure; print the evaluations, a completion, and the paths of metrics, figure and page."""
     from trl_entropy.reporting.write import write_report_of_finished_run
+    from trl_entropy.tasks.rewards import completion_text
 
     run = RunDirectory(trainer.args.output_dir)
     evaluation = run.evaluation()
@@ -200,8 +206,7 @@ def _say_end(trainer: DrGRPOTrainer) -> None:
             print(f"held out after step {row['step']:>3}: {describe_evaluation(row)}")
     if trainer._logs["completion"]:
         completion = trainer._logs["completion"][-1]
-        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-        print(f"a completion: {plain_text(text)[:300].strip()}")
+        print(f"a completion: {plain_text(completion_text(completion))[:300].strip()}")
     print(f"metrics {run.metrics_path}")
     if figure := write_report_of_finished_run(Path(run.path)):
         print(f"figure  {figure}\npage    {run.report_path / 'index.html'}")

@@ -40,7 +40,9 @@ def make_trainer(model_path, problems, tokenizer, tmp_path):
 
     def make(trainer_class=DrGRPOTrainer, config_class=DrGRPOConfig, callbacks=None, dataset=problems, **settings):
         trainer_settings = {
-            k: settings.pop(k) for k in ("model", "peft_config", "reward_funcs", "eval_dataset") if k in settings
+            k: settings.pop(k)
+            for k in ("model", "peft_config", "reward_funcs", "eval_dataset", "rollout_func")
+            if k in settings
         }
         defaults = {
             "output_dir": str(tmp_path / f"run-{len(list(Path(tmp_path).iterdir()))}"),

@@ -1,16 +1,12 @@
-"""Tools and environments: what trains with them, and what a probe would measure wrongly and is refused."""
+"""Environments that make the prompts: what trains with them, and what takes prompts elsewhere and is refused."""
 
 import copy
-import logging
 
 import pytest
-import torch
 from datasets import Dataset
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-from trl_entropy.control import EntropyControl
-from trl_entropy.probes import FisherProbe, RolloutEntropyProbe
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.trainer.agent_checks import check_agents
@@ -47,25 +43,6 @@ OWN = [
     {"fisher_probe": True, "fisher_num_sequences": 12},
     {"entropy_control": "report", "entropy_control_completions": "rollouts"},
 ]
-ENVIRONMENTS = {"tools": None, "environment_factory": {"a": Counting}}
-TOOLS = {"tools": [Counting().look], "environment_factory": None}
-
-
-@pytest.mark.parametrize("settings", OWN, ids=str)
-@pytest.mark.parametrize("agents", [ENVIRONMENTS, TOOLS], ids=["environments", "tools"])
-def test_results_of_tools_are_not_scored_as_the_policys(settings, agents):
-    with pytest.raises(ValueError, match="scores every token of the step's completions, but with") as error:
-        check_agents(args(**settings), **agents)
-    assert "\n" not in str(error.value)
-    check_agents(args(**settings), tools=None, environment_factory=None)
-
-
-@pytest.mark.parametrize("probe", [RolloutEntropyProbe(), FisherProbe(), EntropyControl(source="rollouts")])
-def test_neither_in_callbacks(probe):
-    with pytest.raises(ValueError, match=f"{type(probe).__name__} scores every token"):
-        check_agents(args(), **TOOLS, callbacks=[probe])
-
-
 SELECTING = [{"curriculum": "pass_rate"}, {"resample_uninformative_groups": True}]
 
 
@@ -73,39 +50,13 @@ SELECTING = [{"curriculum": "pass_rate"}, {"resample_uninformative_groups": True
 def test_prompts_of_environments_are_not_taken_from_the_dataset(settings):
     """They were completed by whichever environment came next, of which nothing was said."""
     with pytest.raises(ValueError, match=r"takes prompts from the dataset, but with environment_factory .* reset\(\)"):
-        check_agents(args(**settings), **ENVIRONMENTS)
-
-
-def test_a_draw_with_tools_is_of_first_turns(caplog):
-    with caplog.at_level(logging.WARNING, logger="trl_entropy"):
-        check_agents(args(**HELD_OUT), **TOOLS)
-    assert "draws first turns alone" in caplog.text
-
-
-def test_a_draw_is_not_by_a_rollout_function(caplog):
-    with caplog.at_level(logging.WARNING, logger="trl_entropy"):
-        check_agents(args(**HELD_OUT), tools=None, environment_factory=None, rollout_func=print)
-        assert "not by rollout_func" in caplog.text
-        caplog.clear()
-        check_agents(args(), tools=None, environment_factory=None, rollout_func=print)
-    assert not caplog.text
+        check_agents(args(**settings), environment_factory={"a": Counting})
+    check_agents(args(**settings), environment_factory=None)
 
 
 @pytest.mark.parametrize("settings", OWN, ids=str)
-def test_tokens_that_a_rollout_function_masks_are_met_at_the_first_step(make_trainer, settings):
-    """Nothing tells of them before."""
-    trainer = make_trainer(**settings)
-    generate = trainer._generate_and_score_completions
-
-    def masking(inputs):
-        batch = generate(inputs)
-        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
-        batch["tool_mask"][:, 1] = 0
-        return batch
-
-    trainer._generate_and_score_completions = masking
-    with pytest.raises(ValueError, match="some are masked as results of tools"):
-        trainer.train()
+def test_a_steps_own_completions_are_scored_with_environments(settings):
+    check_agents(args(**settings), environment_factory={"a": Counting})
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ import pandas as pd
 
 from trl_entropy.analysis.comparison import student_t
 from trl_entropy.analysis.run import Run
-from trl_entropy.runs.metrics import OUTCOMES, RARE, RELATIVE_OUTCOMES
+from trl_entropy.analysis.tokens import own_tokens, turns_of
+from trl_entropy.runs.metrics import KINDS, OUTCOMES, RARE, RELATIVE_OUTCOMES, TURNS
 
 # Fixed edges of bins, so that steps and runs can be compared.
 _EDGES = {
@@ -35,11 +36,19 @@ _TOKEN_COLUMNS = ("position", "token_id", "token", "probability", "entropy")
 _OUTCOME_TEXTS = {
     **{name: name for name in OUTCOMES},
     **dict(zip(RELATIVE_OUTCOMES, ("above the group's mean", "below the group's mean"), strict=True)),
+    **dict(zip(TURNS, ("first turn", "second turn", "third turn", "later turns"), strict=True)),
+    **dict(zip(KINDS, ("prose", "calls of tools", "arguments of calls"), strict=True)),
 }
-BY = ("outcome", "outcome_probability", "probability", "entropy", "position", "length", "advantage", "pass_rate")
+_OF_EPISODES = {"turn": TURNS, "kind": KINDS}
+BY = (
+    "outcome", "outcome_probability", "probability", "entropy", "position", "length", "advantage", "pass_rate",
+    *_OF_EPISODES,
+)  # fmt: skip
 
 
-def attribution_table(run: Run, steps: Iterable[int] | None = None, by_token: bool = False) -> pd.DataFrame:
+def attribution_table(
+    run: Run, steps: Iterable[int] | None = None, by_token: bool = False, context: bool = False
+) -> pd.DataFrame:
     """
     How much each token of the steps' own completions changed the policy's entropy, to first order.
 
@@ -48,25 +57,29 @@ def attribution_table(run: Run, steps: Iterable[int] | None = None, by_token: bo
             token.
         steps: the steps to read; by default all that have a file.
         by_token: leave out steps that were attributed by completion.
+        context: also the tokens of tools and environments, where there are any: a column `own` is False for these, and
+            what they do not have is nan.
 
     Returns:
-        A row for each completion token: `step`, `row`, `prompt_index`, `position` (0 is the first token of the
-        completion), `token_id`, `token`, `attribution` (nats per token), `advantage` (T1), `reward`, `pass_rate` (mean
-        reward of the prompt's group), `length` (tokens of the completion), `probability` and `entropy` (nats) under
-        the policy before the step. A run without attribution gives these columns and no rows.
+        A row for each completion token that the policy drew: `step`, `row`, `prompt_index`, `position` (0 is the first
+        token of the completion), `token_id`, `token`, `attribution` (nats per token), `advantage` (T1), `reward`,
+        `pass_rate` (mean reward of the prompt's group), `length` (tokens of the completion that the policy drew),
+        `probability` and `entropy` (nats) under the policy before the step. With tools or an environment also `turn`
+        (of `TURNS`) and `kind` (of `KINDS`), of what the token is part. A run without attribution gives the columns of
+        one without tools, and no rows.
 
     Raises:
         ValueError: when the files of a step do not belong together.
     """
     steps = run.probe_steps("attribution") if steps is None else steps
-    tables = [_table_of(run, step) for step in steps]
+    tables = [_table_of(run, step, context) for step in steps]
     tables = [table for table in tables if "token" in table or not by_token]
     if not tables:
         return pd.DataFrame(columns=[*_COMPLETION_COLUMNS, *_TOKEN_COLUMNS])
     return pd.concat(tables, ignore_index=True)
 
 
-def _table_of(run: Run, step: int) -> pd.DataFrame:
+def _table_of(run: Run, step: int, context: bool) -> pd.DataFrame:
     given, rollouts = run.probe_file("attribution", step), run.probe_file("rollouts", step)
     if not np.array_equal(given["prompt_index"], rollouts["prompt_index"]):
         raise ValueError(
@@ -76,19 +89,27 @@ def _table_of(run: Run, step: int) -> pd.DataFrame:
     of_rows = pd.DataFrame({
         "advantage": given.get("raw_advantages", rollouts["advantages"]), "reward": rewards,
         "pass_rate": rewards.groupby(rollouts["prompt_index"]).transform("mean"),
-        "length": given["completion_mask"].sum(1),
+        "length": own_tokens(given).sum(1),
     })  # fmt: skip
     if given["attribution"].ndim == 1:
         table = pd.DataFrame({"row": of_rows.index, "prompt_index": given["prompt_index"]})
         table["attribution"] = given["attribution"].astype(float)
     else:
-        table = run.tokens_in(given | {"input_ids": rollouts["input_ids"]})
+        of_tools = {"turn": turns_of(own_tokens(given))} if "kind" in given else {}
+        table = run.tokens_in(given | of_tools | {"input_ids": rollouts["input_ids"]}, context and bool(of_tools))
+        for name, names in _OF_EPISODES.items() if of_tools else ():
+            table[name] = np.append(names, None)[table[name].fillna(len(names)).clip(upper=len(names) - 1).astype(int)]
         table = table.drop(columns=["loss_coefficients"])
         if "logps" in table:
             table["probability"] = np.exp(np.minimum(table.pop("logps").astype(float), 0.0))  # rounding above 0
             table["entropy"] = table["entropy"].astype(float)
     table.insert(0, "step", step)
     return table.join(of_rows, on="row")
+
+
+def own_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of an [`attribution_table`] but for the tokens of tools and environments."""
+    return table[table["own"].astype(bool)].reset_index(drop=True) if "own" in table else table
 
 
 def categories(table: pd.DataFrame, by: str, edges: Sequence[float] | None = None) -> pd.Series:
@@ -109,6 +130,10 @@ def categories(table: pd.DataFrame, by: str, edges: Sequence[float] | None = Non
     """
     if by not in BY or (by not in table and not by.startswith("outcome")):
         raise ValueError(f"by is {by!r}: use one of {[name for name in BY if name in table or 'outcome' in name]}")
+    if by in table and by in _OF_EPISODES:
+        found = set(table[by].dropna())
+        present = [name for name in _OF_EPISODES[by] if name in found]
+        return table[by].astype(pd.CategoricalDtype(present, ordered=True))
     if by in table:
         fixed = None if by == "pass_rate" and not has_right_answers(table) else _EDGES.get(by)
         return _binned(table[by], edges or fixed)
@@ -264,15 +289,16 @@ def most_moving_tokens(tokens: pd.DataFrame, num: int = 20, context: int = 12) -
         The table's columns, the largest first, and `text`: the token in brackets between its neighbours.
     """
     chosen = tokens.loc[tokens["attribution"].abs().sort_values(ascending=False).index[:num]]
-    completions = dict(list(tokens.groupby(["step", "row"])["token"]))
+    completions = dict(list(tokens.groupby(["step", "row"])[["position", "token"]]))
     texts = [
-        _in_sentence(completions[row["step"], row["row"]].tolist(), row["position"], context)
+        _in_sentence(completions[row["step"], row["row"]], row["position"], context)
         for row in chosen.to_dict("records")
     ]
     return chosen.assign(text=texts).reset_index(drop=True)
 
 
-def _in_sentence(tokens: list[str], position: int, context: int) -> str:
+def _in_sentence(completion: pd.DataFrame, position: int, context: int) -> str:
+    tokens, position = completion["token"].tolist(), completion["position"].tolist().index(position)
     before, after = tokens[max(0, position - context) : position], tokens[position + 1 : position + 1 + context]
     left, right = "… " * (position > context), " …" * (position + 1 + context < len(tokens))
     return f"{left}{''.join(before)}[{tokens[position]}]{''.join(after)}{right}"

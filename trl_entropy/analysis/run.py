@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from trl_entropy.analysis.tokens import token_table
+from trl_entropy.analysis.tokens import own_tokens, token_table
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import unit
 from trl_entropy.runs.reading import UnreadableFile, check_last_line, reading
@@ -187,9 +187,9 @@ class Run:
         steps = self.probe_steps("entropy")
         return self.tokens_of("entropy", steps[-1]) if steps else pd.DataFrame(columns=_PROBE_COLUMNS)
 
-    def tokens_in(self, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    def tokens_in(self, arrays: Mapping[str, np.ndarray], context: bool = False) -> pd.DataFrame:
         """[`token_table`] of the arrays of a probe file, with the text of each token."""
-        table = token_table(arrays)
+        table = token_table(arrays, context)
         table.insert(4, "token", self._texts(table["token_id"]))
         return table
 
@@ -348,7 +348,7 @@ def _by_step(rows: list[Row]) -> pd.DataFrame:
 def _groups_of(step: int, arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
     table = pd.DataFrame({
         "prompt_index": arrays["prompt_index"], "reward": arrays["rewards"],
-        "length": arrays["completion_mask"].sum(1),
+        "length": own_tokens(arrays).sum(1),
     })  # fmt: skip
     groups = table.groupby("prompt_index").agg(
         num_completions=("reward", "size"), reward_mean=("reward", "mean"),

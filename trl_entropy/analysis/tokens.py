@@ -7,10 +7,27 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+_MASKS = ("completion_mask", "loss_mask")
 
-def token_table(arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """The completion tokens of a probe file, a row for each, without padding; every (B, T) array becomes a column."""
-    mask: np.ndarray = arrays["completion_mask"].astype(bool)
+
+def own_tokens(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """
+    True for the completion tokens of a probe file that the policy drew: neither padding nor, where the file has a
+    `loss_mask`, a token of a tool or an environment. Shape (B, T).
+    """
+    return arrays.get("loss_mask", arrays["completion_mask"]).astype(bool)
+
+
+def token_table(arrays: Mapping[str, np.ndarray], context: bool = False) -> pd.DataFrame:
+    """
+    The completion tokens of a probe file that the policy drew, a row for each; every (B, T) array becomes a column.
+
+    Args:
+        context: also the tokens of tools and environments, which a column `own` marks with False; what the policy's
+            tokens alone have is nan there.
+    """
+    own = own_tokens(arrays)
+    mask: np.ndarray = arrays["completion_mask"].astype(bool) if context else own
     rows, positions = np.nonzero(mask)
     width = mask.shape[1]
     columns = {
@@ -19,10 +36,20 @@ def token_table(arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
         "position": positions,
         "token_id": arrays["input_ids"][:, -width:][mask],
     }
+    if context:
+        columns["own"] = own[mask]
     columns |= {
-        name: array[mask] for name, array in arrays.items() if array.shape == mask.shape and name != "completion_mask"
+        name: np.where(own, array, np.nan)[mask] if context else array[mask]
+        for name, array in arrays.items()
+        if array.shape == mask.shape and name not in _MASKS
     }
     return pd.DataFrame(columns)
+
+
+def turns_of(own: np.ndarray) -> np.ndarray:
+    """The turn, from 0, of each of the policy's tokens in [`own_tokens`]; other entries say nothing."""
+    begins = own & ~np.pad(own, ((0, 0), (1, 0)))[:, :-1]
+    return begins.cumsum(axis=1) - 1
 
 
 def high_entropy_tokens(

@@ -18,7 +18,7 @@ from trl_entropy.config.unread import check_given, readers_of, turned_off
 from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_problem_numbers
+from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_agent_task, check_problem_numbers
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
 
 
@@ -40,6 +40,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
             "reward function needs one."
         )
     check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
+    check_agent_task(task.task, str(model.model_name_or_path), args.evaluate_checkpoints)
     check_model(model)
     if args.resume_from_checkpoint is None:
         RunDirectory(args.output_dir).check_unused()

@@ -158,7 +158,7 @@ class EntropyControl(Probe):
     # ---- events
 
     def on_micro_batch(self, args, state, control, *, metrics, inputs, mask, token_entropy, **kwargs: Any) -> None:
-        is_the_policys = self._pools_rollouts and "tool_mask" not in inputs and args.rollouts_are_the_policys()
+        is_the_policys = self._pools_rollouts and args.rollouts_are_the_policys()
         if self.source != "rollouts" and is_the_policys:
             terms = entropy_terms(token_entropy, mask.double(), mask)
             self._own.append((terms, inputs["prompt_index"]))
@@ -168,7 +168,7 @@ class EntropyControl(Probe):
     ) -> None:
         step, rank = state.global_step + 1, engine.accelerator.process_index
         if self.source == "rollouts":
-            self._completions = Completions.drawn_whole(rollouts, "entropy_control_completions='rollouts'")
+            self._completions = Completions.of(rollouts)
         elif self.draw is not None:
             self._completions = self.draw(step, rank)
         else:
@@ -315,7 +315,7 @@ def score_prompt_halves(
         engine.scoring_model(params) as model,
     ):
         scores = score(model, batch, temperature, batch_size, params)
-    local = entropy_terms(scores.entropy[0], batch.completion_mask.double(), batch.completion_mask)
+    local = entropy_terms(scores.entropy[0], batch.loss_mask.double(), batch.loss_mask)
     terms = _gathered(local, engine)
     prompts = accelerator.gather(batch.prompt_index)
     parts = [RatioTerms(*(part[prompts % 2 == parity] for part in terms)) for parity in (0, 1)]

@@ -12,7 +12,7 @@ from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.runs.checkpoints import checkpoints_of
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.strict_json import Json
-from trl_entropy.tasks.arguments import REWARDS, TASKS
+from trl_entropy.tasks.arguments import REWARDS, SINGLE_TURN_TASKS
 
 ALL, LATEST = "all", "latest"
 NOT_EVALUATED = "not evaluated yet"
@@ -165,8 +165,10 @@ def _check_config(path: Path, config: Json) -> None:
             f"{path} does not say on which task the run was trained. If it was one of these, add "
             "`task: word_problems` or `task: gsm8k`, and dataset_path, reward_funcs and model_name_or_path."
         )
-    if config["task"] not in TASKS:
-        raise ValueError(f"{path} has task: {config['task']}, but only {' and '.join(TASKS)} can be evaluated")
+    if config["task"] not in SINGLE_TURN_TASKS:
+        raise ValueError(
+            f"{path} has task: {config['task']}, but only {' and '.join(SINGLE_TURN_TASKS)} can be evaluated"
+        )
     for name in ("max_completion_length", "seed"):
         if not isinstance(config.get(name), int):
             raise ValueError(f"{path} has {name}: {config.get(name)}; it must be the run's own, a whole number")

@@ -38,7 +38,7 @@ def columns_along(
         Columns: `stacked` terms at theta with `order` derivatives, then numerator and denominator of (T6) at
         theta + factor * `direction` for each factor.
     """
-    mask = completions.completion_mask
+    mask = completions.loss_mask
     at = state.score(completions, batch_size, direction=direction, order=order)
     columns = [stacked(point_terms(at.entropy, at.logps, at.logps[0], mask))]
     for factor in factors:

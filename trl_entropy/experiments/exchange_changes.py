@@ -65,7 +65,7 @@ class LargeSet:
     @cached_property
     def summary(self) -> Float[Tensor, "3 K"]:
         """For each block the sum of token entropies in nats, the number of tokens, and the sum of rewards."""
-        terms = entropy_terms(self.scores.entropy[0], self.rollouts.completion_mask.double(), self._mask)
+        terms = entropy_terms(self.scores.entropy[0], self.rollouts.loss_mask.double(), self._mask)
         return torch.stack([self._summed(column) for column in (*terms, self.rollouts.rewards)])
 
     @cached_property
@@ -98,7 +98,7 @@ class LargeSet:
 
     @property
     def _mask(self) -> Tensor:
-        return self.rollouts.completion_mask
+        return self.rollouts.loss_mask
 
     def _score(self, params: Vector) -> TokenScores:
         # Not `state.score`: at its first use the set is drawn inside this block, with `params` in the model. In

@@ -125,7 +125,7 @@ def loss_gradients(
 ) -> tuple[dict[str, Vector], dict[str, int]]:
     """The loss gradient of every method that changes it, and how many tokens each method leaves out."""
     completions, temperature = Completions.of(rollouts), state.args.temperature
-    mask, num_rows = rollouts.completion_mask.bool(), len(rollouts.rewards)
+    mask, num_rows = rollouts.loss_mask.bool(), len(rollouts.rewards)
     advantages = rollouts.advantages.reshape(num_rows, -1).expand(mask.shape)
 
     def loss(left_out: Bool[Tensor, "B T"]) -> Value:
@@ -144,7 +144,7 @@ def loss_gradients(
 
 def chosen_tokens(logps: Float[Tensor, "B T"], rollouts: RolloutBatch, seed: int) -> dict[str, Bool[Tensor, "B T"]]:
     """The tokens that each method leaves out; the others leave out as many as Clip-Cov finds."""
-    mask = rollouts.completion_mask.bool()
+    mask = rollouts.loss_mask.bool()
     covariances = token_covariances(logps, rollouts.advantages, mask)
     advantages = rollouts.advantages.reshape(len(mask), -1).expand(mask.shape)
     generator = torch.Generator().manual_seed(seed)

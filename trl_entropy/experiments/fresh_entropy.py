@@ -46,7 +46,7 @@ def fresh_entropy(checkpoint: Checkpoint, num_completions: int, seed: tuple[int,
             completions = policy.draw(problems, seeds)
             prompts.append(torch.from_numpy(problems))
             scores = score(policy.model, completions, policy.args.temperature, batch_size=128)
-            mask = completions.completion_mask
+            mask = completions.loss_mask
             parts.append(entropy_terms(scores.entropy[0], mask.double(), mask))
     terms = RatioTerms(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return policy_entropy(terms).estimate(torch.cat(prompts))

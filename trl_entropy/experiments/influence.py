@@ -89,7 +89,7 @@ def influence_matrices(
     temperature, names = state.args.temperature, list(state.engine.parameters)
     update_batch, metric = Completions.of(state.rollouts), flat(metric_of_step(state.context), names)
     num_tokens = float(probe.lengths.sum())
-    values = entropy_shares(entropy, num_tokens), weighted_logps(probe.completion_mask.float())
+    values = entropy_shares(entropy, num_tokens), weighted_logps(probe.loss_mask.float())
 
     def rows(model: nn.Module, completions: Completions, value: Value) -> Float[Tensor, "n D"]:
         make = partial(Rows, len(completions))

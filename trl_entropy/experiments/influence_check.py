@@ -155,7 +155,7 @@ def _entropy_change(
     def scored(params: ByName) -> TokenScores:
         return score(state.model, probe, state.args.temperature, batch_size, params)
 
-    start, mask = scored(before), probe.completion_mask
+    start, mask = scored(before), probe.loss_mask
 
     def entropy(scores: TokenScores) -> Tensor:
         weights = importance_weights(scores.logps[0], start.logps[0], mask)

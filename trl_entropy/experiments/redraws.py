@@ -95,7 +95,7 @@ def probe_pool(
             for params in (state.before, state.after)
         )
         terms = [
-            stacked(point_terms(scores.entropy, scores.logps, before.logps[0], completions.completion_mask, form))
+            stacked(point_terms(scores.entropy, scores.logps, before.logps[0], completions.loss_mask, form))
             for form in FORMS
             for scores in (before, after)
         ]
@@ -133,7 +133,7 @@ def redrawn_rows(state: FixedState, rollouts: RolloutBatch, index: Int[Tensor, "
     """X_n and Y_n of (T17) of one redraw, the rows `index` of `rollouts`, with the redraw's own h and mean length."""
     completions = Completions.of(rollouts).rows(index)
     entropy = state.score(completions, len(index)).entropy[0]
-    num_tokens = int(completions.completion_mask.sum())
+    num_tokens = int(completions.loss_mask.sum())
     with state.engine.scoring_model(state.before) as model:
         return group_rows(
             model,

@@ -112,7 +112,7 @@ class FixedState(Policy):
         """alpha_ik of (T9) for the completions of U."""
         batch = self.rollouts
         return on_policy_coefficients(
-            batch.advantages, batch.completion_mask, len(batch.rewards), self.args.max_completion_length
+            batch.advantages, batch.loss_mask, len(batch.rewards), self.args.max_completion_length
         )
 
     def score(

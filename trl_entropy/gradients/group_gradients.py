@@ -64,7 +64,7 @@ def group_rows(
     def surrogates(index: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         rows = completions.rows(index).trimmed()
         token_entropy, logps = token_scores(model, rows, args.temperature)
-        mask, width = rows.completion_mask, rows.completion_mask.shape[1]
+        mask, width = rows.loss_mask, rows.completion_mask.shape[1]
         weights = advantages[index] if advantages.ndim == 1 else advantages[index, :width]
         return (
             group_entropy_surrogate(token_entropy, logps, mask, policy_entropy, num_tokens, num_prompts),

@@ -58,13 +58,13 @@ def score(
         order: derivatives to take, 0 to 2.
 
     Returns:
-        Scores with `order + 1` entries each, zero where `completion_mask` is.
+        Scores with `order + 1` entries each, zero where `loss_mask` is.
     """
     if order and direction is None:
         raise ValueError(f"order is {order}; derivatives need a direction")
     params = dict(params) if params is not None else {n: p for n, p in model.named_parameters() if p.requires_grad}
     params = {name: value.detach() for name, value in params.items()}
-    longest_first = completions.lengths.argsort(descending=True, stable=True)
+    longest_first = completions.widths.argsort(descending=True, stable=True)
 
     def score_all(rows_at_once: int) -> list[Tensor]:
         chunks = [completions.rows(rows).trimmed() for rows in longest_first.split(rows_at_once)]
@@ -105,8 +105,8 @@ def _derivatives(function: Callable, params: dict, direction: Params | None, ord
 
 
 def _join(parts: list[Float[Tensor, "..."]], completions: Completions, order: Int[Tensor, " B"]) -> Tensor:
-    """Rows of all chunks back in their own order, as wide as the mask, zero outside it."""
-    mask: Bool[Tensor, "B T"] = completions.completion_mask.bool()
+    """Rows of all chunks back in their own order, as wide as the mask, zero where the policy drew no token."""
+    mask: Bool[Tensor, "B T"] = completions.loss_mask.bool()
     width = mask.shape[1]
     rows = torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
     return torch.empty_like(rows).index_copy_(0, order, rows).where(mask, 0.0)

@@ -122,7 +122,7 @@ def weighted_logps(coefficients: Float[Tensor, "B T"]) -> Value:
 
     def value(entropy: Tensor, logps: Tensor, rows: Completions, index: Tensor) -> Tensor:
         own = coefficients[index, : logps.shape[1]].double()
-        return (own * logps.double()).where(rows.completion_mask.bool(), 0.0).sum()
+        return (own * logps.double()).where(rows.loss_mask.bool(), 0.0).sum()
 
     return value
 
@@ -141,7 +141,7 @@ def entropy_shares(policy_entropy: float, num_tokens: float, weights: Float[Tens
 
     def value(entropy: Tensor, logps: Tensor, rows: Completions, index: Tensor) -> Tensor:
         own = None if weights is None else weights[index, : rows.completion_mask.shape[1]]
-        return surrogate_terms(entropy, logps, rows.completion_mask, policy_entropy, weights=own).sum() / num_tokens
+        return surrogate_terms(entropy, logps, rows.loss_mask, policy_entropy, weights=own).sum() / num_tokens
 
     return value
 
@@ -164,5 +164,5 @@ def _chunks(completions: Completions, rows_at_once: int) -> Iterator[tuple[Int[T
     """Completions of similar length at a time: their numbers, and their rows without empty columns."""
     if not len(completions):
         return
-    for index in completions.lengths.argsort(descending=True, stable=True).split(rows_at_once):
+    for index in completions.widths.argsort(descending=True, stable=True).split(rows_at_once):
         yield index, completions.rows(index).trimmed()

@@ -43,11 +43,23 @@ def train_sft(
     Raises:
         ValueError: If a column is missing, the tokenizer has no end-of-text token, or no row is left.
     """
+    tokenized = tokenize_demonstrations(dataset, tokenizer, args.max_length)
+    return train_on_tokens(model, tokenizer, tokenized, args, peft_config, callbacks)
+
+
+def train_on_tokens(
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: Dataset,
+    args: SFTConfig,
+    peft_config: PeftConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> SFTTrainer:
+    """As [`train_sft`], on the columns `input_ids` and `labels` (-100 where nothing is to be learned)."""
     from trl import SFTTrainer
 
     from trl_entropy.runs.trackers import show_numbers_only
 
-    tokenized = tokenize_demonstrations(dataset, tokenizer, args.max_length)
     trainer = SFTTrainer(
         model=model,
         args=args,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "embedded"
+EMBEDDED_AGENT = "embedded-agent"  # the same model, taught to call a calculator
+EMBEDDED_MODELS = (EMBEDDED_MODEL, EMBEDDED_AGENT)
 ADAPTER_CONFIG = "adapter_config.json"
 
 

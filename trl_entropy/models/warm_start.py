@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_entropy.models import embedded as embedded_model
-from trl_entropy.models.fine_tuning import train_sft
+from trl_entropy.models import embedded_agent
+from trl_entropy.models.fine_tuning import tokenize_demonstrations, train_on_tokens
+from trl_entropy.models.loading import EMBEDDED_AGENT, EMBEDDED_MODEL
 from trl_entropy.runs.strict_json import Json
-from trl_entropy.tasks import r1_template, word_problems
+from trl_entropy.tasks import calculator, r1_template, word_problems
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
     from trl import SFTConfig
 
 # What determines the warm start, in addition to the files that write the data and build the model. Raise the version
@@ -42,8 +45,8 @@ COMPLETE_MARK = "warm_start.json"  # written last: a directory without it is not
 _SAYS = "warm start: "  # begins a line of the build that is for the user
 
 
-def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Path:
-    """Returns the directory of the embedded model after its warm start, and builds it if it is missing.
+def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0, name: str = EMBEDDED_MODEL) -> Path:
+    """Returns the directory of an embedded model after its warm start, and builds it if it is missing.
 
     The result is cached under a hash of everything that determines it. It is built in a process of its own, so that
     the random state, the threads and the accelerator of the caller do not change. All ranks of a distributed run may
@@ -53,6 +56,7 @@ def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Pat
         cache_dir: Where to cache it; by default `$TRL_ENTROPY_CACHE`, else `$XDG_CACHE_HOME/trl_entropy`, else
             `~/.cache/trl_entropy`.
         seed: Of the initial weights and of the demonstrations.
+        name: `"embedded"`, for word problems, or `"embedded-agent"`, which calls a calculator.
 
     Returns:
         A directory from which `from_pretrained` loads model and tokenizer.
@@ -63,14 +67,15 @@ def warm_start(cache_dir: str | os.PathLike | None = None, seed: int = 0) -> Pat
     from filelock import FileLock
 
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    directory = root / f"warm_start-seed{seed}-{_recipe_hash(seed)}"
+    kind = "warm_start" if name == EMBEDDED_MODEL else f"warm_start-{name}"
+    directory = root / f"{kind}-seed{seed}-{_recipe_hash(seed, name)}"
     if (directory / COMPLETE_MARK).exists():
         return directory
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{directory.name}.lock"):
         if not (directory / COMPLETE_MARK).exists():
             print(f"building the warm start, once; cached in {directory}", file=sys.stderr, flush=True)
-            _build_into(directory, seed)
+            _build_into(directory, seed, name)
     return directory
 
 
@@ -81,27 +86,44 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_entropy"
 
 
-def build_warm_start(directory: str | os.PathLike, seed: int) -> None:
-    """Trains the embedded model by the recipe and saves model, tokenizer, and the file that marks them as complete.
+def build_warm_start(directory: str | os.PathLike, seed: int, name: str = EMBEDDED_MODEL) -> None:
+    """Trains an embedded model by its recipe and saves model, tokenizer, and the file that marks them as complete.
 
     Args:
         directory: Where to save them; it is created if it is missing.
         seed: Of the initial weights and of the demonstrations.
+        name: Of the model.
     """
     from datasets import concatenate_datasets, disable_progress_bars
 
     disable_progress_bars()
-    recipe, directory = WARM_START_RECIPE, Path(directory)
-    tokenizer = embedded_model.build_tokenizer()
+    directory = Path(directory)
+    build, load = _AGENT if name == EMBEDDED_AGENT else _WORD_PROBLEMS
+    tokenizer = build()
     model = embedded_model.build_model(tokenizer, seed)
     # Correct demonstrations first: with flawed ones among them from the start, training takes twice as many steps.
-    clean = word_problems.load_demonstrations(recipe["num_clean"], seed, flawed_share=0.0)
-    flawed = word_problems.load_demonstrations(recipe["num_flawed"], seed + 1_000_000, recipe["flawed_share"])
+    recipe = _recipe(seed, name)["recipe"]
+    clean = load(tokenizer, recipe["num_clean"], seed, 0.0)
+    flawed = load(tokenizer, recipe["num_flawed"], seed + 1_000_000, recipe["flawed_share"])
     args = warm_start_config(directory, seed)
-    train_sft(model, tokenizer, concatenate_datasets([clean, flawed]), args, callbacks=[_time_left_callback()])
+    data = concatenate_datasets([clean, flawed])
+    train_on_tokens(model, tokenizer, data, args, callbacks=[_time_left_callback()])
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    (directory / COMPLETE_MARK).write_text(json.dumps(_recipe(seed), indent=2) + "\n")
+    (directory / COMPLETE_MARK).write_text(json.dumps(_recipe(seed, name), indent=2) + "\n")
+
+
+def _solved_problems(tokenizer: "PreTrainedTokenizerBase", number: int, seed: int, flawed_share: float) -> "Dataset":
+    return tokenize_demonstrations(word_problems.load_demonstrations(number, seed, flawed_share), tokenizer)
+
+
+def _episodes(tokenizer: "PreTrainedTokenizerBase", number: int, seed: int, flawed_share: float) -> "Dataset":
+    return embedded_agent.demonstrated(tokenizer, calculator.demonstrations(number, seed, flawed_share))
+
+
+# How the tokenizer is built, and how the demonstrations are made.
+_WORD_PROBLEMS = embedded_model.build_tokenizer, _solved_problems
+_AGENT = embedded_agent.build_agent_tokenizer, _episodes
 
 
 def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
@@ -127,11 +149,13 @@ def warm_start_config(output_dir: str | os.PathLike, seed: int) -> "SFTConfig":
     )
 
 
-def _recipe(seed: int) -> dict:
+def _recipe(seed: int, name: str = EMBEDDED_MODEL) -> dict:
     """What determines the weights: recipe, seed, versions, and the files that write the data and build the model."""
-    files = (r1_template, word_problems, embedded_model)
+    files = [r1_template, word_problems, embedded_model]
+    if name == EMBEDDED_AGENT:
+        files += [calculator, embedded_agent]
     return {
-        "recipe": WARM_START_RECIPE,
+        "recipe": WARM_START_RECIPE | (embedded_agent.RECIPE if name == EMBEDDED_AGENT else {}),
         "seed": seed,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "trl")},
         "files": {
@@ -140,11 +164,11 @@ def _recipe(seed: int) -> dict:
     }
 
 
-def _recipe_hash(seed: int) -> str:
-    return hashlib.sha256(json.dumps(_recipe(seed), sort_keys=True).encode()).hexdigest()[:12]
+def _recipe_hash(seed: int, name: str = EMBEDDED_MODEL) -> str:
+    return hashlib.sha256(json.dumps(_recipe(seed, name), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _build_into(directory: Path, seed: int) -> None:
+def _build_into(directory: Path, seed: int, name: str) -> None:
     """Builds in a temporary directory and moves the result to `directory` in one step; the caller holds the lock."""
     for leftover in directory.parent.glob(f"{directory.name}.building-*"):
         shutil.rmtree(leftover)
@@ -152,7 +176,7 @@ def _build_into(directory: Path, seed: int) -> None:
         shutil.rmtree(directory)
     building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.building-", dir=directory.parent))
     try:
-        _run_build(building, seed)
+        _run_build(building, seed, name)
         os.replace(building, directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -176,11 +200,11 @@ def _time_left_callback() -> "TrainerCallback":
     return TimeLeft()
 
 
-def _run_build(building: Path, seed: int) -> None:
+def _run_build(building: Path, seed: int, name: str) -> None:
     module = "trl_entropy.models.warm_start"
-    code = f"import sys, {module} as w; w.build_warm_start(sys.argv[1], int(sys.argv[2]))"
+    code = f"import sys, {module} as w; w.build_warm_start(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
     with subprocess.Popen(
-        [sys.executable, "-c", code, os.fspath(building), str(seed)],
+        [sys.executable, "-c", code, os.fspath(building), str(seed), name],
         env=_single_process_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

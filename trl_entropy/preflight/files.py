@@ -11,7 +11,7 @@ from unittest import mock
 
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.models.embedded import build_tokenizer
-from trl_entropy.models.loading import EMBEDDED_MODEL
+from trl_entropy.models.loading import EMBEDDED_MODEL, EMBEDDED_MODELS
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.checkpoints import (
@@ -29,7 +29,7 @@ from trl_entropy.trainer.dataset_checks import check_datasets
 def model_files(plan: Plan) -> Findings:
     """Weights and tokenizer, as far as they are on this machine."""
     name, here = str(plan.model.model_name_or_path), plan.hardware.is_this_machine
-    if plan.shape is None or name == EMBEDDED_MODEL:
+    if plan.shape is None or name in EMBEDDED_MODELS:
         return
     if Path(name).is_dir():
         yield from _local_tokenizer(Path(name), plan.shape.vocab_size)

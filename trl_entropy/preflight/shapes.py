@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
+from trl_entropy.models.loading import EMBEDDED_MODELS, base_model_of, is_adapter
 from trl_entropy.runs.strict_json import Json
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _build(name: str) -> tuple[PreTrainedModel, str]:
     """The model on the meta device, and where its shape comes from."""
     from transformers import AutoModelForCausalLM
 
-    if name == EMBEDDED_MODEL:
+    if name in EMBEDDED_MODELS:
         from trl_entropy.models.embedded import build_model, build_tokenizer
 
         tokenizer = build_tokenizer()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from trl_entropy.gradients.sequence_products import (
     weighted_entropies,
     weighted_logps,
 )
+from trl_entropy.probes.episodes import EpisodeRecords, kinds_of_rollouts
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import check_no_auxiliary_loss, check_no_dropout, check_sequences
 from trl_entropy.probes.step_record import StepRecord
@@ -100,6 +101,7 @@ class StepAttribution:
     def __init__(self, mode: str, batch_size: int) -> None:
         self.mode, self.batch_size = mode, batch_size
         self.record = CategoryRecord.empty(CATEGORIES[mode])
+        self.episodes = EpisodeRecords()
 
     # ---- called by the probe
 
@@ -137,16 +139,24 @@ class StepAttribution:
             other["entropy_control"] = completions.new_tensor([made], dtype=torch.float64)
         attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions, other)
         self._add_to_record(contributions, rollouts, accelerator)
-        self._write(files, record, contributions, coefficients)
-        return _logged(attribution) | self._pooled()
+        logged, kinds = _logged(attribution) | self._pooled(), None
+        if rollouts.has_tool_mask and contributions.scores is not None:
+            kinds, entropy = kinds_of_rollouts(rollouts, files.tokenizer), contributions.scores.entropy[0]
+            logged |= self.episodes.add(contributions.policy, entropy, rollouts, kinds, accelerator)
+            for by in self.episodes.records.values():
+                logged |= _changes_and_shares(by, {name: (name,) for name in by.present})
+        self._write(files, record, contributions, coefficients, kinds)
+        return logged
 
     # ---- resuming
 
     def state_dict(self) -> StateDict:
-        return {"parts": {**vars(self.record.parts)}, "counts": self.record.counts}
+        own = {"parts": {**vars(self.record.parts)}, "counts": self.record.counts}
+        return own | {"episodes": self.episodes.state_dict()}
 
     def load_state_dict(self, state: StateDict) -> None:
         self.record = CategoryRecord(self.record.names, PooledParts(**state["parts"]), state["counts"])
+        self.episodes.load_state_dict(state.get("episodes", {}))
 
     # ---- the steps of `attribute`
 
@@ -180,7 +190,7 @@ class StepAttribution:
         ):
             if self.mode == "token":
                 scores = score(model, completions, temperature, self.batch_size, params, direction, order=1)
-                return _by_token(scores, coefficients, completions.completion_mask)
+                return _by_token(scores, coefficients, completions.loss_mask)
 
             def products(value: Value) -> Float[Tensor, " B"]:
                 return gradient_products(model, completions, value, direction, temperature, self.batch_size)
@@ -201,7 +211,7 @@ class StepAttribution:
         categories, mask = (advantages <= 0).long().expand(shape), advantages != 0
         if contributions.scores is not None:
             common = bin_index(contributions.scores.logps[0], [math.log(RARE)])
-            categories, mask = crossed(categories, common, 2), mask & rollouts.completion_mask.bool()
+            categories, mask = crossed(categories, common, 2), mask & rollouts.loss_mask.bool()
         sums, counts = category_sums(
             contributions.policy, categories, mask.expand(shape), position, len(prompts), len(self.record.names)
         )
@@ -210,26 +220,22 @@ class StepAttribution:
 
     def _pooled(self) -> dict[str, float]:
         """What each category and all add to the change over the run, and their shares of it and of the tokens."""
-        logged: dict[str, float] = {}
-        for name, members in {**{name: (name,) for name in self.record.names}, "all": self.record.names}.items():
-            mean = self.record.change(*members)
-            low, high = mean.interval()
-            key = f"entropy/mean_delta_{name}"
-            logged |= {key: mean.value, f"{key}_low": low, f"{key}_high": high}
-        for name in self.record.names:
-            low, high = self.record.share_interval(name)
-            key = f"entropy/share_{name}"
-            logged |= {key: self.record.share(name).value, f"{key}_low": low, f"{key}_high": high}
-            logged[f"entropy/token_share_{name}"] = self.record.token_share(name)
-        return logged
+        names = self.record.names
+        return _changes_and_shares(self.record, {**{name: (name,) for name in names}, "all": names})
 
     def _write(
-        self, files: ProbeFiles, record: StepRecord, contributions: Contributions, coefficients: LossCoefficients
+        self,
+        files: ProbeFiles,
+        record: StepRecord,
+        contributions: Contributions,
+        coefficients: LossCoefficients,
+        kinds: Int[Tensor, "B T"] | None,
     ) -> None:
         """Write `probes/attribution/step_*.safetensors`, with the rows and columns of the rollouts' file."""
         rollouts = record.rollouts
         tensors = {
             "completion_mask": rollouts.completion_mask,
+            "loss_mask": rollouts.loss_mask,
             "prompt_index": rollouts.prompt_index,
             "raw_advantages": rollouts.raw_advantages,
             "loss_coefficients": coefficients.policy.float(),
@@ -237,19 +243,35 @@ class StepAttribution:
         }
         if contributions.scores is not None:
             tensors |= {"logps": contributions.scores.logps[0], "entropy": contributions.scores.entropy[0]}
+        if kinds is not None:
+            tensors["kind"] = kinds.to(torch.uint8)
         files.write(self.name, record.step, tensors, learning_rate=record.learning_rate)
 
 
-def _by_token(
-    scores: TokenScores, coefficients: LossCoefficients, completion_mask: Int[Tensor, "B T"]
-) -> Contributions:
+def _changes_and_shares(record: CategoryRecord, members: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
+    """What these categories add to the change, mean over the steps so far, and each one's share of all."""
+    logged: dict[str, float] = {}
+    for name, some in members.items():
+        mean = record.change(*some)
+        low, high = mean.interval()
+        key = f"entropy/mean_delta_{name}"
+        logged |= {key: mean.value, f"{key}_low": low, f"{key}_high": high}
+    for name in (name for name in members if name in record.names):
+        low, high = record.share_interval(name)
+        key = f"entropy/share_{name}"
+        logged |= {key: record.share(name).value, f"{key}_low": low, f"{key}_high": high}
+        logged[f"entropy/token_share_{name}"] = record.token_share(name)
+    return logged
+
+
+def _by_token(scores: TokenScores, coefficients: LossCoefficients, loss_mask: Int[Tensor, "B T"]) -> Contributions:
     """delta_ik of each token, from derivatives of its score along lr c (1-b1)/(1-b1^t) M grad h."""
     derivatives = {"kl": scores.logps[1], "entropy_bonus": scores.entropy[1]}
     other = {
-        name: token_contributions(given, derivatives[name], completion_mask, 1.0).sum(1)
+        name: token_contributions(given, derivatives[name], loss_mask, 1.0).sum(1)
         for name, given in _others(coefficients).items()
     }
-    policy = token_contributions(coefficients.policy, scores.logps[1], completion_mask, 1.0)
+    policy = token_contributions(coefficients.policy, scores.logps[1], loss_mask, 1.0)
     return Contributions(policy, other, scores)
 
 

@@ -13,7 +13,7 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.runs.directory import RunDirectory
 
-_ROLLOUTS = ("input_ids", "attention_mask", "completion_mask", "prompt_index", "rewards", "advantages")
+_ROLLOUTS = ("input_ids", "attention_mask", "completion_mask", "loss_mask", "prompt_index", "rewards", "advantages")
 
 
 class ProbeFiles:
@@ -36,8 +36,8 @@ class ProbeFiles:
         processing_class: Any = None,
     ) -> None:
         self._args, self._accelerator, self._learning_rate = args, accelerator, learning_rate
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None)
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
         self._rollouts_written: int | None = None  # the step whose rollouts were written last
 
     def reset(self) -> None:
@@ -52,7 +52,8 @@ class ProbeFiles:
 
         Args:
             tensors: this process's rows by name; the width of `completion_mask`, which must be among them, is the
-                number of columns of the completions.
+                number of columns of the completions. `loss_mask` is written if it differs from `completion_mask` in
+                any process's rows: where completions hold tokens of tools or environments.
             distribution: which prompts and groups the numbers describe, if not the step's own.
             more: entries of the file's metadata.
         """
@@ -64,6 +65,8 @@ class ProbeFiles:
                 rows = torch.nn.functional.pad(rows, (0, missing))
                 rows = self._accelerator.pad_across_processes(rows, dim=1, pad_first=True)
             gathered[name] = self._accelerator.gather(rows)
+        if "loss_mask" in gathered and torch.equal(gathered["loss_mask"], gathered["completion_mask"]):
+            del gathered["loss_mask"]
         self.write_gathered(probe, step, gathered, distribution, **more)
 
     def write_gathered(

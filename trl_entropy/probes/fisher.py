@@ -115,7 +115,7 @@ class FisherProbe(Probe):
         read_before_step(update)
         accelerator = engine.accelerator
         self._index = first_groups(rollouts.prompt_index, self.num_sequences // args.world_size)
-        self._completions = Completions.drawn_whole(rollouts, "fisher_probe").rows(self._index)
+        self._completions = Completions.of(rollouts).rows(self._index)
         self._gather_what_is_known(rollouts, accelerator)
         metric = preconditioner_of_step(update)
         consumer, norms, dots = self._differentiate(args, engine, update, metric)
@@ -172,7 +172,7 @@ class FisherProbe(Probe):
             rank_symmetric(engine.accelerator, "differentiating completions for the Fisher kernel"),
             engine.scoring_model(params) as model,
         ):
-            scores = weighted_logps(self._completions.completion_mask.double())
+            scores = weighted_logps(self._completions.loss_mask.double())
             made = consumed(model, self._completions, scores, consumers, args.temperature, self.batch_size)
         kernel, norms, dots = made.consumers
         return kernel, norms.values, dots.values

@@ -111,7 +111,7 @@ class RolloutEntropyProbe(Probe):
     ) -> None:
         update.check_adamw()
         accelerator = engine.accelerator
-        self._completions = Completions.drawn_whole(rollouts, "entropy_probe_completions='rollouts'")
+        self._completions = Completions.of(rollouts)
         self._accepted = accepted_of(args, rollouts, accelerator)
         self._before = self._score(engine, args, update.params_before)
         self._terms = self._entropy_terms(self._before, accelerator)
@@ -153,7 +153,7 @@ class RolloutEntropyProbe(Probe):
 
     def _entropy_terms(self, scores: TokenScores, accelerator: Accelerator) -> RatioTerms:
         """The entropy terms (T6) of the accepted completions of all ranks, in rank order. Collective."""
-        mask = self._completions.completion_mask
+        mask = self._completions.loss_mask
         weights = importance_weights(scores.logps[0], self._before.logps[0], mask)
         terms = torch.stack(entropy_terms(scores.entropy[0], weights, mask), dim=1)
         return RatioTerms(*accelerator.gather(terms)[self._accepted.of_rows].unbind(1))

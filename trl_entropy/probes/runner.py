@@ -323,7 +323,7 @@ class ProbeRunner(TrainerCallback):
         record = self.last_step
         assert record is not None, "rollouts_complete comes before the update"
         if self._records_coefficients():
-            host, mask = self._host, record.rollouts.completion_mask
+            host, mask = self._host, record.rollouts.loss_mask
             record.loss_coefficients = self._coefficients.of_step(mask, host.args, host.accelerator.num_processes)
         self._send_update("on_before_update", update)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,9 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from trl_entropy.estimators.attribution.turns import sums_by_category, turn_index
 from trl_entropy.estimators.statistics.histogram import LogRatioHistogram
+from trl_entropy.runs.metrics import TURNS
 
 _QUANTILES = {"ratio/median": 0.5, "ratio/p90": 0.9, "ratio/p99": 0.99}
 
@@ -54,6 +57,11 @@ class StepStatistics:
         histogram = self.log_ratios or LogRatioHistogram.empty(self.device)
         self.log_ratios = histogram.update(log_ratio, mask)
 
+    def add_turns(self, token_entropy: Float[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> None:
+        """Add a micro-batch's entropies by turn; `mask` is 1 for the policy's tokens, 0 between its turns."""
+        index = turn_index(mask, len(TURNS) - 1)
+        self._add("turns", sums_by_category(token_entropy, index, mask, len(TURNS)))
+
     def add_kl(
         self,
         per_token_logps: Float[Tensor, "B T"],
@@ -71,6 +79,7 @@ class StepStatistics:
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The step's metrics, equal on all ranks. Collective: every rank calls it once per step."""
+        by_turn = self.sums.pop("turns", None)
         names = sorted(self.sums)
         totals = accelerator.reduce(torch.stack([self.sums[name] for name in names]), reduction="sum").tolist()
         total = dict(zip(names, totals, strict=True))
@@ -80,6 +89,8 @@ class StepStatistics:
             "entropy/surprisal": total["surprisal"] / tokens,
             "ratio/mean": total["ratio"] / tokens,
         }
+        if by_turn is not None:
+            metrics |= means_logged("entropy/", TURNS, accelerator.reduce(by_turn, reduction="sum"))
         if "kl" in total:
             metrics["kl"] = total["kl"] / tokens
         if "chosen" in total:
@@ -92,6 +103,13 @@ class StepStatistics:
         histogram = _reduce_histogram(self.log_ratios or LogRatioHistogram.empty(self.device), accelerator)
         quantiles = {name: math.exp(histogram.quantile(q)) for name, q in _QUANTILES.items()}
         return {**quantiles, "ratio/max": math.exp(histogram.maximum.item())}
+
+
+def means_logged(prefix: str, names: Sequence[str], sums: Float[Tensor, "2 C"]) -> dict[str, float]:
+    """The mean of each category that has a token, from the sums of [`sums_by_category`] over all ranks."""
+    return {
+        f"{prefix}{name}": total / count for name, total, count in zip(names, *sums.tolist(), strict=True) if count
+    }
 
 
 def _reduce_histogram(histogram: LogRatioHistogram, accelerator: Accelerator) -> LogRatioHistogram:

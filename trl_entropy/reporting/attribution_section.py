@@ -17,6 +17,7 @@ from trl_entropy.analysis.attribution import (
     has_right_answers,
     most_moving_tokens,
     outcome_text,
+    own_rows,
     ranked_prompts,
     shares,
 )
@@ -32,10 +33,12 @@ _CAPTION = (
     f"bar where the sum of all is further from 0 than {SHARE_MARGIN:g} times the half width of its 95 % interval."
 )
 _STEPS, _COMPLETIONS, _PROMPTS, _TOKENS, _PROMPT_END = 60, 3, 10, 15, 200
-_RAISED, _LOWERED = "213 94 0", "0 114 178"  # orange and blue
+_RAISED, _LOWERED, _CONTEXT = "213 94 0", "0 114 178", "128 128 128"  # orange, blue and grey
 _PANELS = {
     "outcome_probability": "outcome and rarity",
     "outcome": "outcome",
+    "turn": "the policy's turn",
+    "kind": "prose, calls and arguments",
     "entropy": "token's entropy, nats",
     "position": "position in the completion",
     "pass_rate": "prompt's {rate}",
@@ -79,7 +82,8 @@ def attribution_section(run: Run) -> AttributionSection | None:
     if not steps:
         return None
     read = steps[:: -(-len(steps) // _STEPS)]
-    table = _finite_steps(attribution_table(run, read))
+    episodes = _finite_steps(attribution_table(run, read, context=True))
+    table = own_rows(episodes)
     by_token, has_answers = "token" in table, has_right_answers(table)
     steps_shown = f"{table['step'].min()} to {table['step'].max()}"
     return AttributionSection(
@@ -91,15 +95,16 @@ def attribution_section(run: Run) -> AttributionSection | None:
             _panels(table, by_token),
         ),
         table=share_table(run, has_answers),
-        completions=_completions(table) if by_token else [],
-        tokens=_token_lines(table, has_answers) if by_token else [],
+        completions=_completions(episodes) if by_token else [],
+        tokens=_token_lines(episodes, has_answers) if by_token else [],
         prompts=[_prompt_line(row, _rate(has_answers)) for row in _rows(ranked_prompts(run, table, _PROMPTS))],
     )
 
 
 def _finite_steps(table: pd.DataFrame) -> pd.DataFrame:
     """The steps whose contributions are all finite numbers."""
-    bad = table.loc[~np.isfinite(table["attribution"].astype(float)), "step"].unique()
+    own = own_rows(table)
+    bad = own.loc[~np.isfinite(own["attribution"].astype(float)), "step"].unique()
     if set(bad) == set(table["step"]):
         raise ValueError("the contributions of every step are nan or infinite")
     return table[~table["step"].isin(bad)].reset_index(drop=True)
@@ -145,6 +150,8 @@ def _completions(tokens: pd.DataFrame) -> list[ColouredCompletion]:
 
 
 def _coloured_by_contribution(token: Row, largest: float) -> ColouredToken:
+    if not token.get("own", True):
+        return ColouredToken(token["token"], _CONTEXT, 40, "written by a tool or an environment")
     change = token["attribution"]
     return ColouredToken(
         token["token"],

@@ -9,7 +9,15 @@ import pandas as pd
 
 from trl_entropy.analysis.attribution import SHARE_MARGIN, is_well_away, outcome_text
 from trl_entropy.analysis.run import Run
-from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, PASS_AT_1, RELATIVE_OUTCOMES, unit
+from trl_entropy.runs.metrics import (
+    KINDS,
+    OUTCOMES,
+    OUTCOMES_BY_PROBABILITY,
+    PASS_AT_1,
+    RELATIVE_OUTCOMES,
+    TURNS,
+    unit,
+)
 from trl_entropy.runs.strict_json import Row
 
 _SHARES = (*OUTCOMES, *OUTCOMES_BY_PROBABILITY)
@@ -109,15 +117,21 @@ def share_table(run: Run, has_answers: bool) -> Table | None:
         return None
     whole = _with_interval(run, whole)
     has_shares = len(whole.ends) == 2 and is_well_away(whole.value, whole.ends[1].value - whole.value)
-    rows = []
-    for name in _SHARES:
+    rows: list[tuple[str, list[Cell | None]]] = []
+
+    def add(name: str, text: str) -> None:
         change, share, tokens = (
             _at(run, whole.step, f"{key}{name}") for key in (_MEAN, _SHARE, "entropy/token_share_")
         )
         if change is not None:
             part = _with_interval(run, share) if has_shares and share is not None else None
-            rows.append((_outcome_named(name, has_answers), [_with_interval(run, change), part, tokens]))
+            rows.append((text, [_with_interval(run, change), part, tokens]))
+
+    for name in _SHARES:
+        add(name, _outcome_named(name, has_answers))
     rows.append(("all of these", [whole, None, None]))
+    for name in (*TURNS, *KINDS):
+        add(name, outcome_text(name))
     heads = [
         "over the run",
         "change of a step, nats/token (95 %)",

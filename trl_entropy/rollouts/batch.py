@@ -51,8 +51,10 @@ class RolloutBatch:
 
     Attributes:
         prompt_ids, prompt_mask: the prompts, padded on the left.
-        completion_ids, completion_mask: the completions, padded on the right; the mask includes the end token.
-        loss_mask: 1 for completion tokens that the policy drew, 0 for those of tools and environments and for padding.
+        completion_ids, completion_mask: the completions, padded on the right; the mask is 1 for all that the model
+            attends to, the end token and tokens of tools and environments included.
+        loss_mask: 1 for completion tokens that the policy drew, 0 for those of tools and environments and for padding:
+            what is scored, differentiated and counted.
         prompt_index: number of the row's prompt group, unique over processes and over the run.
         rewards: weighted sum of the reward functions.
         raw_advantages: equation (T1), before `length_normalizer` or any entropy control.
@@ -62,6 +64,8 @@ class RolloutBatch:
             is padded further here than in its micro-batch.
         sampling_logps: log-probability of each completion token under what drew it, nats; None if that is the policy
             that the step starts from.
+        has_tool_mask: whether TRL told the policy's tokens from those of tools and environments, also where a step
+            holds none of the latter: the same on all processes and in all steps.
     """
 
     prompt_ids: Int[Tensor, "B S"]
@@ -76,6 +80,7 @@ class RolloutBatch:
     advantages: Float[Tensor, "B *T"]
     first_position: Int[Tensor, " B"]
     sampling_logps: Float[Tensor, "B T"] | None = None
+    has_tool_mask: bool = False
 
     @classmethod
     def from_micro_batches(
@@ -98,10 +103,11 @@ class RolloutBatch:
             }
             for batch in micro_batches
         ]
-        columns = {name: [part[name] for part in parts] for name in cls.__dataclass_fields__}
-        return cls(
-            **{name: None if column[0] is None else join_rows(column, name) for name, column in columns.items()}
-        )
+        columns = {
+            name: [part[name] for part in parts] for name in cls.__dataclass_fields__ if name != "has_tool_mask"
+        }
+        joined = {name: None if rows[0] is None else join_rows(rows, name) for name, rows in columns.items()}
+        return cls(**joined, has_tool_mask="tool_mask" in micro_batches[0])
 
     @property
     def input_ids(self) -> Int[Tensor, "B L"]:
@@ -113,7 +119,8 @@ class RolloutBatch:
 
     @property
     def lengths(self) -> Int[Tensor, " B"]:
-        return self.completion_mask.sum(dim=1)
+        """Tokens that the policy drew."""
+        return self.loss_mask.sum(dim=1)
 
     @property
     def accepted(self) -> Bool[Tensor, " P"]:

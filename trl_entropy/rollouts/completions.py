@@ -20,10 +20,12 @@ class Completions:
 
     Attributes:
         input_ids, attention_mask: prompt and completion together, padded on both sides.
-        completion_mask: 1 for the tokens of the completion up to and including its end token.
+        completion_mask: 1 for every token of the completion up to and including its end token: what the model attends
+            to. It says which columns there are, never which tokens count.
         prompt_index: number of each row's prompt group; completions of different prompts are independent.
         sampling_logps: log-probability of each completion token under its sampler, nats; None if that is the policy.
-        loss_mask: 1 for completion tokens that the policy drew: those of `completion_mask` except tokens of tools.
+        loss_mask: 1 for completion tokens that the policy drew: those of `completion_mask` but for the tokens of tools
+            and environments. These alone are scored, differentiated, weighted and counted; the others are context.
         first_position: position of each row's first column, where training counts columns from another one (see
             `position_ids`); None: training has not seen the rows, and a row's first token has position 0.
     """
@@ -49,25 +51,9 @@ class Completions:
             first_position=batch.first_position,
         )
 
-    @classmethod
-    def drawn_whole(cls, batch: RolloutBatch, what: str) -> Completions:
-        """
-        As [`of`], for a probe that takes every token for one that the policy drew.
-
-        Raises:
-            ValueError: naming the probe, if some tokens are those of tools, as a `rollout_func` may mark them.
-        """
-        if not torch.equal(batch.loss_mask, batch.completion_mask):
-            raise ValueError(
-                f"{what} scores every token of the step's completions, but some are masked as results of tools, which "
-                "the policy did not write. Turn it off, or train without tools."
-            )
-        return cls.of(batch)
-
     def tensors(self) -> dict[str, Tensor]:
-        """What a file keeps: the tensors that are not None, `loss_mask` only if it differs from `completion_mask`."""
-        same = torch.equal(self.loss_mask, self.completion_mask)
-        return self._given({"first_position"} | ({"loss_mask"} if same else set()))
+        """What a file keeps (see `ProbeFiles.write`): the tensors that are not None."""
+        return self._given({"first_position"})
 
     def _given(self, omitted: Collection[str] = ()) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in omitted}
@@ -78,6 +64,12 @@ class Completions:
 
     @property
     def lengths(self) -> Int[Tensor, " B"]:
+        """Tokens that the policy drew."""
+        return self.loss_mask.sum(dim=1)
+
+    @property
+    def widths(self) -> Int[Tensor, " B"]:
+        """Columns of the completion that a row needs, its context from tools and environments included."""
         return self.completion_mask.sum(dim=1)
 
     @property

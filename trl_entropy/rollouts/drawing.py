@@ -79,8 +79,14 @@ def pack_completions(
     pad_token_id: int,
     device: Any,
     sampling_logps: list[list[float]] | None = None,
+    own_tokens: list[list[int]] | None = None,
 ) -> Completions:
-    """One completion per prompt as padded tensors; rows are numbered from `first_prompt`."""
+    """
+    One completion per prompt as padded tensors; rows are numbered from `first_prompt`.
+
+    Args:
+        own_tokens: 1 for each token that the policy drew, 0 for those of tools and environments; None: it drew all.
+    """
 
     def padded(rows: list, value: float, side: str, dtype: torch.dtype = torch.long) -> torch.Tensor:
         return pad([torch.tensor(row, dtype=dtype) for row in rows], padding_value=value, padding_side=side).to(device)
@@ -94,7 +100,7 @@ def pack_completions(
         input_ids=torch.cat([prompts, completions], dim=1),
         attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
         completion_mask=completion_mask,
-        loss_mask=completion_mask,
+        loss_mask=completion_mask if own_tokens is None else padded(own_tokens, 0, "right"),
         prompt_index=torch.arange(first_prompt, first_prompt + len(prompt_ids), device=device),
         sampling_logps=None if sampling_logps is None else padded(sampling_logps, 0.0, "right", torch.float32),
     )

@@ -29,6 +29,11 @@ def answer_end(tokenizer: Any, completion_ids: list[int], tag: str) -> int | Non
     return high
 
 
+def last_turn(completion_ids: list[int], own_tokens: list[int]) -> list[int]:
+    """The tokens after the last one of a tool or an environment; `own_tokens` is 1 for those that the policy drew."""
+    return completion_ids[len(own_tokens) - own_tokens[::-1].index(0) :] if 0 in own_tokens else completion_ids
+
+
 @contextlib.contextmanager
 def stopping_at(model: Any, tokenizer: Any, text: str) -> Iterator[None]:
     """

@@ -102,9 +102,26 @@ _TRL = _keys("TRL", [
 # The reward for a correct answer; its mean over sampled completions is pass@1.
 PASS_AT_1 = "rewards/tag_pref/mean"
 
+# The policy's turns in an episode with tools or an environment, and what its tokens are part of.
+TURNS = ("turn_1", "turn_2", "turn_3", "turn_later")
+KINDS = ("kind_prose", "kind_call", "kind_arguments")
+_OF_TURNS = {
+    "turn_1": "tokens before the first result of a tool or an environment",
+    "turn_2": "tokens of the policy's second turn",
+    "turn_3": "tokens of the policy's third turn",
+    "turn_later": "tokens of the policy's later turns",
+}
+_OF_EPISODES = _OF_TURNS | {
+    "kind_prose": "tokens outside calls of tools",
+    "kind_call": "tokens of calls of tools, but for their arguments",
+    "kind_arguments": "tokens of the arguments of calls of tools",
+}
+
 _STEP = _keys("sum", [
     ("kl", "nats/token", "KL to the start policy (k3 estimator): TRL's if beta > 0, else every kl_every steps"),
     ("entropy/policy", "nats/token", "mean entropy of the policy over all tokens of the step's completions"),
+    *((f"entropy/{name}", "nats/token", f"mean entropy of the policy: {text}")
+      for name, text in _OF_TURNS.items()),
     ("entropy/surprisal", "nats/token", "mean of -log pi(token) over all tokens of the step's completions"),
     ("ratio/mean", "1", "importance ratio pi/pi_old, mean over tokens"),
     ("completions/think_length", "tokens", "mean number of tokens before </think>, over completions that have it"),
@@ -233,12 +250,16 @@ _OF_CATEGORY = {
 }
 _ATTRIBUTION = _keys("sum", [
     *((f"delta_{name}", "nats/token", f"part of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
+    *((f"delta_{name}", "nats/token", f"part of entropy/delta_gradient: {text} (T9)")
+      for name, text in _OF_EPISODES.items()),
+    *((name, "nats/token", f"mean entropy of the policy: {text}, before the step")
+      for name, text in _OF_EPISODES.items() if name in KINDS),
 ], "entropy/") + _keys("sum", [
     *((f"share_{name}", "1", f"fraction of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
     *((key.format(name), "1", f"{text}: {what}, over the run so far")
-      for name, text in _CATEGORIES.items() for key, what in _OF_CATEGORY.items()),
+      for name, text in (_CATEGORIES | _OF_EPISODES).items() for key, what in _OF_CATEGORY.items()),
     *((key.format(name), "nats/token", f"{text}: {what} (T9), mean over the run so far")
-      for name, text in (_CATEGORIES | {"all": "completions with an advantage other than 0"}).items()
+      for name, text in (_CATEGORIES | _OF_EPISODES | {"all": "completions with an advantage other than 0"}).items()
       for key, what in _MEAN_OF_CATEGORY.items()),
 ], "entropy/", "last") + _keys("sum", [
     ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TASKS = ("word_problems", "gsm8k")
+SINGLE_TURN_TASKS = ("word_problems", "gsm8k")
+TASKS = (*SINGLE_TURN_TASKS, "calculator")
 REWARDS = ("tag_pref", "tag_math_correct", "format_reward")
 
 
@@ -75,6 +77,35 @@ def too_few_prompts(found: str, prompts_per_step: int) -> str:
     )
 
 
+def tools_of(task: TaskArguments) -> list[Callable[..., str]]:
+    """What the policy may call, for TRL's `tools`; none for a task of single turns."""
+    if task.task != "calculator":
+        return []
+    from trl_entropy.tasks.calculator import calculate
+
+    return [calculate]
+
+
+def check_agent_task(task: str, model: str, evaluate_checkpoints: str) -> None:
+    """
+    Check that the task's episodes can be drawn.
+
+    Raises:
+        ValueError: for the embedded model that was not taught to call, and for evaluations, which draw single turns.
+    """
+    if task in SINGLE_TURN_TASKS:
+        return
+    if model == "embedded":
+        raise ValueError(
+            f"task is {task}, but the embedded model calls no tools. Set model_name_or_path: embedded-agent."
+        )
+    if evaluate_checkpoints != "none":
+        raise ValueError(
+            f"evaluate_checkpoints is {evaluate_checkpoints}, which draws single turns, but task {task} has episodes "
+            "with calls of tools. Set evaluate_checkpoints=none, and eval_strategy=steps to evaluate in training."
+        )
+
+
 def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> tuple[Dataset, Dataset]:
     """
     The training problems and the held-out problems, with the columns `prompt`, `answer` and `prompt_id`.
@@ -86,6 +117,13 @@ def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase | None, se
         OSError: when a file or a dataset of the hub cannot be read.
         ValueError: when a record cannot be parsed, or none is left.
     """
+    if task.task == "calculator":
+        from trl_entropy.tasks.calculator import load_calculator_problems
+
+        return (
+            load_calculator_problems("train", task.num_train_problems, seed=seed),
+            load_calculator_problems("test", task.num_eval_problems, seed=0),
+        )
     if task.task == "word_problems":
         from trl_entropy.tasks.word_problems import load_word_problems
 

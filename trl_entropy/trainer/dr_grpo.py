@@ -24,7 +24,7 @@ from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
 from trl_entropy.models import warm_start
-from trl_entropy.models.loading import EMBEDDED_MODEL
+from trl_entropy.models.loading import EMBEDDED_MODELS
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import dropout_of
@@ -32,7 +32,7 @@ from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
 from trl_entropy.probes.step_statistics import StepStatistics
 from trl_entropy.rollouts.batch import GenerationBatch, TrainingBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key
-from trl_entropy.rollouts.generation import answer_end, stopping_at
+from trl_entropy.rollouts.generation import answer_end, last_turn, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
 from trl_entropy.runs import tensorboard, trackers
 from trl_entropy.runs.console import printing_plain_text, use_progress_bar
@@ -40,6 +40,7 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
+from trl_entropy.tasks.rewards import completion_text
 from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.dataset_checks import check_datasets
@@ -55,8 +56,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     [`~trl.GRPOTrainer`] with the Dr-GRPO loss (T1), (T2), probes, and a run directory.
 
     Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
-    after its warm start, which is made at the first use. Probes are turned on by toggles of the config, or passed as
-    instances of [`~trl_entropy.Probe`] in `callbacks`.
+    after its warm start, which is made at the first use; `"embedded-agent"` has learned to call a calculator.
+    Probes are turned on by toggles of the config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
 
     With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
     With that shuffle in TRL too, the two are equal; TRL's own, of single rows, draws other random numbers. Only
@@ -86,15 +87,14 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             prompts_from_environment=data.get("environment_factory") is not None,
             callbacks=callbacks or (),
         )
-        agents = {name: kwargs.get(name) for name in ("tools", "environment_factory", "rollout_func")}
-        check_agents(args, **agents, callbacks=callbacks or ())
+        check_agents(args, environment_factory=kwargs.get("environment_factory"), callbacks=callbacks or ())
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
         if args.evaluate_checkpoints != "none":
             own.append(self._checkpoint_evaluation(args))
-        if model == EMBEDDED_MODEL:
-            model = str(warm_start.warm_start(seed=args.seed))
+        if isinstance(model, str) and model in EMBEDDED_MODELS:
+            model = str(warm_start.warm_start(seed=args.seed, name=model))
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         use_progress_bar(self, callbacks or ())
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
@@ -234,7 +234,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         num_generations = self.num_generations if training else self.num_generations_eval
         local = self._local_rows(num_rows)
         if self.args.length_normalizer == "group_max":
-            lengths = self.accelerator.gather(batch["completion_mask"].sum(dim=1))
+            lengths = self.accelerator.gather(loss_mask_of(batch).sum(dim=1))
             batch["length_scale"] = self.max_completion_length / group_max_lengths(lengths, num_generations)[local]
             batch["advantages"] = batch["advantages"] * batch["length_scale"]
         if training:
@@ -273,7 +273,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
 
     def _record_think_length(self, completions: list[Any]) -> None:
         """Mean number of tokens before the closing think tag, over the completions that have one."""
-        texts = [text if isinstance(text, str) else str(text[-1]["content"]) for text in completions]
+        texts = list(map(completion_text, completions))
         thoughts = [text.split(THINK_CLOSE, 1)[0] for text in texts if THINK_CLOSE in text]
         lengths = [len(ids) for ids in self._tokenizer(thoughts)["input_ids"]] if thoughts else []
         sums = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64, device=self.accelerator.device)
@@ -289,7 +289,6 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         with stopping_at(self.accelerator.unwrap_model(self.model), self._tokenizer, ANSWER_CLOSE):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         ends = [answer_end(self._tokenizer, ids, ANSWER_CLOSE) for ids in completion_ids]
-        self._answered = torch.tensor([end is not None for end in ends], device=self.accelerator.device)
         completion_ids = [ids[:end] for ids, end in zip(completion_ids, ends, strict=True)]
         if logprobs is not None:
             logprobs = [values[:end] for values, end in zip(logprobs, ends, strict=True)]
@@ -298,15 +297,24 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def _generate(self, prompts: list) -> Any:
         output = super()._generate(prompts)
         if self.args.stop_at_answer:
-            self._correct_terminated(output[1])
+            self._correct_terminated(*output[1:3])
         return output
 
-    def _correct_terminated(self, completion_ids: list[list[int]]) -> None:
-        """Correct TRL's metrics, which count completions that stop at their answer as clipped."""
+    def _correct_terminated(self, completion_ids: list[list[int]], own_tokens: list[list[int]] | None) -> None:
+        """
+        Correct TRL's metrics, which count completions that stop at their answer as clipped.
+
+        Args:
+            own_tokens: 1 for each token that the policy drew, 0 for those of tools and environments; None: it drew
+                all.
+        """
+        own_tokens = own_tokens or [[1] * len(ids) for ids in completion_ids]
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         ended = torch.tensor([ids[-1] in ends for ids in completion_ids], device=self.accelerator.device)
-        lengths = torch.tensor([len(ids) for ids in completion_ids], device=self.accelerator.device)
-        answered = self.accelerator.gather(self._answered)
+        lengths = torch.tensor([sum(own) for own in own_tokens], device=self.accelerator.device)
+        turns = [last_turn(ids, own) for ids, own in zip(completion_ids, own_tokens, strict=True)]
+        closed = [answer_end(self._tokenizer, turn, ANSWER_CLOSE) is not None for turn in turns]
+        answered = self.accelerator.gather(torch.tensor(closed, device=self.accelerator.device))
         terminated = self.accelerator.gather(ended) | answered
         lengths = self.accelerator.gather(lengths)[terminated].float()
         lengths = lengths if len(lengths) else torch.zeros(1)
@@ -358,6 +366,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         old_logps = inputs.get("old_per_token_logps")
         log_ratio = None if old_logps is None else per_token_logps - old_logps
         self._statistics.add_tokens(per_token_logps, loss_entropy.detach(), log_ratio, mask)
+        if "tool_mask" in inputs:
+            self._statistics.add_turns(loss_entropy.detach(), mask)
         if logps_for_kl is not None:
             policy_logps, start_logps = logps_for_kl
             self._statistics.add_kl(per_token_logps if policy_logps is None else policy_logps, start_logps, mask)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -21,7 +24,7 @@ class ProbeBatches:
     The trainer's [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]. A draw does not change training's random state,
     the order of its prompts, or its metrics.
 
-    Written against trl 1.16, whose `_tokenize_prompts` and `_generate_single_turn` it calls.
+    Written against trl 1.16, whose `_tokenize_prompts`, `_generate_single_turn` and `_generate` it calls.
 
     Args:
         trainer: the trainer whose policy, datasets and generation are used.
@@ -48,11 +51,8 @@ class ProbeBatches:
     def check_alike(self) -> None:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
         trainer = self._trainer
-        own = {"tools": trainer.tools, "environments": trainer.environments, "a rollout_func": trainer.rollout_func}
-        if names := [name for name, given in own.items() if given]:
-            raise ValueError(
-                f"training's completions are made with {' and '.join(names)}, and those of a probe are not"
-            )
+        if trainer.environments:
+            raise ValueError("training's prompts are made by environments, which a probe does not reset")
         dataset = trainer.train_dataset
         if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
             raise ValueError(
@@ -60,12 +60,48 @@ class ProbeBatches:
             )
 
     def draw_completions(self, prompts: list[Any], seed: tuple[int, ...], first_prompt: int = 0) -> Completions:
-        """One completion of each prompt, numbered from `first_prompt`, by the trainer's present generation. Local."""
+        """
+        One completion of each prompt, numbered from `first_prompt`, by the trainer's present generation. Local.
+
+        With tools, or with a `rollout_func`, a completion is a whole episode, whose environment tokens `loss_mask`
+        leaves out; then all processes must call this together, with equally many prompts.
+        """
         trainer, device = self._trainer, self._trainer.accelerator.device
         model = trainer.accelerator.unwrap_model(trainer.model)
+        own_tokens = None
         with own_randomness(seed, device), evaluation_mode(model):  # the policy that is scored has no dropout
-            prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
-            completion_ids, logps = trainer._generate_single_turn(prompt_ids, images, fields, 1)
+            if trainer.tools or trainer.rollout_func is not None:
+                with _generating_episodes(trainer, len(prompts)):
+                    prompt_ids, completion_ids, own_tokens, _, logps, *_ = trainer._generate(prompts)
+            else:
+                prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+                completion_ids, logps = trainer._generate_single_turn(prompt_ids, images, fields, 1)
         return pack_completions(
-            prompt_ids, completion_ids, first_prompt, trainer._tokenizer.pad_token_id, device, logps
+            prompt_ids, completion_ids, first_prompt, trainer._tokenizer.pad_token_id, device, logps, own_tokens
         )
+
+
+@contextlib.contextmanager
+def _generating_episodes(trainer: Any, num_prompts: int) -> Iterator[None]:
+    """
+    Let TRL's `_generate` draw episodes for a probe: one of each prompt, with the tools that belong to no environment,
+    and without a trace in the trainer's metrics and counts.
+    """
+    count = trainer.state.num_input_tokens_seen
+    tools = {name: vars(trainer).get(name) for name in ("_sync_tool_dicts", "_async_tool_dicts")}
+    kept = {name: getattr(trainer, name) for name in ("_metrics", "num_generations", "num_generations_eval")}
+    by_name: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for tool in trainer.tools:
+        by_name[inspect.iscoroutinefunction(tool)][tool.__name__] = tool
+    vars(trainer).update(
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        num_generations=1,
+        num_generations_eval=1,
+        _sync_tool_dicts=[by_name[0]] * num_prompts,
+        _async_tool_dicts=[by_name[1]] * num_prompts,
+    )
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept | tools)
+        trainer.state.num_input_tokens_seen = count

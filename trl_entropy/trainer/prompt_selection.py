@@ -220,7 +220,7 @@ class PromptSelectingTrainer(ResumableTrainer):
         num_slots, num_drawn = len(rounds[0].informative), sum(len(one.informative) for one in rounds)
         num_informative = sum(int(one.informative.sum()) for one in rounds)
         num_accepted = min(num_informative, num_slots)
-        tokens = torch.stack([one.batch["completion_mask"].sum() for one in rounds]).sum()
+        tokens = torch.stack([loss_mask_of(one.batch).sum() for one in rounds]).sum()
         num_tokens = self.accelerator.reduce(tokens, reduction="sum").item()
         metrics = {
             "num_rounds": len(rounds) - 1,

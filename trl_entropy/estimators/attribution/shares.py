@@ -88,7 +88,7 @@ def completion_contributions(gradient_products: Float[Tensor, "B"], coefficient:
 def token_contributions(
     loss_coefficients: Float[Tensor, "B T"],
     directional_derivatives: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     coefficient: float,
 ) -> Float[Tensor, "B T"]:
     """(T9): delta_ik = lr c (1-b1)/(1-b1^t) alpha_ik D_ik, nats per token; 0 under the mask.
@@ -99,12 +99,12 @@ def token_contributions(
     of these the bias is O(1/|E|).
     """
     products = loss_coefficients.double() * directional_derivatives.double()
-    return (coefficient * products).where(completion_mask.bool(), 0.0)
+    return (coefficient * products).where(loss_mask.bool(), 0.0)
 
 
 def on_policy_coefficients(
     advantages: Float[Tensor, "B *T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     num_completions: int,
     max_completion_length: int,
 ) -> Float[Tensor, "B T"]:
@@ -113,7 +113,7 @@ def on_policy_coefficients(
     `num_completions` = P G counts the whole step, over all micro-batches and ranks. `advantages` are those that the
     loss gets, (B,) or (B, T); with `length_normalizer="group_max"` they include the factor L / L_i.
     """
-    mask = completion_mask.bool()
+    mask = loss_mask.bool()
     per_token = advantages.double().reshape(len(advantages), -1).expand(mask.shape)
     return (per_token / (num_completions * max_completion_length)).where(mask, 0.0)
 
@@ -121,7 +121,7 @@ def on_policy_coefficients(
 def kl_coefficients(
     reference_gradient: Float[Tensor, "B T"],
     log_ratio: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     correction: str | None,
 ) -> Float[Tensor, "B T"]:
     """(T9): dLoss/dS_ik of TRL's KL term alone, per nat, from the derivative by the reference's log-probabilities.
@@ -132,7 +132,7 @@ def kl_coefficients(
     (`correction="token"`) or spread over the completion's tokens ("sequence"). None: there is no ratio
     (`use_bias_correction_kl=False`).
     """
-    mask, by_reference, r = completion_mask.bool(), reference_gradient.double(), log_ratio.double()
+    mask, by_reference, r = loss_mask.bool(), reference_gradient.double(), log_ratio.double()
     by_ratio = (by_reference * (1 - torch.where(r == 0, 1.0, r / torch.expm1(r)))).where(mask, 0.0)  # w c KL_ik
     if correction is None:
         by_ratio = torch.zeros_like(by_ratio)
@@ -160,7 +160,7 @@ def crossed(first: Int[Tensor, "B T"], second: Int[Tensor, "B T"], num_second: i
 def category_sums(
     contributions: Float[Tensor, "B T"],
     categories: Int[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     prompt_index: Int[Tensor, "B"],
     num_prompts: int,
     num_categories: int,
@@ -170,7 +170,7 @@ def category_sums(
     Both can be added over micro-batches and ranks. `prompt_index` < `num_prompts` counts within the step. Prompts
     without a gradient count too, with sums of 0.
     """
-    mask = completion_mask.bool()
+    mask = loss_mask.bool()
     cells = (prompt_index[:, None] * num_categories + categories)[mask]
     sums = contributions.new_zeros(num_prompts * num_categories, dtype=torch.float64)
     sums = sums.index_add(0, cells, contributions.double()[mask])
@@ -206,6 +206,11 @@ class CategoryRecord:
         if self.names != other.names:
             raise ValueError(f"records of different categories: {self.names} and {other.names}")
         return CategoryRecord(self.names, self.parts.merge(other.parts), self.counts + other.counts)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The categories of which there was a token."""
+        return tuple(name for name, count in zip(self.names, self.counts.tolist(), strict=True) if count)
 
     def change(self, *names: str) -> Estimate:
         """The mean over steps of the entropy change that tokens of these categories make, nats per token."""

@@ -27,14 +27,14 @@ def reward_change_terms(
     per_token_logps: Float[Tensor, "B T"],
     sampling_logps: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> Float[Tensor, "B"]:
     """(T20): (w_i - 1) A_i with the sequence weights of (T6); its expectation is J(theta + dtheta) - J(theta).
 
     With the `advantages` of [`leave_one_out_advantages`] it is unbiased, as E[w - 1] = 0 given the prompt. Its
     derivative along the step is A_i times that of log pi(o_i), so that first order and true change are paired.
     """
-    weights = importance_weights(per_token_logps, sampling_logps, completion_mask, "sequence")[:, 0]
+    weights = importance_weights(per_token_logps, sampling_logps, loss_mask, "sequence")[:, 0]
     return (weights - 1) * advantages.double()
 
 

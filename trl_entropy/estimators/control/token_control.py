@@ -16,19 +16,19 @@ from torch import Tensor
 def token_covariances(
     per_token_logps: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B *T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> Float[Tensor, "B T"]:
     """(S - S_bar)(A - A_bar), nats x advantage, of rows of *all* processes and micro-batches; nan under the mask."""
-    mask, logps = completion_mask.bool(), per_token_logps.double()
+    mask, logps = loss_mask.bool(), per_token_logps.double()
     per_token = advantages.double().reshape(len(advantages), -1).expand(mask.shape)
     centred = (values - values[mask].mean() for values in (logps, per_token))
     first, second = centred
     return (first * second).where(mask, math.nan)
 
 
-def num_chosen(completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], fraction: float) -> int:
+def num_chosen(loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], fraction: float) -> int:
     """The number of tokens that is this fraction of all: at least one, unless the fraction is 0."""
-    return max(1, int(fraction * int(completion_mask.sum()))) if fraction else 0
+    return max(1, int(fraction * int(loss_mask.sum()))) if fraction else 0
 
 
 def clip_cov_tokens(
@@ -59,21 +59,21 @@ def kl_cov_tokens(covariances: Float[Tensor, "B T"], count: int) -> Bool[Tensor,
 
 
 def random_tokens(
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], count: int, order: Float[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], count: int, order: Float[Tensor, "B T"]
 ) -> Bool[Tensor, "B T"]:
     """`count` random tokens, with which a choice of tokens is to be compared."""
-    return _smallest(order, completion_mask.bool(), count)
+    return _smallest(order, loss_mask.bool(), count)
 
 
 def random_positive_tokens(
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     advantages: Float[Tensor, "B *T"],
     count: int,
     order: Float[Tensor, "B T"],
 ) -> Bool[Tensor, "B T"]:
     """`count` random tokens of those with positive advantage, or all of these if fewer."""
     positive = advantages.reshape(len(advantages), -1) > 0
-    return _smallest(order, completion_mask.bool() & positive, count)
+    return _smallest(order, loss_mask.bool() & positive, count)
 
 
 def ratio_clipped(

@@ -37,7 +37,7 @@ class CrossPromptChange(NamedTuple):
 def group_entropy_surrogate(
     token_entropy: Float[Tensor, "B T"],
     per_token_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     policy_entropy: float,
     num_tokens: float | int,
     num_prompts: int,
@@ -47,13 +47,13 @@ def group_entropy_surrogate(
     X_n = P / sum(T) sum_ik [grad H_ik + a_ik grad S_ik], i over the group. `policy_entropy` (nats), `num_tokens` =
     sum(T) and P are those of all groups of the step. As the first two are estimates, U is a ratio with bias O(1/P).
     """
-    share = entropy_surrogate(token_entropy, per_token_logps, completion_mask, policy_entropy, num_tokens)
+    share = entropy_surrogate(token_entropy, per_token_logps, loss_mask, policy_entropy, num_tokens)
     return num_prompts * share
 
 
 def group_loss_surrogate(
     per_token_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     advantages: Float[Tensor, "B *T"],
     num_generations: int,
     max_completion_length: int,
@@ -65,7 +65,7 @@ def group_loss_surrogate(
     L_i.
     """
     per_token = advantages.double().reshape(len(advantages), -1)
-    weighted = (per_token * per_token_logps.double()).where(completion_mask.bool(), 0.0)
+    weighted = (per_token * per_token_logps.double()).where(loss_mask.bool(), 0.0)
     return -weighted.sum() / (num_generations * max_completion_length)
 
 

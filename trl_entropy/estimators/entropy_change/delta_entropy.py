@@ -38,14 +38,14 @@ class RatioTerms(NamedTuple):
 def entropy_terms(
     token_entropy: Float[Tensor, "B T"],
     weights: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> RatioTerms:
     """(T6): N_i = sum_k w_ik H_ik and D_i = sum_k w_ik.
 
     With -`per_token_logps` in the place of `token_entropy` this is the sampled form (surprisal). With "decision"
     weights that form is biased away from theta, since the drawn token k itself is not reweighted.
     """
-    mask = completion_mask.bool()
+    mask = loss_mask.bool()
     return RatioTerms(_masked_sum(weights * token_entropy.double(), mask), _masked_sum(weights.double(), mask))
 
 
@@ -54,14 +54,14 @@ def tangent_terms(
     token_entropy_tangent: Float[Tensor, "B T"],
     per_token_logps_tangent: Float[Tensor, "B T"],
     weights: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     form: WeightForm = "decision",
 ) -> RatioTerms:
     """The derivatives of `entropy_terms` along the update: N'_i = sum_k w (dH + H s) and D'_i = sum_k w s.
 
     s_ik = d log w_ik is the sum of dS_ij over j < k ("decision") or over all j ("sequence").
     """
-    mask = completion_mask.bool()
+    mask = loss_mask.bool()
     log_weight_tangent = accumulate(per_token_logps_tangent.double().where(mask, 0.0), form)
     numerator = token_entropy_tangent.double() + token_entropy.double() * log_weight_tangent
     return RatioTerms(_masked_sum(weights * numerator, mask), _masked_sum(weights * log_weight_tangent, mask))
@@ -71,7 +71,7 @@ def second_tangent_terms(
     token_entropy: tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"]],
     per_token_logps_tangents: tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]],
     weights: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     form: WeightForm = "decision",
 ) -> RatioTerms:
     """The second derivatives of `entropy_terms` along the update, from H, dH, ddH and dS, ddS of every token.
@@ -79,7 +79,7 @@ def second_tangent_terms(
     N''_i = sum_k w (ddH + 2 dH s + H r) and D''_i = sum_k w r, with r = s^2 + s', s as in `tangent_terms` and s' the
     same sum of ddS.
     """
-    mask = completion_mask.bool()
+    mask = loss_mask.bool()
     entropy, first, second = (order.double() for order in token_entropy)
     s, s_tangent = (accumulate(order.double().where(mask, 0.0), form) for order in per_token_logps_tangents)
     r = s.square() + s_tangent

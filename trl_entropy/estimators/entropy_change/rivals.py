@@ -21,19 +21,19 @@ class CovarianceTerms(NamedTuple):
 def natural_gradient_terms(
     per_token_logps: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B"] | Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> CovarianceTerms:
     """(T11): the sums for Cov(log pi, A) over tokens; logps in nats, at the sampling temperature."""
-    return _covariance_terms(per_token_logps, _per_token(advantages), completion_mask)
+    return _covariance_terms(per_token_logps, _per_token(advantages), loss_mask)
 
 
 def policy_gradient_terms(
     per_token_logps: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B"] | Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> CovarianceTerms:
     """(T11): the sums for Cov(log pi, pi A) over tokens; logps in nats, at the sampling temperature."""
-    return _covariance_terms(per_token_logps, per_token_logps.double().exp() * _per_token(advantages), completion_mask)
+    return _covariance_terms(per_token_logps, per_token_logps.double().exp() * _per_token(advantages), loss_mask)
 
 
 def delta_covariance(terms: CovarianceTerms) -> Linearization:
@@ -51,11 +51,11 @@ def delta_covariance(terms: CovarianceTerms) -> Linearization:
 def _covariance_terms(
     first: Float[Tensor, "B T"],
     second: Float[Tensor, "B #T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
 ) -> CovarianceTerms:
     first, second = first.double(), second.double().expand_as(first)
     sums = (torch.ones_like(first), first, second, first * second)
-    return CovarianceTerms(*(values.where(completion_mask.bool(), 0.0).sum(1) for values in sums))
+    return CovarianceTerms(*(values.where(loss_mask.bool(), 0.0).sum(1) for values in sums))
 
 
 def _per_token(advantages: Float[Tensor, "B *T"]) -> Float[Tensor, "B _"]:

@@ -34,7 +34,7 @@ def point_terms(
     entropy: Derivatives,
     logps: Derivatives,
     sampling_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     form: WeightForm = "decision",
 ) -> PointTerms:
     """The terms of (T6) and their derivatives along the update: none, the first, or the first and second.
@@ -42,13 +42,13 @@ def point_terms(
     `entropy` and `logps` (nats) hold the value of every token's score, and as many of its derivatives.
     `sampling_logps` are those of the policy that drew the completions; at that policy all weights are 1.
     """
-    weights = importance_weights(logps[0], sampling_logps, completion_mask, form)
+    weights = importance_weights(logps[0], sampling_logps, loss_mask, form)
     first = second = None
     if len(entropy) > 1:
-        first = tangent_terms(entropy[0], entropy[1], logps[1], weights, completion_mask, form)
+        first = tangent_terms(entropy[0], entropy[1], logps[1], weights, loss_mask, form)
     if len(entropy) > 2:
-        second = second_tangent_terms(entropy[:3], logps[1:3], weights, completion_mask, form)
-    return PointTerms(entropy_terms(entropy[0], weights, completion_mask), first, second)
+        second = second_tangent_terms(entropy[:3], logps[1:3], weights, loss_mask, form)
+    return PointTerms(entropy_terms(entropy[0], weights, loss_mask), first, second)
 
 
 def step_changes(before: PointTerms, after: PointTerms, planned: PointTerms | None = None) -> dict[str, Linearization]:

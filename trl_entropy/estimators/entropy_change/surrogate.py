@@ -8,7 +8,7 @@ from trl_entropy.estimators.statistics.importance import WeightForm, accumulate_
 
 def score_coefficients(
     token_entropy: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     policy_entropy: float,
     *,
     weights: Float[Tensor, "B T"] | None = None,
@@ -22,7 +22,7 @@ def score_coefficients(
     coefficients are 0 under the mask. b_ik may be any function of q and o_<k; away from theta it must be multiplied by
     the weight of all tokens up to and including k.
     """
-    mask = completion_mask.bool()
+    mask = loss_mask.bool()
     centred = token_entropy.detach().double() - policy_entropy
     if weights is not None:
         centred = weights.detach() * centred
@@ -35,7 +35,7 @@ def score_coefficients(
 def surrogate_terms(
     token_entropy: Float[Tensor, "B T"],
     per_token_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     policy_entropy: float,
     *,
     weights: Float[Tensor, "B T"] | None = None,
@@ -51,16 +51,16 @@ def surrogate_terms(
     detached; the value has none.
     """
     coefficients = score_coefficients(
-        token_entropy, completion_mask, policy_entropy, weights=weights, form=form, baseline=baseline
+        token_entropy, loss_mask, policy_entropy, weights=weights, form=form, baseline=baseline
     )
     entropy = token_entropy.double() if weights is None else weights.detach() * token_entropy.double()
-    return (entropy + coefficients * per_token_logps.double()).where(completion_mask.bool(), 0.0).sum(1)
+    return (entropy + coefficients * per_token_logps.double()).where(loss_mask.bool(), 0.0).sum(1)
 
 
 def entropy_surrogate(
     token_entropy: Float[Tensor, "B T"],
     per_token_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     policy_entropy: float,
     num_tokens: float | int,
     *,
@@ -76,7 +76,7 @@ def entropy_surrogate(
     terms = surrogate_terms(
         token_entropy,
         per_token_logps,
-        completion_mask,
+        loss_mask,
         policy_entropy,
         weights=weights,
         form=form,

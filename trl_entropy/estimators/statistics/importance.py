@@ -11,7 +11,7 @@ WeightForm = Literal["decision", "sequence"]
 def importance_weights(
     per_token_logps: Float[Tensor, "B T"],
     sampling_logps: Float[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
     form: WeightForm = "decision",
 ) -> Float[Tensor, "B T"]:
     """(T6): the weight of every token's entropy under the policy of `per_token_logps`, in float64.
@@ -23,7 +23,7 @@ def importance_weights(
     every f_k of q and o_<k, if the mask ends with the end token and the sampler gives every token a positive
     probability. Differentiable to any order. Source: Precup, Sutton and Singh (2000), per-decision form.
     """
-    log_ratios = (per_token_logps.double() - sampling_logps.double()).where(completion_mask.bool(), 0.0)
+    log_ratios = (per_token_logps.double() - sampling_logps.double()).where(loss_mask.bool(), 0.0)
     return accumulate(log_ratios, form).exp()
 
 
