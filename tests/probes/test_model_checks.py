@@ -39,6 +39,7 @@ PROBES = {
     "second order": HELD_OUT | {"entropy_second_order": True},
     "token": HELD_OUT | {"entropy_attribution": "token"},
     "sequence": HELD_OUT | {"entropy_attribution": "sequence"},
+    "next_rollouts": {"entropy_probe": True},
     "rollouts": {"entropy_probe": True, "entropy_probe_completions": "rollouts"},
     "fisher": {"fisher_probe": True, "fisher_num_sequences": 12},
     "noise": {"noise_scale_probe": True},
@@ -113,10 +114,10 @@ def lora(**more):
 
 def test_dropout_is_refused_where_the_gradient_of_training_is_computed_again(refused_ones):
     found = refused_ones(peft_config=lambda: lora(lora_dropout=0.1), disable_dropout=False)
-    assert set(found) == REBUILD
+    assert set(found) == REBUILD | {"next_rollouts"}  # whose completions would be drawn with it
     for message in found.values():
         assert message.startswith("lora_dropout=0.1: ") and "Set lora_dropout=0 (disable_dropout=True" in message
-    assert not refused_ones(peft_config=lambda: lora(lora_dropout=0.1), names=REBUILD, disable_dropout=True)
+    assert not refused_ones(peft_config=lambda: lora(lora_dropout=0.1), names=set(found), disable_dropout=True)
 
 
 def test_every_kind_of_dropout_is_found(tokenizer):
@@ -174,9 +175,9 @@ def test_kl_every_draws_no_random_numbers(build, tmp_path):
 
 PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 SCORING = {"held_out", "second order", "token", "sequence", "rollouts", "fisher", "within prompt"}
-SCORING |= {"control", "control rollouts"}
+SCORING |= {"next_rollouts", "control", "control rollouts"}
 LAYERS = {"sequence", "fisher", "noise", "within prompt"}
-FORWARD = {"held_out", "second order", "token", "sequence"}
+FORWARD = {"next_rollouts", "held_out", "second order", "token", "sequence"}
 
 
 @pytest.mark.parametrize(
@@ -236,8 +237,10 @@ def test_learned_positions(refused_ones, build, tokenizer):
         return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
 
     found = refused_ones(gpt2, disable_dropout=True)
-    for name, setting in {"rollouts": "entropy_probe", "control rollouts": "entropy_control"}.items():
-        assert found.pop(name).startswith(f"{setting}_completions='rollouts' needs completions drawn from")
+    own = {"rollouts": "entropy_probe", "next_rollouts": "entropy_probe", "control rollouts": "entropy_control"}
+    for name, setting in own.items():
+        source = name.removeprefix("control ")
+        assert found.pop(name).startswith(f"{setting}_completions='{source}' needs completions drawn from")
     assert set(found) == LAYERS  # Conv1D
     settings = PROBES["token"] | {"probe_batch_size": 3, "disable_dropout": True}
     for row in rows(build(gpt2(), **settings)):
@@ -316,21 +319,21 @@ def test_the_models_own_sampling_settings_are_refused(refused_ones, tokenizer):
         model.generation_config.update(**settings)
         return model
 
-    drawn = SCORING - {"within prompt"}
+    drawn = {"next_rollouts", "rollouts", "fisher", "control rollouts"}  # the others draw from all tokens
     found = refused_ones(lambda: model(min_p=0.9))
     assert set(found) == drawn
     assert all("but min_p=0.9 of the model's generation_config changes it" in text for text in found.values())
     for name, value in {"typical_p": 0.5, "suppress_tokens": [3], "no_repeat_ngram_size": 2}.items():
-        found = refused_ones(lambda name=name, value=value: model(**{name: value}), names=["held_out"])
-        assert f"but {name}={value} of the model's generation_config changes it" in found["held_out"]
-    held_out = {"names": ["held_out"]}
-    assert not refused_ones(lambda: model(typical_p=0.5), generation_kwargs={"typical_p": 1.0}, **held_out)
-    assert not refused_ones(lambda: model(top_k=5, top_p=0.5, temperature=0.3), **held_out)  # TRL sets these itself
+        found = refused_ones(lambda name=name, value=value: model(**{name: value}), names=["rollouts"])
+        assert f"but {name}={value} of the model's generation_config changes it" in found["rollouts"]
+    rollouts = {"names": ["rollouts"]}
+    assert not refused_ones(lambda: model(typical_p=0.5), generation_kwargs={"typical_p": 1.0}, **rollouts)
+    assert not refused_ones(lambda: model(top_k=5, top_p=0.5, temperature=0.3), **rollouts)  # TRL sets these itself
 
 
 def test_top_k_none_is_what_transformers_makes_of_it(build):
     with pytest.raises(ValueError, match="but top_k=50 changes it"):
-        build(top_k=None, **HELD_OUT)
+        build(top_k=None, **PROBES["rollouts"])
 
 
 def test_probes_in_callbacks_are_asked_too(build):

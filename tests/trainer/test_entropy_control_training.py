@@ -187,7 +187,7 @@ def test_a_step_that_was_dropped_leaves_nothing_to_the_next(tmp_path):
         ({"entropy_control_num_completions": 5}, "entropy_control_num_completions to a multiple of 2"),
         ({"fisher_probe": True, "fisher_num_sequences": 12}, "fisher_probe=False"),
         ({**of("rollouts"), "num_iterations": 2}, "num_iterations=1"),
-        ({"top_k": 5}, "top_k=5"),
+        ({**of("rollouts"), "top_k": 5}, "top_k=5"),
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from run_rows import without_clocks
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
@@ -147,8 +148,6 @@ def test_probe_batch_is_independent_of_the_step(make_trainer, problems):
     ids=str,
 )
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, settings):
-    from peft import LoraConfig
-
     settings = dict(settings)
     lora, dropout = settings.pop("lora", False), settings.pop("lora_dropout", 0.0)
     second_order = not settings.pop("plain_optimizer", False)
@@ -203,6 +202,35 @@ def test_a_broken_step_is_said_and_training_goes_on(make_trainer, problems):
     for row in RunDirectory(trainer.args.output_dir).metrics():
         assert row["grad_norm"] == 0
         assert row["entropy/delta_linear"] == 0 and row["entropy/delta_measured"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 2, "top_p": 0.5, "min_p": 0.5, "mask_truncated_completions": True},
+        {"generation_kwargs": {"typical_p": 0.3, "no_repeat_ngram_size": 1}},
+        {"of_model": {"suppress_tokens": list(range(5, 300)), "typical_p": 0.3}},
+        {"of_model": {"suppress_tokens": list(range(5, 300))}, "lora": True},
+    ],
+    ids=["settings", "generation_kwargs", "model", "model in peft"],
+)
+def test_a_probe_draws_from_all_tokens_whatever_training_samples_from(make_trainer, problems, settings):
+    """The same completions as where training does so too; training's own settings are back afterwards."""
+    settings = dict(settings)
+    of_model, lora = settings.pop("of_model", {}), settings.pop("lora", False)
+    drawn = []
+    for narrowed in (False, True):
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+        trainer = make_trainer(
+            max_steps=1, dataset=problems, peft_config=config, **(settings if narrowed else {}), **PROBE
+        )
+        model = trainer.model.get_base_model() if lora else trainer.model
+        model.generation_config.update(**(of_model if narrowed else {}))
+        trainer.train()
+        drawn.append(probe_file(RunDirectory(trainer.args.output_dir), 1)[0]["input_ids"])
+        assert all((getattr(model.generation_config, name) == value) == narrowed for name, value in of_model.items())
+        assert trainer.generation_config.top_k == (settings.get("top_k", 0) if narrowed else 0)
+    assert torch.equal(*drawn)
 
 
 class WithSampler(DrGRPOTrainer):

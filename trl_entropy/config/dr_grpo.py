@@ -71,7 +71,8 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
         self._check_length_and_evaluation()
         self._check_probes()
         self._check_controls()
-        controlled = ["entropy_control"] if self.entropy_control != "none" else []
+        on_rollouts = self.entropy_control != "none" and self.entropy_control_completions == "rollouts"
+        controlled = ["entropy_control"] if on_rollouts else []
         self.check_full_distribution(self._probes_of_full_support() + controlled)
 
     def _check_processes(self, world_size: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from trl_entropy.config.requirements import Requirements
 
-# Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation).
+# Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation), unless
+# they draw their own, which they do from it.
 FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
 # Losses that are the same sum over completions whatever the others are: no division by the batch's tokens.
 SEPARABLE_LOSSES = ("dr_grpo", "grpo", "sapo")
@@ -31,7 +32,9 @@ class ProbeChecks(Requirements):
             self.check_fisher_probe(self.fisher_num_sequences)
 
     def _probes_of_full_support(self) -> list[str]:
-        return [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
+        names = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
+        drawn = self.entropy_probe_completions in ("held_out", "eval") and self.entropy_probe_sampler == "model"
+        return [name for name in names if name != "entropy_probe" or not drawn]
 
     # ---- entropy
 

@@ -141,12 +141,13 @@ class EntropyControl(Probe):
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         what = "entropy_control"
-        if self.draw is None:
-            model_checks.check_full_distribution(args, model, what, draws=self.source == "probe")
+        if self.source == "rollouts":
+            model_checks.check_full_distribution(args, model, what)
         model_checks.check_scoring(model, what)
         model_checks.check_derivatives(model, what)
         # Else what the loss computes of the step's completions is not of the policy that E is drawn from.
-        self._pools_rollouts = not dropout_of(model) and not counts_columns(model)
+        all_drawn = model_checks.draws_full_distribution(args, model)
+        self._pools_rollouts = all_drawn and not dropout_of(model) and not counts_columns(model)
         if self.source == "rollouts":
             model_checks.check_no_dropout(model, "entropy_control_completions='rollouts'")
             model_checks.check_own_completions(model, "entropy_control_completions='rollouts'")

@@ -32,7 +32,8 @@ class EntropyProbe(EntropyChangeProbe):
         num_prompts: prompts in E over all processes, one completion each.
         second_order: predict to second order *before* the step, along the update that AdamW's equation (T4) gives.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
-        sampler: `"model"` (the model's own `generate`) or `"vllm"`, corrected by vLLM's log-probabilities (T6).
+        sampler: `"model"` (the model's own `generate`, from its full distribution, whatever training samples from) or
+            `"vllm"`, as training samples, corrected by vLLM's log-probabilities (T6).
         draw: called as `(step, rank) -> Completions` in place of sampling from the policy; must return equally many
             rows on every rank.
     """
@@ -73,8 +74,8 @@ class EntropyProbe(EntropyChangeProbe):
         )
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
-        if self.draw is None and self.sampler == "model":
-            model_checks.check_full_distribution(args, model, "entropy_probe", draws=True)
+        if self.draw is None and self.sampler == "vllm":
+            model_checks.check_full_distribution(args, model, "entropy_probe_sampler='vllm'")
         super().check_model(args, model)
 
     # ---- events

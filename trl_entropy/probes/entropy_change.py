@@ -341,8 +341,8 @@ class EntropyChangeProbe(Probe):
         tensors |= {"entropy_before": ends.before.entropy[0], "entropy_after": ends.after.entropy[0]}
         described: dict[str, object] = {"drawn": "after the step" if drawn_after else "before the step"}
         described["learning_rate"] = record.learning_rate
-        if "sampling_logps" in tensors:
-            described["sampler"] = "vllm" if args.use_vllm else "an earlier policy"
+        if "sampling_logps" in tensors and drawn_after and not args.use_vllm:
+            described["sampler"] = "an earlier policy"
         files.write(self.name, record.step, tensors, self.distribution(args), **described)
 
     def distribution(self, args: DrGRPOConfig) -> str:

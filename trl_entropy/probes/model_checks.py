@@ -146,17 +146,21 @@ def check_own_completions(model: nn.Module, what: str) -> None:
         )
 
 
-def check_full_distribution(args: DrGRPOConfig, model: nn.Module, what: str, draws: bool = False) -> None:
-    """
-    Raises `ValueError` if settings of the run, or the model's own, keep tokens from being drawn.
-
-    Args:
-        draws: whether the probe draws completions by the model's `generate`; else they are those of the step.
-    """
+def check_full_distribution(args: DrGRPOConfig, model: nn.Module, what: str) -> None:
+    """Raises `ValueError` if settings of the run, or the model's own, keep tokens from being drawn in training."""
     own = getattr(base_model(model), "generation_config", None)
-    if args.use_vllm and not draws:  # vLLM does not read the model's own settings
+    if args.use_vllm:  # vLLM does not read the model's own settings
         own = None
     args.check_full_distribution([what], None if own is None else own.to_dict())
+
+
+def draws_full_distribution(args: DrGRPOConfig, model: nn.Module) -> bool:
+    """Whether [`check_full_distribution`] has no objection."""
+    try:
+        check_full_distribution(args, model, "")
+    except ValueError:
+        return False
+    return True
 
 
 def dropout_of(model: nn.Module) -> dict[str, float]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from trl_entropy.config.sampling import harmless_arguments
+
 
 def answer_end(tokenizer: Any, completion_ids: list[int], tag: str) -> int | None:
     """
@@ -52,14 +54,11 @@ def stopping_at(model: Any, tokenizer: Any, text: str) -> Iterator[None]:
 @contextlib.contextmanager
 def generating_with_the_model(trainer: Any) -> Iterator[None]:
     """
-    Make TRL's trainer generate with the model itself, from its full distribution, even if rollouts come from vLLM.
+    Make TRL's trainer generate with the model itself, from its full distribution: even if rollouts come from vLLM, and
+    whatever the run's settings or the model's own keep from being drawn.
 
     Written against trl 1.16, whose `_generate_single_turn` reads the attributes that are set here.
     """
-    kept = {name: getattr(trainer, name) for name in ("use_vllm", "use_transformers_continuous_batching")}
-    if not any(kept.values()):
-        yield
-        return
     settings = {
         "max_new_tokens": trainer.max_completion_length,
         "do_sample": True,
@@ -67,11 +66,20 @@ def generating_with_the_model(trainer: Any) -> Iterator[None]:
         "top_k": 0,
         "pad_token_id": trainer._tokenizer.pad_token_id,
         "eos_token_id": trainer.eos_token_ids,
+        **harmless_arguments(trainer.args.generation_kwargs or {}),
     }
-    config = {"generation_config": GenerationConfig(**settings, disable_compile=True), "generation_kwargs": settings}
-    kept |= {name: getattr(trainer, name, None) for name in config}
-    vars(trainer).update(dict.fromkeys(("use_vllm", "use_transformers_continuous_batching"), False) | config)
+    if trainer._is_vlm:  # as TRL does: the token stands for pixels, and the policy cannot draw it
+        settings["suppress_tokens"] = [trainer.model.config.image_token_id]
+    config = GenerationConfig(**settings, disable_compile=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside peft's wrapper
+    changed: dict[str, Any] = {"generation_config": config, "generation_kwargs": settings}
+    changed |= {"use_vllm": False, "use_transformers_continuous_batching": False}
+    kept = {name: getattr(trainer, name, None) for name in changed}
+    of_model, model.generation_config = model.generation_config, config  # from which generate takes what is not set
+    vars(trainer).update(changed)
     try:
         yield
     finally:
         vars(trainer).update(kept)
+        model.generation_config = of_model
