@@ -114,6 +114,26 @@ def test_a_draw_of_episodes_leaves_no_trace(agent, tmp_path):
     assert torch.equal(points[0][1], points[1][1])
 
 
+def test_resuming_with_other_tools_is_refused(agent, tmp_path):
+    def double(number: int) -> int:
+        """
+        Double a number.
+
+        Args:
+            number: Any.
+        """
+        return 2 * number
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer_of(agent, tmp_path, {"tools": [calculate]}, max_steps=1, lr_scheduler_type="constant", **saving).train()
+    other = trainer_of(agent, tmp_path, {"tools": [calculate, double]}, lr_scheduler_type="constant", **saving)
+    with pytest.raises(ValueError, match=r"tools was \['calculate'\] and is \['calculate', 'double'\]"):
+        other.train(resume_from_checkpoint="latest")
+    same = trainer_of(agent, tmp_path, {"tools": [calculate]}, lr_scheduler_type="constant", **saving)
+    same.train(resume_from_checkpoint="latest")
+    assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [1, 2]
+
+
 @pytest.mark.slow
 def test_the_agent_learns_to_call(agent, tmp_path):
     sizes = {"num_prompts_per_step": 16, "num_generations": 8, "per_device_train_batch_size": 128}
