@@ -16,7 +16,11 @@ from trl_entropy.tasks.calculator import CalculatorEnvironment, calculate, load_
 from trl_entropy.tasks.rewards import tag_pref
 
 CALL = re.compile(r'<tool_call>{"name": "calculate", "arguments": {"expression": "(.*?)"}}</tool_call><\|endoftext\|>')
-HELD_OUT = {"entropy_probe_num_completions": 8, "entropy_attribution": "token"}
+HELD_OUT = {
+    "entropy_probe_completions": "held_out",
+    "entropy_probe_num_completions": 8,
+    "entropy_attribution": "token",
+}
 
 
 def calling(prompts, trainer):

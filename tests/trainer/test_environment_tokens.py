@@ -14,7 +14,7 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import KINDS, TURNS
 
 ALWAYS = {"weight_decay": 0.1, "effective_sample_size_probe": True, "probe_batch_size": 5}
-HELD_OUT = {"entropy_probe": True, "entropy_probe_num_completions": 4}
+HELD_OUT = {"entropy_probe": True, "entropy_probe_completions": "held_out", "entropy_probe_num_completions": 4}
 FISHER = {"fisher_probe": True, "fisher_num_sequences": 12}
 NOISE = {"noise_scale_probe": True}
 SETTINGS = {

@@ -81,12 +81,13 @@ def test_the_kl_to_the_start_is_0_at_the_start(processor, tmp_path):
     assert abs(first) < 1e-9 < second
 
 
+HELD_OUT = {"entropy_probe_completions": "held_out", "entropy_probe_num_completions": 8}
 PROBES = {
-    "held out": {"entropy_probe_num_completions": 8, "entropy_attribution": "token", "entropy_second_order": True},
+    "held out": HELD_OUT | {"entropy_attribution": "token", "entropy_second_order": True},
     "rollouts": {"entropy_probe_completions": "rollouts", "noise_scale_probe": True}
     | {"noise_scale_from": "micro_batches", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
-    "control": {"entropy_probe_num_completions": 8, "entropy_control": "hold", "entropy_control_target": 3.0}
-    | {"entropy_control_num_completions": 8},
+    "control": HELD_OUT
+    | {"entropy_control": "hold", "entropy_control_target": 3.0, "entropy_control_num_completions": 8},
     "control by own": {"entropy_probe_completions": "rollouts", "entropy_control": "report"}
     | {"entropy_control_completions": "rollouts", "token_control": "none"},
 }
@@ -120,7 +121,7 @@ def test_a_prompt_is_known_by_its_image_too():
 
 def test_the_probe_changes_nothing_in_training(processor, tmp_path):
     points = []
-    for number, probe in enumerate([{}, {"entropy_probe": True, "entropy_probe_num_completions": 8, "kl_every": 1}]):
+    for number, probe in enumerate([{}, {"entropy_probe": True, "kl_every": 1} | HELD_OUT]):
         trainer = trainer_of(processor, tmp_path / str(number), **probe)
         trainer.train()
         points.append(torch.cat([param.detach().flatten() for param in trainer.model.parameters()]))
