@@ -74,7 +74,8 @@ def test_what_the_model_gives_environment_tokens_changes_nothing(make_trainer, n
         run_of(make_trainer, garbage, **SETTINGS[name]) for garbage in (False, True)
     )
     assert differing(clean, garbage) == []
-    assert all(abs(row.get("entropy/attribution_rounding", 0)) < 1e-5 for row in clean.metrics())
+    if name == "by sequence":  # by token a drawn padding token is another one in forward mode
+        assert all(abs(row["entropy/attribution_rounding"]) < 1e-5 for row in clean.metrics())
     assert all(torch.equal(weights[key], others[key]) for key in weights)
     files = sorted(path.relative_to(clean.path) for path in clean.path.glob("probes/*/*.safetensors"))
     assert files or not any("probe" in key for key in SETTINGS[name])
