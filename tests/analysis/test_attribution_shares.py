@@ -81,7 +81,10 @@ def test_interval_is_the_estimators_where_the_share_is_known(spread_of_a_step):
     assert row["change"] == pytest.approx(record.change("a").value) and row["token_share"] == 0.5
 
 
-@pytest.mark.parametrize("by", [name for name in BY if not name.startswith("outcome")])
+OF_EVERY_RUN = [name for name in BY if not name.startswith("outcome") and name not in ("turn", "kind")]
+
+
+@pytest.mark.parametrize("by", OF_EVERY_RUN)
 def test_bins_hold_every_token(tokens, by):
     category = categories(tokens, by)
     assert category.notna().all()
@@ -90,6 +93,16 @@ def test_bins_hold_every_token(tokens, by):
     assert table["token_share"].sum() == pytest.approx(1)
     lowest = tokens.groupby(category, observed=True)[by].min()
     assert lowest.is_monotonic_increasing
+
+
+def test_turns_and_kinds_are_those_that_occur_in_their_order(tokens):
+    with pytest.raises(ValueError, match="by is 'turn': use one of"):
+        categories(tokens, "turn")
+    rows = pd.DataFrame({"turn": ["turn_later", "turn_1", "turn_1"], "kind": ["kind_call", "kind_prose", None]})
+    assert list(categories(rows, "turn").cat.categories) == ["turn_1", "turn_later"]
+    kinds = categories(rows, "kind")
+    assert list(kinds.cat.categories) == ["kind_prose", "kind_call"] and kinds.isna().tolist() == [False, False, True]
+    assert outcome_text("turn_later") == "later turns" and outcome_text("kind_call") == "calls of tools"
 
 
 def test_a_category_of_ones_own(tokens):

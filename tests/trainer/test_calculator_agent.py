@@ -16,7 +16,11 @@ from trl_entropy.tasks.calculator import CalculatorEnvironment, calculate, load_
 from trl_entropy.tasks.rewards import tag_pref
 
 CALL = re.compile(r'<tool_call>{"name": "calculate", "arguments": {"expression": "(.*?)"}}</tool_call><\|endoftext\|>')
-HELD_OUT = {"entropy_probe_num_completions": 8, "entropy_attribution": "token"}
+HELD_OUT = {
+    "entropy_probe_completions": "held_out",
+    "entropy_probe_num_completions": 8,
+    "entropy_attribution": "token",
+}
 
 
 def calling(prompts, trainer):
@@ -112,6 +116,26 @@ def test_a_draw_of_episodes_leaves_no_trace(agent, tmp_path):
         points.append((values, torch.cat([param.detach().flatten() for param in trainer.model.parameters()])))
     assert points[0][0] == points[1][0] and "tools/call_frequency" in points[0][0][0]
     assert torch.equal(points[0][1], points[1][1])
+
+
+def test_resuming_with_other_tools_is_refused(agent, tmp_path):
+    def double(number: int) -> int:
+        """
+        Double a number.
+
+        Args:
+            number: Any.
+        """
+        return 2 * number
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer_of(agent, tmp_path, {"tools": [calculate]}, max_steps=1, lr_scheduler_type="constant", **saving).train()
+    other = trainer_of(agent, tmp_path, {"tools": [calculate, double]}, lr_scheduler_type="constant", **saving)
+    with pytest.raises(ValueError, match=r"tools was \['calculate'\] and is \['calculate', 'double'\]"):
+        other.train(resume_from_checkpoint="latest")
+    same = trainer_of(agent, tmp_path, {"tools": [calculate]}, lr_scheduler_type="constant", **saving)
+    same.train(resume_from_checkpoint="latest")
+    assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [1, 2]
 
 
 @pytest.mark.slow

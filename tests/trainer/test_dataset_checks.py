@@ -6,8 +6,7 @@ from datasets import Dataset, DatasetDict
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.analysis.run import Run
 from trl_entropy.config.setting import own_settings
-from trl_entropy.control import EntropyControl
-from trl_entropy.probes import FisherProbe, NoiseScaleProbe, RolloutEntropyProbe
+from trl_entropy.probes import FisherProbe, NoiseScaleProbe
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.reporting.write import write_report
 from trl_entropy.runs.directory import RunDirectory
@@ -106,16 +105,19 @@ def test_a_streamed_dataset_trains_with_probes_that_draw_nothing(problems, make_
 STEP = {"num_generations": 4, "per_device_train_batch_size": 16}
 CONTROL = {"entropy_control": "report", "entropy_control_num_completions": 4}
 # Every toggle, in each of the ways in which it takes prompts or scores completions: whether it works with a stream,
-# and whether it sees the pixels of a prompt, or needs none.
+# and whether it goes with images.
 TOGGLES = {
-    "entropy_probe": (PROBE, False, False),
-    "entropy_prediction": ({"entropy_probe": True, "entropy_prediction": "linear"}, True, False),
-    "entropy_probe_completions": (EVAL, True, False),  # of a set that is no stream
-    "entropy_probe_completions ": ({"entropy_probe": True, "entropy_probe_completions": "rollouts"}, True, False),
-    "entropy_second_order": (PROBE | {"entropy_second_order": True}, False, False),
-    "entropy_placebo": (PROBE | {"entropy_placebo": True}, False, False),
-    "entropy_attribution": (PROBE | {"entropy_attribution": "token"}, False, False),
-    "kl_every": ({"kl_every": 1}, True, False),
+    "entropy_probe": (PROBE, False, True),
+    "entropy_prediction": ({"entropy_probe": True, "entropy_prediction": "linear"}, True, True),
+    "entropy_probe_completions": (EVAL, True, True),  # of a set that is no stream
+    "entropy_probe_completions ": ({"entropy_probe": True, "entropy_probe_completions": "rollouts"}, True, True),
+    "entropy_second_order": (PROBE | {"entropy_second_order": True}, False, True),
+    "entropy_placebo": (PROBE | {"entropy_placebo": True}, False, True),
+    "entropy_attribution": (PROBE | {"entropy_attribution": "token"}, False, True),
+    "entropy_attribution ": (
+        {"entropy_probe": True, "entropy_attribution": "sequence"} | EVAL, True, False,
+    ),
+    "kl_every": ({"kl_every": 1}, True, True),
     "effective_sample_size_probe": ({"effective_sample_size_probe": True}, True, True),
     "noise_scale_probe": ({"noise_scale_probe": True}, True, False),
     "noise_scale_from": (
@@ -124,11 +126,11 @@ TOGGLES = {
     "noise_scale_within_prompt": ({"noise_scale_probe": True, "noise_scale_within_prompt": True}, True, False),
     "fisher_probe": ({"fisher_probe": True, "fisher_num_sequences": 12}, True, False),
     "optimizer_state_probe": ({"optimizer_state_probe": True}, True, True),
-    "entropy_control": (CONTROL, False, False),
-    "entropy_control ": ({"entropy_control": "report", "entropy_control_completions": "rollouts"}, True, False),
-    "token_control": ({"token_control": "random"}, True, False),
+    "entropy_control": (CONTROL, False, True),
+    "entropy_control ": ({"entropy_control": "report", "entropy_control_completions": "rollouts"}, True, True),
+    "token_control": ({"token_control": "random"}, True, True),
     "token_control ": ({"token_control": "random", "token_control_scope": "micro_batch"}, True, True),
-    "curriculum": ({"curriculum": "pass_rate"}, False, True),
+    "curriculum": ({"curriculum": "pass_rate"}, False, False),
     "resample_uninformative_groups": ({"resample_uninformative_groups": True}, False, False),
     "evaluate_checkpoints": ({"evaluate_checkpoints": "wait", "save_strategy": "steps"}, True, True),
 }  # fmt: skip
@@ -166,14 +168,19 @@ def test_streams_and_images_work_or_are_refused_in_one_line(problems, name):
         assert "\n" not in str(error.value) and "use text alone" in str(error.value)
 
 
+def test_episodes_that_a_probe_draws_have_no_images(problems):
+    args = DrGRPOConfig(output_dir="unused", bf16=False, use_cpu=True, **(STEP | PROBE))
+    with pytest.raises(ValueError, match="draws episodes with tools or rollout_func"):
+        check_datasets(args, problems.add_column("image", [None] * 8), None, has_episodes=True)
+    check_datasets(args, problems, None, has_episodes=True)
+
+
 @pytest.mark.parametrize(
-    "probe", [EntropyProbe(num_prompts=4), RolloutEntropyProbe(), FisherProbe(), NoiseScaleProbe(), EntropyControl()]
+    "probe", [EntropyProbe(num_prompts=4, attribution="sequence"), FisherProbe(), NoiseScaleProbe()]
 )
-def test_probes_in_callbacks_do_not_see_images_either(problems, probe):
+def test_probes_in_callbacks_do_not_take_gradients_by_image_either(problems, probe):
     args = DrGRPOConfig(output_dir="unused", bf16=False, use_cpu=True, **STEP)
-    if isinstance(probe, EntropyControl):
-        probe.num_prompts = 4
-    with pytest.raises(ValueError, match=f"{type(probe).__name__} sees the text of a prompt alone"):
+    with pytest.raises(ValueError, match=f"{type(probe).__name__} takes the gradient of each completion by the rows"):
         check_datasets(args, problems.add_column("image", [None] * 8), None, callbacks=[probe])
 
 

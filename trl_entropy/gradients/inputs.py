@@ -25,7 +25,10 @@ def model_inputs(model: nn.Module, completions: Completions) -> dict[str, Any]:
         "attention_mask": completions.attention_mask,
         "use_cache": False,
         "logits_to_keep": width + 1,
+        **completions.column_types,
     }
+    if completions.pixel_inputs is not None:
+        inputs |= completions.pixel_inputs.keywords()
     return inputs | ({"position_ids": completions.position_ids} if counts_columns(model) else {})
 
 

@@ -76,7 +76,6 @@ def kinds_of_rollouts(rollouts: RolloutBatch, tokenizer: Any) -> Int[Tensor, "B 
         for turn in turns[row][own].unique():
             at = own & (turns[row] == turn)
             ids = rollouts.completion_ids[row][at].tolist()
-            for token in set(ids) - texts.keys():
-                texts[token] = tokenizer.decode([token])
+            texts |= {token: tokenizer.decode([token]) for token in ids if token not in texts}
             kinds[row, at] = kinds.new_tensor(kinds_of_tokens([texts[token] for token in ids], calls))
     return kinds

@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 from trl_entropy.engine import KeptUpdate, UpdateContext
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.pixel_inputs import PixelInputs
 from trl_entropy.runs.state import StateDict
 
 
@@ -60,21 +61,23 @@ class StepRecord:
 
     def state_dict(self) -> StateDict:
         assert self.kept is not None, "a step whose update is not kept is not measured later"
+        images = self.rollouts.pixel_inputs
         return {
             "step": self.step,
             "learning_rate": self.learning_rate,
-            "rollouts": vars(self.rollouts),
+            "rollouts": {**vars(self.rollouts), "pixel_inputs": images and [dict(row) for row in images.rows]},
             "loss_coefficients": self.loss_coefficients and self.loss_coefficients._asdict(),
             "kept": self.kept.state_dict(),
         }
 
     @classmethod
     def from_state(cls, state: StateDict, device: Any) -> StepRecord:
-        coefficients = state["loss_coefficients"]
+        coefficients, rollouts = state["loss_coefficients"], send_to_device(state["rollouts"], device)
+        images = rollouts["pixel_inputs"] and PixelInputs(tuple(rollouts["pixel_inputs"]))
         return cls(
             state["step"],
             state["learning_rate"],
-            RolloutBatch(**send_to_device(state["rollouts"], device)),
+            RolloutBatch(**rollouts | {"pixel_inputs": images}),
             coefficients and LossCoefficients(**send_to_device(coefficients, device)),
             KeptUpdate.from_state(state["kept"]),
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trl_entropy.rollouts.groups import groups_with_different_rewards
+from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, PixelInputs
 
 
 class GenerationBatch(TypedDict):
@@ -64,6 +65,8 @@ class RolloutBatch:
             is padded further here than in its micro-batch.
         sampling_logps: log-probability of each completion token under what drew it, nats; None if that is the policy
             that the step starts from.
+        pixel_inputs: the images of the rows; None if there are none.
+        column_types: what `token_type_ids` and the like say of each column, for models that take them.
         has_tool_mask: whether TRL told the policy's tokens from those of tools and environments, also where a step
             holds none of the latter: the same on all processes and in all steps.
     """
@@ -80,6 +83,8 @@ class RolloutBatch:
     advantages: Float[Tensor, "B *T"]
     first_position: Int[Tensor, " B"]
     sampling_logps: Float[Tensor, "B T"] | None = None
+    pixel_inputs: PixelInputs | None = None
+    column_types: dict[str, Int[Tensor, "B L"]] = field(default_factory=dict)
     has_tool_mask: bool = False
 
     @classmethod
@@ -103,11 +108,15 @@ class RolloutBatch:
             }
             for batch in micro_batches
         ]
-        columns = {
-            name: [part[name] for part in parts] for name in cls.__dataclass_fields__ if name != "has_tool_mask"
-        }
-        joined = {name: None if rows[0] is None else join_rows(rows, name) for name, rows in columns.items()}
-        return cls(**joined, has_tool_mask="tool_mask" in micro_batches[0])
+        names = (name for name in cls.__dataclass_fields__ if parts[0].get(name) is not None)
+        sizes = [len(part["prompt_ids"]) for part in parts]
+        images = [PixelInputs.of(part, size) for part, size in zip(parts, sizes, strict=True)]
+        return cls(
+            **{name: join_rows([part[name] for part in parts], name) for name in names},
+            pixel_inputs=PixelInputs.joined(images, sizes),
+            column_types={name: _joined_columns(parts, name) for name in COLUMN_KEYS if name in parts[0]},
+            has_tool_mask="tool_mask" in parts[0],
+        )
 
     @property
     def input_ids(self) -> Int[Tensor, "B L"]:
@@ -132,6 +141,14 @@ class RolloutBatch:
 def _sampling_logps(batch: GenerationBatch, by_present_policy: bool) -> Float[Tensor, "B T"] | None:
     logps = batch.get("sampling_per_token_logps")
     return batch.get("old_per_token_logps") if logps is None and not by_present_policy else logps
+
+
+def _joined_columns(parts: Sequence[Mapping[str, Any]], name: str) -> Int[Tensor, "B L"]:
+    """Rows as wide as prompt and completion, of which each part is padded on its own side."""
+    widths = [part["prompt_ids"].shape[1] for part in parts]
+    prompts = [part[name][:, :width] for part, width in zip(parts, widths, strict=True)]
+    completions = [part[name][:, width:] for part, width in zip(parts, widths, strict=True)]
+    return torch.cat([join_rows(prompts, "prompt"), join_rows(completions, "completion")], dim=1)
 
 
 def join_rows(parts: list[Tensor], name: str, fill: int = 0) -> Tensor:

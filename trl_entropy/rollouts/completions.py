@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.pixel_inputs import PixelInputs
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Completions:
             and environments. These alone are scored, differentiated, weighted and counted; the others are context.
         first_position: position of each row's first column, where training counts columns from another one (see
             `position_ids`); None: training has not seen the rows, and a row's first token has position 0.
+        pixel_inputs: the images of the rows; None if there are none.
+        column_types: what `token_type_ids` and the like say of each column, for models that take them.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -37,6 +40,8 @@ class Completions:
     sampling_logps: Float[Tensor, "B T"] | None = None
     loss_mask: Int[Tensor, "B T"] = field(kw_only=True)
     first_position: Int[Tensor, " B"] | None = field(default=None, kw_only=True)
+    pixel_inputs: PixelInputs | None = field(default=None, kw_only=True)
+    column_types: dict[str, Int[Tensor, "B L"]] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> Completions:
@@ -49,6 +54,8 @@ class Completions:
             batch.sampling_logps,
             loss_mask=batch.loss_mask,
             first_position=batch.first_position,
+            pixel_inputs=batch.pixel_inputs,
+            column_types=batch.column_types,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -57,7 +64,7 @@ class Completions:
 
     def _given(self, omitted: Collection[str] = ()) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in omitted}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -85,7 +92,11 @@ class Completions:
 
     def rows(self, index: Any) -> Completions:
         """The rows that `index` selects, in its order."""
-        return Completions(**{name: tensor[index] for name, tensor in self._given().items()})
+        return Completions(
+            **{name: tensor[index] for name, tensor in self._given().items()},
+            pixel_inputs=None if self.pixel_inputs is None else self.pixel_inputs.chosen(index),
+            column_types={name: tensor[index] for name, tensor in self.column_types.items()},
+        )
 
     def trimmed(self) -> Completions:
         """The same without the columns in which no row has a token."""
@@ -101,4 +112,6 @@ class Completions:
             None if self.sampling_logps is None else self.sampling_logps[:, :keep],
             loss_mask=self.loss_mask[:, :keep],
             first_position=None if self.first_position is None else self.first_position + start,
+            pixel_inputs=self.pixel_inputs,
+            column_types={name: tensor[:, start:end] for name, tensor in self.column_types.items()},
         )

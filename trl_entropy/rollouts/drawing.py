@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from trl_entropy.rollouts.completions import Completions
@@ -38,7 +40,22 @@ class ProbeBatchSampler(Protocol):
 
 def prompt_key(prompt: Any) -> str:
     """A string that identifies a prompt, plain or conversational: equal for equal prompts."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=_key_of_image)
+
+
+def _key_of_image(value: Any) -> str:
+    """An image by its size and 256 of its pixels, which is quick however large it is; anything else as text."""
+    if not hasattr(value, "resize") or not hasattr(value, "tobytes"):
+        return str(value)
+    return f"{value.size} {hashlib.sha1(value.resize((16, 16), 0).tobytes()).hexdigest()}"
+
+
+def prompt_of(row: Mapping[str, Any]) -> Any:
+    """The prompt of a row of a dataset, with the row's images in it, as TRL puts them."""
+    if "images" not in row and "image" not in row:
+        return row["prompt"]
+    images = row["images"] if "images" in row else [row["image"]] if row["image"] is not None else None
+    return prepare_multimodal_messages(row["prompt"], images=images or None)
 
 
 def prompts_of(dataset: Any) -> Iterator[str]:
@@ -59,7 +76,7 @@ def draw_prompts(
     chosen: list[Any] = []
     taken = set(exclude)
     for row in np.random.default_rng(seed).permutation(len(dataset)).tolist():
-        prompt = dataset[row]["prompt"]
+        prompt = prompt_of(dataset[row])
         if prompt_key(prompt) not in taken:
             taken.add(prompt_key(prompt))
             chosen.append(prompt)

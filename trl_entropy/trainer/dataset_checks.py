@@ -8,8 +8,7 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
-from trl_entropy.control import EntropyControl
-from trl_entropy.probes import FisherProbe, NoiseScaleProbe, RolloutEntropyProbe
+from trl_entropy.probes import FisherProbe, NoiseScaleProbe
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
 from trl_entropy.tasks.arguments import too_few_prompts
 
@@ -28,6 +27,7 @@ def check_datasets(
     eval_dataset: object,
     *,
     prompts_from_environment: bool = False,
+    has_episodes: bool = False,
     callbacks: Iterable[object] = (),
 ) -> None:
     """
@@ -36,11 +36,12 @@ def check_datasets(
     Args:
         eval_dataset: one dataset, or several by name.
         prompts_from_environment: whether TRL may take prompts from an environment instead of a column.
+        has_episodes: whether completions are episodes with tools or of a `rollout_func`.
         callbacks: the caller's own, of which probes may draw prompts.
 
     Raises:
         ValueError: for too few prompts, a missing column `prompt`, a streamed dataset of which rows are drawn, an
-            evaluation set that a probe draws from and that is not there, or images where only text is scored.
+            evaluation set that a probe draws from and that is not there, or images where they cannot be followed.
     """
     callbacks = list(callbacks)
     draws = draws_of(args, callbacks)
@@ -56,7 +57,8 @@ def check_datasets(
     for draw in draws:
         _check_draw(args, draw, sets if draw.source == "eval" else {"train_dataset": train_dataset})
     drawn_from = sets if any(draw.source == "eval" for draw in draws) else {}
-    _check_images(args, {"train_dataset": train_dataset, **drawn_from}, callbacks)
+    drawn_episodes = [draw.name for draw in draws] if has_episodes else []
+    _check_images(args, {"train_dataset": train_dataset, **drawn_from}, callbacks, drawn_episodes)
 
 
 def draws_of(args: DrGRPOConfig, callbacks: Iterable[object]) -> list[Draw]:
@@ -133,21 +135,27 @@ def _check_draw(args: DrGRPOConfig, draw: Draw, datasets: Mapping[str, object]) 
         )
 
 
-def _check_images(args: DrGRPOConfig, datasets: Mapping[str, object], callbacks: list[object]) -> None:
+def _check_images(
+    args: DrGRPOConfig, datasets: Mapping[str, object], callbacks: list[object], drawn_episodes: list[str]
+) -> None:
     images = {name: found for name, dataset in datasets.items() if (found := _images_of(dataset))}
     if not images:
         return
-    if args.resample_uninformative_groups:
-        columns = sorted(set().union(*images.values()))
+    where = "; ".join(f"{name}: {', '.join(sorted(found))}" for name, found in images.items())
+    if names := _by_text_of_prompts(args):
         raise ValueError(
-            "resample_uninformative_groups=True moves completions between rounds, and the dataset has "
-            f"{columns}, whose pixels TRL does not keep by completion. Set it to False, or use text alone."
+            f"{' and '.join(names)} knows a prompt by its text, and there are images ({where}). Turn it off, or use "
+            "text alone."
         )
-    if names := [*_seeing_text_alone(args), *_callbacks_seeing_text_alone(callbacks)]:
-        where = "; ".join(f"{name}: {', '.join(sorted(found))}" for name, found in images.items())
+    if names := [*_by_sequence(args), *_callbacks_by_sequence(callbacks)]:
         raise ValueError(
-            f"{' and '.join(names)} sees the text of a prompt alone, and there are images ({where}). Turn it off, or "
-            "use text alone."
+            f"{' and '.join(names)} takes the gradient of each completion by the rows of the layers, which in the "
+            f"layers that see are those of images ({where}). Turn it off, or use text alone."
+        )
+    if drawn_episodes:
+        raise ValueError(
+            f"{' and '.join(drawn_episodes)} draws episodes with tools or rollout_func, of which TRL does not hand "
+            f"over the images ({where}). Measure on the completions of the steps themselves, or use text alone."
         )
 
 
@@ -161,17 +169,23 @@ def _images_of(dataset: object) -> set[str]:
     return found | ({"messages of type image"} if in_messages else set())
 
 
-def _seeing_text_alone(args: DrGRPOConfig) -> Iterator[str]:
-    by_pass = args.token_control != "none" and args.token_control_scope == "optimizer_batch"
-    yield from (name for name in ("entropy_probe", "fisher_probe", "kl_every") if getattr(args, name))
+def _by_text_of_prompts(args: DrGRPOConfig) -> list[str]:
+    names = ["resample_uninformative_groups=True"] if args.resample_uninformative_groups else []
+    return [*names, f"curriculum={args.curriculum!r}"] if args.curriculum != "none" else names
+
+
+def _by_sequence(args: DrGRPOConfig) -> Iterator[str]:
+    yield from ["fisher_probe"] if args.fisher_probe else []
     yield from ["noise_scale_from='groups'"] if args.noise_scale_probe and args.noise_scale_from == "groups" else []
-    yield from ["entropy_control"] if args.entropy_control != "none" else []
-    yield from ["token_control_scope='optimizer_batch'"] if by_pass else []
+    yield from ["entropy_attribution='sequence'"] if args.entropy_attribution == "sequence" else []
 
 
-def _callbacks_seeing_text_alone(callbacks: list[object]) -> Iterator[str]:
+def _callbacks_by_sequence(callbacks: list[object]) -> Iterator[str]:
     for callback in callbacks:
-        if isinstance(callback, (EntropyChangeProbe, RolloutEntropyProbe, FisherProbe, EntropyControl)) or (
-            isinstance(callback, NoiseScaleProbe) and callback.source == "groups"
+        attribution = callback.attribution if isinstance(callback, EntropyChangeProbe) else None
+        if (
+            isinstance(callback, FisherProbe)
+            or (isinstance(callback, NoiseScaleProbe) and callback.source == "groups")
+            or (attribution is not None and attribution.mode == "sequence")
         ):
             yield type(callback).__name__

@@ -34,6 +34,7 @@ from trl_entropy.rollouts.batch import GenerationBatch, TrainingBatch, loss_mask
 from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.generation import answer_end, last_turn, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
+from trl_entropy.rollouts.pixel_inputs import keywords_of_batch
 from trl_entropy.runs import tensorboard, trackers
 from trl_entropy.runs.console import printing_plain_text, use_progress_bar
 from trl_entropy.runs.directory import RunDirectory
@@ -85,6 +86,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             data.get("train_dataset"),
             data.get("eval_dataset"),
             prompts_from_environment=data.get("environment_factory") is not None,
+            has_episodes=bool(data.get("tools") or data.get("rollout_func")),
             callbacks=callbacks or (),
         )
         check_agents(args, environment_factory=kwargs.get("environment_factory"), callbacks=callbacks or ())
@@ -409,7 +411,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
             return self._get_per_token_logps_and_entropies(
-                model, ids, mask, batch["completion_ids"].shape[1], batch_size
+                model, ids, mask, batch["completion_ids"].shape[1], batch_size, **keywords_of_batch(batch)
             )[0]
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
 from trl import GRPOTrainer
@@ -16,6 +19,7 @@ from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import draw_prompts, own_randomness, pack_completions
 from trl_entropy.rollouts.generation import generating_with_the_model
+from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, IMAGE_KEYS, PixelInputs
 from trl_entropy.trainer.step_prompts import StepPrompts
 
 
@@ -68,7 +72,7 @@ class ProbeBatches:
         """
         trainer, device = self._trainer, self._trainer.accelerator.device
         model = trainer.accelerator.unwrap_model(trainer.model)
-        own_tokens = None
+        own_tokens, images, fields = None, None, {}
         with own_randomness(seed, device), evaluation_mode(model):  # the policy that is scored has no dropout
             if trainer.tools or trainer.rollout_func is not None:
                 with _generating_episodes(trainer, len(prompts)):
@@ -76,9 +80,38 @@ class ProbeBatches:
             else:
                 prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
                 completion_ids, logps = trainer._generate_single_turn(prompt_ids, images, fields, 1)
-        return pack_completions(
+        packed = pack_completions(
             prompt_ids, completion_ids, first_prompt, trainer._tokenizer.pad_token_id, device, logps, own_tokens
         )
+        return _with_images(packed, images, fields) if fields else packed
+
+
+def _with_images(completions: Completions, images: list[list[Any] | None] | None, fields: Mapping) -> Completions:
+    """
+    The same with the images of the prompts.
+
+    Args:
+        images: by prompt.
+        fields: what the processor made of them and of the prompts: tensors, arrays, or lists by prompt and token.
+    """
+    device = completions.input_ids.device
+    width = completions.input_ids.shape[1] - completions.completion_mask.shape[1]
+    types = {name: fields[name] for name in COLUMN_KEYS if name in fields}
+    counts = [len(of_prompt or ()) for of_prompt in images or [None] * len(completions)]
+    pixels = {name: _as_tensor(fields[name]).to(device) for name in IMAGE_KEYS if name in fields}
+    columns = {name: torch.zeros_like(completions.input_ids) for name in types}
+    for name, rows in types.items():
+        for row, values in enumerate(rows):
+            columns[name][row, width - len(values) : width] = torch.as_tensor(values, device=device)
+    return replace(
+        completions,
+        pixel_inputs=PixelInputs.of(pixels | {"num_images": counts}, len(completions)),
+        column_types=columns,
+    )
+
+
+def _as_tensor(values: Any) -> torch.Tensor:
+    return values if isinstance(values, torch.Tensor) else torch.tensor(np.array(values))
 
 
 @contextlib.contextmanager

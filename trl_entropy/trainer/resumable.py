@@ -148,7 +148,12 @@ class ResumableTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if self._data_fingerprint is None:
             self._data_fingerprint = data_fingerprint(self.train_dataset)
-        settings = contract_settings(self.args, reward_funcs=self.reward_func_names)
+        settings = contract_settings(
+            self.args,
+            reward_funcs=self.reward_func_names,
+            tools=[tool.__name__ for tool in self.tools],  # those of environments too
+            rollout_func=getattr(self.rollout_func, "__qualname__", type(self.rollout_func).__qualname__),
+        )
         return {
             "settings": settings | adapter_settings(model),
             "model": model_fingerprint(model),
