@@ -48,12 +48,15 @@ def test_a_file_that_is_not_there_is_noticed():
 
 
 def test_the_readmes_script_runs_as_it_stands(tmp_path, monkeypatch, warm_start_dir, capfd):
-    """With one step in the place of its twenty."""
-    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert "max_steps=20" in code
+    """With two steps in the place of its twenty, and with the probe that it shows further down."""
+    code, probe = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert "max_steps=20" in code and "train_dataset=" in code
+    code = f"import torch\nfrom trl_entropy import Probe\n{probe}\n{code}"
+    code = code.replace("train_dataset=", "callbacks=[Certainty()], train_dataset=")
     monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("max_steps=20", "max_steps=1"), {})
-    (row,) = RunDirectory(tmp_path / "runs" / "first").metrics()
-    assert row["entropy/delta_measured_stderr"] > 0 and 0 < row["reward"] < 1
+    exec(code.replace("max_steps=20", "max_steps=2"), {})
+    row, last = RunDirectory(tmp_path / "runs" / "first").metrics()
+    assert row["entropy/delta_measured_stderr"] > 0 and last["entropy/delta_measured_stderr"] > 0
+    assert 0 < row["reward"] < 1 and 0 < abs(row["my/certainty_change"]) < 0.2
     assert "building the warm start" not in capfd.readouterr().err  # its seed is that of the quickstart

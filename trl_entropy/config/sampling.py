@@ -34,7 +34,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 # Arguments of `generation_kwargs` that only say where a completion ends, or that seed the draws.
 _HARMLESS = {"stop", "stop_strings", "include_stop_str_in_output", "max_tokens", "seed"}
-_HARMLESS_TO_TRANSFORMERS = {"stop_strings"}
 
 
 def merged(*settings: Mapping[str, object]) -> dict[str, object]:
@@ -54,11 +53,6 @@ def narrowing_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
     """As [`narrowing`], of `generation_kwargs`, where what is not known counts as changing what is drawn."""
     known = {*NEUTRAL, *_HARMLESS}
     return narrowing(arguments) | {name: value for name, value in arguments.items() if name not in known}
-
-
-def harmless_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Those of `generation_kwargs` that leave alone what is drawn, as transformers' `generate` knows them."""
-    return {name: value for name, value in arguments.items() if name in _HARMLESS_TO_TRANSFORMERS}
 
 
 def _changes(name: str, value: object) -> bool:

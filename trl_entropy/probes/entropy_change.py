@@ -37,7 +37,7 @@ from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import changes_logged, with_stderr
 from trl_entropy.probes.probe import Probe
-from trl_entropy.probes.step_record import StepRecord
+from trl_entropy.probes.step_record import ScoredCompletions, StepRecord
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.state import StateDict
 
@@ -158,6 +158,7 @@ class EntropyChangeProbe(Probe):
         before = self._score(engine, args, past.params_before, past.update, orders[0])
         after = self._score(engine, args, past.params_after, past.update, orders[1])
         ends = Ends(before, after, after if drawn_after else before)
+        record.probe_batch = ScoredCompletions(completions, before, after, *self._weights(ends))
         metrics = self._changes(ends, engine.accelerator)
         if self.attribution is not None:
             probe = self._batch_before(ends, metrics["entropy/delta_linear"], engine.accelerator)
@@ -276,11 +277,18 @@ class EntropyChangeProbe(Probe):
             parts.clear()
         return logged
 
+    def _weights(self, ends: Ends) -> tuple[Tensor, Tensor]:
+        """Importance weights (T6) of the policies before and after the step, (B, T)."""
+        sampling, mask = self._sampling_logps(ends.drawn_by), self._completions.loss_mask
+        before, after = (importance_weights(scores.logps[0], sampling, mask) for scores in (ends.before, ends.after))
+        return before, after
+
     def _batch_before(self, ends: Ends, delta_linear: float, accelerator: Accelerator) -> ProbeBatch:
         """E before the step, as the attribution needs it. Collective."""
-        batch = self._completions
-        weights = importance_weights(ends.before.logps[0], self._sampling_logps(ends.drawn_by), batch.loss_mask)
-        return ProbeBatch(batch, weights, self._terms(ends.before, ends.drawn_by, accelerator).terms, delta_linear)
+        weights = self._weights(ends)[0]
+        return ProbeBatch(
+            self._completions, weights, self._terms(ends.before, ends.drawn_by, accelerator).terms, delta_linear
+        )
 
     def _noise_floor(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
         """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""

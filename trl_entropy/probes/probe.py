@@ -88,7 +88,8 @@ class Probe(TrainerCallback):
         When a step begins, whatever the cadence: `drawn` (`RolloutBatch`), the completions that are known by then, all
         of a new generation, before uninformative groups are replaced, or the step's own of an earlier one; `engine`;
         `record` (`StepRecord` of the step before; None at the first step, and after a resume unless its update was
-        kept). What is put into `metrics` is logged with the step of `record`.
+        kept). What is put into `metrics` is logged with the step of `record`. The entropy probe measures that step on
+        `drawn`, if it takes the next rollouts, and probes after it find the result in `record.probe_batch`.
         """
 
     def on_no_more_rollouts(
@@ -137,7 +138,8 @@ class Probe(TrainerCallback):
         self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
-        Once a step, after the optimizer's step: the same `update`, `engine`, `rollouts`, `record`.
+        Once a step, after the optimizer's step: the same `update`, `engine`, `rollouts`, `record`, which has a
+        `probe_batch` if the entropy probe has drawn one.
         """
 
     # ---- resuming

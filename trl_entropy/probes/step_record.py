@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import send_to_device
+from jaxtyping import Float
+from torch import Tensor
 
 from trl_entropy.engine import KeptUpdate, UpdateContext
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
+from trl_entropy.gradients.scores import TokenScores
 from trl_entropy.rollouts.batch import RolloutBatch
+from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.pixel_inputs import PixelInputs
 from trl_entropy.runs.state import StateDict
+
+
+class ScoredCompletions(NamedTuple):
+    """
+    The completions E that the entropy probe has measured a step on, which are independent of it, and their tokens at
+    both of its ends. This process's rows.
+
+    Attributes:
+        completions: E; `loss_mask` is 1 for the tokens that the policy drew.
+        before, after: entropy and log-probability of each token, nats, with the parameters from before and from after
+            the step, and their derivatives along the update where the probe has taken them.
+        weights_before, weights_after: (T6), token by token: the weighted mean over E's tokens of what a token's prefix
+            decides, such as its entropy, is the mean under the policy from before, or from after, the step.
+    """
+
+    completions: Completions
+    before: TokenScores
+    after: TokenScores
+    weights_before: Float[Tensor, "B T"]
+    weights_after: Float[Tensor, "B T"]
 
 
 @dataclass
@@ -30,6 +54,7 @@ class StepRecord:
             `needs_loss_coefficients`.
         kept: this rank's share of the update, until the next completions have been drawn; None unless a probe has
             asked for it by [`keep_update`].
+        probe_batch: what the entropy probe has measured the step on; None before, and when the next step has begun.
     """
 
     step: int
@@ -37,6 +62,7 @@ class StepRecord:
     rollouts: RolloutBatch
     loss_coefficients: LossCoefficients | None = None
     kept: KeptUpdate | None = None
+    probe_batch: ScoredCompletions | None = None
 
     def keep_update(self, update: UpdateContext, adamw: bool = False) -> None:
         """
@@ -54,8 +80,8 @@ class StepRecord:
             self.kept.correction = dict(update.correction)
 
     def forget_update(self) -> None:
-        """Let go of what [`keep_update`] kept."""
-        self.kept = None
+        """Let go of what [`keep_update`] kept, and of the probe batch."""
+        self.kept = self.probe_batch = None
 
     # ---- resuming
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from trl_entropy.config.sampling import harmless_arguments
-
 
 def answer_end(tokenizer: Any, completion_ids: list[int], tag: str) -> int | None:
     """
@@ -66,8 +64,9 @@ def generating_with_the_model(trainer: Any) -> Iterator[None]:
         "top_k": 0,
         "pad_token_id": trainer._tokenizer.pad_token_id,
         "eos_token_id": trainer.eos_token_ids,
-        **harmless_arguments(trainer.args.generation_kwargs or {}),
     }
+    if stops := (trainer.args.generation_kwargs or {}).get("stop_strings"):
+        settings["stop_strings"] = stops
     if trainer._is_vlm:  # as TRL does: the token stands for pixels, and the policy cannot draw it
         settings["suppress_tokens"] = [trainer.model.config.image_token_id]
     config = GenerationConfig(**settings, disable_compile=True)
