@@ -19,7 +19,7 @@ def processor():
     return build_processor()
 
 
-def questions(num: int = 16, column: str = "image") -> Dataset:
+def questions(num: int = 32, column: str = "image") -> Dataset:
     pictures = [picture(i) if column == "image" else [picture(i)] for i in range(num)]
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": "Which colour?"}]] * num, column: pictures})
 

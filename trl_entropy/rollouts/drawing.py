@@ -58,6 +58,13 @@ def prompt_of(row: Mapping[str, Any]) -> Any:
     return prepare_multimodal_messages(row["prompt"], images=images or None)
 
 
+def has_images(prompt: Any) -> bool:
+    """Whether a conversation has messages with images."""
+    contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
+
+
 def prompts_of(dataset: Any) -> Iterator[str]:
     """Keys of all prompts in order; nothing for a streamed dataset."""
     if isinstance(dataset, Dataset):

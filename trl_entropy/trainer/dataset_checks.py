@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.probes import FisherProbe, NoiseScaleProbe
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
+from trl_entropy.rollouts.drawing import has_images
 from trl_entropy.tasks.arguments import too_few_prompts
 
 
@@ -163,10 +164,7 @@ def _images_of(dataset: object) -> set[str]:
     """Where a dataset has images: the columns that TRL reads, or the messages of its first prompt."""
     found = {"image", "images"} & set(getattr(dataset, "column_names", None) or ())
     prompt = dataset[0].get("prompt") if isinstance(dataset, Dataset) and len(dataset) else None
-    contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    in_messages = any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
-    return found | ({"messages of type image"} if in_messages else set())
+    return found | ({"messages of type image"} if has_images(prompt) else set())
 
 
 def _by_text_of_prompts(args: DrGRPOConfig) -> list[str]:

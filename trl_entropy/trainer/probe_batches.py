@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.rollouts.completions import Completions
-from trl_entropy.rollouts.drawing import draw_prompts, own_randomness, pack_completions
+from trl_entropy.rollouts.drawing import draw_prompts, has_images, own_randomness, pack_completions
 from trl_entropy.rollouts.generation import generating_with_the_model
 from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, IMAGE_KEYS, PixelInputs
 from trl_entropy.trainer.step_prompts import StepPrompts
@@ -75,6 +75,8 @@ class ProbeBatches:
         own_tokens, images, fields = None, None, {}
         with own_randomness(seed, device), evaluation_mode(model):  # the policy that is scored has no dropout
             if trainer.tools or trainer.rollout_func is not None:
+                if any(map(has_images, prompts)):
+                    raise ValueError("the prompts have images, which TRL does not hand over of episodes with tools")
                 with _generating_episodes(trainer, len(prompts)):
                     prompt_ids, completion_ids, own_tokens, _, logps, *_ = trainer._generate(prompts)
             else:
