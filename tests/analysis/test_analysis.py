@@ -111,7 +111,7 @@ def test_reading_a_run_imports_no_torch(real_run):
     code = (
         "import sys; from trl_entropy.analysis.run import load_run; from trl_entropy.reporting.page import render; "
         f"from pathlib import Path; run = load_run({str(real_run)!r}); run.tokens, run.evaluation_tokens, run.groups; "
-        "render([run.path]); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
+        "render([run]); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
