@@ -18,7 +18,7 @@ _LOGGED = {"entropy": 91, "second_order": 29, "attribution": 38, "noise_scale": 
            "effective_sample_size": 3, "optimizer_state": 12, "training": 39}  # fmt: skip
 _LINE, _EVENT, _STATE = 52, 75, 63  # bytes of a logged number in metrics.jsonl, TensorBoard and trainer_state.json
 _HEADER, _TENSOR = 150, 70  # bytes of the header of a probe file, and what a tensor adds to it
-_TABLE, _TEXT = 4_000, 1.6  # bytes of an empty table of completions, and of a token of text, compressed (a guess)
+_TABLE, _TEXT = 5_000, 1.6  # bytes of an empty table of completions, and of a token of text, compressed (a guess)
 _TOKENIZER = 75  # bytes of an entry of the tokenizer in a checkpoint
 
 
