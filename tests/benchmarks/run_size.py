@@ -7,7 +7,8 @@ Makes a synthetic run of every probe with the package's own writers: its default
 random words. What a run keeps of all steps (the lines of metrics) is made whole. Of the files that are there for some
 steps, those that a run keeps at its end are made, or `--files` of each kind; the table says what is extrapolated.
 Then it measures, each in a process of its own: `load_run` with its tables, `trl-entropy report`, and the page that
-training itself writes at its end. Seconds are wall-clock seconds; memory is the peak of the resident set (Linux).
+training itself writes at its end. Seconds are by the clock on the wall and of the CPU, which other load lengthens less;
+memory is the peak of the resident set (Linux).
 Checkpoints are left out: their size is the model's.
 """
 
@@ -288,7 +289,7 @@ def measure(what: str, run: Path) -> None:
     """Prints seconds and MiB of one of [`MEASURED`]; called in a process of its own."""
     if what == "training":
         import trl_entropy.train  # noqa: F401  # what training has loaded before it writes its page
-    before, begin = memory("VmRSS"), time.perf_counter()
+    before, begin, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     if what == "load_run":
         open_tables(run)
     elif what == "report":
@@ -299,8 +300,8 @@ def measure(what: str, run: Path) -> None:
         from trl_entropy.reporting.write import write_report_of_finished_run
 
         write_report_of_finished_run(run)
-    taken, peak = time.perf_counter() - begin, memory("VmHWM")
-    print(f"{what:<10} {taken:8.1f} s  peak {peak:8.0f} MiB, {peak - before:8.0f} above what was loaded")
+    wall, cpu, peak = time.perf_counter() - begin, time.process_time() - cpu, memory("VmHWM")
+    print(f"{what:<10}{wall:7.1f} s, CPU {cpu:.1f} s; peak {peak:.0f} MiB, {peak - before:.0f} above what was loaded")
 
 
 def open_tables(run: Path) -> None:

@@ -40,7 +40,7 @@ def test_evenly_spaced_with_the_first_and_the_newest_and_not_fewer_than_half(eve
     kept = run([], steps, keep)
     assert kept == retained(steps, keep)  # no history in it
     assert kept[0] == first and kept[-1] == steps[-1]
-    assert len(set(b - a for a, b in itertools.pairwise(kept[:-1]))) <= 1
+    assert len({b - a for a, b in itertools.pairwise(kept[:-1])}) <= 1
     assert len(kept) >= min(number, keep // 2)
 
 

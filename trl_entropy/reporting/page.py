@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
+from trl_entropy.analysis.contents import steps_text
 from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
 from trl_entropy.reporting.figures import Figure, shade
@@ -73,6 +74,7 @@ def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
         "attributions": attributions,
         "evaluated": list(chain.from_iterable(_of_each(runs, gaps, "Entropy token by token", _evaluated))),
         "samples": list(chain.from_iterable(_of_each(runs, gaps, "Completions of the last step", _samples))),
+        "kept_completions": [sentence for sentence in map(_kept_completions, runs) if sentence],
         "no_texts": [run.name for run in runs if run.lacks_texts],
     }
     missing = [*gaps.sentences, *(sentence for run in runs for sentence in run.left_out)]
@@ -132,6 +134,13 @@ def _samples(run: Run) -> list[dict[str, str]]:
         }
         for row in last.iloc[:: max(1, len(last) // _NUM_SAMPLES)].head(_NUM_SAMPLES).to_dict("records")
     ]
+
+
+def _kept_completions(run: Run) -> str:
+    """A sentence on the steps whose completions the run still has; empty if it has none."""
+    steps = run.completions_steps
+    number = f"{len(steps)} step{'' if len(steps) == 1 else 's'}"
+    return f"{run.name} holds tables of completions of {number}: {steps_text(steps)}." if steps else ""
 
 
 def _short(value: object) -> str:
