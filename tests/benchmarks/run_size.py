@@ -4,12 +4,12 @@ The size of a run directory, and what it costs to open it, at any number of step
     python tests/benchmarks/run_size.py --folder DIR [--steps 10000 --completions 1024 --tokens 1024]
 
 Makes a synthetic run of every probe with the package's own writers: its default settings, random numbers, texts of
-random words. What a run keeps of all steps (the lines of metrics) is made whole. Of the files that are there for some
-steps, those that a run keeps at its end are made, or `--files` of each kind; the table says what is extrapolated.
+random words. The lines of metrics are made of all steps. Of the files that are there for some steps, those that a run
+keeps at its end are made, or `--files` of each kind; the table says what is extrapolated.
+
 Then it measures, each in a process of its own: `load_run` with its tables, `trl-entropy report`, and the page that
-training itself writes at its end. Seconds are by the clock on the wall and of the CPU, which other load lengthens less;
-memory is the peak of the resident set (Linux).
-Checkpoints are left out: their size is the model's.
+training itself writes at its end. Seconds are by the clock and of the CPU, which other load lengthens less; memory is
+the peak of the resident set (Linux). Checkpoints are left out: their size is the model's.
 """
 
 from __future__ import annotations
