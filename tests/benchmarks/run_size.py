@@ -183,9 +183,10 @@ class SyntheticRun:
         """As TRL writes them in `log`, then as the trainer keeps them."""
         import pandas as pd
 
-        folder = self.run.path / "completions"
-        folder.mkdir()
-        for step in self.steps_with_files(getattr(self.args, "completions_files_keep", None)):
+        from trl_entropy.runs.step_files import completions_path, keep_completions
+
+        (self.run.path / "completions").mkdir()
+        for step in self.steps_with_files(self.args.completions_files_keep):
             number = self.options.completions
             prompts = [self.text(PROMPT_TOKENS) for _ in range(number // GENERATIONS)]
             lengths = np.minimum(self.random.integers(1, self.options.tokens * 4 // 3, number), self.options.tokens)
@@ -195,7 +196,8 @@ class SyntheticRun:
                 "tag_pref": self.random.integers(0, 2, number).astype(float).tolist(),
                 "advantage": self.random.random(number).tolist(),
             }  # fmt: skip
-            pd.DataFrame(table).to_parquet(folder / f"completions_{step:05d}.parquet")
+            pd.DataFrame(table).to_parquet(completions_path(self.run.path, step))
+            keep_completions(self.run.path, step, self.args.completions_files_keep)
 
     # ---- evaluated checkpoints
 
@@ -237,10 +239,9 @@ TENSORBOARD_STEPS = 100
 
 
 def kept_at_the_end(num_steps: int, keep: int | None) -> list[int]:
-    try:
-        from trl_entropy.runs.retention import retained
-    except ImportError:
-        return list(range(1, num_steps + 1))
+    """The steps that have files at the end of a run in which each step has written one."""
+    from trl_entropy.runs.retention import retained
+
     return retained(range(1, num_steps + 1), keep)
 
 
@@ -270,11 +271,7 @@ def sizes(run: Path, options: argparse.Namespace) -> list[tuple[str, int, int, f
         elif kind == "tensorboard":
             scale = FULL["steps"] / min(options.steps, TENSORBOARD_STEPS)
         elif kind == "completions":
-            scale = (
-                of_rows
-                * len(kept_at_the_end(FULL["steps"], getattr(defaults, "completions_files_keep", None)))
-                / len(found)
-            )
+            scale = of_rows * len(kept_at_the_end(FULL["steps"], defaults.completions_files_keep)) / len(found)
         elif kind.startswith("probes"):
             kept = kept_at_the_end(FULL["steps"], defaults.probe_files_keep)
             scale = scales.get(kind, of_rows) * len(kept) / len(found)
