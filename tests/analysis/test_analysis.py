@@ -92,6 +92,29 @@ def test_a_killed_run_shows_what_was_whole(real_run, tmp_path, caplog):
     assert set(run.evaluation["step"]) == {0}
 
 
+def test_one_table_of_many_is_read_alone(real_run, tmp_path):
+    """What the page reads is a part of what the tables hold that read everything."""
+    run = load_run(real_run)
+    tokens, steps = run.evaluation_tokens, run.evaluated_steps
+    assert steps == [0, 3]
+    for step in steps:
+        own = tokens[tokens["step"] == step].reset_index(drop=True)
+        pd.testing.assert_frame_equal(run.evaluation_tokens_of(step), own)
+        chosen = own[(own["prompt_id"] == tokens["prompt_id"].iloc[0]) & (own["sample"] == 0)]
+        pd.testing.assert_frame_equal(run.first_samples()[step], chosen.reset_index(drop=True))
+    records = run.records[~run.records["greedy"]]
+    assert len(tokens) == records["length"].sum() and tokens["position"].max() == records["length"].max() - 1
+    assert tokens["surprisal"].sum() == pytest.approx(-sum(values.sum(dtype=float) for values in records["logps"]))
+    last = run.completions[run.completions["step"] == run.completions_steps[-1]].reset_index(drop=True)
+    pd.testing.assert_frame_equal(run.last_completions(), last)
+    assert run.probe_file("rollouts", 3, ["rewards"]).keys() == {"rewards"}
+    damaged = tmp_path / "damaged"
+    shutil.copytree(real_run / "completions", damaged / "completions")
+    max(damaged.glob("completions/*")).write_bytes(b"PAR1")
+    assert load_run(damaged).last_completions()["step"].unique().tolist() == [run.completions_steps[-2]]
+    assert load_run(tmp_path).last_completions().empty and load_run(tmp_path).first_samples() == {}
+
+
 def test_a_run_without_a_kernel_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"holds no Fisher kernel\. Train with fisher_probe: true"):
         load_run(tmp_path).kernel()
@@ -111,7 +134,7 @@ def test_reading_a_run_imports_no_torch(real_run):
     code = (
         "import sys; from trl_entropy.analysis.run import load_run; from trl_entropy.reporting.page import render; "
         f"from pathlib import Path; run = load_run({str(real_run)!r}); run.tokens, run.evaluation_tokens, run.groups; "
-        "render([run.path]); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
+        "render([run]); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

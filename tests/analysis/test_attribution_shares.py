@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from trl_entropy.analysis.attribution import (
     BY,
     SHARE_MARGIN,
+    attributed_steps,
     attribution_table,
     categories,
     most_moving_tokens,
@@ -224,3 +225,17 @@ def test_what_the_table_has_not_is_refused(tokens):
 
 def test_a_run_without_attribution_has_an_empty_table(tmp_path):
     assert attribution_table(load_run(tmp_path)).empty
+
+
+def test_as_many_steps_as_can_be_read_at_once(real_run):
+    run = load_run(real_run)
+    counts = {step: len(attribution_table(run, [step])) for step in (1, 2, 3)}
+    enough = sum(counts.values())
+    assert attributed_steps(run, most_tokens=enough) == [1, 2, 3]
+    assert attributed_steps(run, most_tokens=enough - 1) == [1, 3]
+    assert attributed_steps(run, most_tokens=counts[1] + counts[3] - 1) == attributed_steps(run, most_tokens=1) == [3]
+    assert attributed_steps(run, most=2) == [1, 3] and attributed_steps(run, most=1) == [3]
+
+
+def test_no_steps_of_a_run_without_attribution(tmp_path):
+    assert attributed_steps(load_run(tmp_path)) == []

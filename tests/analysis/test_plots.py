@@ -225,3 +225,18 @@ def test_axes_without_data_say_what_is_missing(axes, draw, remedy):
     assert draw(axes) is axes
     (sentence,) = (text.get_text().replace("\n", " ") for text in axes.texts)
     assert remedy in sentence and sentence.endswith(".")
+
+
+@pytest.mark.parametrize(("number", "points", "legend"), [
+    (400, 400, "measured, standard error"), (401, 201, "measured, standard error, 1 of 2 steps"),
+    (10_000, 400, "measured, standard error, 1 of 25 steps"),
+])  # fmt: skip
+def test_a_long_run_shows_as_many_intervals_as_can_be_told_apart(axes, number, points, legend):
+    rows = [
+        {"step": step, "entropy/delta_measured": step / 1e3, "entropy/delta_measured_stderr": 1e-3}
+        for step in range(1, number + 1)
+    ]
+    plots.plot_entropy_change(axes, rows)
+    (drawn,) = axes.containers
+    steps = drawn.lines[0].get_xdata()
+    assert len(steps) == points and steps[-1] == number and drawn.get_label() == legend

@@ -316,3 +316,13 @@ def test_shipped_files_hold_nothing_that_is_not_read(tmp_path):
     for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
         parser = parse_sft if path.name.startswith("sft-") else parse
         parser(["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "True"])
+
+
+def test_null_keeps_the_files_of_all_steps(read):
+    text = "log_completions: true\nprobe_files_keep: {0}\ncompletions_files_keep: {0}\n"
+    for given, expected in (("null", None), ("7", 7)):
+        args = read(text.format(given))[1]
+        assert args.probe_files_keep == args.completions_files_keep == expected
+    assert read("probe_files_keep: 0\n")[1].probe_files_keep == 0
+    with pytest.raises(ValueError, match="completions_files_keep is 0; use 1 or more"):
+        read(text.format("0"))

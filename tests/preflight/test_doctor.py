@@ -241,11 +241,11 @@ def test_missing_deepspeed_is_a_problem_here_and_a_note_elsewhere(monkeypatch, d
 
 
 def test_disk_that_is_too_small(monkeypatch, diagnose):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(GIB, GIB, 2**20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(GIB, GIB, 40 * 2**20))
     saves = ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "10"]
     _, found = diagnose(*ON_CPU, *saves)
     assert any("save_total_limit" in finding.remedy for finding in problems(found))
-    # A checkpoint has 459,904 parameters of 4 bytes, and two moments: one is above the MiB that is free.
+    # A checkpoint has 459,904 parameters of 4 bytes, and two moments: ten are above the 40 MiB that are free.
     assert problems(diagnose(*ON_CPU, "--save_strategy", "no")[1]) == []
 
 

@@ -163,10 +163,10 @@ def test_a_killed_run_has_the_pictures_of_the_whole_one_up_to_that_step(real_run
     set_aside_after(RunDirectory(whole), 2)
     shutil.rmtree(whole / "set_aside")
     shutil.rmtree(whole / "evaluation" / "step_000000")  # made after training
-    (page, figures), (cut_page, cut_figures) = render([killed]), render([whole])
+    (page, figures), (cut_page, cut_figures) = render([load_run(killed)]), render([load_run(whole)])
     assert {figure.name: figure.png for figure in figures} == {figure.name: figure.png for figure in cut_figures}
     assert len(figures) >= 4 and Page(page).numbers == Page(cut_page).numbers
-    full = {figure.name: figure.png for figure in render([real_run])[1]}
+    full = {figure.name: figure.png for figure in render([load_run(real_run)])[1]}
     assert all(figure.png != full[figure.name] for figure in figures)
 
 
@@ -333,7 +333,7 @@ def test_one_run_given_twice_is_shown_once(real_run, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.splitlines() == [
         str(run / "report" / name) for name in ("training.png", "index.html")
     ]
-    page, figures = render([run])
+    page, figures = render([load_run(run)])
     assert write_page([run, tmp_path / "link"], tmp_path / "page.html").read_text().count("<h1>run</h1>") == 1
     assert len(figures) == len({figure.name for figure in figures}) and page
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from trl_entropy.runs import file_errors
-from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.step_files import write_probe_file
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 QUOTA = OSError(errno.EDQUOT, "Disk quota exceeded", "file")
@@ -56,11 +56,11 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match=r"No space left on device.*step_000001\.safetensors") as error:
-        RunDirectory(tmp_path).write_probe_file("entropy", 1, {"a": torch.zeros(1)}, {}, None)
+        write_probe_file(tmp_path, "entropy", 1, {"a": torch.zeros(1)}, {}, None)
     assert error.value.errno == errno.ENOSPC
     monkeypatch.setattr("safetensors.torch.save_file", lambda *args: (_ for _ in ()).throw(SafetensorError("other")))
     with pytest.raises(SafetensorError, match="other"):
-        RunDirectory(tmp_path).write_probe_file("entropy", 1, {"a": torch.zeros(1)}, {}, None)
+        write_probe_file(tmp_path, "entropy", 1, {"a": torch.zeros(1)}, {}, None)
 
 
 @pytest.mark.parametrize(

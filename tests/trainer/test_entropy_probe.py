@@ -17,6 +17,7 @@ from trl_entropy.gradients.float64_reference import float64_reference
 from trl_entropy.models.embedded import build_model
 from trl_entropy.probes import EntropyProbe
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.step_files import completions_steps, probe_steps
 
 PROBE = {
     "entropy_probe": True,
@@ -172,8 +173,9 @@ def test_every_promised_quantity_is_logged(make_trainer, problems):
     from trl_entropy.runs.metrics import METRICS
 
     trainer = make_trainer(
-        max_steps=5, dataset=problems, entropy_second_order=True, entropy_placebo=True, probe_files_keep=2, **PROBE
-    )
+        max_steps=5, dataset=problems, entropy_second_order=True, entropy_placebo=True, probe_files_keep=2,
+        log_completions=True, num_completions_to_print=0, completions_files_keep=3, **PROBE,
+    )  # fmt: skip
     trainer.train()
     run = RunDirectory(trainer.args.output_dir)
     rows = run.metrics()
@@ -182,7 +184,13 @@ def test_every_promised_quantity_is_logged(make_trainer, problems):
     assert promised <= rows[-1].keys(), promised - rows[-1].keys()
     assert 0 <= rows[0]["entropy/noise_floor"] < 1e-5
     assert rows[0]["time/entropy"] > 0
-    assert len(list((run.path / "probes" / "entropy").glob("*"))) == 2
+    assert probe_steps(run.path, "entropy") == probe_steps(run.path, "rollouts") == [1, 5]
+    assert completions_steps(run.path) == [1, 3, 5]
+    for probe in ("entropy", "rollouts"):
+        with safe_open(run.path / "probes" / probe / "step_000005.safetensors", "np") as file:
+            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        assert types["input_ids"] == "I32" and types["attention_mask"] == types["completion_mask"] == "BOOL"
+        assert not {"I64", "F64"} & {types[name] for name in types if name != "prompt_index"}
     with safe_open(run.path / "probes" / "rollouts" / "step_000005.safetensors", "pt") as file:
         assert torch.allclose(file.get_tensor("rewards").mean(), torch.tensor(rows[-1]["reward"]))
         assert file.get_tensor("input_ids").shape == file.get_tensor("attention_mask").shape

@@ -192,7 +192,8 @@ def test_the_row_of_the_entropy_gradient_reproduces_the_attribution(trained):
     folder = RunDirectory(trainer.args.output_dir).path / "probes"
     of_probe, of_update = (load_file(folder / name / "step_000002.safetensors") for name in ("entropy", "attribution"))
     masks = ("input_ids", "attention_mask", "completion_mask", "prompt_index")
-    probe = Completions(**{name: of_probe[name] for name in masks}, loss_mask=of_probe["completion_mask"])
+    given = {name: of_probe[name].long() for name in masks}  # stored as bytes and int32
+    probe = Completions(**given, loss_mask=given["completion_mask"])
     _, gradients = scores_float64(trainer.model, keep, keep.params, range(16))
     with float64_reference(trainer.model):
         for name, parameter in trainable_parameters(trainer.model).items():

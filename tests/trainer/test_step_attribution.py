@@ -101,7 +101,9 @@ def test_parts_sum_to_the_whole(make_trainer, problems, settings):
     (_, by_sequence), (_, by_token) = (
         trained(make_trainer, problems, mode, max_grad_norm=0.1, **settings) for mode in ("sequence", "token")
     )
-    contributions = [[file["attribution"] for file in files(run, "attribution")] for run in (by_sequence, by_token)]
+    contributions = [
+        [file["attribution"].double() for file in files(run, "attribution")] for run in (by_sequence, by_token)
+    ]
     for step, (row, other) in enumerate(zip(by_sequence.metrics(), by_token.metrics(), strict=True)):
         assert abs(row["entropy/attribution_rounding"]) < 1e-5 and abs(other["entropy/attribution_rounding"]) < 1e-5
         parts = [name for name in PARTS if f"entropy/delta_{name}" in row]

@@ -46,6 +46,27 @@ BY = (
 )  # fmt: skip
 
 
+def attributed_steps(run: Run, most: int = 60, most_tokens: int = 2_000_000) -> list[int]:
+    """
+    Evenly spaced steps that have an attribution, the last one among them: as many as can be read at once.
+
+    Args:
+        run: the run.
+        most: how many at most.
+        most_tokens: how many completion tokens they have together at most, if there is more than one step.
+    """
+    steps, counts = run.probe_steps("attribution"), dict[int, int]()
+    for stride in itertools.count(max(1, -(-len(steps) // most))):
+        chosen = steps[::-stride][::-1]
+        for step in chosen:
+            if step not in counts:
+                mask = run.probe_file("attribution", step, ["completion_mask"])["completion_mask"]
+                counts[step] = int(mask.sum())
+        if len(chosen) <= 1 or sum(counts[step] for step in chosen) <= most_tokens:
+            return chosen
+    raise AssertionError("unreachable: a stride as long as the list leaves one step")
+
+
 def attribution_table(
     run: Run, steps: Iterable[int] | None = None, by_token: bool = False, context: bool = False
 ) -> pd.DataFrame:
@@ -55,7 +76,8 @@ def attribution_table(
     Args:
         run: a run with `entropy_attribution: token`; with `sequence` a row is a completion and lacks the columns of a
             token.
-        steps: the steps to read; by default all that have a file.
+        steps: the steps to read, such as [`attributed_steps`]; by default all that have a file, which in a long run
+            may be more than memory holds.
         by_token: leave out steps that were attributed by completion.
         context: also the tokens of tools and environments, where there are any: a column `own` is False for these, and
             what they do not have is nan.
@@ -99,7 +121,7 @@ def _table_of(run: Run, step: int, context: bool) -> pd.DataFrame:
         table = run.tokens_in(given | of_tools | {"input_ids": rollouts["input_ids"]}, context and bool(of_tools))
         for name, names in _OF_EPISODES.items() if of_tools else ():
             table[name] = np.append(names, None)[table[name].fillna(len(names)).clip(upper=len(names) - 1).astype(int)]
-        table = table.drop(columns=["loss_coefficients"])
+        table = table.drop(columns=["loss_coefficients"]).astype({"attribution": float})
         if "logps" in table:
             table["probability"] = np.exp(np.minimum(table.pop("logps").astype(float), 0.0))  # rounding above 0
             table["entropy"] = table["entropy"].astype(float)
@@ -138,11 +160,12 @@ def categories(table: pd.DataFrame, by: str, edges: Sequence[float] | None = Non
         fixed = None if by == "pass_rate" and not has_right_answers(table) else _EDGES.get(by)
         return _binned(table[by], edges or fixed)
     names: Sequence[str] = OUTCOMES if has_right_answers(table) else RELATIVE_OUTCOMES
-    named = pd.Series(np.where(table["advantage"] > 0, *names), index=table.index)
+    codes = np.where(table["advantage"] > 0, 0, 1)
     if by == "outcome_probability":
-        named = named + np.where(table["probability"] < RARE, "_rare", "_common")
+        codes = 2 * codes + np.where(table["probability"] < RARE, 0, 1)
         names = [f"{name}_{rarity}" for name in names for rarity in ("rare", "common")]
-    return named.where(table["advantage"].ne(0)).astype(pd.CategoricalDtype(list(names), ordered=True))
+    codes = np.where(table["advantage"].ne(0), codes, -1)
+    return pd.Series(pd.Categorical.from_codes(codes, list(names), ordered=True), index=table.index)
 
 
 def has_right_answers(table: pd.DataFrame) -> bool:
@@ -289,9 +312,9 @@ def most_moving_tokens(tokens: pd.DataFrame, num: int = 20, context: int = 12) -
         The table's columns, the largest first, and `text`: the token in brackets between its neighbours.
     """
     chosen = tokens.loc[tokens["attribution"].abs().sort_values(ascending=False).index[:num]]
-    completions = dict(list(tokens.groupby(["step", "row"])[["position", "token"]]))
+    completions = tokens.groupby(["step", "row"])[["position", "token"]]
     texts = [
-        _in_sentence(completions[row["step"], row["row"]], row["position"], context)
+        _in_sentence(completions.get_group((row["step"], row["row"])), row["position"], context)
         for row in chosen.to_dict("records")
     ]
     return chosen.assign(text=texts).reset_index(drop=True)

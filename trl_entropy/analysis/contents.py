@@ -29,12 +29,12 @@ PARTS = {
     "completions": Part(
         "completions of the steps",
         "Train with log_completions: true",
-        lambda run: run.completions["step"] if len(run.completions) else [],
+        lambda run: run.completions_steps,
     ),
     "evaluation": Part(
         "evaluated checkpoints",
         "Run trl-entropy evaluate --run RUN",
-        lambda run: run.evaluation["step"],
+        lambda run: run.evaluated_steps,
     ),
     "entropy_change": Part(
         "measured entropy changes", "Train with entropy_probe: true", _steps_with("entropy/delta_measured")

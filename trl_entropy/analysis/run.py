@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from trl_entropy.analysis.tokens import own_tokens, token_table
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import unit
 from trl_entropy.runs.reading import UnreadableFile, check_last_line, reading
+from trl_entropy.runs.step_files import completions_path, completions_steps, probe_path, probe_steps
 from trl_entropy.runs.strict_json import Json, Row
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _PROBE_COLUMNS = [
 _TOKEN_COLUMNS = [
     "step", "prompt_id", "sample", "position", "token_id", "token", "entropy", "surprisal", "correct",
 ]  # fmt: skip
+_SAMPLE_COLUMNS = ["step", "prompt_id", "sample", "correct"]
+_TOKEN_LISTS = ["completion_ids", "logps", "entropies"]
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
@@ -91,14 +94,43 @@ class Run:
     def training_evaluation(self) -> pd.DataFrame:
         """`evaluation/metrics.csv`: what training measured on held-out prompts, a row for each evaluated step, and
         for each set if there are several: then the column `dataset` names it."""
+        return _by_step(self.training_evaluation_rows)
+
+    @functools.cached_property
+    def training_evaluation_rows(self) -> list[Row]:
+        """The lines of `evaluation/metrics.csv`, as the functions of `analysis.plots` take them."""
         rows = self._directory.evaluation()
         self._name_unreadable(self._directory.evaluation_path)
-        return _by_step(rows)
+        return rows
+
+    @property
+    def completions_steps(self) -> list[int]:
+        """The steps of which there is a table of completions; `completions_files_keep` says how many there are."""
+        return completions_steps(self.path)
 
     @functools.cached_property
     def completions(self) -> pd.DataFrame:
-        """`completions/*.parquet`, TRL's table: prompt, completion, rewards, advantage; a row for each completion."""
-        return _concatenated(self._read_parquets(sorted(self.path.glob("completions/*.parquet"))))
+        """
+        `completions/*.parquet`, TRL's tables: prompt, completion, rewards, advantage; a row for each completion of
+        each of [`Run.completions_steps`]. All texts are read; [`Run.last_completions`] reads one table.
+        """
+        tables = (self._completions_of(step) for step in self.completions_steps)
+        return _concatenated(table for table in tables if table is not None)
+
+    def last_completions(self) -> pd.DataFrame:
+        """[`Run.completions`] of the last step whose table can be read; without rows if there is none."""
+        tables = (self._completions_of(step) for step in reversed(self.completions_steps))
+        return next((table for table in tables if table is not None), pd.DataFrame())
+
+    def _completions_of(self, step: int) -> pd.DataFrame | None:
+        """None if the table cannot be read; the newest may be incomplete, since TRL does not write it in one step."""
+        path = completions_path(self.path, step)
+        try:
+            with reading(path):
+                return _table_in(path)
+        except UnreadableFile as error:
+            self._leave_out(f"{error}; it is left out.")
+            return None
 
     @functools.cached_property
     def config(self) -> Json:
@@ -134,16 +166,6 @@ class Run:
             more = ", ..." if len(numbers) > 8 else ""
             self._leave_out(f"{path}: left out is {lines}{more}, cut when the run was killed or not written yet.")
 
-    def _read_parquets(self, paths: list[Path]) -> Iterator[pd.DataFrame]:
-        """The tables that can be read; the newest may be incomplete, since TRL does not write it in one step."""
-        for path in paths:
-            try:
-                with reading(path):
-                    table = _table_in(path)
-                yield table
-            except UnreadableFile as error:
-                self._leave_out(f"{error}; it is left out.")
-
     @functools.cached_property
     def starts(self) -> list[Row]:
         """`starts.jsonl`: where training began and was resumed, the command, versions, and the settings that changed
@@ -154,18 +176,15 @@ class Run:
 
     def probe_steps(self, probe: str) -> list[int]:
         """The steps of which a file of `probe` (`entropy`, `rollouts`, ...) exists."""
-        return sorted(int(path.stem.split("_")[1]) for path in self.path.glob(f"probes/{probe}/step_*.safetensors"))
+        return probe_steps(self.path, probe)
 
-    def probe_file(self, probe: str, step: int) -> dict[str, np.ndarray]:
-        """The arrays that `probe` wrote at `step`, by name."""
-        from safetensors.numpy import load_file
+    def probe_file(self, probe: str, step: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """The arrays that `probe` wrote at `step`, by name; of these names only, if they are given."""
+        from safetensors import safe_open
 
-        path = self._probe_path(probe, step)
-        with reading(path):
-            return load_file(path)
-
-    def _probe_path(self, probe: str, step: int) -> Path:
-        return self.path / "probes" / probe / f"step_{step:06d}.safetensors"
+        path = probe_path(self.path, probe, step)
+        with reading(path), safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
     @functools.cached_property
     def tokens(self) -> pd.DataFrame:
@@ -195,7 +214,7 @@ class Run:
 
     def prompt_text(self, step: int, prompt_index: int) -> str:
         """The text of a prompt that `step` was trained on, from `probes/rollouts`."""
-        arrays = self.probe_file("rollouts", step)
+        arrays = self.probe_file("rollouts", step, ("input_ids", "attention_mask", "completion_mask", "prompt_index"))
         row = int(np.flatnonzero(arrays["prompt_index"] == prompt_index)[0])
         width = arrays["input_ids"].shape[1] - arrays["completion_mask"].shape[1]
         kept: np.ndarray = arrays["attention_mask"][row, :width].astype(bool)
@@ -207,8 +226,9 @@ class Run:
         The prompt groups that the probed steps were trained on (`probes/rollouts`), a row for each: `step`,
         `prompt_index`, `num_completions`, `reward_mean`, `reward_std`, `length_mean` in tokens.
         """
+        names = ("prompt_index", "rewards", "completion_mask")
         return _concatenated(
-            _groups_of(step, self.probe_file("rollouts", step)) for step in self.probe_steps("rollouts")
+            _groups_of(step, self.probe_file("rollouts", step, names)) for step in self.probe_steps("rollouts")
         )
 
     def kernel(self, step: int | None = None) -> pd.DataFrame:
@@ -241,7 +261,7 @@ class Run:
         """
         from safetensors import safe_open
 
-        path = self._probe_path("fisher", step)
+        path = probe_path(self.path, "fisher", step)
         with reading(path), safe_open(path, "np") as file:
             names, norms = json.loads(file.metadata()["parameters"]), file.get_tensor("parameter_norms").sum(axis=1)
         table = pd.DataFrame({"parameter": names})
@@ -275,33 +295,58 @@ class Run:
         """A row for each token position and checkpoint: mean entropy and surprisal with 95 % intervals."""
         return self._evaluated("positions.csv")
 
+    @property
+    def evaluated_steps(self) -> list[int]:
+        """The steps of the evaluated checkpoints."""
+        return [summary["step"] for summary in self._directory.checkpoint_summaries()]
+
     @functools.cached_property
     def evaluation_tokens(self) -> pd.DataFrame:
         """
         The tokens of the evaluated samples, a row for each: `step`, `prompt_id`, `sample`, `position`, `token_id`,
         `token`, `entropy`, `surprisal`, `correct` (whether the sample is).
         """
-        columns = ["step", "prompt_id", "sample", "correct", "completion_ids", "logps", "entropies"]
-        if self.records.empty:
-            return pd.DataFrame(columns=_TOKEN_COLUMNS)
-        rows = self.records.loc[~self.records["greedy"], columns].reset_index(drop=True)
-        table = rows.explode(["completion_ids", "logps", "entropies"])
-        table["position"] = table.groupby(level=0).cumcount()
-        table["surprisal"] = -table.pop("logps").astype(float)
-        table["entropy"] = table.pop("entropies").astype(float)
-        table["token_id"] = table.pop("completion_ids").astype(int)
+        tables = [self.evaluation_tokens_of(step) for step in self.evaluated_steps]
+        return _concatenated(tables) if tables else pd.DataFrame(columns=_TOKEN_COLUMNS)
+
+    def evaluation_tokens_of(self, step: int) -> pd.DataFrame:
+        """[`Run.evaluation_tokens`] of one checkpoint; reads its file only."""
+        return self._tokens_of_samples(self._samples(step))
+
+    def first_samples(self) -> dict[int, pd.DataFrame]:
+        """[`Run.evaluation_tokens`] of each checkpoint's first sample on the prompt that was evaluated first."""
+        found, prompt = {}, None
+        for step in self.evaluated_steps:
+            rows = self._samples(step)
+            prompt = rows["prompt_id"].iloc[0] if prompt is None else prompt
+            found[step] = self._tokens_of_samples(rows[(rows["prompt_id"] == prompt) & (rows["sample"] == 0)])
+        return found
+
+    def _samples(self, step: int) -> pd.DataFrame:
+        """A row for each sample of a checkpoint, without the texts."""
+        rows = self._evaluated_at(step, "records.parquet", ["greedy", *_SAMPLE_COLUMNS[1:], *_TOKEN_LISTS])
+        return rows[~rows.pop("greedy")]
+
+    def _tokens_of_samples(self, rows: pd.DataFrame) -> pd.DataFrame:
+        lengths = rows["completion_ids"].map(len).to_numpy(dtype=int)
+        table = rows[_SAMPLE_COLUMNS].loc[rows.index.repeat(lengths)].reset_index(drop=True)
+        nothing: list[np.ndarray] = [np.empty(0)]
+        table["position"] = np.concatenate([*nothing, *map(np.arange, lengths)]).astype(int)
+        values = {name: np.concatenate([*nothing, *rows[name]]) for name in _TOKEN_LISTS}
+        table["surprisal"], table["entropy"] = -values["logps"].astype(float), values["entropies"].astype(float)
+        table["token_id"] = values["completion_ids"].astype(int)
         table["token"] = self._texts(table["token_id"])
-        return table.reset_index(drop=True)[_TOKEN_COLUMNS]
+        return table[_TOKEN_COLUMNS]
 
     def _evaluated(self, name: str) -> pd.DataFrame:
-        tables = []
-        for summary in self._directory.checkpoint_summaries():
-            path = self._directory.checkpoint_folder(summary["step"]) / name
-            with reading(path):
-                table = _table_in(path)
-            table.insert(0, "step", summary["step"])
-            tables.append(table)
-        return _concatenated(tables)
+        return _concatenated(self._evaluated_at(step, name) for step in self.evaluated_steps)
+
+    def _evaluated_at(self, step: int, name: str, columns: list[str] | None = None) -> pd.DataFrame:
+        path = self._directory.checkpoint_folder(step) / name
+        with reading(path):
+            table = _table_in(path, columns)
+        table.insert(0, "step", step)
+        return table
 
     def _texts(self, token_ids: pd.Series) -> pd.Series:
         """The text of each token; `#12` for token 12 if the run directory holds no tokenizer."""
@@ -371,11 +416,11 @@ def _mapping_in(path: Path, parse: Callable[[str], object]) -> Json:
     return found
 
 
-def _table_in(path: Path) -> pd.DataFrame:
-    """The table in a file of Parquet or CSV."""
+def _table_in(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """The table in a file of Parquet, of which only `columns` are read if they are given, or of CSV."""
     if path.suffix != ".csv":
         with open(path, "rb") as file:  # by its name pandas would take a folder for an empty table
-            return pd.read_parquet(file)
+            return pd.read_parquet(file, columns=columns)
     check_last_line(path)
     return pd.read_csv(path)
 

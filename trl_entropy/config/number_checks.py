@@ -34,16 +34,21 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "epsilon": (0, math.inf),
 }
 _ABOVE = ("temperature",)
+_ALSO_0 = ("probe_files_keep",)
 
 
 class NumberChecks(Requirements):
     """The part of [`~trl_entropy.DrGRPOConfig`] that checks single numbers, before any model is loaded."""
 
     def _check_numbers(self) -> None:
-        """This package's whole numbers are 1 or more, or 0 where 0 or nothing is the default; TRL's as above."""
+        """
+        This package's whole numbers are 1 or more, or 0 where 0 or nothing is the default or 0 turns it off; TRL's as
+        above.
+        """
         defaults = {name: default_of(self, name) for name in own_settings(self)}
         whole = {n: d for n, d in defaults.items() if isinstance(getattr(self, n), int) and not isinstance(d, bool)}
-        check_numbers(self, {name: (0 if default in (None, 0) else 1, math.inf) for name, default in whole.items()})
+        may_be_0 = {name for name, default in whole.items() if default in (None, 0) or name in _ALSO_0}
+        check_numbers(self, {name: (0 if name in may_be_0 else 1, math.inf) for name in whole})
 
 
 def check_numbers(args: TrainingArguments, bounds: Mapping[str, tuple[float, float]] | None = None) -> None:

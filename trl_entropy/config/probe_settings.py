@@ -120,9 +120,10 @@ class ProbeSettings:
         changes_training=False,
     )
     probe_files_keep: int | None = setting(
-        "How many of its newest files each probe keeps. 0 keeps none; if it is not set, all are kept.",
-        None,
-        unit="files",
+        "Of how many steps each probe keeps its files: evenly spaced ones from the first on, and the newest. Every "
+        "second one is deleted whenever there would be more. 0 writes none; null, in a YAML file, keeps all.",
+        200,
+        unit="steps",
         changes_training=False,
     )
 

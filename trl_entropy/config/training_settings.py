@@ -60,6 +60,15 @@ class TrainingSettings:
         changes_training=True,
     )
 
+    completions_files_keep: int | None = setting(
+        "Of how many steps the tables that log_completions writes are kept: evenly spaced ones from the first on, and "
+        "the newest. Every second one is deleted whenever there would be more. null, in a YAML file, keeps all.",
+        200,
+        unit="steps",
+        read_with={"log_completions": ()},
+        changes_training=False,
+    )
+
     evaluate_checkpoints: str = setting(
         "Evaluate the start policy and each saved checkpoint on held-out problems during training, in a process of "
         "its own, as trl-entropy evaluate does. background: training goes on meanwhile. wait: training waits for the "

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.evaluation.kept import KeptBatches
@@ -119,10 +121,18 @@ def _judged(rows: list[Row], settings: Settings) -> list[Row]:
 def _write(output: Path, records: pd.DataFrame, prompts: pd.DataFrame, summary: CheckpointSummary) -> None:
     with replacing(output) as temporary:
         temporary.mkdir()
-        records.to_parquet(temporary / "records.parquet", index=False)
-        prompts.to_parquet(temporary / "prompts.parquet", index=False)
+        narrow = _narrow(pa.Table.from_pandas(records, preserve_index=False))
+        pq.write_table(narrow, temporary / "records.parquet", compression="zstd")
+        prompts.to_parquet(temporary / "prompts.parquet", index=False, compression="zstd")
         position_table(records).to_csv(temporary / "positions.csv", index=False)
         (temporary / CHECKPOINT_SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def _narrow(table: pa.Table) -> pa.Table:
+    """The records with token ids as int32, and the numbers of tokens, which are computed so, as float32."""
+    types = {"completion_ids": pa.int32(), "logps": pa.float32(), "entropies": pa.float32()}
+    fields = [field.with_type(pa.list_(types[field.name])) if field.name in types else field for field in table.schema]
+    return table.cast(pa.schema(fields, table.schema.metadata))
 
 
 def _device(wanted: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trl_entropy._versions import untested_versions
+from trl_entropy.preflight import disk as files_of_run
 from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.files import dataset, model_files, positions, resume
 from trl_entropy.preflight.finding import Finding, Findings
@@ -191,13 +192,12 @@ def disk(plan: Plan) -> Findings:
     """Free space on the file system of the run directory, if that is on this machine."""
     if plan.shape is None or not plan.hardware.is_this_machine:
         return
-    needed = estimate.checkpoint_bytes(plan) * estimate.num_checkpoints(plan) + estimate.probe_file_bytes(plan)
+    needed = files_of_run.disk(plan).at_most
     free = free_bytes(Path(plan.args.output_dir))
     if needed > free:
         yield Finding(
-            f"Checkpoints and probe files will take {_size(needed)}, but {_size(free)} are free at "
-            f"{plan.args.output_dir}.",
-            "Set save_total_limit, raise save_steps, set probe_files_keep, or choose another output_dir.",
+            f"The run's files will take {_size(needed)}, but {_size(free)} are free at {plan.args.output_dir}.",
+            "Set save_total_limit, raise save_steps, lower probe_files_keep, or choose another output_dir.",
         )
 
 

@@ -101,14 +101,14 @@ def _always(plan: Plan) -> dict[str, int]:
     }
     if plan.args.kl_every and plan.args.beta == 0:
         items["start parameters (kl_every)"] = shape.num_trainable * trained_bytes(plan)
-    if kept := _kept_update(plan):
+    if kept := kept_update(plan):
         items["last step, until it is measured"] = kept // memory.shards(plan.engine, "optimizer", plan.world_size)
     if plan.args.entropy_probe and plan.args.entropy_placebo:
         items["earlier update (entropy_placebo)"] = 4 * shape.num_trainable
     return {name: size for name, size in items.items() if size}
 
 
-def _kept_update(plan: Plan) -> int:
+def kept_update(plan: Plan) -> int:
     """Bytes, over all processes, of what is kept of a step until the next completions have been drawn, and saved."""
     if not plan.args.entropy_probe or plan.args.entropy_probe_completions != "next_rollouts":
         return 0
@@ -256,44 +256,3 @@ def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
         "fisher_probe: rows (T12)": number * row * (2 if plan.world_size > 1 else 1),
         "fisher_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
     }
-
-
-# ---- disk
-
-
-def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of a checkpoint; `save_only_model` leaves out the optimizer."""
-    base = memory.weights(shape_of(plan), base_bytes(plan), plan.quantisation)
-    of_all_processes = optimizer_bytes(plan) * memory.shards(plan.engine, "optimizer", plan.world_size)
-    return memory.checkpoint(
-        base,
-        shape_of(plan).num_trainable,
-        trained_bytes(plan),
-        plan.has_adapter,
-        0 if plan.args.save_only_model else of_all_processes + _kept_update(plan),
-    )
-
-
-def num_checkpoints(plan: Plan) -> int:
-    """The most checkpoints on the disk: one more than `save_total_limit`, while the newest is being written."""
-    strategy = str(getattr(plan.args.save_strategy, "value", plan.args.save_strategy))
-    if strategy == "no":
-        return 0
-    saves = -(-plan.num_steps // plan.every(plan.args.save_steps)) if strategy == "steps" else 1
-    return min(saves, plan.args.save_total_limit + 1) if plan.args.save_total_limit else saves
-
-
-def probe_file_bytes(plan: Plan) -> int:
-    """
-    Bytes of all files of the entropy probe: 16 L + 24 T for each completion of the probe batch and of the step, and 20
-    T more for each completion of the step that is attributed.
-    """
-    args = plan.args
-    if not args.entropy_probe or args.probe_files_keep == 0:
-        return 0
-    probed = plan.num_steps // args.entropy_probe_every
-    kept = probed if args.probe_files_keep is None else min(probed, args.probe_files_keep)
-    held_out = 0 if args.entropy_probe_completions == "rollouts" else args.num_entropy_completions()
-    completion = 16 * plan.sequence_length + 24 * args.max_completion_length
-    attributed = 0 if args.entropy_attribution == "none" else 20 * args.max_completion_length + 16
-    return kept * ((held_out + plan.completions_per_step) * completion + plan.completions_per_step * attributed)

@@ -11,6 +11,7 @@ import torch
 
 from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.checks import findings
+from trl_entropy.preflight.disk import disk
 from trl_entropy.preflight.files import resumed_checkpoint
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.hardware import GIB, this_machine
@@ -191,15 +192,26 @@ def _gib(size: int) -> str:
 def _disk(plan: Plan) -> list[str]:
     if plan.shape is None:
         return ["not estimated: the model's shape is unknown", *free_space(plan)]
-    each, number = estimate.checkpoint_bytes(plan), estimate.num_checkpoints(plan)
+    found, args = disk(plan), plan.args
+    checkpoints, tables = found.checkpoints, found.completions
+    probed = max((files.at_end for files in found.probes.values()), default=0)
     return [
-        f"checkpoints: {number} x {each / GIB:.2f} GiB = {number * each / GIB:.2f} GiB "
-        f"(save_strategy {getattr(plan.args.save_strategy, 'value', plan.args.save_strategy)}, "
-        f"save_total_limit {plan.args.save_total_limit})",
-        f"probe files: at most {estimate.probe_file_bytes(plan) / GIB:.2f} GiB "
-        f"(probe_files_keep {plan.args.probe_files_keep})",
+        f"checkpoints: {checkpoints.at_most} x {_size(checkpoints.each)} = "
+        f"{_size(checkpoints.each * checkpoints.at_most)} "
+        f"(save_strategy {getattr(args.save_strategy, 'value', args.save_strategy)}, "
+        f"save_total_limit {args.save_total_limit})",
+        f"probe files: {_size(found.probes_at_end)} of {probed} steps, at most {_size(found.probes_at_most)} "
+        f"meanwhile (probe_files_keep {args.probe_files_keep})",
+        f"completions: {_size(tables.each * tables.at_end)} of {tables.at_end} steps, a guess "
+        f"(completions_files_keep {args.completions_files_keep})",
+        f"metrics.jsonl and TensorBoard: {_size(found.logs)}",
+        f"all: {_size(found.at_end)} at the end, at most {_size(found.at_most)} meanwhile; completions of full length",
         *free_space(plan),
     ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def free_space(plan: Plan) -> list[str]:

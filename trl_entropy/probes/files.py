@@ -12,6 +12,7 @@ from torch import Tensor
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.step_files import ROLLOUTS, write_probe_file
 
 _ROLLOUTS = ("input_ids", "attention_mask", "completion_mask", "loss_mask", "prompt_index", "rewards", "advantages")
 
@@ -50,6 +51,9 @@ class ProbeFiles:
         """
         Gather rows over the processes and write `probes/<probe>/step_*.safetensors` on the main one. Collective.
 
+        Token ids are stored as int32, tensors named `*_mask` as bytes (bool), and numbers of each completion token as
+        float32; what there is one of for each row is stored as it is.
+
         Args:
             tensors: this process's rows by name; the width of `completion_mask`, which must be among them, is the
                 number of columns of the completions. `loss_mask` is written if it differs from `completion_mask` in
@@ -57,14 +61,17 @@ class ProbeFiles:
             distribution: which prompts and groups the numbers describe, if not the step's own.
             more: entries of the file's metadata.
         """
-        width = torch.tensor([tensors["completion_mask"].shape[1]], device=self._accelerator.device)
+        columns = tensors["completion_mask"].shape[1]
+        width = torch.tensor([columns], device=self._accelerator.device)
         missing = int(self._accelerator.gather(width).max() - width)  # columns that this rank lacks
         gathered = {}
-        for name, rows in tensors.items():
+        for name, given in tensors.items():
+            rows = _narrow(name, given, columns)
             if rows.ndim > 1:  # completions are padded on the right, then prompts on the left
                 rows = torch.nn.functional.pad(rows, (0, missing))
                 rows = self._accelerator.pad_across_processes(rows, dim=1, pad_first=True)
-            gathered[name] = self._accelerator.gather(rows)
+            whole = self._accelerator.gather(rows)
+            gathered[name] = whole.bool() if _is_mask(name) else whole
         if "loss_mask" in gathered and torch.equal(gathered["loss_mask"], gathered["completion_mask"]):
             del gathered["loss_mask"]
         self.write_gathered(probe, step, gathered, distribution, **more)
@@ -84,7 +91,7 @@ class ProbeFiles:
             **more,
         }
         run = RunDirectory(args.output_dir)
-        run.write_probe_file(probe, step, tensors, metadata, args.probe_files_keep)
+        write_probe_file(run.path, probe, step, tensors, metadata, args.probe_files_keep)
         if self._tokenizer is not None and not run.tokenizer_path.exists():
             run.write_tokenizer(self._tokenizer.to_str())
 
@@ -93,4 +100,17 @@ class ProbeFiles:
         if self._rollouts_written == step:
             return
         self._rollouts_written = step
-        self.write("rollouts", step, {name: getattr(rollouts, name) for name in _ROLLOUTS})
+        self.write(ROLLOUTS, step, {name: getattr(rollouts, name) for name in _ROLLOUTS})
+
+
+def _is_mask(name: str) -> bool:
+    return name.endswith("_mask")
+
+
+def _narrow(name: str, rows: Tensor, columns: int) -> Tensor:
+    """Rows in the type that they are stored in; masks as uint8, since padding makes other numbers of a bool."""
+    if _is_mask(name):
+        return rows.to(torch.uint8)
+    if name == "input_ids":
+        return rows.to(torch.int32)
+    return rows.float() if rows.dtype == torch.float64 and rows.shape[1:] == (columns,) else rows

@@ -12,6 +12,7 @@ import pandas as pd
 from trl_entropy.analysis import plots
 from trl_entropy.analysis.attribution import (
     SHARE_MARGIN,
+    attributed_steps,
     attribution_table,
     categories,
     has_right_answers,
@@ -32,7 +33,7 @@ _CAPTION = (
     "beside what it would add if all tokens changed the entropy alike. A category's share of the change stands at its "
     f"bar where the sum of all is further from 0 than {SHARE_MARGIN:g} times the half width of its 95 % interval."
 )
-_STEPS, _COMPLETIONS, _PROMPTS, _TOKENS, _PROMPT_END = 60, 3, 10, 15, 200
+_COMPLETIONS, _PROMPTS, _TOKENS, _PROMPT_END = 3, 10, 15, 200
 _RAISED, _LOWERED, _CONTEXT = "213 94 0", "0 114 178", "128 128 128"  # orange, blue and grey
 _PANELS = {
     "outcome_probability": "outcome and rarity",
@@ -77,15 +78,17 @@ class AttributionSection:
 
 
 def attribution_section(run: Run) -> AttributionSection | None:
-    """The section of a run, from at most 60 of its attributed steps, evenly spaced; None without attribution."""
-    steps = run.probe_steps("attribution")
-    if not steps:
+    """The section of a run, from the [`attributed_steps`] that can be read at once; None without attribution."""
+    read = attributed_steps(run)
+    if not read:
         return None
-    read = steps[:: -(-len(steps) // _STEPS)]
     episodes = _finite_steps(attribution_table(run, read, context=True))
     table = own_rows(episodes)
     by_token, has_answers = "token" in table, has_right_answers(table)
     steps_shown = f"{table['step'].min()} to {table['step'].max()}"
+    number = len(run.probe_steps("attribution"))
+    if len(read) < number:
+        steps_shown += f" ({len(read)} of the {number} that the run keeps)"
     return AttributionSection(
         run=run.name,
         steps=steps_shown,

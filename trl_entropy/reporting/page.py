@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from trl_entropy.analysis.run import Run, load_run
+from trl_entropy.analysis.contents import steps_text
+from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
 from trl_entropy.reporting.figures import Figure, shade
 from trl_entropy.reporting.gaps import Gaps
@@ -28,7 +30,7 @@ _ENTROPY = "213 94 0"  # orange
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
+def render(runs: list[Run]) -> tuple[str, list[Figure]]:
     """
     The page of the runs, as one HTML text that loads nothing from a network, and the figures on it.
 
@@ -40,7 +42,6 @@ def render(paths: Sequence[Path]) -> tuple[str, list[Figure]]:
     """
     from jinja2 import Environment, PackageLoader
 
-    runs = [load_run(path) for path in paths]
     for run in runs:
         if run.steps.empty:
             raise ValueError(_why_no_page(run.path))
@@ -73,6 +74,7 @@ def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
         "attributions": attributions,
         "evaluated": list(chain.from_iterable(_of_each(runs, gaps, "Entropy token by token", _evaluated))),
         "samples": list(chain.from_iterable(_of_each(runs, gaps, "Completions of the last step", _samples))),
+        "kept_completions": [sentence for sentence in map(_kept_completions, runs) if sentence],
         "no_texts": [run.name for run in runs if run.lacks_texts],
     }
     missing = [*gaps.sentences, *(sentence for run in runs for sentence in run.left_out)]
@@ -103,17 +105,14 @@ def _resumed(run: Run) -> list[str]:
 
 def _evaluated(run: Run) -> list[ColouredCompletion]:
     """For each checkpoint its first sample on the first evaluated prompt, tokens coloured by their entropy."""
-    tokens = run.evaluation_tokens
-    if tokens.empty:
-        return []
-    chosen = tokens[(tokens["prompt_id"] == tokens["prompt_id"].iloc[0]) & (tokens["sample"] == 0)]
-    largest = chosen["entropy"].max()
+    chosen = {step: rows for step, rows in run.first_samples().items() if len(rows)}
+    largest = max((rows["entropy"].max() for rows in chosen.values()), default=math.nan)
     return [
         ColouredCompletion(
             f"{run.name}, step {step}: {rows['prompt_id'].iloc[0]}",
             [_coloured_by_entropy(row, largest) for row in rows.to_dict("records")],
         )
-        for step, rows in chosen.groupby("step")
+        for step, rows in chosen.items()
     ]
 
 
@@ -124,11 +123,8 @@ def _coloured_by_entropy(token: Row, largest: float) -> ColouredToken:
 
 def _samples(run: Run) -> list[dict[str, str]]:
     """A few completions of the last step that logged some."""
-    table = run.completions
-    if table.empty:
-        return []
-    rewards = [name for name in table if name not in ("step", "prompt", "completion", "prompt_id")]
-    last = table[table["step"] == table["step"].max()]
+    last = run.last_completions()
+    rewards = [name for name in last if name not in ("step", "prompt", "completion", "prompt_id")]
     return [
         {
             "run": run.name,
@@ -138,6 +134,13 @@ def _samples(run: Run) -> list[dict[str, str]]:
         }
         for row in last.iloc[:: max(1, len(last) // _NUM_SAMPLES)].head(_NUM_SAMPLES).to_dict("records")
     ]
+
+
+def _kept_completions(run: Run) -> str:
+    """A sentence on the steps whose completions the run still has; empty if it has none."""
+    steps = run.completions_steps
+    number = f"{len(steps)} step{'' if len(steps) == 1 else 's'}"
+    return f"{run.name} holds tables of completions of {number}: {steps_text(steps)}." if steps else ""
 
 
 def _short(value: object) -> str:

@@ -104,13 +104,12 @@ def _evaluation(run: Run) -> Content | None:
 
 
 def _high_entropy(run: Run) -> Content | None:
-    tokens = run.evaluation_tokens
-    if tokens.empty:
+    steps = run.evaluated_steps
+    if not steps:
         return None
-    steps = sorted(tokens["step"].unique())
     panels: Panels = [
         lambda axes, step=step: plots.plot_high_entropy_tokens(
-            axes, high_entropy_tokens(tokens[tokens["step"] == step])
+            axes, high_entropy_tokens(run.evaluation_tokens_of(step))
         ).set_title(f"step {step}")
         for step in dict.fromkeys([steps[0], steps[-1]])
     ]

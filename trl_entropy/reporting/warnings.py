@@ -107,7 +107,9 @@ def _collapse(metrics: Rows) -> Iterator[RunWarning]:
 
 def _not_finite(metrics: Rows) -> Iterator[RunWarning]:
     """Metrics that are nan or infinite: those that must have a value, and those that can be undefined."""
-    broken, undefined = _places(metrics, can_be_undefined=False), _places(metrics, can_be_undefined=True)
+    places = _places(metrics)
+    undefined = {key: values for key, values in places.items() if _can_be_undefined(key)}
+    broken = {key: values for key, values in places.items() if key not in undefined}
     if broken:
         text = "Find out what made them so before you trust the run: a diverged step, rewards, or data"
         yield RunWarning("Not a finite number", f"{_listed(broken)}. {text}.", _all_steps(broken))
@@ -119,14 +121,15 @@ def _not_finite(metrics: Rows) -> Iterator[RunWarning]:
         yield RunWarning("Undefined or without an end", f"{_listed(undefined)}. {text}.", _all_steps(undefined), True)
 
 
-def _places(metrics: Rows, can_be_undefined: bool) -> dict[str, dict[int, str]]:
+def _places(metrics: Rows) -> dict[str, dict[int, str]]:
     """By key the steps at which it is nan or infinite, and which; what has no value (null) is nan."""
     found: dict[str, dict[int, str]] = defaultdict(dict)
     for row in metrics:
         for key, given in row.items():
-            value = math.nan if given is None else given
-            if isinstance(value, float) and not math.isfinite(value) and _can_be_undefined(key) == can_be_undefined:
-                found[key][row["step"]] = str(value)
+            if given is None:
+                found[key][row["step"]] = "nan"
+            elif isinstance(given, float) and not math.isfinite(given):
+                found[key][row["step"]] = str(given)
     return found
 
 
@@ -150,7 +153,8 @@ def _all_steps(places: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
 
 def _no_reward(metrics: Rows) -> Iterator[RunWarning]:
     """Every reward of the step is None or nan."""
-    without = [row["step"] for row in metrics if _has_no_reward(row)]
+    names = [name for name in sorted(set().union(*metrics)) if re.fullmatch(r"rewards/.*/mean", name)]
+    without = [row["step"] for row in metrics if _has_no_reward(row, names)]
     if without:
         yield RunWarning(
             "No reward arrived",
@@ -160,8 +164,8 @@ def _no_reward(metrics: Rows) -> Iterator[RunWarning]:
         )
 
 
-def _has_no_reward(row: Row) -> bool:
-    rewards = [value for key, value in row.items() if re.fullmatch(r"rewards/.*/mean", key)]
+def _has_no_reward(row: Row, names: Sequence[str]) -> bool:
+    rewards = [row[key] for key in names if key in row]
     rewards = rewards or [row[key] for key in ("reward",) if key in row]
     return bool(rewards) and all(value is None or math.isnan(value) for value in rewards)
 

@@ -11,6 +11,7 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.durable import replace_text
 
 if TYPE_CHECKING:
+    from trl_entropy.analysis.run import Run
     from trl_entropy.reporting.figures import Figure
 
 
@@ -28,13 +29,14 @@ def write_report(path: Path) -> Path:
     Raises:
         ValueError: when the directory holds no metrics.
     """
-    gaps = Gaps()
-    run = RunDirectory(path)
-    figure = gaps.attempt("The figure of the training", path.resolve().name, _training_figure, run)
-    page = write_page([path], run.report_path / "index.html")
+    from trl_entropy.analysis.run import load_run
+
+    folder, run = RunDirectory(path).report_path, load_run(path)
+    figure = Gaps().attempt("The figure of the training", run.name, _training_figure, run)
+    page = _write_page_of([run], folder / "index.html")
     if figure is None:
         return page
-    target = run.report_path / "training.png"
+    target = folder / "training.png"
     target.write_bytes(figure.png)
     return target
 
@@ -49,11 +51,11 @@ def write_report_of_finished_run(path: Path) -> Path | None:
     return Gaps().attempt("The page", path, write_report, path)
 
 
-def _training_figure(run: RunDirectory) -> Figure:
+def _training_figure(run: Run) -> Figure:
     from trl_entropy.analysis import plots
     from trl_entropy.reporting.figures import draw
 
-    metrics, evaluation = run.metrics(), run.evaluation()
+    metrics, evaluation = run.rows(), run.training_evaluation_rows
     panels = [
         lambda axes: plots.plot_reward(axes, metrics),
         lambda axes: plots.plot_pass_at_1(axes, evaluation),
@@ -76,9 +78,15 @@ def write_page(paths: Sequence[Path], target: Path) -> Path:
         ValueError: when a directory holds no metrics, or two have the same name.
     """
     from trl_entropy.analysis.comparison import distinct
+    from trl_entropy.analysis.run import load_run
+
+    return _write_page_of([load_run(path) for path in distinct(paths)], target)
+
+
+def _write_page_of(runs: list[Run], target: Path) -> Path:
     from trl_entropy.reporting.page import render
 
-    page, figures = render(distinct(paths))
+    page, figures = render(runs)
     target.parent.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         (target.parent / f"{figure.name}.png").write_bytes(figure.png)

@@ -7,7 +7,8 @@ The run directory: everything that a run leaves is written here and read here.
                   evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
                                 prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
 
-A write appends one whole line or moves one whole file into place, so a run killed at any moment stays readable.
+A write appends one whole line or moves one whole file into place, so a run killed at any moment stays readable. What
+is in `completions/` and `probes/<probe>/` is that of `step_files.py`, which bounds it.
 This module imports neither torch nor transformers: a laptop without them can read a run.
 """
 
@@ -27,10 +28,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from trl_entropy.runs.durable import replace_text, replacing
-from trl_entropy.runs.file_errors import as_os_error
 from trl_entropy.runs.metrics import unit
 from trl_entropy.runs.reading import UnreadableFile, read_csv_lines, read_json_lines, reading
 from trl_entropy.runs.secrets import masked, masked_command, masked_items
@@ -165,30 +165,6 @@ class RunDirectory:
             writer.writeheader()
             writer.writerows(rows)
 
-    def write_probe_file(
-        self, probe: str, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, object], keep: int | None
-    ) -> Path:
-        """
-        Write `probes/<probe>/step_000012.safetensors`, then delete all but the newest `keep` files of this probe.
-
-        Args:
-            tensors: torch tensors by name. This module does not import torch, hence `Any`.
-            metadata: scalars, which are stored as strings; `step` is added.
-            keep: None keeps all files.
-        """
-        from safetensors.torch import save_file
-
-        folder = self.path / "probes" / probe
-        target = folder / f"step_{step:06d}.safetensors"
-        values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        described = {name: str(value) for name, value in {"step": step, **metadata}.items()}
-        with as_os_error(target), replacing(target) as temporary:
-            save_file(values, temporary, described)
-        if keep is not None:
-            for old in sorted(folder.glob("step_*.safetensors"))[:-keep]:
-                old.unlink()
-        return target
-
     def write_tokenizer(self, text: str) -> None:
         """Write `probes/tokenizer.json`, by which readers of the probe files know the texts of their token ids."""
         replace_text(self.tokenizer_path, text)
@@ -225,7 +201,9 @@ class RunDirectory:
                 added[row["step"]] |= row
             else:
                 rows[row["step"]] = row
-        return [rows[step] | added.get(step, {}) for step in sorted(rows)]
+        for step in added.keys() & rows.keys():
+            rows[step] |= added[step]
+        return [rows[step] for step in sorted(rows)]
 
     def metrics_added_later(self, step: int) -> Row:
         """What was added to a step after its own line had been written, as one row; empty if nothing was."""

@@ -52,14 +52,15 @@ def read_json_lines(path: Path, key: str = "step") -> tuple[list[Row], list[int]
     """The rows of a file such as `metrics.jsonl` that can be read, whose entry `key` is the number of a step, and the
     numbers of the lines that cannot, from 1."""
     rows, unreadable = [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = from_line(line)
-            rows.append(row | {key: int(row[key])})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if line.strip():
-                unreadable.append(number)
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:  # line by line: a run may have 200 MB
+        for number, line in enumerate(file, start=1):
+            try:
+                row = from_line(line)
+                row[key] = int(row[key])
+                rows.append(row)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                if line.strip():
+                    unreadable.append(number)
     return rows, unreadable
 
 

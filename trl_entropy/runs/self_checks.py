@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from trl_entropy.runs.metrics import METRICS
 
 SELF_CHECK_LIMIT = 1e-2
+_KEYS = tuple(key for key, metric in METRICS.items() if metric.is_self_check)
 
 
 def failed_self_checks(row: Mapping[str, object]) -> dict[str, float]:
@@ -21,7 +22,7 @@ def failed_self_checks(row: Mapping[str, object]) -> dict[str, float]:
     Args:
         row: the metrics of a step. A nan is no failure: 0/0 where the step has no gradient.
     """
-    values = {key: value for key, value in row.items() if key in METRICS and METRICS[key].is_self_check}
+    values = {key: row[key] for key in _KEYS if key in row}
     return {
         key: float(value)
         for key, value in values.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from sys import intern
 from typing import Any
 
 # An object of JSON or YAML, as `json.loads` and `yaml.safe_load` give it.
@@ -41,7 +42,9 @@ def from_line(text: str) -> Row:
     row = json.loads(text)
     if not isinstance(row, dict):
         raise ValueError(f"a line of metrics is an object of JSON, got {text[:40]!r}")
-    return row | {name: float(value) for name, value in (row.pop(NOT_FINITE, None) or {}).items()}
+    for name, value in (row.pop(NOT_FINITE, None) or {}).items():
+        row[name] = float(value)
+    return {intern(name): value for name, value in row.items()}  # every line names the same keys: kept once
 
 
 def _is_not_finite(value: object) -> bool:

@@ -40,6 +40,7 @@ from trl_entropy.runs.console import printing_plain_text, use_progress_bar
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
+from trl_entropy.runs.step_files import keep_completions
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.tasks.rewards import completion_text
 from trl_entropy.trainer.agent_checks import check_agents
@@ -161,6 +162,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         trackers.show_numbers_only(self.callback_handler.callbacks)
         with printing_plain_text():
             super().log(logs, start_time)
+        if self.log_completions and self.is_world_process_zero():
+            run = Path(self.args.output_dir)
+            keep_completions(run, self.state.global_step, self.args.completions_files_keep)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

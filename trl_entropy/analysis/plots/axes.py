@@ -38,6 +38,17 @@ def plot_key(axes: Axes, rows: Rows, key: str, label: str, color: str | None, **
     return axes
 
 
+def thinned(rows: Rows, most: int = 400) -> tuple[Rows, str]:
+    """
+    As many rows as points with intervals can be told apart in a figure: every n-th, the last among them.
+
+    Returns:
+        The rows, and what a legend adds: nothing, or ", 1 of n steps".
+    """
+    every = max(1, -(-len(rows) // most))
+    return rows[::-every][::-1], "" if every == 1 else f", 1 of {every} steps"
+
+
 def half_widths(rows: Rows, key: str, num_prompts: str) -> tuple[list[float], str]:
     """
     The half widths of the 95 % intervals of `key`, by Student's t, and what a legend calls them.

@@ -20,6 +20,7 @@ from trl_entropy.analysis.plots.axes import (
     nothing,
     plot_key,
     series,
+    thinned,
 )
 from trl_entropy.analysis.run import cosines_of, spectrum_of
 from trl_entropy.runs.metrics import unit
@@ -39,6 +40,7 @@ def plot_noise_scale(axes: Axes, rows: Rows, metric: str = "simple") -> Axes:
     rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         return nothing(axes, f"No step estimated the noise scale ({metric}). Train with noise_scale_probe: true.")
+    rows, _ = thinned(rows)
     plot_key(axes, rows, key, f"noise scale ({metric})", BLUE, lw=1.4)
     bounded = [row for row in rows if is_finite(row.get(f"{key}_lower"))]
     if closed := [row for row in bounded if is_finite(row.get(f"{key}_upper"))]:
@@ -65,9 +67,10 @@ def plot_set_point(axes: Axes, rows: Rows, target: float | None = None) -> Axes:
     rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         return nothing(axes, "No step measured the entropy for a control. Train with entropy_control: hold.")
+    rows, part = thinned(rows)
     steps, values = series(rows, key)
     errors, name = half_widths(rows, key, "entropy_control/num_prompts")
-    label = f"before the step, {name}"
+    label = f"before the step, {name}{part}"
     axes.errorbar(steps, values, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label=label)
     if target is not None:
         axes.axhline(target, color=ORANGE, ls="--", label="target")
@@ -137,9 +140,10 @@ def plot_change_slope(axes: Axes, rows: Rows) -> Axes:
     """
     key = "fisher/change_slope"
     rows = [row for row in rows if row.get(key) is not None]
+    rows, part = thinned(rows)
     steps, slopes = series(rows, key)
     errors, name = half_widths(rows, key, "fisher/num_prompts")
     axes.axhline(1, color=GREY, lw=0.8)
-    axes.errorbar(steps, slopes, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label=f"one step, {name}")
+    axes.errorbar(steps, slopes, errors, color=BLUE, fmt="o", ms=3, lw=0.8, capsize=2, label=f"one step, {name}{part}")
     axes.set(xlabel="optimizer step", ylabel="slope, measured on predicted")
     return finished(axes)

@@ -24,6 +24,7 @@ from trl_entropy.analysis.plots.axes import (
     is_finite,
     nothing,
     plot_key,
+    thinned,
     with_unit,
 )
 from trl_entropy.runs.metrics import PASS_AT_1, unit
@@ -74,12 +75,15 @@ def plot_entropy_change(axes: Axes, metrics: Rows) -> Axes:
     probed = [row for row in metrics if row.get("entropy/delta_measured") is not None]
     if not probed:
         return nothing(axes, "No step measured its entropy change. Train with entropy_probe: true.")
-    steps = [row["step"] for row in probed]
-    errors, name = half_widths(probed, "entropy/delta_measured", "entropy/num_prompts")
+    shown, part = thinned(probed)
+    steps = [row["step"] for row in shown]
+    errors, name = half_widths(shown, "entropy/delta_measured", "entropy/num_prompts")
     axes.axhline(0, color=GREY, lw=0.8)
-    measured = [row["entropy/delta_measured"] for row in probed]
-    axes.errorbar(steps, measured, errors, color=BLUE, fmt="o", ms=4, lw=1.2, capsize=2, label=f"measured, {name}")
-    plot_key(axes, probed, "entropy/delta_linear", "predicted, first order", ORANGE, marker="x", ls="")
+    measured = [row["entropy/delta_measured"] for row in shown]
+    axes.errorbar(
+        steps, measured, errors, color=BLUE, fmt="o", ms=4, lw=1.2, capsize=2, label=f"measured, {name}{part}"
+    )
+    plot_key(axes, shown, "entropy/delta_linear", "predicted, first order", ORANGE, marker="x", ls="")
     axes.legend(frameon=False)
     return axes
 
@@ -101,14 +105,15 @@ def plot_prediction(axes: Axes, rows: Rows, predictor: str) -> Axes:
         return nothing(
             axes, "No step compared halves of a probe batch. Train with entropy_probe: true, not on rollouts."
         )
-    ends = [min(row[x] for row in rows), max(row[x] for row in rows)]
+    shown, part = thinned(rows)
+    ends = [min(row[x] for row in shown), max(row[x] for row in shown)]
     axes.plot(ends, ends, color=GREY, lw=0.8, label="prediction = measurement")
     (y_errors, name), (x_errors, _) = (
-        half_widths(rows, key, f"entropy/half_{half}_num_prompts") for key, half in ((y, "b"), (x, "a"))
+        half_widths(shown, key, f"entropy/half_{half}_num_prompts") for key, half in ((y, "b"), (x, "a"))
     )
     axes.errorbar(
-        [row[x] for row in rows], [row[y] for row in rows], y_errors, x_errors,
-        color=BLUE, fmt="o", ms=3, lw=0.7, label=f"one step, {name}",
+        [row[x] for row in shown], [row[y] for row in shown], y_errors, x_errors,
+        color=BLUE, fmt="o", ms=3, lw=0.7, label=f"one step, {name}{part}",
     )  # fmt: skip
     name = predictor.replace("_", " ")
     axes.set(xlabel=f"predicted ({name}), nats/token", ylabel="measured on other prompts, nats/token")
