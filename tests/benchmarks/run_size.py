@@ -29,7 +29,7 @@ import numpy as np
 FULL = {"steps": 10_000, "completions": 1024, "tokens": 1024}
 GENERATIONS, PROMPT_TOKENS, VOCABULARY, LETTERS_OF_A_TOKEN = 8, 160, 32_000, 4
 EVERY_PROBE = {
-    "entropy_probe": True, "entropy_attribution": "token", "entropy_second_order": True, "noise_scale_probe": True,
+    "entropy_probe": True, "entropy_attribution": "token", "noise_scale_probe": True,
     "fisher_probe": True, "effective_sample_size_probe": True, "optimizer_state_probe": True, "log_completions": True,
 }  # fmt: skip
 MEASURED = ("load_run", "report", "training")
@@ -112,6 +112,7 @@ class SyntheticRun:
         from trl_entropy.gradients.scores import TokenScores
         from trl_entropy.probes.attribution import Contributions, StepAttribution
         from trl_entropy.probes.entropy import EntropyProbe
+        from trl_entropy.probes.entropy_change import Ends
         from trl_entropy.probes.fisher import FisherProbe
         from trl_entropy.probes.noise_scale import NoiseScaleProbe
         from trl_entropy.rollouts.completions import Completions
@@ -125,13 +126,14 @@ class SyntheticRun:
             )
 
         rollouts = self.rollouts(self.options.completions, step)
-        record: Any = SimpleNamespace(step=step, rollouts=rollouts)
+        record: Any = SimpleNamespace(step=step, rollouts=rollouts, learning_rate=1e-6)
         probe = EntropyProbe()
-        probe._completions = Completions.of(self.rollouts(self.args.entropy_probe_num_completions, step, 1))
-        probe._write(self.files, record, scores(probe._completions), scores(probe._completions), None)
+        probe._completions = Completions.of(self.rollouts(self.args.num_entropy_completions(), step))
+        before, after = scores(probe._completions), scores(probe._completions)
+        probe._write(self.args, self.files, record, Ends(before, after, after), True)
         attributed = Contributions(numbers(*rollouts.completion_mask.shape).double() * 1e-6, {}, scores(rollouts))
         coefficients = LossCoefficients(numbers(*rollouts.completion_mask.shape), None, None)
-        StepAttribution("token", 64)._write(self.files, record, attributed, coefficients)
+        StepAttribution("token", 64)._write(self.files, record, attributed, coefficients, None)
         groups = rollouts.prompt_index.unique()
         products = [GroupProducts(*(numbers(len(groups)).double() for _ in range(2))) for _ in range(2)]
         NoiseScaleProbe()._write(self.files, record, groups, products)
