@@ -79,6 +79,7 @@ def test_the_true_change_of_the_reward_is_unbiased_and_starts_as_first_order_say
             reward_change_terms(moved[rows], start[rows], advantages[:, i], mask[rows])
             for i, rows in enumerate(groups.rows.unbind(1))
         ], dim=1)  # fmt: skip
+        assert scale or not terms.any()  # no step, no change, in any sample
         found = float(groups.probability @ terms.mean(1))
         exact = float(expected_reward(policy, theta) - expected_reward(policy, policy.theta))
         assert found == pytest.approx(exact, rel=1e-10)
