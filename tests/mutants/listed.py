@@ -196,15 +196,21 @@ _CONTROL = {
         ("(weights - 1) * advantages", "weights * advantages"),
     ]),
     "control/entropy_control.py": ("trainer/test_entropy_control_training.py", [
-        ("-1 - engine.accelerator.gather(index)", "engine.accelerator.gather(index)"),
-        ("realised = difference(entropy, before)", "realised = difference(before, entropy)"),
-        ("self.active = state[\"active\"] and self.mode", "self.active = self.mode"),
-        ("follows = self.active and not asked.infeasible and", "follows = self.active and"),
+        ("-1 - engine.accelerator.gather(index)", "engine.accelerator.gather(index)",
+         "test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts"),
+        ("realised = difference(entropy, before)", "realised = difference(before, entropy)",
+         "test_report_leaves_training_bit_identical"),
+        ("self.active = state[\"active\"] and self.mode", "self.active = self.mode",
+         "test_what_has_switched_itself_off_stays_off_when_it_is_resumed"),
+        ("follows = self.active and not asked.infeasible and", "follows = self.active and",
+         "test_a_change_that_the_cap_withholds_depends_on_no_error_of_the_entropy"),
     ]),
     "control/token_control.py": ("trainer/test_token_control_loss.py", [
-        ("per_loss = len(loss_logps) * self.args.max_completion_length", "per_loss = self.args.max_completion_length"),
-        ("self.args.seed * 1_000_003 + step", "self.args.seed * 1_000_003"),
-        ("advantages.where(~chosen, 0.0)", "advantages.where(chosen, 0.0)"),
+        ("per_loss = len(loss_logps) * self.args.max_completion_length", "per_loss = self.args.max_completion_length",
+         "test_kl_cov_of_micro_batches_is_the_published_loss"),
+        ("self.args.seed * 1_000_003 + step", "self.args.seed * 1_000_003",
+         "test_chance_of_a_whole_batch_depends_on_seed_and_step_alone"),
+        ("advantages.where(~chosen, 0.0)", "advantages.where(chosen, 0.0)", "test_chosen_tokens_have_no_loss"),
     ]),
 }  # fmt: skip
 _RETENTION = "test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off"
@@ -315,11 +321,13 @@ _REWARDS = {
         ("answer.replace(\",\", \"\"))", "answer)"),
     ]),
 }  # fmt: skip
+_ROUND = "test_a_round_is_as_large_as_is_expected_to_do"
 _TRAINER = {
     "trainer/group_resampling.py": ("trainer/test_resampling.py", [
-        ("min(-(-expected // unit) * unit, most)", "min(expected // unit * unit, most)"),
-        ("math.ceil(num_missing * num_drawn / num_informative)", "num_missing"),
-        ("enumerate(informative) if number for group", "enumerate(informative) for group"),
+        ("min(-(-expected // unit) * unit, most)", "min(expected // unit * unit, most)", _ROUND),
+        ("math.ceil(num_missing * num_drawn / num_informative)", "num_missing", _ROUND),
+        ("enumerate(informative) if number for group", "enumerate(informative) for group",
+         "test_the_first_ones_drawn_are_taken"),
     ]),
     "trainer/curriculum.py": ("trainer/test_curriculum.py", [
         ("(self.rates >= self.bounds[0])", "(self.rates > self.bounds[0])"),
@@ -327,31 +335,37 @@ _TRAINER = {
         ("argsort(descending=True)", "argsort()"),
         ("state[\"drawn\"] if self.resumes_within_epoch else []", "state[\"drawn\"]"),
     ]),
-    "trainer/prompt_selection.py": ("trainer/test_curriculum.py", [
-        ("(self._rewards >= self.pass_reward)", "(self._rewards > self.pass_reward)"),
+    "trainer/prompt_selection.py": ("trainer/test_trainer.py", [
+        ("(self._rewards >= self.pass_reward)", "(self._rewards > self.pass_reward)",
+         "test_the_curriculum_learns_from_every_scored_group"),
     ]),
     "trainer/step_log.py": ("trainer/test_step_log.py", [
-        ("else self._loss + loss.detach()", "else loss.detach()"),
-        ("        self._of_line.clear()\n        hand_over(", "        hand_over("),
+        ("else self._loss + loss.detach()", "else loss.detach()",
+         "test_a_step_of_several_micro_batches_has_the_sum_of_their_losses"),
+        ("        self._of_line.clear()\n        hand_over(", "        hand_over(",
+         "test_a_line_of_several_steps_reduces_each_key_in_its_own_way"),
     ]),
     "rollouts/groups.py": ("trainer/test_resampling.py", [
-        ("scored, num_groups = ~rewards.isnan(),", "scored, num_groups = rewards.isfinite() | True,"),
+        ("scored, num_groups = ~rewards.isnan(),", "scored, num_groups = rewards.isfinite() | True,",
+         "test_equal_rewards_are_uninformative_and_unscored_ones_no_evidence"),
     ]),
-    "probes/agreement.py": ("probes/test_agreement.py", [
+    "probes/agreement.py": ("probes/test_running_agreement.py", [
         ("self._integrals.get(name, start) + change", "self._integrals.get(name, 0.0) + change"),
         ("difference.stderr) if difference else 0.0", "difference.stderr) if not difference else 0.0"),
     ]),
     "probes/runner.py": ("trainer/test_probe_events.py", [
-        ("        self._seconds.clear()\n\n    # ---- resuming", "\n    # ---- resuming"),
-        ("        self._micro_batches = []\n        self.last_step", "        self.last_step"),
+        ("        self._seconds.clear()\n\n    # ---- resuming", "\n    # ---- resuming",
+         "test_seconds_are_those_of_the_step_and_of_all_its_events"),
+        ("        self._micro_batches = []\n        self.last_step", "        self.last_step",
+         "test_events_come_in_order_and_the_record_outlives_its_step"),
     ]),
-    "probes/step_statistics.py": ("trainer/test_trainer.py", [
+    "probes/step_statistics.py": ("probes/test_step_statistics.py", [
         ("self._add(\"tokens\", mask.sum())", "self._add(\"tokens\", torch.ones_like(mask).sum())"),
         ("start_per_token_logps.double() - per_token_logps.double()",
          "per_token_logps.double() - start_per_token_logps.double()"),
     ]),
     "probes/noise_scale.py": ("trainer/test_noise_scale_probe.py", [
-        ("number**2 * norms[order]", "number * norms[order]"),
+        ("number**2 * norms[order]", "number * norms[order]", "test_numbers_are_those_of_float64_loops"),
     ]),
     "engine/adamw_step.py": ("engine/test_adamw_step.py", [
         ("exp_avg_sq[name], s.betas, clip)", "exp_avg_sq[name], s.betas, 1.0)"),

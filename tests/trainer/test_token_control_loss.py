@@ -163,6 +163,24 @@ def test_chance_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path):
     assert len(set(found)) == 16 and all(len(tokens) == 12 for tokens in found)
 
 
+def test_chance_of_a_whole_batch_depends_on_seed_and_step_alone(tmp_path):
+    random = {"token_control": "random", "token_control_fraction": 0.3, "use_cpu": True, "bf16": False}
+    alone = Mock(spec=Accelerator, process_index=0)
+    alone.gather.side_effect = alone.pad_across_processes.side_effect = lambda rows, **how: rows
+
+    def chosen(seed, step):
+        args = DrGRPOConfig(output_dir=str(tmp_path), seed=seed, max_completion_length=12, **random)
+        batch = {"advantages": torch.ones(4), "completion_mask": torch.ones(4, 10, dtype=torch.long)}
+        TokenControl(args, alone, lambda batch: torch.zeros(4, 10)).change_optimizer_batch(batch, step)
+        return frozenset(places(batch["advantages"] == 0))
+
+    settings = list(itertools.product((0, 1), repeat=2))
+    found = [chosen(*numbers) for numbers in settings]
+    torch.rand(3)
+    assert found == [chosen(*numbers) for numbers in settings]
+    assert len(set(found)) == 4 and all(len(tokens) == 12 for tokens in found)
+
+
 @pytest.mark.parametrize("control", ["clip_cov", "kl_cov"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_scopes_agree_on_a_single_micro_batch_alone(make_trainer, control, accumulation):
