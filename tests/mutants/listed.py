@@ -208,6 +208,8 @@ _CONTROL = {
     "control/token_control.py": ("trainer/test_token_control_loss.py", [
         ("per_loss = len(loss_logps) * self.args.max_completion_length", "per_loss = self.args.max_completion_length",
          "test_kl_cov_of_micro_batches_is_the_published_loss"),
+        ("chosen[rank * num_rows : (rank + 1) * num_rows, :", "chosen[:num_rows, :",
+         "test_tokens_of_all_ranks_are_chosen_together"),
         ("self.args.seed * 1_000_003 + step", "self.args.seed * 1_000_003",
          "test_chance_of_a_whole_batch_depends_on_seed_and_step_alone"),
         ("advantages.where(~chosen, 0.0)", "advantages.where(chosen, 0.0)", "test_chosen_tokens_have_no_loss"),
@@ -295,10 +297,12 @@ _REWARDS = {
         ("THINK_CLOSE)[0])\n\n\ndef answer_verdicts", "THINK_CLOSE)[2])\n\n\ndef answer_verdicts"),
     ]),
     "tasks/answers/checker.py": ("tasks/test_rewards.py", [
-        ("for _ in range(3):", "for _ in range(1):"),
-        ("reply is None or exit_code == -signal.SIGXCPU", "reply is None"),
-        ("            self._cache.move_to_end(key)\n", "            pass\n"),
-        ("if os.getpid() == self._owner:", "if True:"),
+        ("for _ in range(3):", "for _ in range(1):", "test_killed_in_the_middle_of_a_check"),
+        ("reply is None or exit_code == -signal.SIGXCPU", "reply is None",
+         "test_the_end_of_its_cpu_time_is_a_timeout_however_busy_the_machine"),
+        ("            self._cache.move_to_end(key)\n", "            pass\n",
+         "test_verdicts_are_remembered_within_bounds"),
+        ("if os.getpid() == self._owner:", "if True:", "test_a_forked_process_leaves_the_workers_alone"),
     ]),
     "tasks/answers/phrases.py": ("tasks/test_rewards.py", [
         ("_same_number(percent / 100, number))", "_same_number(percent * 100, number))"),
@@ -359,7 +363,15 @@ _TRAINER = {
         ("        self._micro_batches = []\n        self.last_step", "        self.last_step",
          "test_events_come_in_order_and_the_record_outlives_its_step"),
     ]),
+    "probes/effective_sample_size.py": ("probes/test_effective_sample_size.py", [
+        ("accelerator.reduce(torch.stack([weights.sum(), weights.square().sum()]))",
+         "torch.stack([weights.sum(), weights.square().sum()])"),
+        ("(log_ratio.double() * mask).sum(dim=1)", "log_ratio.double().sum(dim=1)"),
+    ]),
     "probes/step_statistics.py": ("probes/test_step_statistics.py", [
+        ("accelerator.reduce(torch.stack([self.sums[name] for name in names]), reduction=\"sum\").tolist()",
+         "torch.stack([self.sums[name] for name in names]).tolist()"),
+        ("maximum=extrema[:, 0].amax()", "maximum=extrema[0, 0]"),
         ("self._add(\"tokens\", mask.sum())", "self._add(\"tokens\", torch.ones_like(mask).sum())"),
         ("start_per_token_logps.double() - per_token_logps.double()",
          "per_token_logps.double() - start_per_token_logps.double()"),

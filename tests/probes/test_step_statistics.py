@@ -1,15 +1,12 @@
 """Sums over the tokens of a step, micro-batch by micro-batch, against loops over its tokens."""
 
 import math
-from unittest.mock import Mock
 
 import pytest
 import torch
-from accelerate import Accelerator
+from ranks_in_threads import on_ranks
 
 from trl_entropy.probes.step_statistics import StepStatistics
-
-ALONE = Mock(spec=Accelerator, num_processes=1, **{"reduce.side_effect": lambda value, reduction: value})
 
 
 def micro_batches(seed=0):
@@ -25,21 +22,27 @@ def tokens_of(place):
     return [float(x) for batch in micro_batches() for x in batch[place][batch[4].bool()]]
 
 
-def reduced(off_policy=True):
+def reduced(accelerator, batches, off_policy=True):
     statistics = StepStatistics(torch.device("cpu"))
-    for logps, entropy, ratio, start, mask in micro_batches():
+    for logps, entropy, ratio, start, mask in batches:
         statistics.add_tokens(logps, entropy, ratio if off_policy else None, mask)
         statistics.add_kl(logps, start, mask)
         statistics.add_chosen(mask.bool() & (entropy > 0.5), logps)
-    return statistics.reduce(ALONE)
+    return statistics.reduce(accelerator)
 
 
 def mean(values):
     return sum(values) / len(values)
 
 
-def test_means_are_over_the_tokens_of_all_micro_batches():
-    found, logps, entropy, ratio, start = reduced(), *map(tokens_of, range(4))
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_means_are_over_the_tokens_of_all_micro_batches_and_ranks(num_ranks):
+    batches = list(micro_batches())
+    share = len(batches) // num_ranks
+    shares = [batches[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
+    found, *others = on_ranks(num_ranks, lambda rank, accelerator: reduced(accelerator, shares[rank]))
+    logps, entropy, ratio, start = map(tokens_of, range(4))
+    assert all(other == found for other in others)
     assert len(entropy) == 8 + 6
     assert found["entropy/policy"] == pytest.approx(mean(entropy), rel=1e-6)
     assert found["entropy/surprisal"] == pytest.approx(-mean(logps), rel=1e-6)
@@ -55,7 +58,7 @@ def test_means_are_over_the_tokens_of_all_micro_batches():
 
 
 def test_on_policy_every_ratio_is_1():
-    found = reduced(off_policy=False)
+    (found,) = on_ranks(1, lambda rank, accelerator: reduced(accelerator, micro_batches(), off_policy=False))
     assert {found[f"ratio/{name}"] for name in ("mean", "median", "p90", "p99", "max")} == {1.0}
 
 
@@ -63,4 +66,5 @@ def test_without_a_token_there_is_no_mean():
     statistics = StepStatistics(torch.device("cpu"))
     nothing = torch.zeros(2, 3)
     statistics.add_tokens(nothing, nothing, None, nothing.long())
-    assert math.isnan(statistics.reduce(ALONE)["entropy/policy"])
+    (found,) = on_ranks(1, lambda rank, accelerator: statistics.reduce(accelerator))
+    assert math.isnan(found["entropy/policy"])

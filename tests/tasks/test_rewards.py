@@ -638,11 +638,11 @@ def test_limits_never_raise(text: str) -> None:
 
 
 def test_long_texts_take_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for unit in ("<answer>", "</answer>", "<answer>5</answer>", "<", "</think>", " ", "<answer> </think>"):
         text = unit * (3 * 10**6 // len(unit))
         reward(tag_pref, text, "5"), reward(tag_math_correct, text, "5"), reward(format_reward, text, "5")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # ---- Workers can hang, die and run out of memory ----
@@ -700,6 +700,14 @@ def test_hang_is_a_timeout(make_checker, hang: str) -> None:
     assert checker.check(pairs_of("h", "a", "b")) == [Verdict.TIMEOUT, EQUAL, EQUAL]
     assert checker.check(pairs_of("h")) == [Verdict.TIMEOUT], "remembered, not waited for again"
     assert time.monotonic() - start < 30
+
+
+def test_the_end_of_its_cpu_time_is_a_timeout_however_busy_the_machine(make_checker) -> None:
+    """The kernel's signal comes at once; the clock on the wall would take a hundred times as long."""
+    end = "import os, signal\ndef verify(gold, answer):\n    os.kill(os.getpid(), signal.SIGXCPU)\n"
+    checker = make_checker(end, deadline=25.0)
+    start = time.monotonic()
+    assert checker.check(pairs_of("h")) == [Verdict.TIMEOUT] and time.monotonic() - start < 12 * 25
 
 
 def test_a_deadline_is_for_each_pair(make_checker) -> None:
