@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def on_ranks(num_ranks: int, work: Callable[[int, Accelerator], object]) -> list:
-    """What `work(rank, accelerator)` returns on each rank; a rank that exchanges less than the others ends them all."""
+    """What `work(rank, accelerator)` returns on each rank; one that exchanges less than the others ends them all."""
     barrier, sent = threading.Barrier(num_ranks, timeout=60), [None] * num_ranks
     results: list = [None] * num_ranks
     errors: list[BaseException] = []

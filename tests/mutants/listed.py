@@ -207,7 +207,7 @@ _CONTROL = {
     ]),
     "control/token_control.py": ("trainer/test_token_control_loss.py", [
         ("per_loss = len(loss_logps) * self.args.max_completion_length", "per_loss = self.args.max_completion_length",
-         "test_kl_cov_of_micro_batches_is_the_published_loss"),
+         "test_kl_cov_holds_the_largest_covariances_to_the_policy_that_sampled"),
         ("chosen[rank * num_rows : (rank + 1) * num_rows, :", "chosen[:num_rows, :",
          "test_tokens_of_all_ranks_are_chosen_together"),
         ("self.args.seed * 1_000_003 + step", "self.args.seed * 1_000_003",
@@ -215,7 +215,7 @@ _CONTROL = {
         ("advantages.where(~chosen, 0.0)", "advantages.where(chosen, 0.0)", "test_chosen_tokens_have_no_loss"),
     ]),
 }  # fmt: skip
-_RETENTION = "test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off"
+_RETENTION = "test_the_newest_the_best_and_those_in_use_are_kept"
 _SECOND_EPOCH = "test_resumed_is_uninterrupted[second epoch, evaluation]"
 _ITERATIONS = "test_resumed_is_uninterrupted[two iterations, tokens by chance in micro-batches]"
 _RUNS = {

@@ -1,4 +1,4 @@
-"""What the probe keeps over its steps: pairs by kind, with the errors that they share, and sums that begin somewhere."""
+"""What the probe keeps over its steps: pairs by kind, with the errors they share, and sums that begin somewhere."""
 
 import json
 import math

@@ -126,6 +126,7 @@ def test_missing_column_is_an_error_that_says_what_to_add() -> None:
 
 
 def test_gold_answers_of_any_type(caplog: pytest.LogCaptureFixture) -> None:
+    rewards._warn_of_unusable.cache_clear()  # whatever another test has made it say already
     golds = [72, 72.0, "72", "$72", "**72**", None, "", float("nan"), True, "7" * 500, "\x00"]
     for _ in range(2):
         values = tag_pref(prompts=None, completions=[answered("72")] * len(golds), answer=golds)

@@ -94,6 +94,10 @@ def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, pro
         total += float(entropy[completions.completion_mask.bool()].double().sum())
         count += int(completions.completion_mask.sum())
     assert rows[0]["entropy_control/entropy"] == pytest.approx(total / count, rel=1e-6)
+    # A prompt of the one batch is none of the other, whatever their numbers: errors are clustered by prompt.
+    num_own = len(watch.rollouts.prompt_index.unique()) if pooled else 0
+    assert rows[0]["entropy_control/num_prompts"] == len(control._completions.prompt_index.unique()) + num_own
+    assert control._completions.prompt_index.min() == watch.rollouts.prompt_index.min() == 0
 
 
 def test_the_moments_never_see_it(make_trainer, problems):

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from run_rows import without_clocks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
+from trl_entropy import DrGRPOTrainer
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.checkpoints import CheckpointError
 from trl_entropy.runs.directory import RunDirectory
@@ -86,8 +88,8 @@ CASES = {
         **{"lr_scheduler_type": "cosine", "logging_steps": 2},
     },
     "adapter, completions, inside a generation window": {
-        **{"lora": True, **EVERY_PROBE, "noise_scale_probe": True, "steps_per_generation": 3, "dataset_factor": 4},
-        **{"log_completions": True, "num_completions_to_print": 0},
+        **{"lora": True, "entropy_probe": True, "entropy_probe_num_completions": 8, "noise_scale_probe": True},
+        **{"steps_per_generation": 3, "dataset_factor": 4, "log_completions": True, "num_completions_to_print": 0},
     },
     "two iterations, tokens by chance in micro-batches": {
         **{"num_iterations": 2, "gradient_accumulation_steps": 2},
@@ -348,6 +350,35 @@ def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_train
     train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=1)
     assert left == [None, "checkpoint-1", "checkpoint-2", "checkpoint-3"]  # just before each seal
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "in_use", "left"),
+    [
+        (None, None, (), [12, 10, 9, 8]),
+        (1, None, (), [12]),
+        (2, None, (), [12, 10]),
+        (3, None, (), [12, 10, 9]),
+        (9, None, (), [12, 10, 9, 8]),
+        (1, 8, (), [12, 8]),
+        (2, 8, (), [12, 8]),
+        (3, 8, (), [12, 10, 8]),
+        (2, 12, (), [12, 10]),
+        (1, None, (8, 10), [12, 10, 8]),
+        (1, None, (8, 9, 10), [12, 10, 9, 8]),  # the newest stays where all others are in use
+        (2, 9, (8,), [12, 9, 8]),
+    ],
+)
+def test_the_newest_the_best_and_those_in_use_are_kept(tmp_path, limit, best, in_use, left):
+    for step in (8, 9, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(save_total_limit=limit, should_save=True),
+        state=SimpleNamespace(best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}")),
+        checkpoints_in_use=lambda: set(in_use),
+    )
+    DrGRPOTrainer._delete_old_checkpoints(trainer, tmp_path)
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints_of(tmp_path)] == left
 
 
 def test_checkpoints_without_an_optimizer_are_deleted_too(make_trainer, tmp_path):
