@@ -302,7 +302,10 @@ _REWARDS = {
          "test_the_end_of_its_cpu_time_is_a_timeout_however_busy_the_machine"),
         ("            self._cache.move_to_end(key)\n", "            pass\n",
          "test_verdicts_are_remembered_within_bounds"),
-        ("if os.getpid() == self._owner:", "if True:", "test_a_forked_process_leaves_the_workers_alone"),
+        ("_checker_of_process(os.getpid())", "_checker_of_process(0)",
+         "test_a_forked_process_has_a_checker_of_its_own"),
+        ("num_requests >= self._CHECKS", "num_requests > self._CHECKS",
+         "test_a_process_is_replaced_before_its_caches_have_grown"),
     ]),
     "tasks/answers/phrases.py": ("tasks/test_rewards.py", [
         ("_same_number(percent / 100, number))", "_same_number(percent * 100, number))"),
