@@ -135,7 +135,7 @@ _ENTROPY = {
     "estimators/entropy_change/rivals.py": ("estimators/entropy_change/test_rivals.py", [
         ("m[1] / m[0] * m[2] / m[0] - m[3] / m[0]", "m[3] / m[0] - m[1] / m[0] * m[2] / m[0]"),
     ]),
-    "estimators/entropy_change/cross_prompt.py": ("estimators/noise/test_accepted_groups.py", [
+    "estimators/entropy_change/cross_prompt.py": ("estimators/entropy_change/test_cross_prompt.py", [
         ("live_preconditioner(exp_avg_sq, step - 1,", "live_preconditioner(exp_avg_sq, step,"),
         ("* (float(accepted.sum()) / len(accepted))", "* (len(accepted) / float(accepted.sum()))"),
     ]),
@@ -286,6 +286,7 @@ _RUNS = {
         ("trainer._step = state[\"step\"]", "trainer._step = 0", _ITERATIONS),
     ]),
 }  # fmt: skip
+_EXACT = "test_wrong_answers_that_need_no_mathematics"
 _REWARDS = {
     "tasks/rewards.py": ("tasks/test_rewards.py", [
         ("text.count(ANSWER_OPEN) != 1 or", "text.count(ANSWER_OPEN) != 1 and"),
@@ -311,11 +312,12 @@ _REWARDS = {
         ("_same_number(percent / 100, number))", "_same_number(percent * 100, number))"),
         ("-number if match[\"minus\"] else number", "number"),
         ("round(a, 6) == round(b, 6)", "round(a, 2) == round(b, 2)"),
-        ("if match[\"whole\"] and number >= 1:", "if match[\"whole\"] and number > 1:"),
+        ("if match[\"whole\"] and number >= 1:", "if match[\"whole\"] and number > 1:", _EXACT),
         ("(number.denominator > 1 and", "(number and"),
     ]),
     "tasks/answers/text.py": ("tasks/test_rewards.py", [
-        ("    if not gold or not answer:\n        return Verdict.DIFFERENT\n", ""),
+        ("    if not gold or not answer:\n        return Verdict.DIFFERENT\n", "",
+         "test_an_empty_gold_answer_earns_nothing_and_an_empty_answer_neither"),
         ("if max(len(gold), len(answer)) > MAX_CHARS:", "if len(gold) > MAX_CHARS:"),
     ]),
     "tasks/answers/limits.py": ("tasks/test_rewards.py", [
