@@ -17,6 +17,14 @@ settings.register_profile("any pace", deadline=None)
 settings.load_profile("any pace")
 
 
+@pytest.fixture(autouse=True)
+def torch_draws_the_same_in_any_order():
+    """Tests run in random order (pytest-randomly, which seeds Python's and numpy's random numbers and not torch's)."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def warm_start_dir() -> Path:
     """The embedded model after its warm start; built once per machine (about 35 s) and cached."""

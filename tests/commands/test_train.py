@@ -282,7 +282,7 @@ def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
     assert json.loads((tmp_path / "environment.json").read_text())["num_trainable_parameters"] < 100_000
 
 
-def test_sigterm_ends_a_launched_run_with_a_checkpoint(tmp_path, warm_start_dir):
+def test_sigterm_ends_a_launched_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, warm_start_dir):
     arguments = settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "100000")
     process = launch(arguments, warm_start_dir)
     deadline = time.monotonic() + 200
@@ -292,3 +292,8 @@ def test_sigterm_ends_a_launched_run_with_a_checkpoint(tmp_path, warm_start_dir)
     output, _ = process.communicate(timeout=60)
     steps = [row["step"] for row in RunDirectory(tmp_path).metrics()]
     assert (tmp_path / f"checkpoint-{steps[-1]}" / "trainer_state.json").exists(), output
+    process = launch([*arguments, "--resume_from_checkpoint", "latest", "--additional_steps", "1"], warm_start_dir)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert [row["step"] for row in RunDirectory(tmp_path).metrics()] == [*steps, steps[-1] + 1]
+    assert [start["after_step"] for start in RunDirectory(tmp_path).starts()] == [0, steps[-1]]

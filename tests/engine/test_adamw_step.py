@@ -5,6 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from engine_toy import make_step
+
+from trl_entropy.engine.adamw_step import (
+    coefficient_of_step,
+    metric_of_step,
+    preconditioner_of_step,
+    predicted_update,
+    read_before_step,
+    update_parts,
+)
+
 # Only the parts' consumer adds floats up, so a sum of many sizes shows the order of the parameters in its last digits.
 PROGRAM = """
 from types import SimpleNamespace
@@ -42,3 +55,30 @@ def test_the_same_digits_under_every_hash_seed():
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
         said.append(run.stdout)
     assert said[0] == said[1] and "layers.39.weight" in said[0]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3], ids=["unclipped", "clipped"])
+def test_the_step_is_that_of_torchs_adamw(built, max_grad_norm):
+    """Two steps; eps is as large as the second moment's root, so that clipping shows in M."""
+    engine = built(max_grad_norm=max_grad_norm, eps=1e-4, weight_decay=0.1, betas=(0.8, 0.95))
+    for step in (1, 2):
+        planned = {}
+
+        def before(update, planned=planned):
+            read_before_step(update)
+            planned |= predicted_update(update)
+
+        def after(update, planned=planned, step=step):
+            state = dict(zip(engine.parameters, engine.optimizer.state.values(), strict=True))
+            assert (update.clip_factor < 1) == bool(max_grad_norm) and update.optimizer_step == step
+            metric, parts = preconditioner_of_step(update), dict(update_parts(update))
+            for name, made in update.update.items():
+                torch.testing.assert_close(planned[name], made, rtol=1e-3, atol=1e-6)
+                v_hat = state[name]["exp_avg_sq"] / (1 - 0.95**step)
+                expected = torch.where(v_hat > 0, 1 / (v_hat.sqrt() + 1e-4), 0.0)
+                torch.testing.assert_close(metric[name], expected, rtol=1e-5, atol=0)
+                share = coefficient_of_step(update) * metric[name]
+                torch.testing.assert_close(metric_of_step(update)[name], share)
+                torch.testing.assert_close(parts[name].gradient, -share * update.gradient[name])
+
+        make_step(engine, before, after)

@@ -2,10 +2,11 @@
 
 import json
 import logging
+import os
 
 import pytest
 
-from trl_entropy.runs import checkpoints
+from trl_entropy.runs import checkpoints, durable
 from trl_entropy.runs.checkpoints import CheckpointError
 
 CONTRACT = {"settings": {"seed": 1, "delta": None, "world_size": 1, "reward_funcs": ["a"]}, "data": "d", "model": "m"}
@@ -38,6 +39,78 @@ DAMAGED = {
     "files of another form": lambda whole: json.dumps(json.loads(whole) | {"files": {"model.bin": 3}}).encode(),
     "without step": lambda whole: json.dumps({"files": json.loads(whole)["files"]}).encode(),
 }
+
+
+FILES = {
+    "cut": (lambda file: file.write_bytes(bytes([2]) * 99), "model.bin has 99 bytes, it was written with 100", True),
+    "gone": (lambda file: file.unlink(), "model.bin is missing, it was written with 100", True),
+    "changed": (lambda file: file.write_bytes(bytes([2]) * 99 + b"x"), "model.bin is damaged: its checksum", False),
+}
+
+
+@pytest.mark.parametrize("harm", FILES)
+def test_a_file_that_is_not_as_it_was_sealed_is_named_and_the_older_checkpoint_taken(run, harm, caplog):
+    do, message, shows_in_the_size = FILES[harm]
+    do(run / "checkpoint-2" / "model.bin")
+    for checksums in (True, False):
+        sees = checksums or shows_in_the_size
+        assert checkpoints.newest_complete(run, checksums) == run / f"checkpoint-{1 if sees else 2}"
+        if sees:
+            with pytest.raises(CheckpointError, match=message):
+                checkpoints.resolve(str(run / "checkpoint-2"), run, checksums)
+    assert message in caplog.text
+
+
+def test_the_checksum_is_of_the_whole_file(run, monkeypatch):
+    """Also where it is read in parts: a change in any of them is seen."""
+    monkeypatch.setattr(checkpoints, "_CHUNK", 30)
+    for place in (0, 30, 99):
+        data = bytearray(bytes([2]) * 100)
+        data[place] ^= 1
+        (run / "checkpoint-2" / "model.bin").write_bytes(data)
+        with pytest.raises(CheckpointError, match="its checksum"):
+            checkpoints.check_files(run / "checkpoint-2")
+    (run / "checkpoint-2" / "model.bin").write_bytes(bytes([2]) * 100)
+    checkpoints.check_files(run / "checkpoint-2")
+
+
+def test_everything_is_on_the_disk_before_the_seal_and_the_seal_before_it_counts(tmp_path, monkeypatch):
+    """A power failure leaves no seal beside files of which it says more than the disk has."""
+    path, calls = tmp_path / "checkpoint-1", []
+    (path / "inside").mkdir(parents=True)
+    for name in ("model.bin", "inside/more.bin"):
+        (path / name).write_bytes(b"0")
+    replace = os.replace
+    monkeypatch.setattr("os.replace", lambda old, new: (calls.append(("rename", new.name)), replace(old, new)))
+    for module in (durable, checkpoints):
+        monkeypatch.setattr(module, "sync", lambda path: calls.append(("sync", path.name)))
+    checkpoints.seal(path, {"step": 1})
+    sealed = calls.index(("rename", checkpoints.SEAL))
+    for name in ("model.bin", "more.bin", "inside", "checkpoint-1"):
+        assert ("sync", name) in calls[:sealed]
+    assert calls[-1] == ("sync", tmp_path.name)
+
+
+def test_checkpoints_are_ordered_by_their_step_and_not_by_their_name(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-best", "checkpoint-9.old"):
+        (tmp_path / name).mkdir()
+    names = [path.name for path in checkpoints.checkpoints_of(tmp_path)]
+    assert names == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "epochs", "finished"),
+    [(5, 1.0, False), (4, 9.0, True), (3, 9.0, True), (-1, 0.5, True), (-1, 0.6, False), (0, 0.5, True)],
+)
+def test_a_run_is_finished_at_its_last_step_or_epoch(tmp_path, max_steps, epochs, finished):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 4, "epoch": 0.5}))
+    assert checkpoints.is_finished(tmp_path, max_steps, epochs) is finished
+
+
+def test_a_fingerprint_knows_where_a_text_ends():
+    assert checkpoints.fingerprint(["ab", "c"]) != checkpoints.fingerprint(["a", "bc"])
+    assert checkpoints.fingerprint(["a", "b"]) != checkpoints.fingerprint(["b", "a"])
+    assert checkpoints.fingerprint(iter(["a", "b"])) == checkpoints.fingerprint(["a", "b"])
 
 
 @pytest.mark.parametrize("damage", DAMAGED)

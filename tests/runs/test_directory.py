@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.set_aside import set_aside_after
@@ -59,16 +60,20 @@ def test_a_repeated_step_counts_once_and_the_last_wins(tmp_path):
 
 
 def test_half_a_line_is_passed_over_and_the_next_line_stands_alone(tmp_path):
+    """Cut after every byte of the second line; without its end alone, it is whole."""
     run = RunDirectory(tmp_path)
     run.append_metrics(1, {"reward": 0.1})
-    whole = run.metrics_path.read_bytes()
+    first = run.metrics_path.stat().st_size
     run.append_metrics(2, {"reward": 0.2})
-    for cut in range(len(whole), run.metrics_path.stat().st_size):
-        run.metrics_path.write_bytes(run.metrics_path.read_bytes()[:cut] if cut > len(whole) else whole + b'{"st')
+    both = run.metrics_path.read_bytes()
+    for cut in range(first + 1, len(both)):
+        run.metrics_path.write_bytes(both[:cut])
+        whole = [1, 2] if cut == len(both) - 1 else [1]
+        assert [row["step"] for row in run.metrics()] == whole
+        assert run.unreadable_lines[run.metrics_path] == ([] if len(whole) == 2 else [2])
+        run.append_metrics(3, {"reward": 0.3})
         assert run.metrics()[0] == {"step": 1, "reward": 0.1}
-        break
-    run.append_metrics(3, {"reward": 0.3})
-    assert [row["step"] for row in run.metrics()] == [1, 3]
+        assert [row["step"] for row in run.metrics()] == [*whole, 3]
 
 
 def test_evaluation_rows_keep_their_columns(tmp_path):
@@ -77,6 +82,42 @@ def test_evaluation_rows_keep_their_columns(tmp_path):
     run.append_evaluation(0, {"reward": 0.25, "entropy": 0.3})
     run.append_evaluation(20, {"reward": 0.75})
     assert run.evaluation() == [{"step": 0, "reward": 0.25, "entropy": 0.3}, {"step": 20, "reward": 0.75}]
+
+
+def test_evaluation_sets_of_one_step_stand_beside_one_another(tmp_path):
+    run = RunDirectory(tmp_path)
+    for dataset, reward in (("easy", 0.5), ("hard", 0.25), ("easy", 0.75)):
+        run.append_evaluation(20, {"reward": reward}, dataset)
+    found = {row["dataset"]: row["reward"] for row in run.evaluation()}
+    assert found == {"easy": 0.75, "hard": 0.25} and len(run.evaluation()) == 2
+
+
+def test_what_is_added_later_is_joined_to_its_step_and_makes_none(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.append_metrics(1, {"reward": 0.5})
+    run.append_metrics(2, {"reward": 0.25})
+    run.append_later(1, {"entropy/delta": -0.125})
+    run.append_later(3, {"entropy/delta": 7.0})  # of a step whose own line is not there
+    assert run.metrics() == [{"step": 1, "reward": 0.5, "entropy/delta": -0.125}, {"step": 2, "reward": 0.25}]
+
+
+def test_a_directory_that_holds_a_step_is_in_use(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.check_unused()
+    run.append_metrics(1, {"reward": 0.5})
+    with pytest.raises(ValueError, match=r"already holds a run of 1 step\(s\)"):
+        run.check_unused()
+
+
+def test_secrets_are_masked_in_every_file(tmp_path, monkeypatch):
+    secret = "hf_" + "a" * 30
+    monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", secret])
+    run = RunDirectory(tmp_path)
+    run.write_config({"hub_token": secret, "model_init_kwargs": {"token": secret}, "note": f"use {secret}"})
+    run.write_environment(note=secret)
+    run.append_start(0, None, {"hub_token": (secret, secret + "b")})
+    assert len(list(tmp_path.iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir() if secret in path.read_text()] == []
 
 
 def test_config_and_environment(tmp_path):

@@ -12,12 +12,24 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt("Ctrl-C")], ids=["OSError", "KeyboardInterrupt"])
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
     replace_text(tmp_path / "new" / "file", "old")
-    with pytest.raises(OSError, match="full"), replacing(tmp_path / "new" / "file") as temporary:
+    with pytest.raises(type(error), match=str(error)), replacing(tmp_path / "new" / "file") as temporary:
         temporary.write_text("ne")
-        raise OSError("full")
+        raise error
     assert (tmp_path / "new" / "file").read_text() == "old" and names(tmp_path) == ["new", "new/file"]
+
+
+def test_a_folder_is_synced_after_all_that_is_in_it(tmp_path, monkeypatch):
+    for name in ("a", "b/c", "b/d/e"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text(name)
+    synced = []
+    monkeypatch.setattr(durable, "sync", lambda path: synced.append(str(path.relative_to(tmp_path))))
+    durable.sync_tree(tmp_path / "folder")
+    assert sorted(synced) == ["folder", *(f"folder/{name}" for name in ("a", "b", "b/c", "b/d", "b/d/e"))]
+    assert synced[-1] == "folder"
 
 
 def test_a_folder_takes_the_place_of_a_folder_whole(tmp_path):

@@ -25,10 +25,22 @@ def because_of(cause):
         return error
 
 
+def while_handling(cause):
+    """As a library raises that fails while it cleans up, and says nothing of the cause."""
+    try:
+        try:
+            raise type(cause)(*cause.args)
+        except OSError:
+            raise RuntimeError("failed")  # noqa: B904
+    except RuntimeError as error:
+        return error
+
+
 @pytest.mark.parametrize("error, advice", [
     (FULL, "make room on the disk"),
     (QUOTA, "make room on the disk"),
     (because_of(FULL), "make room on the disk"),
+    (while_handling(FULL), "make room on the disk"),
     (SafetensorError("I/O error: No space left on device (os error 28)"), "make room on the disk"),
     (READ_ONLY, "choose another folder, or allow writing to this one"),
     (FORBIDDEN, "choose another folder, or allow writing to this one"),

@@ -57,6 +57,12 @@ def test_columns_answers_and_ids(directory):
     assert load_gsm8k(directory, "test")["prompt_id"][:] == dataset["prompt_id"][:][::-1][:2]
 
 
+def test_the_answer_stands_after_the_last_mark(tmp_path):
+    record = {"question": "How many?", "answer": "At first\n#### 5\nbut one more:\n#### 6"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    assert load_gsm8k(tmp_path)["answer"][:] == ["6"]
+
+
 def test_demonstration(directory):
     row = load_gsm8k_demonstrations(directory)[0]
     expected = " A sells 48/2 = 24 and\nthen 1,024 clips. </think> <answer>1024</answer>"

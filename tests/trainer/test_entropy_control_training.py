@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_entropy import DrGRPOConfig
+from trl_entropy.control import EntropyControl
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.gradients.scores import score
@@ -94,6 +95,10 @@ def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, pro
         total += float(entropy[completions.completion_mask.bool()].double().sum())
         count += int(completions.completion_mask.sum())
     assert rows[0]["entropy_control/entropy"] == pytest.approx(total / count, rel=1e-6)
+    # A prompt of the one batch is none of the other, whatever their numbers: errors are clustered by prompt.
+    num_own = len(watch.rollouts.prompt_index.unique()) if pooled else 0
+    assert rows[0]["entropy_control/num_prompts"] == len(control._completions.prompt_index.unique()) + num_own
+    assert control._completions.prompt_index.min() == watch.rollouts.prompt_index.min() == 0
 
 
 def test_the_moments_never_see_it(make_trainer, problems):
@@ -118,6 +123,9 @@ def test_report_leaves_training_bit_identical(make_trainer, problems, source):
     assert all(
         row["entropy_control/active"] == 0 and row["entropy_control/correction_coefficient"] != 0 for row in rows
     )
+    before, later = ([row["entropy_control/entropy"] for row in part] for part in (rows[:-1], rows[1:]))
+    realised = [row["entropy_control/realised_previous"] for row in rows[1:]]
+    assert realised == [two - one for one, two in zip(before, later, strict=True)] and all(realised)
     assert rows[-1]["entropy_control/price"] is not None and rows[-1]["entropy_control/noise_share"] > 0
 
 
@@ -160,6 +168,31 @@ def test_it_switches_itself_off_where_predictions_fail(make_trainer, problems, c
     rows = RunDirectory(trainer.args.output_dir).metrics()
     assert [row["entropy_control/active"] for row in rows] == [0, 0]
     assert rows[0]["entropy_control/delta_predicted"] == rows[0]["entropy_control/delta_optimizer"]
+
+
+@pytest.mark.parametrize("cap, shares", [(1e-6, False), (1e6, True)], ids=["withheld", "made"])
+def test_a_change_that_the_cap_withholds_depends_on_no_error_of_the_entropy(make_trainer, problems, cap, shares):
+    settings = {"entropy_control": "hold", "entropy_control_target": 6.0, "entropy_control_num_completions": 16}
+    trainer = make_trainer(dataset=problems, max_steps=1, **settings)
+    control = trainer.probe_runner.named_probes()["EntropyControl"]
+    control.cap, control.set_point.max_change = cap, 100.0
+    trainer.train()
+    (row,) = RunDirectory(trainer.args.output_dir).metrics()
+    predicted, shared, entropy = control._before
+    assert row["entropy_control/infeasible"] == (not shares) and entropy.stderr > 0
+    gains = control.set_point.gain + control.set_point.integral_gain
+    assert shared == pytest.approx(gains * entropy.stderr**2 if shares else 0.0)
+    assert predicted == row["entropy_control/delta_predicted"]
+
+
+@pytest.mark.parametrize("mode, resumed_as", [("hold", "hold"), ("hold", "report"), ("report", "hold")])
+@pytest.mark.parametrize("was_active", [True, False])
+def test_what_has_switched_itself_off_stays_off_when_it_is_resumed(mode, resumed_as, was_active):
+    """A report has switched nothing off: a run that goes on with "hold" after it is corrected."""
+    first, second = EntropyControl(mode=mode), EntropyControl(mode=resumed_as)
+    first.active = first.active and was_active
+    second.load_state_dict(first.state_dict())
+    assert second.active == (resumed_as == "hold" and (was_active or mode == "report"))
 
 
 def test_a_step_that_was_dropped_leaves_nothing_to_the_next(tmp_path):

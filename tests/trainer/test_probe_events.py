@@ -1,5 +1,7 @@
 """What reaches a probe of one's own: which events, in which order, with what; and what is forgotten or kept."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -101,6 +103,24 @@ def test_probes_of_different_cadence_share_what_is_recorded(make_trainer):
         assert all(len(found.policy) == 16 for found, _ in listener.coefficients)
     assert [step for _, step, _ in seldom.drawn] == [None, 1, 2, 3, 4]
     assert [bool(past) for _, _, past in seldom.drawn] == [False, False, True, False, True]
+
+
+def test_seconds_are_those_of_the_step_and_of_all_its_events(make_trainer, monkeypatch):
+    clock = [100.0]
+
+    class Slow(Probe):
+        name = "slow"
+
+        def on_rollouts(self, args, state, control, *, metrics, **kwargs):
+            clock[0] += 4.0 + state.global_step
+
+        def on_after_update(self, args, state, control, *, metrics, **kwargs):
+            clock[0] += 8.0
+
+    monkeypatch.setattr("trl_entropy.probes.runner.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    trainer = make_trainer(callbacks=[Slow()])
+    trainer.train()
+    assert [row["time/slow"] for row in RunDirectory(trainer.args.output_dir).metrics()] == [12.0, 13.0]
 
 
 def test_numbers_of_an_earlier_step_join_its_line(make_trainer):

@@ -3,8 +3,11 @@
 import copy
 import json
 import os
+import re
 import shutil
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from run_rows import without_clocks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
+from trl_entropy import DrGRPOTrainer
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.checkpoints import CheckpointError
 from trl_entropy.runs.directory import RunDirectory
@@ -46,9 +50,15 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
+def prompts(num_apples):
+    return Dataset.from_dict(
+        {"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben") for i in range(num_apples)]}
+    )
+
+
 @pytest.fixture(scope="module")
 def problems():
-    return Dataset.from_dict({"prompt": [f"{name} has {i} apples." for name in ("Ann", "Ben") for i in range(8)]})
+    return prompts(8)
 
 
 def flat(model):
@@ -71,23 +81,31 @@ def train(make_trainer, folder, stop_after=None, resume=None, lora=False, **sett
     return trainer
 
 
+# Each case joins what can be on in one run: what differs names its owner, by the key of a metric or of a state.
 CASES = {
-    "plain": {},
-    "every probe": EVERY_PROBE,
-    "lora": {"lora": True, **EVERY_PROBE},
-    "inside a generation window": {"steps_per_generation": 3, "dataset_factor": 4},
-    "two iterations": {"num_iterations": 2, "gradient_accumulation_steps": 2},
-    "second epoch": {"per_device_train_batch_size": 32},
-    "log lines of two steps": {"logging_steps": 2},
-    "decaying schedule": {"lr_scheduler_type": "cosine"},
-    "noise scale, kernel": {"noise_scale_probe": True, "fisher_probe": True, "fisher_num_sequences": 12},
-    "noise scale of an adapter": {"noise_scale_probe": True, "lora": True, "steps_per_generation": 2},
+    "every probe, schedule, log lines of two steps": {
+        **EVERY_PROBE,
+        **{"noise_scale_probe": True, "fisher_probe": True, "fisher_num_sequences": 12},
+        **{"lr_scheduler_type": "cosine", "logging_steps": 2},
+    },
+    "adapter, completions, inside a generation window": {
+        **{"lora": True, "entropy_probe": True, "entropy_probe_num_completions": 8, "noise_scale_probe": True},
+        **{"steps_per_generation": 3, "dataset_factor": 4, "log_completions": True, "num_completions_to_print": 0},
+    },
+    "two iterations, tokens by chance in micro-batches": {
+        **{"num_iterations": 2, "gradient_accumulation_steps": 2},
+        **{"token_control": "random", "token_control_scope": "micro_batch", "token_control_fraction": 0.2},
+    },
+    "second epoch, evaluation": {
+        **{"per_device_train_batch_size": 32, "num_generations_eval": 2},
+        **{"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
+    },
     "rollouts source": {"entropy_probe": True, "entropy_probe_completions": "rollouts"},
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_generations_eval": 2},
-    "curriculum": {"curriculum": "pass_rate", "trainer_class": with_curriculum(pass_reward=0.5, ema=1.0)},
-    "curriculum in the second epoch": {"curriculum": "pass_rate", "per_device_train_batch_size": 32},
-    "resampling": {"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "dataset_factor": 2},
-    "resampling by pass rate": {
+    "curriculum in the second epoch": {
+        **{"curriculum": "pass_rate", "trainer_class": with_curriculum(pass_reward=0.5, ema=1.0)},
+        **{"per_device_train_batch_size": 32},
+    },
+    "resampling by pass rate, adapter": {
         **{"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "curriculum": "pass_rate"},
         **{"trainer_class": with_curriculum(ema=1.0), "noise_scale_probe": True, "lora": True},
     },
@@ -95,42 +113,70 @@ CASES = {
         **{"resample_uninformative_groups": True, "reward_funcs": sparse_reward, "max_resample_rounds": 1},
         **{"steps_per_generation": 3, "dataset_factor": 6, "log_completions": True, "num_completions_to_print": 0},
     },
-    "tokens by chance in micro-batches": {
-        **{"token_control": "random", "token_control_scope": "micro_batch", "token_control_fraction": 0.2},
-        **{"num_iterations": 2, "gradient_accumulation_steps": 2},
-    },
-    "completions": {"log_completions": True, "num_completions_to_print": 0, "steps_per_generation": 2},
 }
 
 
+def killed_after(straight, step, run):
+    """A copy of a run without the checkpoints after `step`; lines and files of later steps are there."""
+    later = [f"checkpoint-{number}" for number in range(step + 1, STEPS + 1)]
+    shutil.copytree(straight, run, ignore=shutil.ignore_patterns(*later))
+    return run
+
+
+def held_of(run, name):
+    """
+    What a file of the last checkpoint holds, by its place in it; equal if and only if it is so bit for bit.
+
+    Without clocks, and without the state of Python's own random numbers, which beartype draws from in tests.
+    """
+
+    def parts(value, place):
+        if isinstance(value, torch.Tensor | np.ndarray):
+            return [(place, (str(value.dtype), value.shape, np.asarray(value).tobytes()))]
+        if isinstance(value, dict):
+            return [part for key, item in value.items() for part in parts(item, f"{place}/{key}")]
+        if isinstance(value, list | tuple | deque):
+            return [part for number, item in enumerate(value) for part in parts(item, f"{place}/{number}")]
+        return [(place, value.hex() if isinstance(value, float) else value)]  # nan is nan
+
+    held = parts(torch.load(run / f"checkpoint-{STEPS}" / name, weights_only=False), name)
+    return {place: value for place, value in held if not re.search("time|per_second|/python/", place)}
+
+
+def files_of(run):
+    return {path.relative_to(run) for pattern in ("probes/*/*", "comp*/*") for path in run.glob(pattern)}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_is_uninterrupted(make_trainer, problems, tmp_path, case):
+def test_resumed_is_uninterrupted(make_trainer, tmp_path, case):
     settings = dict(CASES[case])
-    rows = list(problems["prompt"]) * settings.pop("dataset_factor", 1)
-    settings["dataset"] = Dataset.from_dict({"prompt": rows})
-    if case == "evaluation":
+    settings["dataset"] = prompts(8 * settings.pop("dataset_factor", 1))
+    if "evaluation" in case:
         settings["eval_dataset"] = settings["dataset"].select(range(4))
     straight = train(make_trainer, tmp_path / "straight", **settings)
-    run = tmp_path / "interrupted"
-    for stop_after in (1, 3, None):  # twice, once in the second half
-        resumed = train(make_trainer, run, stop_after=stop_after, resume="latest", **settings)
-        if stop_after == 3:  # killed somewhat later than the checkpoint
-            RunDirectory(run).append_metrics(4, {"loss": 1e9})
+    run = killed_after(tmp_path / "straight", 1, tmp_path / "interrupted")
+    train(make_trainer, run, stop_after=3, resume="latest", **settings)
+    RunDirectory(run).append_metrics(4, {"loss": 1e9})  # killed again, somewhat later than the checkpoint
+    resumed = train(make_trainer, run, resume="latest", **settings)  # in the second half
     assert torch.equal(flat(straight.model), flat(resumed.model))
     expected, got = RunDirectory(tmp_path / "straight"), RunDirectory(run)
+    assert [start["after_step"] for start in got.starts()] == [0, 1, 3]
     assert without_clocks(got.metrics()) == without_clocks(expected.metrics())
     lines = [json.loads(line)["step"] for line in got.metrics_path.read_text().splitlines()]
     assert lines == sorted(set(lines)) and lines[-1] >= STEPS - 1
     assert without_clocks(got.evaluation()) == without_clocks(expected.evaluation())
-    files = {path.relative_to(run) for path in run.glob("probes/*/*")} | {
-        p.relative_to(run) for p in run.glob("comp*/*")
-    }
-    assert files == {
-        p.relative_to(expected.path) for p in [*expected.path.glob("probes/*/*"), *expected.path.glob("comp*/*")]
-    }
+    assert files_of(run) == files_of(expected.path)
+    for name in (
+        "training_state_0.pt",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    ):  # of which a later step would be made
+        held, wanted = held_of(run, name), held_of(expected.path, name)
+        assert held.keys() == wanted.keys() and [place for place in held if held[place] != wanted[place]] == []
     if "resampling" in case:
         assert sum(row.get("resampling/num_rounds", 0) for row in got.metrics()) >= 2
-    if case == "second epoch":
+    if "second epoch" in case:
         assert got.metrics()[-1]["epoch"] > 2
 
 
@@ -305,6 +351,35 @@ def test_retention_keeps_a_complete_checkpoint_whenever_it_is_cut_off(make_train
     train(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=1)
     assert left == [None, "checkpoint-1", "checkpoint-2", "checkpoint-3"]  # just before each seal
     assert [path.name for path in checkpoints.checkpoints_of(tmp_path / "run")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "in_use", "left"),
+    [
+        (None, None, (), [12, 10, 9, 8]),
+        (1, None, (), [12]),
+        (2, None, (), [12, 10]),
+        (3, None, (), [12, 10, 9]),
+        (9, None, (), [12, 10, 9, 8]),
+        (1, 8, (), [12, 8]),
+        (2, 8, (), [12, 8]),
+        (3, 8, (), [12, 10, 8]),
+        (2, 12, (), [12, 10]),
+        (1, None, (8, 10), [12, 10, 8]),
+        (1, None, (8, 9, 10), [12, 10, 9, 8]),  # the newest stays where all others are in use
+        (2, 9, (8,), [12, 9, 8]),
+    ],
+)
+def test_the_newest_the_best_and_those_in_use_are_kept(tmp_path, limit, best, in_use, left):
+    for step in (8, 9, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(save_total_limit=limit, should_save=True),
+        state=SimpleNamespace(best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}")),
+        checkpoints_in_use=lambda: set(in_use),
+    )
+    DrGRPOTrainer._delete_old_checkpoints(trainer, tmp_path)
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints_of(tmp_path)] == left
 
 
 def test_checkpoints_without_an_optimizer_are_deleted_too(make_trainer, tmp_path):

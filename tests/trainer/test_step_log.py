@@ -85,6 +85,14 @@ def test_a_line_of_several_steps_reduces_each_key_in_its_own_way(make_trainer):
             assert logs[key] == three[-1][key], key
 
 
+def test_a_step_of_several_micro_batches_has_the_sum_of_their_losses(make_trainer):
+    """In the run log, by which transformers' own log line is the witness."""
+    accumulation = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    trainer, tracker = trained(make_trainer, max_steps=2, logging_steps=1, **accumulation)
+    witnessed = [logs["loss"] for _, logs in tracker.lines if "loss" in logs]
+    assert [row["loss"] for row in lines(trainer)] == pytest.approx(witnessed, rel=1e-5) and all(witnessed)
+
+
 def test_the_line_of_a_step_is_the_same_however_often_trackers_get_one(make_trainer):
     settings = {"max_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     each, rarely = (trained(make_trainer, logging_steps=n, **settings)[0] for n in (1, 3))

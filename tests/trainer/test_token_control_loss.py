@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from published_token_control import PublishedLoss
+from ranks_in_threads import on_ranks
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
 from trl_entropy.config.setting import own_settings
@@ -161,6 +162,49 @@ def test_chance_depends_on_seed_step_micro_batch_and_rank_alone(tmp_path):
     torch.rand(3)
     assert found == [frozenset(places(chosen(*numbers))) for numbers in settings]
     assert len(set(found)) == 16 and all(len(tokens) == 12 for tokens in found)
+
+
+def test_chance_of_a_whole_batch_depends_on_seed_and_step_alone(tmp_path):
+    random = {"token_control": "random", "token_control_fraction": 0.3, "use_cpu": True, "bf16": False}
+    alone = Mock(spec=Accelerator, process_index=0)
+    alone.gather.side_effect = alone.pad_across_processes.side_effect = lambda rows, **how: rows
+
+    def chosen(seed, step):
+        args = DrGRPOConfig(output_dir=str(tmp_path), seed=seed, max_completion_length=12, **random)
+        batch = {"advantages": torch.ones(4), "completion_mask": torch.ones(4, 10, dtype=torch.long)}
+        TokenControl(args, alone, lambda batch: torch.zeros(4, 10)).change_optimizer_batch(batch, step)
+        return frozenset(places(batch["advantages"] == 0))
+
+    settings = list(itertools.product((0, 1), repeat=2))
+    found = [chosen(*numbers) for numbers in settings]
+    torch.rand(3)
+    assert found == [chosen(*numbers) for numbers in settings]
+    assert len(set(found)) == 4 and all(len(tokens) == 12 for tokens in found)
+
+
+@pytest.mark.parametrize("control", ["random", "random_positive", "kl_cov", "clip_cov"])
+def test_tokens_of_all_ranks_are_chosen_together(tmp_path, control):
+    """Each rank gets its own rows of the choice of one process; its completions are no wider than before."""
+    generator = torch.Generator().manual_seed(0)
+    logps, advantages = torch.rand(4, 10, generator=generator).log(), torch.tensor([1.0, -2.0, 0.5, 1.5])
+    mask = (torch.arange(10) < torch.tensor([[10], [4], [7], [6]])).long()
+    settings = {"token_control": control, "token_control_fraction": 0.3, "token_control_bounds": [-5.0, 5.0]}
+
+    def chosen(rows, width, accelerator):
+        args = DrGRPOConfig(
+            output_dir=str(tmp_path), max_completion_length=12, use_cpu=True, bf16=False, **read_by(settings)
+        )
+        batch = {"advantages": advantages[rows], "completion_mask": mask[rows, :width]}
+        metrics = TokenControl(args, accelerator, lambda batch: logps[rows, :width]).change_optimizer_batch(batch, 1)
+        changed = batch.get("token_control_mask", batch["advantages"] == 0)
+        return (changed & mask[rows, :width].bool()), metrics
+
+    ((whole, counted),) = on_ranks(1, lambda rank, accelerator: chosen(slice(0, 4), 10, accelerator))
+    (first, one), (second, two) = on_ranks(
+        2, lambda rank, accelerator: chosen(slice(2 * rank, 2 * rank + 2), (10, 7)[rank], accelerator)
+    )
+    assert torch.equal(first, whole[:2]) and torch.equal(second, whole[2:, :7]) and not whole[2:, 7:].any()
+    assert one == two == counted and int(whole.sum()) == counted["token_control/num_tokens"] == 8
 
 
 @pytest.mark.parametrize("control", ["clip_cov", "kl_cov"])

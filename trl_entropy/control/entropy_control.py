@@ -211,7 +211,7 @@ class EntropyControl(Probe):
         kept = self.running.sums, self.running.weight
         return {
             "pairs": self.prediction_check.pairs,
-            "active": self.active,
+            "active": self.active or self.mode == "report",  # whether it has not switched itself off
             "before": before,
             "bias": bias,
             "running": kept,

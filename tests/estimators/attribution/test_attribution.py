@@ -91,6 +91,8 @@ def test_coefficients_are_the_derivative_of_the_loss(per_token):
     torch.testing.assert_close(on_policy_coefficients(advantages, step.mask, 16, LENGTH), -grad)
     if not per_token:
         torch.testing.assert_close(-grad, step.alpha)
+    half = on_policy_coefficients(advantages[:5], step.mask[:5], 16, LENGTH)  # of a micro-batch, in which 5 of 16 are
+    assert torch.equal(half, on_policy_coefficients(advantages, step.mask, 16, LENGTH)[:5])
 
 
 def test_contributions_are_unbiased_over_the_probe_batch():

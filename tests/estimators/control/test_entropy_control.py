@@ -124,11 +124,14 @@ def test_floor_only_ever_raises_the_entropy():
     assert correction(PRODUCTS, -0.8, False, NO_CAP).multiplier == pytest.approx(-0.1)
 
 
-def test_the_cap_binds_and_says_so():
-    """lambda |M g| in M^-1 is lambda sqrt(square) = 2 lambda; the step's length is 1."""
-    found = correction(PRODUCTS, 10.0, False, cap=0.5)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("step_length", [1.0, 3.0])
+def test_the_cap_binds_on_either_side_and_says_so(sign, step_length):
+    """lambda |M g| in M^-1 is lambda sqrt(square) = 2 lambda, and at most half the step's length."""
+    products = PRODUCTS._replace(step_square=step_length**2)
+    found, most = correction(products, 10.0 * sign, False, cap=0.5), sign * 0.25 * step_length
     assert found.infeasible and found.relative_size == pytest.approx(0.5)
-    assert found.multiplier == pytest.approx(0.25) and found.predicted == pytest.approx(-0.5 + 0.25 * 3)
+    assert found.multiplier == pytest.approx(most) and found.predicted == pytest.approx(-0.5 + most * 3)
 
 
 def test_the_denominator_has_a_floor_and_nothing_divides_by_zero():

@@ -72,6 +72,8 @@ def test_the_true_change_of_the_reward_is_unbiased_and_starts_as_first_order_say
     start, mask = policy.score(policy.theta)[1], policy.completion_mask
     advantages = leave_one_out_advantages(groups.rewards)
     first = slope(lambda theta: expected_reward(policy, theta), policy)
+    rows = groups.rows[:, 0]  # without a step nothing changes, in any sample
+    assert not reward_change_terms(start[rows], start[rows], advantages[:, 0], mask[rows]).any()
     for scale in (4.0, *scales):
         theta = policy.theta + scale * policy.update
         moved = policy.score(theta)[1]

@@ -107,6 +107,18 @@ def test_one_micro_batch_as_published(seed, fraction):
     assert {tuple(place) for place in largest.nonzero().tolist()} == published.kl_cov_tokens(100 * fraction)
 
 
+def test_a_clipped_token_is_one_without_a_gradient():
+    """min(ratio A, clip(ratio) A) with two bounds, by automatic differentiation; ratios on either side of both."""
+    ratio = torch.linspace(0.52, 1.72, 25, dtype=torch.float64).expand(2, 25)
+    advantages, old = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.zeros(2, 25, dtype=torch.float64)
+    logps = ratio.log().requires_grad_()
+    weights = advantages[:, None]
+    clipped = torch.minimum(logps.exp() * weights, logps.exp().clamp(1 - 0.1, 1 + 0.4) * weights)
+    (grad,) = torch.autograd.grad(clipped.sum(), logps)
+    found = ratio_clipped(logps.detach(), old, advantages, (0.1, 0.4))
+    assert torch.equal(found, grad == 0) and found.sum(1).tolist() == [7, 8]
+
+
 def test_padding_and_order_of_rows_change_nothing():
     """As when other processes or micro-batches have longer completions: columns more, rows elsewhere."""
     logps, advantages, mask, order = batch(2)

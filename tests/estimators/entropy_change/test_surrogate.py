@@ -142,3 +142,16 @@ def test_coefficients_carry_no_gradient_and_sampling_logps_need_no_detaching():
     ]
     forgetful, careful = (torch.autograd.grad(s, theta, retain_graph=True)[0] for s in surrogates)
     torch.testing.assert_close(forgetful, careful)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_gradient_flows_through_the_weights(form):
+    theta = (POLICY.theta + POLICY.update).requires_grad_()
+    entropy, logps = POLICY.score(theta)
+    weights = importance_weights(logps, POLICY.score(POLICY.theta)[1], POLICY.completion_mask, form)
+
+    def gradient(weights):
+        terms = surrogate_terms(entropy, logps, POLICY.completion_mask, 0.6, weights=weights, form=form)
+        return torch.autograd.grad(terms.sum(), theta, retain_graph=True)[0]
+
+    assert weights.requires_grad and torch.equal(gradient(weights), gradient(weights.detach()))

@@ -76,7 +76,7 @@ def update_metric(
 
     With this in the place of M, -U is an entropy change. Coordinates that never had a gradient have no meaningful M
     (it would be 1/eps, T13) and are left out; this choice does not depend on the sample. `step` = t counts this step;
-    at step 1 the metric is undefined, nan.
+    at step 1 there was no gradient yet, and the metric is 0 everywhere.
     """
     metric = live_preconditioner(exp_avg_sq, step - 1, settings.betas[1], settings.eps)
     return gradient_coefficient(settings, step, clip_factor) * metric
