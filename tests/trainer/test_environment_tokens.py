@@ -180,3 +180,18 @@ def test_the_controlled_entropy_is_the_policys(make_trainer, source):
     assert row["entropy_control/entropy"] == pytest.approx(
         row["entropy/policy"], rel=1e-5 if source == "rollouts" else 0.01
     )
+
+
+def test_the_kl_spreads_over_the_policys_tokens(make_trainer):
+    """TRL's correction of the KL by the ratio of a whole completion; without advantages there is nothing else."""
+    terms = {"beta": 0.1, "num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"}
+    settings = HELD_OUT | terms | {"entropy_attribution": "token", "learning_rate": 1e-2, "max_steps": 3}
+    trainer = make_trainer(
+        rollout_func=two_turns, reward_funcs=lambda completion_ids, **_: [1.0] * len(completion_ids), **settings
+    )
+    generator = torch.Generator().manual_seed(0)
+    for param in trainer.model.parameters():  # away from the reference
+        param.data += 0.01 * torch.randn(param.shape, generator=generator)
+    trainer.train()
+    for row in RunDirectory(trainer.args.output_dir).metrics():
+        assert abs(row["entropy/delta_gradient"]) < 1e-5 * abs(row["entropy/delta_kl"])
