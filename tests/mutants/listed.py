@@ -49,7 +49,7 @@ _STATISTICS = {
         "estimators/statistics/test_importance.py",
         [
             ("return per_token.cumsum(1) - per_token", "return per_token.cumsum(1)"),
-            (".where(completion_mask.bool(), 0.0)\n    return accumulate(", "\n    return accumulate("),
+            (".where(loss_mask.bool(), 0.0)\n    return accumulate(", "\n    return accumulate("),
             ("where(advantages != 0, 0.0)", "where(advantages > 0, 0.0)"),
         ],
     ),
@@ -126,7 +126,7 @@ _ENTROPY = {
         ("(numerator_1 - numerator / denominator * denominator_1)", "(numerator_1 - denominator_1)"),
     ]),
     "estimators/entropy_change/step_change.py": ("estimators/entropy_change/test_step_change.py", [
-        ("after.terms.denominator / before.terms.denominator", "after.terms.denominator"),
+        ("other.terms.denominator / drawn.terms.denominator", "other.terms.denominator"),
     ]),
     "estimators/entropy_change/surrogate.py": ("estimators/entropy_change/test_surrogate.py", [
         ("centred = token_entropy.detach().double()", "centred = token_entropy.double()"),
@@ -164,6 +164,8 @@ _ENTROPY = {
     "estimators/optimizer/adamw.py": ("estimators/optimizer/test_adamw.py", [
         ("_second_moment(grad * clip_factor, exp_avg_sq, beta2)", "_second_moment(grad, exp_avg_sq, beta2)"),
         ("settings.lr * clip_factor * (1 -", "settings.lr * (1 -"),
+        ("(exp_avg_after - beta1 * exp_avg)", "(exp_avg_after - exp_avg)"),
+        ("scale = -settings.lr / (1 - beta1**step)", "scale = -settings.lr"),
     ]),
     "estimators/rows/row_gradients.py": ("estimators/rows/test_row_gradients.py", [
         ("grads = grads[members].where(is_member[:, :, None, None], 0.0)", "grads = grads[members]"),
@@ -240,13 +242,13 @@ _RUNS = {
     "runs/directory.py": ("runs/test_directory.py", [
         ("if file.read(1) != b\"\\n\":", "if file.read(1) == b\"\\n\":"),
         ("settings = masked(_plain(config))", "settings = _plain(config)"),
-        ("rows[step] | added.get(step, {})", "rows[step]"),
+        ("rows[step] |= added[step]", "pass"),
         ("!= (step, dataset)]", "!= (step, \"\")]"),
         ("if rows := self.metrics():", "if len(rows := self.metrics()) > 1:"),
     ]),
     "runs/set_aside.py": ("runs/test_set_aside.py", [
-        ("later = [row for row in run.metrics() if row[\"step\"] > step]",
-         "later = [row for row in run.metrics() if row[\"step\"] >= step]"),
+        ("*(row for row in rows if row[\"step\"] > step)]", "*(row for row in rows if row[\"step\"] >= step)]"),
+        ("_without(row, measured_later) if row[\"step\"] == step else row", "row"),
         ("if match and int(match[1]) > step:", "if match and int(match[1]) >= step:"),
         ("> step and (path / SEAL).exists()", "> step"),
         ("(path for path in _names(run.path, step) if not path.exists())", "_names(run.path, step)"),
@@ -365,7 +367,7 @@ _TRAINER = {
     "probes/runner.py": ("trainer/test_probe_events.py", [
         ("        self._seconds.clear()\n\n    # ---- resuming", "\n    # ---- resuming",
          "test_seconds_are_those_of_the_step_and_of_all_its_events"),
-        ("        self._micro_batches = []\n        self.last_step", "        self.last_step",
+        ("        self._micro_batches = []\n        host = self._host", "        host = self._host",
          "test_events_come_in_order_and_the_record_outlives_its_step"),
     ]),
     "probes/effective_sample_size.py": ("probes/test_effective_sample_size.py", [

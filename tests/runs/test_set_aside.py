@@ -33,12 +33,16 @@ def files(folder):
 
 
 def test_later_steps_are_moved_and_earlier_ones_left(run):
+    own, *others = run.metrics_path.read_text().splitlines(keepends=True)
+    run.metrics_path.write_text('{"step": 1, "added_later": true, "early": 5.0}\n' + own + "".join(others))
     run.append_later(1, {"late": 7.0})
     aside = set_aside_after(run, 1)
     assert aside == run.path / "set_aside" / "after_step_000001_1"
-    assert [row["step"] for row in run.metrics()] == [1] and run.metrics()[0]["late"] == 7.0
+    # What was measured of step 1 when step 2 began is measured again, then with other numbers perhaps.
+    assert run.metrics() == [{"step": 1, "reward": 0.125, "early": 5.0}]
     assert [row["step"] for row in run.evaluation()] == [1]
     moved = RunDirectory(aside)
+    assert '"late": 7.0' in moved.metrics_path.read_text()
     assert moved.metrics() == [{"step": 2, "reward": 0.25}, {"step": 3, "reward": 0.375}]
     assert [row["reward"] for row in moved.evaluation()] == [0.5, 0.75]
     assert sorted(path.name for path in run.path.glob("probes/entropy/*")) == ["step_000001.safetensors"]

@@ -12,6 +12,7 @@ from trl_entropy.estimators.optimizer.adamw import (
     gradient_metric,
     live_preconditioner,
     preconditioner,
+    update_parts_after,
 )
 
 BETAS, EPS = (0.9, 0.98), 1e-3  # an eps that shows
@@ -116,3 +117,16 @@ def test_gradient_metric_is_what_multiplies_the_gradient():
     metric = gradient_metric(grad, exp_avg_sq, 3, settings, clip_factor=0.7)
     torch.testing.assert_close(-metric * grad, parts.gradient, rtol=1e-12, atol=0)
     assert metric[0] == 0 and bool((metric[1:] > 0).all())
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_parts_after_the_step_are_those_before_it(step):
+    generator = torch.Generator().manual_seed(2)
+    param, grad, exp_avg = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(3))
+    exp_avg_sq = torch.rand(6, generator=generator, dtype=torch.float64)
+    settings, clip = AdamWSettings(0.05, BETAS, EPS, 0.1), 0.6
+    exp_avg_after, exp_avg_sq_after = adamw_moments(grad, exp_avg, exp_avg_sq, BETAS, clip)
+    expected = adamw_update_parts(param, grad, exp_avg, exp_avg_sq, step, settings, clip)
+    found = update_parts_after(param, exp_avg, exp_avg_after, exp_avg_sq_after, step, settings)
+    for name in ("momentum", "weight_decay", "gradient"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=0)
