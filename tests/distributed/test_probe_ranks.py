@@ -120,10 +120,9 @@ def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, e
     model = AutoModelForCausalLM.from_pretrained(model_path)
     for step, row in enumerate(rows, start=1):
         file = load_file(run / "probes" / "entropy" / f"step_{step:06d}.safetensors")
-        completions = Completions(
-            *(file[name] for name in ("input_ids", "attention_mask", "completion_mask", "prompt_index")),
-            loss_mask=file["completion_mask"],
-        )
+        names = ("input_ids", "attention_mask", "completion_mask", "prompt_index")
+        given = {name: file[name].long() for name in names}  # stored as int32 and bytes
+        completions = Completions(**given, loss_mask=given["completion_mask"])
         parameters = load_file(run / f"parameters_{step}.safetensors")
         before, after = (
             {name: parameters[f"{when}.{name}"] for name, _ in model.named_parameters()}

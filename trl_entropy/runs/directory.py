@@ -7,8 +7,8 @@ The run directory: everything that a run leaves is written here and read here.
                   evaluation/   metrics.csv (during training)  step_000020/ (`trl-entropy evaluate`: records.parquet,
                                 prompts.parquet, positions.csv, summary.json) checkpoints.csv consolidated_metrics.csv
 
-A write appends one whole line or moves one whole file into place, so a run killed at any moment stays readable. What
-is in `completions/` and `probes/<probe>/` is that of `step_files.py`, which bounds it.
+A write appends one whole line or moves one whole file into place, so a run killed at any moment stays readable.
+`step_files.py` writes and bounds what is in `completions/` and `probes/<probe>/`.
 This module imports neither torch nor transformers: a laptop without them can read a run.
 """
 
