@@ -17,7 +17,6 @@ from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.scores import score
 from trl_entropy.probes import PROBES, RolloutEntropyProbe
 from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
-from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.runs.directory import RunDirectory
 
 PROBE = {"entropy_probe": True, "entropy_probe_completions": "rollouts", "probe_batch_size": 16}
@@ -230,7 +229,7 @@ def test_kept_groups_are_left_out(trained):
     row, u, args = logged[-1], keep.rollouts, trainer.args
     assert row["resampling/num_kept_uninformative"] == 4 == u.accepted.sum() and len(u.accepted) == 8
     accepted = torch.isin(u.prompt_index, u.prompt_index.unique()[u.accepted])
-    keep.rollouts = RolloutBatch(**{name: getattr(u, name)[accepted] for name in RolloutBatch.__dataclass_fields__})
+    keep.rollouts = u.rows(accepted)
     x, y = rows_float64(trainer.model, keep)
     cross, plain, _ = u_by_loops(x, y, metric_at_rate(1e-4 / 2, keep, args))
     assert row["entropy/delta_cross_prompt"] == pytest.approx(-cross / 2, rel=1e-2, abs=1e-2 * abs(plain))

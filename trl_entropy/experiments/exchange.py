@@ -135,7 +135,7 @@ def redraws(
         found = []
         for n in range(_REDRAWS_PER_CHUNK):
             number = index * _REDRAWS_PER_CHUNK + n
-            own = RolloutBatch(**{name: values[rows[n]] for name, values in vars(rollouts).items()})
+            own = rollouts.rows(rows[n])
             probe = probes.rows(torch.arange(n * num_probe, (n + 1) * num_probe))
             found.append(of_redraw(state, large, own, probe, options, number))
         return torch.stack(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -116,6 +116,15 @@ class RolloutBatch:
             pixel_inputs=PixelInputs.joined(images, sizes),
             column_types={name: _joined_columns(parts, name) for name in COLUMN_KEYS if name in parts[0]},
             has_tool_mask="tool_mask" in parts[0],
+        )
+
+    def rows(self, index: Tensor) -> RolloutBatch:
+        """The rows that `index` selects, in its order."""
+        return replace(
+            self,
+            **{name: values[index] for name, values in vars(self).items() if isinstance(values, Tensor)},
+            pixel_inputs=None if self.pixel_inputs is None else self.pixel_inputs.chosen(index),
+            column_types={name: values[index] for name, values in self.column_types.items()},
         )
 
     @property
