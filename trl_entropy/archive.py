@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from trl_entropy.runs.file_errors import describe
+from trl_entropy.runs.lock import LOCK
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 # What --metrics-only leaves out, the same as in launch/sync.sh.
 _HEAVY_FOLDERS, _HEAVY_FILES = ("checkpoint-*", "probes"), ("*.safetensors",)
-_UNFINISHED = ("*.tmp", ".rsync-partial")
+_UNFINISHED = ("*.tmp", ".rsync-partial", LOCK)
 _BLOCK = 1 << 22
 
 

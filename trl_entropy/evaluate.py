@@ -22,6 +22,7 @@ from types import FrameType
 from typing import NoReturn
 
 from trl_entropy.config.settings_file import sentence
+from trl_entropy.evaluation.kept import discard_stale
 from trl_entropy.evaluation.plan import (
     ALL,
     BATCH_SIZE,
@@ -150,6 +151,7 @@ def _evaluate_all(args: argparse.Namespace) -> None:
     folder = args.run / "evaluation"
     check_writable(folder)
     held_out_problems(settings, None)  # a fault in the data is found before anything is generated
+    discard_stale(args.run)
     todo = {target: why for target in targets if (why := _why(args, target, settings))}
     _say_plan(args, settings, targets, todo)
     if caveat := caveat_of(config):

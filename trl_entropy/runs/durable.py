@@ -47,8 +47,13 @@ def discard_unfinished(target: Path) -> None:
 
 def replace_text(target: Path, text: str) -> None:
     """Put a file with `text` in the place of `target`."""
+    replace_bytes(target, text.encode())
+
+
+def replace_bytes(target: Path, content: bytes) -> None:
+    """Put a file with this content in the place of `target`."""
     with replacing(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def sync(path: Path) -> None:
