@@ -42,6 +42,7 @@ from trl_entropy.evaluation.plan import (
 )
 from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.process import describe, run_job
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 from trl_entropy.runs.strict_json import Json
@@ -237,12 +238,16 @@ class Progress:
 
 
 def _say_plan(args: argparse.Namespace, settings: Settings, targets: list[Target], todo: dict[Target, str]) -> None:
-    num = "all" if settings.num_problems is None else settings.num_problems
-    problems = num if settings.subset_frac is None else f"{settings.subset_frac:.3g} of the"
+    problems = "all held-out problems"
+    if settings.subset_frac is not None:
+        problems = f"{settings.subset_frac:.3g} of the held-out problems"
+    elif settings.num_problems is not None:
+        problems = counted(settings.num_problems, "held-out problem")
     done = f", {len(targets) - len(todo)} already done" if len(todo) < len(targets) else ""
     print(
-        f"{args.run}: {len(todo)} checkpoints to evaluate{done}; {problems} held-out problems, with "
-        f"{settings.num_samples} samples and one greedy completion of each, by {settings.sampler}; 95 % intervals "
+        f"{args.run}: {counted(len(todo), 'checkpoint')} to evaluate{done}; {problems}, with "
+        f"{counted(settings.num_samples, 'sample')} and one greedy completion of each, by {settings.sampler}; "
+        "95 % intervals "
         "over problems",
         flush=True,
     )

@@ -14,7 +14,7 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.lock import LOCK, RunIsLocked, locked
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
-USED = r"already holds a run of 2 step\(s\)\. Choose another output_dir, move it away, or continue it"
+USED = r"already holds a run of 2 steps\. Choose another output_dir, move it away, or continue it"
 
 
 def flat(model):

@@ -40,10 +40,10 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
+from trl_entropy.trainer import model_card
 from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.dataset_checks import check_datasets
-from trl_entropy.trainer.model_card import PAPER, name_base_model
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
@@ -64,7 +64,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     """
 
     _name = "DrGRPO"
-    _paper = PAPER
+    _paper = model_card.PAPER
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            name_base_model(Path(self.args.output_dir) / "README.md", get_config_model_id(self.model.config))
+            model_card.correct(Path(self.args.output_dir) / "README.md", get_config_model_id(self.model.config))
 
     # ---- training and resuming
 
