@@ -12,6 +12,7 @@ from trl_entropy.control import EntropyControl
 from trl_entropy.probes import EntropyProbe, FisherProbe, NoiseScaleProbe, RolloutEntropyProbe
 from trl_entropy.runs.counted import counted
 from trl_entropy.tasks.arguments import too_few_prompts
+from trl_entropy.trainer.step_prompts import most_generations
 
 
 class Draw(NamedTuple):
@@ -125,6 +126,7 @@ def _check_draw(args: DrGRPOConfig, draw: Draw, datasets: Mapping[str, object]) 
     of_step = 0
     if draw.source == "held_out":  # the step's own prompts are left out
         of_step = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
+        of_step *= most_generations(args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations)
     if len(sizes) == len(datasets) and sum(sizes) < draw.num_prompts + of_step:
         beside = f" beside the {of_step} of a step" if of_step else ""
         raise ValueError(

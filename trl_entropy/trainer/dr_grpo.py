@@ -47,7 +47,7 @@ from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
-from trl_entropy.trainer.step_prompts import StepPrompts
+from trl_entropy.trainer.step_prompts import StepPrompts, most_generations
 
 
 class DrGRPOTrainer(PromptSelectingTrainer):
@@ -98,7 +98,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         use_progress_bar(self, callbacks or ())
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
-        self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
+        self.step_prompts = StepPrompts(
+            most_generations(args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations)
+        )
         self.probe_batches = ProbeBatches(self, self.step_prompts)
         files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
         self.probe_runner.attach(self, self.probe_batches, files)
