@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 # What --metrics-only leaves out, the same as in launch/sync.sh.
 _HEAVY_FOLDERS, _HEAVY_FILES = ("checkpoint-*", "probes"), ("*.safetensors",)
-_UNFINISHED = ("*.tmp", ".rsync-partial", LOCK)
+_UNFINISHED = ("*.tmp", ".tmp*", ".rsync-partial", LOCK)
 _BLOCK = 1 << 22
 
 

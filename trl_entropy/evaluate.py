@@ -159,6 +159,8 @@ def _evaluate_all(args: argparse.Namespace) -> None:
         print(f"Warning: {caveat}.", flush=True)
     progress, device = Progress(len(todo)), _device(args, config)
     failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, device)]
+    if not todo:  # an evaluation that was killed may have left them without its results
+        RunDirectory(args.run).write_checkpoint_tables()
     print(f"numbers {folder / 'checkpoints.csv'}")
     if failed:
         steps = ", ".join(map(str, failed))

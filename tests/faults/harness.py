@@ -130,8 +130,10 @@ def point(command: Command, expected: object, faults: list[Fault]) -> Outcome:
             if path.exists() and (wrong := command.wrong(path, expected)):
                 return Outcome(command.name, was_ended, f"after the fault ({ended.error}): {wrong}")
         last = attempt(partial(call, path), path)
-        wrong = "" if last.result == expected else f"it went on to other results:\n{_apart(last.result, expected)}"
-        return Outcome(command.name, was_ended, f"it did not go on: {last.error}" if last.error else wrong)
+        if last.error:
+            return Outcome(command.name, was_ended, f"it did not go on: {last.error}")
+        other = "" if last.result == expected else f"it went on to other results:\n{_apart(last.result, expected)}"
+        return Outcome(command.name, was_ended, other or command.wrong(path, expected))
 
 
 def _laid(command: Command, folder: Path) -> Path:
@@ -193,6 +195,8 @@ def points(number: int, seed: int, kinds: Sequence[str]) -> list[Outcome]:
             size, num = ends[which].operations, 1 if rng.random() < 0.7 else 2
             faults = [Fault(rng.randrange(size), mode, rng.random() < 0.5) for _ in range(num)]
             outcomes.append(point(commands[which], ends[which].result, faults))
+            if len(outcomes) % 20 == 0 and len(outcomes) < number:
+                print(f"{len(outcomes)} of {number}", flush=True)
             if wrong := outcomes[-1].wrong:
                 where = ", ".join(f"{fault.at}{' with its group' * fault.kills_group}" for fault in faults)
                 print(f"{outcomes[-1].command}, {MODES[mode]} operation {where} of {size}: {wrong}", flush=True)

@@ -151,10 +151,15 @@ def test_the_run_directory_is_locked_as_long_as_training_lasts(make_trainer, tmp
     assert looks.found == (1, 2) and not (tmp_path / "run" / LOCK).exists()
 
 
-def test_what_evaluations_of_abandoned_steps_have_left_is_removed(make_trainer, finished):
+def test_what_killed_processes_have_left_unfinished_is_removed(make_trainer, finished):
     run = Path(finished.args.output_dir)
     folders = {step: run / "evaluation" / f".step_{step:06d}.partial" for step in (0, 1, 2, 7)}
     for folder in folders.values():
         folder.mkdir(parents=True)
+    unfinished = [run / "probes" / "entropy" / name for name in (".tmpAbC123", ".step_000002.safetensors.tmp")]
+    for path in unfinished:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
     make_trainer(output_dir=str(run), **SAVING).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert not any(path.exists() for path in unfinished)
     assert [step for step, folder in folders.items() if folder.exists()] == [0, 1]

@@ -155,6 +155,7 @@ class EvaluateCheckpoints(TrainerCallback):
     def _evaluate(self, target: Target) -> None:
         directory = RunDirectory(self._run)
         if is_done(self._run, target, self._settings, any_sampler=True):
+            directory.write_checkpoint_tables()  # a training that was killed may have left them without its results
             return
         output = str(directory.checkpoint_folder(target.step))
         device = "cpu" if self._config.get("use_cpu") else "auto"

@@ -81,13 +81,14 @@ def attribution_section(run: Run) -> AttributionSection | None:
     read = steps[:: -(-len(steps) // _STEPS)]
     table = _finite_steps(attribution_table(run, read))
     by_token, has_answers = "token" in table, has_right_answers(table)
-    steps_shown = f"{table['step'].min()} to {table['step'].max()}"
+    first, last = table["step"].min(), table["step"].max()
+    steps_shown = f"step {first}" if first == last else f"steps {first} to {last}"
     return AttributionSection(
         run=run.name,
         steps=steps_shown,
         figure=draw(
             f"attribution-{run.name}",
-            f"{run.name}, steps {steps_shown}: {_CAPTION}{_left_out(len(read) - table['step'].nunique())}",
+            f"{run.name}, {steps_shown}: {_CAPTION}{_left_out(len(read) - table['step'].nunique())}",
             _panels(table, by_token),
         ),
         table=share_table(run, has_answers),

@@ -27,6 +27,7 @@ from trl_entropy.engine import ending_together, rank_symmetric
 from trl_entropy.evaluation.kept import discard_stale
 from trl_entropy.runs import checkpoints, file_errors, tensorboard
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.durable import discard_unfinished_files
 from trl_entropy.runs.lock import locked
 from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.state import StateOwner
@@ -124,13 +125,20 @@ class ResumableTrainer(GRPOTrainer):
         if resumes and self.is_world_process_zero():
             set_aside_after(RunDirectory(self.args.output_dir), step)
         if self.is_world_process_zero():
-            discard_stale(Path(self.args.output_dir), step)
+            self._discard_unfinished(Path(self.args.output_dir), step)
             RunDirectory(self.args.output_dir).append_start(step, checkpoint, self._allowed_changes)
         if checkpoint is not None:
             self.args.eval_on_start = False  # the run did it before its first step, and would now draw other samples
             if self.is_world_process_zero():
                 logger.info("going on from %s, after step %d", checkpoint, step)
                 tensorboard.continue_after(self.callback_handler.callbacks, step)
+
+    @staticmethod
+    def _discard_unfinished(run: Path, step: int) -> None:
+        """Remove what a killed training, or an evaluation of its later steps, has left unfinished."""
+        discard_stale(run, step)
+        for folder in (*run.glob("probes/*/"), run / "completions"):
+            discard_unfinished_files(folder)
 
     def _checked_checkpoint(self, resume_from: str | bool | None) -> tuple[Path | None, bool]:
         """The checkpoint to resume from, checked to be of this run, or None; and whether it is that of the last step.
