@@ -19,7 +19,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.file_errors import describe
+from trl_entropy.runs.lock import LOCK
+from trl_entropy.runs.secrets import masked_text
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 # What --metrics-only leaves out, the same as in launch/sync.sh.
 _HEAVY_FOLDERS, _HEAVY_FILES = ("checkpoint-*", "probes"), ("*.safetensors",)
-_UNFINISHED = ("*.tmp", ".rsync-partial")
+_UNFINISHED = ("*.tmp", ".tmp*", ".rsync-partial", LOCK)
 _BLOCK = 1 << 22
 
 
@@ -175,7 +178,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"trl-entropy archive: {describe(error)}")
     size = sum(digest.size for digest in done.files.values())
-    print(f"{done.url}: {len(done.files)} files, {size / 1e6:.1f} MB, {len(done.copied)} of them copied now")
+    print(
+        f"{masked_text(done.url)}: {counted(len(done.files), 'file')}, {size / 1e6:.1f} MB, {len(done.copied)} "
+        "of them copied now"
+    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from trl_entropy.preflight.report import problem_lines, section, versions
 from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import quiet_libraries, saying_once
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.file_errors import ending_in_one_line
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     report, found = diagnose(options, settings)
     print("\n".join(report))
     problems = sum(finding.is_problem for finding in found)
-    print("\n".join([f"{problems} problem(s), {len(found) - problems} note(s)", *problem_lines(found)]))
+    print(
+        "\n".join([f"{counted(problems, 'problem')}, {counted(len(found) - problems, 'note')}", *problem_lines(found)])
+    )
     sys.exit(1 if problems else 0)
 
 

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import NoReturn
 
 from trl_entropy.config.settings_file import sentence
+from trl_entropy.evaluation.kept import discard_stale
 from trl_entropy.evaluation.plan import (
     ALL,
     BATCH_SIZE,
@@ -41,6 +42,7 @@ from trl_entropy.evaluation.plan import (
 )
 from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.process import describe, run_job
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 from trl_entropy.runs.strict_json import Json
@@ -150,12 +152,15 @@ def _evaluate_all(args: argparse.Namespace) -> None:
     folder = args.run / "evaluation"
     check_writable(folder)
     held_out_problems(settings, None)  # a fault in the data is found before anything is generated
+    discard_stale(args.run)
     todo = {target: why for target in targets if (why := _why(args, target, settings))}
     _say_plan(args, settings, targets, todo)
     if caveat := caveat_of(config):
         print(f"Warning: {caveat}.", flush=True)
     progress, device = Progress(len(todo)), _device(args, config)
     failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, device)]
+    if not todo:  # an evaluation that was killed may have left them without its results
+        RunDirectory(args.run).write_checkpoint_tables()
     print(f"numbers {folder / 'checkpoints.csv'}")
     if failed:
         steps = ", ".join(map(str, failed))
@@ -235,12 +240,16 @@ class Progress:
 
 
 def _say_plan(args: argparse.Namespace, settings: Settings, targets: list[Target], todo: dict[Target, str]) -> None:
-    num = "all" if settings.num_problems is None else settings.num_problems
-    problems = num if settings.subset_frac is None else f"{settings.subset_frac:.3g} of the"
+    problems = "all held-out problems"
+    if settings.subset_frac is not None:
+        problems = f"{settings.subset_frac:.3g} of the held-out problems"
+    elif settings.num_problems is not None:
+        problems = counted(settings.num_problems, "held-out problem")
     done = f", {len(targets) - len(todo)} already done" if len(todo) < len(targets) else ""
     print(
-        f"{args.run}: {len(todo)} checkpoints to evaluate{done}; {problems} held-out problems, with "
-        f"{settings.num_samples} samples and one greedy completion of each, by {settings.sampler}; 95 % intervals "
+        f"{args.run}: {counted(len(todo), 'checkpoint')} to evaluate{done}; {problems}, with "
+        f"{counted(settings.num_samples, 'sample')} and one greedy completion of each, by {settings.sampler}; "
+        "95 % intervals "
         "over problems",
         flush=True,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from trl_entropy.analysis.comparison import distinct
 from trl_entropy.reporting.write import write_page, write_report
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.file_errors import check_writable, ending_in_one_line, existing_parent
+from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, existing_parent
 
 
 @ending_in_one_line()
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(folder / "index.html")
     except ValueError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {describe(error)}.")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from trl_entropy.config.settings_file import sentence
 from trl_entropy.models.fine_tuning import train_sft
 from trl_entropy.models.loading import load_tokenizer, model_init_kwargs
 from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, describe
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
@@ -73,7 +74,7 @@ def save(trainer: SFTTrainer, task: DemonstrationArguments, model: ModelConfig) 
         trainer.processing_class.save_pretrained(output_dir / "merged")
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     last = f", last loss {losses[-1]:.4f}" if losses else ""
-    print(f"SFT: {trainer.state.global_step} steps{last}; saved to {output_dir}")
+    print(f"SFT: {counted(trainer.state.global_step, 'step')}{last}; saved to {output_dir}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trl_entropy.models.loading import (
 )
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libraries, saying_once
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, remedy
 from trl_entropy.tasks.arguments import TaskArguments, load_task, tools_of
@@ -176,11 +177,11 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
     controls = {name: getattr(args, name) for name in ("entropy_control", "token_control")}
     changing = "".join(f"; {name}: {value}" for name, value in controls.items() if value != "none")
     logging.getLogger("trl_entropy").info(
-        "Dr-GRPO: %s of %d prompts x %d completions on %d process(es), %s; run directory %s; probes: %s%s",
+        "Dr-GRPO: %s of %s x %d completions on %s, %s; run directory %s; probes: %s%s",
         _length_of(args),
-        prompts // args.num_generations,
+        counted(prompts // args.num_generations, "prompt"),
         args.num_generations,
-        accelerator.num_processes,
+        counted(accelerator.num_processes, "process"),
         accelerator.device,
         args.output_dir,
         ", ".join(args.enabled_probes()) or "none",
@@ -190,8 +191,10 @@ def _say_start(trainer: DrGRPOTrainer) -> None:
 
 def _length_of(args: DrGRPOConfig) -> str:
     if args.additional_steps:
-        return f"{args.additional_steps} more steps"
-    return f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epoch(s) in steps"
+        return counted(args.additional_steps, "more step")
+    if args.max_steps > 0:
+        return counted(args.max_steps, "step")
+    return f"{counted(args.num_train_epochs, 'epoch')} in steps"
 
 
 def _say_end(trainer: DrGRPOTrainer) -> None:

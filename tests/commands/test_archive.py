@@ -16,7 +16,11 @@ from trl_entropy.archive import archive
 NAME = "it's a run [1] é"
 METRICS = {"config.yaml": b"seed: 0\n", "metrics.jsonl": b'{"step": 1}\n', "evaluation/metrics.csv": b"step\n1\n"}
 HEAVY = {"checkpoint-1/model.safetensors": bytes(range(256)) * 99, "probes/entropy/notes": b"e", "w.safetensors": b"w"}
-UNFINISHED = {".config.yaml.tmp": b"half", ".rsync-partial/model.safetensors": b"half"}
+UNFINISHED = {
+    ".config.yaml.tmp": b"half",
+    "probes/entropy/.tmpAbC123": b"half",
+    ".rsync-partial/model.safetensors": b"half",
+}
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ REFUSED = [
     ("lr_scheduler_kwargs: '{min_lr: 1'\n", "lr_scheduler_kwargs is .*; no JSON"),
     ("env: 3\n", "env is 3; names of variables"),
     ("reward_funcs: []\n", "reward_funcs: .*use any of tag_pref"),
-    ("reward_weights: [1, 2]\n", r"reward_weights has 2 number\(s\), reward_funcs 1"),
+    ("reward_weights: [1, 2]\n", r"reward_weights has 2 numbers, reward_funcs 1"),
     ("per_device_train_batch_size: 0\n", "per_device_train_batch_size is 0; use 1 or more"),
     ("temperature: 0\n", "temperature is 0; use above 0"),
     ("seed: -1\n", "seed is -1; use 0 or more"),

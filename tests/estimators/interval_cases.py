@@ -9,28 +9,28 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pandas as pd
 import torch
 from torch import Generator, Tensor
 
+from trl_entropy.analysis.attribution import shares
+from trl_entropy.analysis.comparison import over_runs
 from trl_entropy.estimators.attribution.shares import CategoryRecord
-from trl_entropy.estimators.control.entropy_control import difference
+from trl_entropy.estimators.control.entropy_control import PredictionCheck, difference
 from trl_entropy.estimators.control.exchange import mean_over_redraws
+from trl_entropy.estimators.entropy_change.cross_prompt import cross_prompt_change
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_measured, policy_entropy
-from trl_entropy.estimators.kernel.fisher_kernel import kernel_means
+from trl_entropy.estimators.kernel.fisher_kernel import kernel_means, length_correlation
 from trl_entropy.estimators.kernel.score_change import change_agreement
 from trl_entropy.estimators.noise.noise_scale import NoiseScaleRecord, jackknifed_parts, micro_batch_parts
 from trl_entropy.estimators.statistics.calibration import wilson_interval
+from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
 from trl_entropy.estimators.statistics.over_prompts import ratio_intervals, share_intervals
 from trl_entropy.estimators.statistics.pass_at_k import pass_at_k
 from trl_entropy.estimators.statistics.pooled import PooledParts, sum_over_prompts
-from trl_entropy.estimators.statistics.u_statistic import (
-    row_means,
-    u_statistic_estimate,
-    u_statistic_jackknife_estimate,
-)
 
 Interval = tuple[float, float]
 Draw = Callable[[int, Generator], Interval]
@@ -185,13 +185,17 @@ def noise_scale_of_micro_batches(size: int, generator: Generator, planted: float
 # ---- products of pairs of prompts
 
 
-def cross_prompt(size: int, generator: Generator, signal: float, with_pairs: bool) -> Interval:
-    """(T17): the product of two mean gradients of 64 numbers; truth `signal`^2."""
+def cross_prompt(size: int, generator: Generator, signal: float, unbiased: bool = False) -> Interval:
+    """(T17): the effect of a mean gradient of 64 numbers on an entropy with such a gradient; truth -`signal`^2.
+
+    By the error that is logged, or by that of the unbiased variance.
+    """
     x, y = (normal(generator, size, 64) / 8 + signal * torch.eye(64, dtype=torch.float64)[0] for _ in range(2))
     gram = x @ y.T
-    if with_pairs:
-        return u_statistic_estimate(gram).interval()
-    return u_statistic_jackknife_estimate(row_means(gram)).interval()
+    change = cross_prompt_change(gram)
+    return replace(
+        change.cross_prompt, stderr=change.stderr_unbiased if unbiased else change.cross_prompt.stderr
+    ).interval()
 
 
 def kernel_mean(size: int, generator: Generator, name: str) -> Interval:
@@ -200,6 +204,67 @@ def kernel_mean(size: int, generator: Generator, name: str) -> Interval:
     scale = (0.5 * normal(generator, size)).exp().repeat_interleave(4)
     scores = scale[:, None] * normal(generator, 4 * size, 64)
     return kernel_means(scores @ scores.T, prompts)[name].interval()
+
+
+def correlation_with_lengths(size: int, generator: Generator, planted: bool) -> Interval:
+    """(T12): correlation of kernel and product of lengths over pairs of two prompts; 2 completions of each prompt.
+
+    Planted, K_ij = T_i T_j + noise with as much variance as the product, so that the correlation is sqrt(1/2).
+    """
+    prompts, scale = torch.arange(size).repeat_interleave(2), 0.3
+    log_lengths = scale * normal(generator, size).repeat_interleave(2) + scale * normal(generator, 2 * size)
+    lengths = log_lengths.exp()
+    noise = normal(generator, 2 * size, 2 * size).tril(-1)
+    first, second = math.exp(scale**2), math.exp(4 * scale**2)  # of a length: mean, and mean of its square
+    spread = math.sqrt(second**2 - first**4)
+    kernel = spread * (noise + noise.T) + (lengths.outer(lengths) if planted else 0.0)
+    return length_correlation(kernel, lengths, prompts).interval()
+
+
+# ---- the slope of the entropy control: `PredictionCheck`
+
+
+def control_slope(size: int, generator: Generator, other: float = 0.0, loud: bool = False) -> Interval:
+    """Realised on predicted changes of n steps; a set-point corrects the error of the first of two entropies too.
+
+    `other` is the spread of what the step changes beside the prediction, in that of an entropy's error; in a loud step
+    both are ten times as large.
+    """
+    check, error = PredictionCheck(window=size), 0.5
+    for spread in spreads(size, loud):
+        wanted, before, after, rest = (spread * one for one in normal(generator, 4).tolist())
+        predicted = wanted - 0.4 * error * before
+        realised = predicted + error * (after - before + other * rest)
+        stated = Estimate(realised, spread * error * math.sqrt(2), 15.0, 16)
+        check.add(predicted, stated, shared=0.4 * (spread * error) ** 2)
+    slope, margin = check.slope()[0], check.margin()
+    return slope - margin, slope + margin
+
+
+# ---- what the page draws: pandas
+
+
+def category_on_the_page(
+    size: int, generator: Generator, share: bool, num_steps: int = 1, loud: bool = False, skew: bool = False
+) -> Interval:
+    """One of three categories of the completions of n prompts a step: its change or its share of the sum, 0.5."""
+    draw, rows = skewed if skew else normal, []
+    for step, spread in enumerate(spreads(num_steps, loud)):
+        means = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+        values = (means + spread * (draw(generator, size, 1) + draw(generator, size, 3)) / 16) / size
+        rows += [
+            (step, n, name, x) for n, row in enumerate(values.tolist()) for name, x in zip("abc", row, strict=True)
+        ]
+    table = pd.DataFrame(rows, columns=["step", "prompt_index", "category", "attribution"])
+    found = shares(table, table["category"].astype("category")).loc["a"]
+    return tuple(found[["low", "high"] if share else ["change_low", "change_high"]].astype(float))
+
+
+def mean_over_runs(size: int, generator: Generator, skew: bool = False) -> Interval:
+    """The mean of n runs at a step."""
+    values = (skewed if skew else normal)(generator, size)
+    steps = pd.DataFrame({"run": range(size), "step": 1, "settings": "", "reward": values})
+    return tuple(over_runs(steps, "reward")[["low", "high"]].iloc[0])
 
 
 # ---- regressions over steps: `PairMoments`
@@ -297,14 +362,35 @@ def cases() -> Iterable[Case]:
         10.0,
         make(noise_scale_of_micro_batches, planted=10.0, loud=True),
     )
-    for with_pairs, name in ((True, "effect across prompts, unbiased error"), (False, "the same, jackknife")):
-        yield Case(name, "with signal", 0.25, make(cross_prompt, signal=0.5, with_pairs=with_pairs))
-        yield Case(name, "without signal", 0.0, make(cross_prompt, signal=0.0, with_pairs=with_pairs))
+    for unbiased, name in ((False, "effect across prompts"), (True, "the same by the unbiased error")):
+        yield Case(name, "with signal", -0.25, make(cross_prompt, signal=0.5, unbiased=unbiased))
+        yield Case(name, "without signal", 0.0, make(cross_prompt, signal=0.0, unbiased=unbiased))
     yield Case("mean of the Fisher kernel", "pairs of one prompt", 0.0, make(kernel_mean, name="same_prompt"))
     yield Case("mean of the Fisher kernel", "pairs of two prompts", 0.0, make(kernel_mean, name="cross_prompt"))
+    yield Case(
+        "correlation of kernel and lengths", "no correlation", 0.0, make(correlation_with_lengths, planted=False)
+    )
+    yield Case(
+        "correlation of kernel and lengths",
+        "half of the variance",
+        0.5**0.5,
+        make(correlation_with_lengths, planted=True),
+    )
+    yield Case("slope of the entropy control", "n steps, errors as stated", 1.0, control_slope)
+    yield Case("slope of the entropy control", "n steps, other changes beside", 1.0, make(control_slope, other=2.0))
+    yield Case("slope of the entropy control", "n steps, one ten times as large", 1.0, make(control_slope, loud=True))
+    page = "by category, on the page"
+    for share, name in ((False, f"change {page}"), (True, f"share {page}")):
+        on_page = make(category_on_the_page, share=share)
+        yield Case(name, "1 step", 0.5, on_page)
+        yield Case(name, "8 steps, one of ten times the spread", 0.5, make(on_page, num_steps=8, loud=True))
+        yield Case(name, "8 steps, skewed values", 0.5, make(on_page, num_steps=8, skew=True))
+    yield Case("mean over runs", "n runs, normal values", 0.0, mean_over_runs)
+    yield Case("mean over runs", "n runs, skewed values", 0.0, make(mean_over_runs, skew=True))
     reliability = 1 / (1 + 0.3**2)  # variance of the truth over that of the measured values
     for whole, way in ((True, "sandwich"), (False, "jackknife")):
-        for name, truth in (("slope", reliability), ("corrected_slope", 1.0), ("r_squared", reliability**2)):
+        truths = {"slope": reliability, "corrected_slope": 1.0, "correlation": reliability}
+        for name, truth in (truths | {"r_squared": reliability**2, "share_of_ceiling": 1.0}).items():
             text = name.replace("_", " ").replace("r squared", "R^2")
             yield Case(f"{text} over steps, {way}", "n steps", truth, make(regression, name=name, whole=whole))
     yield Case(

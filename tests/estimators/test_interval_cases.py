@@ -5,13 +5,20 @@ import math
 import pytest
 import torch
 from interval_cases import (
+    Case,
+    category_on_the_page,
     change_of,
+    control_slope,
+    correlation_with_lengths,
+    cross_prompt,
     difference_of,
     entropy_of,
     evaluated,
     exchange_of,
     greedy,
+    hits,
     mean_length,
+    mean_over_runs,
     mean_token_entropy,
     noise_scale_of,
     normal,
@@ -97,6 +104,37 @@ def test_shares_of_problems_cover_where_nearly_all_are_solved(size):
 def test_exchanges_without_a_denominator_are_unbounded():
     share, bounded = covered(exchange_of, 2.0, 4, repeats=200)
     assert share > 0.93 and bounded < 0.2
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("draw", [control_slope, lambda n, g: control_slope(n, g, other=2.0)], ids=["stated", "more"])
+def test_slopes_of_the_entropy_control_cover(draw, size):
+    share, bounded = covered(draw, 1.0, size)
+    assert share >= 0.93 and bounded == 1
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("signal", [0.0, 0.5])
+def test_effects_across_prompts_cover_by_the_error_that_is_logged(signal, size):
+    """By the unbiased error, which is nan for a third of the samples, they would not."""
+    assert covered(lambda n, g: cross_prompt(n, g, signal), -(signal**2), size)[0] >= 0.95
+    if size == 4:
+        assert covered(lambda n, g: cross_prompt(n, g, signal, unbiased=True), -(signal**2), size)[0] < 0.8
+
+
+def test_correlations_of_kernel_and_lengths_cover():
+    assert covered(lambda n, g: correlation_with_lengths(n, g, planted=False), 0.0, 8, 200)[0] >= 0.95
+    assert covered(lambda n, g: correlation_with_lengths(n, g, planted=True), 0.5**0.5, 8, 200)[0] >= 0.88
+
+
+def test_intervals_of_the_page_cover():
+    """Drawn by pandas, hence few."""
+    assert 0.92 <= covered(mean_over_runs, 0.0, 4, 200)[0] <= 0.99
+    for share in (False, True):
+        case = Case("", "", 0.5, lambda n, g, share=share: category_on_the_page(n, g, share))
+        num_covered, unbounded, missing = hits(case, 4, 100)
+        assert num_covered >= 0.89 * (100 - missing)  # the standard error of a share of 0.95 is 0.022
+        assert unbounded == 0 and 0 < missing < 30 if share else missing == 0  # not stated where the sum is near 0
 
 
 def test_what_skewed_values_cost():

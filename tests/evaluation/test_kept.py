@@ -8,7 +8,7 @@ import torch
 from small_evaluation import PROMPTS
 
 from trl_entropy.evaluation import sampling
-from trl_entropy.evaluation.kept import KeptBatches, folder_of
+from trl_entropy.evaluation.kept import KeptBatches, discard_stale, folder_of
 from trl_entropy.evaluation.sampling import Sampler
 
 KEY = {"settings": {"seed": 0}, "fingerprint": "a"}
@@ -110,3 +110,34 @@ def test_seconds_and_batch_size_are_those_of_what_was_read(kept):
     assert (again.seconds, again.batch_size) == (1.75, 2)
     again.remove()
     assert kept().read(True, 0) is None
+
+
+def make_partial(run, step, settings, fingerprint="a"):
+    output = run / "evaluation" / f"step_{step:06d}"
+    KeptBatches(output, {"settings": settings, "fingerprint": fingerprint})
+    return folder_of(output)
+
+
+def test_what_no_evaluation_will_go_on_from_is_removed(tmp_path):
+    for step in (2, 3, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    folders = {step: make_partial(tmp_path, step, {"seed": 0}) for step in (0, 2, 3, 4, 5)}
+    for step, seed in (
+        (2, 0),
+        (3, 1),
+    ):  # the results of 2 are those that its batches were kept for, those of 3 are not
+        (tmp_path / "evaluation" / f"step_{step:06d}").mkdir()
+        summary = {"settings": {"seed": seed}, "fingerprint": "a"}
+        (tmp_path / "evaluation" / f"step_{step:06d}" / "summary.json").write_text(json.dumps(summary))
+    discard_stale(tmp_path)
+    assert [step for step, folder in folders.items() if folder.exists()] == [0, 3, 5]  # 4 has no checkpoint
+    discard_stale(tmp_path, after_step=4)
+    assert [step for step, folder in folders.items() if folder.exists()] == [0, 3]
+
+
+def test_what_was_not_renamed_any_more_is_removed_or_put_back(tmp_path):
+    folder = tmp_path / "evaluation"
+    for name in (".step_000001.tmp", ".step_000002.former.tmp", ".step_000003.former.tmp", "step_000003"):
+        (folder / name).mkdir(parents=True)
+    discard_stale(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]

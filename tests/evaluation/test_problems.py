@@ -44,5 +44,5 @@ def test_a_question_twice_is_refused_before_anything_is_generated(write, tmp_pat
     with pytest.raises(SystemExit) as ended:
         main(["--run", str(tmp_path)])
     said = str(ended.value)
-    assert said.startswith(f"Error: {path} holds 2 held-out question(s) more than once, the first is 'How many?'")
+    assert said.startswith(f"Error: {path} holds 2 held-out questions more than once, the first is 'How many?'")
     assert "\n" not in said

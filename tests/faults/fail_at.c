@@ -1,4 +1,5 @@
-/* Fails or kills at the n-th operation on files below a folder: preloaded by harness.py, which arms it in a child. */
+/* Fails or kills at the n-th operation on files below a folder: preloaded by harness.py, which arms it in a child.
+   Processes that the child forks count with it; a kill is of the one process, or of its group. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -8,6 +9,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -15,14 +17,17 @@
 
 enum { KILL_BEFORE, KILL_IN_THE_MIDDLE, DISK_FULL, ERROR_ONCE };
 static char folder[PATH_MAX];
-static long number = -1, count = 0;
-static int mode = 0;
+static long number = -1, *count = 0;
+static int mode = 0, whole_group = 0;
 
-void fail_at(const char *below, long at, int how) {
+void fail_at(const char *below, long at, int how, int kills_group) {
+    count = mmap(0, sizeof *count, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    number = at, mode = how, whole_group = kills_group;
     strncpy(folder, below, sizeof folder - 1);
-    number = at, mode = how, count = 0;
 }
-long operations(void) { return count; }
+void disarm(void) { number = -1; }
+long operations(void) { return *count; }
+static void die(void) { kill(whole_group ? 0 : getpid(), SIGKILL); }
 
 static int is_below(const char *path) { return folder[0] && !strncmp(path, folder, strlen(folder)); }
 
@@ -46,34 +51,33 @@ static int opens_below(int file) {
 
 /* 0: go on as usual; 1: fail; 2: do half of it, then die. */
 static int next_operation(int makes_room) {
-    long now = count++;
+    long now = __atomic_fetch_add(count, 1, __ATOMIC_SEQ_CST);
     if (number < 0 || now < number) return 0;
     if (mode == DISK_FULL && !makes_room) return errno = ENOSPC, 1;
     if (now > number) return 0;
-    if (mode == KILL_BEFORE) kill(getpid(), SIGKILL);
+    if (mode == KILL_BEFORE) die();
     if (mode == ERROR_ONCE) return errno = EIO, 1;
     return mode == KILL_IN_THE_MIDDLE ? 2 : 0;
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-#define DIE kill(getpid(), SIGKILL)
 
 ssize_t write(int file, const void *data, size_t size) {
     int what = opens_below(file) ? next_operation(0) : 0;
     if (what == 1) return -1;
-    if (what == 2) { REAL(write)(file, data, size / 2); DIE; }
+    if (what == 2) { REAL(write)(file, data, size / 2); die(); }
     return REAL(write)(file, data, size);
 }
 ssize_t writev(int file, const struct iovec *parts, int num) {
     int what = opens_below(file) ? next_operation(0) : 0;
     if (what == 1) return -1;
-    if (what == 2) { REAL(writev)(file, parts, num / 2); DIE; }
+    if (what == 2) { REAL(writev)(file, parts, num / 2); die(); }
     return REAL(writev)(file, parts, num);
 }
 ssize_t pwrite64(int file, const void *data, size_t size, off64_t at) {
     int what = opens_below(file) ? next_operation(0) : 0;
     if (what == 1) return -1;
-    if (what == 2) { REAL(pwrite64)(file, data, size / 2, at); DIE; }
+    if (what == 2) { REAL(pwrite64)(file, data, size / 2, at); die(); }
     return REAL(pwrite64)(file, data, size, at);
 }
 
@@ -81,7 +85,7 @@ ssize_t pwrite64(int file, const void *data, size_t size, off64_t at) {
     int what = (is_ours) ? next_operation(makes_room) : 0; \
     if (what == 1) return -1;                              \
     int result = call;                                     \
-    if (what == 2) DIE;                                    \
+    if (what == 2) die();                                    \
     return result;
 
 int fsync(int file) { WHOLE(opens_below(file), 0, REAL(fsync)(file)) }

@@ -1,34 +1,50 @@
 """
-Training, resumption and archiving with a fault at the n-th operation on files: killed before it or in its middle, a
-disk that is full from then on, an error at it alone. Afterwards `latest_or_new` must go on and end as if nothing had
-been, and nothing may be read as whole that is not.
+Training, resumption, evaluation, archiving and reporting with a fault at the n-th operation on files: killed before it
+or in its middle, a disk that is full from then on, an error at it alone. Afterwards the same command (of training:
+with `latest_or_new`) must go on and end as if nothing had been, and nothing may be read as whole that is not.
 
-    PYTHONPATH=.:tests python -m faults.harness --points 500 --seed 0
+    PYTHONPATH=.:tests python -m faults.harness --points 500 --seed 0 [--only evaluation report]
 
-It starts itself anew with the library of `fail_at.c`, which gcc compiles, in LD_PRELOAD; each attempt is a fork.
+It starts itself anew with the library of `fail_at.c`, which gcc compiles, in LD_PRELOAD; each attempt is a fork of a
+process that has imported everything.
 """
 
 import argparse
 import ctypes
-import hashlib
-import json
+import difflib
+import logging
 import os
 import pickle
+import pprint
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from faults.commands import (
+    Command,
+    Training,
+    archive_command,
+    evaluated,
+    evaluation_command,
+    import_everything,
+    make_evaluable,
+    report_command,
+    reported,
+    training_commands,
+)
+
 MODES = ("killed before", "killed in the middle of", "disk full from", "error at")
+KINDS = ("training", "resumption", "evaluation", "archive", "report")
 SECONDS = 120  # that an attempt may take
-STEPS = 3
 
 
 class Ended(NamedTuple):
@@ -47,25 +63,37 @@ def library(folder: Path) -> Path:
     return target
 
 
-def attempt(call: Callable[[], object], below: Path, at: int = -1, mode: int = 0) -> Ended:
-    """Run `call` in a fork in which the operation number `at` on files below a folder fails; -1: none does."""
+class Fault(NamedTuple):
+    """At which operation on files what happens, `mode` of `MODES`; whether a kill is of the worker's parent too."""
+
+    at: int
+    mode: int
+    kills_group: bool = False
+
+
+NONE = Fault(-1, 0)
+
+
+def attempt(call: Callable[[], object], below: Path, fault: Fault = NONE) -> Ended:
+    """Run `call` in a fork in which an operation on files below a folder fails."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
+        os.setpgid(0, 0)
         signal.alarm(SECONDS)
         faults = ctypes.CDLL(None)
-        faults.fail_at.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
+        faults.fail_at.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        faults.fail_at(str(below).encode(), at, mode)
+        faults.fail_at(str(below).encode(), *fault)
         result, error = None, ""
         try:
             result = call()
         except BaseException as raised:
             error = f"{type(raised).__name__}: {raised}"
-        faults.fail_at(b"", -1, 0) if at >= 0 else None
+        faults.disarm()
         with os.fdopen(write, "wb") as pipe:
             pipe.write(pickle.dumps((result, error, faults.operations())))
         os._exit(0)
@@ -78,149 +106,100 @@ def attempt(call: Callable[[], object], below: Path, at: int = -1, mode: int = 0
     return Ended(*pickle.loads(data))
 
 
-class Training:
-    """Three steps of the tiny model with a checkpoint each, a probe's files and completions."""
-
-    def __init__(self) -> None:
-        from datasets import Dataset
-
-        from trl_entropy.models.embedded import build_tokenizer
-
-        self.tokenizer = build_tokenizer()
-        self.data = Dataset.from_dict({"prompt": [f"{name} has {i} apples." for i, name in enumerate("ABCDEFGH")]})
-
-    def run(self, path: Path, resume: str | None = "latest_or_new", **settings: object) -> object:
-        """Train, or go on; the weights and the metrics at the end."""
-        import torch
-
-        from trl_entropy import DrGRPOConfig, DrGRPOTrainer
-        from trl_entropy.models.embedded import build_model
-        from trl_entropy.runs.directory import RunDirectory
-
-        torch.set_num_threads(1)
-        config = {
-            **{"output_dir": str(path), "num_generations": 4, "per_device_train_batch_size": 16, "bf16": False},
-            **{"max_completion_length": 4, "learning_rate": 1e-3, "max_steps": STEPS, "use_cpu": True, "seed": 1},
-            **{"gradient_checkpointing": False, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2},
-            **{"disable_tqdm": True, "report_to": "none", "log_completions": True, "num_completions_to_print": 0},
-            **{
-                "entropy_probe": True,
-                "entropy_probe_completions": "held_out",
-                "entropy_probe_num_completions": 4,
-                **settings,
-            },
-        }
-        trainer = DrGRPOTrainer(
-            model=build_model(self.tokenizer, seed=0),
-            reward_funcs=lambda completion_ids, **_: [sum(t % 2 for t in ids) / len(ids) for ids in completion_ids],
-            args=DrGRPOConfig(**config),
-            train_dataset=self.data,
-            processing_class=self.tokenizer,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters())).hexdigest()
-        rows = [
-            {name: value for name, value in row.items() if "time" not in name and "per_second" not in name}
-            for row in RunDirectory(path).metrics()
-        ]
-        files = [file for part in ("probes", "completions") for file in (path / part).rglob("*")]
-        return digest, json.dumps(rows, sort_keys=True), sorted(str(file.relative_to(path)) for file in files)
-
-
-def state_is_read(path: Path) -> str:
-    """What is wrong with the state that a fault has left, for its readers; empty: nothing."""
-    from trl_entropy.runs import checkpoints
-    from trl_entropy.runs.directory import RunDirectory
-
-    try:
-        steps = [row["step"] for row in RunDirectory(path).metrics()]
-        if steps != sorted(set(steps)):
-            return f"the steps {steps} are logged"
-        for checkpoint in checkpoints.checkpoints_of(path):
-            if (checkpoint / checkpoints.SEAL).exists():
-                checkpoints.check_files(checkpoint)  # sealed, and so whole
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 class Outcome(NamedTuple):
-    """A point: what failed, and what was wrong afterwards; empty: nothing."""
+    """A point: which command was tried, whether a fault ended it, and what was wrong afterwards; empty: nothing."""
 
-    point: str
+    command: str
+    was_ended: bool
     wrong: str
 
 
-def training_point(training: Training, expected: object, at: list[int], mode: int, base: Path | None) -> str:
-    """One or two faults in a row, then an attempt without; what is wrong, or nothing."""
+def point(command: Command, expected: object, faults: list[Fault]) -> Outcome:
+    """A call for each fault, then one without."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder).resolve() / "run"
-        resume: str | None = None
-        if base is not None:
-            shutil.copytree(base, run)
-            resume = str(run / "checkpoint-2")
-        for number in at:
-            ended = attempt(partial(training.run, run, resume), run, number, mode)
-            if ended.result is not None and ended.result != expected:
-                return f"it ended with other numbers in spite of the fault: {ended.error}"
-            resume = "latest_or_new"
-            if wrong := state_is_read(run):
-                return f"after the fault ({ended.error}): {wrong}"
-        last = attempt(lambda: training.run(run), run)
+        path = _laid(command, Path(folder))
+        call, was_ended = command.first, False
+        for fault in faults:
+            ended = attempt(partial(call, path), path, fault)
+            was_ended |= bool(ended.error)
+            if not ended.error and ended.result != expected:
+                return Outcome(
+                    command.name, was_ended, f"in spite of the fault other results:\n{_apart(ended.result, expected)}"
+                )
+            call = command.again
+            if path.exists() and (wrong := command.wrong(path, expected)):
+                return Outcome(command.name, was_ended, f"after the fault ({ended.error}): {wrong}")
+        last = attempt(partial(call, path), path)
         if last.error:
-            return f"it did not go on: {last.error}"
-        return "" if last.result == expected else f"it went on to other numbers: {last.result} instead of {expected}"
+            return Outcome(command.name, was_ended, f"it did not go on: {last.error}")
+        other = "" if last.result == expected else f"it went on to other results:\n{_apart(last.result, expected)}"
+        return Outcome(command.name, was_ended, other or command.wrong(path, expected))
 
 
-def archive_point(run: Path, at: int, mode: int) -> str:
-    """A fault while a run is archived: a manifest is there only with all its files, and a second call completes it."""
-    from trl_entropy.archive import MANIFEST, archive
+def _laid(command: Command, folder: Path) -> Path:
+    path = folder.resolve() / "run"
+    if command.base is not None:
+        shutil.copytree(command.base, path)
+    return path
 
+
+def _apart(found: object, expected: object) -> str:
+    """The lines in which two results differ."""
+    texts = [pprint.pformat(one, width=200).splitlines() for one in (expected, found)]
+    return "\n".join(line for line in difflib.unified_diff(*texts, "expected", "found", lineterm="", n=0))[:3000]
+
+
+def prepared(folder: Path, kinds: Sequence[str]) -> list[Command]:
+    """The commands of these kinds, and the runs that they start from."""
+    import_everything()
+    training, base = Training(), folder / "base"
+    _done(attempt(lambda: training.run(base), base))
+    commands = [*training_commands(training, base), archive_command(base)]
+    if "evaluation" in kinds:
+        run = folder / "evaluation" / "run"
+        shutil.copytree(base, run)
+        make_evaluable(run)
+        _done(attempt(lambda: evaluated(run, num_samples=2), run))
+        commands.append(evaluation_command(run))
+    if "report" in kinds:
+        run = folder / "report" / "run"
+        shutil.copytree(base, run)
+        whole = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+        _done(attempt(lambda: reported(run), run))
+        (run / "metrics.jsonl").write_text(whole)
+        commands.append(report_command(run))
+    return [command for command in commands if command.name in kinds]
+
+
+def _done(ended: Ended) -> Ended:
+    assert not ended.error, ended.error
+    return ended
+
+
+def without_fault(command: Command) -> Ended:
+    """What a command leaves, and in how many operations."""
     with tempfile.TemporaryDirectory() as folder:
-        there = Path(folder).resolve() / "archive"
-        target = there / run.name
-        attempt(lambda: len(archive(run, f"file://{there}").files), there, at, mode)
-        for _ in range(2):
-            if (target / MANIFEST).exists():
-                listed = json.loads((target / MANIFEST).read_text())["files"]
-                for name, described in listed.items():
-                    data = (target / name).read_bytes() if (target / name).exists() else b""
-                    if (len(data), hashlib.sha256(data).hexdigest()) != (described["size"], described["sha256"]):
-                        return f"the manifest names {name}, which is not as it says"
-            ended = attempt(lambda: len(archive(run, f"file://{there}").files), there)
-            if ended.error:
-                return f"it cannot be completed: {ended.error}"
-        return "" if (target / MANIFEST).exists() else "there is no manifest at last"
+        path = _laid(command, Path(folder))
+        return _done(attempt(partial(command.first, path), path))
 
 
-def points(number: int, seed: int, kinds: tuple[str, ...] = ("training", "resumption", "archive")) -> list[Outcome]:
+def points(number: int, seed: int, kinds: Sequence[str]) -> list[Outcome]:
     """Try that many faults, spread over all operations of the kinds, and return what was wrong at each."""
     rng, outcomes = random.Random(seed), []
-    training = Training()
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder).resolve() / "base"
-        whole = attempt(lambda: training.run(base), base)
-        assert not whole.error, whole.error
-        again = Path(folder).resolve() / "again"
-        shutil.copytree(base, again)
-        resumed = attempt(lambda: training.run(again, str(again / "checkpoint-2")), again)
-        assert not resumed.error and resumed.result == whole.result, resumed.error
-        there = Path(folder).resolve() / "counted"
-        from trl_entropy.archive import archive
-
-        archived = attempt(lambda: len(archive(base, f"file://{there}").files), there)
-        size = {"training": whole.operations, "resumption": resumed.operations, "archive": archived.operations}
+        commands = prepared(Path(folder).resolve(), kinds)
+        ends = [without_fault(command) for command in commands]
         for place in range(number):
-            kind, mode = kinds[place % len(kinds)], place // len(kinds) % len(MODES)
-            at = rng.randrange(size[kind])
-            if kind == "archive":
-                wrong = archive_point(base, at, mode)
-            else:
-                ats = [at] if rng.random() < 0.7 else [at, rng.randrange(size[kind])]
-                wrong = training_point(training, whole.result, ats, mode, base if kind == "resumption" else None)
-            outcomes.append(Outcome(f"{kind}, {MODES[mode]} operation {at} of {size[kind]}", wrong))
-            if wrong:
-                print(f"{outcomes[-1].point}: {wrong}", flush=True)
+            which, mode = place % len(commands), place // len(commands) % len(MODES)
+            size, num = ends[which].operations, 1 if rng.random() < 0.7 else 2
+            faults = [Fault(rng.randrange(size), mode, rng.random() < 0.5) for _ in range(num)]
+            outcomes.append(point(commands[which], ends[which].result, faults))
+            if len(outcomes) % 20 == 0 and len(outcomes) < number:
+                print(f"{len(outcomes)} of {number}", flush=True)
+            if wrong := outcomes[-1].wrong:
+                where = ", ".join(f"{fault.at}{' with its group' * fault.kills_group}" for fault in faults)
+                print(f"{outcomes[-1].command}, {MODES[mode]} operation {where} of {size}: {wrong}", flush=True)
     return outcomes
 
 
@@ -244,17 +223,31 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--planted", action="store_true", help="archive without copying, which must be found")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     args = parser.parse_args()
     if "fail_at" not in os.environ.get("LD_PRELOAD", ""):
         environment = os.environ | {"LD_PRELOAD": str(library(Path(tempfile.mkdtemp()))), "OMP_NUM_THREADS": "1"}
         os.execve(sys.executable, [sys.executable, "-m", "faults.harness", *sys.argv[1:]], environment)
-    shutil.rmtree(Path(os.environ["LD_PRELOAD"]).parent)  # it is loaded
+    try:
+        try_them(args)
+    finally:
+        shutil.rmtree(Path(os.environ["LD_PRELOAD"]).parent)
+
+
+def try_them(args: argparse.Namespace) -> None:
+    """Try the points and exit, with status 1 if one lost something."""
     if args.planted:
         plant()
-    outcomes = points(args.points, args.seed, *([("archive",)] if args.planted else []))
-    lost = [outcome for outcome in outcomes if outcome.wrong]
-    tried = Counter(outcome.point.split(",")[0] for outcome in outcomes)
-    print(f"{len(outcomes)} faults {dict(tried)}, seed {args.seed}: {len(lost)} lost something")
+    logging.getLogger("trl_entropy").setLevel(logging.ERROR)  # readers name what is cut
+    started = time.monotonic()
+    outcomes = points(args.points, args.seed, ["archive"] if args.planted else args.only)
+    lost = sum(bool(outcome.wrong) for outcome in outcomes)
+    tried = dict(Counter(outcome.command for outcome in outcomes))
+    ended, seconds = sum(outcome.was_ended for outcome in outcomes), time.monotonic() - started
+    print(
+        f"{len(outcomes)} faults {tried}, of which {ended} ended the command, seed {args.seed}: {lost} lost something "
+        f"({seconds:.0f} s)"
+    )
     sys.exit(bool(lost))
 
 

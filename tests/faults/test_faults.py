@@ -21,11 +21,14 @@ def harness(*arguments):
 
 @pytest.mark.timeout(900)
 def test_no_fault_loses_anything():
-    done = harness("--points", "9", "--seed", "20")
-    assert done.returncode == 0 and "9 faults" in done.stdout and ": 0 lost something" in done.stdout, done
+    done = harness("--points", "10", "--seed", "20")
+    assert done.returncode == 0 and "10 faults" in done.stdout and ": 0 lost something" in done.stdout, done
 
 
 def test_what_is_lost_is_seen():
     done = harness("--points", "2", "--planted")
-    assert done.returncode == 1 and "2 faults {'archive': 2}, seed 0: 2 lost something" in done.stdout, done
+    assert (
+        done.returncode == 1
+        and "2 faults {'archive': 2}, of which 2 ended the command, seed 0: 2 lost something" in done.stdout
+    ), done
     assert "the manifest names" in done.stdout

@@ -100,7 +100,7 @@ def test_reference_run_is_estimated_from_the_built_in_shape(diagnose):
     report, found = diagnose(*arguments)
     assert "1,543,714,304 parameters, adapter" in report and "built-in table" in " ".join(report.split())
     assert re.search(r"weights +2\.88 +2\.88 +2\.88 +2\.88 +1\.44", report)  # bf16: 2 x 1.54e9 bytes; ZeRO-3 halves
-    assert "*zero2" in report and "2 process(es) x 64 micro-batch(es) of 16" in report
+    assert "*zero2" in report and "2 processes x 64 micro-batches of 16" in report
     assert problems(found) == []
 
 
@@ -119,7 +119,7 @@ def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
             doctor.main([*ON_CPU, "--output_dir", str(tmp_path), *more])
         assert end.value.code == status
         printed = capsys.readouterr().out
-        assert ("PROBLEM" in printed) == bool(status) and f"{status} problem(s)" in printed
+        assert ("PROBLEM" in printed) == bool(status) and f"{status} problem" in printed
     assert not any(tmp_path.iterdir())
 
 
@@ -151,7 +151,7 @@ def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
         ([*GPUS, *PROBED, "--attn_implementation", "flash_attention_2"], "attention flash.*attn_implementation: sdpa"),
         ([*GPUS, *PROBED, *LORA, "--load_in_4bit", "true"], "quantisation 4bit.*dtype: bfloat16"),
         ([*GPUS, *PROBED, "--bf16", "false", "--fp16", "true"], "loss scaling changes gradients.*bf16: true"),
-        ([*GPUS, "--num_processes", "8"], r"8 processes on a machine with 2 GPU\(s\). Set num_processes: 2"),
+        ([*GPUS, "--num_processes", "8"], r"8 processes on a machine with 2 GPUs. Set num_processes: 2"),
         ([*GPUS, "--hardware", "1xT4-16GB", *PROBED], "peak.*and has 14.9 GiB. Lower"),
         ([*GPUS, *PROBED, *ROLLOUTS], "two float32 gradients"),
         ([*GPUS, *LORA, *REENTRANT], "marked ready only once.*use_reentrant: false"),
@@ -176,8 +176,8 @@ def test_records_are_read_as_training_will(tmp_path, diagnose):
     records = [*ON_CPU, "--task", "gsm8k", "--dataset_path", tmp_path / "few.jsonl"]
     assert problems(diagnose(*records)[1]) == []
     for more, message in (
-        (["--num_prompts_per_step", "4"], r"train_dataset has 3 prompt\(s\), but a step draws 4"),
-        (["--max_prompt_length", "9"], "all 3 prompts are longer than max_prompt_length=9"),
+        (["--num_prompts_per_step", "4"], r"train_dataset has 3 prompts, but a step draws 4"),
+        (["--max_prompt_length", "9"], "no prompt of 3 fits into max_prompt_length=9"),
     ):
         assert any(re.search(message, finding.text) for finding in problems(diagnose(*records, *more)[1]))
     (tmp_path / "few.jsonl").write_text('{"question": "q", "answer": "#### 1,5"}\n')
@@ -218,7 +218,7 @@ def test_bf16_without_gpu_says_how_to_go_on(diagnose):
 def test_launchers_that_start_one_process(settings, tmp_path, diagnose):
     path = accelerate_yaml(tmp_path, **settings, num_processes=2, use_cpu=True)
     report, found = diagnose(*ON_CPU, "--accelerate_config", path)
-    assert "1 process(es), engine plain" in report
+    assert "1 process, engine plain" in report
     assert ["starts ONE" in finding.text for finding in problems(found)] == [True]
 
 
@@ -247,6 +247,38 @@ def test_disk_that_is_too_small(monkeypatch, diagnose):
     assert any("save_total_limit" in finding.remedy for finding in problems(found))
     # A checkpoint has 459,904 parameters of 4 bytes, and two moments: ten are above the 40 MiB that are free.
     assert problems(diagnose(*ON_CPU, "--save_strategy", "no")[1]) == []
+
+
+@pytest.mark.parametrize("more, said", [
+    ([], "checkpoints: 20 x 0.01 GiB = "),
+    (["--save_total_limit", "2"], "checkpoints: 3 x 0.01 GiB = "),
+    (["--save_total_limit", "1", "--metric_for_best_model", "reward"], "checkpoints: 3 x 0.01 GiB = "),
+    (["--save_total_limit", "2", "--evaluate_checkpoints", "wait"], "checkpoints: 3 x 0.01 GiB = "),
+    (["--save_total_limit", "2", "--evaluate_checkpoints", "background"], "checkpoints: at most 20 x 0.01 GiB = "),
+    (["--evaluate_checkpoints", "background"], "checkpoints: 20 x 0.01 GiB = "),
+])  # fmt: skip
+def test_as_many_checkpoints_are_counted_as_training_keeps(diagnose, more, said):
+    report, _ = diagnose(*ON_CPU, "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "20", *more)
+    assert said in report
+    assert ("stays until it is evaluated in the background" in " ".join(report.split())) == ("at most" in said)
+
+
+def test_a_disk_that_slow_evaluations_could_fill_is_named(diagnose, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(GIB, GIB, 20 * 2**20))
+    settings = [
+        *ON_CPU,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--max_steps",
+        "20",
+        "--save_total_limit",
+        "2",
+    ]
+    assert problems(diagnose(*settings)[1]) == []
+    (found,) = problems(diagnose(*settings, "--evaluate_checkpoints", "background")[1])
+    assert "can take, if evaluation is slower" in str(found) and "evaluate_checkpoints=wait" in found.remedy
 
 
 def write_run(folder: Path, num_processes: int = 1, step: int = 0) -> None:
@@ -342,6 +374,6 @@ def test_launch_from_the_environment_of_accelerate():
 def test_short_report_at_the_start_of_training(tmp_path):
     task, args, model = train.parse([*ON_CPU, "--output_dir", str(tmp_path), "--num_prompts_per_step", "1"])
     lines = short_report(task, args, model)
-    assert lines[0].startswith("a step: 1 prompts x 8 completions = 8, as 1 process(es)")
+    assert lines[0].startswith("a step: 1 prompt x 8 completions = 8, as 1 process x")
     assert re.match(r"memory: about 0\.\d GiB a process at the peak", lines[1])
     assert len(lines) <= 3

@@ -275,7 +275,7 @@ def test_a_diverged_run_has_a_page_and_no_part_is_missing(real_run, tmp_path, ca
     text = text_of(target)
     assert not caplog.messages and "Missing on this page" not in text
     assert "Left out: 2 of these steps, whose contributions are nan or infinite." in text
-    assert "steps 1 to 1: " in text and "Not a finite number" in text and "nan%" not in target.read_text()
+    assert ", step 1: " in text and "Not a finite number" in text and "nan%" not in target.read_text()
 
 
 def test_a_run_without_reward_and_entropy_has_a_page(tmp_path):

@@ -22,7 +22,7 @@ def reduced(key, values):
     ("reward", 2.0),
     ("my/own_key", 2.0),
     ("entropy/delta_measured_stderr", math.sqrt(9 + 1 + 16 + 4) / 4),  # of a mean of independent values
-    ("entropy/delta_cross_prompt_stderr_jackknife", math.sqrt(30) / 4),
+    ("entropy/delta_cross_prompt_stderr_unbiased", math.sqrt(30) / 4),
     ("my/own_key_stderr", math.sqrt(30) / 4),
     ("my/share_of_stderrors", 2.0),
     ("entropy/integral_measured", 2.0 * 1),

@@ -1,22 +1,13 @@
 """Secrets are masked by the name of their field and by their form; nothing else is."""
 
+import html
+import json
+
 import pytest
+import yaml
+from planted_secrets import BY_FORM, IN_TEXT
 
 from trl_entropy.runs.secrets import MASK, is_secret_name, masked, masked_command, masked_text
-
-# Made up, in the forms that issuers use; split, so that no scanner of repositories takes them for real ones.
-BY_FORM = {
-    "Hugging Face": "hf" + "_AbCdEfGhIjKlMnOpQrStUvWxYz0123456789",
-    "GitHub": "ghp" + "_0123456789abcdefghijABCDEFGHIJ012345",
-    "GitHub, fine-grained": "github_pat" + "_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz",
-    "GitLab": "glpat" + "-abcdefghijklmnopqrst",
-    "OpenAI": "sk" + "-proj-abcdefghijklmnopqrstuvwxyz0123",
-    "Anthropic": "sk" + "-ant-api03-abcdefghijklmnopqrstuvwxyz",
-    "Slack": "xoxb" + "-123456789012-abcdefghijkl",
-    "AWS": "AKIA" + "ABCDEFGHIJKLMNOP",
-    "Google": "AIza" + "SyA1234567890abcdefghijklmnopqrstuv",
-    "a JSON web token": "eyJ" + "hbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-DEF_123",
-}
 
 
 @pytest.mark.parametrize("issuer", BY_FORM)
@@ -27,17 +18,7 @@ def test_a_token_is_masked_wherever_it_stands(issuer):
     assert secret not in str(masked({"a": [{"b": (secret, 1)}]}))
 
 
-@pytest.mark.parametrize(
-    ("text", "secret"),
-    [
-        ("git clone https://user:pass1234@host/x.git", "pass1234"),
-        ("https://abcdefghij0123456789@host/x.git", "abcdefghij0123456789"),
-        ("s3://key1:secret1@bucket/x", "secret1"),
-        ("https://h/x?token=abc123&y=1", "abc123"),
-        ("https://h/x?y=1&sig=abc123", "abc123"),
-        ("Authorization: Bearer abcdefgh123", "abcdefgh123"),
-    ],
-)
+@pytest.mark.parametrize("text, secret", IN_TEXT.values(), ids=IN_TEXT)
 def test_a_secret_in_a_url_or_header_is_masked(text, secret):
     assert secret not in masked_text(text) and MASK in masked_text(text)
     assert masked_text(text).endswith(text.split(secret)[1])
@@ -82,6 +63,27 @@ def test_a_field_of_this_name_is_masked(name):
 @pytest.mark.parametrize("name", OTHER_NAMES)
 def test_a_field_of_this_name_is_left(name):
     assert masked({name: "x1"}) == {name: "x1"}
+
+
+@pytest.mark.parametrize("text", [
+    '{"eos_token": "<eos>", "num_tokens": 5}', "{max_tokens: 7, key: 3}", "https://h/x?max_tokens=5&page=2",
+    "step 3: token: 5 of 7", '{"token": null}', "a_task-with_sketch-of-sixteen-letters", "bash_hf_home",
+])  # fmt: skip
+def test_a_text_without_a_secret_is_left(text):
+    assert masked_text(text) == text
+
+
+@pytest.mark.parametrize("again", [repr, json.dumps, html.escape, yaml.safe_dump, lambda text: json.dumps(repr(text))])
+@pytest.mark.parametrize("form", ["JSON", "a dict", "YAML in one line"])
+def test_a_secret_is_masked_in_a_text_that_is_quoted_again(form, again):
+    text, secret = IN_TEXT[form]
+    quoted = masked_text(again(f"it's {text}"))
+    assert secret not in quoted and MASK in quoted and "main" in quoted
+
+
+def test_a_secret_in_json_leaves_its_neighbours():
+    text = """--model_init_kwargs={"token": "a\\"b, c", "revision": "main"}"""
+    assert masked_text(text) == f"""--model_init_kwargs={{"token": "{MASK}", "revision": "main"}}"""
 
 
 def test_a_command_line_is_masked_in_all_its_spellings():

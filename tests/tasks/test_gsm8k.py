@@ -79,7 +79,7 @@ def test_length_filter_says_how_many_it_dropped(directory, caplog):
     assert dataset["question"][:] == ["How many clips?", "A half?"]
     assert f"dropped 1 of 3 prompts longer than {limit} tokens" in caplog.text
     assert len(load_gsm8k(directory, tokenizer=tokenizer, max_prompt_length=None)) == 3
-    with pytest.raises(ValueError, match=r"all 3 prompts are longer than max_prompt_length=1 tokens"):
+    with pytest.raises(ValueError, match=r"no prompt of 3 fits into max_prompt_length=1 tokens"):
         load_gsm8k(directory, tokenizer=tokenizer, max_prompt_length=1)
 
 

@@ -38,7 +38,7 @@ def renamed(problems: Dataset) -> Dataset:
 @pytest.mark.parametrize(
     ("message", "settings"),
     [
-        (r"train_dataset has 3 prompt\(s\), but a step draws 4 different", {"dataset": lambda p: p.select(range(3))}),
+        (r"train_dataset has 3 prompts, but a step draws 4 different", {"dataset": lambda p: p.select(range(3))}),
         ("train_dataset has no rows", {"dataset": lambda p: p.select([])}),
         (r"train_dataset has no column 'prompt', only \['question'\]", {"dataset": renamed}),
         (r"eval_dataset has no column 'prompt'", {"eval_dataset": renamed}),

@@ -228,3 +228,11 @@ def test_what_cannot_be_is_refused(settings, message, tmp_path):
     defaults = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "num_generations": 4}
     with pytest.raises(ValueError, match=message):
         DrGRPOConfig(**(defaults | {"per_device_train_batch_size": 16} | CONTROL | settings))
+
+
+def test_parameters_that_would_lose_the_correction_are_refused_at_construction(make_trainer):
+    narrow = {"model_init_kwargs": {"dtype": "bfloat16"}, "entropy_control_num_completions": 8}
+    wanted = {"entropy_control_target": 3.0, **narrow}
+    with pytest.raises(ValueError, match=r"is torch.bfloat16, whose rounding would lose.*Load the model with dtype"):
+        make_trainer(entropy_control="hold", **wanted)
+    make_trainer(entropy_control="report", **wanted)  # which corrects nothing

@@ -21,6 +21,7 @@ from trl_entropy.evaluation import during_training, process
 from trl_entropy.evaluation.plan import Target
 from trl_entropy.evaluation.process import CANCELLED
 from trl_entropy.runs.checkpoints import checkpoints_of
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.trainer.callbacks import RunLogCallback
 
@@ -199,7 +200,7 @@ def test_sigterm_ends_the_evaluation_and_names_those_left(
     assert trainer.state.global_step == last and time.monotonic() - start < 50
     steps = str(last) if waits else f"0,2,{last}"
     command = f"trl-entropy evaluate --run {trainer.args.output_dir} --checkpoints {steps}"
-    assert f"{len(steps.split(','))} evaluations are left; to do them: {command}" in caplog.text
+    assert f"{counted(len(steps.split(',')), 'evaluation')} left to do: {command}" in caplog.text
     assert signal.getsignal(signal.SIGTERM) == before and evaluation_threads() == []
     if not waits:
         assert alive(pids) == [] and "cancelled" not in caplog.text
@@ -225,7 +226,7 @@ def test_sigterm_while_training_waits_for_an_evaluation(make_trainer, monkeypatc
         def run_job(job, timeout, cancel):
             if job.target.step < 4:
                 return "not evaluated"
-            until(lambda: "waiting for 1 evaluations" in caplog.text)
+            until(lambda: "waiting for 1 evaluation" in caplog.text)
             os.kill(os.getpid(), signal.SIGTERM)
             assert cancel.wait(60.0)
             return CANCELLED
@@ -235,7 +236,7 @@ def test_sigterm_while_training_waits_for_an_evaluation(make_trainer, monkeypatc
     caplog.set_level("INFO", logger="trl_entropy")
     trainer = trained(make_trainer, stand_in, monkeypatch, evaluate_checkpoints="background")
     assert trainer.state.global_step == 4
-    assert f"1 evaluations are left; to do them: trl-entropy evaluate --run {trainer.args.output_dir}" in caplog.text
+    assert f"1 evaluation left to do: trl-entropy evaluate --run {trainer.args.output_dir}" in caplog.text
 
 
 def test_an_evaluation_does_not_outlive_a_training_that_fails(make_trainer, monkeypatch, tmp_path):
@@ -281,7 +282,7 @@ def test_a_question_twice_ends_the_run_at_its_start(make_trainer, monkeypatch, t
     record = json.dumps({"question": "How many?", "answer": "#### 3"})
     (tmp_path / "data.jsonl").write_text(f"{record}\n{record}\n")
     task = {"task": "gsm8k", "dataset_path": str(tmp_path / "data.jsonl")}
-    with pytest.raises(ValueError, match=r"data.jsonl holds 1 held-out question\(s\) more than once"):
+    with pytest.raises(ValueError, match=r"data.jsonl holds 1 held-out question more than once"):
         trained(make_trainer, evaluator([]), monkeypatch, task=task, evaluate_checkpoints="wait")
 
 

@@ -43,7 +43,9 @@ class Keep(FisherProbe):
 def trained(make_trainer, monkeypatch):
     """trained(**settings): 2 steps on completions of 1 to 12 random tokens; what the probe saw last, all metrics."""
 
-    def train(lora=False, num_sequences=12, sketch_dim=0, **settings):
+    def train(lora=False, num_sequences=12, sketch_dim=0, num_rows=0, **settings):
+        if num_rows:
+            settings["dataset"] = Dataset.from_dict({"prompt": [f"Ann has {i} apples." for i in range(num_rows)]})
         keep, draw = Keep(num_sequences=num_sequences, sketch_dim=sketch_dim, batch_size=5), random.Random(0)
         trainer = make_trainer(callbacks=[keep], peft_config=LORA if lora else None, **settings)
 
@@ -106,6 +108,8 @@ def split_by_parameter(keep, gradients, metric):
         {"lora": True, "max_grad_norm": 0.01},
         {"gradient_accumulation_steps": 2, "num_sequences": 16, "weight_decay": 0.1, "learning_rate": 1e-4},
         {"length_normalizer": "group_max", "num_sequences": 16, "max_steps": 1},
+        # The second step is what is left of the epoch: half as many completions.
+        {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_sequences": 16, "num_rows": 24},
     ],
     ids=str,
 )

@@ -23,7 +23,7 @@ PROBE = {"entropy_probe": True, "entropy_probe_completions": "rollouts", "probe_
 NEW_KEYS = {
     "entropy/delta_cross_prompt",
     "entropy/delta_cross_prompt_stderr",
-    "entropy/delta_cross_prompt_stderr_jackknife",
+    "entropy/delta_cross_prompt_stderr_unbiased",
     "entropy/delta_same_sample",
     "entropy/rollouts_gradient_error",
     "entropy/num_coordinates_without_metric",
@@ -195,8 +195,8 @@ def test_change_is_that_of_float64_loops(trained):
         assert row["entropy/delta_same_sample"] == pytest.approx(-plain, rel=tolerance)
         assert row["entropy/delta_cross_prompt"] == pytest.approx(-u, rel=tolerance, abs=tolerance * abs(plain))
         variance, jackknife = variance_by_components(pairs, 8)
-        assert row["entropy/delta_cross_prompt_stderr_jackknife"] == pytest.approx(jackknife**0.5, rel=tolerance)
-        stderr = row["entropy/delta_cross_prompt_stderr"]
+        assert row["entropy/delta_cross_prompt_stderr"] == pytest.approx(jackknife**0.5, rel=tolerance)
+        stderr = row["entropy/delta_cross_prompt_stderr_unbiased"]
         assert stderr is None if variance < 0 else stderr == pytest.approx(variance**0.5, rel=tolerance)
     check_in_sample_change(RunDirectory(args.output_dir), logged)
 

@@ -231,6 +231,19 @@ def test_scopes_agree_on_a_single_micro_batch_alone(make_trainer, control, accum
     assert all(same) if accumulation == 1 else not all(same)
 
 
+@pytest.mark.parametrize("control", ["clip_cov", "random"])
+def test_padding_beyond_the_longest_completion_changes_no_choice(make_trainer, control):
+    settings = CLIP if control == "clip_cov" else {"token_control": "random", "token_control_fraction": 0.1}
+    found = []
+    for multiple in (None, 16):
+        _, kept, (row,) = trained(make_trainer, entropy_probe=False, pad_to_multiple_of=multiple, **settings)
+        ((inputs, _),) = kept.inputs
+        found.append((inputs["advantages"], row["token_control/num_tokens"]))
+    (plain, number), (padded, number_of_padded) = found
+    assert plain.shape[1] <= 12 and padded.shape[1] == 16 and number == number_of_padded > 0
+    assert torch.equal(plain, padded[:, : plain.shape[1]])
+
+
 @pytest.mark.parametrize("scope", ["optimizer_batch", "micro_batch"])
 def test_random_positive_tokens_have_no_loss(make_trainer, scope):
     control = {"token_control": "random_positive", "token_control_scope": scope, "token_control_fraction": 0.2}

@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.lock import LOCK, RunIsLocked, locked
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
-USED = r"already holds a run of 2 step\(s\)\. Choose another output_dir, move it away, or continue it"
+USED = r"already holds a run of 2 steps\. Choose another output_dir, move it away, or continue it"
 
 
 def flat(model):
@@ -123,3 +124,42 @@ def test_a_training_after_one_that_was_stopped_makes_all_its_steps(make_trainer)
     trainer.train(resume_from_checkpoint="latest")
     assert trainer.state.global_step == 4
     assert [row["step"] for row in RunDirectory(trainer.args.output_dir).metrics()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("resume", [None, "latest", "checkpoint-1"])
+def test_two_processes_cannot_train_in_one_run_directory_at_once(make_trainer, finished, resume):
+    run = Path(finished.args.output_dir)
+    trainer = make_trainer(output_dir=str(run), max_steps=3, lr_scheduler_type="constant", **SAVING)
+    with locked(run):  # by another open file, as by another process
+        before = contents(run)
+        with pytest.raises(RunIsLocked, match=f"is being trained already, by process {os.getpid()} on"):
+            trainer.train(resume_from_checkpoint=str(run / resume) if resume == "checkpoint-1" else resume)
+        assert contents(run) == before
+
+
+def test_the_run_directory_is_locked_as_long_as_training_lasts(make_trainer, tmp_path):
+    class Looks(TrainerCallback):
+        found = ()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(RunIsLocked), locked(tmp_path / "run"):
+                pytest.fail("entered")
+            self.found += (state.global_step,)
+
+    looks = Looks()
+    make_trainer(output_dir=str(tmp_path / "run"), callbacks=[looks]).train()
+    assert looks.found == (1, 2) and not (tmp_path / "run" / LOCK).exists()
+
+
+def test_what_killed_processes_have_left_unfinished_is_removed(make_trainer, finished):
+    run = Path(finished.args.output_dir)
+    folders = {step: run / "evaluation" / f".step_{step:06d}.partial" for step in (0, 1, 2, 7)}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    unfinished = [run / "probes" / "entropy" / name for name in (".tmpAbC123", ".step_000002.safetensors.tmp")]
+    for path in unfinished:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    make_trainer(output_dir=str(run), **SAVING).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert not any(path.exists() for path in unfinished)
+    assert [step for step, folder in folders.items() if folder.exists()] == [0, 1]

@@ -17,6 +17,7 @@ from trl_entropy.config.settings_file import Settings, convert_setting, hints_of
 from trl_entropy.config.unread import check_given, readers_of, turned_off
 from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_agent_task, check_problem_numbers
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
@@ -36,7 +37,8 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
         )
     if args.reward_weights is not None and len(args.reward_weights) != len(task.reward_funcs):
         raise ValueError(
-            f"reward_weights has {len(args.reward_weights)} number(s), reward_funcs {len(task.reward_funcs)}; each "
+            f"reward_weights has {counted(len(args.reward_weights), 'number')}, reward_funcs "
+            f"{len(task.reward_funcs)}; each "
             "reward function needs one."
         )
     check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from trl_entropy.config.requirements import Requirements
+from trl_entropy.runs.counted import counted
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class ControlChecks(Requirements):
         of_step = self.entropy_control_completions == "rollouts"
         remedies = {
             "entropy_control_gradient_ema in [0, 1)": 0 <= self.entropy_control_gradient_ema < 1,
-            f"entropy_control_num_completions to a multiple of 2 x {world} process(es), at least 4 on each": (
+            f"entropy_control_num_completions to a multiple of 2 x {counted(world, 'process')}, at least 4 on each": (
                 of_step or (prompts >= 4 * world and prompts % (2 * world) == 0)
             ),
         }

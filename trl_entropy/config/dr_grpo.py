@@ -14,6 +14,7 @@ from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.config.prompt_checks import PromptChecks
 from trl_entropy.config.unread import check_config
 from trl_entropy.config.without_secrets import WithoutSecrets
+from trl_entropy.runs.counted import counted
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
             multiple = math.lcm(per_micro_step, self.num_generations) // self.num_generations
             raise ValueError(
                 f"num_prompts_per_step={self.num_prompts_per_step} x num_generations={self.num_generations} = "
-                f"{completions} completions a step do not divide into {world_size} process(es) x "
+                f"{completions} completions a step do not divide into {counted(world_size, 'process')} x "
                 f"per_device_train_batch_size={self.per_device_train_batch_size}. "
                 + _proposal("per_device_train_batch_size", fitting, f"num_prompts_per_step a multiple of {multiple}")
             )
@@ -108,7 +109,8 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"num_prompts_per_step={self.num_prompts_per_step} needs gradient_accumulation_steps={steps} "
-                f"({completions} completions / {world_size} process(es) / {self.per_device_train_batch_size} a "
+                f"({completions} completions / {counted(world_size, 'process')} / "
+                f"{self.per_device_train_batch_size} a "
                 f"micro-batch), got {self.gradient_accumulation_steps}. Remove one of the two settings."
             )
         self.gradient_accumulation_steps: int = steps
@@ -125,8 +127,8 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
             fitting = [size for size in range(1, above + 1) if (world_size * steps * size) % self.num_generations == 0]
             nearest = sorted(fitting, key=lambda size: abs(size - self.per_device_train_batch_size))[:2]
             raise ValueError(
-                f"{world_size} process(es) x per_device_train_batch_size={self.per_device_train_batch_size} x {steps} "
-                f"step(s) = {batch} completions hold no whole number of groups of num_generations="
+                f"{counted(world_size, 'process')} x per_device_train_batch_size={self.per_device_train_batch_size} x "
+                f"{counted(steps, 'step')} = {batch} completions hold no whole number of groups of num_generations="
                 f"{self.num_generations}. "
                 + _proposal("per_device_train_batch_size", sorted(nearest), f"num_generations a divisor of {batch}")
             )

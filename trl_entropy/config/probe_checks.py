@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trl_entropy.config.requirements import Requirements
+from trl_entropy.runs.counted import counted
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation), unless
 # they draw their own, which they do from it.
@@ -113,7 +114,8 @@ class ProbeChecks(Requirements):
         if prompts < 4 * world or prompts % world:
             fitting = max(4, round(prompts / world)) * world
             raise ValueError(
-                f"entropy_probe_num_completions is {prompts}: it must be a multiple of the {world} process(es), and "
+                f"entropy_probe_num_completions is {prompts}: it must be a multiple of the "
+                f"{counted(world, 'process')}, and "
                 "at least 4 on each, so that both halves of the completions have a standard error. Try "
                 f"entropy_probe_num_completions={fitting}."
             )
@@ -190,7 +192,8 @@ class ProbeChecks(Requirements):
             n = max([n for n in fitting if groups_of_process // n >= per_process and n * group <= size] or [1])
             raise ValueError(
                 "noise_scale_from='micro_batches' needs two micro-batches a step, each of whole prompt groups: a step "
-                f"has {world} process(es) x {self.gradient_accumulation_steps} micro-batch(es) of {size} completions "
+                f"has {counted(world, 'process')} x {counted(self.gradient_accumulation_steps, 'micro-batch')} of "
+                f"{counted(size, 'completion')} "
                 f"in groups of num_generations={group}. Try per_device_train_batch_size={n * group} with "
                 f"gradient_accumulation_steps={max(per_process, groups_of_process // n)}, or "
                 "noise_scale_from='groups'."
@@ -235,7 +238,8 @@ class ProbeChecks(Requirements):
             least = -(-3 // self.world_size) * unit
             fitting = min(max(number // unit * unit, least), largest)
             raise ValueError(
-                f"fisher_num_sequences is {number}: it must be a multiple of {unit} ({self.world_size} process(es) x "
+                f"fisher_num_sequences is {number}: it must be a multiple of {unit} "
+                f"({counted(self.world_size, 'process')} x "
                 f"num_generations={self.num_generations}) of at least 3 prompt groups and at most the {largest} "
                 f"completions of a step. Try fisher_num_sequences={fitting}."
             )

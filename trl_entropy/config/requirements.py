@@ -11,6 +11,7 @@ from trl_entropy.config.probe_settings import ProbeSettings
 from trl_entropy.config.sampling import merged, narrowing, narrowing_arguments
 from trl_entropy.config.setting import own_settings
 from trl_entropy.config.training_settings import TrainingSettings
+from trl_entropy.runs.counted import counted
 
 
 class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig):
@@ -58,8 +59,8 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
                 below = self.per_device_train_batch_size // self.num_generations * self.num_generations
                 raise ValueError(
                     f"{what} needs all completions of a prompt on one process and in one step, but "
-                    f"per_device_train_batch_size={self.per_device_train_batch_size} x {steps} "
-                    f"step(s) splits groups of num_generations={self.num_generations}. Try "
+                    f"per_device_train_batch_size={self.per_device_train_batch_size} x "
+                    f"{counted(steps, 'step')} splits groups of num_generations={self.num_generations}. Try "
                     f"per_device_train_batch_size={below + self.num_generations}, a multiple of num_generations."
                 )
         self._check_num_prompts_of_a_step(what, otherwise)

@@ -145,6 +145,8 @@ class EntropyControl(Probe):
             model_checks.check_full_distribution(args, model, what)
         model_checks.check_scoring(model, what)
         model_checks.check_derivatives(model, what)
+        if self.mode != "report" and args.deepspeed_plugin is None:  # DeepSpeed steps a float32 master
+            model_checks.check_float32_parameters(model, f"entropy_control={self.mode!r}")
         # Else what the loss computes of the step's completions is not of the policy that E is drawn from.
         all_drawn = model_checks.draws_full_distribution(args, model)
         self._pools_rollouts = all_drawn and not dropout_of(model) and not counts_columns(model)

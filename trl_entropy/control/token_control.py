@@ -156,7 +156,8 @@ class TokenControl:
         covariances = token_covariances(logps, advantages, everywhere)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
         order = torch.rand(len(everywhere), self.args.max_completion_length, generator=generator, dtype=torch.float64)
-        order = order[:, : everywhere.shape[1]].to(everywhere.device)
+        beyond = max(0, everywhere.shape[1] - order.shape[1])  # pad_to_multiple_of pads further than any completion
+        order = torch.nn.functional.pad(order, (0, beyond))[:, : everywhere.shape[1]].to(everywhere.device)
         unclipped = torch.zeros_like(everywhere)  # the ratio is 1 when tokens are chosen
         return self._chosen(covariances, advantages, everywhere, order, unclipped), covariances
 

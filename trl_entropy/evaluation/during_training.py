@@ -27,6 +27,7 @@ from trl_entropy.evaluation.plan import (
 )
 from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.process import describe, run_job
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class EvaluateCheckpoints(TrainerCallback):
     ) -> None:
         """Wait for the evaluations that are left; a run that is told to end names them instead."""
         if self._left and not self._is_told_to_end():
-            logger.info("training is done; waiting for %d evaluations of its checkpoints", len(self._left))
+            logger.info("training is done; waiting for %s", counted(len(self._left), "evaluation"))
         self._wait(args)
         self.end()
 
@@ -104,7 +105,7 @@ class EvaluateCheckpoints(TrainerCallback):
         if self._left:
             steps = ",".join(map(str, sorted(self._left)))
             command = f"trl-entropy evaluate --run {shlex.quote(str(self._run))} --checkpoints {steps}"
-            logger.warning("%d evaluations are left; to do them: %s", len(self._left), command)
+            logger.warning("%s left to do: %s", counted(len(self._left), "evaluation"), command)
 
     def _stop(self) -> None:
         self._cancel.set()
@@ -154,6 +155,7 @@ class EvaluateCheckpoints(TrainerCallback):
     def _evaluate(self, target: Target) -> None:
         directory = RunDirectory(self._run)
         if is_done(self._run, target, self._settings, any_sampler=True):
+            directory.write_checkpoint_tables()  # a training that was killed may have left them without its results
             return
         output = str(directory.checkpoint_folder(target.step))
         device = "cpu" if self._config.get("use_cpu") else "auto"

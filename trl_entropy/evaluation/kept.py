@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_entropy.runs.durable import replace_text, replacing
+from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.durable import discard_unfinished, replace_text, replacing
+from trl_entropy.runs.reading import UnreadableFile
 from trl_entropy.runs.strict_json import Json, Row
 
 
@@ -79,3 +82,31 @@ class KeptBatches:
 def folder_of(output: Path) -> Path:
     """The folder of the finished batches of the evaluation that will write `output`."""
     return output.with_name(f".{output.name}.partial")
+
+
+def discard_stale(run: Path, after_step: int | None = None) -> None:
+    """
+    Remove what evaluations have left that no evaluation will go on from, and what was to be renamed.
+
+    Args:
+        after_step: training goes on after this step, and what is about later ones is removed too; None: it does not.
+    """
+    for folder in run.glob("evaluation/.step_*"):
+        if match := re.fullmatch(r"\.step_(\d+)\.(partial|tmp|former\.tmp)", folder.name):
+            step, output = int(match[1]), RunDirectory(run).checkpoint_folder(int(match[1]))
+            if match[2] != "partial":
+                discard_unfinished(output)
+            elif _is_stale(run, step, folder) or (after_step is not None and step > after_step):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_stale(run: Path, step: int, folder: Path) -> bool:
+    """Whether the checkpoint is gone, or the results are there that the batches were kept for."""
+    if step and not (run / f"checkpoint-{step}").exists():
+        return True
+    try:
+        summary = RunDirectory(run).checkpoint_summary(step)
+        key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+        return summary is not None and all(summary[name] == key[name] for name in ("settings", "fingerprint"))
+    except (UnreadableFile, OSError, ValueError, KeyError):
+        return False  # the next evaluation of this checkpoint sees to it

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trl_entropy.evaluation.plan import Settings
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.strict_json import Row
 from trl_entropy.tasks.arguments import TaskArguments, load_task
 from trl_entropy.tasks.word_problems import MAX_PROBLEMS
@@ -46,7 +47,7 @@ def _check_distinct(problems: Dataset, task: TaskArguments) -> None:
     first = next(problem for problem in problems if problem["prompt_id"] in twice)
     where = task.dataset_path if task.task == "gsm8k" else task.task
     raise ValueError(
-        f"{where} holds {len(twice)} held-out question(s) more than once, the first is "
+        f"{where} holds {counted(len(twice), 'held-out question')} more than once, the first is "
         f"{first.get('question', first['prompt_id'])!r:.200}. An evaluation counts correct answers by question: leave "
         "each in once."
     )

@@ -22,7 +22,9 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
 from trl_entropy.experiments.output import Numbers, saved_figure, thirds, with_interval, write_numbers
 from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.file_errors import describe
 
 Predictor = Literal["linear", "second_order", "trapezoid", "measured"]
 PREDICTORS: tuple[Predictor, ...] = ("linear", "second_order", "trapezoid", "measured")
@@ -91,7 +93,9 @@ def probed_rows(path: Path) -> Rows:
     """
     rows = [row for row in RunDirectory(path).metrics() if "entropy/half_a_measured" in row]
     if len(rows) < 9:
-        raise ValueError(f"{path} has {len(rows)} probed steps; 9 or more are needed. Train with entropy_probe=True.")
+        raise ValueError(
+            f"{path} has {counted(len(rows), 'probed step')}; 9 or more are needed. Train with entropy_probe=True."
+        )
     return rows
 
 
@@ -376,7 +380,7 @@ def main(argv: list[str]) -> None:
     try:
         results = [analyse(path, options.fresh_completions) for path in options.runs]
     except ValueError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {describe(error)}.")
     output = options.output or RunDirectory(options.runs[0]).report_path
     output.mkdir(parents=True, exist_ok=True)
     write_numbers(output / "agreement.json", results)

@@ -22,6 +22,7 @@ from torch import Tensor
 from trl_entropy.estimators.entropy_change.step_change import step_changes, unstacked
 from trl_entropy.estimators.statistics.calibration import Coverage, coverage, kurtosis
 from trl_entropy.estimators.statistics.estimate import Estimate, Linearization
+from trl_entropy.estimators.statistics.student_t import student_t_quantile
 from trl_entropy.estimators.statistics.u_statistic import (
     row_means,
     u_statistic_estimate,
@@ -254,13 +255,14 @@ def plot_coverage(axes: Axes, rows: dict[str, Numbers]) -> Axes:
 
 
 def plot_stderr_ratio(axes: Axes, rows: dict[str, Numbers]) -> Axes:
-    """Mean stated error over scatter, with the error of the scatter. Below 1 the stated errors are too small."""
+    """Mean stated error over scatter, with 95 % intervals by the error of the scatter. Below 1: stated too small."""
     from trl_entropy.analysis.plots import GREY
 
     axes.axvline(1.0, color=GREY, lw=1)
     for y, (name, row) in enumerate(rows.items()):
         color, marker = _style(name)
-        error = 1.96 * row["stderr_ratio"] * row["scatter_stderr"] / row["scatter"]
+        quantile = student_t_quantile(0.975, row["num_redraws"] - 1.0)
+        error = quantile * row["stderr_ratio"] * row["scatter_stderr"] / row["scatter"]
         axes.errorbar(row["stderr_ratio"], y, xerr=error, fmt=marker, ms=5, color=color, capsize=3)
     axes.set(title="Stated error against scatter", xlabel="mean stated error / scatter over redraws")
     return _bare(axes)

@@ -16,7 +16,7 @@ from trl_entropy.experiments.redraws import Cache
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.directory import describe_environment
-from trl_entropy.runs.file_errors import check_writable
+from trl_entropy.runs.file_errors import check_writable, describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ class Command(Generic[Result]):
             checkpoint = Checkpoint.read(options.checkpoint)
             self.check(checkpoint, options)
         except ValueError as error:
-            sys.exit(f"Error: {error}")
+            sys.exit(f"Error: {describe(error)}.")
         output = options.output or checkpoint.path.parent / "experiments" / f"{self.name}-{checkpoint.step}"
         check_writable(output)
         start = time.perf_counter()

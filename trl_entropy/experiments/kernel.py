@@ -20,6 +20,7 @@ from trl_entropy.estimators.kernel.score_change import change_agreement
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.experiments.output import Numbers, saved_figure, thirds, with_interval, write_numbers
 from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.file_errors import describe
 
 _KERNEL_KEYS = (
     "effective_rank", "participation_ratio", "cosine_same_prompt", "cosine_cross_prompt",
@@ -167,7 +168,7 @@ def main(argv: list[str]) -> None:
         run = load_run(options.run)
         result = analyse(run, options.steps)
     except ValueError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {describe(error)}.")
     output = options.output or run.path / "report"
     output.mkdir(parents=True, exist_ok=True)
     write_numbers(output / "kernel.json", result)

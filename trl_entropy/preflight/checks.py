@@ -16,6 +16,7 @@ from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.hardware import GIB
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.probes.rollout_entropy import check_memory
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.file_errors import LEAST_FREE, existing_parent, free_bytes
 
 
@@ -44,7 +45,8 @@ def processes(plan: Plan) -> Findings:
         )
     if hardware.has_gpu and not launch.use_cpu and launch.num_local_processes > hardware.num_devices:
         yield Finding(
-            f"There are {launch.num_local_processes} processes on a machine with {hardware.num_devices} GPU(s).",
+            f"There are {launch.num_local_processes} processes on a machine with "
+            f"{counted(hardware.num_devices, 'GPU')}.",
             f"Set num_processes: {hardware.num_devices * launch.num_machines}.",
         )
     if launch.duplicates:
@@ -195,9 +197,12 @@ def disk(plan: Plan) -> Findings:
     needed = files_of_run.disk(plan).at_most
     free = free_bytes(Path(plan.args.output_dir))
     if needed > free:
+        waits = files_of_run.waits_for_evaluation(plan)
+        take = "can take, if evaluation is slower than training," if waits else "will take"
+        smaller = "evaluate_checkpoints=wait" if waits else "save_total_limit"
         yield Finding(
-            f"The run's files will take {_size(needed)}, but {_size(free)} are free at {plan.args.output_dir}.",
-            "Set save_total_limit, raise save_steps, lower probe_files_keep, or choose another output_dir.",
+            f"The run's files {take} {_size(needed)}, but {_size(free)} are free at {plan.args.output_dir}.",
+            f"Set {smaller}, raise save_steps, lower probe_files_keep, or choose another output_dir.",
         )
 
 

@@ -109,12 +109,22 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 
 def num_checkpoints(plan: Plan) -> int:
-    """The most checkpoints on the disk: one more than `save_total_limit`, while the newest is being written."""
+    """
+    The most checkpoints on the disk: one more than `save_total_limit`, while the newest is being written; the best one
+    may be kept beside the newest. All of them, where they are kept until they are evaluated in the background.
+    """
     strategy = str(getattr(plan.args.save_strategy, "value", plan.args.save_strategy))
     if strategy == "no":
         return 0
     saves = -(-plan.num_steps // plan.every(plan.args.save_steps)) if strategy == "steps" else 1
-    return min(saves, plan.args.save_total_limit + 1) if plan.args.save_total_limit else saves
+    if not plan.args.save_total_limit or waits_for_evaluation(plan):
+        return saves
+    return min(saves, max(plan.args.save_total_limit, 2 if plan.args.metric_for_best_model else 1) + 1)
+
+
+def waits_for_evaluation(plan: Plan) -> bool:
+    """Whether old checkpoints are kept until they are evaluated, however long that takes."""
+    return bool(plan.args.save_total_limit) and plan.args.evaluate_checkpoints == "background"
 
 
 # ---- files of probes

@@ -7,16 +7,17 @@ from trl_entropy.preflight.files import demonstrations, model_files
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.report import free_space, machine_lines, section, versions
+from trl_entropy.runs.counted import counted
 
 
 def fine_tuning_report(plan: Plan) -> list[str]:
     """Versions, machine and batch plan."""
     args = plan.args
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * plan.world_size
-    length = f"{args.num_train_epochs:g} epoch(s)" if args.max_steps <= 0 else f"{args.max_steps} steps"
+    length = counted(args.num_train_epochs, "epoch") if args.max_steps <= 0 else counted(args.max_steps, "step")
     batches = [
-        f"a step: {rows} demonstrations, as {plan.world_size} process(es) x {args.gradient_accumulation_steps} "
-        f"micro-batch(es) of {args.per_device_train_batch_size}; {length}",
+        f"a step: {counted(rows, 'demonstration')}, as {counted(plan.world_size, 'process')} x "
+        f"{counted(args.gradient_accumulation_steps, 'micro-batch')} of {args.per_device_train_batch_size}; {length}",
     ]
     sections = {"Versions": versions(), "Machine and processes": machine_lines(plan), "Batch plan": batches}
     sections |= {"Disk": free_space(plan)}

@@ -11,7 +11,7 @@ import torch
 
 from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.checks import findings
-from trl_entropy.preflight.disk import disk
+from trl_entropy.preflight.disk import disk, waits_for_evaluation
 from trl_entropy.preflight.files import resumed_checkpoint
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.hardware import GIB, this_machine
@@ -19,6 +19,7 @@ from trl_entropy.preflight.launch import launch_from_environment
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.shapes import UnknownShape, model_shape
 from trl_entropy.runs.checkpoints import CheckpointError, checkpoints_of
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import free_bytes
 
@@ -103,8 +104,8 @@ def machine_lines(plan: Plan) -> list[str]:
     launch = plan.launch
     machines = f" on {launch.num_machines} machines" if launch.num_machines > 1 else ""
     return [
-        f"{plan.hardware}; torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s) here",
-        f"{launch.num_processes} process(es){machines}, engine {launch.engine} ({launch.source})",
+        f"{plan.hardware}; torch {torch.__version__} sees {counted(torch.cuda.device_count(), 'GPU')} here",
+        f"{counted(launch.num_processes, 'process')}{machines}, engine {launch.engine} ({launch.source})",
         f"model {plan.model.model_name_or_path}: {_model_line(plan)}",
     ]
 
@@ -124,14 +125,18 @@ def _batches(plan: Plan) -> list[str]:
     args = plan.args
     assumed = "at most" if plan.task.task == "gsm8k" else "an assumed"
     evaluation = [
-        f"evaluation: {plan.task.num_eval_problems} problems x {args.num_generations_eval or args.num_generations} "
+        f"evaluation: {counted(plan.task.num_eval_problems, 'problem')} x "
+        f"{args.num_generations_eval or args.num_generations} "
         f"completions, {args.per_device_eval_batch_size} at a time on each process"
     ]
+    at_once = args.per_device_train_batch_size * args.steps_per_generation
+    derived = "" if args.max_steps > 0 else " (from num_train_epochs and num_train_problems)"
     return [
         _batch_line(plan),
-        f"a process generates {args.per_device_train_batch_size * args.steps_per_generation} completions at once; "
-        f"prompts of {assumed} {plan.prompt_length} tokens, completions of at most {args.max_completion_length}",
-        f"{plan.num_steps} steps{'' if args.max_steps > 0 else ' (from num_train_epochs and num_train_problems)'}",
+        f"a process generates {counted(at_once, 'completion')} at once; "
+        f"prompts of {assumed} {counted(plan.prompt_length, 'token')}, completions of at most "
+        f"{args.max_completion_length}",
+        f"{counted(plan.num_steps, 'step')}{derived}",
         *(evaluation if args.eval_strategy != "no" else []),
     ]
 
@@ -139,9 +144,9 @@ def _batches(plan: Plan) -> list[str]:
 def _batch_line(plan: Plan) -> str:
     args = plan.args
     return (
-        f"a step: {plan.prompts_per_step:g} prompts x {args.num_generations} completions = "
-        f"{plan.completions_per_step}, as {plan.world_size} process(es) x {args.gradient_accumulation_steps} "
-        f"micro-batch(es) of {args.per_device_train_batch_size}"
+        f"a step: {counted(plan.prompts_per_step, 'prompt')} x {args.num_generations} completions = "
+        f"{plan.completions_per_step}, as {counted(plan.world_size, 'process')} x "
+        f"{counted(args.gradient_accumulation_steps, 'micro-batch')} of {args.per_device_train_batch_size}"
     )
 
 
@@ -193,13 +198,14 @@ def _disk(plan: Plan) -> list[str]:
     if plan.shape is None:
         return ["not estimated: the model's shape is unknown", *free_space(plan)]
     found, args = disk(plan), plan.args
+    waits = ", but each stays until it is evaluated in the background" if waits_for_evaluation(plan) else ""
     checkpoints, tables = found.checkpoints, found.completions
     probed = max((files.at_end for files in found.probes.values()), default=0)
     return [
-        f"checkpoints: {checkpoints.at_most} x {_size(checkpoints.each)} = "
+        f"checkpoints: {'at most ' if waits else ''}{checkpoints.at_most} x {_size(checkpoints.each)} = "
         f"{_size(checkpoints.each * checkpoints.at_most)} "
         f"(save_strategy {getattr(args.save_strategy, 'value', args.save_strategy)}, "
-        f"save_total_limit {args.save_total_limit})",
+        f"save_total_limit {args.save_total_limit}{waits})",
         f"probe files: {_size(found.probes_at_end)} of {probed} steps, at most {_size(found.probes_at_most)} "
         f"meanwhile (probe_files_keep {args.probe_files_keep})",
         f"completions: {_size(tables.each * tables.at_end)} of {tables.at_end} steps, a guess "
@@ -250,6 +256,6 @@ def _resuming(plan: Plan) -> list[str]:
     if found is not None:
         return [f"from {found}"]
     rows = RunDirectory(folder).metrics()
-    there = f"{folder} holds a run of {rows[-1]['step']} steps" if rows else f"{folder} holds no run"
+    there = f"{folder} holds a run of {counted(rows[-1]['step'], 'step')}" if rows else f"{folder} holds no run"
     newest = checkpoints_of(Path(folder))[:1]
     return [f"no, the run starts from the beginning; {there}" + (f", newest checkpoint {newest[0]}" if newest else "")]

@@ -117,6 +117,8 @@ class FisherProbe(Probe):
         self._index = first_groups(rollouts.prompt_index, self.num_sequences // args.world_size)
         self._completions = Completions.of(rollouts).rows(self._index)
         self._gather_what_is_known(rollouts, accelerator)
+        # Of this step: the last one of an epoch may be shorter.
+        self._num_completions = accelerator.num_processes * len(rollouts.prompt_index)
         metric = preconditioner_of_step(update)
         consumer, norms, dots = self._differentiate(args, engine, update, metric)
         self._norms = accelerator.gather(norms.mT.contiguous()).mT
@@ -193,8 +195,7 @@ class FisherProbe(Probe):
 
     def _predict(self, args: DrGRPOConfig, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
         """The parts of each completion's change (T12), from the kernel with alpha_j = A_j / (P G L)."""
-        num_completions = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        alphas = self._advantages.double() / (num_completions * args.max_completion_length)
+        alphas = self._advantages.double() / (self._num_completions * args.max_completion_length)
         with_gradient, with_momentum, with_decay = dots.unbind(1)
         return score_change_parts(
             self._kernel * alphas, self._prompts, coefficient_of_step(update), with_gradient, with_momentum, with_decay

@@ -98,6 +98,19 @@ def check_derivatives(model: nn.Module, what: str) -> None:
         )
 
 
+def check_float32_parameters(model: nn.Module, what: str) -> None:
+    """Raises `ValueError` if a parameter that is trained is narrower, so that rounding would lose a small change."""
+    narrow = next(
+        ((name, p.dtype) for name, p in model.named_parameters() if p.requires_grad and p.itemsize < 4), None
+    )
+    if narrow is not None:
+        raise ValueError(
+            f"{what} adds a correction to the parameters after the step, but {narrow[0]!r} is {narrow[1]}, whose "
+            "rounding would lose most of it. Load the model with dtype='float32' (bf16=True computes in bf16 all the "
+            "same), or use DeepSpeed."
+        )
+
+
 def check_no_dropout(model: nn.Module, what: str) -> None:
     """Raises `ValueError` if training computes with dropout, naming its settings."""
     found = dropout_of(model)

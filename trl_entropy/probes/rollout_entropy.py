@@ -173,7 +173,7 @@ class RolloutEntropyProbe(Probe):
         return {
             "entropy/delta_cross_prompt": change.cross_prompt.value,
             "entropy/delta_cross_prompt_stderr": change.cross_prompt.stderr,
-            "entropy/delta_cross_prompt_stderr_jackknife": change.stderr_jackknife,
+            "entropy/delta_cross_prompt_stderr_unbiased": change.stderr_unbiased,
             "entropy/delta_same_sample": change.same_sample,
             "entropy/rollouts_gradient_error": relative_gradient_error(row_sum, num_prompts, gradient).item(),
             "entropy/num_coordinates_without_metric": int((flat(update.exp_avg_sq, names) == 0).sum()),

@@ -85,7 +85,8 @@ def attribution_section(run: Run) -> AttributionSection | None:
     episodes = _finite_steps(attribution_table(run, read, context=True))
     table = own_rows(episodes)
     by_token, has_answers = "token" in table, has_right_answers(table)
-    steps_shown = f"{table['step'].min()} to {table['step'].max()}"
+    first, last = table["step"].min(), table["step"].max()
+    steps_shown = f"step {first}" if first == last else f"steps {first} to {last}"
     number = len(run.probe_steps("attribution"))
     if len(read) < number:
         steps_shown += f" ({len(read)} of the {number} that the run keeps)"
@@ -94,7 +95,7 @@ def attribution_section(run: Run) -> AttributionSection | None:
         steps=steps_shown,
         figure=draw(
             f"attribution-{run.name}",
-            f"{run.name}, steps {steps_shown}: {_CAPTION}{_left_out(len(read) - table['step'].nunique())}",
+            f"{run.name}, {steps_shown}: {_CAPTION}{_left_out(len(read) - table['step'].nunique())}",
             _panels(table, by_token),
         ),
         table=share_table(run, has_answers),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.durable import replace_text
+from trl_entropy.runs.durable import replace_bytes, replace_text
 
 if TYPE_CHECKING:
     from trl_entropy.analysis.run import Run
@@ -37,7 +37,7 @@ def write_report(path: Path) -> Path:
     if figure is None:
         return page
     target = folder / "training.png"
-    target.write_bytes(figure.png)
+    replace_bytes(target, figure.png)
     return target
 
 
@@ -87,8 +87,7 @@ def _write_page_of(runs: list[Run], target: Path) -> Path:
     from trl_entropy.reporting.page import render
 
     page, figures = render(runs)
-    target.parent.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        (target.parent / f"{figure.name}.png").write_bytes(figure.png)
+        replace_bytes(target.parent / f"{figure.name}.png", figure.png)
     replace_text(target, page)
     return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.counted import counted
 
 
 @runtime_checkable
@@ -90,9 +92,9 @@ def draw_prompts(
         if len(chosen) == num_prompts:
             return chosen
     raise ValueError(
-        f"the dataset has only {len(chosen)} distinct prompts beside those of this step, but a probe batch takes "
-        f"{num_prompts}. Lower entropy_probe_num_completions (entropy_control_num_completions), or train on more "
-        "problems."
+        f"the dataset has only {counted(len(chosen), 'distinct prompt')} beside those of this step, but a probe "
+        f"batch takes {num_prompts}. Lower entropy_probe_num_completions (entropy_control_num_completions), or train "
+        "on more problems."
     )
 
 
@@ -102,13 +104,14 @@ def pack_completions(
     first_prompt: int,
     pad_token_id: int,
     device: Any,
-    sampling_logps: list[list[float]] | None = None,
+    sampling_logps: list[list[float | None]] | None = None,
     own_tokens: list[list[int]] | None = None,
 ) -> Completions:
     """
     One completion per prompt as padded tensors; rows are numbered from `first_prompt`.
 
     Args:
+        sampling_logps: one that the sampler does not know (vLLM's are nan at times, which TRL makes None) becomes nan.
         own_tokens: 1 for each token that the policy drew, 0 for those of tools and environments; None: it drew all.
     """
 
@@ -118,6 +121,9 @@ def pack_completions(
     def ones(rows: list[list[int]]) -> list[list[int]]:
         return [[1] * len(ids) for ids in rows]
 
+    known: list[list[float]] | None = None
+    if sampling_logps is not None:
+        known = [[math.nan if logp is None else logp for logp in row] for row in sampling_logps]
     prompts, completions = padded(prompt_ids, pad_token_id, "left"), padded(completion_ids, pad_token_id, "right")
     prompt_mask, completion_mask = padded(ones(prompt_ids), 0, "left"), padded(ones(completion_ids), 0, "right")
     return Completions(
@@ -126,7 +132,7 @@ def pack_completions(
         completion_mask=completion_mask,
         loss_mask=completion_mask if own_tokens is None else padded(own_tokens, 0, "right"),
         prompt_index=torch.arange(first_prompt, first_prompt + len(prompt_ids), device=device),
-        sampling_logps=None if sampling_logps is None else padded(sampling_logps, 0.0, "right", torch.float32),
+        sampling_logps=None if known is None else padded(known, 0.0, "right", torch.float32),
     )
 
 

@@ -30,6 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.durable import replace_text, replacing
 from trl_entropy.runs.metrics import unit
 from trl_entropy.runs.reading import UnreadableFile, read_csv_lines, read_json_lines, reading
@@ -92,7 +93,8 @@ class RunDirectory:
         """
         if rows := self.metrics():
             raise ValueError(
-                f"{self.path} already holds a run of {rows[-1]['step']} step(s). Choose another output_dir, move it "
+                f"{self.path} already holds a run of {counted(rows[-1]['step'], 'step')}. Choose another "
+                "output_dir, move it "
                 "away, or continue it: --resume_from_checkpoint latest, in a script "
                 'train(resume_from_checkpoint="latest").'
             )

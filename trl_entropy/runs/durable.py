@@ -45,10 +45,25 @@ def discard_unfinished(target: Path) -> None:
         _remove(rest)
 
 
+def discard_unfinished_files(folder: Path) -> None:
+    """
+    Remove the temporary files that killed processes have left in a folder, in which nobody writes now: those of
+    [`replacing`], and those of the safetensors library, `.tmpAbC123`, which renames its files too.
+    """
+    for pattern in (".*.tmp", ".tmp*"):
+        for rest in folder.glob(pattern):
+            _remove(rest)
+
+
 def replace_text(target: Path, text: str) -> None:
     """Put a file with `text` in the place of `target`."""
+    replace_bytes(target, text.encode())
+
+
+def replace_bytes(target: Path, content: bytes) -> None:
+    """Put a file with this content in the place of `target`."""
     with replacing(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from trl_entropy.runs.secrets import masked_text
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 # What libraries that have exceptions of their own say of a full disk (safetensors, pyarrow, tokenizers).
@@ -42,7 +44,7 @@ def remedy(error: BaseException, folder: Path | None = None) -> str:
 
 def describe(error: BaseException, folder: Path | None = None) -> str:
     """An error in one line, with what to do where that is known; without the full stop at its end."""
-    text, advice = " ".join(str(error).split()).removesuffix("."), remedy(error, folder)
+    text, advice = masked_text(" ".join(str(error).split())).removesuffix("."), remedy(error, folder)
     return text if advice == "remove the cause" else f"{text}. {advice.capitalize()}"
 
 

@@ -182,7 +182,7 @@ def _to_dataset(
     kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
     if not kept:
         raise ValueError(
-            f"all {len(lengths)} prompts are longer than max_prompt_length={max_prompt_length} tokens "
+            f"no prompt of {len(lengths)} fits into max_prompt_length={max_prompt_length} tokens "
             f"(the shortest has {min(lengths)}); raise it"
         )
     if num_dropped := len(lengths) - len(kept):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.state import StateDict
 
 BUCKETS = ("hard", "normal", "easy")
@@ -56,7 +57,9 @@ class PassRateSampler(Sampler[int]):
                 "hard_below <= easy_above <= 1, weights of 0 or more with at least one above 0, and ema in (0, 1]."
             )
         if num_prompts < batch_size:
-            raise ValueError(f"the dataset has {num_prompts} prompts, a generation takes {batch_size} distinct ones.")
+            raise ValueError(
+                f"the dataset has {counted(num_prompts, 'prompt')}, a generation takes {batch_size} distinct ones."
+            )
         self.num_prompts, self.batch_size = num_prompts, batch_size
         self.mini_repeat_count, self.repeat_count = mini_repeat_count, repeat_count
         self.bounds, self.ema = (hard_below, easy_above), ema

@@ -11,7 +11,9 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.probes import FisherProbe, NoiseScaleProbe
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
 from trl_entropy.rollouts.drawing import has_images
+from trl_entropy.runs.counted import counted
 from trl_entropy.tasks.arguments import too_few_prompts
+from trl_entropy.trainer.step_prompts import most_generations
 
 
 class Draw(NamedTuple):
@@ -101,7 +103,7 @@ def _check_rows_of_training(args: DrGRPOConfig, dataset: object) -> None:
     """TRL makes generations of whole batches of prompts, and none of fewer: it would train nothing."""
     needed = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
     if isinstance(dataset, Dataset) and len(dataset) < needed:
-        raise ValueError(too_few_prompts(f"train_dataset has {len(dataset)} prompt(s)", needed))
+        raise ValueError(too_few_prompts(f"train_dataset has {counted(len(dataset), 'prompt')}", needed))
 
 
 def _check_rows_are_drawn(names: list[str], datasets: Mapping[str, object]) -> None:
@@ -128,10 +130,12 @@ def _check_draw(args: DrGRPOConfig, draw: Draw, datasets: Mapping[str, object]) 
     of_step = 0
     if draw.source == "held_out":  # the step's own prompts are left out
         of_step = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
+        of_step *= most_generations(args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations)
     if len(sizes) == len(datasets) and sum(sizes) < draw.num_prompts + of_step:
         beside = f" beside the {of_step} of a step" if of_step else ""
         raise ValueError(
-            f"{draw.name} draws {draw.num_prompts} prompts{beside}, and {' and '.join(datasets)} has {sum(sizes)}. "
+            f"{draw.name} draws {counted(draw.num_prompts, 'prompt')}{beside}, and {' and '.join(datasets)} has "
+            f"{sum(sizes)}. "
             "Lower entropy_probe_num_completions (entropy_control_num_completions), or use more prompts."
         )
 

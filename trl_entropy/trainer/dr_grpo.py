@@ -43,14 +43,14 @@ from trl_entropy.runs.state import StateOwner
 from trl_entropy.runs.step_files import keep_completions
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.tasks.rewards import completion_text
+from trl_entropy.trainer import model_card
 from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.dataset_checks import check_datasets
-from trl_entropy.trainer.model_card import PAPER, name_base_model
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
-from trl_entropy.trainer.step_prompts import StepPrompts
+from trl_entropy.trainer.step_prompts import StepPrompts, most_generations
 
 
 class DrGRPOTrainer(PromptSelectingTrainer):
@@ -67,7 +67,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     """
 
     _name = "DrGRPO"
-    _paper = PAPER
+    _paper = model_card.PAPER
 
     def __init__(
         self,
@@ -101,7 +101,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         use_progress_bar(self, callbacks or ())
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
-        self.step_prompts = StepPrompts(-(-args.gradient_accumulation_steps // args.steps_per_generation))
+        self.step_prompts = StepPrompts(
+            most_generations(args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations)
+        )
         self.probe_batches = ProbeBatches(self, self.step_prompts)
         files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
         self.probe_runner.attach(self, self.probe_batches, files)
@@ -169,7 +171,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            name_base_model(Path(self.args.output_dir) / "README.md", get_config_model_id(self.model.config))
+            model_card.correct(Path(self.args.output_dir) / "README.md", get_config_model_id(self.model.config))
 
     # ---- training and resuming
 

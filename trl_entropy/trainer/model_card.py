@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from trl_entropy.runs.secrets import masked_text
+
 PAPER = {
     "title": "Understanding R1-Zero-Like Training: A Critical Perspective",
     "id": "2503.20783",
@@ -19,9 +21,9 @@ PAPER = {
 _NO_BASE_MODEL, _NO_MODEL = "[None](https://huggingface.co/None)", 'model="None"'
 
 
-def name_base_model(card: Path, model_name_or_path: str | None) -> None:
+def correct(card: Path, model_name_or_path: str | None) -> None:
     """
-    Where TRL's card has None for a model that is not on the hub, say its folder.
+    Where TRL's card has None for a model that is not on the hub, say its folder; mask secrets in what it took over.
 
     Args:
         card: the file that TRL wrote.
@@ -29,4 +31,4 @@ def name_base_model(card: Path, model_name_or_path: str | None) -> None:
     """
     name = f"the local model `{Path(model_name_or_path).name}`" if model_name_or_path else "a model built in code"
     text = card.read_text(encoding="utf-8").replace(_NO_BASE_MODEL, name)
-    card.write_text(text.replace(_NO_MODEL, f'model="{card.parent.name}"'), encoding="utf-8")
+    card.write_text(masked_text(text.replace(_NO_MODEL, f'model="{card.parent.name}"')), encoding="utf-8")

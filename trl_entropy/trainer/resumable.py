@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.engine import ending_together, rank_symmetric
+from trl_entropy.evaluation.kept import discard_stale
 from trl_entropy.runs import checkpoints, file_errors, tensorboard
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.durable import discard_unfinished_files
+from trl_entropy.runs.lock import locked
 from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.trainer import training_state
@@ -76,9 +80,10 @@ class ResumableTrainer(GRPOTrainer):
         Raises:
             ValueError: if `output_dir` holds a run already, which is not resumed.
             CheckpointError: if the checkpoint is incomplete, damaged, or of another run.
+            RunIsLocked: if another process trains in `output_dir` now.
             OtherRankFailed: if another process has failed first; that process raises its own exception.
         """
-        with ending_together(self.accelerator):
+        with ending_together(self.accelerator), self._locked_run():
             checkpoint, is_finished = self._checked_checkpoint(resume_from_checkpoint)
             if checkpoint is not None and is_finished:
                 return self._leave_finished(checkpoint)
@@ -90,6 +95,15 @@ class ResumableTrainer(GRPOTrainer):
                 self.end_training()
             self._delete_old_checkpoints(Path(self.args.output_dir))  # whose evaluation has been waited for
             return output
+
+    @contextlib.contextmanager
+    def _locked_run(self) -> Iterator[None]:
+        """Inside, no other process trains in the run directory; the main process holds the lock."""
+        with contextlib.ExitStack() as stack:
+            with rank_symmetric(self.accelerator, "locking the run directory"):
+                if self.is_world_process_zero():
+                    stack.enter_context(locked(Path(self.args.output_dir)))
+            yield
 
     def _leave_finished(self, checkpoint: Path) -> TrainOutput:
         """What `train()` does after the last step: only load what it would have trained."""
@@ -111,12 +125,20 @@ class ResumableTrainer(GRPOTrainer):
         if resumes and self.is_world_process_zero():
             set_aside_after(RunDirectory(self.args.output_dir), step)
         if self.is_world_process_zero():
+            self._discard_unfinished(Path(self.args.output_dir), step)
             RunDirectory(self.args.output_dir).append_start(step, checkpoint, self._allowed_changes)
         if checkpoint is not None:
             self.args.eval_on_start = False  # the run did it before its first step, and would now draw other samples
             if self.is_world_process_zero():
                 logger.info("going on from %s, after step %d", checkpoint, step)
                 tensorboard.continue_after(self.callback_handler.callbacks, step)
+
+    @staticmethod
+    def _discard_unfinished(run: Path, step: int) -> None:
+        """Remove what a killed training, or an evaluation of its later steps, has left unfinished."""
+        discard_stale(run, step)
+        for folder in (*run.glob("probes/*/"), run / "completions"):
+            discard_unfinished_files(folder)
 
     def _checked_checkpoint(self, resume_from: str | bool | None) -> tuple[Path | None, bool]:
         """The checkpoint to resume from, checked to be of this run, or None; and whether it is that of the last step.

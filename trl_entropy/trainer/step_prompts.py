@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 
 from trl_entropy.runs.state import StateDict
+
+
+def most_generations(micro_batches: int, steps_per_generation: int) -> int:
+    """
+    The most generations that a step's completions can come from.
+
+    Args:
+        micro_batches: of a step.
+        steps_per_generation: micro-batches that are made of a generation.
+    """
+    latest_start = steps_per_generation - math.gcd(micro_batches, steps_per_generation)  # of a step, in a generation
+    return -(-(latest_start + micro_batches) // steps_per_generation)
 
 
 class StepPrompts:

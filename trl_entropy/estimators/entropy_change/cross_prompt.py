@@ -5,7 +5,6 @@ surrogates below, each by one `torch.autograd.grad` per group. Both are sums ove
 differentiated in parts. mean_n X_n = grad h and mean_n Y_n = g.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,21 +15,23 @@ from trl_entropy.estimators.entropy_change.surrogate import entropy_surrogate
 from trl_entropy.estimators.optimizer.adamw import AdamWSettings, gradient_coefficient, live_preconditioner
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.u_statistic import (
-    jackknife_variance,
     row_means,
     u_statistic_estimate,
+    u_statistic_jackknife_estimate,
 )
 
 
 class CrossPromptChange(NamedTuple):
     """(T17): the entropy change that a step's own gradient makes, to first order, nats per token.
 
-    `cross_prompt` takes products of different prompts only, and `stderr_jackknife` is its conservative standard error.
+    `cross_prompt` takes products of different prompts only; its standard error is the jackknife's, which is
+    conservative. `stderr_unbiased` comes from the unbiased estimate of the variance: nan where that is negative, which
+    with few prompts it often is, so that intervals made of it cover too little (docs/intervals.md).
     `same_sample` is the product of the two means, which is biased by what each group does to itself.
     """
 
     cross_prompt: Estimate
-    stderr_jackknife: float
+    stderr_unbiased: float
     same_sample: float
 
 
@@ -89,9 +90,9 @@ def cross_prompt_change(gram: Float[Tensor, "P P"]) -> CrossPromptChange:
     that was made (T8b). The momentum and decay parts of (T5) are left out, and the clip factor is taken as given. Bias
     O(1/P).
     """
-    estimate = u_statistic_estimate(gram)
+    estimate = u_statistic_jackknife_estimate(row_means(gram))
     negative = Estimate(-estimate.value, estimate.stderr, estimate.dof, estimate.num_samples)
-    return CrossPromptChange(negative, math.sqrt(jackknife_variance(row_means(gram))), -float(gram.double().mean()))
+    return CrossPromptChange(negative, u_statistic_estimate(gram).stderr, -float(gram.double().mean()))
 
 
 def accepted_gram(gram: Float[Tensor, "P P"], accepted: Bool[Tensor, "P"]) -> Float[Tensor, "N N"]:
