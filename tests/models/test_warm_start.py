@@ -19,7 +19,7 @@ def builds(monkeypatch):
     """Replaces the build by one that only writes what it was asked for; the list holds the seeds."""
     seeds = []
 
-    def run_build(building: Path, seed: int) -> None:
+    def run_build(building: Path, seed: int, name: str) -> None:
         seeds.append(seed)
         (building / "model.safetensors").write_text(str(seed))
         (building / module.COMPLETE_MARK).write_text("{}")
@@ -92,13 +92,18 @@ def test_what_the_build_says_is_shown_and_the_rest_is_kept(tmp_path, monkeypatch
     assert lines[0].startswith("building the warm start, once; cached in ") and lines[1:] == ["warm start: 5 s"]
 
 
+def test_the_agent_has_a_cache_of_its_own(builds, tmp_path):
+    paths = {module.warm_start(tmp_path, seed=1, name=name) for name in ("embedded", "embedded-agent")}
+    assert len(paths) == 2 and builds == [1, 1]
+
+
 def test_processes_at_once_build_once(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
 from trl_entropy.models import warm_start as module
 
-def slow(building, seed):
+def slow(building, seed, name):
     with open(sys.argv[2], "a") as log:
         log.write("built\\n")
     time.sleep(0.5)

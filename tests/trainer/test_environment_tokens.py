@@ -26,6 +26,8 @@ SETTINGS = {
     "noise": NOISE | {"noise_scale_within_prompt": True},
     "micro-batches": NOISE | {"noise_scale_from": "micro_batches", "gradient_accumulation_steps": 2},
     "sketch": FISHER | {"fisher_sketch_dim": 64, "length_normalizer": "group_max"},
+    "next rollouts": {"entropy_probe": True, "entropy_probe_completions": "next_rollouts", "max_steps": 2}
+    | {"entropy_attribution": "token", "entropy_probe_num_completions": 16},
     "bonus": HELD_OUT | {"entropy_attribution": "token", "entropy_coef": 0.1, "top_entropy_quantile": 0.5},
     "control by own": {"entropy_control": "hold", "entropy_control_target": 5.0}
     | {"entropy_control_completions": "rollouts"},

@@ -53,7 +53,7 @@ class LeavingOut(Probe):
             loss_coefficients=record.loss_coefficients.policy,
         )
         self.check = check_by_leaving_out(
-            fixed, Cache(self.folder), self.entropy._completions, len(record.rollouts.rewards), 16
+            fixed, Cache(self.folder), self.entropy._drawn, len(record.rollouts.rewards), 16
         )
         self.rows = record.rollouts.raw_advantages.nonzero().squeeze(1)
 

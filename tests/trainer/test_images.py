@@ -84,6 +84,8 @@ def test_the_kl_to_the_start_is_0_at_the_start(processor, tmp_path):
 HELD_OUT = {"entropy_probe_completions": "held_out", "entropy_probe_num_completions": 8}
 PROBES = {
     "held out": HELD_OUT | {"entropy_attribution": "token", "entropy_second_order": True},
+    "next rollouts": {"entropy_probe_completions": "next_rollouts", "entropy_probe_num_completions": 16}
+    | {"entropy_prediction": "linear"},
     "rollouts": {"entropy_probe_completions": "rollouts", "noise_scale_probe": True}
     | {"noise_scale_from": "micro_batches", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
     "control": HELD_OUT
