@@ -66,8 +66,8 @@ class ProbeChecks(Requirements):
         group, world, rows = int(self.num_generations or 1), self.world_size, self._rows_of_step()
         if rows % group:
             return world * rows
-        groups = -(-rows * world // (4 * group))
-        return -(-max(groups, 4) // world) * world * group
+        groups = max(4, -(-rows * world // (4 * group)))
+        return min(-(-groups // world) * group, rows) * world
 
     def _rows_of_step(self) -> int:
         """Completions of one process in a step."""
@@ -90,7 +90,7 @@ class ProbeChecks(Requirements):
         }
         needs = f"{what} measures a step on completions of the next one, which must not depend on it"
         self._check_settings(remedies, needs, otherwise)
-        self._check_num_prompts_of_a_step(what, otherwise)
+        self._check_num_prompts_of_a_step(what, otherwise, least=2)
         unit, rows = self.world_size * self.num_generations, self._rows_of_step()
         whole = self.world_size * rows
         if number == whole:
@@ -101,11 +101,11 @@ class ProbeChecks(Requirements):
                 f"{rows}, no multiple of num_generations={self.num_generations}. Set "
                 f"entropy_probe_num_completions={whole}, all of them, or {otherwise}."
             )
-        if number % unit or not 4 * self.num_generations <= number <= whole:
+        if number % unit or not 2 * self.num_generations <= number <= whole:
             fitting = min(max(number // unit, -(-4 // self.world_size)) * unit, whole)
             raise ValueError(
                 f"entropy_probe_num_completions is {number}: with {what} it must be a multiple of {unit} "
-                f"({self.world_size} process(es) x num_generations={self.num_generations}), of at least 4 prompts, "
+                f"({self.world_size} process(es) x num_generations={self.num_generations}), of at least 2 prompts, "
                 f"and at most the {whole} completions of a step. Try entropy_probe_num_completions={fitting}."
             )
 

@@ -37,7 +37,7 @@ class ProbeSettings:
     entropy_probe_num_completions: int | None = setting(
         "Number of completions that the entropy probe measures on, over all processes. If it is not set: with "
         "entropy_probe_completions=next_rollouts a quarter of a step's, in whole prompt groups and of 4 prompts or "
-        "more; else 64, with one completion for each prompt.",
+        "more if it has them; else 64, with one completion for each prompt.",
         None,
         unit="completions",
         probe="entropy_probe",

@@ -65,13 +65,13 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
                 )
         self._check_num_prompts_of_a_step(what, otherwise)
 
-    def _check_num_prompts_of_a_step(self, what: str, otherwise: str) -> None:
+    def _check_num_prompts_of_a_step(self, what: str, otherwise: str, least: int = 4) -> None:
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         num_prompts = self.world_size * rows // self.num_generations
-        if num_prompts < 4:
+        if num_prompts < least:
             raise ValueError(
-                f"{what} needs at least 4 prompts a step for its standard error, this step has {num_prompts}. "
-                f"Set num_prompts_per_step=4 or more, or {otherwise}."
+                f"{what} needs at least {least} prompts a step for its standard error, this step has {num_prompts}. "
+                f"Set num_prompts_per_step={least} or more, or {otherwise}."
             )
 
     def check_full_distribution(self, names: list[str], of_model: Mapping[str, object] | None = None) -> None:

@@ -254,9 +254,12 @@ class EntropyChangeProbe(Probe):
     def _halves(self, points: tuple[PointTerms, PointTerms], prompts: Tensor) -> dict[str, float]:
         """
         Predict on every second prompt of E and measure on the others: unlike on the same completions, the two share no
-        sampling error, so that their agreement is a test of the prediction.
+        sampling error, so that their agreement is a test of the prediction. Nothing with fewer than 4 prompts, of
+        which one half has no standard error.
         """
         halves, numbers = [], prompts.unique(return_inverse=True)[1]
+        if int(numbers.max()) < 3:
+            return {}
         for parity in (0, 1):
             part = numbers % 2 == parity
             second = None if self._second_order is None else rows(self._second_order, part)
