@@ -81,7 +81,8 @@ def test_the_end_of_a_training_is_no_failure_without_a_page_or_an_entropy(tmp_pa
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--max_steps", "1", "--num_prompts_per_step", "1", "--per_device_train_batch_size", "4", "--entropy_probe", "False"],
+    (["--max_steps", "1", "--num_prompts_per_step", "1", "--per_device_train_batch_size", "4", "--entropy_probe",
+      "False"],
      "Dr-GRPO: 1 step of 1 prompt x 4 completions on 1 process, cpu"),
     (["--max_steps", "7"], "Dr-GRPO: 7 steps of 2 prompts x 4 completions"),
     (["--max_steps", "-1", "--num_train_epochs", "3"], "Dr-GRPO: 3 epochs in steps of 2 prompts x 4 completions"),

@@ -46,6 +46,7 @@ def test_held_out_prompts_are_none_of_a_step_that_spans_two_generations(make_tra
         callbacks=[prompts],
         dataset=Dataset.from_dict({"prompt": [f"Ann has {i} apples." for i in range(12)]}),
         entropy_probe=True,
+        entropy_probe_completions="held_out",
         entropy_probe_num_completions=6,
         max_completion_length=4,
         per_device_train_batch_size=4,
