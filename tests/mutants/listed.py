@@ -242,7 +242,7 @@ _RUNS = {
     "runs/directory.py": ("runs/test_directory.py", [
         ("if file.read(1) != b\"\\n\":", "if file.read(1) == b\"\\n\":"),
         ("settings = masked(_plain(config))", "settings = _plain(config)"),
-        ("rows[step] |= added[step]", "pass"),
+        ("rows[step] |= later", "pass"),
         ("!= (step, dataset)]", "!= (step, \"\")]"),
         ("if rows := self.metrics():", "if len(rows := self.metrics()) > 1:"),
     ]),
@@ -367,7 +367,7 @@ _TRAINER = {
     "probes/runner.py": ("trainer/test_probe_events.py", [
         ("        self._seconds.clear()\n\n    # ---- resuming", "\n    # ---- resuming",
          "test_seconds_are_those_of_the_step_and_of_all_its_events"),
-        ("        self._micro_batches = []\n        host = self._host", "        host = self._host",
+        ("        self._micro_batches = []\n        self.last_step", "        self.last_step",
          "test_events_come_in_order_and_the_record_outlives_its_step"),
     ]),
     "probes/effective_sample_size.py": ("probes/test_effective_sample_size.py", [

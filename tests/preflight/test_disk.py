@@ -16,7 +16,7 @@ from trl_entropy.preflight.shapes import model_shape
 
 QUICKSTART = f"{REPOSITORY}/configs/quickstart.yaml"
 EVERY_PROBE = {
-    "entropy_probe_every": 1, "entropy_attribution": "token", "entropy_second_order": True, "noise_scale_probe": True,
+    "entropy_probe_every": 1, "entropy_attribution": "token", "noise_scale_probe": True,
     "fisher_probe": True, "optimizer_state_probe": True,
 }  # fmt: skip
 

@@ -105,7 +105,7 @@ def test_a_directory_that_holds_a_step_is_in_use(tmp_path):
     run = RunDirectory(tmp_path)
     run.check_unused()
     run.append_metrics(1, {"reward": 0.5})
-    with pytest.raises(ValueError, match=r"already holds a run of 1 step\(s\)"):
+    with pytest.raises(ValueError, match=r"already holds a run of 1 step\."):
         run.check_unused()
 
 

@@ -51,9 +51,6 @@ class StepHost(Protocol):
     def record_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars with the present step, or with an earlier one."""
 
-    def _get_learning_rate(self) -> float:
-        """transformers': the learning rate of the step that is being made."""
-
 
 @dataclass(frozen=True)
 class ScoredMicroBatch:
@@ -302,8 +299,7 @@ class ProbeRunner(TrainerCallback):
         """To call after `micro_batch_done` of the step's last micro-batch."""
         rollouts = RolloutBatch.from_micro_batches(self._micro_batches)
         self._micro_batches = []
-        host = self._host
-        self.last_step = StepRecord(host.current_step, host._get_learning_rate(), rollouts)
+        self.last_step = StepRecord(self._host.current_step, rollouts)
         self._send("on_rollouts", rollouts=rollouts, record=self.last_step)
 
     # ---- the update
@@ -321,7 +317,8 @@ class ProbeRunner(TrainerCallback):
 
     def _before_update(self, update: UpdateContext) -> None:
         record = self.last_step
-        assert record is not None, "rollouts_complete comes before the update"
+        assert record is not None and self.engine is not None, "rollouts_complete comes before the update"
+        record.learning_rate = float(self.engine.optimizer.param_groups[0]["lr"])
         if self._records_coefficients():
             host, mask = self._host, record.rollouts.loss_mask
             record.loss_coefficients = self._coefficients.of_step(mask, host.args, host.accelerator.num_processes)

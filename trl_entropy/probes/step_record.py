@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,8 +49,8 @@ class StepRecord:
 
     Attributes:
         step: 1, 2, ...: the update from theta_(step - 1) to theta_step.
-        learning_rate: of the step, as transformers logs it.
         rollouts: the step's own completions.
+        learning_rate: of the step, as transformers logs it; nan before its update.
         loss_coefficients: how the step's loss depends on their scores (T9), nats^-1; None unless a probe
             `needs_loss_coefficients`.
         kept: this rank's share of the update, until the next completions have been drawn; None unless a probe has
@@ -58,8 +59,8 @@ class StepRecord:
     """
 
     step: int
-    learning_rate: float
     rollouts: RolloutBatch
+    learning_rate: float = math.nan
     loss_coefficients: LossCoefficients | None = None
     kept: KeptUpdate | None = None
     probe_batch: ScoredCompletions | None = None
@@ -102,8 +103,8 @@ class StepRecord:
         images = rollouts["pixel_inputs"] and PixelInputs(tuple(rollouts["pixel_inputs"]))
         return cls(
             state["step"],
-            state["learning_rate"],
             RolloutBatch(**rollouts | {"pixel_inputs": images}),
+            state["learning_rate"],
             coefficients and LossCoefficients(**send_to_device(coefficients, device)),
             KeptUpdate.from_state(state["kept"]),
         )

@@ -203,8 +203,9 @@ class RunDirectory:
                 added[row["step"]] |= row
             else:
                 rows[row["step"]] = row
-        for step in added.keys() & rows.keys():
-            rows[step] |= added[step]
+        for step, later in added.items():
+            if step in rows:
+                rows[step] |= later
         return [rows[step] for step in sorted(rows)]
 
     def metrics_added_later(self, step: int) -> Row:

@@ -81,7 +81,7 @@ def _delete_probe_files(run: Path, probe: str, keep: int) -> None:
 
 
 def _delete(run: Path, probe: str, kept: Iterable[int]) -> None:
-    for step in set(probe_steps(run, probe)).difference(kept):
+    for step in sorted(set(probe_steps(run, probe)).difference(kept)):
         probe_path(run, probe, step).unlink()
 
 
@@ -100,5 +100,5 @@ def keep_completions(run: Path, step: int, keep: int | None) -> None:
     with as_os_error(target), replacing(target) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     steps = completions_steps(run)
-    for other in set(steps).difference(retained(steps, keep)):
+    for other in sorted(set(steps).difference(retained(steps, keep))):
         completions_path(run, other).unlink()

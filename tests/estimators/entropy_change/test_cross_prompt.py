@@ -48,7 +48,7 @@ def test_it_is_the_change_by_a_step_against_the_gradient_over_pairs_of_prompts()
     pairs = [float(x[n] @ y[m]) for n, m in itertools.permutations(range(5), 2)]
     assert change.cross_prompt.value == pytest.approx(-sum(pairs) / 20)
     assert change.same_sample == pytest.approx(-float(x.mean(0) @ y.mean(0)))
-    assert (change.cross_prompt.dof, change.cross_prompt.num_samples) == (4, 5) and change.stderr_jackknife > 0
+    assert (change.cross_prompt.dof, change.cross_prompt.num_samples) == (4, 5) and change.cross_prompt.stderr > 0
 
 
 def test_accepted_groups_alone_make_the_gradient():
