@@ -21,6 +21,7 @@ from trl_entropy.probes import PROBES, NoiseScaleProbe
 from trl_entropy.probes import noise_scale as noise_scale_probe
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import METRICS
+from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 
 PROBE = {"noise_scale_probe": True, "probe_batch_size": 16}
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -389,6 +390,17 @@ def test_the_extra_pass_knows_the_dr_grpo_loss_only(make_trainer):
     with pytest.raises(ValueError, match=r"noise_scale_within_prompt.*scale_rewards='none'"):
         make_trainer(scale_rewards="group", callbacks=[NoiseScaleProbe(halves=True)]).train()
     assert type(PROBES["noise_scale_probe"].from_config(make_trainer(**PROBE).args)) is NoiseScaleProbe
+
+
+def test_a_trained_head_is_refused_before_the_model_is_there(make_trainer, monkeypatch):
+    """vLLM's importance factor too, which was a traceback after vLLM had been built."""
+    monkeypatch.setattr(PromptSelectingTrainer, "__init__", lambda *args, **kwargs: pytest.fail("it was built"))
+    for settings, remedy in (
+        ({"beta": 0.1}, "beta=0"),
+        ({"use_vllm": True}, "vllm_importance_sampling_correction=Fal"),
+    ):
+        with pytest.raises(ValueError, match=f"the language-model head is trained.*{remedy}"):
+            make_trainer(**settings, **PROBE)
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "grpo"}, {"beta": 0.1}, {"steps_per_generation": 2}], ids=str)

@@ -157,6 +157,14 @@ class ProbeChecks(Requirements):
 
     # ---- noise scale
 
+    def check_full_fine_tuning(self) -> None:
+        """
+        Raises `ValueError` for what the noise scale does not go with where all is trained, the head too: its
+        `check_model` says it as well, but only when model and vLLM are there.
+        """
+        if self.noise_scale_probe and self.noise_scale_from == "groups":
+            self.check_dr_grpo_step("noise_scale_probe, as the language-model head is trained,")
+
     def _check_noise_scale(self) -> None:
         self.check_noise_scale_probe()
         if self.noise_scale_from == "micro_batches":
