@@ -28,11 +28,14 @@ SPARSE = {"resample_uninformative_groups": True, "equal_often": True, "num_promp
 BUDGET = {"entropy_control": "hold", "entropy_control_per_step": 0.02, "entropy_control_num_completions": 8}
 # Nothing is drawn, so that nothing reads how many completions.
 OWN = {"entropy_probe_completions": "rollouts", "entropy_probe_num_completions": None}
+NEXT = {"entropy_probe_completions": "next_rollouts", "entropy_probe_num_completions": None}
 RUNS = [
     SECOND_ORDER | GRADIENTS | {"name": "full", "entropy_attribution": "token"},
     SECOND_ORDER
     | GRADIENTS
     | {"name": "lora", "lora": True, "entropy_attribution": "sequence", "gradient_accumulation_steps": 1},
+    # The step after it: what is measured one step late, on the engine's own share of theta and of the first moment.
+    NEXT | {"name": "next step", "entropy_attribution": "token"},
     OWN | {"name": "rollouts"},
     BUDGET | {"name": "budget", "entropy_attribution": "sequence"},
     BUDGET
