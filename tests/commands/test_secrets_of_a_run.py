@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--max_steps", "1", "--num_prompts_per_step", "2", "--per_device_train_batch_size", "8", "--num_generations",
          "4", "--num_eval_problems", "2", "--per_device_eval_batch_size", "2", "--num_generations_eval", "1",
-         "--max_completion_length", "4", "--entropy_probe_num_completions", "4", "--save_strategy", "steps",
+         "--max_completion_length", "4", "--entropy_probe_num_completions", "8", "--save_strategy", "steps",
          "--save_steps", "1", "--report_to", "tensorboard"]  # fmt: skip
 
 
