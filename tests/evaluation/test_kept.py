@@ -1,7 +1,9 @@
 """What an evaluation that was cut off has generated is used by the next one, and by no other one."""
 
+import errno
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -141,3 +143,17 @@ def test_what_was_not_renamed_any_more_is_removed_or_put_back(tmp_path):
         (folder / name).mkdir(parents=True)
     discard_stale(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_one_error_while_it_is_deleted_leaves_nothing(kept, tmp_path, monkeypatch):
+    batches, calls, rmdir = kept(), [], os.rmdir
+
+    def failing_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        rmdir(*args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", failing_once)
+    batches.remove()
+    assert len(calls) == 2 and not any(tmp_path.iterdir())

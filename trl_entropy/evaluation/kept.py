@@ -75,8 +75,10 @@ class KeptBatches:
             pq.write_table(pa.Table.from_pylist(rows, metadata=told), temporary)
 
     def remove(self) -> None:
-        """Delete all of it; the results are written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Delete all of it; the results are written. What cannot be deleted is tried once more, and then left."""
+        for _ in range(2):
+            if self._folder.exists():
+                shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def folder_of(output: Path) -> Path:
