@@ -130,7 +130,7 @@ class SyntheticRun:
         probe = EntropyProbe()
         probe._completions = Completions.of(self.rollouts(self.args.num_entropy_completions(), step))
         before, after = scores(probe._completions), scores(probe._completions)
-        probe._write(self.args, self.files, record, Ends(before, after, after), True)
+        probe._write(self.args, self.files, record, Ends(before, after, after), True, "all prompts")
         attributed = Contributions(numbers(*rollouts.completion_mask.shape).double() * 1e-6, {}, scores(rollouts))
         coefficients = LossCoefficients(numbers(*rollouts.completion_mask.shape), None, None)
         StepAttribution("token", 64)._write(self.files, record, attributed, coefficients, None)

@@ -148,6 +148,11 @@ class StopAfter(TrainerCallback):
         ({"num_iterations": 2}, "num_iterations=1 .else steps share completions.*completions='held_out'"),
         ({"entropy_second_order": True}, "entropy_second_order=False .it is predicted before the step"),
         ({"resample_uninformative_groups": True, "steps_per_generation": 2}, "steps_per_generation=1 .else later"),
+        (
+            {"per_device_train_batch_size": 14, "steps_per_generation": 2},
+            r"Set per_device_train_batch_size=4 .else steps share prompt groups",
+        ),
+        ({"scale_rewards": "batch", "steps_per_generation": 2}, r"scale_rewards='none' .else steps share its"),
         ({"per_device_train_batch_size": 4}, r"at least 2 prompts a step .* has 1.*completions='held_out'"),
         ({"entropy_probe_num_completions": 18}, "is 18: .*multiple of 4 .*Try entropy_probe_num_completions=16"),
         ({"entropy_probe_num_completions": 80}, "at most the 16 completions.*Try entropy_probe_num_completions=16"),

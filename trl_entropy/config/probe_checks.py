@@ -88,6 +88,13 @@ class ProbeChecks(Requirements):
                 not self.resample_uninformative_groups or accumulation % generation == 0
             ),
         }
+        if accumulation % generation:  # steps share a generation, and so must not share what rewards are compared in
+            remedies |= {
+                f"per_device_train_batch_size={self.num_generations} (else steps share prompt groups)": (
+                    self._rows_of_step() % self.num_generations == 0
+                ),
+                "scale_rewards='none' (else steps share its standard deviation)": self.scale_rewards != "batch",
+            }
         needs = f"{what} measures a step on completions of the next one, which must not depend on it"
         self._check_settings(remedies, needs, otherwise)
         self._check_num_prompts_of_a_step(what, otherwise, least=2)

@@ -143,6 +143,7 @@ class EntropyChangeProbe(Probe):
         engine: Engine,
         files: ProbeFiles,
         drawn_after: bool = False,
+        distribution: str = "all prompts",
     ) -> dict[str, float]:
         """
         The metrics of a step that has been made, on completions that are independent of it; writes the probe's files.
@@ -152,6 +153,7 @@ class EntropyChangeProbe(Probe):
             completions: E; equally many rows on every rank.
             drawn_after: whether the policy after the step drew E, and not the one before it. Weights (T6) are those of
                 `completions.sampling_logps` if it has them.
+            distribution: which prompts E has, for its file.
         """
         self._completions = completions
         orders = _ORDERS[self.prediction]
@@ -171,7 +173,7 @@ class EntropyChangeProbe(Probe):
             metrics |= self._placebo(ends, args, past, engine)
         metrics |= self.agreement.metrics()
         self._num_probed += 1
-        self._write(args, files, record, ends, drawn_after)
+        self._write(args, files, record, ends, drawn_after, distribution)
         return metrics
 
     def _score(
@@ -345,7 +347,15 @@ class EntropyChangeProbe(Probe):
             self._earlier_update = {name: value.clone() for name, value in past.update.items()}
         return logged
 
-    def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, ends: Ends, drawn_after: bool) -> None:
+    def _write(
+        self,
+        args: DrGRPOConfig,
+        files: ProbeFiles,
+        record: StepRecord,
+        ends: Ends,
+        drawn_after: bool,
+        distribution: str,
+    ) -> None:
         """
         Write `probes/entropy/step_*.safetensors`; with it and the checkpoints of steps s - 1 and s every number of
         step s can be recomputed.
@@ -357,11 +367,7 @@ class EntropyChangeProbe(Probe):
         described["learning_rate"] = record.learning_rate
         if "sampling_logps" in tensors and drawn_after and not args.use_vllm:
             described["sampler"] = "an earlier policy"
-        files.write(self.name, record.step, tensors, self.distribution(args), **described)
-
-    def distribution(self, args: DrGRPOConfig) -> str:
-        """Which prompts E has, for its files."""
-        return "all prompts"
+        files.write(self.name, record.step, tensors, distribution, **described)
 
 
 def computes_below_float32(engine: Engine) -> bool:

@@ -89,10 +89,9 @@ class NextRolloutsProbe(EntropyChangeProbe):
         if record is None or record.kept is None or not self.wants(record.step):
             return
         chosen = rows_of_first_groups(drawn.prompt_index, self.num_completions // engine.accelerator.num_processes)
-        completions = Completions.of(drawn).rows(chosen)
-        metrics |= self.measure(
-            args, PastUpdate.rebuilt(record.kept, engine), record, completions, engine, files, drawn_after=True
-        )
+        completions, past = Completions.of(drawn).rows(chosen), PastUpdate.rebuilt(record.kept, engine)
+        prompts = "all prompts" if args.curriculum == "none" else f"all prompts, drawn by {args.curriculum}"
+        metrics |= self.measure(args, past, record, completions, engine, files, True, prompts)
 
     def on_no_more_rollouts(
         self, args, state, control, *, metrics, record, engine, sampler, files, **kwargs: Any
@@ -114,9 +113,6 @@ class NextRolloutsProbe(EntropyChangeProbe):
         metrics |= self.measure(
             args, PastUpdate.rebuilt(record.kept, engine), record, completions, engine, files, drawn_after=True
         )
-
-    def distribution(self, args: DrGRPOConfig) -> str:
-        return "all prompts" if args.curriculum == "none" else f"all prompts, drawn by {args.curriculum}"
 
 
 def rows_of_first_groups(prompt_index: Int[Tensor, " B"], num_rows: int) -> Int[Tensor, " n"]:

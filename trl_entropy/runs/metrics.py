@@ -17,7 +17,8 @@ class Metric:
     """
     One key of `metrics.jsonl`.
 
-    A key of the probe batch E is about all training prompts, or about those of `eval_dataset`. A key of the step's own
+    A key of the probe batch E is about all training prompts (those that `curriculum` chose, where E is the next step's
+    completions), or about those of `eval_dataset`. A key of the step's own
     completions is about the prompts that were drawn; with `curriculum`, that is how the curriculum draws them. With
     `resample_uninformative_groups`, `"U"` and `"groups"` are about the groups whose rewards differ only, and
     `entropy/policy` and the other keys of the step's completions include groups that could not be replaced. TRL's keys
