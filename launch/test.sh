@@ -17,10 +17,17 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! tools >/dev/null; th
     { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 180 apt-get -qq install \
         --no-install-recommends rsync openssh-client openssh-server; } >/dev/null 2>&1 || echo "   not possible here"
 fi
+# The page is tested in headless Chromium; without it these tests are skipped with a reason.
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
+    echo "== Installing chromium for the tests of the page"
+    { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq install \
+        --no-install-recommends chromium; } >/dev/null 2>&1 || echo "   not possible here"
+fi
 echo "== ruff, import-linter, mypy"
 ruff check . && ruff format --check .
 lint-imports
 mypy
+bash launch/page.sh
 echo "== pytest, two processes"
 python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile "$@"
 if [ -n "$slow" ]; then

@@ -1,8 +1,9 @@
 """
 Write the page and the figures of a run: `trl-entropy report RUN [RUN...]`.
 
-Writes `RUN/report/index.html`, a single file that needs no network, and its figures as PNG. For several runs it also
-writes one page that compares them.
+Writes `RUN/report/index.html`, a single file that one clicks through and that needs no network, and a figure of the
+training; with `--figures` every figure of the page as PNG beside it. For several runs it also writes one page that
+compares them.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ def main(argv: list[str] | None = None) -> None:
         type=Path,
         help="where to write the page (default: RUN/report/index.html; for several runs comparison.html beside it)",
     )
+    parser.add_argument(
+        "--figures", action="store_true", help="write the figures of the page as PNG beside it, for a paper"
+    )
     args = parser.parse_args(argv)
     for run in (RunDirectory(path) for path in args.runs if path.is_dir()):
         check_writable(existing_parent(run.report_path))  # before the figures are drawn
     try:
         runs = distinct(args.runs)
         for path in runs:
-            print(write_report(path))
+            print(write_report(path, args.figures))
         folder = RunDirectory(runs[0]).report_path
         if args.output or len(runs) > 1:
-            print(write_page(runs, args.output or folder / "comparison.html"))
+            print(write_page(runs, args.output or folder / "comparison.html", args.figures))
         else:
             print(folder / "index.html")
     except ValueError as error:

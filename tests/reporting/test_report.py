@@ -1,6 +1,8 @@
 """The page: every number is one of the run's files, texts are escaped, nothing is loaded from a network."""
 
+import base64
 import csv
+import hashlib
 import itertools
 import json
 import re
@@ -25,20 +27,35 @@ from trl_entropy.runs.strict_json import to_line
 
 
 class Page(HTMLParser):
-    """Its numbers with where they come from, its tags' addresses, and its text."""
+    """Its numbers with where they come from, its tags' addresses, its text, and apart from it that of its scripts."""
 
     def __init__(self, text):
         super().__init__()
         self.numbers, self.addresses, self.tags, self.text, self._open = [], [], set(), [], None
+        self.scripts, self.metas = [], []  # attributes and text of each script
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
+        if tag == "script":
+            self.scripts.append((attributes, ""))
+            self._open = "script"
+            return
         self.tags.add(tag)
+        if tag == "meta":
+            self.metas.append(attributes)
         self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
         self._open = attributes if tag == "data" else None
 
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self._open = None
+
     def handle_data(self, data):
+        if self._open == "script":
+            attributes, text = self.scripts.pop()
+            self.scripts.append((attributes, text + data))
+            return
         self.text.append(data)
         if self._open is not None:
             self.numbers.append((self._open, data))
@@ -60,7 +77,7 @@ def number_in_file(run: Path, origin: dict) -> float:
 
 @pytest.fixture(scope="module")
 def page(real_run):
-    return Page(write_page([real_run], real_run / "report" / "index.html").read_text())
+    return Page(write_page([real_run], real_run / "report" / "index.html", figures=True).read_text())
 
 
 def test_every_number_is_the_files(page, real_run):
@@ -86,12 +103,27 @@ def test_no_number_of_a_table_is_without_its_file(page, real_run):
 
 def test_it_opens_without_network(page):
     assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    (policy,) = (attributes["content"] for attributes in page.metas if "http-equiv" in attributes)
+    assert "default-src 'none'" in policy and "connect-src" not in policy
+    kinds = [attributes.get("type") for attributes, _ in page.scripts]
+    assert kinds == [*["application/json"] * (len(kinds) - 1), None]
+    code = page.scripts[-1][1].encode()
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(code).digest()).decode()}'" in policy
     assert not page.tags & {"script", "link", "iframe", "object", "base", "form"}
 
 
 def test_figures_lie_beside_the_page(page, real_run):
     names = {path.name for path in (real_run / "report").glob("*.png")}
     assert {"training-overview.png", f"entropy-change-{real_run.name}.png", f"evaluation-{real_run.name}.png"} <= names
+
+
+def test_figures_are_files_only_when_asked_for(real_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(real_run / "metrics.jsonl", tmp_path / "run")
+    main([str(tmp_path / "run")])
+    assert {path.name for path in (tmp_path / "run" / "report").iterdir()} == {"index.html", "training.png"}
+    main([str(tmp_path / "run"), "--figures"])
+    assert (tmp_path / "run" / "report" / "training-overview.png").exists()
 
 
 def test_completions_and_settings_are_escaped(real_run, tmp_path):

@@ -19,6 +19,7 @@ _OF_ONE_RUN = {
     "seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint", "hub_model_id",
     "hub_token", "local_rank",
 }  # fmt: skip
+_SEEDS = ("seed", "data_seed")
 _MOST_SETTINGS, _LONGEST_VALUE = 3, 40
 
 
@@ -66,6 +67,17 @@ def table_of_runs(runs: Sequence[Run], configs: Mapping[str, Json]) -> pd.DataFr
     table = pd.concat(tables, ignore_index=True)
     first = ["run", "step", "settings"]
     return table[[*first, *(name for name in table if name not in first)]]
+
+
+def differing_values(configs: Mapping[str, Json]) -> list[list]:
+    """The settings in which runs differ, seeds among them: name, then each run's value as text, in order of runs."""
+    flat = [_flat(config) | {name: config[name] for name in _SEEDS if name in config} for config in configs.values()]
+    names = dict.fromkeys(name for config in flat for name in config)
+    return [
+        [name, *(str(config[name]) if name in config else None for config in flat)]
+        for name in names
+        if any(config.get(name) != flat[0].get(name) for config in flat)
+    ]
 
 
 def differing_settings(configs: Mapping[str, Json]) -> dict[str, str]:

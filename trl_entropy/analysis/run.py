@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,16 +114,16 @@ class Run:
         `completions/*.parquet`, TRL's tables: prompt, completion, rewards, advantage; a row for each completion of
         each of [`Run.completions_steps`]. All texts are read; [`Run.last_completions`] reads one table.
         """
-        tables = (self._completions_of(step) for step in self.completions_steps)
+        tables = (self.completions_of(step) for step in self.completions_steps)
         return _concatenated(table for table in tables if table is not None)
 
     def last_completions(self) -> pd.DataFrame:
         """[`Run.completions`] of the last step whose table can be read; without rows if there is none."""
-        tables = (self._completions_of(step) for step in reversed(self.completions_steps))
+        tables = (self.completions_of(step) for step in reversed(self.completions_steps))
         return next((table for table in tables if table is not None), pd.DataFrame())
 
-    def _completions_of(self, step: int) -> pd.DataFrame | None:
-        """None if the table cannot be read; the newest may be incomplete, since TRL does not write it in one step."""
+    def completions_of(self, step: int) -> pd.DataFrame | None:
+        """TRL's table of a step; None if it cannot be read: the newest may not be complete, TRL writes it in parts."""
         path = completions_path(self.path, step)
         try:
             with reading(path):
@@ -209,7 +209,7 @@ class Run:
     def tokens_in(self, arrays: Mapping[str, np.ndarray], context: bool = False) -> pd.DataFrame:
         """[`token_table`] of the arrays of a probe file, with the text of each token."""
         table = token_table(arrays, context)
-        table.insert(4, "token", self._texts(table["token_id"]))
+        table.insert(4, "token", self.texts_of(table["token_id"]))
         return table
 
     def prompt_text(self, step: int, prompt_index: int) -> str:
@@ -218,7 +218,7 @@ class Run:
         row = int(np.flatnonzero(arrays["prompt_index"] == prompt_index)[0])
         width = arrays["input_ids"].shape[1] - arrays["completion_mask"].shape[1]
         kept: np.ndarray = arrays["attention_mask"][row, :width].astype(bool)
-        return "".join(self._texts(pd.Series(arrays["input_ids"][row, :width][kept])))
+        return "".join(self.texts_of(pd.Series(arrays["input_ids"][row, :width][kept])))
 
     @functools.cached_property
     def groups(self) -> pd.DataFrame:
@@ -335,7 +335,7 @@ class Run:
         values = {name: np.concatenate([*nothing, *rows[name]]) for name in _TOKEN_LISTS}
         table["surprisal"], table["entropy"] = -values["logps"].astype(float), values["entropies"].astype(float)
         table["token_id"] = values["completion_ids"].astype(int)
-        table["token"] = self._texts(table["token_id"])
+        table["token"] = self.texts_of(table["token_id"])
         return table[_TOKEN_COLUMNS]
 
     def _evaluated(self, name: str) -> pd.DataFrame:
@@ -348,8 +348,8 @@ class Run:
         table.insert(0, "step", step)
         return table
 
-    def _texts(self, token_ids: pd.Series) -> pd.Series:
-        """The text of each token; `#12` for token 12 if the run directory holds no tokenizer."""
+    def texts_of(self, token_ids: pd.Series) -> pd.Series:
+        """The text of each token id; `#12` for token 12 if the run directory holds no tokenizer."""
         texts = {token: self._text(token) for token in token_ids.unique().tolist()}
         return token_ids.map(texts)
 
@@ -357,6 +357,11 @@ class Run:
         if self._tokenizer is None:
             return f"#{token_id}"
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def completion_texts(self, token_ids: Iterable[Sequence[int]]) -> list[str] | None:
+        """The text of each of these completions without special tokens; None if the run holds no tokenizer."""
+        tokenizer = self._tokenizer
+        return None if tokenizer is None else tokenizer.decode_batch([list(ids) for ids in token_ids])
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer | None:

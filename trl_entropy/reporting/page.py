@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,8 @@ from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
 from trl_entropy.reporting.figures import Figure, shade
 from trl_entropy.reporting.gaps import Gaps
+from trl_entropy.reporting.inline import script, script_hash, style
+from trl_entropy.reporting.page_data import page_blocks
 from trl_entropy.reporting.sections import sections_of
 from trl_entropy.reporting.tables import glance_table
 from trl_entropy.reporting.warnings import RunWarning, warnings_of
@@ -41,6 +43,7 @@ def render(runs: list[Run]) -> tuple[str, list[Figure]]:
         ValueError: when a directory holds no metrics.
     """
     from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
 
     for run in runs:
         if run.steps.empty:
@@ -49,7 +52,8 @@ def render(runs: list[Run]) -> tuple[str, list[Figure]]:
     environment = Environment(loader=PackageLoader("trl_entropy.reporting"), autoescape=True)
     environment.filters["plain"] = plain
     template = environment.get_template("report.html")
-    return template.render(parts, written=time.strftime("%Y-%m-%d %H:%M")), figures
+    own = {"style": Markup(style()), "script": Markup(script()), "script_hash": script_hash()}
+    return template.render(parts | own, written=time.strftime("%Y-%m-%d %H:%M")), figures
 
 
 def _why_no_page(path: Path) -> str:
@@ -66,6 +70,7 @@ def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
     sections = sections_of(runs, configs, gaps)
     attributions = _of_each(runs, gaps, "What changed the entropy", attribution_section)
     parts: dict[str, object] = {
+        "blocks": _blocks(runs, configs, gaps),
         "runs": [_about(run, configs[run.name], gaps) for run in runs],
         "resumed": list(chain.from_iterable(_of_each(runs, gaps, "Where it was resumed", _resumed))),
         "glance": gaps.attempt("At a glance", ", ".join(configs), glance_table, runs),
@@ -80,6 +85,13 @@ def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
     missing = [*gaps.sentences, *(sentence for run in runs for sentence in run.left_out)]
     figures = [figure for section in sections for figure in section.figures]
     return parts | {"gaps": missing}, [*figures, *(attribution.figure for attribution in attributions)]
+
+
+def _blocks(runs: list[Run], configs: Mapping[str, Json], gaps: Gaps) -> list[dict[str, str]]:
+    """The data of the part that one clicks through: JSON without a character that HTML takes for its own."""
+    from markupsafe import Markup
+
+    return [{"name": block.name, "text": Markup(block.text)} for block in page_blocks(runs, configs, gaps)]
 
 
 def _of_each(runs: list[Run], gaps: Gaps, part: str, make: Callable[[Run], T | None]) -> list[T]:

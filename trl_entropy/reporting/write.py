@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from trl_entropy.reporting.figures import Figure
 
 
-def write_report(path: Path) -> Path:
+def write_report(path: Path, figures: bool = False) -> Path:
     """
     Write the page of a run, and one figure of its reward, held-out pass@1, entropy, and measured entropy changes.
 
     Args:
         path: the run directory.
+        figures: also write the figures of the page as PNG beside it.
 
     Returns:
         The path of the figure, `report/training.png`, or of the page if the figure could not be drawn; the page is
@@ -33,7 +34,7 @@ def write_report(path: Path) -> Path:
 
     folder, run = RunDirectory(path).report_path, load_run(path)
     figure = Gaps().attempt("The figure of the training", run.name, _training_figure, run)
-    page = _write_page_of([run], folder / "index.html")
+    page = _write_page_of([run], folder / "index.html", figures)
     if figure is None:
         return page
     target = folder / "training.png"
@@ -66,13 +67,14 @@ def _training_figure(run: Run) -> Figure:
     return draw("training", "", panels)
 
 
-def write_page(paths: Sequence[Path], target: Path) -> Path:
+def write_page(paths: Sequence[Path], target: Path, figures: bool = False) -> Path:
     """
-    Write the page of one or several runs, and its figures as PNG files beside it.
+    Write the page of one or several runs.
 
     Args:
         paths: run directories; their names must differ, and one that is given twice is shown once.
         target: the HTML file.
+        figures: also write the figures of the page as PNG beside it.
 
     Raises:
         ValueError: when a directory holds no metrics, or two have the same name.
@@ -80,14 +82,14 @@ def write_page(paths: Sequence[Path], target: Path) -> Path:
     from trl_entropy.analysis.comparison import distinct
     from trl_entropy.analysis.run import load_run
 
-    return _write_page_of([load_run(path) for path in distinct(paths)], target)
+    return _write_page_of([load_run(path) for path in distinct(paths)], target, figures)
 
 
-def _write_page_of(runs: list[Run], target: Path) -> Path:
+def _write_page_of(runs: list[Run], target: Path, figures: bool) -> Path:
     from trl_entropy.reporting.page import render
 
-    page, figures = render(runs)
-    for figure in figures:
+    page, drawn = render(runs)
+    for figure in drawn if figures else []:
         replace_bytes(target.parent / f"{figure.name}.png", figure.png)
     replace_text(target, page)
     return target

@@ -217,7 +217,7 @@ _ENTROPY_OF_ROLLOUTS = _keys("U", [
     ("num_coordinates_without_metric", "parameters", "parameters left out because exp_avg_sq = 0"),
 ], "entropy/")
 
-_PARTS = {
+PARTS = {  # of the first-order change (T9)
     "momentum": "due to the momentum of earlier steps",
     "weight_decay": "due to weight decay",
     "gradient": "due to the policy loss on this step's completions",
@@ -250,13 +250,13 @@ _OF_CATEGORY = {
     "token_share_{}": "share of the tokens (of the completions if attributed by sequence)",
 }
 _ATTRIBUTION = _keys("sum", [
-    *((f"delta_{name}", "nats/token", f"part of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
+    *((f"delta_{name}", "nats/token", f"part of entropy/delta_linear {text} (T9)") for name, text in PARTS.items()),
     *((f"delta_{name}", "nats/token", f"part of entropy/delta_gradient: {text} (T9)")
       for name, text in _OF_EPISODES.items()),
     *((name, "nats/token", f"mean entropy of the policy: {text}, before the step")
       for name, text in _OF_EPISODES.items() if name in KINDS),
 ], "entropy/") + _keys("sum", [
-    *((f"share_{name}", "1", f"fraction of entropy/delta_linear {text} (T9)") for name, text in _PARTS.items()),
+    *((f"share_{name}", "1", f"fraction of entropy/delta_linear {text} (T9)") for name, text in PARTS.items()),
     *((key.format(name), "1", f"{text}: {what}, over the run so far")
       for name, text in (_CATEGORIES | _OF_EPISODES).items() for key, what in _OF_CATEGORY.items()),
     *((key.format(name), "nats/token", f"{text}: {what} (T9), mean over the run so far")

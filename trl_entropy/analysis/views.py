@@ -1,0 +1,304 @@
+"""
+The tables behind the views of the page, under the names that the page gives them; `COLUMNS` says what each holds.
+
+    run = load_run("runs/quickstart")
+    view(run, "groups", step=15).sort_values("change")
+    view(run, "tokens", step=15, rows=[40])
+
+A step is seen twice: by the completions that it was trained on (`groups`, `completions`, `tokens`), and by those of
+the probe batch on which its change was measured (`measured_completions`, `measured_tokens`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from trl_entropy.analysis.attribution import is_well_away
+from trl_entropy.analysis.comparison import student_t
+from trl_entropy.analysis.rewards import reward_columns, reward_table
+from trl_entropy.analysis.run import Run
+from trl_entropy.analysis.tokens import own_tokens, token_table, turns_of
+from trl_entropy.analysis.view_columns import COLUMNS
+from trl_entropy.runs.metrics import KINDS, PARTS
+from trl_entropy.runs.reading import UnreadableFile
+from trl_entropy.runs.strict_json import Json
+
+Arrays = Mapping[str, np.ndarray]
+Columns = dict[str, np.ndarray]
+
+
+def view(run: Run, name: str, step: int | None = None, rows: Iterable[int] | None = None) -> pd.DataFrame:
+    """
+    The table of one view; columns that the run's files do not have are left out.
+
+    Args:
+        run: the run.
+        name: one of `COLUMNS`.
+        step: of which step; not for `steps` and `parts`, which have all of them.
+        rows: of these completions alone, by their `row`; for tables of tokens.
+
+    Raises:
+        ValueError: when there is no such view, or the view needs a step.
+    """
+    if name in ("steps", "parts"):
+        return steps(run) if name == "steps" else parts(run)
+    if name not in COLUMNS or step is None:
+        raise ValueError(
+            f"view is {name!r}, step {step}: use one of {list(COLUMNS)}, with a step but for the first two"
+        )
+    if name in ("tokens", "measured_tokens"):
+        return (tokens if name == "tokens" else measured_tokens)(run, step, rows)
+    return {"groups": groups, "completions": completions, "measured_completions": measured_completions}[name](
+        run, step
+    )
+
+
+def steps(run: Run) -> pd.DataFrame:
+    """A row for each step: `step`, and every number of `metrics.jsonl` by its key."""
+    return run.steps.select_dtypes("number").reset_index()
+
+
+def parts(run: Run) -> pd.DataFrame:
+    """
+    What the measured change of a step is made of, a row for each part: `step`, `part`, `change` in nats per token.
+
+    Momentum, weight decay, gradient, ... are those of (T9), and `rounding` is the rest, so that they sum to
+    `entropy/delta_linear`; `curvature` is the measured change less the first-order one, so that all of them sum to
+    `entropy/delta_measured`.
+    """
+    table, found = run.steps, []
+    for row in run.rows("entropy/delta_linear"):
+        known = {name: row[f"entropy/delta_{name}"] for name in PARTS if row.get(f"entropy/delta_{name}") is not None}
+        if not known:
+            continue
+        linear = row["entropy/delta_linear"]
+        known["rounding"] = linear - sum(known.values())
+        if row.get("entropy/delta_measured") is not None:
+            known["curvature"] = row["entropy/delta_measured"] - linear
+        found += [{"step": row["step"], "part": name, "change": value} for name, value in known.items()]
+    return pd.DataFrame(found, columns=["step", "part", "change"]).astype({"step": table.index.dtype})
+
+
+def steps_with_completions(run: Run) -> list[int]:
+    """
+    The steps of which `groups` and `completions` have rows: those with probe files, and those with TRL's table. At a
+    step with an evaluation that table is of the evaluated completions, since TRL writes both to one place.
+    """
+    return sorted({*run.probe_steps("rollouts"), *run.completions_steps}.difference(_only_evaluated(run)))
+
+
+def _only_evaluated(run: Run) -> set[int]:
+    return {int(step) for step in run.training_evaluation.index}.difference(run.probe_steps("rollouts"))
+
+
+def completions(run: Run, step: int) -> pd.DataFrame:
+    """The completions that a step was trained on, a row for each; `COLUMNS["completions"]` says what they have."""
+    if step not in run.probe_steps("rollouts"):
+        return _logged_completions(run, step)
+    arrays = _trained(run, step)
+    own = own_tokens(arrays)
+    mask: np.ndarray = arrays["completion_mask"].astype(bool)
+    table = pd.DataFrame({
+        "row": np.arange(len(own)), "prompt_index": arrays["prompt_index"],
+        "reward": arrays["rewards"].astype(float),
+        "advantage": arrays.get("raw_advantages", arrays["advantages"]).astype(float),
+    })  # fmt: skip
+    if "attribution" in arrays:
+        table["change"] = arrays["attribution"].astype(float).reshape(len(own), -1).sum(axis=1)
+    if "entropy" in arrays:
+        table["entropy"], table["surprisal"] = _means(arrays["entropy"], own), -_means(arrays["logps"], own)
+    table["length"] = own.sum(axis=1)
+    if not np.array_equal(own, mask):
+        table["context_length"], table["turns"] = (mask & ~own).sum(axis=1), turns_of(own).max(axis=1, initial=-1) + 1
+    table["end"] = _ends(run, arrays["input_ids"][:, -mask.shape[1] :], mask, own)
+    return table.join(reward_table(run, step, arrays))
+
+
+def groups(run: Run, step: int, table: pd.DataFrame | None = None) -> pd.DataFrame:
+    """
+    The prompt groups of a step, a row for each, in the order of their rows.
+
+    Args:
+        run: the run.
+        step: the step.
+        table: its [`completions`], which are read if they are not given.
+    """
+    table = completions(run, step) if table is None else table
+    codes, prompts = pd.factorize(table["prompt_index"])
+
+    def sums(values: pd.Series | np.ndarray) -> np.ndarray:
+        return np.bincount(codes, np.asarray(values, dtype=float), len(prompts))
+
+    def stddevs(values: pd.Series) -> np.ndarray:
+        left = np.where(counts > 1, counts - 1, np.nan)
+        return np.sqrt(sums((values - (sums(values) / counts)[codes]) ** 2) / left)
+
+    counts = np.bincount(codes, minlength=len(prompts))
+    found = pd.DataFrame({"prompt_index": prompts, "num_completions": counts})
+    found["reward_mean"], found["reward_std"] = sums(table["reward"]) / counts, stddevs(table["reward"])
+    if "length" in table:
+        found["length_mean"] = sums(table["length"]) / counts
+    if "entropy" in table:
+        found["entropy"] = sums((table["entropy"] * table["length"]).fillna(0.0)) / sums(table["length"])
+    if "change" in table:
+        found["change"], found["change_stderr"] = sums(table["change"]), stddevs(table["change"]) * counts**0.5
+        found["share"] = _shares(found["change"])
+    found["num_truncated"] = sums(table["end"] == "truncated").astype(int)
+    found["signal"] = np.where(sums(table["advantage"] != 0) > 0, "yes", "no")
+    return found.assign(prompt=_prompts(run, step, table))
+
+
+def tokens(run: Run, step: int, rows: Iterable[int] | None = None) -> pd.DataFrame:
+    """The tokens of the completions that a step was trained on, those of tools and environments among them."""
+    if step not in run.probe_steps("rollouts"):
+        return pd.DataFrame(columns=["row", "position", "token"])
+    arrays = _of_rows(_trained(run, step), rows)
+    names = {"attribution": "change", "entropy": "entropy", "logps": "logp", "loss_coefficients": "weight"}
+    own = own_tokens(arrays)
+    taken: Columns = {
+        new: arrays[old].astype(float) for old, new in names.items() if old in arrays and arrays[old].ndim == 2
+    }
+    if "kind" in arrays:
+        taken["kind"], taken["turn"] = arrays["kind"], turns_of(own) + 1
+    table = _token_rows(run, arrays, taken)
+    if "kind" in table:
+        words = [*(name.removeprefix("kind_") for name in KINDS), None]
+        table["kind"] = [words[int(code)] for code in table["kind"].fillna(len(KINDS)).clip(upper=len(KINDS))]
+    return table
+
+
+def measured_completions(run: Run, step: int) -> pd.DataFrame:
+    """The completions of the probe batch, on which a step's change was measured, a row for each."""
+    if step not in run.probe_steps("entropy"):
+        return pd.DataFrame(columns=["row", "prompt_index"])
+    arrays = run.probe_file("entropy", step)
+    own = own_tokens(arrays)
+    found = {"row": np.arange(len(own)), "prompt_index": arrays["prompt_index"], "length": own.sum(axis=1)}
+    if "entropy_before" in arrays:
+        found["entropy"] = _means(arrays["entropy_before"], own)
+        found["entropy_change"] = _means(arrays["entropy_after"] - arrays["entropy_before"], own)
+        found["logp_change"] = np.where(own, arrays["logps_after"] - arrays["logps_before"], 0.0).sum(axis=1)
+    table = pd.DataFrame(found)
+    width = own.shape[1]
+    return table.assign(prompt=_texts_of_prompts(run, arrays, width, table.index))
+
+
+def measured_tokens(run: Run, step: int, rows: Iterable[int] | None = None) -> pd.DataFrame:
+    """The tokens of the probe batch with entropy and log-probability before the step, and their changes by it."""
+    if step not in run.probe_steps("entropy"):
+        return pd.DataFrame(columns=["row", "position", "token"])
+    arrays = _of_rows(run.probe_file("entropy", step), rows)
+    taken: Columns = {}
+    if "entropy_before" in arrays:
+        for name, key in (("entropy", "entropy"), ("logp", "logps")):
+            before: np.ndarray = arrays[f"{key}_before"].astype(float)
+            taken |= {name: before, f"{name}_change": arrays[f"{key}_after"].astype(float) - before}
+    return _token_rows(run, arrays, taken)
+
+
+# ---- the steps of these
+
+
+def _trained(run: Run, step: int) -> dict[str, np.ndarray]:
+    """The arrays of the step's own completions, with those of the attribution if it has one."""
+    arrays = run.probe_file("rollouts", step)
+    if step in run.probe_steps("attribution"):
+        given = run.probe_file("attribution", step)
+        if not np.array_equal(given["prompt_index"], arrays["prompt_index"]):
+            raise ValueError(
+                f"step {step}: probes/attribution and probes/rollouts have different rows; are they files of two runs?"
+            )
+        arrays |= given
+    return arrays
+
+
+def _of_rows(arrays: Arrays, rows: Iterable[int] | None) -> dict[str, np.ndarray]:
+    """The arrays of these rows, in this order, with the rows' own numbers in `row`."""
+    chosen = np.arange(len(arrays["prompt_index"])) if rows is None else np.array([*rows], dtype=int)
+    return {name: array[chosen] for name, array in arrays.items()} | {"row": chosen}
+
+
+def _token_rows(run: Run, arrays: Arrays, taken: Columns) -> pd.DataFrame:
+    """The table of tokens with these (B, T) columns, nan where a tool or an environment wrote; `own` if one did."""
+    base = {
+        name: arrays[name] for name in ("input_ids", "completion_mask", "loss_mask", "prompt_index") if name in arrays
+    }
+    table = token_table(base | taken, context=True).drop(columns="prompt_index")
+    table["row"] = arrays["row"][table["row"].to_numpy()]
+    table.insert(3, "token", run.texts_of(table["token_id"]))
+    own = table.pop("own").astype(bool)
+    return table.drop(columns="attention_mask", errors="ignore").assign(**({} if own.all() else {"own": own}))
+
+
+def _means(values: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The mean of each row over the policy's tokens; nan where it has none."""
+    counts = own.sum(axis=1)
+    return np.where(own, values.astype(float), 0.0).sum(axis=1) / np.where(counts, counts, np.nan)
+
+
+def _ends(run: Run, ids: np.ndarray, mask: np.ndarray, own: np.ndarray) -> list[str]:
+    """
+    How each completion ends: "masked" without a token that counts, "ended" at an end token, "truncated" at the largest
+    length without one, "stopped" otherwise (at an answer, or by an environment).
+    """
+    config = _config(run)
+    eos = config.get("model_config", {}).get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    lengths, most = mask.sum(axis=1), config.get("max_completion_length")
+    last = np.where(lengths, ids[np.arange(len(ids)), np.maximum(lengths - 1, 0)], -1)
+    found = np.where(np.isin(last, [token for token in eos_ids if token is not None]), "ended", "stopped")
+    found = np.where((found == "stopped") & (lengths == (most or -1)), "truncated", found)
+    return np.where(own.any(axis=1), found, "masked").tolist()
+
+
+def _config(run: Run) -> Json:
+    """The run's settings; none if the file is damaged, which whoever shows the settings says."""
+    try:
+        return run.config
+    except UnreadableFile:
+        return {}
+
+
+def _shares(change: pd.Series) -> pd.Series:
+    """Each group's share of their sum; nan unless [`is_well_away`] holds of the sum."""
+    half = student_t(len(change) - 1) * change.std() * len(change) ** 0.5
+    total = float(change.sum())
+    return change / total if is_well_away(total, float(half)) else change * np.nan
+
+
+def _prompts(run: Run, step: int, table: pd.DataFrame) -> list[str]:
+    """The text of each group's prompt, in the order of the groups."""
+    first = table.drop_duplicates("prompt_index")
+    if "text" in table:
+        return first["prompt"].tolist()
+    arrays = run.probe_file("rollouts", step, ("input_ids", "attention_mask", "completion_mask"))
+    return _texts_of_prompts(run, arrays, arrays["completion_mask"].shape[1], first["row"])
+
+
+def _texts_of_prompts(run: Run, arrays: Arrays, width: int, rows: Sequence[int] | pd.Index | pd.Series) -> list[str]:
+    """The text of the prompt of each of these rows, whose completions have `width` columns."""
+    ids = arrays["input_ids"][:, :-width]
+    kept: np.ndarray = arrays["attention_mask"][:, :-width].astype(bool)
+    chosen = [ids[row][kept[row]] for row in rows]
+    known = np.unique(np.concatenate(chosen)) if chosen else np.empty(0, dtype=int)
+    by_id = dict(zip(known.tolist(), run.texts_of(pd.Series(known)), strict=True))
+    return ["".join(by_id[token] for token in row.tolist()) for row in chosen]
+
+
+def _logged_completions(run: Run, step: int) -> pd.DataFrame:
+    """The completions of a step of which no probe has a file, from TRL's table: texts instead of tokens."""
+    logged = run.completions_of(step)
+    if logged is None:
+        return pd.DataFrame(columns=["row", "prompt_index", "reward", "advantage", "end"])
+    prompts, rewards = logged["prompt"].map(str), reward_columns(logged)
+    weights = _config(run).get("reward_weights") or [1.0] * rewards.shape[1]
+    known = len(weights) == rewards.shape[1]
+    table = pd.DataFrame({
+        "row": np.arange(len(logged)), "prompt_index": (prompts != prompts.shift()).cumsum() - 1,
+        "reward": (rewards * weights).sum(axis=1, min_count=1) if known else np.nan,
+        "advantage": logged.get("advantage", np.nan), "end": "unknown",
+    })  # fmt: skip
+    return table.join(rewards).assign(prompt=prompts, text=logged["completion"].map(str))
