@@ -19,6 +19,7 @@ from trl_entropy.reporting.inline import modules, script, script_hash
 from trl_entropy.reporting.page_data import MOST_CHARACTERS, as_text, page_blocks
 from trl_entropy.reporting.selection import choose, common_ends
 from trl_entropy.reporting.write import write_page
+from trl_entropy.runs.directory import RunDirectory
 
 HOSTILE = "</script><script>alert(1)</script><!--<script>\u202e\u2028\x00\x1b[31m&lt;]]>"
 
@@ -68,6 +69,31 @@ def same(given: dict, table: pd.DataFrame) -> bool:
     return all(
         close(one, other) for name in names for one, other in zip(found[name], table[name].tolist(), strict=True)
     )
+
+
+def runs_of(tmp_path, **settings) -> dict:
+    """The first block of two runs whose `seed`s differ, and of which the second has these settings too."""
+    for seed, more in ((1, {}), (2, settings)):
+        run = RunDirectory(tmp_path / f"seed {seed}")
+        run.write_config({"seed": seed, "beta": 0.0} | more)
+        for step in (1, 2, 3):
+            run.append_metrics(step, {"reward": 0.25 * seed + step})
+    RunDirectory(tmp_path / "seed 1").append_metrics(4, {"reward": 9.0})
+    runs = [load_run(tmp_path / f"seed {seed}") for seed in (1, 2)]
+    gaps = Gaps()
+    blocks = page_blocks(runs, {run.name: run.config for run in runs}, gaps)
+    assert not gaps.sentences
+    return json.loads(blocks[0].text)
+
+
+def test_runs_that_differ_in_the_seed_have_a_mean_and_others_have_not(tmp_path):
+    page = runs_of(tmp_path / "same")
+    assert page["differences"] == [["seed", "1", "2"]]
+    mean = decoded(page["means"]["reward"])
+    assert mean["step"] == [1, 2, 3] and mean["mean"] == [1.375, 2.375, 3.375] and mean["num_runs"] == [2, 2, 2]
+    assert mean["half"] == [pytest.approx(12.7062 * 0.125, rel=1e-3)] * 3  # Student's t with one degree of freedom
+    page = runs_of(tmp_path / "other", beta=0.1)
+    assert page["means"] == {} and ["beta", "0.0", "0.1"] in page["differences"]
 
 
 @given(st.lists(st.sampled_from([0.0, 1.5, -2.25e-7, math.nan, math.inf, 3.0]), max_size=40))

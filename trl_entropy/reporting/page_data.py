@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from trl_entropy.analysis import views
-from trl_entropy.analysis.comparison import differing_values
+from trl_entropy.analysis.comparison import differing_values, over_runs, table_of_runs
 from trl_entropy.analysis.run import Run
 from trl_entropy.analysis.summary import summary
 from trl_entropy.analysis.view_columns import COLUMNS
@@ -33,6 +33,11 @@ _BEYOND_ASCII = re.compile(r"[^ -~]")
 # The settings by which completions are left out of a step, and of which the page tells.
 _RULES = (
     "mask_truncated_completions", "max_completion_length", "resample_uninformative_groups", "max_resample_rounds",
+)  # fmt: skip
+# What is averaged over runs that differ in their seed alone.
+_OVER_RUNS = (
+    "entropy/policy", "entropy/delta_measured", "entropy/delta_momentum", "entropy/integral_measured", "reward",
+    "reward/delta_measured", "kl", "completions/mean_length", "noise_scale/simple", "grad_norm",
 )  # fmt: skip
 
 
@@ -54,7 +59,7 @@ def page_blocks(runs: list[Run], configs: Mapping[str, Json], gaps: Gaps, most_b
         gaps: gets what could not be made.
         most_bytes: of all that is not a number of a step or a part, roughly.
     """
-    blocks, described = [], []
+    blocks, described, names = [], [], ", ".join(configs)
     for number, run in enumerate(runs):
         chosen, cut = gaps.attempt("The completions", run.name, choose, run, most_bytes // len(runs), gaps) or ([], [])
         shown = {}
@@ -70,6 +75,7 @@ def page_blocks(runs: list[Run], configs: Mapping[str, Json], gaps: Gaps, most_b
         "metrics": _metrics(runs),
         "runs": described,
         "differences": differing_values(configs) if len(runs) > 1 else [],
+        "means": gaps.attempt("The means over runs", names, _means, runs, configs) or {},
     }
     return [Block("page", as_text(page)), *blocks]
 
@@ -130,6 +136,21 @@ def _metrics(runs: list[Run]) -> dict[str, list[str]]:
     """Unit and meaning of each key of the runs' steps that the table of metrics knows."""
     keys = dict.fromkeys(key for run in runs for key in run.steps)
     return {key: [METRICS[key].unit, METRICS[key].help] for key in keys if key in METRICS}
+
+
+def _means(runs: list[Run], configs: Mapping[str, Json]) -> dict[str, Json]:
+    """By key: the mean over runs that differ in their seed alone, and half of its 95 % interval; none otherwise."""
+    if len(runs) < 2 or not all(configs.values()):
+        return {}
+    steps, found = table_of_runs(runs, configs), {}
+    if steps["settings"].nunique() > 1:
+        return {}
+    for key in (key for key in _OVER_RUNS if key in steps):
+        table = over_runs(steps, key)
+        table = table[table["num_runs"] > 1].reset_index()
+        table["half"] = table["high"] - table["mean"]
+        found[key] = encoded("steps", table[["step", "mean", "half", "num_runs"]])
+    return found
 
 
 def _step(run: Run, chosen: Chosen) -> Json:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_entropy.config.changed_settings import changed_settings
 from trl_entropy.engine import num_trainable, parameter_shape
 from trl_entropy.engine.ranks import any_rank
 from trl_entropy.runs.directory import RunDirectory
@@ -49,6 +50,7 @@ class RunLogCallback(TrainerCallback):
             num_torch_threads=torch.get_num_threads(),
             num_parameters=sum(parameter_shape(p).numel() for p in model.parameters()),
             num_trainable_parameters=num_trainable(model),
+            changed_settings=changed_settings(args),
         )
 
     def on_log(

@@ -63,7 +63,7 @@ function table(given) {
   return { rows: given.rows, columns };
 }
 
-/** @returns {{runs: Run[], differences: any[][], columns: any, metrics: Record<string, [string, string]>}} */
+/** @returns {{runs: Run[], differences: any[][], means: Record<string, Table>, columns: any, metrics: Record<string, [string, string]>}} */
 export function page() {
   if (!known.has("page")) {
     const given = block("page");
@@ -72,6 +72,7 @@ export function page() {
       run.known = Object.keys(run.shown).map(Number);
       run.known.sort((/** @type {number} */ a, /** @type {number} */ b) => a - b);
     });
+    for (const key in given.means) given.means[key] = table(given.means[key]);
     known.set("page", given);
   }
   return known.get("page");

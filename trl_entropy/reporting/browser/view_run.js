@@ -116,6 +116,7 @@ export function charts(runs) {
         .map(({ line, look }) => seriesOf(run, line, look, axis, named ? `${run.name}: ` : "")),
     );
     if (!series.length) return null;
+    if (named && axis === "step") series.push(...meanOf(plan.lines[0].key, runs.length));
     const onPick = (/** @type {number} */ step) => go({ pin: step }, true);
     return chart({
       ...plan,
@@ -137,6 +138,29 @@ export function charts(runs) {
     ),
     h("div", { class: "charts" }, drawn),
   );
+}
+
+/**
+ * The mean over the runs with its 95 % interval, where they differ in their seed alone.
+ *
+ * @param {string} key
+ * @param {number} look
+ * @returns {import("./chart.js").Series[]}
+ */
+function meanOf(key, look) {
+  const mean = page().means[key];
+  if (!mean || !mean.rows) return [];
+  const { step, half } = mean.columns;
+  return [
+    {
+      name: "mean of the runs, ± half of its 95 % interval",
+      x: step,
+      y: mean.columns.mean,
+      error: half,
+      steps: step,
+      look,
+    },
+  ];
 }
 
 /**
