@@ -30,7 +30,7 @@ NEXT_ROLLOUTS: Settings = {"entropy_probe": True, "entropy_probe_num_completions
 SECOND_ORDER: Settings = HELD_OUT | {"entropy_second_order": True, "entropy_placebo": True}
 FISHER: Settings = {"fisher_probe": True, "fisher_num_sequences": 16}
 STATE: Settings = {"effective_sample_size_probe": True, "optimizer_state_probe": True, "kl_every": 1}
-HOLD: Settings = {"entropy_control": "hold", "entropy_control_target": 3.0, "entropy_control_num_completions": 8}
+HOLD: Settings = {"entropy_control": "hold", "entropy_control_target": 3.0}
 CLIP_COV: Settings = {"token_control": "clip_cov", "token_control_fraction": 0.05, "token_control_bounds": [0.0, 5.0]}
 KL_COV: Settings = {"token_control": "kl_cov", "token_control_fraction": 0.05, "num_iterations": 2}
 RESAMPLED: Settings = {"curriculum": "pass_rate", "resample_uninformative_groups": True, "max_resample_rounds": 1}
@@ -47,7 +47,7 @@ CASES: dict[str, Settings] = {
     "fisher": FISHER | {"probe_batch_size": 4},
     "fisher, sketch": FISHER | {"fisher_sketch_dim": 256},
     "sample size, optimizer state, KL": STATE,
-    "entropy control, probe": HOLD,
+    "entropy control, probe": HOLD | {"entropy_control_num_completions": 8},
     "entropy control, rollouts": HOLD | {"entropy_control_completions": "rollouts"},
     "clip_cov": CLIP_COV,
     "clip_cov, micro-batch": CLIP_COV | {"token_control_scope": "micro_batch"},
@@ -70,7 +70,7 @@ JOINED: dict[str, Settings] = {
         **{"noise_scale_probe": True, "noise_scale_from": "micro_batches"},
         **{"entropy_control": "report", "entropy_control_completions": "rollouts"},
     },
-    "several updates of one generation": KL_COV | RESAMPLED | {"beta": 0.01, "optimizer_state_probe": True},
+    "several updates of one generation": KL_COV | RESAMPLED | {"optimizer_state_probe": True},
 }
 
 
@@ -125,11 +125,19 @@ def build_trainer(
     trainer: type[DrGRPOTrainer] = ReplayTrainer,
     model: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    prefix: str = "",
     **settings: Any,
 ) -> DrGRPOTrainer:
-    """A trainer with 4 prompts of 4 completions a step in two micro-batches, of the embedded model unless given."""
+    """
+    A trainer with 4 prompts of 4 completions a step in two micro-batches.
+
+    Args:
+        model: None for the embedded model.
+        prefix: of every prompt.
+        settings: in place of those here.
+    """
     tokenizer = build_tokenizer()
-    prompts = Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(8) for j in range(8)]})
+    prompts = Dataset.from_dict({"prompt": [f"{prefix}{i} and {j} are" for i in range(8) for j in range(8)]})
     defaults: Settings = {
         "output_dir": str(folder), "num_generations": 4, "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 2, "max_completion_length": 12, "learning_rate": 1e-3, "max_steps": 3,
