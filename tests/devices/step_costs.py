@@ -156,7 +156,7 @@ def _trainer(folder: Path, device: str, watch: Stopwatch, settings: Settings) ->
         size |= {"max_completion_length": 200, "bf16": True, "learning_rate": 1e-6, "gradient_checkpointing": True}
         size |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     model = _random_model(device) if device == "cuda" else smallest_model()
-    prefix = "Ann has 3 apples and buys 4 more. " * (10 if device == "cuda" else 0)  # about 100 tokens
+    prefix = "Ann has 3 apples and buys 4 more. " * (3 if device == "cuda" else 0)  # about 100 tokens
     return build_trainer(
         folder, device == "cpu", adapter(rank=64), model=model, prefix=prefix, callbacks=[watch], **(size | settings)
     )
