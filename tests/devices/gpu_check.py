@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tests.devices.step_costs import Cost
 
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-RESERVE = 30.0  # seconds before the limit in which no row begins
+RESERVE = 60.0  # seconds before the limit in which no row begins
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gpu-check.md").write_text(self.markdown(), encoding="utf-8")
         costs = [cost._asdict() | {"ratio": cost.ratio} for cost in self.costs]
+        for cost in costs:
+            cost["peak"] = None if math.isnan(cost["peak"]) else cost["peak"]
         found = {"environment": self.environment, "device": self.device, "checks": self.rows, "costs": costs}
         (folder / "gpu-check.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
@@ -109,10 +112,12 @@ def _checked(options: argparse.Namespace) -> int:
         if options.only in check:
             row = _row(check, function, deadline)
             report.rows.append(row)
+            report.write(options.output)  # after each row: a machine may be taken away
             print(f"{row['result']:8} {row['s']:5.0f} s  {check}: {row['found']}", flush=True)
     try:
         for cost in costs(options.device, deadline, options.only):
             report.costs.append(cost)
+            report.write(options.output)
             print(f"{cost.seconds:8.2f} s/step, {cost.ratio:.2f} x, {cost.peak:.1f} GiB  {cost.name}", flush=True)
     except Exception as error:  # what was found before is worth having
         traceback.print_exc(file=sys.stderr)

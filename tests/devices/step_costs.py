@@ -114,6 +114,8 @@ def costs(device: str, deadline: float, only: str = "") -> Iterator[Cost]:
         only: a text that a row's name must have.
     """
     names = [name for name in COSTS if only in name]
+    if not names:
+        return
     before, peak = _measured(device, {})
     yield Cost(NOTHING, before, before, peak)
     waiting: list[tuple[str, float, float]] = []

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.devices import gpu_check, gpu_rows, step_costs
+from tests.devices import engine_worker, gpu_check, gpu_rows, step_costs
 from tests.devices.emulated import EmulatedDevice
 from tests.devices.gpu_rows import Verdict, compared
 from tests.devices.replayed import CASES, JOINED, build_trainer, smallest_model
@@ -66,6 +67,15 @@ def test_a_failing_row_and_an_exception_end_with_status_1(monkeypatch, tmp_path,
     assert "FAIL  row 2" in capsys.readouterr().out
 
 
+def test_what_was_found_stays_if_the_run_is_cut_off(monkeypatch, tmp_path):
+    def cut_off():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_with(monkeypatch, tmp_path, {"row 1": lambda: Verdict("ok", "fine"), "row 2": cut_off})
+    assert "| row 1 | ok | fine | 0 |" in (tmp_path / "gpu-check.md").read_text()
+
+
 def test_rows_that_would_begin_too_late_are_skipped(monkeypatch, tmp_path):
     monkeypatch.setattr(step_costs, "costs", no_costs)
     status, report, _ = run_with(monkeypatch, tmp_path, {"row": lambda: Verdict("ok", "")}, "--minutes", "0")
@@ -105,6 +115,23 @@ def test_a_check_of_the_device_fails_where_a_probe_changes_training(monkeypatch)
     monkeypatch.setattr(gpu_rows, "train", train)
     assert gpu_rows.checks("cpu")["probes leave training as it is, bit for bit"]().result == "FAIL"
     assert len(drawn) == 4
+
+
+def worker_under(monkeypatch, started):
+    def train():
+        raise NotImplementedError("training with FSDP is not supported; use one process")
+
+    monkeypatch.setattr(engine_worker, "build_trainer", lambda *args, **settings: SimpleNamespace(train=train))
+    monkeypatch.setattr(engine_worker, "engine_of", lambda trainer: started)
+
+
+def test_an_engine_that_the_package_refuses_is_no_failure_but_another_engine_is(monkeypatch):
+    worker_under(monkeypatch, "fsdp2")
+    refused = Verdict("refused", "training with FSDP is not supported; use one process")
+    assert engine_worker.verdict("cuda", "fsdp2") == refused
+    worker_under(monkeypatch, "no")
+    assert engine_worker.verdict("cuda", "zero2") == Verdict("FAIL", "accelerate has started no in its place")
+    assert engine_worker.verdict("cpu", "fsdp2").result == "skipped"
 
 
 @pytest.fixture
