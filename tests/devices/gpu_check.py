@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -39,7 +38,8 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        return [row["check"] for row in self.rows if row["result"] == "FAIL"]
+        checks = [row["check"] for row in self.rows if row["result"] == "FAIL"]
+        return checks + [f"cost of {cost.name}: {cost.error[:160]}" for cost in self.costs if cost.error]
 
     def markdown(self) -> str:
         """Both tables, to be put into docs/results.md as they are."""
@@ -59,8 +59,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gpu-check.md").write_text(self.markdown(), encoding="utf-8")
         costs = [cost._asdict() | {"ratio": cost.ratio} for cost in self.costs]
-        for cost in costs:
-            cost["peak"] = None if math.isnan(cost["peak"]) else cost["peak"]
+        costs = [{name: None if value != value else value for name, value in cost.items()} for cost in costs]  # nan
         found = {"environment": self.environment, "device": self.device, "checks": self.rows, "costs": costs}
         (folder / "gpu-check.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
@@ -118,7 +117,8 @@ def _checked(options: argparse.Namespace) -> int:
         for cost in costs(options.device, deadline, options.only):
             report.costs.append(cost)
             report.write(options.output)
-            print(f"{cost.seconds:8.2f} s/step, {cost.ratio:.2f} x, {cost.peak:.1f} GiB  {cost.name}", flush=True)
+            found = cost.error[:200] or f"{cost.seconds:.2f} s/step, {cost.ratio:.2f} x, {cost.peak:.1f} GiB"
+            print(f"cost            {cost.name}: {found}", flush=True)
     except Exception as error:  # what was found before is worth having
         traceback.print_exc(file=sys.stderr)
         report.rows.append({"check": "table of costs", "result": "FAIL", "found": _short(error), "s": 0.0})

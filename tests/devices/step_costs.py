@@ -21,8 +21,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import math
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,12 +79,18 @@ REST = 3  # rows between two measurements of steps with nothing on
 
 
 class Cost(NamedTuple):
-    """One measured step: seconds, the mean of steps without probes before and after, and GiB at the peak."""
+    """
+    One measured step: seconds, the mean of steps without probes before and after, and GiB at the peak.
+
+    Attributes:
+        error: why there are no numbers; empty if there are.
+    """
 
     name: str
     seconds: float
     seconds_without: float
     peak: float
+    error: str = ""
 
     @property
     def ratio(self) -> float:
@@ -122,7 +131,11 @@ def costs(device: str, deadline: float, only: str = "") -> Iterator[Cost]:
     for number, name in enumerate(names, start=1):
         in_time = time.monotonic() < deadline
         if in_time:
-            waiting.append((name, *_measured(device, COSTS[name])))
+            try:
+                waiting.append((name, *_measured(device, COSTS[name])))
+            except Exception as error:  # the other rows are worth having
+                traceback.print_exc(limit=-6, file=sys.stderr)
+                yield Cost(name, math.nan, math.nan, math.nan, " ".join(f"{type(error).__name__}: {error}".split()))
         if waiting and (not in_time or number % REST == 0 or number == len(names)):
             after = _measured(device, {})[0]
             yield from (Cost(what, seconds, (before + after) / 2, peak) for what, seconds, peak in waiting)
@@ -134,7 +147,9 @@ def costs(device: str, deadline: float, only: str = "") -> Iterator[Cost]:
 def _measured(device: str, settings: Settings) -> tuple[float, float]:
     """Seconds of a training's second step, and its peak in GiB (nan on a CPU)."""
     on_gpu, watch = device == "cuda", Stopwatch()
+    gc.collect()  # the last trainer, which refers to itself
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     lengths = (100, 200) if on_gpu else (8, 12)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(ReplayTrainer, "lengths", lengths):
@@ -142,10 +157,6 @@ def _measured(device: str, settings: Settings) -> tuple[float, float]:
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
-    del trainer
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
     return watch.seconds, peak
 
 
@@ -173,6 +184,8 @@ def table(rows: list[Cost]) -> list[str]:
     """Markdown."""
     lines = ["| with | s/step | without | ratio | peak GiB |", "| --- | --- | --- | --- | --- |"]
     return lines + [
-        f"| {row.name} | {row.seconds:.2f} | {row.seconds_without:.2f} | {row.ratio:.2f} | {row.peak:.1f} |"
+        f"| {row.name} | {row.error[:160]} | | | |"
+        if row.error
+        else f"| {row.name} | {row.seconds:.2f} | {row.seconds_without:.2f} | {row.ratio:.2f} | {row.peak:.1f} |"
         for row in rows
     ]

@@ -1,6 +1,7 @@
 """launch/gpu-check.sh: its script runs without a GPU, says what is wrong in one line, and finds what it looks for."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -99,6 +100,20 @@ def test_costs_are_measured_between_steps_without_any(monkeypatch):
     assert [row.name for row in late] == [step_costs.NOTHING]
 
 
+def test_a_cost_that_cannot_be_measured_is_named_and_the_others_stay(monkeypatch, tmp_path, capsys):
+    def measured(device, settings):
+        if settings.get("fisher_probe"):
+            raise torch.OutOfMemoryError("CUDA out of\nmemory")
+        return 1.0, math.nan
+
+    monkeypatch.setattr(step_costs, "_measured", measured)
+    status, report, markdown = run_with(monkeypatch, tmp_path, {}, "--only", "_probe")
+    assert status == 1
+    assert "| `fisher_probe`, 32 completions | OutOfMemoryError: CUDA out of memory | | | |" in markdown
+    assert {cost["seconds"] for cost in report["costs"]} == {1.0, None} and len(report["costs"]) > 5
+    assert "FAIL  cost of `fisher_probe`" in capsys.readouterr().out
+
+
 def test_every_toggle_and_control_has_a_row():
     for rows in (CASES, JOINED, step_costs.COSTS):
         on = {name for settings in rows.values() for name, value in settings.items() if value}
@@ -165,16 +180,17 @@ def test_costs_on_an_emulated_gpu(emulated_gpu):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # DeepSpeed compiles, which takes a minute or two alone on a machine
 def test_whole_script_runs_without_a_gpu(tmp_path):
-    command = ["bash", "launch/gpu-check.sh", "--device", "cpu", "--minutes", "15", "--output", str(tmp_path)]
+    command = ["bash", "launch/gpu-check.sh", "--device", "cpu", "--minutes", "20", "--output", str(tmp_path)]
     environment = os.environ | {"PYTHON": sys.executable, "WHEELS": str(tmp_path)}
-    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "ops")
+    environment.setdefault("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     report = json.loads((tmp_path / "gpu-check.json").read_text())
     results = {row["check"]: row["result"] for row in report["checks"]}
     assert results.pop("out of memory, real") == "skipped"
-    assert results.pop("fsdp2, one process") in ("skipped", "refused", "ok")
+    assert results.pop("fsdp2, one process") == "skipped"  # accelerate has none on a CPU
     assert set(results.values()) == {"ok"}
     assert [cost["name"] for cost in report["costs"]] == [step_costs.NOTHING, *step_costs.COSTS]
 
