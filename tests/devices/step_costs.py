@@ -12,7 +12,7 @@ float32, 45 of an H100's 67 TFLOP/s: F is 1.3 s. In F: E forward and forward mod
 attribution by completion 8/4 + 3/4 + 3, by token 8/4 + 4, rollouts 7, within-prompt noise 3, kernel of half of the
 completions 5/2, control 1 or 4.5, KL 1. Together 45 F or so = 60 s for one step of each; each is measured in one step
 after one that is not, and builds a trainer (3 s): 17 x 3 + 2 x (60 + 17 x 0.8) = 200 s, and the steps without
-any, which are measured after every third row, 8 x (3 + 2 x 0.8) = 37 s. That is less than half of ten minutes; the
+any, which are measured after every third row, 7 x (3 + 2 x 0.8) = 32 s. That is less than half of ten minutes; the
 checks before it take 30 trainings on CPU and GPU, 150 s, and three launches, 90 s.
 """
 
