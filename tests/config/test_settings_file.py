@@ -96,11 +96,11 @@ def test_texts_stand_for_what_they_spell(read):
 
 def test_home_is_found_in_every_path(read, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "x.yaml").write_text("task: gsm8k\ndataset_path: ~/data\n")
+    (tmp_path / "x.yaml").write_text("task: gsm8k\ndataset_name: ~/data\n")
     task, args, model = parse(
         ["--config", "~/x.yaml", "--output_dir", "~/run", "--model_name_or_path=~/model", *ON_CPU]
     )
-    found = (task.dataset_path, args.output_dir, model.model_name_or_path)
+    found = (task.dataset_name, args.output_dir, model.model_name_or_path)
     assert found == tuple(str(tmp_path / name) for name in ("data", "run", "model"))
 
 
@@ -216,7 +216,7 @@ def test_fields_that_need_something_turned_on():
     assert {"entropy_attribution", "entropy_probe_every", "fisher_num_sequences", "entropy_control_gain"} <= set(
         READERS
     )
-    assert {"dataset_path", "max_prompt_length", "lora_r", "max_resample_rounds", "evaluate_profile"} <= set(READERS)
+    assert {"dataset_name", "max_prompt_length", "lora_r", "max_resample_rounds", "evaluate_profile"} <= set(READERS)
     assert not {"entropy_probe", "task", "probe_batch_size", "kl_every", "use_peft"} & set(READERS)
 
 
@@ -298,10 +298,10 @@ def test_the_command_line_may_leave_settings_of_a_file_unread(read):
 def test_what_the_command_line_turns_off_is_left_out(read):
     """A toggle may be turned off without taking its settings out of the file."""
     text = "entropy_probe: true\nentropy_probe_every: 5\nentropy_attribution: token\n" + yaml.safe_dump(STEP)
-    text += "task: gsm8k\ndataset_path: my.jsonl\n"
+    text += "task: gsm8k\ndataset_name: my.jsonl\n"
     task, args, _ = read(text, "--entropy_probe", "false", "--task", "word_problems")
     assert (args.entropy_probe, args.entropy_probe_every, args.entropy_attribution) == (False, 1, "none")
-    assert task.dataset_path == "openai/gsm8k"
+    assert task.dataset_name == "openai/gsm8k"
     assert read(text)[1].entropy_attribution == "token"
     assert "entropy_probe_every is 5" in refusal(lambda: read(text.replace("probe: true", "probe: false")))
     flags = ("--entropy_probe", "false", "--entropy_probe_every", "3")

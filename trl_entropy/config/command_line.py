@@ -19,8 +19,10 @@ from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_agent_task, check_problem_numbers
+from trl_entropy.tasks.arguments import TaskArguments, check_problem_numbers
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
+from trl_entropy.tasks.registry import check_task
+from trl_entropy.tasks.reward_functions import reward_functions
 
 
 def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, ModelConfig]:
@@ -29,12 +31,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
     # tqdm is off by default once transformers is silenced.
     parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL, disable_tqdm=False)
     task, args, model = parser.read(argv)
-    unknown = [name for name in task.reward_funcs if name not in REWARDS]
-    if unknown or not task.reward_funcs:
-        raise ValueError(
-            f"reward_funcs: {unknown} are not among the rewards of trl_entropy.tasks.rewards; "
-            f"use any of {', '.join(REWARDS)}."
-        )
+    reward_functions(task)
     if args.reward_weights is not None and len(args.reward_weights) != len(task.reward_funcs):
         raise ValueError(
             f"reward_weights has {counted(len(args.reward_weights), 'number')}, reward_funcs "
@@ -42,7 +39,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
             "reward function needs one."
         )
     check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
-    check_agent_task(task.task, str(model.model_name_or_path), args.evaluate_checkpoints)
+    check_task(task, str(model.model_name_or_path), args.evaluate_checkpoints)
     check_model(model)
     if args.resume_from_checkpoint is None:
         RunDirectory(args.output_dir).check_unused()

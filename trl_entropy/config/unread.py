@@ -37,7 +37,7 @@ class Reader(NamedTuple):
     def remedy(self, value: object) -> str:
         """How to have the setting read, now that the toggle has this value."""
         if self.values:
-            return f"Set {self.toggle}={' or '.join(map(repr, self.values))}"
+            return f"Set {self.toggle}={' or '.join(repr(value) for value in self.values if value is not None)}"
         return f"Set {self.toggle}" if value is None else f"Turn {self.toggle} on"
 
 
@@ -62,7 +62,7 @@ def _readers_of_others(field: dataclasses.Field[Any]) -> tuple[Reader, ...]:
     """Of a field of a task, or of TRL's `ModelConfig`."""
     help = field.metadata.get("help")
     if isinstance(help, OfTask):
-        return (Reader("task", (help.task,)),)
+        return (Reader("task", help.tasks),)
     prefixes = [prefix for prefix in _TOGGLE_OF_PREFIX if field.name.startswith(prefix)]
     return tuple(Reader(_TOGGLE_OF_PREFIX[prefix]) for prefix in prefixes)
 

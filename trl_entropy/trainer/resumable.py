@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ _OF_THE_OPTIMIZER = (
 class ResumableTrainer(GRPOTrainer):
     """The part of [`~trl_entropy.DrGRPOTrainer`] for checkpoints, with `runs/checkpoints.py`, `training_state.py`."""
 
+    function_files: Mapping[str, str] = MappingProxyType({})  # the user's own files, by path, with their hashes
     _train_sampler: Any = None
     _data_fingerprint: str | None = None
 
@@ -173,6 +175,7 @@ class ResumableTrainer(GRPOTrainer):
         settings = contract_settings(
             self.args,
             reward_funcs=self.reward_func_names,
+            function_files={Path(file).name: digest for file, digest in self.function_files.items()},
             tools=[tool.__name__ for tool in self.tools],  # those of environments too
             rollout_func=getattr(self.rollout_func, "__qualname__", type(self.rollout_func).__qualname__),
         )
