@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train with the settings of a config file (with accelerate launch for more than one process)",
     "doctor": "check a run before it starts: batch plan, memory, disk space, problems and what to do about them",
     "evaluate": "evaluate a run's checkpoints: pass@k, greedy accuracy, lengths and entropy, with intervals",
+    "best": "say which evaluated checkpoint is the best, and which others cannot be told from it",
     "report": "draw the figures of a run and write an HTML page about it",
     "archive": "copy a run to s3:// or another store, and verify the copy",
     "experiment": "test the estimators on a checkpoint of a run",
