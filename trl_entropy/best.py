@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--by",
         default="pass@1",
-        help="a metric of the evaluations, or a sum of several such as 'pass@1 - 0.1*entropy_mean'; a minus before one "
-        "of which less is better (default: pass@1)",
+        help="a metric of the evaluations, or a sum of several such as 'pass@1 - 0.1*entropy_mean'; a minus before "
+        "one of which less is better (default: pass@1)",
     )
     args = parser.parse_args(argv)
     try:

@@ -27,9 +27,15 @@ from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, remedy
 from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.completion_functions import (
+    metric_functions,
+    planned_functions,
+    reward_functions,
+    training_files,
+    tried,
+)
 from trl_entropy.tasks.named import files_of
 from trl_entropy.tasks.registry import load_task, task_of
-from trl_entropy.tasks.reward_functions import planned_functions, reward_functions, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,8 +54,9 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
 
     train_dataset, eval_dataset = load_task(task, tokenizer_of(args, model), args.seed)
     check_datasets(args, train_dataset, eval_dataset)
-    functions, episodes = reward_functions(task), task_of(task).episodes(task)
-    tried(functions, list(train_dataset.select(range(min(3, len(train_dataset))))))
+    functions, metrics = reward_functions(task), metric_functions(task)
+    episodes = task_of(task).episodes(task)
+    tried(functions + metrics, list(train_dataset.select(range(min(3, len(train_dataset))))))
     policy, tokenizer = load_policy(args, model)
     trainer = DrGRPOTrainer(
         model=policy,
@@ -62,9 +69,11 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
         quantization_config=get_quantization_config(model) if isinstance(policy, str) else None,
         tools=episodes.tools or None,
         environment_factory=episodes.environment_factory,
+        metric_funcs=metrics,
     )
-    trainer.function_files = files_of(task.own_functions())
-    own = {"function_files": trainer.function_files} if trainer.function_files else {}
+    trainer.function_files = training_files(task)
+    files = files_of(task.own_functions())
+    own = {"function_files": files} if files else {}
     trainer.run_log.settings = {**dataclasses.asdict(task), **model_settings(model), **own}
     return trainer
 

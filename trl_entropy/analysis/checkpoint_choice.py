@@ -14,7 +14,7 @@ from trl_entropy.analysis.comparison import student_t
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.reading import reading
 
-_TERM = re.compile(r"\s*([+-])?\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?([A-Za-z_][\w@]*)\s*")
+_TERM = re.compile(r"\s*([+-])?\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?([A-Za-z_][\w@/]*)\s*")
 # Metric -> its numerator and denominator among the columns of `prompts.parquet`; pass@k is a column of its own.
 _RATIOS = {
     "greedy_accuracy": ("greedy_correct", None),
@@ -156,9 +156,10 @@ def _sums(prompts: pd.DataFrame, weights: Mapping[str, float]) -> tuple[list[np.
     ones = np.ones(len(prompts))
     tops, bottoms = [], []
     for name in weights:
-        ratio = (name, None) if name.startswith("pass@") else _RATIOS.get(name)
-        if ratio is None or ratio[0] not in prompts:
-            known = [*(column for column in prompts if column.startswith("pass@")), *_RATIOS]
+        ratio = (name, None) if name.startswith("pass@") else _RATIOS.get(name, (f"{name}/sum", f"{name}/num"))
+        if ratio[0] not in prompts:
+            own = [column.removesuffix("/sum") for column in prompts if column.endswith("/sum")]
+            known = [*(column for column in prompts if column.startswith("pass@")), *_RATIOS, *own]
             raise ValueError(f"there is no metric {name!r}; the evaluations have {', '.join(known)}")
         tops.append(prompts[ratio[0]].to_numpy(float))
         bottoms.append(ones if ratio[1] is None else prompts[ratio[1]].to_numpy(float))

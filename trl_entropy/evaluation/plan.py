@@ -13,9 +13,9 @@ from trl_entropy.runs.checkpoints import checkpoints_of
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.strict_json import Json
 from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.completion_functions import passing, reward_functions
 from trl_entropy.tasks.named import files_of
 from trl_entropy.tasks.registry import TASKS, task_of
-from trl_entropy.tasks.reward_functions import passing, reward_functions
 
 ALL, LATEST = "all", "latest"
 NOT_EVALUATED = "not evaluated yet"

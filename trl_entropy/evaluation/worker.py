@@ -30,8 +30,8 @@ from trl_entropy.runs.strict_json import Json, Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
 from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.completion_functions import metric_functions, passing, reward_functions
 from trl_entropy.tasks.prompts import rendered
-from trl_entropy.tasks.reward_functions import passing, reward_functions
 
 PROGRESS, FAILED = "progress", "failed"  # begin the lines that are for whoever started the worker
 
@@ -59,7 +59,8 @@ def evaluate(job: Job) -> None:
     engine = VllmEngine(model, tokenizer, job.settings) if job.settings.sampler == VLLM else None
     sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine, kept)
     records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), problems, job.settings))
-    prompts = prompt_table(records)
+    functions = _functions_of(job.settings)
+    prompts = prompt_table(records, functions)
     summary: CheckpointSummary = {
         "step": job.target.step,
         "model": Path(job.target.model).name,
@@ -69,7 +70,7 @@ def evaluate(job: Job) -> None:
         "batch_size": sampler.batch_size,
         "num_prompts": len(prompts),
         "seconds": time.monotonic() - start + kept.seconds,
-        "metrics": metrics_of(records, prompts),
+        "metrics": metrics_of(records, prompts, functions),
     }
     _write(Path(job.output), records, prompts, summary)
     kept.remove()
@@ -98,10 +99,17 @@ def _drawn(sampler: Sampler, problems: list[Row]) -> Iterator[Row]:
                 print(PROGRESS, done, total, flush=True)
 
 
+def _functions_of(settings: Settings) -> dict[str, str]:
+    """Metric -> column of the records, for the functions of completions."""
+    task = TaskArguments(**settings.task)
+    found = [one for one in reward_functions(task) + metric_functions(task) if not one.is_model]
+    return {f"{one.kind}s/{one.short}": one.short for one in found}
+
+
 def _judged(rows: list[Row], problems: list[Row], settings: Settings) -> list[Row]:
     """The rows with a column for each reward function, and the columns that the metrics count."""
     task = TaskArguments(**settings.task)
-    functions = reward_functions(task)
+    functions, metrics = reward_functions(task), metric_functions(task)
     by_id = {problem["prompt_id"]: problem for problem in problems}
     asked, texts = [by_id[row["prompt_id"]] for row in rows], [row["completion"] for row in rows]
     completions = [
@@ -109,7 +117,7 @@ def _judged(rows: list[Row], problems: list[Row], settings: Settings) -> list[Ro
         for problem, text in zip(asked, texts, strict=True)
     ]
     ids = [row["completion_ids"] for row in rows]
-    given = {one.short: one(asked, completions, ids) for one in functions if not one.is_model}
+    given = {one.short: one(asked, completions, ids) for one in functions + metrics if not one.is_model}
     right = given[passing(task, functions).short]
     extracted = [rewards.extract_answer(text) for text in texts]
     verdicts = rewards.answer_verdicts([row["answer"] for row in rows], extracted)

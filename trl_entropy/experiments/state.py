@@ -22,8 +22,8 @@ from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import own_randomness
+from trl_entropy.tasks.completion_functions import reward_functions
 from trl_entropy.tasks.registry import Wanted, load_task, task_of
-from trl_entropy.tasks.reward_functions import reward_functions
 from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
 # Settings of the run that decide how it samples and how it steps. Logging, saving and probes are left out.

@@ -20,9 +20,9 @@ from trl_entropy.runs.checkpoints import (
     describe_finished,
     is_finished,
 )
+from trl_entropy.tasks.completion_functions import metric_functions, planned_functions, reward_functions, tried
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
 from trl_entropy.tasks.registry import TASKS, Wanted, load_task
-from trl_entropy.tasks.reward_functions import planned_functions, reward_functions, tried
 from trl_entropy.trainer.dataset_checks import check_datasets
 
 
@@ -82,7 +82,7 @@ def dataset(plan: Plan) -> Findings:
         embedded = str(plan.model.model_name_or_path) == EMBEDDED_MODEL
         problems = load_task(plan.task, build_tokenizer() if embedded else None, plan.args.seed)
         check_datasets(plan.args, *problems)
-        tried(reward_functions(plan.task), first_rows(plan))
+        tried(reward_functions(plan.task) + metric_functions(plan.task), first_rows(plan))
 
     yield from _readable(plan, check)
 

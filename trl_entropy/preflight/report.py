@@ -22,8 +22,8 @@ from trl_entropy.runs.checkpoints import CheckpointError, checkpoints_of
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import free_bytes
+from trl_entropy.tasks.completion_functions import metric_functions, reward_functions, tried
 from trl_entropy.tasks.registry import task_of
-from trl_entropy.tasks.reward_functions import reward_functions, tried
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -57,7 +57,7 @@ def full_report(plan: Plan) -> list[str]:
         "Versions": versions(),
         "Machine and processes": machine_lines(plan),
         "Batch plan": _batches(plan),
-        "Rewards": _rewards(plan),
+        "Rewards and metrics": _functions(plan),
         "Memory of a process, GiB": _memory(plan),
         "Disk": _disk(plan),
         "Probes: what they support": _support(plan),
@@ -124,16 +124,16 @@ def _model_line(plan: Plan) -> str:
     )
 
 
-def _rewards(plan: Plan) -> list[str]:
+def _functions(plan: Plan) -> list[str]:
     """What each function returns for completions of the first rows that are made up, and how long it takes."""
-    functions = reward_functions(plan.task)
+    functions = reward_functions(plan.task) + metric_functions(plan.task)
     models = [f"{one.short}: a reward model, which is not tried here" for one in functions if one.is_model]
     try:
         trials = tried(functions, first_rows(plan))
     except (ValueError, OSError):  # which is a finding
         return [f"not tried: {', '.join(one.short for one in functions)}"]
     return [
-        f"{trial.reward.short}{' (' + trial.reward.name + ')' if trial.reward.name != trial.reward.short else ''}: "
+        f"{trial.function.kind} {trial.function.name}: "
         f"{', '.join(f'{value:.3g}' for value in trial.values)} for an empty completion, one without an answer, one "
         f"with the right answer in its tags; {1000 * trial.seconds:.2g} ms a completion"
         for trial in trials

@@ -35,6 +35,7 @@ def _help_of(tasks: str | tuple[str | None, ...], help: str) -> OfTask:
 
 _FILES = ("gsm8k", "dataset", None)
 _OWN = ("dataset", None)
+_LISTS = ("reward_funcs", "tools", "metric_funcs")
 
 
 @dataclass
@@ -94,6 +95,16 @@ class TaskArguments:
         default=None,
         metadata={"help": "Keyword settings of reward functions, by the function's name: {brevity: {most: 20}}."},
     )
+    metric_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Functions as reward_funcs, of which nothing is trained: their values are logged as metrics/NAME, "
+            "stand in the tables of completions, and are evaluated."
+        },
+    )
+    metric_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword settings of metric functions, as reward_kwargs."}
+    )
     pass_reward: str | None = field(
         default=None,
         metadata={
@@ -113,16 +124,18 @@ class TaskArguments:
 
     def __post_init__(self) -> None:
         self.task = self.task or ("dataset" if self.dataset_name else "word_problems")
-        if isinstance(self.reward_kwargs, str):
-            self.reward_kwargs = json.loads(self.reward_kwargs)
-        self.reward_funcs, self.tools = [absolute(name) for name in self.reward_funcs], list(map(absolute, self.tools))
+        for name in ("reward_kwargs", "metric_kwargs"):
+            if isinstance(given := getattr(self, name), str):
+                setattr(self, name, json.loads(given))
+        for name in _LISTS:
+            setattr(self, name, [absolute(one) for one in getattr(self, name)])
         for name in ("dataset_name", "prompt_template", "dataset_filter", "environment_factory"):
             if getattr(self, name):
                 setattr(self, name, absolute(getattr(self, name)))
 
     def own_functions(self) -> dict[str, str]:
         """The functions of the user's own, which are imported -> the setting that names each."""
-        found = dict.fromkeys(self.reward_funcs, "reward_funcs") | dict.fromkeys(self.tools, "tools")
+        found = {name: setting for setting in reversed(_LISTS) for name in getattr(self, setting)}
         for setting in ("dataset_name", "prompt_template", "dataset_filter", "environment_factory"):
             name = getattr(self, setting)
             if name and not Path(name).expanduser().exists():

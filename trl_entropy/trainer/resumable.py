@@ -32,6 +32,7 @@ from trl_entropy.runs.durable import discard_unfinished_files
 from trl_entropy.runs.lock import locked
 from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.state import StateOwner
+from trl_entropy.tasks.completion_functions import by_file_name
 from trl_entropy.trainer import training_state
 from trl_entropy.trainer.curriculum import PassRateSampler
 from trl_entropy.trainer.fingerprints import adapter_settings, data_fingerprint, model_fingerprint
@@ -175,7 +176,7 @@ class ResumableTrainer(GRPOTrainer):
         settings = contract_settings(
             self.args,
             reward_funcs=self.reward_func_names,
-            function_files={Path(file).name: digest for file, digest in self.function_files.items()},
+            function_files=by_file_name(self.function_files),
             tools=[tool.__name__ for tool in self.tools],  # those of environments too
             rollout_func=getattr(self.rollout_func, "__qualname__", type(self.rollout_func).__qualname__),
         )

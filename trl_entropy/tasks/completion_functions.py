@@ -1,4 +1,8 @@
-"""The reward functions that the settings name: this package's, TRL's, the user's own, and reward models."""
+"""
+Functions of completions that the settings name: rewards, which make the advantages, and metrics, which only tell.
+
+Both have TRL's signature for reward functions.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,51 +52,62 @@ SHIPPED: dict[str, Callable[[], Any]] = {
 }
 
 
-class Reward(NamedTuple):
+class CompletionFunction(NamedTuple):
     """
-    One reward function of a run.
+    One reward function or metric function of a run.
 
     Attributes:
         name: as in the settings, a file by its absolute path.
         short: its own name, by which metrics and tables know it.
         function: with TRL's signature, the keyword settings applied; for a reward model its name.
-        named: what was imported for it; None for a reward model.
+        named: what was imported for it; None for a reward model and for a function that a script has handed over.
+        kind: `"reward"` or `"metric"`, for messages.
     """
 
     name: str
     short: str
     function: Callable[..., Any] | str
     named: Named | None
+    kind: str = "reward"
 
     @property
     def is_model(self) -> bool:
         return isinstance(self.function, str)
 
-    def __call__(self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any]) -> list[float]:
+    def __call__(
+        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], **more: Any
+    ) -> list[float]:
         """
-        The rewards of completions, nan where the function gives None.
+        The values of completions, nan where the function gives None.
 
         Args:
             rows: the dataset's row of each completion.
+            more: what else TRL gives to reward functions: `trainer_state`, `environments`.
 
         Raises:
             ValueError: naming the function and, where it can be told, the line; also for what is no list of numbers.
         """
         assert callable(self.function), "a reward model is called by the trainer alone"
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
-        quiet = {"log_metric": _log_nothing, "log_extra": _log_nothing, "trainer_state": None, "environments": None}
+        quiet = {
+            "log_metric": _log_nothing,
+            "log_extra": _log_nothing,
+            "trainer_state": None,
+            "environments": None,
+        } | more
         try:
             given = self.function(
                 prompts=[row["prompt"] for row in rows],
                 completions=list(completions),
                 completion_ids=list(completion_ids),
-                **(quiet | columns),
+                **(columns | quiet),
             )
             if inspect.iscoroutine(given):
-                given = asyncio.run(given)
+                with ThreadPoolExecutor(1) as other:  # a notebook's own thread has a loop already
+                    given = other.submit(asyncio.run, given).result()
         except Exception as error:
             where = self.name if self.named is None else line_of(error, self.named)
-            raise ValueError(f"reward function {self.short}, {where}: {described(error)}") from error
+            raise ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}") from error
         return self._numbers(given, len(completions))
 
     def _numbers(self, given: object, expected: int) -> list[float]:
@@ -99,20 +115,22 @@ class Reward(NamedTuple):
         if values is None or len(values) != expected:
             found = f"{given!r:.80}" if values is None else f"{len(values)} of them"
             raise ValueError(
-                f"reward function {self.short} must return a list of {expected} numbers, one for each completion; "
-                f"it returned {found}"
+                f"{self.kind} function {self.short} must return a list of {expected} numbers, one a completion; it "
+                f"returned {found}"
             )
         try:
             return [math.nan if value is None else float(value) for value in values]
         except (TypeError, ValueError):
-            raise ValueError(f"reward function {self.short} must return numbers; it returned {given!r:.120}") from None
+            raise ValueError(
+                f"{self.kind} function {self.short} must return numbers; it returned {given!r:.120}"
+            ) from None
 
 
 def _log_nothing(*args: object) -> None:
     """TRL's `log_metric` and `log_extra`, where nothing is logged."""
 
 
-def reward_functions(task: TaskArguments) -> list[Reward]:
+def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
     """
     The run's reward functions; files and modules that the settings name are imported.
 
@@ -121,25 +139,35 @@ def reward_functions(task: TaskArguments) -> list[Reward]:
     """
     if not task.reward_funcs:
         raise ValueError(f"reward_funcs is empty; name a function, such as {', '.join(SHIPPED)}.")
-    kwargs: dict[str, Any] = dict(task.reward_kwargs or {})  # type: ignore[arg-type]
-    found = [_reward(name, kwargs) for name in task.reward_funcs]
+    return _functions("reward", task.reward_funcs, task.reward_kwargs)
+
+
+def metric_functions(task: TaskArguments) -> list[CompletionFunction]:
+    """The run's metric functions, as [`reward_functions`]."""
+    return _functions("metric", task.metric_funcs, task.metric_kwargs)
+
+
+def _functions(kind: str, names: Sequence[str], given: object) -> list[CompletionFunction]:
+    kwargs: dict[str, Any] = dict(given or {})  # type: ignore[call-overload]
+    found = [_function(kind, name, kwargs) for name in names]
     known = [name for one in found for name in (one.name, one.short)]
     if unknown := [name for name in kwargs if name not in known]:
-        raise ValueError(f"reward_kwargs: {unknown[0]!r} is none of reward_funcs, which are {', '.join(known)}.")
+        shorts = ", ".join(one.short for one in found) or "none"
+        raise ValueError(f"{kind}_kwargs: {unknown[0]!r} is none of {kind}_funcs, which are {shorts}.")
     if twice := [one.short for one in found if [other.short for other in found].count(one.short) > 1]:
-        raise ValueError(f"reward_funcs: {twice[0]!r} is the name of two functions, and metrics go by the name.")
+        raise ValueError(f"{kind}_funcs: {twice[0]!r} is the name of two functions, and numbers go by the name.")
     return found
 
 
-def _reward(name: str, kwargs: Mapping[str, Any]) -> Reward:
-    if is_reward_model(name):
-        return Reward(name, Path(name).name, name, None)
-    one = named("reward_funcs", name, SHIPPED)
+def _function(kind: str, name: str, kwargs: Mapping[str, Any]) -> CompletionFunction:
+    if kind == "reward" and is_reward_model(name):
+        return CompletionFunction(name, Path(name).name, name, None)
+    one = named(f"{kind}_funcs", name, SHIPPED)
     given = kwargs.get(name, kwargs.get(one.short, {}))
     if not isinstance(given, Mapping):
-        raise ValueError(f"reward_kwargs: {one.short} has {given!r:.80}; names of settings with values are needed.")
-    function = with_settings("reward_funcs" if not given else "reward_kwargs", one, given, "completions")
-    return Reward(one.name, one.short, function, one)
+        raise ValueError(f"{kind}_kwargs: {one.short} has {given!r:.80}; names of settings with values are needed.")
+    function = with_settings(f"{kind}_kwargs" if given else f"{kind}_funcs", one, given, "completions")
+    return CompletionFunction(one.name, one.short, function, one, kind)
 
 
 def is_reward_model(name: str) -> bool:
@@ -147,7 +175,7 @@ def is_reward_model(name: str) -> bool:
     return (Path(name) / "config.json").is_file() or ("/" in name and ":" not in name and not name.endswith(".py"))
 
 
-def passing(task: TaskArguments, found: Sequence[Reward]) -> Reward:
+def passing(task: TaskArguments, found: Sequence[CompletionFunction]) -> CompletionFunction:
     """
     The function that says whether a completion passes.
 
@@ -169,19 +197,29 @@ def passing(task: TaskArguments, found: Sequence[Reward]) -> Reward:
 
 def planned_functions(task: TaskArguments) -> dict[str, object]:
     """The settings of the resume contract that say which functions a run has."""
-    files = {Path(file).name: digest for file, digest in files_of(task.own_functions()).items()}
-    return {"reward_funcs": [one.short for one in reward_functions(task)], "function_files": files}
+    rewards_of_run = [one.short for one in reward_functions(task)]
+    return {"reward_funcs": rewards_of_run, "function_files": by_file_name(training_files(task))}
+
+
+def training_files(task: TaskArguments) -> dict[str, str]:
+    """The user's own files that change training, with their hashes: not those of metrics alone."""
+    return files_of(name for name, setting in task.own_functions().items() if setting != "metric_funcs")
+
+
+def by_file_name(files: Mapping[str, str]) -> dict[str, str]:
+    """Without the folders, so that files may be moved."""
+    return {Path(file).name: digest for file, digest in files.items()}
 
 
 class Trial(NamedTuple):
-    """What a reward function gave for completions that were made up, and seconds per completion."""
+    """What a function gave for completions that were made up, and seconds per completion."""
 
-    reward: Reward
+    function: CompletionFunction
     values: list[float]
     seconds: float
 
 
-def tried(found: Sequence[Reward], rows: Sequence[Row]) -> list[Trial]:
+def tried(found: Sequence[CompletionFunction], rows: Sequence[Row]) -> list[Trial]:
     """
     Call each function on made-up completions of these rows: nothing, a sentence, and the right answer in its tags.
 

@@ -1,4 +1,4 @@
-"""The reward functions of a run: by name, with settings, tried on made-up completions; who says what passes."""
+"""Reward and metric functions: by name, with settings, tried on made-up completions; who says what passes."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from trl_entropy.tasks.arguments import TaskArguments
-from trl_entropy.tasks.reward_functions import passing, planned_functions, reward_functions, tried
+from trl_entropy.tasks.completion_functions import (
+    metric_functions,
+    passing,
+    planned_functions,
+    reward_functions,
+    training_files,
+    tried,
+)
 
 FILE = Path(__file__).with_name("own_functions.py")
 ROWS = [{"prompt": "2 + 2?", "answer": "4", "prompt_id": "a"}, {"prompt": "3 + 2?", "answer": "5", "prompt_id": "b"}]
@@ -53,7 +60,7 @@ def test_trials_say_what_a_function_gives_for_a_right_answer():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("too_few", "reward function too_few must return a list of 2 numbers, one for each completion; it returned 1"),
+        ("too_few", "reward function too_few must return a list of 2 numbers, one a completion; it returned 1"),
         ("words", "reward function words must return numbers; it returned ['good', 'good']"),
         ("raising", f"reward function raising, {FILE}, line 31: ZeroDivisionError: division by zero"),
     ],
@@ -88,3 +95,13 @@ def test_the_first_function_but_the_format_says_what_passes():
     for task in (of("owner/judge"), of("tag_pref", pass_reward="brevity")):
         with pytest.raises(ValueError, match="pass_reward"):
             passing(task, reward_functions(task))
+
+
+def test_metric_functions_are_no_part_of_what_a_resumed_run_must_share():
+    task = of("tag_pref", metric_funcs=[f"{FILE}:brevity"], metric_kwargs={"brevity": {"most": 1}})
+    (one,) = metric_functions(task)
+    assert one.kind == "metric" and one(ROWS, ["", "a b"], [[], []]) == [1.0, -1.0]
+    assert training_files(task) == {} == planned_functions(task)["function_files"]
+    assert task.own_functions() == {f"{FILE}:brevity": "metric_funcs"}
+    with pytest.raises(ValueError, match="metric function raising"):
+        tried(metric_functions(of("tag_pref", metric_funcs=[f"{FILE}:raising"])), ROWS)
