@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "convert-gguf": "turn a GGUF file into a folder that training can start from",
+    "new": "write a folder with a task that runs: problems, a reward, a metric, a config and a test",
     "sft": "fine-tune a model on demonstrations, as the start of RL training",
     "train": "train with the settings of a config file (with accelerate launch for more than one process)",
     "doctor": "check a run before it starts: batch plan, memory, disk space, problems and what to do about them",
