@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from trl_entropy.analysis.checkpoint_choice import best_checkpoint, terms_of
+from trl_entropy.analysis.checkpoint_choice import best_checkpoint
 from trl_entropy.best import main
+from trl_entropy.runs.evaluated import best_step, terms_of
 
 NUM = 40
 
@@ -93,3 +94,13 @@ def test_the_command_says_it_in_words(tmp_path, rates, capsys):
     first, _, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith(f"step 10 is the best of 2 by pass@1 on 40 problems: {rates.mean():.4f}; the probability")
     assert first.endswith("every other one is worse beyond its 95 % interval") and len(rows) == 2
+
+
+def test_the_best_step_so_far_is_of_what_has_the_metric_and_not_the_start_policy(tmp_path):
+    for step, value in ((0, 0.9), (10, 0.5), (20, 0.5), (30, 0.2), (40, None)):
+        folder = tmp_path / "evaluation" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        metrics = {"pass@1": {"value": value}, "entropy_mean": {"value": step / 10}}
+        (folder / "summary.json").write_text(json.dumps({"step": step, "metrics": metrics}))
+    assert best_step(tmp_path, "pass@1") == 20 and best_step(tmp_path, "pass@1 - entropy_mean") == 10
+    assert best_step(tmp_path, "reward") is None is best_step(tmp_path / "nowhere", "pass@1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +11,9 @@ import pandas as pd
 
 from trl_entropy.analysis.comparison import student_t
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.evaluated import terms_of
 from trl_entropy.runs.reading import reading
 
-_TERM = re.compile(r"\s*([+-])?\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?([A-Za-z_][\w@/]*)\s*")
 # Metric -> its numerator and denominator among the columns of `prompts.parquet`; pass@k is a column of its own.
 _RATIOS = {
     "greedy_accuracy": ("greedy_correct", None),
@@ -46,28 +45,6 @@ class Choice(NamedTuple):
     step: int
     table: pd.DataFrame
     num_problems: int
-
-
-def terms_of(by: str) -> dict[str, float]:
-    """
-    Metric -> its weight, of an expression such as `pass@1 - 0.1 * entropy_mean`.
-
-    Raises:
-        ValueError: when it is not understood.
-    """
-    found, place = dict[str, float](), 0
-    while place < len(by):
-        term = _TERM.match(by, place)
-        if term is None or (place > 0 and term[1] is None):
-            raise ValueError(
-                f"{by!r} is not understood at {by[place:]!r}; write a metric, or a sum: pass@1 - 0.1*entropy_mean"
-            )
-        sign = -1.0 if term[1] == "-" else 1.0
-        found[term[3]] = found.get(term[3], 0.0) + sign * float(term[2] or 1)
-        place = term.end()
-    if not found:
-        raise ValueError("an empty expression; write a metric such as pass@1")
-    return found
 
 
 def best_checkpoint(run: Path, by: str, num_resamples: int = 10_000, seed: int = 0) -> Choice:

@@ -94,6 +94,13 @@ class TrainingSettings:
         probe="evaluate_checkpoints",
         changes_training=False,
     )
+    keep_best: str | None = setting(
+        "Keep the checkpoint that is the best so far by this metric of its evaluation, whatever save_total_limit says, "
+        "such as pass@1, or a sum such as pass@1 - 0.1*entropy_mean.",
+        None,
+        probe="evaluate_checkpoints",
+        changes_training=False,
+    )
     resume_allow_changes: list[str] = setting(
         "With resume_from_checkpoint: the settings that may differ from those that the checkpoint was written with, "
         "by name; data allows another dataset. What changed, and at which step, is written into starts.jsonl.",

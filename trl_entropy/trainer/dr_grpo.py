@@ -38,6 +38,7 @@ from trl_entropy.rollouts.pixel_inputs import keywords_of_batch
 from trl_entropy.runs import tensorboard, trackers
 from trl_entropy.runs.console import printing_plain_text, use_progress_bar
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.evaluated import best_step
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.runs.step_files import keep_completions
@@ -197,7 +198,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             callback.end()
 
     def checkpoints_in_use(self) -> set[int]:
-        return {step for callback in self._checkpoint_evaluations() for step in callback.steps_left()}
+        waiting = {step for callback in self._checkpoint_evaluations() for step in callback.steps_left()}
+        best = best_step(Path(self.args.output_dir), self.args.keep_best) if self.args.keep_best else None
+        return waiting | ({best} if best is not None else set())
 
     def _checkpoint_evaluation(self, args: DrGRPOConfig) -> EvaluateCheckpoints:
         return EvaluateCheckpoints(

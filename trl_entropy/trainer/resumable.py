@@ -265,7 +265,8 @@ class ResumableTrainer(GRPOTrainer):
             return
         found = checkpoints.checkpoints_of(run)  # by step: a clock may have been set back
         kept = set(found[:1]) | ({Path(best)} if best else set())
-        old = [p for p in reversed(found) if p not in kept and checkpoints.step_of(p) not in self.checkpoints_in_use()]
+        in_use = self.checkpoints_in_use()
+        old = [p for p in reversed(found) if p not in kept and checkpoints.step_of(p) not in in_use]
         for path in old[: max(0, len(found) - max(limit, len(kept)))]:
             with contextlib.suppress(OSError):  # as in transformers: what cannot be deleted stays
                 checkpoints.remove(path)
