@@ -20,7 +20,7 @@ from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.tasks.arguments import TaskArguments, check_problem_numbers
+from trl_entropy.tasks.arguments import TaskArguments, check_problem_numbers, implied_task
 from trl_entropy.tasks.completion_functions import metric_functions, reward_functions
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
 from trl_entropy.tasks.registry import check_task
@@ -100,6 +100,8 @@ class _Parser(TrlParser):
         flags = _without_flags(flags, off)
         flagged = {name: given[name] for name in _names_of(flags) if name in given}
         settings = {name: value for name, value in file.values.items() if name not in off}
+        if "task" in defaults and defaults["task"] is None:
+            defaults["task"] = implied_task((settings | flagged).get("dataset_name"))
         check_given(settings | flagged, readers, defaults)
         for action in self._actions:
             if action.choices and action.dest in settings:

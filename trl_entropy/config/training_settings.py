@@ -95,8 +95,8 @@ class TrainingSettings:
         changes_training=False,
     )
     keep_best: str | None = setting(
-        "Keep the checkpoint that is the best so far by this metric of its evaluation, whatever save_total_limit says, "
-        "such as pass@1, or a sum such as pass@1 - 0.1*entropy_mean.",
+        "Keep the checkpoint that is the best so far by this metric of its evaluation, whatever save_total_limit "
+        "says. It may be a sum: pass@1 - 0.1*entropy_mean.",
         None,
         probe="evaluate_checkpoints",
         changes_training=False,

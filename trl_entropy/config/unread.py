@@ -37,7 +37,7 @@ class Reader(NamedTuple):
     def remedy(self, value: object) -> str:
         """How to have the setting read, now that the toggle has this value."""
         if self.values:
-            return f"Set {self.toggle}={' or '.join(repr(value) for value in self.values if value is not None)}"
+            return f"Set {self.toggle}={' or '.join(map(repr, self.values))}"
         return f"Set {self.toggle}" if value is None else f"Turn {self.toggle} on"
 
 

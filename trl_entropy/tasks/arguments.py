@@ -18,23 +18,23 @@ TASK_NAMES = ("word_problems", "gsm8k", "calculator", "dataset")
 class OfTask(str):
     """Help of a setting that some tasks alone read; HfArgumentParser hands a field's metadata to argparse, whole."""
 
-    tasks: tuple[str | None, ...]
+    tasks: tuple[str, ...]
 
 
-def of_task(tasks: str | tuple[str | None, ...], help: str, default: T) -> T:
-    """A dataclass field that `tasks` alone read; None among them stands for a task that is not set."""
+def of_task(tasks: str | tuple[str, ...], help: str, default: T) -> T:
+    """A dataclass field that `tasks` alone read."""
     return field(default=default, metadata={"help": _help_of(tasks, help)})
 
 
-def _help_of(tasks: str | tuple[str | None, ...], help: str) -> OfTask:
+def _help_of(tasks: str | tuple[str, ...], help: str) -> OfTask:
     tasks = (tasks,) if isinstance(tasks, str) else tasks
-    text = OfTask(f"{' and '.join(filter(None, tasks))}: {help}")
+    text = OfTask(f"{' and '.join(tasks)}: {help}")
     text.tasks = tasks
     return text
 
 
-_FILES = ("gsm8k", "dataset", None)
-_OWN = ("dataset", None)
+_FILES = ("gsm8k", "dataset")
+_OWN = ("dataset",)
 _LISTS = ("reward_funcs", "tools", "metric_funcs")
 
 
@@ -123,7 +123,7 @@ class TaskArguments:
     )
 
     def __post_init__(self) -> None:
-        self.task = self.task or ("dataset" if self.dataset_name else "word_problems")
+        self.task = self.task or implied_task(self.dataset_name)
         for name in ("reward_kwargs", "metric_kwargs"):
             if isinstance(given := getattr(self, name), str):
                 setattr(self, name, json.loads(given))
@@ -141,6 +141,11 @@ class TaskArguments:
             if name and not Path(name).expanduser().exists():
                 found[name] = setting
         return {name: setting for name, setting in found.items() if is_of_user(name)}
+
+
+def implied_task(dataset_name: object) -> str:
+    """The task where none is named."""
+    return "dataset" if dataset_name else "word_problems"
 
 
 def check_problem_numbers(task: object, prompts_per_step: int = 1) -> None:
