@@ -137,7 +137,7 @@ def test_a_mistake_ends_in_one_line_before_a_model_is_loaded(tmp_path, more, fil
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--reward_funcs", "tag_prefer"], "tag_prefer.*use any of tag_pref, tag_math_correct, format_reward"),
+    (["--reward_funcs", "tag_prefer"], "there is no .tag_prefer.; is tag_pref meant"),
     (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout is 0.1.*Set lora_dropout=0"),
     (["--entropy_probe", "True", "--top_k", "50"], "entropy_probe: .*top_k=50 changes it.*Set top_k=0"),
     (["--entropy_probe", "True", "--mask_truncated_completions", "True"], "mask_truncated_completions=True drops"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate.utils import gather_object
@@ -17,6 +17,7 @@ from trl_entropy.tasks.completion_functions import CompletionFunction
 MetricFunction = CompletionFunction | Callable[..., Any]
 
 
+@runtime_checkable
 class MetricHost(Protocol):
     """What is used of the trainer."""
 
