@@ -11,6 +11,7 @@ import torch
 
 from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.checks import findings
+from trl_entropy.preflight.cost_report import cost_lines
 from trl_entropy.preflight.disk import disk, waits_for_evaluation
 from trl_entropy.preflight.files import resumed_checkpoint
 from trl_entropy.preflight.finding import Finding
@@ -56,6 +57,7 @@ def full_report(plan: Plan) -> list[str]:
         "Machine and processes": machine_lines(plan),
         "Batch plan": _batches(plan),
         "Memory of a process, GiB": _memory(plan),
+        "Time of a step": cost_lines(plan),
         "Disk": _disk(plan),
         "Probes: what they support": _support(plan),
         "Resuming": _resuming(plan),
