@@ -17,7 +17,7 @@ from trl_entropy.preflight.shapes import model_shape
 from trl_entropy.preflight.work import Model
 from trl_entropy.rollouts.completions import Completions
 
-SIZES = {"vocab_size": 1500, "hidden_size": 64, "intermediate_size": 384, "num_hidden_layers": 4,
+SIZES = {"vocab_size": 1500, "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, PROMPT, NEW = 3, 12, 20

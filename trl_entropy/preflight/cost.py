@@ -22,9 +22,9 @@ PRECISIONS = ("float32", "tf32")
 # Times that a token of context goes through the memory when one more is drawn: transformers' cache is read and written
 # as it grows by `torch.cat`, and read by attention; vLLM's is only read.
 _CACHE_PASSES = {"transformers": 3, "vllm": 1}
-# Bytes of sampling for each logit: a float32 copy, softmax, a draw (2 + 4, 4 + 4, 4); one more pass with a temperature.
+# Bytes of sampling for each logit: a float32 copy, softmax, a draw (2 + 4, 4 + 4, 4); 8 more with a temperature.
 _DRAW_BYTES = 18
-# Bytes of the optimizer for each trained parameter: AdamW reads parameter, gradient and moments and writes all but one.
+# Bytes of the optimizer for each trained parameter: AdamW reads parameter, gradient and moments; it writes three.
 _OPTIMIZER_BYTES = 28
 # Bytes of the optimizer state's percentiles for each parameter: about 12 operations on float32 for either moment.
 _PERCENTILE_BYTES = 2 * 12 * 8
@@ -53,8 +53,8 @@ def cost(plan: Plan, precision: str) -> Cost | None:
     The work of a step and of what is measured beside it.
 
     Args:
-        precision: of matrix products in the probes' derivatives and gradients, `float32` or `tf32`. Values whose
-            differences are taken, before and after the step, are always scored in float32.
+        precision: of the products in the first derivatives and the attribution of the entropy probe, `float32` or
+            `tf32`. All else that a probe scores or differentiates is float32.
 
     Returns:
         None if the shape of the model is not known, or the model is a mixture of experts.
@@ -195,16 +195,15 @@ class _Counted:
             yield Item(f"token_control: {args.token_control}", 1, int(scores) * self._trained_forward(self.rows))
 
     def score(self, rows: float, order: int = 0) -> Work:
-        """Scores whose values are compared in float32, and their derivatives in the probes' precision."""
-        values = self.model.forward(rows, *self.lengths, "float32")
-        if self.probe_precision == "float32":
+        """A first derivative in the probes' precision has its values scored in float32 beside it, if that differs."""
+        if order != 1 or self.probe_precision == "float32":
             return self.model.forward(rows, *self.lengths, "float32", order)
-        return values + (self.model.forward(rows, *self.lengths, self.probe_precision, order) if order else Work())
+        return self.model.forward(rows, *self.lengths, self.probe_precision, order) + self.score(rows)
 
-    def differentiated(self, rows: float, num: int = 1, weights: bool = True) -> Work:
+    def differentiated(self, rows: float, num: int = 1, weights: bool = True, precision: str = "float32") -> Work:
         """A forward pass and `num` backward passes."""
-        forward = self.model.forward(rows, *self.lengths, self.probe_precision)
-        return forward + self.model.backward(rows, *self.lengths, self.probe_precision, num, weights)
+        forward = self.model.forward(rows, *self.lengths, precision)
+        return forward + self.model.backward(rows, *self.lengths, precision, num, weights)
 
     def _entropy(self) -> Work:
         args, rows = self.plan.args, self.entropy_rows
@@ -227,11 +226,12 @@ class _Counted:
     def _attribution(self) -> Work:
         """(T9): grad h, and the step's own completions by backward passes, or by a derivative along it."""
         args = self.plan.args
-        work = self.differentiated(self.entropy_rows) + 2 * self._float32_copy()
+        precision = self.probe_precision
+        work = self.differentiated(self.entropy_rows, precision=precision) + 2 * self._float32_copy()
         if args.entropy_attribution == "token":
             return work + self.score(self.rows, 1)
-        values = 1 + (args.beta != 0)
-        return work + values * (self.differentiated(self.rows, weights=False) + self._sequence_gradients(self.rows))
+        passes = self.differentiated(self.rows, weights=False, precision=precision)
+        return work + (1 + (args.beta != 0)) * (passes + self._sequence_gradients(self.rows, precision))
 
     def _noise_scale(self) -> Work:
         args, trainable = self.plan.args, shape_of(self.plan).num_trainable
@@ -253,10 +253,10 @@ class _Counted:
         gradients = self.differentiated(rows, weights=False) + self._sequence_gradients(rows)
         return gradients + gram + 2 * self.score(rows) + 3 * self._float32_copy()
 
-    def _sequence_gradients(self, rows: float, precision: str | None = None) -> Work:
+    def _sequence_gradients(self, rows: float, precision: str = "float32") -> Work:
         """The gradient of each completion by itself: the products that make a weight's gradient, not summed."""
         flops = 2 * rows * self.lengths[0] * self.model.trained
-        return Work({precision or self.probe_precision: flops}, 3 * 4 * rows * shape_of(self.plan).num_trainable)
+        return Work({precision: flops}, 3 * 4 * rows * shape_of(self.plan).num_trainable)
 
     def _entropy_control(self) -> Work:
         """(T19): the entropy and its gradient on a batch that is drawn, or on the step's completions."""

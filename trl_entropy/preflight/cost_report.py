@@ -1,4 +1,4 @@
-"""What a step and its probes cost, as sections of `trl-entropy doctor`: seconds from FLOPs and bytes, and other sizes."""
+"""What a step and its probes cost, as sections of `trl-entropy doctor`: computed seconds, and other sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cost_lines(plan: Plan) -> list[str]:
 
 
 def chosen_precision(plan: Plan) -> str:
-    """`tf32` where the probes may take it; `auto` takes it if its rounding is small enough."""
+    """That of the derivatives; `auto` counts as `tf32`, which it takes if the rounding is small enough."""
     return "float32" if getattr(plan.args, "probe_precision", "float32") == "float32" else "tf32"
 
 
@@ -73,9 +73,9 @@ def _notes(plan: Plan) -> list[str]:
     machines = f", {NETWORK / 1e9:.0f} GB/s between machines" if plan.launch.num_machines > 1 else ""
     return [
         f"Computed from FLOPs and bytes, not measured: full length ({length} tokens, {new} drawn), one process, at "
-        f"{SHARE_OF_PEAK:.0%} of the data sheet's peak rates (an assumption{machines}). Seconds of a probe are those of "
-        "a step in which it runs; its share is divided by its cadence. float32 and tf32 are the precision of the "
-        "probes' derivatives and gradients; * is that of this run. Launching kernels, rewards, files, checkpoints and "
+        f"{SHARE_OF_PEAK:.0%} of the data sheet's peak rates (an assumption{machines}). Seconds of a probe are those "
+        "of a step in which it runs; its share is divided by its cadence. float32 and tf32 are the precision of the "
+        "entropy probe's derivatives; * is that of this run. Launching kernels, rewards, files, checkpoints and "
         "evaluations are left out.",
     ]
 
@@ -120,7 +120,8 @@ def size_lines(plan: Plan) -> list[str]:
     return [
         *lines,
         f"Computed, not measured: seconds of a step, and of all probes divided by their cadence ({precision}); peak "
-        f"memory of a process under {plan.engine}, and under ZeRO-3, of {memory:.0f} GiB. Settings are those above.",
+        f"memory of a process under {plan.engine}, and under ZeRO-3, where {memory:.0f} GiB are there. "
+        f"Settings, and the adapter's rank {plan.model.lora_r}, are those of this run.",
     ]
 
 

@@ -1,11 +1,11 @@
 """
-The machine for which a run is checked: this one, or one that is given by its name ("2xH100-80GB"); and what its GPUs can
-do at most.
+The machine for which a run is checked: this one, or one that is given by its name ("2xH100-80GB"); and what its GPUs
+can do at most.
 
 The rates in `RATES` are NVIDIA's: "A100 Tensor Core GPU" (2021), "H100 Tensor Core GPU" (2023), "H200 Tensor Core GPU"
 (2024), "HGX B200" (2025), "L40S" (2023), "L4" (2023), "A10" (2021) and "T4" (2019) datasheets, and the "Ada GPU
-Architecture" whitepaper (2023) for the RTX 4090. Where a sheet has rates with sparsity, they are halved here. Nothing in
-this file was measured.
+Architecture" whitepaper (2023) for the RTX 4090. Where a sheet has rates with sparsity, they are halved here. Nothing
+in this file was measured.
 """
 
 from __future__ import annotations

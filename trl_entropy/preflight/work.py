@@ -57,8 +57,8 @@ class Work:
 class Traffic(NamedTuple):
     """
     Bytes that operations other than matrix products read and write: for each token in each layer, per number of the
-    hidden state, the MLP's and a key's size, of attention weights (heads x length) and of what adapters add to; and per
-    logit.
+    hidden state, the MLP's and a key's size, of attention weights (heads x length) and of what adapters add to; and
+    per logit.
 
     Counted on a CPU in transformers 5.23, kernel by kernel without fusion: Qwen2's layers (RMSNorm, gated MLP).
     """
@@ -77,8 +77,8 @@ FORWARD = {
     "bfloat16": (Traffic(105, 10, 20, 0, 10, 8),),
     "float32": (
         Traffic(121, 20, 41, 0, 20, 36),
-        Traffic(555, 93, 196, 112, 85, 185),
-        Traffic(1807, 591, 659, 394, 285, 680),
+        Traffic(555, 93, 196, 112, 69, 185),
+        Traffic(1807, 591, 659, 394, 215, 670),
     ),
 }
 BACKWARD = {"bfloat16": Traffic(248, 18, 37, 0, 7, 24), "float32": Traffic(313, 36, 76, 0, 15, 100)}
@@ -136,11 +136,14 @@ class Model:
         A forward pass over `rows` sequences of `length` tokens with the logits of `scored` of them, and its `order`
         derivatives in forward mode.
 
-        torch takes three products for the derivative of one, also where one factor is frozen and its tangent is zero:
-        an order costs three times the one below it. The first layer's queries, keys and values, whose input has no
-        tangent under LoRA, are counted like the rest.
+        An order takes three times the products of the one below it where both factors move, and twice where one is
+        frozen (`gradients/frozen_layers.py`). The first layer's queries, keys and values, whose input has no tangent
+        under LoRA, are counted like the rest.
         """
-        flops = 3**order * (self._layers(rows, length) + self._head(rows, scored))
+        moving = 2 * length * self.trained + 4 * length**2 * self.attention
+        frozen = 2 * length * (self.body - self.trained)
+        head = 2 * scored * self.head * (3 if self.head_is_trained else 2) ** order
+        flops = rows * (3**order * moving + 2**order * frozen + head)
         return Work({precision: flops}, self._traffic(FORWARD[_dtype(precision)][order], rows, length, scored))
 
     def backward(
@@ -154,12 +157,12 @@ class Model:
         keeps_logits: bool = False,
     ) -> Work:
         """
-        What `num` backward passes add to a forward pass: gradients of all activations and, if `weights`, of the trained
-        matrices; and the logits once more, which are not kept when they are many.
+        What `num` backward passes add to a forward pass: gradients of all activations and, if `weights`, of the
+        trained matrices; and the logits once more, which are not kept when they are many.
         """
         inputs = 2 * rows * length * self.body + 8 * rows * length**2 * self.attention
         of_weights = 2 * rows * length * self.trained if weights else 0
-        head = (2 - keeps_logits + self.head_is_trained * weights) * self._head(rows, scored)
+        head = (2 - keeps_logits + self.head_is_trained * weights) * 2 * rows * scored * self.head
         traffic = self._traffic(BACKWARD[_dtype(precision)], rows, length, scored)
         return num * Work({precision: inputs + of_weights + head}, traffic)
 
@@ -191,12 +194,6 @@ class Model:
         return Work({precision: flops}, layers + moved)
 
     # ---- parts
-
-    def _layers(self, rows: float, length: int) -> float:
-        return 2 * rows * length * self.body + 4 * rows * length**2 * self.attention
-
-    def _head(self, rows: float, scored: int) -> float:
-        return 2 * rows * scored * self.head
 
     def _traffic(self, each: Traffic, rows: float, length: int, scored: int) -> float:
         hidden, intermediate, kv, heads, adapted = self.sizes
