@@ -26,7 +26,7 @@ LENGTH = PROMPT + NEW
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
 def model_and_sizes(request, tmp_path_factory):
-    """A model as it scores, and what `work.py` knows of one of its shape."""
+    """A model as it scores, and what `preflight/work.py` knows of one of its shape."""
     folder = tmp_path_factory.mktemp("shape")
     config = Qwen2Config(**SIZES, tie_word_embeddings=False)
     config.save_pretrained(folder)
