@@ -41,7 +41,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_derivatives_are_those_of_torch_bit_for_bit(name, order, monkeypatch):
     model = MODELS[name]().eval()
@@ -51,7 +51,7 @@ def test_derivatives_are_those_of_torch_bit_for_bit(name, order, monkeypatch):
     direction = {name: torch.randn_like(param) for name, param in params.items()}
 
     def scored() -> scores.TokenScores:
-        return scores.score(model, completions, 1.0, 2, params, direction if order else None, order)
+        return scores.score(model, completions, 1.0, 2, params, direction, order)
 
     ours = scored()
     monkeypatch.setattr(scores, "frozen_layers", lambda *_: contextlib.nullcontext())

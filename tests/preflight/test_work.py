@@ -90,7 +90,7 @@ def counted(model: torch.nn.Module, call: Callable[[], object], order: int) -> t
     return flops.get_total_flops(), moved.num_bytes
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_work_of_scores_and_their_derivatives_is_what_torch_does(model_and_sizes, order):
     model, sizes = model_and_sizes
     flops, moved = counted(model, scoring(model, order), order)
