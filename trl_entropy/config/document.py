@@ -39,6 +39,10 @@ _OF_TASK = (
     "Its hash stands in `config.yaml`, and a checkpoint is not resumed with a changed file, unless "
     "resume_allow_changes names `function_files`; `trl-entropy evaluate` imports it with `--import_functions` alone."
 )
+_COST = (
+    "Costs are in passes through the model. `trl-entropy doctor --config CONFIG --hardware 2xH100-80GB` computes the "
+    "seconds of a step, and of each probe and control that is on, in float32 and in TF32, for a GPU that it knows."
+)
 _CHANGES_TRAINING = (
     "A setting that *changes training* is part of the resume contract: a checkpoint is not resumed with another "
     "value, unless resume_allow_changes names it. The settings of a control that is off are not compared. A setting "
@@ -48,7 +52,8 @@ _CHANGES_TRAINING = (
 
 def document() -> str:
     """The page, in Markdown."""
-    parts = [_INTRODUCTION, "## What can be turned on\n", _table(("toggle", "logs", "cost"), _toggle_rows())]
+    parts = [_INTRODUCTION, "## What can be turned on\n", f"{_COST}\n"]
+    parts += [_table(("toggle", "logs", "cost"), _toggle_rows())]
     parts += ["\n## All settings\n", f"{_CHANGES_TRAINING}\n"]
     for title, config, text in _TABLES:
         header = ("setting", "default", "choices", "unit", "changes training", "read with", "what it does")

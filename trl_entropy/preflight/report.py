@@ -11,6 +11,7 @@ import torch
 
 from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.checks import findings
+from trl_entropy.preflight.cost_report import cost_lines
 from trl_entropy.preflight.disk import disk, waits_for_evaluation
 from trl_entropy.preflight.files import first_rows, resumed_checkpoint
 from trl_entropy.preflight.finding import Finding
@@ -59,6 +60,7 @@ def full_report(plan: Plan) -> list[str]:
         "Batch plan": _batches(plan),
         "Rewards and metrics": _functions(plan),
         "Memory of a process, GiB": _memory(plan),
+        "Time of a step": cost_lines(plan),
         "Disk": _disk(plan),
         "Probes: what they support": _support(plan),
         "Resuming": _resuming(plan),
