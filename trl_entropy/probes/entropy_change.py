@@ -202,12 +202,7 @@ class EntropyChangeProbe(Probe):
         return unstacked(accelerator.gather(stacked(terms)))
 
     def _sampling_logps(self, policy: TokenScores) -> Tensor:
-        """
-        Log-probabilities of E under what drew it: the sampler's own if it returned any, else the policy's, also of a
-        token for which the sampler returned none: its weight is 1, as in TRL's loss.
-        """
-        own = self._completions.sampling_logps
-        return policy.logps[0] if own is None else own.where(~own.isnan(), policy.logps[0])
+        return self._completions.drawn_with(policy.logps[0])
 
     def _sampler_weights(self, policy: TokenScores) -> Tensor:
         """Mean importance weight over the tokens of each completion, when vLLM drew it."""

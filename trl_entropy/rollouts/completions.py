@@ -90,6 +90,14 @@ class Completions:
         columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return (self.first_position.unsqueeze(1) + columns).clamp(min=0)
 
+    def drawn_with(self, policy_logps: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """
+        Log-probabilities under what drew the tokens: the sampler's own if it returned any, else those of the policy,
+        also of a token for which the sampler returned none: its weight is 1, as in TRL's loss.
+        """
+        own = self.sampling_logps
+        return policy_logps if own is None else own.where(~own.isnan(), policy_logps)
+
     def rows(self, index: Any) -> Completions:
         """The rows that `index` selects, in its order."""
         return Completions(

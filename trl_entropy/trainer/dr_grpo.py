@@ -91,8 +91,6 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             callbacks=callbacks or (),
         )
         check_agents(args, environment_factory=kwargs.get("environment_factory"), callbacks=callbacks or ())
-        if isinstance(model, str) and kwargs.get("peft_config") is None:
-            args.check_full_fine_tuning()
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
