@@ -94,6 +94,17 @@ class EntropyChangeProbe(Probe):
         self._earlier_update: dict[str, Tensor] | None = None
         self._second_order: PointTerms | None = None
 
+    @staticmethod
+    def shared_settings(args: DrGRPOConfig) -> dict[str, Any]:
+        """What the settings of a run say of the arguments that all sources of completions have."""
+        return {
+            "every": args.entropy_probe_every,
+            "batch_size": args.probe_batch_size,
+            "placebo": args.entropy_placebo,
+            "attribution": args.entropy_attribution,
+            "prediction": args.entropy_prediction,
+        }
+
     # ---- before training
 
     @property
