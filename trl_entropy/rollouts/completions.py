@@ -80,6 +80,11 @@ class Completions:
         return self.completion_mask.sum(dim=1)
 
     @property
+    def prompt_columns(self) -> int:
+        """Columns before the completions."""
+        return self.input_ids.shape[1] - self.completion_mask.shape[1]
+
+    @property
     def position_ids(self) -> Int[Tensor, "B L"]:
         """
         The position of each column's token, 0 before the first, for a model that learns positions: as TRL's loss
