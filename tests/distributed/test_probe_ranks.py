@@ -36,7 +36,16 @@ RUNS = [
     | {"name": "lora", "lora": True, "entropy_attribution": "sequence", "gradient_accumulation_steps": 1},
     # The step after it: what is measured one step late, on the engine's own share of theta and of the first moment.
     NEXT | {"name": "next step", "entropy_attribution": "token"},
-    OWN | {"name": "rollouts"},
+    # Divided by the tokens of all processes, with coefficients that differ between the tokens of a completion.
+    OWN
+    | {
+        "name": "rollouts",
+        "loss_type": "dapo",
+        "beta": 0.1,
+        "noise_scale_probe": True,
+        "fisher_probe": True,
+        "fisher_num_sequences": 16,
+    },
     BUDGET | {"name": "budget", "entropy_attribution": "sequence"},
     BUDGET
     | {

@@ -1,5 +1,7 @@
 """All prompt groups of a tiny policy with their probabilities and gradients: the law of a batch, exactly."""
 
+import math
+
 import torch
 from tiny_policy import TinyPolicy, multisets
 
@@ -53,3 +55,19 @@ class TinyGroups:
         y, p = self.gradients(), self.probability
         signal = (p @ y).square() @ (metric * torch.ones_like(y[0]))
         return float(signal), float(p @ (y.square() * metric).sum(1) - signal)
+
+
+def batches(probability, num_prompts):
+    """All batches of `num_prompts` groups as row numbers, and their probabilities: as `multisets`, in one tensor."""
+    rows = torch.combinations(torch.arange(len(probability)), num_prompts, with_replacement=True)
+    run, repeats = torch.ones(len(rows)).double(), torch.ones(len(rows)).double()
+    for k in range(1, num_prompts):
+        run = torch.where(rows[:, k] == rows[:, k - 1], run + 1, 1.0)
+        repeats *= run
+    return rows, probability[rows].prod(1) * math.factorial(num_prompts) / repeats
+
+
+def loss_sums(policy, groups):
+    """Of each group the gradient of its loss before it is divided by a number of tokens, (K, D), and its tokens."""
+    advantages = groups.rewards - groups.rewards.mean(1, keepdim=True)
+    return -(advantages[..., None] * groups.scores).sum(1), policy.num_tokens[groups.rows].sum(1)

@@ -59,6 +59,16 @@ def test_a_steps_own_completions_are_scored_with_environments(settings):
     check_agents(args(**settings), environment_factory={"a": Counting})
 
 
+def test_turns_need_attribution_by_token(caplog):
+    probe = {"entropy_probe": True, "per_device_train_batch_size": 32}
+    for mode, said in (("sequence", True), ("token", False), ("none", False)):
+        caplog.clear()
+        check_agents(args(**probe, entropy_attribution=mode), environment_factory=None, has_episodes=True)
+        assert ("not which turns: those need entropy_attribution='token'" in caplog.text) == said
+    check_agents(args(**probe, entropy_attribution="sequence"), environment_factory=None)
+    assert not caplog.text
+
+
 @pytest.fixture
 def build(model_path, tokenizer, tmp_path):
     def build(dataset, **settings):

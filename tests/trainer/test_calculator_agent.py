@@ -118,6 +118,15 @@ def test_a_draw_of_episodes_leaves_no_trace(agent, tmp_path):
     assert torch.equal(points[0][1], points[1][1])
 
 
+def test_a_draw_with_images_of_tools_is_refused(agent, tmp_path, monkeypatch):
+    """They are known only when a tool has answered."""
+    trainer = trainer_of(agent, tmp_path, {"tools": [calculate]})
+    answer = ([[1]], [[2]], [[1]], [], None, {}, None, [["an image"]])
+    monkeypatch.setattr(trainer, "_generate", lambda prompts: answer)
+    with pytest.raises(ValueError, match="a tool answered with images"):
+        trainer.probe_batches.draw_completions(["1 + 1"], (0,))
+
+
 def test_resuming_with_other_tools_is_refused(agent, tmp_path):
     def double(number: int) -> int:
         """

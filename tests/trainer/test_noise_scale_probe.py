@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
+from slow_losses import drawing_with_logprobs, group_gradients
 from variance_oracles import noise_parts
 
 from trl_entropy import DrGRPOConfig
@@ -21,7 +22,6 @@ from trl_entropy.probes import PROBES, NoiseScaleProbe
 from trl_entropy.probes import noise_scale as noise_scale_probe
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import METRICS
-from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 
 PROBE = {"noise_scale_probe": True, "probe_batch_size": 16}
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -48,7 +48,7 @@ class Keep(NoiseScaleProbe):
 def trained(make_trainer, monkeypatch):
     """trained(**settings): 2 steps on completions of 1 to 12 random tokens; what the probe saw last, all metrics."""
 
-    def train(lora=False, **settings):
+    def train(lora=False, factor=False, **settings):
         own = {name: settings.pop(name) for name in ("halves", "source") if name in settings}
         keep = Keep(batch_size=settings.pop("probe_batch_size", 16), **own)
         draw = random.Random(0)
@@ -57,7 +57,10 @@ def trained(make_trainer, monkeypatch):
         def completions(prompt_ids, *args):
             return [[draw.randrange(2, 400) for _ in range(draw.randint(1, 12))] for _ in prompt_ids], None
 
-        monkeypatch.setattr(trainer, "_generate_single_turn", completions)
+        trainer.use_vllm = trainer.args.use_vllm = factor  # vLLM's importance factor, without vLLM
+        given = drawing_with_logprobs(draw) if factor else completions
+        monkeypatch.setattr(trainer, "_generate_single_turn", given)
+        keep.start = {name: p.detach().clone() for name, p in trainable_parameters(trainer.model).items()}
         trainer.train()
         return keep, trainer, RunDirectory(trainer.args.output_dir)
 
@@ -340,10 +343,11 @@ def config(tmp_path, **settings):
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        ({"loss_type": "dapo"}, "loss_type='dr_grpo'"),
+        ({"loss_type": "unheard of"}, "loss_type to one of dr_grpo, "),
         ({"scale_rewards": "batch"}, "scale_rewards='none'"),
         ({"num_iterations": 2}, "num_iterations=1"),
-        ({"entropy_coef": 0.01}, "entropy_coef=0"),
+        ({"entropy_coef": 0.01, "resample_uninformative_groups": True}, "entropy_coef=0"),
+        ({"noise_scale_within_prompt": True, "loss_type": "dapo"}, "loss_type='dr_grpo'"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=1"),
         ({"per_device_train_batch_size": 12}, "num_prompts_per_step=4"),
         ({"per_device_train_batch_size": 6, "steps_per_generation": 2}, "per_device_train_batch_size=8"),
@@ -382,28 +386,36 @@ def test_a_group_split_over_micro_batches_is_refused(make_trainer):
 
 def test_what_the_equation_allows_is_not_refused(tmp_path):
     config(tmp_path, loss_type="grpo", beta=0.1, scale_rewards="group", top_p=0.9, optim="sgd")
+    config(tmp_path, loss_type="dapo", use_vllm=True, entropy_coef=0.1, off_policy_mask_threshold=0.5)
 
 
-def test_the_extra_pass_knows_the_dr_grpo_loss_only(make_trainer):
-    with pytest.raises(ValueError, match=r"the language-model head is trained.*beta=0"):
-        make_trainer(beta=0.1, **PROBE).train()
+def test_halves_know_the_dr_grpo_loss_only(make_trainer):
     with pytest.raises(ValueError, match=r"noise_scale_within_prompt.*scale_rewards='none'"):
         make_trainer(scale_rewards="group", callbacks=[NoiseScaleProbe(halves=True)]).train()
     assert type(PROBES["noise_scale_probe"].from_config(make_trainer(**PROBE).args)) is NoiseScaleProbe
 
 
-def test_a_trained_head_is_refused_before_the_model_is_there(make_trainer, monkeypatch):
-    """vLLM's importance factor too, which was a traceback after vLLM had been built."""
-    monkeypatch.setattr(PromptSelectingTrainer, "__init__", lambda *args, **kwargs: pytest.fail("it was built"))
-    for settings, remedy in (
-        ({"beta": 0.1}, "beta=0"),
-        ({"use_vllm": True}, "vllm_importance_sampling_correction=Fal"),
-    ):
-        with pytest.raises(ValueError, match=f"the language-model head is trained.*{remedy}"):
-            make_trainer(**settings, **PROBE)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "dapo", "beta": 0.1, "lora": True},
+        {"loss_type": "bnpo", "entropy_coef": 0.5, "gradient_accumulation_steps": 2},
+        {"loss_type": "cispo", "epsilon_high": 2.0, "factor": True, "vllm_importance_sampling_mode": "token_truncate"},
+    ],
+    ids=str,
+)
+def test_groups_of_other_losses_are_those_of_float64_loops(trained, settings):
+    keep, trainer, run = trained(**settings)
+    row = run.metrics()[-1]
+    rows = group_gradients(trainer.model, keep.rollouts, trainer.args, keep.params, keep.start)
+    assert (rows.mean(0) - keep.gradient).norm() < 1e-5 * keep.gradient.norm()
+    assert row["noise_scale/gradient_error"] < 1e-5
+    file = load_file(run.path / "probes" / "noise_scale" / "step_000002.safetensors")
+    assert torch.allclose(file["group_sq_norms"], rows.square().sum(1), rtol=1e-4)
+    assert torch.allclose(file["group_dot_batch"], rows @ rows.mean(0), rtol=1e-4, atol=1e-5 * float(rows.norm() ** 2))
 
 
-@pytest.mark.parametrize("settings", [{"loss_type": "grpo"}, {"beta": 0.1}, {"steps_per_generation": 2}], ids=str)
-def test_trainings_own_backward_serves_other_losses(trained, settings):
-    _, _, run = trained(lora=True, **settings)
-    assert all(row["noise_scale/gradient_error"] < 5e-5 for row in run.metrics())
+def test_an_extra_pass_knows_the_clipping_of_a_step_off_policy(trained):
+    keep, _, run = trained(steps_per_generation=2, learning_rate=1e-2, loss_type="grpo")
+    assert keep.by_extra_pass and run.metrics()[-1]["clip_ratio/region_mean"] > 0.1
+    assert all(row["noise_scale/gradient_error"] < 1e-5 for row in run.metrics())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from slow_losses import drawing_with_logprobs, losses_of_completions
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import trainable_parameters
@@ -60,14 +61,17 @@ class Keep(RolloutEntropyProbe):
 def trained(make_trainer, monkeypatch):
     """trained(**settings): 2 steps on completions of 1 to 12 random tokens; what the probe saw last, all metrics."""
 
-    def train(**settings):
+    def train(factor=False, **settings):
         keep, draw = Keep(batch_size=settings.pop("probe_batch_size", 16)), random.Random(0)
         trainer = make_trainer(callbacks=[keep], **settings)
 
         def completions(prompt_ids, *args):
             return [[draw.randrange(2, 400) for _ in range(draw.randint(1, 12))] for _ in prompt_ids], None
 
-        monkeypatch.setattr(trainer, "_generate_single_turn", completions)
+        trainer.use_vllm = trainer.args.use_vllm = factor  # vLLM's importance factor, without vLLM
+        given = drawing_with_logprobs(draw) if factor else completions
+        monkeypatch.setattr(trainer, "_generate_single_turn", given)
+        keep.start = {name: p.detach().clone() for name, p in trainable_parameters(trainer.model).items()}
         trainer.train()
         return keep, trainer, RunDirectory(trainer.args.output_dir).metrics()
 
@@ -116,33 +120,35 @@ def gradient_part(keep, args):
     return part
 
 
-def rows_float64(model, keep):
+def rows_float64(model, keep, args):
     """X_n and Y_n by loops over completions, one at a time and unpadded, in float64."""
-    u, scored = keep.rollouts, []
+    u = keep.rollouts
     with float64_reference(model):
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(keep.params[name])
-        for i, length in enumerate(u.lengths.tolist()):
-            prompt, completion = u.prompt_ids[i][u.prompt_mask[i].bool()], u.completion_ids[i, :length]
-            logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
-            log_probs = logits.log_softmax(-1)
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-            scored.append((entropy, log_probs[torch.arange(length), completion]))
-        num_tokens = sum(len(entropy) for entropy, _ in scored)
-        h = sum(entropy.sum() for entropy, _ in scored).item() / num_tokens
-        groups, x, y = u.prompt_index.unique().tolist(), [], []
+        losses, scored = losses_of_completions(model, u, args, keep.params, keep.start)
+        weights = [weights_of(logps, u.sampling_logps, i) for i, (_, logps) in enumerate(scored)]
+        num_tokens = sum(sum(row) for row in weights)
+        weighted = [torch.tensor(row).to(entropy) @ entropy for row, (entropy, _) in zip(weights, scored, strict=True)]
+        h, groups, x, y = sum(weighted).item() / num_tokens, u.prompt_index.unique().tolist(), [], []
         for group in groups:
             x_n = y_n = 0.0
             for i in (u.prompt_index == group).nonzero().flatten().tolist():
-                entropy, logps = scored[i]
+                (entropy, logps), w = scored[i], weights[i]
+                y_n = y_n + losses[i] * len(groups)
                 for k in range(len(logps)):
-                    later = sum(entropy[j].item() - h for j in range(k + 1, len(logps)))
-                    x_n = x_n + (entropy[k] + later * logps[k]) * len(groups) / num_tokens
-                    y_n = y_n - u.advantages[i].double() * logps[k] / (4 * 12)
+                    later = sum(w[j] * (entropy[j].item() - h) for j in range(k + 1, len(logps)))
+                    x_n = x_n + (w[k] * entropy[k] + later * logps[k]) * len(groups) / num_tokens
             for rows, value in ((x, x_n), (y, y_n)):
                 gradient = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
                 rows.append(torch.cat([part.flatten() for part in gradient]))
     return torch.stack(x), torch.stack(y)
+
+
+def weights_of(logps, sampling_logps, i):
+    """The per-decision weights (T6) of a completion's tokens."""
+    if sampling_logps is None:
+        return [1.0] * len(logps)
+    ratios = (logps.detach() - sampling_logps[i, : len(logps)]).tolist()
+    return [math.exp(sum(ratios[:k])) for k in range(len(ratios))]
 
 
 def u_by_loops(x, y, metric):
@@ -184,7 +190,7 @@ def test_change_is_that_of_float64_loops(trained):
     keep, trainer, logged = trained(gradient_accumulation_steps=2, learning_rate=1e-4, probe_batch_size=64)
     row, args = logged[-1], trainer.args
     assert keep.step == 2 and not NEW_KEYS & logged[0].keys()
-    x, y = rows_float64(trainer.model, keep)
+    x, y = rows_float64(trainer.model, keep, args)
     assert relative(keep.rows.entropy.double() - x, x) < 1e-4
     assert relative(keep.rows.loss.double() - y, y) < 1e-4
     metric = metric_at_rate(1e-4 / 2, keep, args)
@@ -199,6 +205,27 @@ def test_change_is_that_of_float64_loops(trained):
         stderr = row["entropy/delta_cross_prompt_stderr_unbiased"]
         assert stderr is None if variance < 0 else stderr == pytest.approx(variance**0.5, rel=tolerance)
     check_in_sample_change(RunDirectory(args.output_dir), logged)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.5},
+        {"loss_type": "bnpo", "gradient_accumulation_steps": 2, "factor": True},
+    ],
+    ids=str,
+)
+def test_other_losses_and_what_vllm_draws_are_as_in_float64_loops(trained, settings):
+    """KL term, entropy bonus and vLLM's importance factor are in Y_n; the weights (T6) of what vLLM drew in X_n."""
+    keep, trainer, logged = trained(**settings, vllm_importance_sampling_mode="token_truncate")
+    row, args = logged[-1], trainer.args
+    x, y = rows_float64(trainer.model, keep, args)
+    assert relative(y.mean(0) - keep.gradient, keep.gradient) < 1e-5
+    assert row["entropy/rollouts_gradient_error"] < 1e-5
+    assert relative(keep.rows.entropy.double() - x, x) < 1e-4
+    assert relative(keep.rows.loss.double() - y, y) < 1e-4
+    u, plain, _ = u_by_loops(x, y, metric_at_rate(1e-3 / 2, keep, args))
+    assert row["entropy/delta_cross_prompt"] == pytest.approx(-u, rel=1e-2, abs=1e-2 * abs(plain))
 
 
 def check_in_sample_change(run, rows):
@@ -230,7 +257,7 @@ def test_kept_groups_are_left_out(trained):
     assert row["resampling/num_kept_uninformative"] == 4 == u.accepted.sum() and len(u.accepted) == 8
     accepted = torch.isin(u.prompt_index, u.prompt_index.unique()[u.accepted])
     keep.rollouts = u.rows(accepted)
-    x, y = rows_float64(trainer.model, keep)
+    x, y = rows_float64(trainer.model, keep, args)
     cross, plain, _ = u_by_loops(x, y, metric_at_rate(1e-4 / 2, keep, args))
     assert row["entropy/delta_cross_prompt"] == pytest.approx(-cross / 2, rel=1e-2, abs=1e-2 * abs(plain))
     assert row["entropy/delta_same_sample"] == pytest.approx(-plain / 2, rel=1e-2)
@@ -302,13 +329,11 @@ def config(tmp_path, **settings):
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        ({"loss_type": "dapo"}, "loss_type='dr_grpo'"),
-        ({"beta": 0.1}, "beta=0"),
+        ({"loss_type": "unheard of"}, "loss_type to one of dr_grpo, "),
+        ({"beta": 0.1, "resample_uninformative_groups": True}, "beta=0"),
         ({"num_iterations": 2}, "num_iterations=1"),
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"steps_per_generation": 2, "gradient_accumulation_steps": 3}, "steps_per_generation=3"),
-        ({"entropy_coef": 0.01}, "entropy_coef=0"),
-        ({"use_vllm": True}, "vllm_importance_sampling_correction=False"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=1"),
         ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
         ({"entropy_second_order": True}, "entropy_second_order=False"),
@@ -332,8 +357,8 @@ def test_a_group_on_two_processes_is_refused(tmp_path):
 
 def test_toggle_gives_this_probe_and_a_callback_is_checked_too(tmp_path, make_trainer):
     assert type(PROBES["entropy_probe"].from_config(config(tmp_path))) is RolloutEntropyProbe
-    with pytest.raises(ValueError, match="loss_type='dr_grpo'"):
-        make_trainer(callbacks=[RolloutEntropyProbe()], loss_type="dapo").train()
+    with pytest.raises(ValueError, match="top_entropy_quantile=1"):
+        make_trainer(callbacks=[RolloutEntropyProbe()], top_entropy_quantile=0.5).train()
 
 
 def test_a_batch_is_halved_on_out_of_memory_only():

@@ -8,8 +8,8 @@ from trl_entropy.runs.counted import counted
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation), unless
 # they draw their own, which they do from it.
 FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
-# Losses that are the same sum over completions whatever the others are: no division by the batch's tokens.
-SEPARABLE_LOSSES = ("dr_grpo", "grpo", "sapo")
+# Losses that are a sum over completions, the number of tokens by which some divide it taken as given (theory.md, T14).
+SUMMED_LOSSES = ("dr_grpo", "grpo", "sapo", "luspo", "dapo", "bnpo", "cispo", "vespo")
 
 
 class ProbeChecks(Requirements):
@@ -148,29 +148,29 @@ class ProbeChecks(Requirements):
             "entropy_second_order=False": not self.entropy_second_order,
             "entropy_placebo=False": not self.entropy_placebo,
             "entropy_attribution='none'": self.entropy_attribution == "none",
+            **self._on_policy(),
+            **self._sum_over_groups(),
         }
         self._check_settings(
-            remedies | self._on_policy_dr_grpo(),
-            f"{what} needs a step of AdamW on the on-policy Dr-GRPO loss (T2) and nothing else, and makes no "
-            "prediction beside (T17)",
+            remedies,
+            f"{what} needs an on-policy step of AdamW whose loss is a sum over prompt groups, and makes no prediction "
+            "beside (T17)",
             "entropy_probe_completions='held_out'",
         )
         self._check_groups_of_a_step(what, "entropy_probe_completions='held_out'")
 
-    def check_dr_grpo_step(self, what: str) -> None:
-        """Raises `ValueError` unless a step's gradient is that of the on-policy Dr-GRPO loss (T2) alone."""
-        needs = f"{what} needs a step on the on-policy Dr-GRPO loss (T2) and nothing else"
-        self._check_settings(self._on_policy_dr_grpo(), needs, "turn the probe off")
+    def _sum_over_groups(self) -> dict[str, bool]:
+        """What makes a step's gradient a sum over independent prompt groups: setting -> whether it holds."""
+        return {
+            f"loss_type to one of {', '.join(SUMMED_LOSSES)}": self.loss_type in SUMMED_LOSSES,
+            "top_entropy_quantile=1": self.top_entropy_quantile == 1,
+            # Groups that were kept though uninformative are left out, which holds where they have no gradient.
+            "beta=0, entropy_coef=0, use_adaptive_entropy=False (or resample_uninformative_groups=False)": (
+                self._no_other_terms() or not self.resample_uninformative_groups
+            ),
+        }
 
     # ---- noise scale
-
-    def check_full_fine_tuning(self) -> None:
-        """
-        Raises `ValueError` for what the noise scale does not go with where all is trained, the head too: its
-        `check_model` says it as well, but only when model and vLLM are there.
-        """
-        if self.noise_scale_probe and self.noise_scale_from == "groups":
-            self.check_dr_grpo_step("noise_scale_probe, as the language-model head is trained,")
 
     def _check_noise_scale(self) -> None:
         self.check_noise_scale_probe()
@@ -182,16 +182,11 @@ class ProbeChecks(Requirements):
     def check_noise_scale_probe(self) -> None:
         """Raises `ValueError` unless the gradient is a sum over prompt groups that are independent: (T14)."""
         remedies = {
-            "loss_type='dr_grpo'": self.loss_type in SEPARABLE_LOSSES,
             "scale_rewards='none'": self.scale_rewards in ("none", "group"),
             "num_iterations=1": self.num_iterations == 1,
             "token_control other than 'kl_cov'": self.token_control != "kl_cov",
-            "entropy_coef=0": self.entropy_coef == 0,
-            "use_adaptive_entropy=False": not self.use_adaptive_entropy,
-            "top_entropy_quantile=1": self.top_entropy_quantile == 1,
             "use_liger_kernel=False": not self.use_liger_kernel,
-            # Groups that were kept though uninformative are left out, which holds where they have no gradient.
-            "beta=0": self.beta == 0 or not self.resample_uninformative_groups,
+            **self._sum_over_groups(),
         }
         needs = "noise_scale_probe needs a gradient that is a sum over prompt groups, each used in one step"
         self._check_settings(remedies, needs, "turn the probe off")
@@ -239,13 +234,8 @@ class ProbeChecks(Requirements):
 
     def check_fisher_probe(self, number: int) -> None:
         """Raises `ValueError` unless (T12) is that of an on-policy step of AdamW, on `number` rows of whole groups."""
-        remedies = {
-            **self._step_of_adamw(),
-            "token_control='none'": self.token_control == "none",
-            **self._on_policy_dr_grpo(),
-        }
-        needs = "fisher_probe needs a step of AdamW on the on-policy Dr-GRPO loss (T2) and nothing else"
-        self._check_settings(remedies, needs, "turn the probe off")
+        needs = "fisher_probe needs an on-policy step of AdamW"
+        self._check_settings({**self._step_of_adamw(), **self._on_policy()}, needs, "turn the probe off")
         self._check_groups_of_a_step("fisher_probe", "turn the probe off")
         unit = self.world_size * self.num_generations
         largest = self.world_size * self.per_device_train_batch_size * self.gradient_accumulation_steps // unit * unit

@@ -35,14 +35,20 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
         """Setting -> whether it holds."""
         return {"optim='adamw_torch_fused'": "adamw" in self._optimizer_name()}
 
+    def _on_policy(self) -> dict[str, bool]:
+        """What makes a step's completions draws of the policy that it starts from: setting -> whether it holds."""
+        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
+        return {
+            "num_iterations=1": self.num_iterations == 1,
+            f"steps_per_generation={accumulation} (a step uses whole generations)": accumulation % generation == 0,
+        }
+
     def _on_policy_dr_grpo(self) -> dict[str, bool]:
         """What makes the step's loss (T2) at ratio 1 and nothing else: setting -> whether it holds."""
-        accumulation, generation = self.gradient_accumulation_steps, self.steps_per_generation
         return {
             "loss_type='dr_grpo'": self.loss_type == "dr_grpo",
             "beta=0": self.beta == 0,
-            "num_iterations=1": self.num_iterations == 1,
-            f"steps_per_generation={accumulation} (a step uses whole generations)": accumulation % generation == 0,
+            **self._on_policy(),
             "entropy_coef=0": self.entropy_coef == 0,
             "use_adaptive_entropy=False": not self.use_adaptive_entropy,
             "vllm_importance_sampling_correction=False": not (
@@ -51,6 +57,17 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
             "top_entropy_quantile=1": self.top_entropy_quantile == 1,
             "off_policy_mask_threshold=None": self.off_policy_mask_threshold is None,
         }
+
+    def _no_other_terms(self) -> bool:
+        """Whether the loss has neither a KL term nor an entropy bonus."""
+        return self.beta == 0 and self.entropy_coef == 0 and not self.use_adaptive_entropy
+
+    def weighs_tokens_alike(self) -> bool:
+        """Whether on-policy all tokens of a completion have the same coefficient -dLoss/dS_ik."""
+        by_token = self.use_vllm and self.vllm_importance_sampling_correction
+        by_token = by_token and self.vllm_importance_sampling_mode.startswith("token")
+        chosen = self.token_control != "none" or self.top_entropy_quantile < 1
+        return self._no_other_terms() and not by_token and not chosen
 
     def _check_groups_of_a_step(self, what: str, otherwise: str) -> None:
         """Whole prompt groups in every process's part of a step, and enough of them for standard errors."""

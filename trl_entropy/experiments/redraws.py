@@ -19,6 +19,7 @@ from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.state import FixedState, Policy
 from trl_entropy.gradients.group_gradients import GroupRows, flat, group_rows
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.probes.rollout_entropy import metric_of
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -133,16 +134,22 @@ def redrawn_rows(state: FixedState, rollouts: RolloutBatch, index: Int[Tensor, "
     """X_n and Y_n of (T17) of one redraw, the rows `index` of `rollouts`, with the redraw's own h and mean length."""
     completions = Completions.of(rollouts).rows(index)
     entropy = state.score(completions, len(index)).entropy[0]
-    num_tokens = int(completions.loss_mask.sum())
+    num_tokens, num_prompts = int(completions.loss_mask.sum()), len(completions.prompt_index.unique())
+    coefficients = LossCoefficients.on_policy(
+        rollouts.advantages[index],
+        completions.loss_mask,
+        len(index) // num_prompts,
+        state.args.max_completion_length,
+    )
     with state.engine.scoring_model(state.before) as model:
         return group_rows(
             model,
             completions,
-            rollouts.advantages[index],
-            state.args,
+            coefficients,
+            state.args.temperature,
             policy_entropy=float(entropy.double().sum()) / num_tokens,
             num_tokens=num_tokens,
-            num_prompts=len(completions.prompt_index.unique()),
+            num_prompts=num_prompts,
             batch_size=len(index),
         )
 

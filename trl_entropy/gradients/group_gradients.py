@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from jaxtyping import Float
 from torch import Tensor, nn
-from trl import GRPOConfig
 
 from trl_entropy.engine.parameters import trainable_parameters
-from trl_entropy.estimators.entropy_change.cross_prompt import group_entropy_surrogate, group_loss_surrogate
+from trl_entropy.estimators.entropy_change.cross_prompt import group_entropy_surrogate
 from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.inputs import model_inputs
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.rollouts.completions import Completions
 
@@ -40,12 +40,13 @@ def token_scores(
 def group_rows(
     model: nn.Module,
     completions: Completions,
-    advantages: Float[Tensor, "B *T"],
-    args: GRPOConfig,
+    coefficients: LossCoefficients,
+    temperature: float,
     policy_entropy: float,
     num_tokens: float,
     num_prompts: int,
     batch_size: int,
+    weights: Float[Tensor, "B T"] | None = None,
 ) -> GroupRows:
     """
     X_n and Y_n of the prompt groups of `completions`, in the order of their `prompt_index`. Local; leaves no `.grad`.
@@ -53,22 +54,23 @@ def group_rows(
     Args:
         model: unwrapped, in the mode and with the parameters it is to be differentiated at.
         completions: whole groups; rows of a group need not follow one another.
-        advantages: those that the loss gets, `length_normalizer` included.
-        args: `temperature` and `max_completion_length` of the loss (T2); G is each group's number of rows.
-        policy_entropy, num_tokens, num_prompts: h, sum(T) and P of all groups of the step, over all processes.
+        coefficients: how the step's loss depends on their scores, times P of the step.
+        temperature: sampling temperature.
+        policy_entropy, num_tokens, num_prompts: h, the sum of all weights, and P, of all groups whose entropy is
+            meant, over all processes.
         batch_size: completions differentiated at a time; halved as long as memory does not suffice.
+        weights: of (T6), if another sampler drew the completions.
     """
     params = list(trainable_parameters(model).values())
     groups = [(completions.prompt_index == n).nonzero().squeeze(1) for n in completions.prompt_index.unique()]
 
-    def surrogates(index: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    def surrogates(index: Tensor) -> tuple[Tensor, Tensor]:
         rows = completions.rows(index).trimmed()
-        token_entropy, logps = token_scores(model, rows, args.temperature)
-        mask, width = rows.loss_mask, rows.completion_mask.shape[1]
-        weights = advantages[index] if advantages.ndim == 1 else advantages[index, :width]
+        scores, mask = token_scores(model, rows, temperature), rows.loss_mask
+        own = None if weights is None else weights[index, : mask.shape[1]]
         return (
-            group_entropy_surrogate(token_entropy, logps, mask, policy_entropy, num_tokens, num_prompts),
-            group_loss_surrogate(logps, mask, weights, group_size, args.max_completion_length),
+            group_entropy_surrogate(*scores, mask, policy_entropy, num_tokens, num_prompts, own),
+            coefficients.surrogate(*scores, mask, index),
         )
 
     def all_rows(rows_at_once: int) -> GroupRows:
@@ -76,7 +78,7 @@ def group_rows(
         rows = GroupRows(*(torch.zeros(shape, dtype=params[0].dtype, device=params[0].device) for _ in range(2)))
         for n, group in enumerate(groups):
             for index in group.split(rows_at_once):
-                values = surrogates(index, len(group))
+                values = surrogates(index)
                 for quantity, value in zip(rows, values, strict=True):
                     _add_gradient(quantity[n], value, params, keep_graph=value is not values[-1])
         return rows

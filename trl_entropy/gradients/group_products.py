@@ -12,10 +12,8 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from trl import GRPOConfig
 
 from trl_entropy.engine.parameters import trainable_parameters
-from trl_entropy.estimators.entropy_change.cross_prompt import group_loss_surrogate
 from trl_entropy.estimators.noise.noise_scale import GroupProducts, half_advantages
 from trl_entropy.estimators.rows.row_sums import (
     Consumer,
@@ -27,6 +25,7 @@ from trl_entropy.estimators.rows.row_sums import (
     SquaredNorms,
 )
 from trl_entropy.gradients.group_gradients import token_scores
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.sequence_gradients import SequenceGradients
 from trl_entropy.rollouts.completions import Completions
@@ -126,15 +125,15 @@ class MicroBatchNorms:
 def products_by_extra_pass(
     model: nn.Module,
     completions: Completions,
-    advantages: Float[Tensor, "B *T"],
-    args: GRPOConfig,
+    coefficients: LossCoefficients,
+    temperature: float,
     gradient: Vector,
     metric: Vector | None,
     batch_size: int,
 ) -> tuple[list[GroupProducts], Vector]:
     """
-    |Y_n|^2 and Y_n . g of the on-policy loss (T2), the same in the metric, groups in the order of their number, and
-    the mean Y_n of this process by parameter.
+    |Y_n|^2 and Y_n . g of the step's loss, the same in the metric, groups in the order of their number, and the mean
+    Y_n of this process by parameter.
 
     Of the groups' gradients only the mean is kept: memory does not grow with the number of groups. Local; leaves no
     `.grad`.
@@ -142,8 +141,8 @@ def products_by_extra_pass(
     Args:
         model: unwrapped, in the mode and with the parameters it is to be differentiated at. Plain logits.
         completions: whole groups; rows of a group need not follow one another.
-        advantages: those that the loss gets, `length_normalizer` included.
-        args: `temperature`, `num_generations` and `max_completion_length` of the loss.
+        coefficients: how the step's loss depends on their scores, times P of all processes.
+        temperature: sampling temperature.
         gradient, metric: g and, where there is one, the diagonal of M (T16), by parameter name.
         batch_size: completions at a time, at least one group; halved as long as memory does not suffice.
     """
@@ -155,7 +154,7 @@ def products_by_extra_pass(
         norms = (SquaredNorms(len(prompts), one) for one in metrics)
         return Several(*norms, DotProducts(len(prompts), vectors), RowTotal())
 
-    made = _consumed_by_groups(model, completions, advantages, args, row_numbers, consumers, batch_size)
+    made = _consumed_by_groups(model, completions, coefficients, temperature, row_numbers, consumers, batch_size)
     *products, total = made.consumers
     assert isinstance(total, RowTotal)
     *norms, dots = (consumer.values for consumer in products)
@@ -164,12 +163,18 @@ def products_by_extra_pass(
 
 
 def half_products(
-    model: nn.Module, completions: Completions, rewards: Float[Tensor, " B"], args: GRPOConfig, batch_size: int
+    model: nn.Module,
+    completions: Completions,
+    rewards: Float[Tensor, " B"],
+    temperature: float,
+    max_length: int,
+    batch_size: int,
 ) -> Float[Tensor, " P"]:
     """
     Y_a . Y_b, the gradients of every group's two halves, for the between-prompt part of (T14), by an extra pass.
 
-    As [`products_by_extra_pass`], but each half has advantages of its own, from `rewards` (see `half_advantages`).
+    As [`products_by_extra_pass`] with the on-policy Dr-GRPO loss (T2), of `max_length` L, but each half has advantages
+    of its own, from `rewards` (see `half_advantages`).
     """
     prompts, groups = completions.prompt_index.unique(return_inverse=True)
     by_group = groups.argsort(stable=True).view(len(prompts), -1)
@@ -180,39 +185,32 @@ def half_products(
     def consumer() -> HalfProducts:
         return HalfProducts(len(prompts))
 
-    return _consumed_by_groups(model, completions, advantages, args, row_numbers, consumer, batch_size).values
+    coefficients = LossCoefficients.on_policy(advantages, completions.loss_mask, by_group.shape[1], max_length)
+    return _consumed_by_groups(model, completions, coefficients, temperature, row_numbers, consumer, batch_size).values
 
 
 def _consumed_by_groups(
     model: nn.Module,
     completions: Completions,
-    advantages: Float[Tensor, "B *T"],
-    args: GRPOConfig,
+    coefficients: LossCoefficients,
+    temperature: float,
     row_numbers: Int[Tensor, " B"],
     make_consumer: Callable[[], AnyConsumer],
     batch_size: int,
 ) -> AnyConsumer:
     """The consumer after a pass with whole groups in each batch; a new one for each try, when memory runs out."""
-    groups = completions.prompt_index.unique()
+    groups, sizes = completions.prompt_index.unique(return_counts=True)
 
     def all_groups(groups_at_once: int) -> AnyConsumer:
         consumer = make_consumer()
         with SequenceGradients(model, consumer, weight_gradients=False) as collector:
             for some in groups.split(groups_at_once):
                 index = torch.isin(completions.prompt_index, some).nonzero().squeeze(1)
-                loss = _loss_of_groups(model, completions.rows(index).trimmed(), advantages[index], args)
+                rows = completions.rows(index).trimmed()
+                loss = coefficients.surrogate(*token_scores(model, rows, temperature), rows.loss_mask, index)
                 with collector.batch(row_numbers[index]):
                     loss.backward()
         return consumer
 
     with torch.enable_grad():
-        return halved_on_out_of_memory(all_groups, max(1, batch_size // args.num_generations))
-
-
-def _loss_of_groups(
-    model: nn.Module, rows: Completions, advantages: Float[Tensor, "B *T"], args: GRPOConfig
-) -> Float[Tensor, ""]:
-    """Its gradient is the sum of Y_n over the groups of `rows`."""
-    _, logps = token_scores(model, rows, args.temperature)
-    weights = advantages if advantages.ndim == 1 else advantages[:, : logps.shape[1]]
-    return group_loss_surrogate(logps, rows.loss_mask, weights, args.num_generations, args.max_completion_length)
+        return halved_on_out_of_memory(all_groups, max(1, batch_size // int(sizes.max())))

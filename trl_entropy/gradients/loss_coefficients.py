@@ -26,8 +26,58 @@ class LossCoefficients(NamedTuple):
     """
 
     policy: Float[Tensor, "B T"]
-    kl: Float[Tensor, "B T"] | None
-    entropy_bonus: Float[Tensor, "B T"] | None
+    kl: Float[Tensor, "B T"] | None = None
+    entropy_bonus: Float[Tensor, "B T"] | None = None
+
+    @classmethod
+    def on_policy(
+        cls, advantages: Float[Tensor, "B *T"], loss_mask: Int[Tensor, "B T"], num_completions: int, max_length: int
+    ) -> LossCoefficients:
+        """
+        Those of the on-policy Dr-GRPO loss (T2), A_ik / (P G L): nothing is clipped at ratio 1.
+
+        Args:
+            advantages: those that the loss gets, `length_normalizer` included.
+            loss_mask: 1 for the tokens that the policy drew.
+            num_completions: P G, of all processes.
+            max_length: `max_completion_length`, L.
+        """
+        per_token = advantages.double().reshape(len(advantages), -1).expand(loss_mask.shape)
+        return cls(per_token * loss_mask / (num_completions * max_length))
+
+    @property
+    def of_logps(self) -> Float[Tensor, "B T"]:
+        """-dLoss/dS_ik of the whole loss."""
+        return self.policy if self.kl is None else self.policy + self.kl
+
+    def rows(self, index: Int[Tensor, " n"]) -> LossCoefficients:
+        """Those of the rows that `index` selects."""
+        return LossCoefficients(*(None if part is None else part[index] for part in self))
+
+    def mean(self, loss_mask: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """Of each completion: what all its tokens have, where the loss weighs them alike."""
+        return (self.of_logps * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
+
+    def times(self, factor: float) -> LossCoefficients:
+        """Those of the loss times `factor`."""
+        return LossCoefficients(*(None if part is None else factor * part for part in self))
+
+    def surrogate(
+        self,
+        token_entropy: Float[Tensor, "n t"],
+        per_token_logps: Float[Tensor, "n t"],
+        loss_mask: Int[Tensor, "n t"],
+        index: Int[Tensor, " n"],
+    ) -> Float[Tensor, ""]:
+        """
+        A scalar whose gradient is what the rows `index` add to the gradient of the step's loss; its value has no
+        meaning. `t` may be less than T where the rows need no more columns.
+        """
+        width = per_token_logps.shape[1]
+        terms = self.of_logps[index, :width].double() * per_token_logps.double()
+        if self.entropy_bonus is not None:
+            terms = terms + self.entropy_bonus[index, :width].double() * token_entropy.double()
+        return -terms.where(loss_mask.bool(), 0.0).sum()
 
 
 class LossCoefficientRecorder:

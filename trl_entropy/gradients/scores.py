@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,7 @@ from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.gradients.frozen_layers import frozen_layers
 from trl_entropy.gradients.inputs import eager_experts, model_inputs
 from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.shared_prompts import SharedPrompts
 from trl_entropy.rollouts.completions import Completions
 
 INPUT_GRAD_HOOK = "make_inputs_require_grads"
@@ -80,11 +82,16 @@ def score(
 
 def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callable[[dict], tuple[Tensor, Tensor]]:
     """The function from parameters to (entropy, log-probabilities) of a chunk."""
-    width, inputs = chunk.completion_mask.shape[1], model_inputs(model, chunk)
+    width, shared = chunk.completion_mask.shape[1], SharedPrompts.of(model, chunk)
 
     def scores(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        output = torch.func.functional_call(model, params, (), inputs, strict=False)
-        return entropy_and_logps(output.logits[:, :-1], chunk.input_ids[:, -width:], temperature)
+        def call(inputs: dict[str, Any]) -> Any:
+            return torch.func.functional_call(model, params, (), inputs, strict=False)
+
+        if shared is not None:
+            return shared.scores(call, temperature)
+        logits = call(model_inputs(model, chunk)).logits[:, :-1]
+        return entropy_and_logps(logits, chunk.input_ids[:, -width:], temperature)
 
     return scores
 

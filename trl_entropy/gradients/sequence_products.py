@@ -13,6 +13,7 @@ from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts
 from trl_entropy.gradients.group_gradients import token_scores
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.scores import Params
 from trl_entropy.gradients.sequence_gradients import SequenceGradients
@@ -132,6 +133,21 @@ def weighted_entropies(coefficients: Float[Tensor, "B T"]) -> Value:
 
     def value(entropy: Tensor, logps: Tensor, rows: Completions, index: Tensor) -> Tensor:
         return weighted_logps(coefficients)(logps, entropy, rows, index)
+
+    return value
+
+
+def scores_and_losses(coefficients: LossCoefficients) -> Value:
+    """
+    For [`consumed`], of N completions that come twice: the first N rows are their grad S_i, the others what each adds
+    to the gradient of the step's loss.
+    """
+    number = len(coefficients.policy)
+
+    def value(entropy: Tensor, logps: Tensor, rows: Completions, index: Tensor) -> Tensor:
+        second, mask = index >= number, rows.loss_mask
+        losses = coefficients.surrogate(entropy[second], logps[second], mask[second], index[second] - number)
+        return losses + logps[~second].double().where(mask[~second].bool(), 0.0).sum()
 
     return value
 

@@ -62,15 +62,11 @@ class EntropyProbe(EntropyChangeProbe):
         if args.entropy_probe_completions == "next_rollouts":
             return NextRolloutsProbe.from_config(args)
         return cls(
-            every=args.entropy_probe_every,
             num_prompts=args.num_entropy_completions(),
-            batch_size=args.probe_batch_size,
             second_order=args.entropy_second_order,
-            placebo=args.entropy_placebo,
             source=args.entropy_probe_completions,
             sampler=args.entropy_probe_sampler,
-            attribution=args.entropy_attribution,
-            prediction=args.entropy_prediction,
+            **cls.shared_settings(args),
         )
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:

@@ -94,6 +94,17 @@ class EntropyChangeProbe(Probe):
         self._earlier_update: dict[str, Tensor] | None = None
         self._second_order: PointTerms | None = None
 
+    @staticmethod
+    def shared_settings(args: DrGRPOConfig) -> dict[str, Any]:
+        """What the settings of a run say of the arguments that all sources of completions have."""
+        return {
+            "every": args.entropy_probe_every,
+            "batch_size": args.probe_batch_size,
+            "placebo": args.entropy_placebo,
+            "attribution": args.entropy_attribution,
+            "prediction": args.entropy_prediction,
+        }
+
     # ---- before training
 
     @property
@@ -202,12 +213,7 @@ class EntropyChangeProbe(Probe):
         return unstacked(accelerator.gather(stacked(terms)))
 
     def _sampling_logps(self, policy: TokenScores) -> Tensor:
-        """
-        Log-probabilities of E under what drew it: the sampler's own if it returned any, else the policy's, also of a
-        token for which the sampler returned none: its weight is 1, as in TRL's loss.
-        """
-        own = self._completions.sampling_logps
-        return policy.logps[0] if own is None else own.where(~own.isnan(), policy.logps[0])
+        return self._completions.drawn_with(policy.logps[0])
 
     def _sampler_weights(self, policy: TokenScores) -> Tensor:
         """Mean importance weight over the tokens of each completion, when vLLM drew it."""

@@ -35,8 +35,9 @@ from trl_entropy.estimators.kernel.score_change import (
 from trl_entropy.estimators.kernel.sketch import CountSketch
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, Several
 from trl_entropy.gradients.group_gradients import gram_of_all_rows
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.scores import Params, score
-from trl_entropy.gradients.sequence_products import consumed, weighted_logps
+from trl_entropy.gradients.sequence_products import consumed, scores_and_losses, weighted_logps
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
@@ -58,11 +59,14 @@ class FisherProbe(Probe):
     into its parts, with the measured change.
 
     The completions are whole prompt groups. M is AdamW's preconditioner in this step, with its gradient included;
-    coordinates that never had a gradient are left out and counted. Gradients are those of the on-policy Dr-GRPO loss
-    (T2) for the float32 model; dropout is refused. The prediction is exact to first order; the measured change differs
-    by curvature, and by rounding if changes are tiny.
+    coordinates that never had a gradient are left out and counted. Gradients are those of the float32 model; dropout
+    is refused. How the loss depends on the scores is read off the backward pass of training, so that it may be any.
+    The prediction is exact to first order; the measured change differs by curvature, and by rounding if changes are
+    tiny.
 
-    Cost: a forward and a backward pass of these completions before the step, a forward pass after it.
+    Cost: a forward and a backward pass of these completions before the step, a forward pass after it. Where the loss
+    weighs tokens of a completion differently (KL term, entropy bonus, token control, vLLM's factor by token), twice as
+    many completions and rows before the step.
     Memory: if one process has all completions in one batch, the rows of the largest parameter; otherwise one float32
     row of all trainable parameters for each of a process's completions, and twice that with more than one process.
 
@@ -76,6 +80,7 @@ class FisherProbe(Probe):
     """
 
     name = "fisher"
+    needs_loss_coefficients = True
 
     def __init__(
         self, every: int = 1, num_sequences: int = 32, sketch_dim: int = 0, batch_size: int = 64, seed: int = 0
@@ -103,28 +108,28 @@ class FisherProbe(Probe):
         model_checks.check_no_auxiliary_loss(args, model, "fisher_probe")
         model_checks.check_sequences(model, "fisher_probe")
         if not self.sketch_dim:
-            check_memory(self.num_sequences // args.world_size * (2 if args.world_size > 1 else 1), model)
+            copies = (2 if args.world_size > 1 else 1) * (1 if args.weighs_tokens_alike() else 2)
+            check_memory(self.num_sequences // args.world_size * copies, model)
 
     # ---- events
 
     def on_before_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, record, **kwargs
     ) -> None:
-        if rollouts.advantages.ndim > 1:
-            raise ValueError("fisher_probe needs one advantage per completion, got one per token; turn the probe off")
         read_before_step(update)
         accelerator = engine.accelerator
         self._index = first_groups(rollouts.prompt_index, self.num_sequences // args.world_size)
         self._completions = Completions.of(rollouts).rows(self._index)
         self._gather_what_is_known(rollouts, accelerator)
-        # Of this step: the last one of an epoch may be shorter.
-        self._num_completions = accelerator.num_processes * len(rollouts.prompt_index)
-        metric = preconditioner_of_step(update)
-        consumer, norms, dots = self._differentiate(args, engine, update, metric)
+        metric, coefficients = preconditioner_of_step(update), record.loss_coefficients.rows(self._index)
+        alike = args.weighs_tokens_alike() and rollouts.advantages.ndim == 1
+        consumer, norms, dots = self._differentiate(args, engine, update, metric, None if alike else coefficients)
         self._norms = accelerator.gather(norms.mT.contiguous()).mT
-        self._gram = self._gram_of(consumer, accelerator)
+        self._gram, products = self._grams_of(consumer, accelerator)
         self._kernel = self._gram.diagonal_scatter(self._norms.sum(0)) if self.sketch_dim else self._gram
-        self._parts = self._predict(args, update, accelerator.gather(dots.mT.contiguous()))
+        if products is None:
+            products = self._kernel * accelerator.gather(coefficients.mean(self._completions.loss_mask))
+        self._parts = self._predict(update, products, accelerator.gather(dots.mT.contiguous()))
         metrics["fisher/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
         metrics |= self._kernel_logged() | _shares_logged(self._parts, self._prompts)
         self._names = list(engine.parameters)
@@ -150,34 +155,43 @@ class FisherProbe(Probe):
         self._rows, self._prompts, self._lengths = (
             accelerator.gather(x) for x in (first + index, rollouts.prompt_index[index], rollouts.lengths[index])
         )
-        self._rewards, self._advantages = (
-            accelerator.gather(x) for x in (rollouts.rewards[index], rollouts.advantages[index])
-        )
+        advantages = _by_completion(rollouts.advantages, rollouts.loss_mask)
+        self._rewards, self._advantages = (accelerator.gather(x[index]) for x in (rollouts.rewards, advantages))
 
     def _differentiate(
-        self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, metric: dict[str, Tensor]
+        self,
+        args: DrGRPOConfig,
+        engine: Engine,
+        update: UpdateContext,
+        metric: dict[str, Tensor],
+        coefficients: LossCoefficients | None,
     ) -> tuple[Consumer, Float[Tensor, "K N"], Float[Tensor, "3 N"]]:
         """
-        Differentiate this rank's S_i. Collective.
+        Differentiate this rank's S_i, and with `coefficients` also what each completion adds to the loss, as N further
+        rows. Collective.
 
         Returns:
             What the kernel is computed from; each parameter's part of K_ii; grad S_i . v for v = M g and for the parts
             of the update that momentum and weight decay make.
         """
         params, vectors, number = update.params_before, _directions(update, metric), len(self._completions)
+        completions, value = self._completions, weighted_logps(self._completions.loss_mask.double())
+        if coefficients is not None:
+            completions = completions.rows(torch.arange(number).repeat(2))
+            value = scores_and_losses(coefficients)
+        num_rows = len(completions)
 
         def consumers() -> Several:
-            kernel = self._kernel_consumer(number, metric, engine.accelerator.num_processes)
-            return Several(kernel, ParameterNorms(number, metric), DotProducts(number, vectors))
+            kernel = self._kernel_consumer(num_rows, metric, engine.accelerator.num_processes)
+            return Several(kernel, ParameterNorms(num_rows, metric), DotProducts(num_rows, vectors))
 
         with (
             rank_symmetric(engine.accelerator, "differentiating completions for the Fisher kernel"),
             engine.scoring_model(params) as model,
         ):
-            scores = weighted_logps(self._completions.loss_mask.double())
-            made = consumed(model, self._completions, scores, consumers, args.temperature, self.batch_size)
+            made = consumed(model, completions, value, consumers, args.temperature, self.batch_size)
         kernel, norms, dots = made.consumers
-        return kernel, norms.values, dots.values
+        return kernel, norms.values[:, :number], dots.values[:, :number]
 
     def _kernel_consumer(self, number: int, metric: dict[str, Tensor], num_processes: int) -> Consumer:
         if self.sketch_dim:
@@ -186,19 +200,30 @@ class FisherProbe(Probe):
             return Gram(number, metric)
         return Rows(number, scale={name: m.sqrt() for name, m in metric.items()})  # sent to the other processes
 
-    def _gram_of(self, consumer: Any, accelerator: Accelerator) -> Float[Tensor, "N N"]:
-        """The kernel of all ranks' completions. Collective."""
+    def _grams_of(
+        self, consumer: Any, accelerator: Accelerator
+    ) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N N"] | None]:
+        """
+        The kernel of all ranks' completions and, where there are rows g_j of the loss, -grad S_i' M g_j. Collective.
+        """
+        number, values = len(self._completions), consumer.values
         with fp32_strict():
             if isinstance(consumer, Gram):
-                return consumer.values
-            return gram_of_all_rows(consumer.values, consumer.values, accelerator, blockwise_gram)
+                kernel, others = values[:number, :number], values[:number, number:]
+                return kernel, -others if others.numel() else None
+            scores, losses = values[:number], values[number:]
+            kernel = gram_of_all_rows(scores, scores, accelerator, blockwise_gram)
+            if not len(losses):
+                return kernel, None
+            return kernel, -gram_of_all_rows(scores, losses, accelerator, blockwise_gram)
 
-    def _predict(self, args: DrGRPOConfig, update: UpdateContext, dots: Float[Tensor, "N 3"]) -> ScoreChangeParts:
-        """The parts of each completion's change (T12), from the kernel with alpha_j = A_j / (P G L)."""
-        alphas = self._advantages.double() / (self._num_completions * args.max_completion_length)
+    def _predict(
+        self, update: UpdateContext, products: Float[Tensor, "N N"], dots: Float[Tensor, "N 3"]
+    ) -> ScoreChangeParts:
+        """The parts of each completion's change (T12), from K_ij alpha_j or -grad S_i' M g_j."""
         with_gradient, with_momentum, with_decay = dots.unbind(1)
         return score_change_parts(
-            self._kernel * alphas, self._prompts, coefficient_of_step(update), with_gradient, with_momentum, with_decay
+            products, self._prompts, coefficient_of_step(update), with_gradient, with_momentum, with_decay
         )
 
     def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> Float[Tensor, " N"]:
@@ -262,6 +287,11 @@ def check_memory(num_rows: int, model: nn.Module) -> None:
 def first_groups(prompt_index: Int[Tensor, " B"], num_rows: int) -> Int[Tensor, " N"]:
     """The first `num_rows` rows, ordered by the number of their prompt group."""
     return prompt_index.argsort(stable=True)[:num_rows]
+
+
+def _by_completion(values: Float[Tensor, "B *T"], mask: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """The mean over each completion's tokens, if there is one value for each of them."""
+    return values if values.ndim == 1 else (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _directions(update: UpdateContext, metric: dict[str, Tensor]) -> list[dict[str, Tensor]]:

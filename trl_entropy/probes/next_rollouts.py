@@ -57,14 +57,7 @@ class NextRolloutsProbe(EntropyChangeProbe):
 
     @classmethod
     def from_config(cls, args: DrGRPOConfig) -> NextRolloutsProbe:
-        return cls(
-            every=args.entropy_probe_every,
-            num_completions=args.num_entropy_completions(),
-            batch_size=args.probe_batch_size,
-            placebo=args.entropy_placebo,
-            attribution=args.entropy_attribution,
-            prediction=args.entropy_prediction,
-        )
+        return cls(num_completions=args.num_entropy_completions(), **cls.shared_settings(args))
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         what = "entropy_probe_completions='next_rollouts'"

@@ -66,9 +66,10 @@ class NoiseScaleProbe(Probe):
     If the language-model head is frozen (LoRA), Y_n are read from training's own backward pass, in its precision: no
     extra pass, and one float32 vector of all D trainable parameters for each group of a process. TRL's loss bypasses
     the hooks of a trained head, so in full fine-tuning, and if these vectors exceed `MAX_ROWS_BYTES`, an extra forward
-    and backward pass of the float32 model is made before the update, for the on-policy Dr-GRPO loss (T2) only. The log
-    says which of the two is used; `noise_scale/gradient_error` is the length of the difference of the mean Y_n from
-    the gradient that the optimizer got, over the length of that.
+    and backward pass of the float32 model is made before the update, with the loss's dependence on the scores as
+    training's backward shows it. The log says which of the two is used; `noise_scale/gradient_error` is the length of
+    the difference of the mean Y_n from the gradient that the optimizer got, over the length of that. Where the loss is
+    divided by the tokens of the batch or micro-batch, that number is taken as given.
 
     (T16) needs Adam or AdamW, and begins with the optimizer's second step, as there is no second moment before the
     first. Standard errors are the jackknife's over prompts, hence conservative; completions of one prompt never count
@@ -98,7 +99,7 @@ class NoiseScaleProbe(Probe):
         self.batch_size, self.halves, self.source = batch_size, halves, source
         self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
         self._shares: BackwardGroupGradients | MicroBatchNorms | None = None
-        self._way_said = ""
+        self._way_said, self._by_extra_pass = "", False
         self._previous: NoiseParts | None = None  # of the previously measured step, for (T15)
 
     @classmethod
@@ -109,6 +110,10 @@ class NoiseScaleProbe(Probe):
 
     # ---- before training
 
+    @property
+    def needs_loss_coefficients(self) -> bool:
+        return self._by_extra_pass
+
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         args.check_noise_scale_probe()
         if self.source == "micro_batches":
@@ -118,8 +123,6 @@ class NoiseScaleProbe(Probe):
         self._num_groups = args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations
         reason = why_extra_pass(model, self._num_groups)
         self._by_extra_pass = reason is not None
-        if reason is not None:
-            args.check_dr_grpo_step(f"noise_scale_probe, as {reason},")
         self._check_layers(args, model)
         way = f"an extra pass before the update, as {reason}" if reason else "training's own backward"
         if args.process_index == 0 and way != self._way_said:
@@ -143,7 +146,7 @@ class NoiseScaleProbe(Probe):
     def around_micro_batch(
         self, args, state, control, *, inputs: TrainingBatch, model: nn.Module, **kwargs: Any
     ) -> AbstractContextManager[None]:
-        if self.source == "groups" and self._by_extra_pass:
+        if self._by_extra_pass:
             return contextlib.nullcontext()
         if self._shares is None:
             by_groups = self.source == "groups"
@@ -166,7 +169,7 @@ class NoiseScaleProbe(Probe):
             metrics["noise_scale/num_coordinates_without_metric"] = num_dead
         if self._by_extra_pass:
             metric = metric_before(update) if has_metric else None
-            local, mean = self._from_extra_pass(args, engine, update, rollouts, metric)
+            local, mean = self._from_extra_pass(args, engine, update, record, metric)
             prompts = rollouts.prompt_index.unique()
             compared = [(mean[name][None], gradient) for name, gradient in update.gradient.items()]
         else:
@@ -223,18 +226,21 @@ class NoiseScaleProbe(Probe):
         args: DrGRPOConfig,
         engine: Engine,
         update: UpdateContext,
-        rollouts: RolloutBatch,
+        record: StepRecord,
         metric: dict[str, Tensor] | None,
     ) -> tuple[list[GroupProducts], Mapping[str, Tensor]]:
         """Products from an extra pass of the float32 model, and this process's mean Y_n. Collective."""
-        params, gradient = update.params_before, update.gradient
+        params, gradient, rollouts = update.params_before, update.gradient, record.rollouts
+        num_groups = engine.accelerator.num_processes * len(rollouts.prompt_index.unique())
+        assert record.loss_coefficients is not None, "needs_loss_coefficients"
+        scaled = record.loss_coefficients.times(num_groups)
         with (
             rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
             engine.scoring_model(params) as model,
         ):
             completions = Completions.of(rollouts)
             return products_by_extra_pass(
-                model, completions, rollouts.advantages, args, gradient, metric, self.batch_size
+                model, completions, scaled, args.temperature, gradient, metric, self.batch_size
             )
 
     def _from_micro_batches(
@@ -274,7 +280,9 @@ class NoiseScaleProbe(Probe):
             engine.scoring_model(params) as model,
         ):
             completions = Completions.of(rollouts)
-            local = half_products(model, completions, rollouts.rewards, args, self.batch_size)
+            local = half_products(
+                model, completions, rollouts.rewards, args.temperature, args.max_completion_length, self.batch_size
+            )
         return engine.accelerator.gather(local)
 
     def _measured(self, name: str, products: GroupProducts, halves: Tensor | None) -> dict[str, float]:

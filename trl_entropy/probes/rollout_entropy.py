@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
@@ -29,6 +29,7 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.files import ProbeFiles
@@ -66,10 +67,11 @@ class RolloutEntropyProbe(Probe):
     formed of them alone (T14a); groups that had to be kept with equal rewards only count in the step's number of
     prompts P. Without it, everything is about all prompts.
 
-    Needs the on-policy Dr-GRPO loss (T2) and AdamW; `DrGRPOConfig.check_rollouts_source` lists what else is refused.
-    Gradients are those of the float32 model, and dropout is refused; `entropy/rollouts_gradient_error` is the relative
-    difference of their sum from the gradient that the optimizer got. `scale_rewards="batch"` makes the groups
-    dependent by O(1/P).
+    Needs an on-policy step of AdamW, with any loss whose dependence on the scores the backward pass of training shows:
+    KL term, entropy bonus and vLLM's importance factor are in it. `DrGRPOConfig.check_rollouts_source` lists what is
+    refused. Gradients are those of the float32 model, and dropout is refused; `entropy/rollouts_gradient_error` is the
+    relative difference of their sum from the gradient that the optimizer got. A loss divided by a number of tokens and
+    `scale_rewards="batch"` make the groups dependent by O(1/P).
     Cost: three forward and two backward passes of U. Memory: two float32 vectors of all trainable parameters for each
     prompt group of this process.
 
@@ -80,6 +82,7 @@ class RolloutEntropyProbe(Probe):
     """
 
     name = "entropy"
+    needs_loss_coefficients = True
 
     def __init__(self, every: int = 1, batch_size: int = 64) -> None:
         super().__init__(every)
@@ -107,7 +110,7 @@ class RolloutEntropyProbe(Probe):
     # ---- events
 
     def on_before_update(
-        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts: RolloutBatch, **kwargs: Any
+        self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, record, **kwargs: Any
     ) -> None:
         update.check_adamw()
         accelerator = engine.accelerator
@@ -121,7 +124,7 @@ class RolloutEntropyProbe(Probe):
         metrics |= {"entropy/probe_batch": entropy.value, "entropy/probe_batch_stderr": entropy.stderr}
         metrics |= {"entropy/num_completions": entropy.num_samples, "entropy/num_prompts": entropy.dof + 1}
         if update.optimizer_step > 1:
-            metrics |= self._predicted_changes(args, update, engine, rollouts.advantages, entropy.value)
+            metrics |= self._predicted_changes(args, update, engine, record.loss_coefficients, entropy.value)
         elif not self._said_undefined and state.is_world_process_zero:
             self._said_undefined = True
             logger.warning(
@@ -153,18 +156,29 @@ class RolloutEntropyProbe(Probe):
 
     def _entropy_terms(self, scores: TokenScores, accelerator: Accelerator) -> RatioTerms:
         """The entropy terms (T6) of the accepted completions of all ranks, in rank order. Collective."""
-        mask = self._completions.loss_mask
-        weights = importance_weights(scores.logps[0], self._before.logps[0], mask)
-        terms = torch.stack(entropy_terms(scores.entropy[0], weights, mask), dim=1)
+        terms = torch.stack(
+            entropy_terms(scores.entropy[0], self._weights(scores), self._completions.loss_mask), dim=1
+        )
         return RatioTerms(*accelerator.gather(terms)[self._accepted.of_rows].unbind(1))
 
+    def _weights(self, scores: TokenScores) -> Float[Tensor, "B T"]:
+        """Importance weights (T6) of the policy that `scores` are of."""
+        drawn = self._completions.drawn_with(self._before.logps[0])
+        return importance_weights(scores.logps[0], drawn, self._completions.loss_mask)
+
     def _predicted_changes(
-        self, args: DrGRPOConfig, update: UpdateContext, engine: Engine, advantages: Tensor, entropy: float
+        self,
+        args: DrGRPOConfig,
+        update: UpdateContext,
+        engine: Engine,
+        coefficients: LossCoefficients,
+        entropy: float,
     ) -> dict[str, float]:
         """The prediction (T17), from the groups of all ranks. Collective."""
         accelerator = engine.accelerator
         num_prompts, num_accepted = len(self._accepted.of_groups), int(self._accepted.of_groups.sum())
-        rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_accepted)
+        scaled = coefficients.times(num_prompts)
+        rows = self._group_rows(args, engine, update.params_before, scaled, entropy, num_accepted)
         names = list(engine.parameters)
         metric = flat(metric_of(update), names)
         gram = gram_of_all_rows(*rows, accelerator, functools.partial(cross_gram, preconditioner=metric))
@@ -180,18 +194,35 @@ class RolloutEntropyProbe(Probe):
         }
 
     def _group_rows(
-        self, args: DrGRPOConfig, engine: Engine, params: Params, advantages: Tensor, entropy: float, num_prompts: int
+        self,
+        args: DrGRPOConfig,
+        engine: Engine,
+        params: Params,
+        coefficients: LossCoefficients,
+        entropy: float,
+        num_prompts: int,
     ) -> GroupRows:
         """
         X_n and Y_n, the gradients of the entropy and of the loss, of this rank's groups; if one rank fails, all do.
         """
         num_tokens = self._terms.denominator.sum().item()
         batch_size = min(self.batch_size, args.num_generations)
+        weights = None if self._completions.sampling_logps is None else self._weights(self._before)
         with (
             rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
             engine.scoring_model(params) as model,
         ):
-            return group_rows(model, self._completions, advantages, args, entropy, num_tokens, num_prompts, batch_size)
+            return group_rows(
+                model,
+                self._completions,
+                coefficients,
+                args.temperature,
+                entropy,
+                num_tokens,
+                num_prompts,
+                batch_size,
+                weights,
+            )
 
     def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, after: TokenScores) -> None:
         """Write `probes/entropy/step_*.safetensors` as `EntropyProbe` does, here with the step's own completions."""

@@ -80,6 +80,11 @@ class Completions:
         return self.completion_mask.sum(dim=1)
 
     @property
+    def prompt_columns(self) -> int:
+        """Columns before the completions."""
+        return self.input_ids.shape[1] - self.completion_mask.shape[1]
+
+    @property
     def position_ids(self) -> Int[Tensor, "B L"]:
         """
         The position of each column's token, 0 before the first, for a model that learns positions: as TRL's loss
@@ -89,6 +94,14 @@ class Completions:
             return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return (self.first_position.unsqueeze(1) + columns).clamp(min=0)
+
+    def drawn_with(self, policy_logps: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """
+        Log-probabilities under what drew the tokens: the sampler's own if it returned any, else those of the policy,
+        also of a token for which the sampler returned none: its weight is 1, as in TRL's loss.
+        """
+        own = self.sampling_logps
+        return policy_logps if own is None else own.where(~own.isnan(), policy_logps)
 
     def rows(self, index: Any) -> Completions:
         """The rows that `index` selects, in its order."""

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.trainer.dataset_checks import draws_of
 
+logger = logging.getLogger(__name__)
 
-def check_agents(args: DrGRPOConfig, *, environment_factory: object, callbacks: Iterable[object] = ()) -> None:
+
+def check_agents(
+    args: DrGRPOConfig, *, environment_factory: object, has_episodes: bool = False, callbacks: Iterable[object] = ()
+) -> None:
     """
-    Refuse what takes prompts from the dataset where an environment makes them.
+    Refuse what takes prompts from the dataset where an environment makes them, and say what by-turn numbers need.
 
     Tools and a `rollout_func` go with everything: a probe draws whole episodes with them, as training does.
 
     Args:
         environment_factory: as the trainer gets it.
+        has_episodes: whether completions are episodes with tools or of a `rollout_func`.
         callbacks: the caller's own, of which some may be probes.
 
     Raises:
         ValueError: naming what is turned on, and what to do.
     """
+    by_completion = args.entropy_probe and args.entropy_attribution == "sequence"
+    if by_completion and (has_episodes or environment_factory is not None) and args.process_index == 0:
+        logger.warning(
+            "entropy_attribution='sequence' tells which episodes moved the entropy, not which turns: those need "
+            "entropy_attribution='token'."
+        )
     if environment_factory is None:
         return
     if names := [*(draw.name for draw in draws_of(args, list(callbacks))), *_selecting_prompts(args)]:

@@ -86,17 +86,17 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             raise TypeError(f"args is a {type(args).__name__}; DrGRPOTrainer needs a DrGRPOConfig.")
         args = args or DrGRPOConfig(output_dir="DrGRPO")
         data = dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)) | kwargs
+        has_episodes = bool(data.get("tools") or data.get("rollout_func"))
         check_datasets(
             args,
             data.get("train_dataset"),
             data.get("eval_dataset"),
             prompts_from_environment=data.get("environment_factory") is not None,
-            has_episodes=bool(data.get("tools") or data.get("rollout_func")),
+            has_episodes=has_episodes,
             callbacks=callbacks or (),
         )
-        check_agents(args, environment_factory=kwargs.get("environment_factory"), callbacks=callbacks or ())
-        if isinstance(model, str) and kwargs.get("peft_config") is None:
-            args.check_full_fine_tuning()
+        environment = kwargs.get("environment_factory")
+        check_agents(args, environment_factory=environment, has_episodes=has_episodes, callbacks=callbacks or ())
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]

@@ -78,7 +78,13 @@ class ProbeBatches:
                 if any(map(has_images, prompts)):
                     raise ValueError("the prompts have images, which TRL does not hand over of episodes with tools")
                 with _generating_episodes(trainer, len(prompts)):
-                    prompt_ids, completion_ids, own_tokens, _, logps, *_ = trainer._generate(prompts)
+                    prompt_ids, completion_ids, own_tokens, _, logps, *_, shown = trainer._generate(prompts)
+                if any(shown):
+                    raise ValueError(
+                        "a tool answered with images, which a draw of episodes for a probe or a control drops. "
+                        "Measure on the completions of the steps themselves (entropy_probe_completions, "
+                        "entropy_control_completions)."
+                    )
             else:
                 prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
                 completion_ids, logps = trainer._generate_single_turn(prompt_ids, images, fields, 1)

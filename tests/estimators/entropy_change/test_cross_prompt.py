@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from tiny_groups import TinyGroups, batches, loss_sums
+from tiny_policy import TinyPolicy
 
 from trl_entropy.estimators.entropy_change.cross_prompt import (
     accepted_gram,
@@ -11,6 +13,7 @@ from trl_entropy.estimators.entropy_change.cross_prompt import (
     relative_gradient_error,
     update_metric,
 )
+from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 from trl_entropy.estimators.optimizer.adamw import AdamWSettings, adamw_moments, adamw_update_parts
 
 SETTINGS = AdamWSettings(0.05, (0.9, 0.98), 1e-3, 0.1)
@@ -49,6 +52,30 @@ def test_it_is_the_change_by_a_step_against_the_gradient_over_pairs_of_prompts()
     assert change.cross_prompt.value == pytest.approx(-sum(pairs) / 20)
     assert change.same_sample == pytest.approx(-float(x.mean(0) @ y.mean(0)))
     assert (change.cross_prompt.dof, change.cross_prompt.num_samples) == (4, 5) and change.cross_prompt.stderr > 0
+
+
+def test_a_number_of_tokens_may_be_taken_as_given():
+    """
+    The mean of U over all batches, with a loss divided by the batch's tokens and the exact h and mean length, against
+    grad h . E[g]: off by O(1/P).
+    """
+    policy = TinyPolicy(max_length=2, num_prompts=1)
+    groups, mask = TinyGroups(policy), policy.completion_mask
+    sums, tokens = loss_sums(policy, groups)
+    h, length = (float(value(policy.theta)) for value in (policy.policy_entropy, policy.mean_length))
+
+    def rows_of_entropy(theta):
+        return surrogate_terms(*policy.score(theta), mask, h) / length
+
+    x = torch.autograd.functional.jacobian(rows_of_entropy, policy.theta)[groups.rows].mean(1)
+    gradient = policy.policy_entropy_gradient(policy.theta)
+    torch.testing.assert_close(groups.probability @ x, gradient)
+    for num_prompts, share in ((2, 0.9957), (4, 0.9982)):
+        rows, p = batches(groups.probability, num_prompts)
+        y = sums[rows] / tokens[rows].mean(1)[:, None, None]
+        gram = torch.einsum("bnd,bmd->bnm", x[rows], y)
+        u = (gram.sum((1, 2)) - gram.diagonal(dim1=1, dim2=2).sum(1)) / (num_prompts * (num_prompts - 1))
+        assert float(p @ u) == pytest.approx(share * float(gradient @ (p @ y.mean(1))), rel=1e-3)
 
 
 def test_accepted_groups_alone_make_the_gradient():

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_groups import TinyGroups
+from tiny_groups import TinyGroups, batches, loss_sums
 from tiny_policy import TinyPolicy, multisets
 from variance_oracles import noise_parts, unbiased_parts
 
-from trl_entropy.estimators.entropy_change.cross_prompt import group_loss_surrogate
 from trl_entropy.estimators.noise.noise_scale import (
     NoiseScaleRecord,
     group_products,
@@ -20,6 +19,7 @@ from trl_entropy.estimators.noise.noise_scale import (
     micro_batch_parts,
     noise_parts_two_sizes,
 )
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 
 POLICY = TinyPolicy(max_length=1)
 GROUPS = TinyGroups(POLICY)
@@ -53,6 +53,30 @@ def test_parts_are_unbiased(groups, num_prompts, metric):
     assert float(groups.probability @ (y == 0).all(1).double()) > 0.1  # groups without gradient are among them
     mean = expectation(lambda rows: parts_of(y[rows], metric), groups, num_prompts)
     assert mean.tolist() == pytest.approx(groups.exact_parts(metric), rel=1e-9)
+
+
+def test_a_number_of_tokens_may_be_taken_as_given():
+    """
+    (T14) of a loss divided by the tokens of the batch, against E[g] and P times the variance of g: what the gradient
+    of such a step is. |G|^2 misses by O(1/P), and tr(Sigma) by less than 2 CV |G|/sqrt(tr Sigma).
+    """
+    policy = TinyPolicy(max_length=2, num_prompts=1)
+    groups = TinyGroups(policy)
+    sums, tokens = loss_sums(policy, groups)
+    misses = []
+    for num_prompts in (2, 4):
+        rows, p = batches(groups.probability, num_prompts)
+        y = sums[rows] / tokens[rows].mean(1)[:, None, None]
+        g, norms = y.mean(1), y.square().sum(2).mean(1)
+        expected = p @ g
+        signal, variance = expected.square().sum(), p @ g.square().sum(1) - expected.square().sum()
+        found = p @ (num_prompts * g.square().sum(1) - norms) / (num_prompts - 1)
+        noise = p @ (norms - g.square().sum(1)) * num_prompts / (num_prompts - 1)
+        misses.append(float(found / signal) - 1)
+        spread = float((groups.probability @ tokens.square()).sqrt() / (groups.probability @ tokens)) ** 2 - 1
+        assert 0 < float(noise / (num_prompts * variance)) - 1 < 2 * (spread * signal / noise) ** 0.5
+        assert float(noise / (num_prompts * variance)) == pytest.approx(1.01, abs=0.005)
+    assert misses == pytest.approx([-0.0835, -0.0373], abs=1e-3)
 
 
 def test_two_batch_sizes_are_unbiased():
@@ -250,14 +274,15 @@ def test_split_by_prompt_is_unbiased():
 
 
 def test_half_advantages_go_into_the_loss():
-    """They take the place of A_i in `group_loss_surrogate`; an odd group splits into G // 2 and the rest."""
+    """They take the place of A_i in (T2); an odd group splits into G // 2 and the rest."""
     rewards = torch.tensor([[1.0, 0, 0, 1, 1]])
     advantages = half_advantages(rewards)
     others = [rewards[0, [j for j in half if j != i]].mean() for half in ([0, 1], [2, 3, 4]) for i in half]
     sizes = torch.tensor([2.0, 2, 3, 3, 3])
     torch.testing.assert_close(advantages[0], (4 * (rewards[0] - torch.stack(others)) / sizes).double())
-    logps = torch.zeros(2, 3, requires_grad=True)
-    loss = group_loss_surrogate(logps, torch.ones(2, 3, dtype=torch.bool), advantages[0, :2], 5, 3)
+    logps, mask = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.long)
+    coefficients = LossCoefficients.on_policy(advantages[0, :2], mask, 5, 3)
+    loss = coefficients.surrogate(torch.zeros(2, 3), logps, mask, torch.arange(2))
     (grad,) = torch.autograd.grad(loss, logps)
     torch.testing.assert_close(grad[:, 0].double(), -advantages[0, :2] / 15)
     with pytest.raises(ValueError, match="4 completions"):

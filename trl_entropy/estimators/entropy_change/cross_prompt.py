@@ -42,32 +42,16 @@ def group_entropy_surrogate(
     policy_entropy: float,
     num_tokens: float | int,
     num_prompts: int,
+    weights: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """(T17), (T8): a scalar whose gradient is X_n of a group, or of B of its completions; its value has no meaning.
 
-    X_n = P / sum(T) sum_ik [grad H_ik + a_ik grad S_ik], i over the group. `policy_entropy` (nats), `num_tokens` =
-    sum(T) and P are those of all groups of the step. As the first two are estimates, U is a ratio with bias O(1/P).
+    X_n = P / sum(T) sum_ik [grad H_ik + a_ik grad S_ik], i over the group, with the `weights` of (T6) if another
+    sampler drew them. `policy_entropy` (nats), `num_tokens` = sum(T), or of the weights, and P are those of all groups
+    of the step. As the first two are estimates, U is a ratio with bias O(1/P).
     """
-    share = entropy_surrogate(token_entropy, per_token_logps, loss_mask, policy_entropy, num_tokens)
+    share = entropy_surrogate(token_entropy, per_token_logps, loss_mask, policy_entropy, num_tokens, weights=weights)
     return num_prompts * share
-
-
-def group_loss_surrogate(
-    per_token_logps: Float[Tensor, "B T"],
-    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
-    advantages: Float[Tensor, "B *T"],
-    num_generations: int,
-    max_completion_length: int,
-) -> Float[Tensor, ""]:
-    """(T2): a scalar whose gradient is Y_n, P times the group's share of the on-policy loss gradient.
-
-    Y_n = -1/(G L) sum_ik A_i grad S_ik, since nothing is clipped at ratio 1. `advantages` are those that the loss
-    gets, per completion (B,) or per token (B, T); with `length_normalizer="group_max"` they include the factor L /
-    L_i.
-    """
-    per_token = advantages.double().reshape(len(advantages), -1)
-    weighted = (per_token * per_token_logps.double()).where(loss_mask.bool(), 0.0)
-    return -weighted.sum() / (num_generations * max_completion_length)
 
 
 def update_metric(
