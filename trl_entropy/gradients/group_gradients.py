@@ -14,9 +14,8 @@ from trl import GRPOConfig
 
 from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.cross_prompt import group_entropy_surrogate, group_loss_surrogate
-from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
-from trl_entropy.gradients.inputs import model_inputs
+from trl_entropy.gradients.head_chunks import chunked_scores
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.rollouts.completions import Completions
 
@@ -31,10 +30,11 @@ class GroupRows(NamedTuple):
 def token_scores(
     model: nn.Module, completions: Completions, temperature: float
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Entropy and log-probability of every completion token, nats, with their graph."""
-    width = completions.completion_mask.shape[1]
-    output = model(**model_inputs(model, completions))
-    return entropy_and_logps(output.logits[:, :-1], completions.input_ids[:, -width:], temperature)
+    """
+    Entropy and log-probability of every completion token, nats, with their graph. Go backward while the model is as it
+    is now: logits are made again then, if they are many.
+    """
+    return chunked_scores(model, completions, temperature, recompute=True)
 
 
 def group_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_entropy.engine.parameters import evaluation_mode
-from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
-from trl_entropy.gradients.inputs import eager_experts, model_inputs
+from trl_entropy.gradients.head_chunks import chunked_scores
+from trl_entropy.gradients.inputs import eager_experts
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.rollouts.completions import Completions
 
@@ -78,11 +79,12 @@ def score(
 
 def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callable[[dict], tuple[Tensor, Tensor]]:
     """The function from parameters to (entropy, log-probabilities) of a chunk."""
-    width, inputs = chunk.completion_mask.shape[1], model_inputs(model, chunk)
 
     def scores(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        output = torch.func.functional_call(model, params, (), inputs, strict=False)
-        return entropy_and_logps(output.logits[:, :-1], chunk.input_ids[:, -width:], temperature)
+        def call(inputs: dict[str, Any]) -> Any:
+            return torch.func.functional_call(model, params, (), inputs, strict=False)
+
+        return chunked_scores(model, chunk, temperature, recompute=False, call=call)
 
     return scores
 
