@@ -3,8 +3,8 @@ Peak memory of training at a vocabulary of 151,936 entries, as the system counts
 
     OMP_NUM_THREADS=1 python tests/benchmarks/peak_memory.py
 
-A Qwen2 with two layers of hidden size 64 trains in micro-batches of 4 completions of 96 tokens, 64 completions a step, for two steps; once
-alone, and once with `entropy_probe=True` and that probe's defaults. Each is a process of its own, whose peak is what
+A Qwen2 with two layers of hidden size 64 trains for two steps of 64 completions of 96 tokens, in micro-batches of 4,
+alone and then with `entropy_probe=True` and that probe's defaults. Each is a process of its own, whose peak is what
 the system counts as resident (`ru_maxrss`), with the 0.6 GiB that Python and its libraries take.
 """
 
@@ -43,8 +43,8 @@ def train(settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = DrGRPOConfig(
             output_dir=f"{folder}/run", max_steps=2, num_generations=4, per_device_train_batch_size=4,
-            num_prompts_per_step=16, max_completion_length=96, bf16=False, gradient_checkpointing=False, use_cpu=True, save_strategy="no",
-            report_to="none", disable_tqdm=True, seed=0, **settings,
+            num_prompts_per_step=16, max_completion_length=96, bf16=False, gradient_checkpointing=False, use_cpu=True,
+            save_strategy="no", report_to="none", disable_tqdm=True, seed=0, **settings,
         )  # fmt: skip
         DrGRPOTrainer(
             model=model,

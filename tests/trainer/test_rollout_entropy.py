@@ -16,7 +16,7 @@ from trl_entropy.gradients.float64_reference import float64_reference
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.scores import score
 from trl_entropy.probes import PROBES, RolloutEntropyProbe
-from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
+from trl_entropy.probes.rollout_entropy import groups_that_fit
 from trl_entropy.runs.directory import RunDirectory
 
 PROBE = {"entropy_probe": True, "entropy_probe_completions": "rollouts", "probe_batch_size": 16}
@@ -353,7 +353,8 @@ def test_a_batch_is_halved_on_out_of_memory_only():
 
 def test_too_many_parameters_are_refused():
     model = torch.nn.Linear(2**20, 1, bias=False, device="meta")
-    fitting = MAX_ROWS_BYTES // (8 * 2**20)
-    check_memory(fitting, model)
+    row = 4 * 2**20
+    assert groups_that_fit(5, 1, model, 10 * row) == 5 and groups_that_fit(5, 1, model, 9 * row) == 4
+    assert groups_that_fit(5, 2, model, 9 * row) == 3  # and the loss gradients of another process
     with pytest.raises(ValueError, match="entropy_probe_completions='held_out'"):
-        check_memory(fitting + 1, model)
+        groups_that_fit(5, 1, model, 4 * row - 1)

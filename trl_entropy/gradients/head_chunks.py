@@ -67,14 +67,14 @@ def chunked_scores(
     return entropy_and_logps(call(inputs).logits[:, :-1], completions.input_ids[:, -width:], temperature)
 
 
-def logits_at_once(device: torch.device) -> int:
+def logits_at_once(on_cpu: bool) -> int:
     """How many logits, tokens times vocabulary, are computed at a time."""
-    return LOGITS_AT_ONCE_ON_CPU if device.type == "cpu" else LOGITS_AT_ONCE
+    return LOGITS_AT_ONCE_ON_CPU if on_cpu else LOGITS_AT_ONCE
 
 
 def columns_at_once(model: nn.Module, num_rows: int, device: torch.device) -> int:
     """Columns of `num_rows` completions in a chunk, at least one."""
-    return max(1, logits_at_once(device) // (num_rows * vocabulary_size(model)))
+    return max(1, logits_at_once(device.type == "cpu") // (num_rows * vocabulary_size(model)))
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -175,7 +175,7 @@ class _Chunks:
 
         with _replaced(self.body, forward_in_chunks):
             logits = call(self.inputs).logits
-        scores.append(entropy_and_logps(logits, last_ids, self.temperature))
+        scores.append(self._scores(logits, last_ids))
         entropy, logps = (torch.cat(parts, dim=1) for parts in zip(*scores, strict=True))
         return entropy, logps
 
@@ -184,11 +184,43 @@ class _Chunks:
             # Contiguous: torch multiplies a slice row by row, and a narrow weight is copied each time
             output = output_with(hidden.contiguous())
             with _replaced(self.body, lambda *args, **kwargs: output):
-                return entropy_and_logps(self.base.forward(**self.inputs).logits, ids, self.temperature)
+                return self._scores(self.base.forward(**self.inputs).logits, ids)
 
-        return (
-            checkpoint(head, hidden, use_reentrant=False, preserve_rng_state=False) if self.recompute else head(hidden)
+        if not self.recompute:
+            return head(hidden)
+        return checkpoint(head, hidden, use_reentrant=False, preserve_rng_state=False)
+
+    def _scores(self, logits: Float[Tensor, "B t V"], ids: Int[Tensor, "B t"]) -> Scores:
+        if not self.recompute:
+            return entropy_and_logps(logits, ids, self.temperature)
+        return _EntropyAndLogps.apply(
+            logits if logits.dtype == torch.float64 else logits.float(), ids, self.temperature
         )
+
+
+class _EntropyAndLogps(torch.autograd.Function):
+    """
+    `entropy_and_logps` with its gradient, dH/dz_v = -p_v (log p_v + H) and dS/dz_v = 1[v = o] - p_v, z the logits over
+    the temperature. It keeps one tensor of the logits' size, freed whichever part is differentiated; what autograd
+    keeps for the other part would stay, of every chunk that is made again, until the graph is freed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "B t V"], ids: Int[Tensor, "B t"], temperature: float) -> Scores:
+        log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        ctx.save_for_backward(log_probs, entropy, ids)
+        ctx.temperature = temperature
+        return entropy, log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_entropy: Tensor, of_logps: Tensor) -> tuple[Tensor, None, None]:
+        log_probs, entropy, ids = ctx.saved_tensors
+        gradient = (log_probs + entropy.unsqueeze(-1)).mul_(of_entropy.unsqueeze(-1)).add_(of_logps.unsqueeze(-1))
+        gradient.mul_(log_probs.exp()).neg_()
+        gradient.scatter_add_(-1, ids.unsqueeze(-1), of_logps.unsqueeze(-1))
+        return gradient if ctx.temperature == 1 else gradient.div_(ctx.temperature), None, None
 
 
 @contextlib.contextmanager
