@@ -28,6 +28,7 @@ class LayerSizes:
     The sizes of a language model on which the memory of a pass depends.
 
     Attributes:
+        intermediate_size: of a token in one layer's MLP; with experts, of those that compute a token.
         kv_size: size of a token's key in one layer.
     """
 
@@ -43,10 +44,12 @@ class LayerSizes:
         """From the configuration of a text model of transformers."""
         heads, hidden = config.num_attention_heads, config.hidden_size
         head_size = getattr(config, "head_dim", None) or hidden // heads
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        expert = getattr(config, "moe_intermediate_size", None) or inner
         return cls(
             num_layers=config.num_hidden_layers,
             hidden_size=hidden,
-            intermediate_size=getattr(config, "intermediate_size", None) or 4 * hidden,
+            intermediate_size=max(inner, expert * (getattr(config, "num_experts_per_tok", None) or 1)),
             num_heads=heads,
             kv_size=head_size * (getattr(config, "num_key_value_heads", None) or heads),
             vocab_size=config.vocab_size,

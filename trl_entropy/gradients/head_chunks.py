@@ -74,14 +74,15 @@ def logits_at_once(on_cpu: bool) -> int:
 
 def columns_at_once(model: nn.Module, num_rows: int, device: torch.device) -> int:
     """Columns of `num_rows` completions in a chunk, at least one."""
-    return max(1, logits_at_once(device.type == "cpu") // (num_rows * vocabulary_size(model)))
+    return max(1, logits_at_once(device.type == "cpu") // (num_rows * max(1, vocabulary_size(model))))
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Logits of a token."""
+    """Logits of a token; 0 for a model that is none of transformers."""
     base = base_model(model)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    size = getattr(head, "out_features", None)
+    if not hasattr(base, "get_output_embeddings"):
+        return 0
+    size = getattr(base.get_output_embeddings(), "out_features", None)
     return int(size if size is not None else base.config.get_text_config().vocab_size)
 
 

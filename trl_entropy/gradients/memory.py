@@ -95,7 +95,7 @@ def rows_at_once(
 def pass_over(model: nn.Module, completions: Completions, order: int, backward: bool) -> Pass | None:
     """What the longest of `completions` need; None for a model without the configuration of transformers."""
     config = getattr(base_model(model), "config", None)
-    if config is None or not len(completions):
+    if config is None or not hasattr(config, "get_text_config") or not len(completions):
         return None
     text, head = config.get_text_config(), base_model(model).get_output_embeddings()
     one = Pass(
