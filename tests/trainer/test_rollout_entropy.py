@@ -105,6 +105,22 @@ def test_rows_sum_to_the_gradients_of_loss_and_entropy(trained, normalizer, accu
     assert rows[-1]["entropy/delta_same_sample"] == pytest.approx(keep.slope_along(step, 0.9), rel=1e-4)
 
 
+def test_with_too_little_memory_pairs_are_formed_of_the_first_groups(trained):
+    whole, _, _ = trained()
+    two_groups = 2 * 2 * 4 * len(whole.gradient) / 2**30
+    some, trainer, rows = trained(probe_rows_gib=1.01 * two_groups)
+    assert torch.equal(some.rows.loss, whole.rows.loss[:2]) and torch.equal(some.rows.entropy, whole.rows.entropy[:2])
+    assert relative(some.rows.loss_total - whole.rows.loss_total, whole.rows.loss_total) < 1e-6
+    assert rows[-1]["entropy/rollouts_gradient_error"] < 1e-5  # of all groups
+    assert rows[-1]["entropy/delta_cross_prompt_num_prompts"] == 2
+    # -U of the two: the mean of both products of one with the other, with lr c (1-b1)/(1-b1^t) M
+    part = torch.cat([value.flatten() for value in gradient_part(some, trainer.args).values()]).double()
+    metric = (-part / some.gradient.double()).where(some.gradient != 0, 0.0)
+    (x1, x2), (y1, y2) = some.rows.entropy.double(), some.rows.loss.double()
+    expected = -((x1 * metric) @ y2 + (x2 * metric) @ y1).item() / 2
+    assert rows[-1]["entropy/delta_cross_prompt"] == pytest.approx(expected, rel=1e-4)
+
+
 def gradient_part(keep, args):
     """-lr c (1-b1)/(1-b1^t) M g at the second step, where M has a meaning."""
     part = {}
