@@ -311,7 +311,7 @@ def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
 def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
     """Copies: parameters before and after, gradient, moments, M, 3 directions; one per completion; a float32 graph."""
     args = plan.args
-    number = args.fisher_num_sequences // plan.world_size
+    number = args.fisher_num_sequences // plan.world_size * (1 if args.weighs_tokens_alike() else 2)
     row = 8 * args.fisher_sketch_dim or copy
     return {
         "fisher_probe: parameters": 9 * copy,
