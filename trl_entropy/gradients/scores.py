@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_entropy.engine.parameters import evaluation_mode
-from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.gradients.frozen_layers import frozen_layers
-from trl_entropy.gradients.inputs import eager_experts, model_inputs
-from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.head_chunks import chunked_scores
+from trl_entropy.gradients.inputs import eager_experts
+from trl_entropy.gradients.memory import in_batches
 from trl_entropy.gradients.shared_prompts import SharedPrompts
 from trl_entropy.rollouts.completions import Completions
 
@@ -41,7 +41,7 @@ def score(
     model: nn.Module,
     completions: Completions,
     temperature: float,
-    batch_size: int,
+    batch_size: int | None,
     params: Params | None = None,
     direction: Params | None = None,
     order: int = 0,
@@ -56,7 +56,7 @@ def score(
         model: unwrapped; its mode is restored. In evaluation mode meanwhile: no dropout, no checkpointing.
         completions: what to score.
         temperature: sampling temperature that the logits are divided by.
-        batch_size: completions at a time; halved as long as memory does not suffice.
+        batch_size: completions at a time, at most; None: as many as memory allows (see `in_batches`).
         params: trainable parameters to score with; None for the model's own.
         direction: change of them, by the same names; needed for an order above 0.
         order: derivatives to take, 0 to 2.
@@ -76,13 +76,13 @@ def score(
         return [_join([part[i] for part in parts], completions, longest_first) for i in range(2 * (order + 1))]
 
     with evaluation_mode(model), _without_input_grad_hooks(model), _differentiable_kernels(model, order, params):
-        results = halved_on_out_of_memory(score_all, min(batch_size, len(completions)))
+        results = in_batches(score_all, model, completions, batch_size, order)
     return TokenScores(entropy=tuple(results[0::2]), logps=tuple(results[1::2]))
 
 
 def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callable[[dict], tuple[Tensor, Tensor]]:
     """The function from parameters to (entropy, log-probabilities) of a chunk."""
-    width, shared = chunk.completion_mask.shape[1], SharedPrompts.of(model, chunk)
+    shared = SharedPrompts.of(model, chunk)
 
     def scores(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         def call(inputs: dict[str, Any]) -> Any:
@@ -90,8 +90,7 @@ def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callabl
 
         if shared is not None:
             return shared.scores(call, temperature)
-        logits = call(model_inputs(model, chunk)).logits[:, :-1]
-        return entropy_and_logps(logits, chunk.input_ids[:, -width:], temperature)
+        return chunked_scores(model, chunk, temperature, recompute=False, call=call)
 
     return scores
 

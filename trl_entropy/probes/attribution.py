@@ -93,12 +93,12 @@ class StepAttribution:
 
     Args:
         mode: `"sequence"` (by completion) or `"token"`.
-        batch_size: completions differentiated at a time; halved on out-of-memory.
+        batch_size: completions differentiated at a time, at most; None: as many as memory allows.
     """
 
     name = "attribution"
 
-    def __init__(self, mode: str, batch_size: int) -> None:
+    def __init__(self, mode: str, batch_size: int | None) -> None:
         self.mode, self.batch_size = mode, batch_size
         self.record = CategoryRecord.empty(CATEGORIES[mode])
         self.episodes = EpisodeRecords()
