@@ -69,7 +69,7 @@ class Pass:
         in_chunks: whether the head is applied to some columns after the others.
         attention: its implementation in transformers.
         trains_head: whether a backward pass has the head's gradient of each completion too: T (V + h) or V h numbers,
-            whichever are fewer. In forward mode torch writes out the tangent of a weight that is frozen, which is 0.
+            whichever are fewer.
     """
 
     sizes: LayerSizes
@@ -98,13 +98,7 @@ class Pass:
             per_head, outer = _ATTENTION_DERIVED
             layer = max(layer, tokens * (per_head * sizes.num_heads * self.length + outer * sizes.hidden_size))
         body = 4 * 2**self.order
-        head = max(head, self._zeros + body * self.num_logits(rows))
         return int(max(body * layer, head + body * tokens * sizes.hidden_size))
-
-    @property
-    def _zeros(self) -> int:
-        """Bytes of the tangent of a frozen head."""
-        return 4 * self.sizes.vocab_size * self.sizes.hidden_size if self.order and not self.trains_head else 0
 
     @property
     def _head_gradient(self) -> int:
