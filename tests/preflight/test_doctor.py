@@ -24,6 +24,8 @@ STEP = ["--num_prompts_per_step", "64"]
 PROBED = ["--entropy_probe", "true", "--entropy_probe_completions", "held_out", "--entropy_probe_num_completions", "8"]
 GPUS = ["--hardware", "2xH100-80GB", "--model_name_or_path", "Qwen/Qwen2.5-1.5B", "--dtype", "bfloat16"]
 LORA = ["--use_peft", "true"]
+QUANTISED = [*LORA, "--load_in_4bit", "true"]
+LARGE_ROWS = ["--noise_scale_probe", "true", "--probe_rows_gib", "0.001", "--num_prompts_per_step", "8"]
 KL = ["--kl_every", "1"]
 ROLLOUTS = ["--entropy_probe_completions", "rollouts", "--num_prompts_per_step", "64"]
 REENTRANT = ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}', "--num_prompts_per_step", "64"]
@@ -149,12 +151,12 @@ def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
         ([*ON_CPU, "--hardware", "H100"], "H100.*write 2xH100-80GB"),
         ([*ON_CPU, "--config", "missing.yaml"], "missing.yaml.*Correct the path"),
         ([*GPUS, *KL, "--accelerate_config", "launch/zero3.yaml"], "kl_every does not.*zero3.*zero_stage: 2"),
-        ([*GPUS, *PROBED, "--attn_implementation", "flash_attention_2"], "attention flash.*attn_implementation: sdpa"),
+        ([*GPUS, *QUANTISED, *LARGE_ROWS], "noise_scale_probe .extra. does not work with quantisation 4bit"),
         ([*GPUS, *PROBED, *LORA, "--load_in_4bit", "true"], "quantisation 4bit.*dtype: bfloat16"),
         ([*GPUS, *PROBED, "--bf16", "false", "--fp16", "true"], "loss scaling changes gradients.*bf16: true"),
         ([*GPUS, "--num_processes", "8"], r"8 processes on a machine with 2 GPUs. Set num_processes: 2"),
         ([*GPUS, "--hardware", "1xT4-16GB", *PROBED], "peak.*and has 14.9 GiB. Lower"),
-        ([*GPUS, *PROBED, *ROLLOUTS], "two float32 gradients"),
+        ([*GPUS, *PROBED, *ROLLOUTS, "--probe_rows_gib", "1"], "two float32 gradients"),
         ([*GPUS, *LORA, *REENTRANT], "marked ready only once.*use_reentrant: false"),
     ],
 )  # fmt: skip

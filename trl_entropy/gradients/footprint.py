@@ -15,7 +15,7 @@ from trl_entropy.gradients.head_chunks import logits_at_once
 
 # Tensors of the size of a chunk's logits that are alive together, by order of the derivative; and in a backward pass.
 _LOGITS = (4, 10, 20)
-_LOGITS_BACKWARD = 5
+_LOGITS_BACKWARD = 4
 # Numbers per token in a layer's MLP, as multiples of its inner and outer size, without and with derivatives.
 _MLP, _MLP_DERIVED = (4, 4.5), (4, 6)
 # The same of attention on torch's math backend, which alone has derivatives: heads x length, and the outer size.

@@ -196,7 +196,7 @@ def _memory_remedy(plan: Plan, phase: str) -> str:
         "generation": "Lower steps_per_generation (1 is the least) or max_completion_length, or set use_vllm.",
         "loss and backward": "Lower per_device_train_batch_size and keep num_prompts_per_step, set "
         f"gradient_checkpointing: true, or {smaller_model}.",
-    }.get(phase, f"Turn {phase} off, lower probe_batch_size or probe_rows_gib, or {smaller_model}.")
+    }.get(phase, f"Lower probe_batch_size or probe_rows_gib, turn {phase} off, or {smaller_model}.")
 
 
 def disk(plan: Plan) -> Findings:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from trl_entropy.preflight import memory
-from trl_entropy.preflight.estimate import base_bytes, shape_of, trained_bytes
+from trl_entropy.preflight.estimate import base_bytes, noise_scale_rows, shape_of, trained_bytes
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.work import Model, Work
-from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES
 
 PRECISIONS = ("float32", "tf32")
 # Times that a token of context goes through the memory when one more is drawn: transformers' cache is read and written
@@ -240,7 +239,7 @@ class _Counted:
             return halves + Work(memory=8 * trainable * args.gradient_accumulation_steps)
         groups = -(-self.rows // args.num_generations)
         products = Work(memory=6 * 4 * groups * trainable)  # written, and read for norms and products in two metrics
-        if self.plan.has_adapter and 4 * groups * trainable <= MAX_ROWS_BYTES:
+        if noise_scale_rows(self.plan):
             return halves + products + self._sequence_gradients(self.rows, self.training_precision)
         return halves + products + self.differentiated(self.rows) + self._float32_copy()
 
