@@ -16,7 +16,6 @@ from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.attribution.shares import (
     Attribution,
     CategoryRecord,
-    UpdateProducts,
     bin_index,
     category_sums,
     completion_contributions,
@@ -127,9 +126,7 @@ class StepAttribution:
         rollouts, coefficients = record.rollouts, record.loss_coefficients
         assert coefficients is not None, "the entropy probe needs_loss_coefficients"
         gradient = self._entropy_gradient(past, engine, probe, temperature)
-        products = UpdateProducts(0.0, 0.0, 0.0)
-        for name, parts in past.parts():
-            products = update_products(gradient[name], parts, products)
+        products = update_products((gradient[name], parts) for name, parts in past.parts())
         direction = {name: metric * gradient[name] for name, metric in past.metric().items()}
         contributions = self._contributions(past, engine, rollouts, coefficients, direction, temperature)
         completions = accelerator.gather(contributions.policy.sum(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import KeptUpdate, PastUpdate
 from trl_entropy.engine.adamw_step import predicted_update
 from trl_entropy.probes import model_checks
+from trl_entropy.probes.clock import seconds
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
 from trl_entropy.probes.next_rollouts import NextRolloutsProbe
 from trl_entropy.probes.probe import Probe
@@ -81,10 +81,11 @@ class EntropyProbe(EntropyChangeProbe):
     # ---- events
 
     def on_before_update(self, args, state, control, *, metrics, update, engine, sampler, **kwargs: Any) -> None:
-        step, rank, start = state.global_step + 1, engine.accelerator.process_index, time.perf_counter()
+        step, rank, device = state.global_step + 1, engine.accelerator.process_index, engine.accelerator.device
+        start = seconds(device)
         draw = self.draw or (lambda step, _: sampler.draw(self.num_prompts, self.source, step, self.sampler))
         self._drawn = draw(step, rank)
-        metrics["time/entropy_draw"] = time.perf_counter() - start
+        metrics["time/entropy_draw"] = seconds(device) - start
         self._second_order = None
         if self.second_order:
             self._completions = self._drawn

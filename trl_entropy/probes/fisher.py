@@ -125,7 +125,7 @@ class FisherProbe(Probe):
         self._gram = self._gram_of(consumer, accelerator)
         self._kernel = self._gram.diagonal_scatter(self._norms.sum(0)) if self.sketch_dim else self._gram
         self._parts = self._predict(args, update, accelerator.gather(dots.mT.contiguous()))
-        metrics["fisher/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
+        metrics["fisher/num_coordinates_without_metric"] = int(sum((m == 0).sum() for m in metric.values()))
         metrics |= self._kernel_logged() | _shares_logged(self._parts, self._prompts)
         self._names = list(engine.parameters)
         metrics |= _adapter_shares(self._norms.sum(1), self._names)
