@@ -374,6 +374,10 @@ _TRAINER = {
         ("    torch.get_device_module(device).synchronize()\n", "",
          "test_seconds_are_those_of_the_step_and_of_all_its_events"),
     ]),
+    "probes/precision.py": ("probes/test_precision.py", [
+        ("values = score(*given)", "values = slopes"),
+        ("math.hypot(moved.value, moved.stderr)", "abs(moved.value)"),
+    ]),
     "probes/effective_sample_size.py": ("probes/test_effective_sample_size.py", [
         ("accelerator.reduce(torch.stack([weights.sum(), weights.square().sum()]))",
          "torch.stack([weights.sum(), weights.square().sum()])"),

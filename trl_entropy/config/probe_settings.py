@@ -119,6 +119,20 @@ class ProbeSettings:
         unit="completions",
         changes_training=False,
     )
+    probe_precision: str = setting(
+        "In what precision the entropy probe multiplies matrices where it differentiates. tf32: with operands rounded "
+        "to 10 bits of mantissa, on a GPU that has TF32 (NVIDIA's from A100 on); without effect elsewhere. auto: the "
+        "first step that is measured computes the first-order change in both precisions, and tf32 is taken if its "
+        "noise is below a tenth of that change's standard error. Measured changes and the prediction to second order "
+        "are float32 in any case.",
+        "auto",
+        choices=("auto", "float32", "tf32"),
+        probe="entropy_probe",
+        read_with=_INDEPENDENT,
+        changes_training=False,
+        logs="`auto`: `entropy/precision_noise` of that step, in standard errors",
+        cost="`auto`: about 9 forward passes over the probe's completions, once, on a GPU that has TF32",
+    )
     probe_files_keep: int | None = setting(
         "Of how many steps each probe keeps its files: evenly spaced ones from the first on, and the newest. Every "
         "second one is deleted whenever there would be more. 0 writes none; null, in a YAML file, keeps all.",

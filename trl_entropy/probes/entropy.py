@@ -28,7 +28,7 @@ class EntropyProbe(EntropyChangeProbe):
     update is the one that training made. The covariances are of training's own passes.
 
     Args:
-        every, batch_size, prediction, placebo, attribution: see [`EntropyChangeProbe`].
+        every, batch_size, prediction, placebo, attribution, precision: see [`EntropyChangeProbe`].
         num_prompts: prompts in E over all processes, one completion each.
         second_order: predict to second order *before* the step, along the update that AdamW's equation (T4) gives.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
@@ -50,8 +50,9 @@ class EntropyProbe(EntropyChangeProbe):
         draw: Callable[[int, int], Completions] | None = None,
         attribution: str = "none",
         prediction: str = "trapezoid",
+        precision: str = "auto",
     ) -> None:
-        super().__init__(every, batch_size, prediction, placebo, attribution)
+        super().__init__(every, batch_size, prediction, placebo, attribution, precision)
         self.num_prompts, self.source = num_prompts, source
         self.second_order, self.sampler, self.draw = second_order, sampler, draw
 
@@ -71,6 +72,7 @@ class EntropyProbe(EntropyChangeProbe):
             sampler=args.entropy_probe_sampler,
             attribution=args.entropy_attribution,
             prediction=args.entropy_prediction,
+            precision=args.probe_precision,
         )
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
