@@ -117,7 +117,7 @@ _STATISTICS = {
 }
 _ENTROPY = {
     "estimators/entropy_change/entropy.py": ("estimators/entropy_change/test_entropy.py", [
-        ("(logits / temperature).log_softmax(-1)", "logits.log_softmax(-1)"),
+        ("(logits if temperature == 1 else logits / temperature)", "logits"),
     ]),
     "estimators/entropy_change/delta_entropy.py": ("estimators/entropy_change/test_delta_entropy.py", [
         ("second + 2 * first * s + entropy * r", "second + first * s + entropy * r"),
@@ -137,7 +137,10 @@ _ENTROPY = {
     ]),
     "estimators/entropy_change/cross_prompt.py": ("estimators/entropy_change/test_cross_prompt.py", [
         ("live_preconditioner(exp_avg_sq, step - 1,", "live_preconditioner(exp_avg_sq, step,"),
-        ("* (float(accepted.sum()) / len(accepted))", "* (len(accepted) / float(accepted.sum()))"),
+        (
+            "* (float(accepted.sum()) / len(accepted) if share is None else share)",
+            "* (len(accepted) / float(accepted.sum()))",
+        ),
     ]),
     "estimators/attribution/shares.py": ("estimators/attribution/test_attribution.py", [
         ("(num_completions * max_completion_length)", "(len(advantages) * max_completion_length)"),

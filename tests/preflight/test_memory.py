@@ -1,18 +1,17 @@
 """Formulas of memory against parameters, adapters, optimizers, caches and tensors that really exist."""
 
 import io
-import weakref
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from trl import ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
+from trl_entropy.gradients.footprint import Pass, activations
 from trl_entropy.gradients.scores import score
 from trl_entropy.models.embedded import build_model, build_tokenizer
 from trl_entropy.preflight import memory, shapes
@@ -154,7 +153,7 @@ def test_activations_are_within_the_stated_factor(shape_of, attention, checkpoin
     if checkpointing:
         one_layer = tiny_config(attn_implementation=attention, **{**changes, "num_hidden_layers": 1})
         saved += saved_bytes(one_layer, rows, length, mixed, False)
-    formula = memory.activations(shape_of(config), rows, length, mixed, 2 if mixed else 4, attention, checkpointing)
+    formula = activations(shape_of(config), rows, length, mixed, 2 if mixed else 4, attention, checkpointing)
     assert 1 / 1.3 < formula / saved < 1.3
 
 
@@ -206,31 +205,5 @@ def test_scoring_is_within_the_stated_factor(shape_of, changes, rows, prompt, co
     direction = {name: torch.ones_like(param) for name, param in model.named_parameters()}
     with LiveBytes() as live:
         score(model, completions, 1.0, rows, None, direction, order)
-    formula = memory.scoring(shape_of(config), rows, prompt + completion, completion, order)
-    assert 1 / 1.5 < formula / live.peak < 1.5
-
-
-class LiveBytes(TorchDispatchMode):
-    """Most bytes alive at a time in tensors that operations inside returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage) -> None:
-        if storage._cdata not in self.alive:
-            self.alive[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage._cdata)
-
-    def _free(self, key: int) -> None:
-        self.now -= self.alive.pop(key, 0)
+    formula = Pass(shape_of(config), prompt + completion, completion, order).num_bytes(rows)
+    assert 1 / 1.35 < formula / live.peak < 1.35

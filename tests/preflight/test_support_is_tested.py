@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 # The engine of launch/<name>.yaml -> its column.
 COLUMNS = {"cpu": "plain", "ddp-cpu": "ddp", "zero1-cpu": "zero1", "zero2-cpu": "zero2", "zero3-cpu": "zero3"}
 REFUSED_ENGINES = "preflight/test_support.py::test_engines_are_refused_as_build_engine_does"
-ATTENTION = "preflight/test_support.py::test_attention_is_refused_where_scoring_has_no_derivative"
+ATTENTION = "engine/test_scored_attention.py::test_scores_and_derivatives_are_those_of_torchs_kernel"
 QUANTISATION = "preflight/test_support.py::test_quantised_base_is_refused_by_float32_scoring_alone"
 # Axis -> the test of a probe that scores the model, supported or refused; and of one that does not.
 SCORING = {"attention": ATTENTION, "quantisation": QUANTISATION}
@@ -30,7 +30,7 @@ def probes_of(name: str, directory: Path) -> set[str]:
     found = set()
     for run in RUNS:
         _, args, model = parse(command_line(name, run, directory, Path("embedded")))
-        found |= set(support.probe_names(SimpleNamespace(args=args, has_adapter=model.use_peft)))
+        found |= set(support.probe_names(SimpleNamespace(args=args, has_adapter=model.use_peft, shape=None)))
     return found
 
 

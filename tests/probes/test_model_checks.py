@@ -16,15 +16,21 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.models.embedded import build_model, build_tokenizer
-from trl_entropy.preflight import support
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.fisher import FisherProbe
 from trl_entropy.probes.model_checks import (
-    SCORED_ATTENTION,
     adapters_of,
     check_scoring,
     check_sequences,
@@ -298,19 +304,17 @@ def test_a_mixture_of_experts_is_measured(build, refused_ones, tokenizer):
 
 
 @pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
-def test_kernels_of_attention(refused_ones, tokenizer, attention):
+def test_kernels_of_attention(refused_ones, tokenizer, attention, monkeypatch):
     def model():
         model = build_model(tokenizer)
         model.config._attn_implementation_internal = attention
         return model
 
+    assert not refused_ones(model)  # probes score with sdpa meanwhile
+    monkeypatch.setattr(Qwen2ForCausalLM, "_can_set_attn_implementation", classmethod(lambda cls: False))
     found = refused_ones(model)
     assert set(found) == SCORING | {"noise"}  # which has a trained head, and so a pass of its own
     assert all(attention in text and "'sdpa' or 'eager'" in text for text in found.values())
-
-
-def test_the_doctor_knows_the_same_kernels():
-    assert {name for name, remedy in support.ATTENTIONS.items() if remedy is None} == set(SCORED_ATTENTION)
 
 
 def test_the_models_own_sampling_settings_are_refused(refused_ones, tokenizer):

@@ -15,7 +15,7 @@ from trl_entropy.gradients.float64_reference import float64_reference
 from trl_entropy.gradients.group_gradients import token_scores
 from trl_entropy.gradients.sequence_products import entropy_gradient
 from trl_entropy.probes import PROBES, FisherProbe
-from trl_entropy.probes.fisher import MAX_ROWS_BYTES, check_memory
+from trl_entropy.probes.fisher import check_memory
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.metrics import METRICS
@@ -295,7 +295,6 @@ def test_a_callback_is_checked_too(make_trainer):
 
 def test_too_many_parameters_are_refused():
     model = torch.nn.Linear(2**20, 1, bias=False, device="meta")
-    fitting = MAX_ROWS_BYTES // (4 * 2**20)
-    check_memory(fitting, model)
+    check_memory(5, model, 5 * 4 * 2**20)
     with pytest.raises(ValueError, match="fisher_sketch_dim=4096"):
-        check_memory(fitting + 1, model)
+        check_memory(6, model, 5 * 4 * 2**20)

@@ -16,7 +16,7 @@ from trl_entropy.gradients.float64_reference import float64_reference
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.scores import score
 from trl_entropy.probes import PROBES, RolloutEntropyProbe
-from trl_entropy.probes.rollout_entropy import MAX_ROWS_BYTES, check_memory
+from trl_entropy.probes.rollout_entropy import groups_that_fit
 from trl_entropy.runs.directory import RunDirectory
 
 PROBE = {"entropy_probe": True, "entropy_probe_completions": "rollouts", "probe_batch_size": 16}
@@ -103,6 +103,22 @@ def test_rows_sum_to_the_gradients_of_loss_and_entropy(trained, normalizer, accu
     # Sign and coefficient: along the gradient part of (T5), M before the step, forward mode finds the same change.
     step = gradient_part(keep, trainer.args)
     assert rows[-1]["entropy/delta_same_sample"] == pytest.approx(keep.slope_along(step, 0.9), rel=1e-4)
+
+
+def test_with_too_little_memory_pairs_are_formed_of_the_first_groups(trained):
+    whole, _, _ = trained()
+    two_groups = 2 * 2 * 4 * len(whole.gradient) / 2**30
+    some, trainer, rows = trained(probe_rows_gib=1.01 * two_groups)
+    assert torch.equal(some.rows.loss, whole.rows.loss[:2]) and torch.equal(some.rows.entropy, whole.rows.entropy[:2])
+    assert relative(some.rows.loss_total - whole.rows.loss_total, whole.rows.loss_total) < 1e-6
+    assert rows[-1]["entropy/rollouts_gradient_error"] < 1e-5  # of all groups
+    assert rows[-1]["entropy/delta_cross_prompt_num_prompts"] == 2
+    # -U of the two: the mean of both products of one with the other, with lr c (1-b1)/(1-b1^t) M
+    part = torch.cat([value.flatten() for value in gradient_part(some, trainer.args).values()]).double()
+    metric = (-part / some.gradient.double()).where(some.gradient != 0, 0.0)
+    (x1, x2), (y1, y2) = some.rows.entropy.double(), some.rows.loss.double()
+    expected = -((x1 * metric) @ y2 + (x2 * metric) @ y1).item() / 2
+    assert rows[-1]["entropy/delta_cross_prompt"] == pytest.approx(expected, rel=1e-4)
 
 
 def gradient_part(keep, args):
@@ -353,7 +369,8 @@ def test_a_batch_is_halved_on_out_of_memory_only():
 
 def test_too_many_parameters_are_refused():
     model = torch.nn.Linear(2**20, 1, bias=False, device="meta")
-    fitting = MAX_ROWS_BYTES // (8 * 2**20)
-    check_memory(fitting, model)
+    row = 4 * 2**20
+    assert groups_that_fit(5, 1, model, 10 * row) == 5 and groups_that_fit(5, 1, model, 9 * row) == 4
+    assert groups_that_fit(5, 2, model, 9 * row) == 3  # and the loss gradients of another process
     with pytest.raises(ValueError, match="entropy_probe_completions='held_out'"):
-        check_memory(fitting + 1, model)
+        groups_that_fit(5, 1, model, 4 * row - 1)

@@ -35,6 +35,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 _ABOVE = ("temperature",)
 _ALSO_0 = ("probe_files_keep",)
+_NOT_0 = ("probe_batch_size",)  # not set is another thing
 
 
 class NumberChecks(Requirements):
@@ -47,7 +48,7 @@ class NumberChecks(Requirements):
         """
         defaults = {name: default_of(self, name) for name in own_settings(self)}
         whole = {n: d for n, d in defaults.items() if isinstance(getattr(self, n), int) and not isinstance(d, bool)}
-        may_be_0 = {name for name, default in whole.items() if default in (None, 0) or name in _ALSO_0}
+        may_be_0 = {n for n, d in whole.items() if (d in (None, 0) or n in _ALSO_0) and n not in _NOT_0}
         check_numbers(self, {name: (0 if name in may_be_0 else 1, math.inf) for name in whole})
 
 

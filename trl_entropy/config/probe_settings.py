@@ -113,9 +113,11 @@ class ProbeSettings:
         "(`sequence`) or a forward-mode pass over them (`token`)",
     )
 
-    probe_batch_size: int = setting(
-        "Number of completions that a probe scores at a time. It is halved when memory runs out.",
-        64,
+    probe_batch_size: int | None = setting(
+        "Number of completions that a probe scores or differentiates at a time, at most. If it is not set, 64 or as "
+        "many as the memory of the device allows by their length and the model's sizes. It is halved when memory runs "
+        "out, for the rest of the run.",
+        None,
         unit="completions",
         changes_training=False,
     )
@@ -132,6 +134,15 @@ class ProbeSettings:
         changes_training=False,
         logs="`auto`: `entropy/precision_noise` of that step, in standard errors",
         cost="`auto`: about 9 forward passes over the probe's completions, once, on a GPU that has TF32",
+    )
+    probe_rows_gib: float | None = setting(
+        "Memory for the gradients of a process's prompt groups or completions, which the noise scale, the Fisher "
+        "probe and entropy_probe_completions='rollouts' keep. If it is not set, 60 % of what the device has beside "
+        "the model, its gradients and the optimizer. With less than all of them need, the noise scale takes an extra "
+        "pass, and 'rollouts' measures fewer of the step's groups.",
+        None,
+        unit="GiB",
+        changes_training=False,
     )
     probe_files_keep: int | None = setting(
         "Of how many steps each probe keeps its files: evenly spaced ones from the first on, and the newest. Every "

@@ -90,7 +90,7 @@ class EntropyControl(Probe):
         gradient_ema: weight of earlier steps in the running mean of grad h, see [`RunningHalves`]; only with
             `"probe"`, since earlier steps' rollouts are in the optimizer's momentum too.
         num_prompts: prompts of the probe batch, over all processes.
-        batch_size: completions differentiated at a time; halved on out-of-memory.
+        batch_size: completions differentiated at a time, at most; None: as many as memory allows.
         draw: called as `(step, rank) -> Completions` in place of sampling from the policy.
     """
 
@@ -106,7 +106,7 @@ class EntropyControl(Probe):
         source: str = "probe",
         gradient_ema: float = 0.7,
         num_prompts: int = 128,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         draw: Callable[[int, int], Completions] | None = None,
     ) -> None:
         super().__init__(every=1)
@@ -309,7 +309,7 @@ class EntropyControl(Probe):
 
 
 def score_prompt_halves(
-    engine: Engine, params: Params, batch: Completions, temperature: float, batch_size: int
+    engine: Engine, params: Params, batch: Completions, temperature: float, batch_size: int | None
 ) -> Halves:
     """Score the batch (E or U) with the parameters before the step, and split it by prompt. Collective."""
     accelerator = engine.accelerator
@@ -332,7 +332,7 @@ def score_prompt_halves(
 
 
 def half_gradients(
-    engine: Engine, params: Params, halves: Halves, temperature: float, batch_size: int
+    engine: Engine, params: Params, halves: Halves, temperature: float, batch_size: int | None
 ) -> tuple[Vector, Vector]:
     """The entropy gradient grad h of each half at `params`, over all ranks. Collective."""
     with (

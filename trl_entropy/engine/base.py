@@ -1,14 +1,16 @@
 """`Engine`: a reader that also tells when an update happens, and puts parameters into the model for scoring."""
 
 import abc
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from trl_entropy.engine.attention import scored_attention
 from trl_entropy.engine.context import UpdateContext
 from trl_entropy.engine.parameters import evaluation_mode, swapped_parameters
 from trl_entropy.engine.reader import EngineReader
@@ -90,10 +92,15 @@ class Engine(EngineReader):
 
         Args:
             params: `context.params_before`, `context.params_after`, or any other values of theta.
-            dtype: the dtype of everything in the model, with autocast and TF32 off, so that theta is scored as it is.
-                `None` rounds the values to each parameter's own dtype and leaves autocast as training has it, which
-                gives the bf16 model that training runs.
+            dtype: the dtype of everything in the model, with autocast and TF32 off, so that theta is scored as it is,
+                with an attention that takes it (`scored_attention`). `None` rounds the values to each parameter's own
+                dtype and leaves autocast and attention as training has them, which gives the bf16 model that training
+                runs.
         """
-        precision = nullcontext() if dtype is None else fp32_strict(self.module)
-        with evaluation_mode(self.module), swapped_parameters(self.module, params, dtype), precision:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(evaluation_mode(self.module))
+            undo.enter_context(swapped_parameters(self.module, params, dtype))
+            if dtype is not None:
+                undo.enter_context(fp32_strict(self.module))
+                undo.enter_context(scored_attention(self.module))
             yield self.module

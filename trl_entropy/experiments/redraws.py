@@ -124,7 +124,7 @@ def rollout_redraws(
         rollouts = RolloutBatch.from_micro_batches([state.draw_rollouts(problems, num_generations, seeds)])
         redraws = torch.arange(len(rollouts.rewards)).split(num_prompts * num_generations)
         rows = (redrawn_rows(state, rollouts, index) for index in redraws)
-        return torch.stack([cross_gram(x, y, metric) for x, y in rows]).cpu()
+        return torch.stack([cross_gram(one.entropy, one.loss, metric) for one in rows]).cpu()
 
     return in_chunks(cache, f"rollouts-{num_prompts}x{num_generations}", num_redraws, size, chunk)
 

@@ -14,27 +14,31 @@ from trl import GRPOConfig
 
 from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.cross_prompt import group_entropy_surrogate, group_loss_surrogate
-from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
-from trl_entropy.gradients.inputs import model_inputs
-from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.head_chunks import chunked_scores
+from trl_entropy.gradients.memory import in_batches
 from trl_entropy.rollouts.completions import Completions
 
 
 class GroupRows(NamedTuple):
-    """X_n (nats per token) and Y_n (units of the loss), one row a prompt group, in the parameters' dtype."""
+    """
+    X_n (nats per token) and Y_n (units of the loss), one row a prompt group, in the parameters' dtype, and the sum of
+    the Y_n of all groups, those included that have no row.
+    """
 
     entropy: Float[Tensor, "P D"]
     loss: Float[Tensor, "P D"]
+    loss_total: Float[Tensor, " D"]
 
 
 def token_scores(
     model: nn.Module, completions: Completions, temperature: float
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Entropy and log-probability of every completion token, nats, with their graph."""
-    width = completions.completion_mask.shape[1]
-    output = model(**model_inputs(model, completions))
-    return entropy_and_logps(output.logits[:, :-1], completions.input_ids[:, -width:], temperature)
+    """
+    Entropy and log-probability of every completion token, nats, with their graph. Go backward while the model is as it
+    is now: logits are made again then, if they are many.
+    """
+    return chunked_scores(model, completions, temperature, recompute=True)
 
 
 def group_rows(
@@ -45,7 +49,8 @@ def group_rows(
     policy_entropy: float,
     num_tokens: float,
     num_prompts: int,
-    batch_size: int,
+    batch_size: int | None,
+    num_kept: int | None = None,
 ) -> GroupRows:
     """
     X_n and Y_n of the prompt groups of `completions`, in the order of their `prompt_index`. Local; leaves no `.grad`.
@@ -56,10 +61,13 @@ def group_rows(
         advantages: those that the loss gets, `length_normalizer` included.
         args: `temperature` and `max_completion_length` of the loss (T2); G is each group's number of rows.
         policy_entropy, num_tokens, num_prompts: h, sum(T) and P of all groups of the step, over all processes.
-        batch_size: completions differentiated at a time; halved as long as memory does not suffice.
+        batch_size: completions differentiated at a time, at most; None: as many as memory allows.
+        num_kept: only the first so many groups have rows; None: all.
     """
     params = list(trainable_parameters(model).values())
     groups = [(completions.prompt_index == n).nonzero().squeeze(1) for n in completions.prompt_index.unique()]
+
+    num_kept = len(groups) if num_kept is None else min(num_kept, len(groups))
 
     def surrogates(index: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         rows = completions.rows(index).trimmed()
@@ -72,17 +80,18 @@ def group_rows(
         )
 
     def all_rows(rows_at_once: int) -> GroupRows:
-        shape = len(groups), sum(param.numel() for param in params)
-        rows = GroupRows(*(torch.zeros(shape, dtype=params[0].dtype, device=params[0].device) for _ in range(2)))
+        size = sum(param.numel() for param in params)
+        entropy, loss, total = (params[0].new_zeros(*shape, size) for shape in ((num_kept,), (num_kept,), ()))
         for n, group in enumerate(groups):
             for index in group.split(rows_at_once):
-                values = surrogates(index, len(group))
-                for quantity, value in zip(rows, values, strict=True):
-                    _add_gradient(quantity[n], value, params, keep_graph=value is not values[-1])
-        return rows
+                of_entropy, of_loss = surrogates(index, len(group))
+                if n < num_kept:
+                    _add_gradient(entropy[n], of_entropy, params, keep_graph=True)
+                _add_gradient(loss[n] if n < num_kept else total, of_loss, params, keep_graph=False)
+        return GroupRows(entropy, loss, total + loss.sum(0))
 
     with torch.enable_grad():
-        return halved_on_out_of_memory(all_rows, batch_size)
+        return in_batches(all_rows, model, completions, batch_size, backward=True)
 
 
 def flat(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Float[Tensor, " D"]:

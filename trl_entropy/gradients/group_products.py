@@ -27,7 +27,7 @@ from trl_entropy.estimators.rows.row_sums import (
     SquaredNorms,
 )
 from trl_entropy.gradients.group_gradients import token_scores
-from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.memory import in_batches
 from trl_entropy.gradients.sequence_gradients import SequenceGradients
 from trl_entropy.rollouts.completions import Completions
 
@@ -130,7 +130,7 @@ def products_by_extra_pass(
     args: GRPOConfig,
     gradient: Vector,
     metric: Vector | None,
-    batch_size: int,
+    batch_size: int | None,
 ) -> tuple[list[GroupProducts], Vector]:
     """
     |Y_n|^2 and Y_n . g of the on-policy loss (T2), the same in the metric, groups in the order of their number, and
@@ -145,7 +145,7 @@ def products_by_extra_pass(
         advantages: those that the loss gets, `length_normalizer` included.
         args: `temperature`, `num_generations` and `max_completion_length` of the loss.
         gradient, metric: g and, where there is one, the diagonal of M (T16), by parameter name.
-        batch_size: completions at a time, at least one group; halved as long as memory does not suffice.
+        batch_size: completions at a time, at most, but at least one group; None: as many as memory allows.
     """
     metrics = [None] if metric is None else [None, metric]
     vectors = [gradient, *({name: m * gradient[name] for name, m in one.items()} for one in metrics if one)]
@@ -164,7 +164,7 @@ def products_by_extra_pass(
 
 
 def half_products(
-    model: nn.Module, completions: Completions, rewards: Float[Tensor, " B"], args: GRPOConfig, batch_size: int
+    model: nn.Module, completions: Completions, rewards: Float[Tensor, " B"], args: GRPOConfig, batch_size: int | None
 ) -> Float[Tensor, " P"]:
     """
     Y_a . Y_b, the gradients of every group's two halves, for the between-prompt part of (T14), by an extra pass.
@@ -190,13 +190,13 @@ def _consumed_by_groups(
     args: GRPOConfig,
     row_numbers: Int[Tensor, " B"],
     make_consumer: Callable[[], AnyConsumer],
-    batch_size: int,
+    batch_size: int | None,
 ) -> AnyConsumer:
     """The consumer after a pass with whole groups in each batch; a new one for each try, when memory runs out."""
     groups = completions.prompt_index.unique()
 
-    def all_groups(groups_at_once: int) -> AnyConsumer:
-        consumer = make_consumer()
+    def all_groups(rows_at_once: int) -> AnyConsumer:
+        consumer, groups_at_once = make_consumer(), max(1, rows_at_once // args.num_generations)
         with SequenceGradients(model, consumer, weight_gradients=False) as collector:
             for some in groups.split(groups_at_once):
                 index = torch.isin(completions.prompt_index, some).nonzero().squeeze(1)
@@ -206,7 +206,7 @@ def _consumed_by_groups(
         return consumer
 
     with torch.enable_grad():
-        return halved_on_out_of_memory(all_groups, max(1, batch_size // args.num_generations))
+        return in_batches(all_groups, model, completions, batch_size, backward=True)
 
 
 def _loss_of_groups(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_entropy.engine.parameters import evaluation_mode
-from trl_entropy.estimators.entropy_change.entropy import entropy_and_logps
-from trl_entropy.gradients.inputs import eager_experts, model_inputs
-from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.head_chunks import chunked_scores
+from trl_entropy.gradients.inputs import eager_experts
+from trl_entropy.gradients.memory import in_batches
 from trl_entropy.rollouts.completions import Completions
 
 INPUT_GRAD_HOOK = "make_inputs_require_grads"
@@ -38,7 +39,7 @@ def score(
     model: nn.Module,
     completions: Completions,
     temperature: float,
-    batch_size: int,
+    batch_size: int | None,
     params: Params | None = None,
     direction: Params | None = None,
     order: int = 0,
@@ -52,7 +53,7 @@ def score(
         model: unwrapped; its mode is restored. In evaluation mode meanwhile: no dropout, no checkpointing.
         completions: what to score.
         temperature: sampling temperature that the logits are divided by.
-        batch_size: completions at a time; halved as long as memory does not suffice.
+        batch_size: completions at a time, at most; None: as many as memory allows (see `in_batches`).
         params: trainable parameters to score with; None for the model's own.
         direction: change of them, by the same names; needed for an order above 0.
         order: derivatives to take, 0 to 2.
@@ -72,17 +73,18 @@ def score(
         return [_join([part[i] for part in parts], completions, longest_first) for i in range(2 * (order + 1))]
 
     with evaluation_mode(model), _without_input_grad_hooks(model), _differentiable_kernels(model, order):
-        results = halved_on_out_of_memory(score_all, min(batch_size, len(completions)))
+        results = in_batches(score_all, model, completions, batch_size, order)
     return TokenScores(entropy=tuple(results[0::2]), logps=tuple(results[1::2]))
 
 
 def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callable[[dict], tuple[Tensor, Tensor]]:
     """The function from parameters to (entropy, log-probabilities) of a chunk."""
-    width, inputs = chunk.completion_mask.shape[1], model_inputs(model, chunk)
 
     def scores(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        output = torch.func.functional_call(model, params, (), inputs, strict=False)
-        return entropy_and_logps(output.logits[:, :-1], chunk.input_ids[:, -width:], temperature)
+        def call(inputs: dict[str, Any]) -> Any:
+            return torch.func.functional_call(model, params, (), inputs, strict=False)
+
+        return chunked_scores(model, chunk, temperature, recompute=False, call=call)
 
     return scores
 

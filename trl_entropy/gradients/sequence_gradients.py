@@ -229,4 +229,8 @@ class _Batch:
         """Keeps a part until all parts of its parameter are there: as factors or written out, whichever is smaller."""
         if isinstance(gradients, OuterProducts) and gradients.is_larger_than_whole:
             gradients = WrittenOut(gradients.whole)
-        self.waiting.setdefault(name, []).append(gradients)
+        parts = self.waiting.setdefault(name, [])
+        parts.append(gradients)
+        # A head that is applied to one chunk after the other: together their factors may be larger than the whole
+        if len(parts) > 1 and sum(part.num_kept for part in parts) > gradients.num_rows * gradients.shape.numel():
+            parts[:] = [WrittenOut(Sum(parts).whole)]

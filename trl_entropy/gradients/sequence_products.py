@@ -13,7 +13,7 @@ from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts
 from trl_entropy.gradients.group_gradients import token_scores
-from trl_entropy.gradients.memory import halved_on_out_of_memory
+from trl_entropy.gradients.memory import in_batches
 from trl_entropy.gradients.scores import Params
 from trl_entropy.gradients.sequence_gradients import SequenceGradients
 from trl_entropy.rollouts.completions import Completions
@@ -27,7 +27,7 @@ def entropy_gradient(
     model: nn.Module,
     completions: Completions,
     temperature: float,
-    batch_size: int,
+    batch_size: int | None,
     policy_entropy: float,
     num_tokens: float,
     weights: Float[Tensor, "B T"] | None = None,
@@ -39,7 +39,7 @@ def entropy_gradient(
         model: unwrapped, in evaluation mode, with the parameters it is to be differentiated at.
         completions: independent of the update.
         temperature: sampling temperature.
-        batch_size: completions differentiated at a time; halved as long as memory does not suffice.
+        batch_size: completions differentiated at a time, at most; None: as many as memory allows.
         policy_entropy, num_tokens: h and the sum of all weights over E, all processes together.
         weights: of (T6), if another sampler drew E.
     """
@@ -49,7 +49,7 @@ def entropy_gradient(
 
 
 def gradient_of(
-    model: nn.Module, completions: Completions, value: Value, temperature: float, batch_size: int
+    model: nn.Module, completions: Completions, value: Value, temperature: float, batch_size: int | None
 ) -> dict[str, Float[Tensor, "..."]]:
     """
     The gradient of a value that is a sum over completions, by parameter name. Local; leaves no `.grad`.
@@ -64,7 +64,7 @@ def gradient_of(
 
 
 def gradients_of(
-    model: nn.Module, completions: Completions, values: Sequence[Value], temperature: float, batch_size: int
+    model: nn.Module, completions: Completions, values: Sequence[Value], temperature: float, batch_size: int | None
 ) -> list[dict[str, Float[Tensor, "..."]]]:
     """As [`gradient_of`], for several values: one forward pass, and one backward pass for each value."""
     params = trainable_parameters(model)
@@ -82,7 +82,7 @@ def gradients_of(
         return totals
 
     with torch.enable_grad():
-        return halved_on_out_of_memory(summed, max(1, min(batch_size, len(completions))))
+        return in_batches(summed, model, completions, batch_size, backward=True)
 
 
 def consumed(
@@ -91,7 +91,7 @@ def consumed(
     value: Value,
     make_consumer: Callable[[], AnyConsumer],
     temperature: float,
-    batch_size: int,
+    batch_size: int | None,
 ) -> AnyConsumer:
     """
     The consumer after one forward and backward pass, rows numbered as `completions` are. Local; leaves no `.grad`.
@@ -114,7 +114,7 @@ def consumed(
         return consumer
 
     with torch.enable_grad():
-        return halved_on_out_of_memory(one_pass, min(batch_size, len(completions)))
+        return in_batches(one_pass, model, completions, batch_size, backward=True)
 
 
 def weighted_logps(coefficients: Float[Tensor, "B T"]) -> Value:
@@ -152,7 +152,7 @@ def gradient_products(
     value: Value,
     direction: Params,
     temperature: float,
-    batch_size: int,
+    batch_size: int | None,
 ) -> Float[Tensor, " B"]:
     """(T9): g_i' v of each completion, g_i the gradient of its share of `value`; no g_i is kept."""
     num_rows = len(completions)

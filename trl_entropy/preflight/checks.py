@@ -15,7 +15,8 @@ from trl_entropy.preflight.files import dataset, model_files, positions, resume
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.hardware import GIB
 from trl_entropy.preflight.plan import Plan
-from trl_entropy.probes.rollout_entropy import check_memory
+from trl_entropy.probes.fisher import check_memory, num_rows
+from trl_entropy.probes.rollout_entropy import groups_that_fit
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.file_errors import LEAST_FREE, existing_parent, free_bytes
 
@@ -141,12 +142,21 @@ def float32_values(plan: Plan) -> Findings:
 
 
 def rows_of_groups(plan: Plan) -> Findings:
-    """The limit on memory that `RolloutEntropyProbe` checks when training begins."""
-    if plan.shape is None or not plan.args.entropy_probe or plan.args.entropy_probe_completions != "rollouts":
+    """The limits on the memory of gradients that probes check when training begins."""
+    if plan.shape is None:
         return
-    rows = plan.args.per_device_train_batch_size * plan.args.gradient_accumulation_steps
+    args, limit, groups = plan.args, estimate.rows_limit(plan), estimate.num_groups(plan)
     try:
-        check_memory(rows // plan.args.num_generations, plan.shape.module)
+        if args.entropy_probe and args.entropy_probe_completions == "rollouts":
+            kept = groups_that_fit(groups, plan.world_size, plan.shape.module, limit)
+            if kept < groups:
+                text = f"entropy_probe_completions='rollouts' measures {kept} of a process's {groups} prompt groups."
+                yield Finding(text, "A larger probe_rows_gib measures more of them.", is_problem=False)
+    except ValueError as error:
+        yield Finding(str(error))
+    try:
+        if args.fisher_probe and not args.fisher_sketch_dim:
+            check_memory(num_rows(args.fisher_num_sequences, plan.world_size), plan.shape.module, limit)
     except ValueError as error:
         yield Finding(str(error))
 
@@ -186,8 +196,7 @@ def _memory_remedy(plan: Plan, phase: str) -> str:
         "generation": "Lower steps_per_generation (1 is the least) or max_completion_length, or set use_vllm.",
         "loss and backward": "Lower per_device_train_batch_size and keep num_prompts_per_step, set "
         f"gradient_checkpointing: true, or {smaller_model}.",
-        "probes": f"Lower probe_batch_size, set entropy_second_order: false, or {smaller_model}.",
-    }[phase]
+    }.get(phase, f"Turn {phase} off, lower probe_batch_size or probe_rows_gib, or {smaller_model}.")
 
 
 def disk(plan: Plan) -> Findings:

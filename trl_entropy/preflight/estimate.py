@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trl_entropy.gradients.footprint import Pass, activations, rows_that_fit
+from trl_entropy.gradients.memory import GIB, MOST_ROWS, pass_budget, resident, rows_budget
 from trl_entropy.preflight import memory
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.shapes import ModelShape
-from trl_entropy.probes.noise_scale import MAX_ROWS_BYTES
 
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 
@@ -38,8 +39,8 @@ def estimate(plan: Plan) -> Estimate:
         always=_always(plan),
         phases={
             "generation": _generation(plan),
-            "loss and backward": gradients | _loss(plan),
-            "probes": gradients | probe_items(plan),
+            "loss and backward": gradients | _loss(plan) | _waiting_rows(plan),
+            **{probe: gradients | items for probe, items in probe_phases(plan).items()},
         },
     )
 
@@ -139,7 +140,7 @@ def _generation(plan: Plan) -> dict[str, int]:
 def _loss(plan: Plan) -> dict[str, int]:
     shape, rows, args = shape_of(plan), plan.args.per_device_train_batch_size, plan.args
     items = {
-        "activations (estimate)": memory.activations(
+        "activations (estimate)": activations(
             shape,
             rows,
             plan.sequence_length,
@@ -154,56 +155,129 @@ def _loss(plan: Plan) -> dict[str, int]:
     return {name: size for name, size in items.items() if size}
 
 
-def probe_items(plan: Plan) -> dict[str, int]:
-    """What each enabled probe needs: float32 copies of all trained parameters on every process, and its scoring."""
+# ---- probes
+
+# What each probe reads of the step (`UpdateContext`), which is kept from the first reading until the step is over.
+_ENTROPY = ("params_before", "params_after", "update")
+_ADAMW = ("gradient", "exp_avg", "exp_avg_sq")
+
+
+def probe_phases(plan: Plan) -> dict[str, dict[str, int]]:
+    """
+    What each probe and the control need while they work, one after the other: float32 copies of all trained parameters
+    on every process, of which some stay from those before; gradients that are kept; and a pass over completions.
+    """
+    phases, read = _probe_items(plan)
+    copy = 4 * shape_of(plan).num_trainable
+    everything = {name for names in read.values() for name in names}
+    for probe, items in phases.items():
+        if others := len(everything - set(read[probe])):
+            items["copies that others read"] = others * copy
+        if plan.engine.startswith("zero") or "params_before" not in read[probe]:  # otherwise it is one of the copies
+            items["own share of the parameters"] = copy // memory.shards(plan.engine, "optimizer", plan.world_size)
+    return phases
+
+
+def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple[str, ...]]]:
+    """The items of each phase, and what the probe reads of the step."""
     args, copy = plan.args, 4 * shape_of(plan).num_trainable
-    items: dict[str, int] = {}
+    phases: dict[str, dict[str, int]] = {}
+    read: dict[str, tuple[str, ...]] = {}
     if args.entropy_probe and args.entropy_probe_completions == "rollouts":
-        items |= _rollouts_probe(plan, copy)
+        phases["entropy_probe"], read["entropy_probe"] = _rollouts_probe(plan, copy), (*_ENTROPY, "gradient")
     elif args.entropy_probe:
-        items |= _entropy_probe(plan, copy)
-    if args.noise_scale_probe:
-        items |= _noise_scale_probe(plan, copy)
+        more = _ADAMW if args.entropy_second_order or args.entropy_attribution != "none" else ()
+        phases["entropy_probe"], read["entropy_probe"] = _entropy_probe(plan, copy), (*_ENTROPY, *more)
+    if args.noise_scale_probe and args.noise_scale_from == "groups":
+        phases["noise_scale_probe"] = _noise_scale_probe(plan, copy)
+        read["noise_scale_probe"] = ("gradient", "exp_avg_sq")
     if args.fisher_probe:
-        items |= _fisher_probe(plan, copy)
+        phases["fisher_probe"], read["fisher_probe"] = _fisher_probe(plan, copy), (*_ENTROPY, *_ADAMW)
     if args.entropy_control != "none":
-        items |= _entropy_control(plan, copy)
+        phases["entropy_control"] = _entropy_control(plan, copy)
+        read["entropy_control"] = ("params_before", "update", "gradient", "exp_avg_sq")
     if args.optimizer_state_probe:
-        items["optimizer_state_probe"] = copy
-    if items and (plan.engine.startswith("zero") or not args.entropy_probe):  # otherwise it is one of the copies above
-        items["own share of the parameters"] = copy // memory.shards(plan.engine, "optimizer", plan.world_size)
-    return items
+        phases["optimizer_state_probe"] = {"optimizer_state_probe": copy}
+        read["optimizer_state_probe"] = ("exp_avg_sq",)
+    return phases, read
+
+
+def _resident(plan: Plan) -> int:
+    return resident(shape_of(plan).module)
+
+
+def rows_limit(plan: Plan) -> float:
+    """Bytes of gradients of groups or completions that a process keeps, as training will say."""
+    total = plan.hardware.memory_per_process(plan.launch.num_local_processes)
+    return rows_budget(total // GIB * GIB, _resident(plan), plan.args.probe_rows_gib)
+
+
+def num_groups(plan: Plan) -> int:
+    """Prompt groups of a process in a step."""
+    args = plan.args
+    return -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations)
+
+
+def noise_scale_rows(plan: Plan) -> int:
+    """Bytes of the groups' gradients that the noise scale takes from training's backward; 0 with an extra pass."""
+    args, rows = plan.args, 4 * num_groups(plan) * shape_of(plan).num_trainable
+    from_training = args.noise_scale_probe and args.noise_scale_from == "groups" and plan.has_adapter
+    return rows if from_training and rows <= rows_limit(plan) else 0
+
+
+def rows_at_once(plan: Plan, most: int, order: int = 0, backward: bool = False) -> tuple[int, int]:
+    """How many of `most` completions a pass takes at a time, as training will plan, and the bytes of the pass."""
+    shape, args, on_cpu = shape_of(plan), plan.args, not plan.hardware.has_gpu
+    one = Pass(
+        shape,
+        plan.sequence_length,
+        args.max_completion_length,
+        order,
+        backward,
+        on_cpu,
+        attention=plan.attention,
+        trains_head=not plan.has_adapter,
+    )
+    total = plan.hardware.memory_per_process(plan.launch.num_local_processes)
+    asked = MOST_ROWS if args.probe_batch_size is None else args.probe_batch_size
+    rows = rows_that_fit(one, pass_budget(total, _resident(plan)), min(asked, max(1, most)))
+    return rows, one.num_bytes(rows)
+
+
+def _pass(plan: Plan, most: int, order: int = 0, backward: bool = False) -> int:
+    """Bytes of a pass with the float32 copy of the frozen parameters."""
+    base = memory.float32_base(shape_of(plan), base_bytes(plan))
+    return rows_at_once(plan, most, order, backward)[1] + base
 
 
 def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
     """Copies: parameters before and after, update; for the second order gradient and moments; three more for (T9)."""
-    args, shape = plan.args, shape_of(plan)
-    order = 2 if args.entropy_second_order else 1
-    rows = min(args.probe_batch_size, max(1, args.num_entropy_completions() // plan.world_size))
-    scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order)
+    args, most = plan.args, plan.args.num_entropy_completions() // plan.world_size
+    order = 2 if args.entropy_second_order else 1 if args.entropy_prediction != "none" else 0
+    scored = _pass(plan, most, order)
     attributed = args.entropy_attribution != "none"
     if attributed:  # grad h, and by sequence every g_i, need a backward pass
-        graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
-        scored = max(scored, graph)
+        scored = max(scored, _pass(plan, most, backward=True))
     copies = 9 if attributed else 6 if args.entropy_second_order else 3
-    return {
-        "entropy_probe: parameters": copy * copies,
-        "entropy_probe: scoring (estimate)": scored + memory.float32_base(shape, base_bytes(plan)),
-    }
+    return {"entropy_probe: parameters": copy * copies, "entropy_probe: pass (estimate)": scored}
 
 
 def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
-    """Copies: parameters before and after, gradient, second moment, metric. Two per prompt group; a float32 graph."""
-    args, shape = plan.args, shape_of(plan)
-    groups = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations)
-    rows = min(args.probe_batch_size, args.num_generations)
-    graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
-    scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order=0)
+    """Copies: parameters before and after, gradient, second moment, metric. Two or three per kept prompt group."""
+    each = copy * (3 if plan.world_size > 1 else 2)
+    kept = min(num_groups(plan), int(rows_limit(plan) // each))
     return {
         "entropy_probe: parameters": 5 * copy,
-        "entropy_probe: group gradients (T17)": 2 * groups * copy,
-        "entropy_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+        "entropy_probe: group gradients (T17)": kept * each,
+        "entropy_probe: pass (estimate)": _pass(plan, plan.args.num_generations, backward=True),
+        **_waiting_rows(plan),
     }
+
+
+def _waiting_rows(plan: Plan) -> dict[str, int]:
+    """The group gradients of the noise scale, while probes before it work."""
+    rows = noise_scale_rows(plan)
+    return {"noise_scale_probe: group gradients": rows} if rows else {}
 
 
 def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
@@ -211,48 +285,36 @@ def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
     Copies: parameters before, update, gradient, second moment, metric without and with its floor, both halves of grad
     h, their mean, correction; with entropy_control_gradient_ema also running sums and means of the halves.
     """
-    args, shape = plan.args, shape_of(plan)
+    args = plan.args
     from_probe = args.entropy_control_completions == "probe"
     prompts = args.entropy_control_num_completions // plan.world_size if from_probe else plan.generation_rows
-    rows = min(args.probe_batch_size, max(1, prompts // 2))
-    graph = memory.activations(shape, rows, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
-    scored = memory.scoring(shape, rows, plan.sequence_length, args.max_completion_length, order=0)
     return {
         "entropy_control: copies": (14 if from_probe and args.entropy_control_gradient_ema else 10) * copy,
-        "entropy_control: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+        "entropy_control: pass (estimate)": _pass(plan, max(1, prompts // 2), backward=True),
     }
 
 
 def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
     """Copies: gradient, second moment, metric; and one per prompt group, or M g, mean and graph of an extra pass."""
-    args, shape = plan.args, shape_of(plan)
-    if args.noise_scale_from == "micro_batches":
-        return {}
-    rows = -(-args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations) * copy
-    from_training = plan.has_adapter and rows <= MAX_ROWS_BYTES
-    items = {"noise_scale_probe: group gradients": rows} if from_training else {}
-    if from_training and not args.noise_scale_within_prompt:
-        return {"noise_scale_probe: copies": 3 * copy, **items}
-    at_once = max(args.num_generations, min(args.probe_batch_size, args.per_device_train_batch_size))
-    graph = memory.activations(shape, at_once, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
-    scored = memory.scoring(shape, at_once, plan.sequence_length, args.max_completion_length, order=0)
+    args, rows = plan.args, _waiting_rows(plan)
+    if rows and not args.noise_scale_within_prompt:
+        return {"noise_scale_probe: copies": 3 * copy, **rows}
+    groups = num_groups(plan) * args.num_generations
+    at_once = max(args.num_generations, rows_at_once(plan, groups, backward=True)[0])
     return {
         "noise_scale_probe: copies": 6 * copy,
-        **items,
-        "noise_scale_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+        **rows,
+        "noise_scale_probe: pass (estimate)": _pass(plan, at_once, backward=True),
     }
 
 
 def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
     """Copies: parameters before and after, gradient, moments, M, 3 directions; one per completion; a float32 graph."""
-    args, shape = plan.args, shape_of(plan)
+    args = plan.args
     number = args.fisher_num_sequences // plan.world_size
     row = 8 * args.fisher_sketch_dim or copy
-    at_once = min(args.probe_batch_size, number)
-    graph = memory.activations(shape, at_once, plan.sequence_length, False, 4, plan.attention, checkpointing=False)
-    scored = memory.scoring(shape, at_once, plan.sequence_length, args.max_completion_length, order=0)
     return {
         "fisher_probe: parameters": 9 * copy,
         "fisher_probe: rows (T12)": number * row * (2 if plan.world_size > 1 else 1),
-        "fisher_probe: graph (estimate)": graph + scored + memory.float32_base(shape, base_bytes(plan)),
+        "fisher_probe: pass (estimate)": _pass(plan, number, backward=True),
     }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from trl_entropy.gradients.memory import main_memory
+
 GIB = 2**30
 _NAMED = re.compile(r"(\d+)\s*x\s*([A-Za-z]\w*)[\s-]+(\d+)\s*GB", re.IGNORECASE)
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,4 @@ def this_machine(use_cpu: bool = False) -> Hardware:
         # Not `mem_get_info`, which would leave a context of this process on every GPU.
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in range(number))
         return Hardware(f"{number} x {torch.cuda.get_device_name(0)}", number, memory, True)
-    return Hardware(f"CPU, {os.cpu_count()} cores", 0, _main_memory(), True)
-
-
-def _main_memory() -> int:
-    """The memory of the machine in bytes, or the limit of the container around this process."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
-    return installed if limit == "max" else min(installed, int(limit))
+    return Hardware(f"CPU, {os.cpu_count()} cores", 0, main_memory(), True)

@@ -1,9 +1,9 @@
 """
 Formulas for the memory of a process, in bytes.
 
-Parameters, optimizer state and caches are counted exactly. Formulas marked *estimate* (activations, the scoring of
-probes) were checked on a CPU only; they leave out fragmentation, the CUDA context (about 0.5 GiB) and workspaces of
-kernels.
+Parameters, optimizer state and caches are counted exactly. Activations and the passes of probes, whose formulas are in
+`gradients/footprint.py`, and formulas marked *estimate* were checked on a CPU only; they leave out fragmentation, the
+CUDA context (about 0.5 GiB) and workspaces of kernels.
 """
 
 from __future__ import annotations
@@ -68,26 +68,6 @@ def optimizer(num_trainable: int, bytes_each: int, optim: str, engine: str, worl
     return num_trainable * state_bytes * num_states // shards(engine, "optimizer", world_size)
 
 
-def activations(
-    shape: ModelShape, rows: int, length: int, mixed: bool, bytes_each: int, attention: str, checkpointing: bool
-) -> int:
-    """What the backbone keeps for backward: *estimate* for layers like Qwen2's and Llama's (RMSNorm, gated MLP).
-
-    A layer keeps 10 h + 4 kv + 4 f numbers per token, and heads x L more with eager attention. With checkpointing it
-    keeps its input (h), and one layer at a time is recomputed in full. Under autocast the residual stream and the
-    norms (10 h) stay float32. The form is that of Korthikanti et al. 2022 (arXiv 2205.05198), section 4; the
-    coefficients were counted in transformers 5.23. For tiny models on a CPU it is within a factor of 1.3 of the
-    tensors that autograd saves.
-    """
-    wide, narrow = (4, 2) if mixed else (bytes_each, bytes_each)
-    inner = 4 * shape.kv_size + 4 * shape.intermediate_size
-    inner += shape.num_heads * length if attention == "eager" else 0
-    layer = 10 * shape.hidden_size * wide + inner * narrow
-    if checkpointing:
-        return rows * length * (shape.num_layers * shape.hidden_size * wide + layer)
-    return rows * length * shape.num_layers * layer
-
-
 def loss_head(shape: ModelShape, rows: int, completion_length: int, trains_head: bool) -> int:
     """TRL's fused language-model head: two float32 tiles of logits, and the head's float32 gradient if it is trained.
 
@@ -110,20 +90,6 @@ def kv_cache(shape: ModelShape, rows: int, length: int, bytes_each: int) -> int:
 def generation_logits(shape: ModelShape, rows: int) -> int:
     """The logits of the last position, their float32 copy and their softmax: *estimate*, 3 x rows x vocabulary."""
     return 3 * rows * shape.vocab_size * 4
-
-
-def scoring(shape: ModelShape, rows: int, length: int, completion_length: int, order: int) -> int:
-    """A probe's forward pass over `rows` completions in float32, without a graph: *estimate*.
-
-    It is the largest of three parts that do not exist at the same time: five tensors of the size of the completions'
-    logits (logits, log-probabilities, probabilities, their product); 4 f + 4 h numbers per token in a layer; and, if
-    derivatives are taken, four tensors of attention weights (heads x L x L). Forward mode carries 2^order times as
-    much. For tiny models on a CPU this is within a factor of 1.5 of the tensors that are alive.
-    """
-    logits = 5 * rows * completion_length * shape.vocab_size
-    layer = 4 * rows * length * (shape.intermediate_size + shape.hidden_size)
-    attention = 4 * rows * shape.num_heads * length**2 if order else 0
-    return 4 * 2**order * max(logits, layer, attention)
 
 
 def float32_base(shape: ModelShape, bytes_each: int) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from trl_entropy.gradients.footprint import LayerSizes
 from trl_entropy.models.loading import EMBEDDED_MODELS, base_model_of, is_adapter
 from trl_entropy.runs.strict_json import Json
 
@@ -51,7 +52,7 @@ class UnknownShape(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(LayerSizes):
     """
     The sizes of a model and its adapter; tied parameters count once.
 
@@ -60,7 +61,6 @@ class ModelShape:
         source: where the shape comes from.
         num_parameters: parameters of the model without the adapter.
         num_quantised: weights of Linear layers except the language-model head, which bitsandbytes quantises.
-        kv_size: size of a token's key in one layer.
     """
 
     module: nn.Module
@@ -69,12 +69,6 @@ class ModelShape:
     num_adapter: int
     num_trainable: int
     num_quantised: int
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    kv_size: int
-    vocab_size: int
     max_positions: int
 
 
@@ -97,7 +91,6 @@ def model_shape(model: ModelConfig) -> ModelShape:
     )
     config = module.config.get_text_config()
     module = _with_adapter(module, model)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         module=module,
         source=source,
@@ -105,12 +98,7 @@ def model_shape(model: ModelConfig) -> ModelShape:
         num_adapter=_numel(module.parameters()) - num_parameters,
         num_trainable=_numel(param for param in module.parameters() if param.requires_grad),
         num_quantised=num_quantised,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        num_heads=config.num_attention_heads,
-        kv_size=head_size * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-        vocab_size=config.vocab_size,
+        **vars(LayerSizes.of(config)),
         max_positions=getattr(config, "max_position_embeddings", 0),
     )
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from trl_entropy.preflight.estimate import noise_scale_rows
+
 if TYPE_CHECKING:
     from trl_entropy.preflight.plan import Plan
 
 _USE_ZERO = "set zero_stage: 2 (or 1, 3)"
 _USE_ZERO2 = "set zero_stage: 2 (or 1)"
 _USE_DDP = "use distributed_type: MULTI_GPU (DDP) or DeepSpeed with zero_stage: 2"
-_USE_SDPA = "set attn_implementation: sdpa (or eager)"
 _USE_BF16 = "load the base model with dtype: bfloat16 instead of quantised"
 
 # Value -> what to set instead; None if it is supported.
@@ -32,8 +33,8 @@ ENGINES: dict[str, str | None] = {
 ATTENTIONS: dict[str, str | None] = {
     "eager": None,
     "sdpa": None,
-    "flash_attention_2": _USE_SDPA,
-    "flex_attention": _USE_SDPA,
+    "flash_attention_2": None,  # probes score with sdpa instead, as with any kernel
+    "flex_attention": None,
 }
 QUANTISATIONS: dict[str, str | None] = {"none": None, "8bit": _USE_BF16, "4bit": _USE_BF16}
 
@@ -68,7 +69,7 @@ def remedy(probe: str, axis: str, value: str) -> str | None:
         return None
     if (probe, axis) == ("kl_every", "engine"):
         return KL_ENGINES.get(value, _USE_DDP)
-    default = {"engine": _USE_DDP, "attention": _USE_SDPA, "quantisation": _USE_BF16}[axis]
+    default = {"engine": _USE_DDP, "attention": None, "quantisation": _USE_BF16}[axis]
     return AXES[axis].get(value, default)
 
 
@@ -85,11 +86,17 @@ def probe_names(plan: Plan) -> list[str]:
     if plan.args.entropy_probe and plan.args.entropy_probe_completions == "rollouts":
         names[names.index("entropy_probe")] = "entropy_probe (rollouts)"
     from_groups = plan.args.noise_scale_probe and plan.args.noise_scale_from == "groups"
-    if from_groups and (plan.args.noise_scale_within_prompt or not plan.has_adapter):
+    # Their size is asked last: it needs the model's shape
+    if from_groups and (plan.args.noise_scale_within_prompt or not plan.has_adapter or _exceeds_rows(plan)):
         names[names.index("noise_scale_probe")] = "noise_scale_probe (extra)"
     if plan.args.entropy_probe and plan.args.entropy_attribution != "none":
         names.append("entropy_attribution")
     return names + (["kl_every"] if plan.args.kl_every and plan.args.beta == 0 else [])
+
+
+def _exceeds_rows(plan: Plan) -> bool:
+    """Whether the groups' gradients are too large to be kept, so that the noise scale takes an extra pass."""
+    return plan.shape is not None and not noise_scale_rows(plan)
 
 
 def reads_updates(plan: Plan) -> list[str]:

@@ -93,13 +93,13 @@ class StepAttribution:
 
     Args:
         mode: `"sequence"` (by completion) or `"token"`.
-        batch_size: completions differentiated at a time; halved on out-of-memory.
+        batch_size: completions differentiated at a time, at most; None: as many as memory allows.
         precision: of the gradients and derivatives; float32 if it is not given.
     """
 
     name = "attribution"
 
-    def __init__(self, mode: str, batch_size: int, precision: DerivativePrecision | None = None) -> None:
+    def __init__(self, mode: str, batch_size: int | None, precision: DerivativePrecision | None = None) -> None:
         self.mode, self.batch_size, self.precision = mode, batch_size, precision or DerivativePrecision()
         self.record = CategoryRecord.empty(CATEGORIES[mode])
         self.episodes = EpisodeRecords()

@@ -42,7 +42,7 @@ class EntropyProbe(EntropyChangeProbe):
         self,
         every: int = 1,
         num_prompts: int = 64,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         second_order: bool = False,
         placebo: bool = False,
         source: str = "held_out",

@@ -31,6 +31,7 @@ from trl_entropy.estimators.entropy_change.step_change import (
 )
 from trl_entropy.estimators.statistics.estimate import Linearization
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
+from trl_entropy.gradients.memory import rows_at_once
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.agreement import RunningAgreement
@@ -68,7 +69,7 @@ class EntropyChangeProbe(Probe):
 
     Args:
         every: cadence in steps.
-        batch_size: completions scored at a time; halved on out-of-memory.
+        batch_size: completions scored at a time, at most; None: as many as memory allows.
         prediction: `"trapezoid"` (and first order), `"linear"` (first order alone) or `"none"`.
         placebo: a control: also predict this step's change from an earlier step's update.
         attribution: split the first-order change (T9) into momentum, weight decay and each completion (`"sequence"`)
@@ -81,7 +82,7 @@ class EntropyChangeProbe(Probe):
     def __init__(
         self,
         every: int,
-        batch_size: int,
+        batch_size: int | None,
         prediction: str = "trapezoid",
         placebo: bool = False,
         attribution: str = "none",
@@ -165,7 +166,7 @@ class EntropyChangeProbe(Probe):
             distribution: which prompts E has, for its file.
         """
         self._completions = completions
-        orders, metrics = _ORDERS[self.prediction], {}
+        orders, metrics = _ORDERS[self.prediction], dict[str, float]()
         if orders[0] and self.precision.is_undecided(engine.accelerator.device):
             change = functools.partial(self._first_order, engine, args, past.params_before, past.update)
             prompts = engine.accelerator.gather(completions.prompt_index)
@@ -197,7 +198,7 @@ class EntropyChangeProbe(Probe):
         params: Params,
         direction: Params | None,
         order: int,
-        batch_size: int | None = None,
+        in_other_batches: bool = False,
         precision: DerivativePrecision | None = None,
     ) -> TokenScores:
         """Score E in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
@@ -205,7 +206,9 @@ class EntropyChangeProbe(Probe):
             rank_symmetric(engine.accelerator, "scoring the entropy probe's completions"),
             engine.scoring_model(params) as model,
         ):
-            size, precision = batch_size or self.batch_size, precision or self.precision
+            size, precision = self.batch_size, precision or self.precision
+            if in_other_batches:
+                size = max(1, rows_at_once(model, self._completions, size, _ORDERS[self.prediction][0]) // 2 - 1)
             return precision.score(model, self._completions, args.temperature, size, params, direction, order)
 
     def _first_order(
@@ -330,8 +333,7 @@ class EntropyChangeProbe(Probe):
 
     def _noise_floor(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
         """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""
-        size = max(1, self.batch_size // 2 - 1)
-        again = self._score(engine, args, past.params_before, None, order=0, batch_size=size)
+        again = self._score(engine, args, past.params_before, None, order=0, in_other_batches=True)
         accelerator = engine.accelerator
         values = [self._entropy(scores, ends.drawn_by, accelerator) for scores in (ends.before, again)]
         return {"entropy/noise_floor": abs(values[0] - values[1])}

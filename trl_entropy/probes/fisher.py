@@ -35,6 +35,7 @@ from trl_entropy.estimators.kernel.score_change import (
 from trl_entropy.estimators.kernel.sketch import CountSketch
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, Several
 from trl_entropy.gradients.group_gradients import gram_of_all_rows
+from trl_entropy.gradients.memory import GIB, rows_budget_of
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import consumed, weighted_logps
 from trl_entropy.probes import model_checks
@@ -45,8 +46,6 @@ from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 
-# Bytes of the completions' gradients that one process may hold, including those it receives from other processes.
-MAX_ROWS_BYTES = 16 * 2**30
 _NUM_PERMUTATIONS = 200
 _NUM_EIGENVALUES = 3
 
@@ -71,14 +70,19 @@ class FisherProbe(Probe):
         num_sequences: completions in the kernel over all processes; each process gives its first groups.
         sketch_dim: length of the sketch (T13) that stands for each row; the diagonal stays exact, other entries have
             an error of sqrt((1 + cos^2)/dim), relative to sqrt(K_ii K_jj). 0: exact rows.
-        batch_size: completions differentiated at a time; halved on out-of-memory.
+        batch_size: completions differentiated at a time, at most; None: as many as memory allows.
         seed: seeds the sketch and the permutations of the prompt labels.
     """
 
     name = "fisher"
 
     def __init__(
-        self, every: int = 1, num_sequences: int = 32, sketch_dim: int = 0, batch_size: int = 64, seed: int = 0
+        self,
+        every: int = 1,
+        num_sequences: int = 32,
+        sketch_dim: int = 0,
+        batch_size: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(every)
         self.num_sequences, self.sketch_dim, self.batch_size, self.seed = num_sequences, sketch_dim, batch_size, seed
@@ -103,7 +107,7 @@ class FisherProbe(Probe):
         model_checks.check_no_auxiliary_loss(args, model, "fisher_probe")
         model_checks.check_sequences(model, "fisher_probe")
         if not self.sketch_dim:
-            check_memory(self.num_sequences // args.world_size * (2 if args.world_size > 1 else 1), model)
+            check_memory(num_rows(self.num_sequences, args.world_size), model, rows_budget_of(args, model))
 
     # ---- events
 
@@ -247,15 +251,20 @@ class FisherProbe(Probe):
         files.write_rollouts(record.step, record.rollouts)
 
 
-def check_memory(num_rows: int, model: nn.Module) -> None:
-    """Raises `ValueError` if `num_rows` gradients of all trainable parameters exceed `MAX_ROWS_BYTES`."""
+def num_rows(num_sequences: int, world_size: int) -> int:
+    """Gradients that one process holds, including those it receives from other processes."""
+    return num_sequences // world_size * (2 if world_size > 1 else 1)
+
+
+def check_memory(num_rows: int, model: nn.Module, budget: float) -> None:
+    """Raises `ValueError` if `num_rows` gradients of all trainable parameters exceed `budget` bytes."""
     num_parameters = num_trainable(model)
     num_bytes = 4 * num_rows * num_parameters
-    if num_bytes > MAX_ROWS_BYTES:
+    if num_bytes > budget:
         raise ValueError(
             f"fisher_probe keeps {num_rows} float32 gradients of {num_parameters} trainable parameters: "
-            f"{num_bytes / 2**30:.1f} GiB, the limit is {MAX_ROWS_BYTES / 2**30:.0f} GiB. Set fisher_sketch_dim=4096, "
-            "a smaller fisher_num_sequences, or use LoRA."
+            f"{num_bytes / GIB:.1f} GiB, the limit is {budget / GIB:.1f} GiB. Set fisher_sketch_dim=4096, a "
+            "smaller fisher_num_sequences, a larger probe_rows_gib, or use LoRA."
         )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.settings_file import one_line
+from trl_entropy.engine.attention import attention_of, can_switch_attention, scored_attention
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.engine.strict_float32 import fp32_strict
 from trl_entropy.estimators.rows.row_gradients import RowGradients
@@ -26,8 +27,6 @@ from trl_entropy.gradients.sequence_gradients import SequenceGradients
 from trl_entropy.gradients.sequence_products import consumed, weighted_logps
 from trl_entropy.rollouts.completions import Completions
 
-# Kernels of attention that compute in float32, in which probes score.
-SCORED_ATTENTION = ("eager", "sdpa")
 # Numbers of a model's parameters by which a trial differentiates, at most: a part of them is enough to meet a kernel.
 _MAX_TRIED = 2**24
 _MAX_ON_CPU = 2**30  # numbers of a model's parameters with which it is tried on a CPU, at most
@@ -56,7 +55,7 @@ def check_scoring(model: nn.Module, what: str, derivatives: bool = False) -> Non
     device = next(model.parameters()).device
     tried = _TRIED.get(model)
     if tried not in ((derivatives, device), (True, device)):  # another device may have other kernels
-        with fp32_strict(model):
+        with fp32_strict(model), scored_attention(model):
             _try_scoring(model, what)
             if derivatives:
                 _try_derivatives(model, what)
@@ -71,7 +70,7 @@ def check_sequences(model: nn.Module, what: str) -> None:
     both = _trial(model)
     ones = torch.ones_like(both.completion_mask, dtype=torch.float64)
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), scored_attention(model):
             consumed(model, both, weighted_logps(ones), _Nothing, 1.0, len(both))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -210,11 +209,12 @@ def adapters_of(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _check_attention(model: nn.Module, what: str) -> None:
-    kernel = getattr(getattr(base_model(model), "config", None), "_attn_implementation", None)
-    if isinstance(kernel, str) and kernel not in SCORED_ATTENTION:
+    others = [config._attn_implementation for config in attention_of(model).values()]
+    if others and not can_switch_attention(model):
         raise ValueError(
-            f"{what} scores in float32, with derivatives, which attn_implementation={kernel!r} does not compute. Set "
-            "attn_implementation to 'sdpa' or 'eager' (in model_init_kwargs), or turn it off."
+            f"{what} scores in float32, with derivatives, which attn_implementation={others[0]!r} does not compute, "
+            f"and {type(base_model(model)).__name__} keeps the kernel that it was built with. Set attn_implementation "
+            "to 'sdpa' or 'eager' (in model_init_kwargs), or turn it off."
         )
 
 

@@ -47,7 +47,7 @@ class NextRolloutsProbe(EntropyChangeProbe):
         self,
         every: int = 1,
         num_completions: int = 32,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         placebo: bool = False,
         attribution: str = "none",
         prediction: str = "trapezoid",

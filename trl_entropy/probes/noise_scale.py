@@ -34,6 +34,7 @@ from trl_entropy.gradients.group_products import (
     half_products,
     products_by_extra_pass,
 )
+from trl_entropy.gradients.memory import GIB, rows_budget_of
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import (
     check_no_auxiliary_loss,
@@ -49,9 +50,6 @@ from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
-# Bytes of the groups' gradients that one process may hold; above it an extra pass does not keep them.
-MAX_ROWS_BYTES = 8 * 2**30
-
 # In the Euclidean norm (T14), and in the metric that AdamW's second moment defines before the step (T16).
 _BLOCK = 2**24  # columns of rows that are compared with the gradient at a time
 _METRICS = ("simple", "adam")
@@ -65,7 +63,7 @@ class NoiseScaleProbe(Probe):
 
     If the language-model head is frozen (LoRA), Y_n are read from training's own backward pass, in its precision: no
     extra pass, and one float32 vector of all D trainable parameters for each group of a process. TRL's loss bypasses
-    the hooks of a trained head, so in full fine-tuning, and if these vectors exceed `MAX_ROWS_BYTES`, an extra forward
+    the hooks of a trained head, so in full fine-tuning, and if these vectors exceed `probe_rows_gib`, an extra forward
     and backward pass of the float32 model is made before the update, for the on-policy Dr-GRPO loss (T2) only. The log
     says which of the two is used; `noise_scale/gradient_error` is the length of the difference of the mean Y_n from
     the gradient that the optimizer got, over the length of that.
@@ -86,14 +84,16 @@ class NoiseScaleProbe(Probe):
 
     Args:
         every: cadence in steps.
-        batch_size: completions of an extra pass at a time; halved on out-of-memory.
+        batch_size: completions of an extra pass at a time, at most; None: as many as memory allows.
         halves: split the noise into parts within and between prompts.
         source: `"groups"` or `"micro_batches"`.
     """
 
     name = "noise_scale"
 
-    def __init__(self, every: int = 1, batch_size: int = 64, halves: bool = False, source: str = "groups") -> None:
+    def __init__(
+        self, every: int = 1, batch_size: int | None = None, halves: bool = False, source: str = "groups"
+    ) -> None:
         super().__init__(every)
         self.batch_size, self.halves, self.source = batch_size, halves, source
         self.records = {name: NoiseScaleRecord.empty(with_halves=halves and name == "simple") for name in _METRICS}
@@ -116,7 +116,7 @@ class NoiseScaleProbe(Probe):
         if self.halves:
             args.check_noise_scale_within_prompt()
         self._num_groups = args.per_device_train_batch_size * args.gradient_accumulation_steps // args.num_generations
-        reason = why_extra_pass(model, self._num_groups)
+        reason = why_extra_pass(model, self._num_groups, rows_budget_of(args, model))
         self._by_extra_pass = reason is not None
         if reason is not None:
             args.check_dr_grpo_step(f"noise_scale_probe, as {reason},")
@@ -297,14 +297,17 @@ class NoiseScaleProbe(Probe):
         files.write_rollouts(record.step, record.rollouts)
 
 
-def why_extra_pass(model: nn.Module, num_groups: int) -> str | None:
-    """Why the groups' gradients need an extra pass; None if they can be read from training's backward pass."""
+def why_extra_pass(model: nn.Module, num_groups: int, budget: float) -> str | None:
+    """
+    Why the groups' gradients need an extra pass; None if they can be read from training's backward pass, and `budget`
+    bytes are enough to keep them.
+    """
     head = model.get_output_embeddings()
     if head is not None and any(param.requires_grad for param in head.parameters()):
         return "the language-model head is trained"
     num_parameters = num_trainable(model)
-    if 4 * num_groups * num_parameters > MAX_ROWS_BYTES:
-        return f"{num_groups} gradients of {num_parameters} numbers exceed {MAX_ROWS_BYTES / 2**30:.0f} GiB"
+    if 4 * num_groups * num_parameters > budget:
+        return f"{num_groups} gradients of {num_parameters} numbers exceed {budget / GIB:.1f} GiB (probe_rows_gib)"
     return None
 
 

@@ -61,7 +61,7 @@ class DerivativePrecision:
         model: nn.Module,
         completions: Completions,
         temperature: float,
-        batch_size: int,
+        batch_size: int | None,
         params: Params,
         direction: Params | None,
         order: int,

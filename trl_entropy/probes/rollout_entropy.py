@@ -29,6 +29,7 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
+from trl_entropy.gradients.memory import GIB, rows_budget_of
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.files import ProbeFiles
@@ -39,8 +40,8 @@ from trl_entropy.rollouts.completions import Completions
 
 logger = logging.getLogger(__name__)
 
-# Bytes of the group gradients X_n and Y_n that one process may hold; it also receives Y_n of others, half as many.
-MAX_ROWS_BYTES = 8 * 2**30
+# Fewer groups of a process than this have too few pairs to be measured.
+_LEAST_GROUPS = 2
 
 
 class Accepted(NamedTuple):
@@ -71,17 +72,19 @@ class RolloutEntropyProbe(Probe):
     difference of their sum from the gradient that the optimizer got. `scale_rewards="batch"` makes the groups
     dependent by O(1/P).
     Cost: three forward and two backward passes of U. Memory: two float32 vectors of all trainable parameters for each
-    prompt group of this process.
+    prompt group of this process. Where `probe_rows_gib` does not suffice for all, pairs are formed of the first groups
+    of each process for which it does, as good as any others: `entropy/delta_cross_prompt` keeps its expectation, and
+    its standard error grows as that of a step with so many prompts.
 
     Args:
         every: cadence in steps.
-        batch_size: completions scored at a time, and at most as many of one group differentiated at a time; halved on
-            out-of-memory.
+        batch_size: completions scored at a time, and at most as many of one group differentiated at a time; None: as
+            many as memory allows.
     """
 
     name = "entropy"
 
-    def __init__(self, every: int = 1, batch_size: int = 64) -> None:
+    def __init__(self, every: int = 1, batch_size: int | None = None) -> None:
         super().__init__(every)
         self.batch_size = batch_size
         self._said_undefined = False
@@ -102,7 +105,9 @@ class RolloutEntropyProbe(Probe):
         model_checks.check_no_dropout(model, what)
         model_checks.check_no_auxiliary_loss(args, model, what)
         num_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        check_memory(num_rows // args.num_generations, model)
+        self._num_kept = groups_that_fit(
+            num_rows // args.num_generations, args.world_size, model, rows_budget_of(args, model)
+        )
 
     # ---- events
 
@@ -163,14 +168,18 @@ class RolloutEntropyProbe(Probe):
     ) -> dict[str, float]:
         """The prediction (T17), from the groups of all ranks. Collective."""
         accelerator = engine.accelerator
-        num_prompts, num_accepted = len(self._accepted.of_groups), int(self._accepted.of_groups.sum())
+        accepted = self._accepted.of_groups
+        num_prompts, num_accepted = len(accepted), int(accepted.sum())
         rows = self._group_rows(args, engine, update.params_before, advantages, entropy, num_accepted)
         names = list(engine.parameters)
         metric = flat(metric_of(update), names)
-        gram = gram_of_all_rows(*rows, accelerator, functools.partial(cross_gram, preconditioner=metric))
-        change = cross_prompt_change(accepted_gram(gram, self._accepted.of_groups))
-        row_sum, gradient = accelerator.reduce(rows.loss.sum(0)), flat(update.gradient, names)
+        product = functools.partial(cross_gram, preconditioner=metric)
+        gram = gram_of_all_rows(rows.entropy, rows.loss, accelerator, product)
+        kept = accepted.view(accelerator.num_processes, -1)[:, : len(rows.loss)].flatten()
+        change = cross_prompt_change(accepted_gram(gram, kept, num_accepted / num_prompts))
+        row_sum, gradient = accelerator.reduce(rows.loss_total), flat(update.gradient, names)
         return {
+            "entropy/delta_cross_prompt_num_prompts": int(kept.sum()),
             "entropy/delta_cross_prompt": change.cross_prompt.value,
             "entropy/delta_cross_prompt_stderr": change.cross_prompt.stderr,
             "entropy/delta_cross_prompt_stderr_unbiased": change.stderr_unbiased,
@@ -186,12 +195,22 @@ class RolloutEntropyProbe(Probe):
         X_n and Y_n, the gradients of the entropy and of the loss, of this rank's groups; if one rank fails, all do.
         """
         num_tokens = self._terms.denominator.sum().item()
-        batch_size = min(self.batch_size, args.num_generations)
+        batch_size = min(self.batch_size or args.num_generations, args.num_generations)
         with (
             rank_symmetric(engine.accelerator, "differentiating the step's prompt groups"),
             engine.scoring_model(params) as model,
         ):
-            return group_rows(model, self._completions, advantages, args, entropy, num_tokens, num_prompts, batch_size)
+            return group_rows(
+                model,
+                self._completions,
+                advantages,
+                args,
+                entropy,
+                num_tokens,
+                num_prompts,
+                batch_size,
+                self._num_kept,
+            )
 
     def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, after: TokenScores) -> None:
         """Write `probes/entropy/step_*.safetensors` as `EntropyProbe` does, here with the step's own completions."""
@@ -210,17 +229,25 @@ def accepted_of(args: DrGRPOConfig, rollouts: RolloutBatch, accelerator: Acceler
     return Accepted(accelerator.gather(groups), accelerator.gather(groups[numbers]), groups[numbers])
 
 
-def check_memory(num_groups: int, model: nn.Module) -> None:
-    """Raises `ValueError` if the gradients of one process's groups exceed `MAX_ROWS_BYTES`."""
+def groups_that_fit(num_groups: int, world_size: int, model: nn.Module, budget: float) -> int:
+    """
+    How many of one process's prompt groups have their gradients X_n and Y_n kept; a process also receives the Y_n of
+    another, one after the other.
+
+    Raises:
+        ValueError: if `budget` bytes are too few for two groups, of which there must be pairs.
+    """
     num_parameters = num_trainable(model)
-    num_bytes = 2 * num_groups * num_parameters * 4
-    if num_bytes > MAX_ROWS_BYTES:
+    each = 4 * num_parameters * (3 if world_size > 1 else 2)
+    fitting = min(num_groups, int(budget // each))
+    if fitting < min(num_groups, _LEAST_GROUPS):
         raise ValueError(
-            f"entropy_probe_completions='rollouts' keeps two float32 gradients for each of a process's {num_groups} "
-            f"prompt groups of a step: {num_bytes / 2**30:.1f} GiB for {num_parameters} trainable parameters, the "
-            f"limit is {MAX_ROWS_BYTES / 2**30:.0f} GiB. Use LoRA, more processes, or "
-            "entropy_probe_completions='held_out'."
+            f"entropy_probe_completions='rollouts' keeps two float32 gradients for each of at least {_LEAST_GROUPS} "
+            f"of a process's {num_groups} prompt groups of a step: {_LEAST_GROUPS * each / GIB:.1f} GiB for "
+            f"{num_parameters} trainable parameters, the limit is {budget / GIB:.1f} GiB. Use LoRA, a larger "
+            "probe_rows_gib, or entropy_probe_completions='held_out'."
         )
+    return fitting
 
 
 def metric_of(update: UpdateContext) -> dict[str, Tensor]:

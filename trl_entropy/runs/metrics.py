@@ -212,6 +212,7 @@ _ENTROPY_OF_ROLLOUTS = _keys("U", [
     ("delta_in_sample", "nats/token", "measured change (T7) on the completions that the step was trained on"),
     ("delta_cross_prompt", "nats/token", "first-order effect of this step's gradient across different prompts (T17)"),
     ("delta_cross_prompt_stderr_unbiased", "nats/token", "error by the unbiased variance, nan where negative"),
+    ("delta_cross_prompt_num_prompts", "prompts", "prompts whose pairs make delta_cross_prompt"),
     ("delta_same_sample", "nats/token", "as delta_cross_prompt, with each prompt's effect on itself, hence biased"),
     ("rollouts_gradient_error", "1", "relative difference between the sum of the groups' gradients and the gradient"),
 ], "entropy/") + _keys("none", [

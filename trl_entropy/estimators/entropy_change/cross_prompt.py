@@ -95,14 +95,17 @@ def cross_prompt_change(gram: Float[Tensor, "P P"]) -> CrossPromptChange:
     return CrossPromptChange(negative, u_statistic_estimate(gram).stderr, -float(gram.double().mean()))
 
 
-def accepted_gram(gram: Float[Tensor, "P P"], accepted: Bool[Tensor, "P"]) -> Float[Tensor, "N N"]:
+def accepted_gram(
+    gram: Float[Tensor, "P P"], accepted: Bool[Tensor, "P"], share: float | None = None
+) -> Float[Tensor, "N N"]:
     """(T14a), (T17): X_n' M Y_m of the N accepted groups alone, where N of them make the step's gradient of P groups.
 
     X_n must be of the entropy of accepted groups, with their h and sum(T), and N in the place of P. Y_m become N times
     the group's share of the loss gradient, which is N/P times those in `gram`, so that their mean is the step's
-    gradient. Given N, U is then unbiased for what the expected step does to that entropy.
+    gradient. Given N, U is then unbiased for what the expected step does to that entropy. If `gram` is of
+    some of the step's groups alone, give N/P of all of them as `share`.
     """
-    return gram[accepted][:, accepted] * (float(accepted.sum()) / len(accepted))
+    return gram[accepted][:, accepted] * (float(accepted.sum()) / len(accepted) if share is None else share)
 
 
 def relative_gradient_error(

@@ -16,6 +16,7 @@ def entropy_and_logps(
     since this is the entropy of the full vocabulary.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_probs = (logits / temperature).log_softmax(-1)
+    # Dividing by 1 changes nothing and takes the memory of the logits once more
+    log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     token_entropy = -(log_probs.exp() * log_probs).sum(-1)
     return token_entropy, log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)

@@ -86,6 +86,11 @@ class RowGradients(abc.ABC):
     def __init__(self, num_rows: int, shape: tuple[int, ...]) -> None:
         self.num_rows, self.shape = num_rows, torch.Size(shape)
 
+    @property
+    @abc.abstractmethod
+    def num_kept(self) -> int:
+        """Numbers that are kept for all rows."""
+
     @abc.abstractmethod
     def dense(self, rows: slice) -> Float[Tensor, "R *shape"]:
         """The gradients of some rows, written out. They must not be changed."""
@@ -125,6 +130,10 @@ class WrittenOut(RowGradients):
         super().__init__(len(grads), grads.shape[1:])
         self.grads = grads
 
+    @property
+    def num_kept(self) -> int:
+        return self.grads.numel()
+
     def dense(self, rows: slice) -> Float[Tensor, "R *shape"]:
         return self.grads[rows]
 
@@ -139,6 +148,10 @@ class OuterProducts(RowGradients):
     def __init__(self, inputs: Float[Tensor, "R T i"], grads: Float[Tensor, "R T o"]) -> None:
         super().__init__(len(grads), (grads.shape[-1], inputs.shape[-1]))
         self.inputs, self.grads = inputs, grads
+
+    @property
+    def num_kept(self) -> int:
+        return self.inputs.numel() + self.grads.numel()
 
     @property
     def is_larger_than_whole(self) -> bool:
@@ -177,6 +190,10 @@ class Lookups(RowGradients):
         super().__init__(len(grads), (num_embeddings, grads.shape[-1]))
         self.ids, self.grads = ids, grads
 
+    @property
+    def num_kept(self) -> int:
+        return self.grads.numel()
+
     def dense(self, rows: slice) -> Float[Tensor, "R *shape"]:
         ids, grads = self.ids[rows], self.grads[rows]
         tables = grads.new_zeros(len(ids) * self.shape[0], self.shape[1])
@@ -207,6 +224,10 @@ class Sum(RowGradients):
     def __init__(self, parts: Sequence[RowGradients]) -> None:
         super().__init__(parts[0].num_rows, parts[0].shape)
         self.parts = parts
+
+    @property
+    def num_kept(self) -> int:
+        return sum(part.num_kept for part in self.parts)
 
     def dense(self, rows: slice) -> Float[Tensor, "R *shape"]:
         return functools.reduce(torch.add, (part.dense(rows) for part in self.parts))
