@@ -165,7 +165,7 @@ class EntropyChangeProbe(Probe):
             distribution: which prompts E has, for its file.
         """
         self._completions = completions
-        orders, metrics = _ORDERS[self.prediction], {}
+        orders, metrics = _ORDERS[self.prediction], dict[str, float]()
         if orders[0] and self.precision.is_undecided(engine.accelerator.device):
             change = functools.partial(self._first_order, engine, args, past.params_before, past.update)
             prompts = engine.accelerator.gather(completions.prompt_index)
