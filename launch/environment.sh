@@ -15,4 +15,6 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 . .venv/bin/activate
+# Probes need tensors of other sizes than training: on a GPU, memory segments that grow leave no gaps between them.
+[ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"

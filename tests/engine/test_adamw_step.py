@@ -37,10 +37,8 @@ update = SimpleNamespace(
     exp_avg_sq={name: value.square() for name, value in numbers().items()},
     without_gradient=frozenset(["unused"]), check_adamw=lambda: None,
 )
-entropy_gradient, so_far, order = numbers(), None, []
-for name, parts in update_parts(update):
-    so_far = update_products(entropy_gradient[name], parts, so_far)
-    order.append(name)
+entropy_gradient, parts = numbers(), dict(update_parts(update))
+so_far, order = update_products((entropy_gradient[name], own) for name, own in parts.items()), list(parts)
 assert len(order) == 40 and "unused" not in order
 print(order, *(float(value).hex() for value in so_far), list(metric_of_step(update)), list(predicted_update(update)))
 """

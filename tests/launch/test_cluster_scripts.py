@@ -25,6 +25,7 @@ STAND_INS = {
 trap save TERM
 mkdir -p "$RUN"
 printf '%s\n' "$@" >arguments
+printf '%s' "${PYTORCH_ALLOC_CONF:-}" >allocator
 for _ in $(seq "${TENTHS:-1}"); do sleep 0.1; done""",
 }
 
@@ -69,6 +70,20 @@ def test_job_starts_training_on_every_node(start, tmp_path):
         *("-m", "trl_entropy.train", "--config", "c.yaml", "--output_dir", RUN, "--max_steps", "7"),
     ]
     assert not (tmp_path / "scontrol.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ""),
+    ],
+    ids=str,
+)
+def test_memory_segments_grow_unless_the_user_says_how(start, tmp_path, own, expected):
+    assert finish(start(**own)) == 0
+    assert (tmp_path / "allocator").read_text() == expected
 
 
 def test_preempted_job_saves_is_requeued_and_resumes(start, tmp_path):

@@ -171,7 +171,7 @@ _ENTROPY = {
         ("scale = -settings.lr / (1 - beta1**step)", "scale = -settings.lr"),
     ]),
     "estimators/rows/row_gradients.py": ("estimators/rows/test_row_gradients.py", [
-        ("grads = grads[members].where(is_member[:, :, None, None], 0.0)", "grads = grads[members]"),
+        ("grads = grads[self.members].where(self.is_member[:, :, None, None], 0.0)", "grads = grads[self.members]"),
     ]),
 }  # fmt: skip
 _CONTROL = {
@@ -372,6 +372,14 @@ _TRAINER = {
          "test_seconds_are_those_of_the_step_and_of_all_its_events"),
         ("        self._micro_batches = []\n        self.last_step", "        self.last_step",
          "test_events_come_in_order_and_the_record_outlives_its_step"),
+    ]),
+    "probes/clock.py": ("trainer/test_probe_events.py", [
+        ("    torch.get_device_module(device).synchronize()\n", "",
+         "test_seconds_are_those_of_the_step_and_of_all_its_events"),
+    ]),
+    "probes/precision.py": ("probes/test_precision.py", [
+        ("values = score(*given)", "values = slopes"),
+        ("math.hypot(moved.value, moved.stderr)", "abs(moved.value)"),
     ]),
     "probes/effective_sample_size.py": ("probes/test_effective_sample_size.py", [
         ("accelerator.reduce(torch.stack([weights.sum(), weights.square().sum()]))",

@@ -74,9 +74,11 @@ def evaluator(steps, seconds=0.0, fails=()):
 @pytest.mark.parametrize("when", ["background", "wait"])
 def test_every_checkpoint_is_evaluated_and_training_is_as_without(make_trainer, monkeypatch, when):
     plain = trained(make_trainer)
-    steps = []
+    steps, given_back = [], []
+    monkeypatch.setattr(during_training, "clear_device_cache", lambda: given_back.append(len(steps)))
     with_it = trained(make_trainer, evaluator(steps, 0.3), monkeypatch, evaluate_checkpoints=when)
     assert [step for step, _, _ in steps] == [0, 2, 4]
+    assert given_back == [0, 1, 2]  # device memory, before each evaluation begins
     if when == "wait":
         assert steps == [(0, 0, 0), (2, 2, 2), (4, 4, 4)]
     assert torch.equal(flat(plain.model), flat(with_it.model))

@@ -1,5 +1,6 @@
 """What reaches a probe of one's own: which events, in which order, with what; and what is forgotten or kept."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -106,21 +107,38 @@ def test_probes_of_different_cadence_share_what_is_recorded(make_trainer):
 
 
 def test_seconds_are_those_of_the_step_and_of_all_its_events(make_trainer, monkeypatch):
-    clock = [100.0]
+    """Also on a device that has not done yet what it was given: neither training's work counts, nor another's."""
+    clock, given = [100.0], [0.0]
+
+    def synchronize(*args):
+        clock[0] += given[0]
+        given[0] = 0.0
 
     class Slow(Probe):
         name = "slow"
 
         def on_rollouts(self, args, state, control, *, metrics, **kwargs):
-            clock[0] += 4.0 + state.global_step
+            given[0] += 4.0 + state.global_step
 
         def on_after_update(self, args, state, control, *, metrics, **kwargs):
             clock[0] += 8.0
 
-    monkeypatch.setattr("trl_entropy.probes.runner.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    trainer = make_trainer(callbacks=[Slow()])
+    class Quick(Probe):
+        name = "quick"
+
+        def around_micro_batch(self, args, state, control, **kwargs):
+            given[0] += 16.0  # of training
+            return nullcontext()
+
+        def on_rollouts(self, args, state, control, *, metrics, **kwargs):
+            clock[0] += 1.0
+
+    monkeypatch.setattr(torch.cpu, "synchronize", synchronize)
+    monkeypatch.setattr("trl_entropy.probes.clock.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    trainer = make_trainer(callbacks=[Slow(), Quick()])
     trainer.train()
-    assert [row["time/slow"] for row in RunDirectory(trainer.args.output_dir).metrics()] == [12.0, 13.0]
+    rows = RunDirectory(trainer.args.output_dir).metrics()
+    assert [(row["time/slow"], row["time/quick"]) for row in rows] == [(12.0, 1.0), (13.0, 1.0)]
 
 
 def test_numbers_of_an_earlier_step_join_its_line(make_trainer):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trl_entropy import DrGRPOConfig
-from trl_entropy.estimators.attribution.shares import Attribution, UpdateProducts, token_contributions, update_products
+from trl_entropy.estimators.attribution.shares import Attribution, token_contributions, update_products
 from trl_entropy.estimators.entropy_change.delta_entropy import delta_linear
 from trl_entropy.estimators.entropy_change.step_change import point_terms
 from trl_entropy.estimators.optimizer.adamw import AdamWSettings, adamw_update_parts, gradient_metric
@@ -250,11 +250,12 @@ def test_parts_sum_in_float64(model_path):
         whole = float(delta_linear(terms.terms, terms.tangents).value)
         entropy = float(terms.terms.numerator.sum() / terms.terms.denominator.sum())
         grad_h = entropy_gradient(model, probe_batch, 1.0, 4, entropy, 48)
-        products, direction = UpdateProducts(0.0, 0.0, 0.0), {}
+        pairs, direction = [], {}
         for name, g in gradient.items():
             parts = adamw_update_parts(before[name], g, *moments[name], step, settings)
-            products = update_products(grad_h[name], parts, products)
+            pairs.append((grad_h[name], parts))
             direction[name] = gradient_metric(g, moments[name][1], step, settings) * grad_h[name]
+        products = update_products(pairs)
         by_sequence = -gradient_products(model, update_batch, weighted_logps(-coefficients), direction, 1.0, 4)
         derivatives = score(model, update_batch, 1.0, 4, before, direction, order=1).logps[1]
     by_token = token_contributions(coefficients, derivatives, mask[:, :8], 1.0)

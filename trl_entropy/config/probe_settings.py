@@ -121,6 +121,20 @@ class ProbeSettings:
         unit="completions",
         changes_training=False,
     )
+    probe_precision: str = setting(
+        "In what precision the entropy probe multiplies matrices where it differentiates. tf32: with operands rounded "
+        "to 10 bits of mantissa, on a GPU that has TF32 (NVIDIA's from A100 on); without effect elsewhere. auto: the "
+        "first step that is measured computes the first-order change in both precisions, and tf32 is taken if its "
+        "noise is below a tenth of that change's standard error. Measured changes and the prediction to second order "
+        "are float32 in any case.",
+        "auto",
+        choices=("auto", "float32", "tf32"),
+        probe="entropy_probe",
+        read_with=_INDEPENDENT,
+        changes_training=False,
+        logs="`auto`: `entropy/precision_noise` of that step, in standard errors",
+        cost="`auto`: about 9 forward passes over the probe's completions, once, on a GPU that has TF32",
+    )
     probe_rows_gib: float | None = setting(
         "Memory for the gradients of a process's prompt groups or completions, which the noise scale, the Fisher "
         "probe and entropy_probe_completions='rollouts' keep. If it is not set, 60 % of what the device has beside "

@@ -65,5 +65,10 @@ class PlainEngine(Engine):
         names = [name for name, param in self.parameters.items() if param.grad is not None]
         state = self.optimizer.state
         counts = [torch.as_tensor(state.get(self.parameters[name], {}).get("step", 0)) for name in names]
-        on_one_device = [count.detach().reshape(()).to(self.accelerator.device, torch.float64) for count in counts]
-        return dict(zip(names, torch.stack(on_one_device).long().tolist(), strict=True)) if names else {}
+        # Unless it is fused, AdamW counts on the CPU. So: read where they are, one stack for each device.
+        done: dict[str, int] = {}
+        for device in {count.device for count in counts}:
+            own = {name: count for name, count in zip(names, counts, strict=True) if count.device == device}
+            read = torch.stack([count.detach().reshape(()).double() for count in own.values()]).long().tolist()
+            done |= zip(own, read, strict=True)
+        return done

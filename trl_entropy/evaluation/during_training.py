@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate.utils.memory import clear_device_cache
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_entropy.engine.ranks import any_rank
@@ -42,7 +43,8 @@ class EvaluateCheckpoints(TrainerCallback):
     Evaluates the start policy, and each checkpoint as soon as it is written, as `trl-entropy evaluate` does.
 
     The main process starts one evaluation after another, each in a process of its own, so that the random state, the
-    memory and the numbers of training do not change. If an evaluation fails, a warning names the checkpoint and
+    memory and the numbers of training do not change. Before each it gives back the device memory that torch keeps for
+    later tensors of training. If an evaluation fails, a warning names the checkpoint and
     training goes on; `trl-entropy evaluate` can repeat it later. A resumed run first evaluates the checkpoints that
     are still missing.
 
@@ -162,6 +164,7 @@ class EvaluateCheckpoints(TrainerCallback):
         output = str(directory.checkpoint_folder(target.step))
         device = "cpu" if self._config.get("use_cpu") else "auto"
         job = Job(target, self._settings, output, BATCH_SIZE, device)
+        clear_device_cache()
         problem = run_job(job, self.profile.timeout, cancel=self._cancel)
         directory.write_checkpoint_tables()
         if problem is None:

@@ -111,9 +111,7 @@ def attribution(
     temperature, num_tokens = state.args.temperature, float(probe.lengths.sum())
     with state.engine.scoring_model(state.before) as model:
         gradient = entropy_gradient(model, probe, temperature, batch_size, entropy, num_tokens)
-        products = UpdateProducts(0.0, 0.0, 0.0)
-        for name, parts in update_parts(state.context):
-            products = update_products(gradient[name], parts, products)
+        products = update_products((gradient[name], parts) for name, parts in update_parts(state.context))
         direction = {name: metric * gradient[name] for name, metric in metric_of_step(state.context).items()}
         completions, coefficients = Completions.of(state.rollouts), state.loss_coefficients
         found = gradient_products(

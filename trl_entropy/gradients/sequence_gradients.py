@@ -109,10 +109,10 @@ class SequenceGradients:
             RuntimeError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. Do
                 not use what the consumers hold after an exception.
         """
-        batch = _Batch(Grouping.of(rows))
+        grouping = Grouping.of(rows)
         for consumer in self.consumers:
-            consumer.begin(batch.grouping.numbers)
-        self._batch = batch
+            consumer.begin(grouping.numbers)
+        self._batch = batch = _Batch(grouping.on(self._device))
         try:
             yield
         finally:

@@ -16,7 +16,6 @@ from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.attribution.shares import (
     Attribution,
     CategoryRecord,
-    UpdateProducts,
     bin_index,
     category_sums,
     completion_contributions,
@@ -27,7 +26,7 @@ from trl_entropy.estimators.attribution.shares import (
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, policy_entropy
 from trl_entropy.estimators.statistics.pooled import PooledParts
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
-from trl_entropy.gradients.scores import TokenScores, score
+from trl_entropy.gradients.scores import TokenScores
 from trl_entropy.gradients.sequence_products import (
     Value,
     entropy_gradient,
@@ -38,6 +37,7 @@ from trl_entropy.gradients.sequence_products import (
 from trl_entropy.probes.episodes import EpisodeRecords, kinds_of_rollouts
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import check_no_auxiliary_loss, check_no_dropout, check_sequences
+from trl_entropy.probes.precision import DerivativePrecision
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -94,12 +94,13 @@ class StepAttribution:
     Args:
         mode: `"sequence"` (by completion) or `"token"`.
         batch_size: completions differentiated at a time, at most; None: as many as memory allows.
+        precision: of the gradients and derivatives; float32 if it is not given.
     """
 
     name = "attribution"
 
-    def __init__(self, mode: str, batch_size: int | None) -> None:
-        self.mode, self.batch_size = mode, batch_size
+    def __init__(self, mode: str, batch_size: int | None, precision: DerivativePrecision | None = None) -> None:
+        self.mode, self.batch_size, self.precision = mode, batch_size, precision or DerivativePrecision()
         self.record = CategoryRecord.empty(CATEGORIES[mode])
         self.episodes = EpisodeRecords()
 
@@ -127,9 +128,7 @@ class StepAttribution:
         rollouts, coefficients = record.rollouts, record.loss_coefficients
         assert coefficients is not None, "the entropy probe needs_loss_coefficients"
         gradient = self._entropy_gradient(past, engine, probe, temperature)
-        products = UpdateProducts(0.0, 0.0, 0.0)
-        for name, parts in past.parts():
-            products = update_products(gradient[name], parts, products)
+        products = update_products((gradient[name], parts) for name, parts in past.parts())
         direction = {name: metric * gradient[name] for name, metric in past.metric().items()}
         contributions = self._contributions(past, engine, rollouts, coefficients, direction, temperature)
         completions = accelerator.gather(contributions.policy.sum(1))
@@ -169,6 +168,7 @@ class StepAttribution:
         with (
             rank_symmetric(engine.accelerator, "differentiating the entropy of the probe batch"),
             engine.scoring_model(params) as model,
+            self.precision.products(engine.accelerator.device),
         ):
             share = entropy_gradient(model, probe.completions, temperature, size, entropy, num_tokens, probe.weights)
         return {name: engine.accelerator.reduce(share[name], reduction="sum") for name in params}
@@ -189,11 +189,13 @@ class StepAttribution:
             engine.scoring_model(params) as model,
         ):
             if self.mode == "token":
-                scores = score(model, completions, temperature, self.batch_size, params, direction, order=1)
+                given = model, completions, temperature, self.batch_size, params
+                scores = self.precision.score(*given, direction, order=1)
                 return _by_token(scores, coefficients, completions.loss_mask)
 
             def products(value: Value) -> Float[Tensor, " B"]:
-                return gradient_products(model, completions, value, direction, temperature, self.batch_size)
+                with self.precision.products(engine.accelerator.device):
+                    return gradient_products(model, completions, value, direction, temperature, self.batch_size)
 
             return _by_completion(products, coefficients)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import KeptUpdate, PastUpdate
 from trl_entropy.engine.adamw_step import predicted_update
 from trl_entropy.probes import model_checks
+from trl_entropy.probes.clock import seconds
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
 from trl_entropy.probes.next_rollouts import NextRolloutsProbe
 from trl_entropy.probes.probe import Probe
@@ -28,7 +28,7 @@ class EntropyProbe(EntropyChangeProbe):
     update is the one that training made. The covariances are of training's own passes.
 
     Args:
-        every, batch_size, prediction, placebo, attribution: see [`EntropyChangeProbe`].
+        every, batch_size, prediction, placebo, attribution, precision: see [`EntropyChangeProbe`].
         num_prompts: prompts in E over all processes, one completion each.
         second_order: predict to second order *before* the step, along the update that AdamW's equation (T4) gives.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
@@ -50,8 +50,9 @@ class EntropyProbe(EntropyChangeProbe):
         draw: Callable[[int, int], Completions] | None = None,
         attribution: str = "none",
         prediction: str = "trapezoid",
+        precision: str = "auto",
     ) -> None:
-        super().__init__(every, batch_size, prediction, placebo, attribution)
+        super().__init__(every, batch_size, prediction, placebo, attribution, precision)
         self.num_prompts, self.source = num_prompts, source
         self.second_order, self.sampler, self.draw = second_order, sampler, draw
 
@@ -77,10 +78,11 @@ class EntropyProbe(EntropyChangeProbe):
     # ---- events
 
     def on_before_update(self, args, state, control, *, metrics, update, engine, sampler, **kwargs: Any) -> None:
-        step, rank, start = state.global_step + 1, engine.accelerator.process_index, time.perf_counter()
+        step, rank, device = state.global_step + 1, engine.accelerator.process_index, engine.accelerator.device
+        start = seconds(device)
         draw = self.draw or (lambda step, _: sampler.draw(self.num_prompts, self.source, step, self.sampler))
         self._drawn = draw(step, rank)
-        metrics["time/entropy_draw"] = time.perf_counter() - start
+        metrics["time/entropy_draw"] = seconds(device) - start
         self._second_order = None
         if self.second_order:
             self._completions = self._drawn

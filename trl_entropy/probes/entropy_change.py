@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import changes_logged, with_stderr
+from trl_entropy.probes.precision import DerivativePrecision, computes_below_float32
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import ScoredCompletions, StepRecord
 from trl_entropy.rollouts.completions import Completions
@@ -72,6 +74,7 @@ class EntropyChangeProbe(Probe):
         placebo: a control: also predict this step's change from an earlier step's update.
         attribution: split the first-order change (T9) into momentum, weight decay and each completion (`"sequence"`)
             or each token (`"token"`); `"none"`: do not split it.
+        precision: of derivatives, see [`DerivativePrecision`]: `"auto"`, `"float32"` or `"tf32"`.
     """
 
     name = "entropy"
@@ -83,12 +86,14 @@ class EntropyChangeProbe(Probe):
         prediction: str = "trapezoid",
         placebo: bool = False,
         attribution: str = "none",
+        precision: str = "auto",
     ) -> None:
         super().__init__(every)
         if prediction not in _ORDERS:
             raise ValueError(f"prediction is {prediction!r}; use one of {', '.join(_ORDERS)}.")
         self.batch_size, self.prediction, self.placebo = batch_size, prediction, placebo
-        self.attribution = None if attribution == "none" else StepAttribution(attribution, batch_size)
+        self.precision = DerivativePrecision(precision)
+        self.attribution = None if attribution == "none" else StepAttribution(attribution, batch_size, self.precision)
         self.agreement = RunningAgreement()
         self._num_probed = 0
         self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
@@ -104,6 +109,7 @@ class EntropyChangeProbe(Probe):
             "placebo": args.entropy_placebo,
             "attribution": args.entropy_attribution,
             "prediction": args.entropy_prediction,
+            "precision": args.probe_precision,
         }
 
     # ---- before training
@@ -115,6 +121,8 @@ class EntropyChangeProbe(Probe):
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         model_checks.check_scoring(model, "entropy_probe", derivatives=self.prediction != "none")
         model_checks.check_derivatives(model, "entropy_probe")
+        if args.process_index == 0:
+            self.precision.warn_if_without_effect(args.device)
         if self.attribution is not None:
             self.attribution.check(args, model)
 
@@ -136,11 +144,13 @@ class EntropyChangeProbe(Probe):
             "num_probed": self._num_probed,
             "earlier_update": self._earlier_update,
             "attribution": self.attribution and self.attribution.state_dict(),
+            "precision": self.precision.chosen,
         }
 
     def load_state_dict(self, state: StateDict) -> None:
         self.agreement.load_state_dict(state["agreement"])
         self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
+        self.precision.chosen = state.get("precision")  # a checkpoint of an earlier version has none
         if self.attribution is not None and state.get("attribution"):  # a checkpoint has none if it was off then
             self.attribution.load_state_dict(state["attribution"])
 
@@ -168,12 +178,17 @@ class EntropyChangeProbe(Probe):
             distribution: which prompts E has, for its file.
         """
         self._completions = completions
-        orders = _ORDERS[self.prediction]
+        orders, metrics = _ORDERS[self.prediction], dict[str, float]()
+        if orders[0] and self.precision.is_undecided(engine.accelerator.device):
+            change = functools.partial(self._first_order, engine, args, past.params_before, past.update)
+            prompts = engine.accelerator.gather(completions.prompt_index)
+            noise = self.precision.decide(change, prompts, engine.accelerator)
+            metrics |= {} if noise is None else {"entropy/precision_noise": noise}
         before = self._score(engine, args, past.params_before, past.update, orders[0])
         after = self._score(engine, args, past.params_after, past.update, orders[1])
         ends = Ends(before, after, after if drawn_after else before)
         record.probe_batch = ScoredCompletions(completions, before, after, *self._weights(ends))
-        metrics = self._changes(ends, engine.accelerator)
+        metrics |= self._changes(ends, engine.accelerator)
         if self.attribution is not None:
             probe = self._batch_before(ends, metrics["entropy/delta_linear"], engine.accelerator)
             metrics |= self.attribution.attribute(args, past, engine, record, probe, files)
@@ -196,17 +211,32 @@ class EntropyChangeProbe(Probe):
         direction: Params | None,
         order: int,
         in_other_batches: bool = False,
+        precision: DerivativePrecision | None = None,
     ) -> TokenScores:
         """Score E in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring the entropy probe's completions"),
             engine.scoring_model(params) as model,
         ):
-            size = self.batch_size
+            size, precision = self.batch_size, precision or self.precision
             if in_other_batches:
-                first_order = _ORDERS[self.prediction][0]
-                size = max(1, rows_at_once(model, self._completions, size, first_order) // 2 - 1)
-            return score(model, self._completions, args.temperature, size, params, direction, order)
+                size = max(1, rows_at_once(model, self._completions, size, _ORDERS[self.prediction][0]) // 2 - 1)
+            return precision.score(model, self._completions, args.temperature, size, params, direction, order)
+
+    def _first_order(
+        self,
+        engine: Engine,
+        args: DrGRPOConfig,
+        params: Params,
+        direction: Params,
+        precision: DerivativePrecision | None = None,
+        drawn_by: TokenScores | None = None,
+    ) -> Linearization:
+        """(T8): grad h . `direction` on E, by default taken as the policy's own, nats per token. Collective."""
+        scores = self._score(engine, args, params, direction, order=1, precision=precision)
+        terms = self._terms(scores, drawn_by or scores, engine.accelerator)
+        assert terms.tangents is not None
+        return delta_linear(terms.terms, terms.tangents)
 
     def _terms(
         self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator, form: Any = "decision"
@@ -345,11 +375,8 @@ class EntropyChangeProbe(Probe):
         if self._earlier_update is not None:
             # A resumed run has it on the CPU, from the checkpoint.
             direction = send_to_device(self._earlier_update, engine.accelerator.device)
-            scores = self._score(engine, args, past.params_before, direction, order=1)
-            terms = self._terms(scores, ends.drawn_by, engine.accelerator)
-            assert terms.tangents is not None
-            prompts = engine.accelerator.gather(self._completions.prompt_index)
-            predicted = delta_linear(terms.terms, terms.tangents).estimate(prompts)
+            change = self._first_order(engine, args, past.params_before, direction, drawn_by=ends.drawn_by)
+            predicted = change.estimate(engine.accelerator.gather(self._completions.prompt_index))
             self.agreement.add_pair("placebo", predicted, self._measured)
             logged = with_stderr("entropy/delta_placebo", predicted)
         if random.Random(self._num_probed).random() < 1 / (self._num_probed + 1):
@@ -377,9 +404,3 @@ class EntropyChangeProbe(Probe):
         if "sampling_logps" in tensors and drawn_after and not args.use_vllm:
             described["sampler"] = "an earlier policy"
         files.write(self.name, record.step, tensors, distribution, **described)
-
-
-def computes_below_float32(engine: Engine) -> bool:
-    """Whether training computes below float32: under autocast, or with parameters of a narrower dtype."""
-    narrow = any(param.is_floating_point() and param.itemsize < 4 for param in engine.module.parameters())
-    return narrow or engine.accelerator.mixed_precision != "no"

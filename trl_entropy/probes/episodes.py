@@ -70,12 +70,13 @@ class EpisodeRecords:
 def kinds_of_rollouts(rollouts: RolloutBatch, tokenizer: Any) -> Int[Tensor, "B T"]:
     """The index in `KINDS` of each token that the policy drew, found turn by turn in its own text; else 0."""
     texts: dict[int, str] = {}
-    kinds, calls = torch.zeros_like(rollouts.loss_mask), calls_of(tokenizer)
-    turns = turn_index(rollouts.loss_mask, rollouts.loss_mask.shape[1])
-    for row, own in enumerate(rollouts.loss_mask.bool()):
+    mask, completion_ids = rollouts.loss_mask.cpu(), rollouts.completion_ids.cpu()  # looked at token by token
+    kinds, calls = torch.zeros_like(mask), calls_of(tokenizer)
+    turns = turn_index(mask, mask.shape[1])
+    for row, own in enumerate(mask.bool()):
         for turn in turns[row][own].unique():
             at = own & (turns[row] == turn)
-            ids = rollouts.completion_ids[row][at].tolist()
+            ids = completion_ids[row][at].tolist()
             texts |= {token: tokenizer.decode([token]) for token in ids if token not in texts}
             kinds[row, at] = kinds.new_tensor(kinds_of_tokens([texts[token] for token in ids], calls))
-    return kinds
+    return kinds.to(rollouts.loss_mask.device)

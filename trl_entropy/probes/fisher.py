@@ -133,7 +133,7 @@ class FisherProbe(Probe):
         if products is None:
             products = self._kernel * accelerator.gather(coefficients.mean(self._completions.loss_mask))
         self._parts = self._predict(update, products, accelerator.gather(dots.mT.contiguous()))
-        metrics["fisher/num_coordinates_without_metric"] = sum(int((m == 0).sum()) for m in metric.values())
+        metrics["fisher/num_coordinates_without_metric"] = int(sum((m == 0).sum() for m in metric.values()))
         metrics |= self._kernel_logged() | _shares_logged(self._parts, self._prompts)
         self._names = list(engine.parameters)
         metrics |= _adapter_shares(self._norms.sum(1), self._names)

@@ -39,7 +39,7 @@ class NextRolloutsProbe(EntropyChangeProbe):
     their first moment. Checkpoints hold them too.
 
     Args:
-        every, batch_size, prediction, placebo, attribution: see [`EntropyChangeProbe`].
+        every, batch_size, prediction, placebo, attribution, precision: see [`EntropyChangeProbe`].
         num_completions: completions in E over all processes, in whole prompt groups.
     """
 
@@ -51,8 +51,9 @@ class NextRolloutsProbe(EntropyChangeProbe):
         placebo: bool = False,
         attribution: str = "none",
         prediction: str = "trapezoid",
+        precision: str = "auto",
     ) -> None:
-        super().__init__(every, batch_size, prediction, placebo, attribution)
+        super().__init__(every, batch_size, prediction, placebo, attribution, precision)
         self.num_completions = num_completions
 
     @classmethod

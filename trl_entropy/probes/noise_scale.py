@@ -165,8 +165,8 @@ class NoiseScaleProbe(Probe):
         rollouts = record.rollouts
         has_metric = isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1
         if has_metric:
-            num_dead = sum(v.numel() - int(v.count_nonzero()) for v in update.exp_avg_sq.values())
-            metrics["noise_scale/num_coordinates_without_metric"] = num_dead
+            num_dead = sum((v == 0).sum() for v in update.exp_avg_sq.values())
+            metrics["noise_scale/num_coordinates_without_metric"] = int(num_dead)
         if self._by_extra_pass:
             metric = metric_before(update) if has_metric else None
             local, mean = self._from_extra_pass(args, engine, update, record, metric)
@@ -350,8 +350,8 @@ def _gradient_error(compared: Iterable[tuple[Tensor, Tensor]], accelerator: Acce
     error_sq = gradient_sq = torch.zeros((), dtype=torch.float64)
     for local, gradient in compared:
         mean = accelerator.reduce(local.sum(0).to(accelerator.device), reduction="mean")
-        error_sq = error_sq + (mean - gradient.to(mean)).square().sum(dtype=torch.float64).cpu()
-        gradient_sq = gradient_sq + gradient.float().square().sum(dtype=torch.float64).cpu()
+        error_sq = error_sq + (mean - gradient.to(mean)).square().sum(dtype=torch.float64)
+        gradient_sq = gradient_sq + gradient.float().square().sum(dtype=torch.float64)
     return float((error_sq / gradient_sq).sqrt())
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from trl_entropy.estimators.optimizer.magnitude import magnitude_counts, magnitude_quantile
@@ -23,15 +26,15 @@ class OptimizerStateProbe(Probe):
     def on_after_update(self, args, state, control, *, metrics, engine, **kwargs: Any) -> None:
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors = list(engine.moments(moment).values())
-            counts = magnitude_counts(tensors)
+            tiny = torch.stack([_count(v == 0 for v in tensors), _count(v < args.adam_epsilon**2 for v in tensors)])
+            counts = torch.cat([tiny, magnitude_counts(tensors)]).cpu()  # the only time that the host waits
             for percent in _PERCENTS:
-                metrics[f"optimizer_state/{moment}_p{percent}"] = magnitude_quantile(counts, percent / 100)
+                metrics[f"optimizer_state/{moment}_p{percent}"] = magnitude_quantile(counts[2:], percent / 100)
             if moment == "exp_avg_sq":
-                metrics["optimizer_state/exp_avg_sq_num_zero"] = _count(tensors, lambda v: v == 0)
-                metrics["optimizer_state/exp_avg_sq_num_below_eps_sq"] = _count(
-                    tensors, lambda v: v < args.adam_epsilon**2
-                )
+                num_zero, num_below = counts[:2].tolist()
+                metrics["optimizer_state/exp_avg_sq_num_zero"] = num_zero
+                metrics["optimizer_state/exp_avg_sq_num_below_eps_sq"] = num_below
 
 
-def _count(tensors: list[Tensor], condition) -> int:
-    return sum(int(condition(tensor).sum()) for tensor in tensors)
+def _count(chosen: Iterable[Bool[Tensor, "..."]]) -> Int[Tensor, ""]:
+    return torch.stack([one.sum() for one in chosen]).sum()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from transformers.trainer_callback import CallbackHandler
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, build_engine
 from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
+from trl_entropy.probes.clock import seconds
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
@@ -137,9 +137,13 @@ class ProbeRunner(TrainerCallback):
         host = self._host
         step = host.current_step if step is None else step
         model = host.accelerator.unwrap_model(host.model)
+        device = host.accelerator.device
         for probe in self._wanting() if probes is None else probes:
+            self._seconds[probe.name] += 0.0  # logged for every probe of the step
+            if not _listens(probe, event):  # nor does the host wait for the device then
+                continue
             metrics: dict[str, float] = {}
-            start = time.perf_counter()
+            start = seconds(device)
             getattr(probe, event)(
                 host.args,
                 host.state,
@@ -151,7 +155,7 @@ class ProbeRunner(TrainerCallback):
                 files=self._files,
                 **kwargs,
             )
-            self._seconds[probe.name] += time.perf_counter() - start
+            self._seconds[probe.name] += seconds(device) - start
             self._warn_of_self_checks(metrics, step)
             if metrics:
                 host.record_metrics(metrics, step)
@@ -257,7 +261,7 @@ class ProbeRunner(TrainerCallback):
 
     def _overriding(self, event: str) -> list[Probe]:
         """The probes that listen to an event, whatever their cadence."""
-        return [probe for probe in self.probes() if getattr(type(probe), event) is not getattr(Probe, event)]
+        return [probe for probe in self.probes() if _listens(probe, event)]
 
     @property
     def num_micro_batches(self) -> int:
@@ -361,6 +365,11 @@ class ProbeRunner(TrainerCallback):
             self.last_step = StepRecord.from_state(state["last_step"], self._host.accelerator.device)
         if gone := sorted(of_probes.keys() - named.keys()):
             logger.warning("the checkpoint has the state of probes that this run does not have: %s", ", ".join(gone))
+
+
+def _listens(probe: Probe, event: str) -> bool:
+    """Whether the probe overrides the event."""
+    return getattr(type(probe), event) is not getattr(Probe, event)
 
 
 def _follows_updates(probe: Probe) -> bool:

@@ -113,10 +113,10 @@ class Completions:
 
     def trimmed(self) -> Completions:
         """The same without the columns in which no row has a token."""
-        used = self.attention_mask.any(dim=0).nonzero()
-        width = self.completion_mask.shape[1]
-        keep = int(self.completion_mask.any(dim=0).nonzero().max()) + 1 if self.completion_mask.any() else 1
-        start, end = int(used.min()), self.input_ids.shape[1] - width + keep
+        length, width = self.input_ids.shape[1], self.completion_mask.shape[1]
+        used = torch.cat([self.attention_mask.any(dim=0), self.completion_mask.any(dim=0)]).tolist()  # read at once
+        keep = max((column + 1 for column in range(width) if used[length + column]), default=1)
+        start, end = used.index(True), length - width + keep
         return Completions(
             self.input_ids[:, start:end],
             self.attention_mask[:, start:end],

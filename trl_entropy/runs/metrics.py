@@ -189,6 +189,7 @@ _ENTROPY = _keys("E", [
     ("importance_ess", "completions", "effective sample size of E under the policy after the step (T3)"),
     ("sampler_ess", "completions", "effective sample size of E if vLLM drew it, by the ratio of policy to sampler"),
     ("noise_floor", "nats/token", "apparent change when E is scored again in other batches: rounding alone"),
+    ("precision_noise", "1", "noise of TF32 in the first-order prediction, over its standard error; once"),
     ("delta_measured_model", "nats/token", "measured change of the model in the precision of training"),
     ("delta_measured_sequence", "nats/token", "measured change, weighted by whole completions (T6)"),
     ("delta_linear_sequence", "nats/token", "first-order prediction, weighted by whole completions (T8)"),

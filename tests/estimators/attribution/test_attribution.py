@@ -49,7 +49,7 @@ def test_parts_sum_to_the_whole(seed):
     step = tiny_step(seed)
     grad_h = entropy_gradient(step)
     completions = completion_contributions((step.gradients * step.metric) @ grad_h, step.coefficient)
-    products = update_products(grad_h, step.parts)
+    products = update_products([(grad_h, step.parts)])
     whole = float(grad_h @ step.update)
     attribution = Attribution(whole, products.momentum, products.weight_decay, completions)
     assert abs(attribution.rounding) < 1e-12 < 1e-4 * abs(whole)
@@ -71,10 +71,9 @@ def test_what_is_not_named_is_rounding():
 def test_products_add_over_parameters():
     step = tiny_step()
     pieces = zip(*(part.split([5, 7]) for part in step.parts), entropy_gradient(step).split([5, 7]), strict=True)
-    so_far = None
-    for *parts, grad_h in pieces:
-        so_far = update_products(grad_h, UpdateParts(*parts), so_far)
-    assert so_far == pytest.approx(update_products(entropy_gradient(step), step.parts))
+    found = update_products((grad_h, UpdateParts(*parts)) for *parts, grad_h in pieces)
+    assert found == pytest.approx(update_products([(entropy_gradient(step), step.parts)]))
+    assert update_products([]) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("per_token", [False, True])

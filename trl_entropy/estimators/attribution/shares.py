@@ -6,7 +6,7 @@ each completion would include what the completion does to itself (T17).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,15 +65,13 @@ class Attribution:
         return float(torch.tensor(part, dtype=torch.float64) / self.whole)
 
 
-def update_products(
-    entropy_gradient: Float[Tensor, "*shape"], parts: UpdateParts, so_far: UpdateProducts | None = None
-) -> UpdateProducts:
-    """(T9): grad h . (momentum, decay, gradient part) of one parameter, in float64, added to `so_far`.
+def update_products(parameters: Iterable[tuple[Float[Tensor, "*shape"], UpdateParts]]) -> UpdateProducts:
+    """(T9): grad h . (momentum, decay, gradient part), in float64, summed over parameters and read by the host once.
 
-    `entropy_gradient` is grad h for this parameter (`entropy_surrogate`), and `parts` come from `adamw_update_parts`.
+    Each parameter comes with grad h for it (`entropy_surrogate`) and its parts (`adamw_update_parts`).
     """
-    products = (float((entropy_gradient.double() * part.double()).sum()) for part in parts)
-    return UpdateProducts(*map(sum, zip(so_far or (0.0, 0.0, 0.0), products, strict=True)))
+    products = (torch.stack([(g.double() * part.double()).sum() for part in parts]) for g, parts in parameters)
+    return UpdateProducts(*sum(products, torch.zeros((), dtype=torch.float64)).expand(3).tolist())
 
 
 def completion_contributions(gradient_products: Float[Tensor, "B"], coefficient: float) -> Float[Tensor, "B"]:

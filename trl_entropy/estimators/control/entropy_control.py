@@ -54,11 +54,11 @@ def floored_metric(metric: Vector, floor: float) -> Vector:
     Coordinates that hardly ever had a gradient have a huge M and would dominate <g, g> with their noise. `floor` = 0
     leaves M as it is.
     """
-    inverse, count = 0.0, 0
-    for m in metric.values():
-        live = m > 0
-        inverse, count = inverse + float((1 / m[live].double()).sum()), count + int(live.sum())
-    if not floor or not count:
+    if not floor:
+        return metric
+    sums = (torch.stack([(1 / m.double()).where(m > 0, 0.0).sum(), (m > 0).sum()]) for m in metric.values())
+    inverse, count = sum(sums, torch.zeros((), dtype=torch.float64)).expand(2).tolist()
+    if not count:
         return metric
     return {name: m.clamp(max=count / (floor * inverse)) for name, m in metric.items()}
 
@@ -68,14 +68,14 @@ def control_products(
 ) -> ControlProducts:
     """The products of (T19) in float64, from whole vectors by parameter name; `metric` is the diagonal of M."""
     g_a, g_b = halves
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros((), dtype=torch.float64)
     for name, m in metric.items():
         a, b, d, loss, m = (x.double() for x in (g_a[name], g_b[name], step[name], loss_gradient[name], m))
         g = (a + b) / 2
         inverse = torch.where(m > 0, 1 / m, 0.0)
         parts = (g * d, g * m * g, a * m * b, d * inverse * d, loss * m * g)
-        sums += torch.stack([part.sum() for part in parts]).cpu()
-    return ControlProducts(*sums.tolist())
+        sums = sums + torch.stack([part.sum() for part in parts])
+    return ControlProducts(*sums.expand(5).tolist())
 
 
 def crossed_change(
@@ -88,14 +88,14 @@ def crossed_change(
     has the same expectation as for independent completions, given the rest of d and m.
     """
     g_a, g_b = halves
-    change = 0.0
+    change = torch.zeros((), dtype=torch.float64)
     for name, whole in loss_gradient.items():
         a, b, half, whole, d, m = (
             x.double() for x in (g_a[name], g_b[name], loss_a[name], whole, step[name], metric[name])
         )
         rest = (a + b) / 2 * (d + m * whole)
-        change += float((rest - m * (a * (whole - half) + b * half)).sum())
-    return change
+        change = change + (rest - m * (a * (whole - half) + b * half)).sum()
+    return float(change)
 
 
 @dataclass
@@ -119,8 +119,10 @@ class RunningHalves:
             self.sums = [{name: torch.zeros_like(value) for name, value in half.items()} for half in halves]
         self.weight = self.gradient_ema * self.weight + 1 - self.gradient_ema
         for total, half in zip(self.sums, halves, strict=True):
-            for name, value in half.items():  # a resumed run's sums come from a file, on the CPU
-                total[name] = total[name].to(value.device).lerp_(value, 1 - self.gradient_ema)
+            for name, value in half.items():
+                if total[name].device != value.device:  # a resumed run's sums come from a file, on the CPU
+                    total[name] = total[name].to(value.device)
+                total[name].lerp_(value, 1 - self.gradient_ema)
         first, second = ({name: value / self.weight for name, value in total.items()} for total in self.sums)
         return first, second
 

@@ -45,12 +45,13 @@ def pair_mean(values: Float[Tensor, "N N"], selected: Bool[Tensor, "N N"], promp
     rows and columns of a prompt. `num_samples` counts completions, dof = P - 1. If nothing is selected the value is
     nan; if nothing is left without some prompt the stderr is nan.
     """
-    sums = _prompt_block_sums(values.double().where(selected, 0.0), prompt_index)
-    counts = _prompt_block_sums(selected.double(), prompt_index)
+    one_hot = _one_hot(prompt_index)
+    sums = _prompt_block_sums(values.double().where(selected, 0.0), one_hot)
+    counts = _prompt_block_sums(selected.double(), one_hot)
     left_out = _without_each(sums) / _without_each(counts)
     variance = jackknife_covariance(left_out[:, None])
-    value = float(sums.sum() / counts.sum())
-    return Estimate(value, float(variance.sqrt()), float(len(sums) - 1), len(prompt_index))
+    value, stderr = torch.stack([sums.sum() / counts.sum(), variance.sqrt().squeeze()]).tolist()
+    return Estimate(value, stderr, float(len(sums) - 1), len(prompt_index))
 
 
 def kernel_means(
@@ -88,12 +89,13 @@ def permuted_prompts(
     """A permutation test of whether pairs from one prompt differ from pairs from two prompts.
 
     Prompt labels are permuted over completions. `p_value` = (1 + permutations at least as large) / (1 + permutations),
-    one-sided, exact under exchangeability. `generator` is the caller's own, on the CPU. Cost O(N^2) per permutation.
+    one-sided, exact under exchangeability. `generator` is the caller's own, on the CPU. Cost O(N^2) per permutation;
+    the host reads all differences at once.
     """
-    observed = _prompt_difference(values, prompt_index)
     orders = [torch.randperm(len(prompt_index), generator=generator) for _ in range(num_permutations)]
-    permuted = [_prompt_difference(values, prompt_index[order.to(prompt_index.device)]) for order in orders]
-    null = torch.tensor(permuted, dtype=torch.float64)
+    permuted = prompt_index[torch.stack(orders).to(prompt_index.device)]
+    differences = torch.stack([_prompt_difference(values, labels) for labels in (prompt_index, *permuted)]).cpu()
+    observed, null = float(differences[0]), differences[1:]
     at_least = int((null >= observed).sum())
     return PromptNull(observed, float(null.mean()), float(null.std()), (1 + at_least) / (1 + num_permutations))
 
@@ -109,11 +111,12 @@ def length_correlation(
     cross = prompt_index[:, None] != prompt_index
     x, y = num_tokens.double().outer(num_tokens.double()), values.double().where(cross, 0.0)
     features = [torch.ones_like(x), x, y, x * x, x * y, y * y]
-    sums = torch.stack([_prompt_block_sums(feature.where(cross, 0.0), prompt_index) for feature in features], -1)
+    one_hot = _one_hot(prompt_index)
+    sums = torch.stack([_prompt_block_sums(feature.where(cross, 0.0), one_hot) for feature in features], -1)
     left_out = _correlation(_without_each(sums))
     variance = jackknife_covariance(left_out[:, None])
-    whole = _correlation(sums.sum((0, 1)))
-    return Estimate(float(whole), float(variance.sqrt()), float(len(sums) - 1), len(prompt_index))
+    value, stderr = torch.stack([_correlation(sums.sum((0, 1))), variance.sqrt().squeeze()]).tolist()
+    return Estimate(value, stderr, float(len(sums) - 1), len(prompt_index))
 
 
 def _pair_masks(prompt_index: Int[Tensor, "N"], rewards: Float[Tensor, "N"] | None) -> dict[str, Bool[Tensor, "N N"]]:
@@ -129,21 +132,29 @@ def _pair_masks(prompt_index: Int[Tensor, "N"], rewards: Float[Tensor, "N"] | No
     return masks
 
 
-def _prompt_block_sums(values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"]) -> Float[Tensor, "P P"]:
-    prompts, position = prompt_index.unique(return_inverse=True)
-    one_hot = torch.nn.functional.one_hot(position, len(prompts)).double()
+def _one_hot(prompt_index: Int[Tensor, "N"]) -> Float[Tensor, "N P"]:
+    return (prompt_index[:, None] == prompt_index.unique()).double()
+
+
+def _prompt_block_sums(values: Float[Tensor, "N N"], one_hot: Float[Tensor, "N P"]) -> Float[Tensor, "P P"]:
     return one_hot.T @ values @ one_hot
 
 
 def _without_each(sums: Float[Tensor, "P P *K"]) -> Float[Tensor, "P *K"]:
     """For each prompt p, the total over all pairs of prompts without p."""
-    own = sums[range(len(sums)), range(len(sums))]
+    own = sums.diagonal(dim1=0, dim2=1).movedim(-1, 0)
     return sums.sum((0, 1)) - sums.sum(0) - sums.sum(1) + own
 
 
-def _prompt_difference(values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"]) -> float:
+def _prompt_difference(values: Float[Tensor, "N N"], prompt_index: Int[Tensor, "N"]) -> Float[Tensor, ""]:
     masks = _pair_masks(prompt_index, None)
-    return float(values[masks["same_prompt"]].mean() - values[masks["cross_prompt"]].mean())
+    same, cross = (_mean(values, masks[name]) for name in ("same_prompt", "cross_prompt"))
+    return same - cross
+
+
+def _mean(values: Float[Tensor, "N N"], selected: Bool[Tensor, "N N"]) -> Float[Tensor, ""]:
+    """As `values[selected].mean()`, for which the host would have to know how many there are."""
+    return values.double().where(selected, 0.0).sum() / selected.sum()
 
 
 def _correlation(sums: Float[Tensor, "*P six"]) -> Float[Tensor, "*P"]:

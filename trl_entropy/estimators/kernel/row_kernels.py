@@ -101,7 +101,7 @@ class SketchedRows(Consumer):
         metric = self.metric[name].flatten()
         for part, grads in gradients.chunks():
             sketched = self.sketch.block(grads.flatten(1), name, metric)
-            self.values.index_add_(0, rows[part].to(self.values.device), sketched)
+            self.values.index_add_(0, rows[part], sketched)
 
 
 class ParameterNorms(Consumer):
@@ -125,4 +125,4 @@ class ParameterNorms(Consumer):
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         norms = gradients.squared_norms(self.metric[name])
-        self.values[self._numbers[name]].index_add_(0, rows.to(self.values.device), norms.to(self.values))
+        self.values[self._numbers[name]].index_add_(0, rows, norms.to(self.values))

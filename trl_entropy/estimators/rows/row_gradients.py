@@ -37,8 +37,16 @@ class Grouping:
     members: Int[Tensor, "R G"] | None = None
     is_member: Bool[Tensor, "R G"] | None = None
 
+    def on(self, device: torch.device) -> "Grouping":
+        """The same on the device of the gradients, moved once and not again for each parameter."""
+        if self.members is None or self.is_member is None:
+            return Grouping(self.num_sequences, self.numbers.to(device))
+        moved = (tensor.to(device) for tensor in (self.numbers, self.members, self.is_member))
+        return Grouping(self.num_sequences, *moved)
+
     @classmethod
     def of(cls, rows: Int[Tensor, " B"]) -> "Grouping":
+        """On the CPU, where the numbers are looked at: one copy from the device, if they are on one."""
         rows = rows.cpu()
         wanted = (rows >= 0).nonzero().squeeze(1)
         in_order, run_lengths = rows.unique_consecutive(return_counts=True)
@@ -63,9 +71,8 @@ class Grouping:
         grads = grads.reshape(num_rows, -1, grads.shape[-1])
         if self.members is None or self.is_member is None:
             return inputs, grads
-        members, is_member = self.members.to(grads.device), self.is_member.to(grads.device)
-        grads = grads[members].where(is_member[:, :, None, None], 0.0)
-        return inputs[members].flatten(1, 2), grads.flatten(1, 2)
+        grads = grads[self.members].where(self.is_member[:, :, None, None], 0.0)
+        return inputs[self.members].flatten(1, 2), grads.flatten(1, 2)
 
 
 class RowGradients(abc.ABC):

@@ -26,7 +26,10 @@ class Consumer:
         """Called before each micro-batch, with the numbers of its rows, on the CPU and each once."""
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
-        """Called with each parameter's gradients for these rows; parameters come in any order."""
+        """
+        Called with each parameter's gradients for these rows; parameters come in any order. The numbers are on the
+        device of `bind`, and nothing here may make the host wait for it: there are as many calls as parameters.
+        """
         raise NotImplementedError
 
 
@@ -66,7 +69,7 @@ class SquaredNorms(Consumer):
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         norms = gradients.squared_norms(self.metric and self.metric[name])
-        self.values.index_add_(0, rows.to(self.values.device), norms.to(self.values))
+        self.values.index_add_(0, rows, norms.to(self.values))
 
 
 class DotProducts(Consumer):
@@ -96,7 +99,7 @@ class DotProducts(Consumer):
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         dots = gradients.dots([vector[name] for vector in self.vectors])
-        self.values.index_add_(1, rows.to(self.values.device), dots.to(self.values))
+        self.values.index_add_(1, rows, dots.to(self.values))
 
 
 class RowTotal(Consumer):
@@ -165,24 +168,20 @@ class Rows(Consumer):
         self._is_sum = bool(written.any())
         if self._is_sum and self.out is not None:
             self.values[rows[~written].to(self.values.device)] = 0
-        self._is_range = bool((rows.diff() == 1).all())
+        # The first number where the others follow it, so that rows are written by a slice
+        self._first = int(rows[0]) if rows.numel() and bool((rows.diff() == 1).all()) else None
         self._written[rows] = True
 
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         block = self._blocks[name]
         for part, grads in gradients.chunks():
             scaled = grads if self.scale is None else grads * self.scale[name].to(grads.dtype)
-            self._write(block, rows[part], scaled)
-
-    def _write(
-        self, block: Float[Tensor, "N *shape"], rows: Int[Tensor, " R"], grads: Float[Tensor, "R *shape"]
-    ) -> None:
-        if self._is_sum:
-            block.index_add_(0, rows.to(block.device), grads.to(block.dtype))
-        elif self._is_range:
-            block[int(rows[0]) : int(rows[-1]) + 1] = grads
-        else:
-            block.index_copy_(0, rows.to(block.device), grads.to(block.dtype))
+            if self._is_sum:
+                block.index_add_(0, rows[part], scaled.to(block.dtype))
+            elif self._first is not None:
+                block[self._first + part.start : self._first + part.stop] = scaled
+            else:
+                block.index_copy_(0, rows[part], scaled.to(block.dtype))
 
 
 class HalfProducts(Consumer):
@@ -208,7 +207,7 @@ class HalfProducts(Consumer):
     def add(self, name: str, gradients: RowGradients, rows: Int[Tensor, " R"]) -> None:
         whole = gradients.whole
         products = (whole[0::2] * whole[1::2]).flatten(1).sum(dim=1)
-        self.values.index_add_(0, (rows[0::2] // 2).to(self.values.device), products.to(self.values))
+        self.values.index_add_(0, rows[0::2] // 2, products.to(self.values))
 
 
 class Several(Consumer):
