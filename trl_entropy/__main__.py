@@ -7,10 +7,12 @@ import sys
 
 COMMANDS = {
     "convert-gguf": "turn a GGUF file into a folder that training can start from",
+    "new": "write a folder with a task that runs: problems, a reward, a metric, a config and a test",
     "sft": "fine-tune a model on demonstrations, as the start of RL training",
     "train": "train with the settings of a config file (with accelerate launch for more than one process)",
     "doctor": "check a run before it starts: batch plan, memory, disk space, problems and what to do about them",
     "evaluate": "evaluate a run's checkpoints: pass@k, greedy accuracy, lengths and entropy, with intervals",
+    "best": "say which evaluated checkpoint is the best, and which others cannot be told from it",
     "report": "draw the figures of a run and write an HTML page about it",
     "archive": "copy a run to s3:// or another store, and verify the copy",
     "experiment": "test the estimators on a checkpoint of a run",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import types
@@ -24,6 +25,7 @@ from trl_entropy.config.command_line import parse, parse_sft
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.preflight import Plan, full_report
 from trl_entropy.preflight.checks import findings
+from trl_entropy.preflight.cost_report import size_lines
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.fine_tuning import fine_tuning_findings, fine_tuning_report
 from trl_entropy.preflight.hardware import Hardware, named_hardware, this_machine
@@ -69,12 +71,19 @@ def _options() -> argparse.ArgumentParser:
     add("--cpu", action="store_true", help="as for `accelerate launch`")
     add("--sft", action="store_true", help="check a run of `trl-entropy sft` instead of `trl-entropy train`")
     add("--hardware", help="the machine of the run if it is not this one, such as 2xH100-80GB or cpu-16GB")
+    add(
+        "--machines",
+        type=int,
+        help="The run has this many machines like that of --hardware, with one process for each GPU. The report then "
+        "also has the time and the memory of models of 1.5, 7 and 32 billion parameters.",
+    )
     return parser
 
 
 def diagnose(options: argparse.Namespace, settings: list[str]) -> tuple[list[str], list[Finding]]:
     """The report on a run with these settings, and the problems and notes that were found."""
     try:
+        _check_machines(options)
         hardware = named_hardware(options.hardware) if options.hardware else this_machine()
         launch = _launch(options, hardware)
     except (ValueError, OSError) as error:
@@ -89,15 +98,37 @@ def diagnose(options: argparse.Namespace, settings: list[str]) -> tuple[list[str
     plan = Plan(task, args, model, launch, hardware, _shape(model, hardware, found))
     if options.sft:
         return fine_tuning_report(plan), found + fine_tuning_findings(plan)
-    return full_report(plan), found + findings(plan)
+    sizes = section("Other sizes on this hardware", size_lines(plan)) if options.machines else []
+    return full_report(plan) + sizes, found + findings(plan)
+
+
+def _check_machines(options: argparse.Namespace) -> None:
+    if options.machines is None:
+        return
+    if options.machines < 1:
+        raise ValueError(f"--machines is {options.machines}; use 1 or more.")
+    if not options.hardware:
+        raise ValueError("--machines says how many machines like that of --hardware there are; give --hardware too.")
 
 
 def _launch(options: argparse.Namespace, hardware: Hardware) -> Launch:
+    if options.machines:
+        return _launch_on_machines(options, hardware)
     if options.accelerate_config:
         return read_accelerate_config(options.accelerate_config, options.num_processes, options.cpu)
     # Without options for the launcher: one process on this machine, one per GPU on a machine given by --hardware.
     devices = 1 if hardware.is_this_machine and options.num_processes is None else hardware.num_devices
     return launch_from_options(devices, options.num_processes, options.cpu)
+
+
+def _launch_on_machines(options: argparse.Namespace, hardware: Hardware) -> Launch:
+    """One process for each GPU of all machines, unless --num_processes says how many; the engine is the file's."""
+    number = options.num_processes or max(1, hardware.num_devices) * options.machines
+    if options.accelerate_config:
+        launch = read_accelerate_config(options.accelerate_config, number, options.cpu)
+    else:
+        launch = launch_from_options(number, number, options.cpu)
+    return dataclasses.replace(launch, num_machines=min(options.machines, launch.num_processes))
 
 
 def _parsed(

@@ -34,6 +34,7 @@ from trl_entropy.evaluation.plan import (
     Settings,
     Target,
     caveat_of,
+    check_functions,
     difference,
     read_config,
     samplers_used,
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         "what generates the completions; auto takes what the run's checkpoints were evaluated with before, else vllm "
         "if it is installed and there is a GPU (default: auto)"
     )
+    imports = "import the files with functions of one's own that the run was trained with, which runs them"
+    add("--import_functions", "--import-functions", action="store_true", help=imports)
     add("--sampler", choices=["auto", TRANSFORMERS, VLLM], default="auto", help=samplers)
     return parser
 
@@ -148,6 +151,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
 def _evaluate_all(args: argparse.Namespace) -> None:
     config = read_config(args.run)
     args.profile = args.profile or _profile_of(config)
+    changed = check_functions(args.run, config, args.import_functions)
     settings, targets = _settings(args, config), targets_of(args.run, config, args.checkpoints)
     folder = args.run / "evaluation"
     check_writable(folder)
@@ -155,7 +159,7 @@ def _evaluate_all(args: argparse.Namespace) -> None:
     discard_stale(args.run)
     todo = {target: why for target in targets if (why := _why(args, target, settings))}
     _say_plan(args, settings, targets, todo)
-    if caveat := caveat_of(config):
+    for caveat in filter(None, (changed, caveat_of(config))):
         print(f"Warning: {caveat}.", flush=True)
     progress, device = Progress(len(todo)), _device(args, config)
     failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, device)]

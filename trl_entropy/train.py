@@ -26,7 +26,16 @@ from trl_entropy.runs.console import describe_evaluation, plain_text, quiet_libr
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import check_writable, describe, ending_in_one_line, remedy
-from trl_entropy.tasks.arguments import TaskArguments, load_task, tools_of
+from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.completion_functions import (
+    metric_functions,
+    planned_functions,
+    reward_functions,
+    training_files,
+    tried,
+)
+from trl_entropy.tasks.named import files_of
+from trl_entropy.tasks.registry import load_task, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,25 +49,32 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     """Build the trainer from the settings: with model, data and reward functions."""
     from trl import get_peft_config, get_quantization_config
 
-    from trl_entropy.tasks import rewards
     from trl_entropy.trainer.dataset_checks import check_datasets
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
     train_dataset, eval_dataset = load_task(task, tokenizer_of(args, model), args.seed)
     check_datasets(args, train_dataset, eval_dataset)
+    functions, metrics = reward_functions(task), metric_functions(task)
+    episodes = task_of(task).episodes(task)
+    tried(functions + metrics, list(train_dataset.select(range(min(3, len(train_dataset))))))
     policy, tokenizer = load_policy(args, model)
     trainer = DrGRPOTrainer(
         model=policy,
-        reward_funcs=[getattr(rewards, function) for function in task.reward_funcs],
+        reward_funcs=[one.function for one in functions],
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model) if isinstance(policy, str) else None,
-        tools=tools_of(task) or None,
+        tools=episodes.tools or None,
+        environment_factory=episodes.environment_factory,
+        metric_funcs=metrics,
     )
-    trainer.run_log.settings = {**dataclasses.asdict(task), **model_settings(model)}
+    trainer.function_files = training_files(task)
+    files = files_of(task.own_functions())
+    own = {"function_files": files} if files else {}
+    trainer.run_log.settings = {**dataclasses.asdict(task), **model_settings(model), **own}
     return trainer
 
 
@@ -110,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         task, args, model = parse(argv)
-        settings = contract_settings(args, reward_funcs=task.reward_funcs, dtype=None)
+        settings = contract_settings(args, **planned_functions(task), dtype=None)
         found = checkpoints.check_before_loading(
             args.resume_from_checkpoint, Path(args.output_dir), settings, args.resume_allow_changes
         )
@@ -167,6 +183,8 @@ def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) 
     """Log the short report of `trl-entropy doctor`: batch plan, memory and disk, problems; training starts anyway."""
     from trl_entropy.preflight import short_report
 
+    for name in task.own_functions():
+        logging.getLogger("trl_entropy").info("imported %s", name)
     for line in short_report(task, args, model):
         logging.getLogger("trl_entropy").info(line)
 

@@ -120,7 +120,7 @@ def left(tmp_path_factory, model) -> tuple[Planted, dict[str, bytes]]:
         "a value": output_of(train.main, *given, "--lr_scheduler_kwargs", f"[{wrong}"),
         "a setting": output_of(train.main, *given, "--note", wrong),
         "a choice": output_of(train.main, *given, "--entropy_attribution", wrong),
-        "a dataset": output_of(train.main, *given, "--task", "gsm8k", "--dataset_path", wrong),
+        "a dataset": output_of(train.main, *given, "--task", "gsm8k", "--dataset_name", wrong),
         "a model": output_of(train.main, *given, "--model_name_or_path", wrong),
         "a report": output_of(report.main, folder / in_a_name),
         "an evaluation": output_of(evaluate.main, "--run", folder / in_a_name),

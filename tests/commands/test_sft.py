@@ -186,7 +186,7 @@ def test_errors_of_the_command_come_before_anything_is_loaded(tmp_path, more, me
     (["--max_length", "5"], "no demonstration fits into max_length=5 tokens"),
     (["--num_demonstrations", "0"], "num_demonstrations is 0; use 1 or more"),
     (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0; use 1 or more"),
-    (["--task", "gsm8k", "--dataset_path", "data/gsm8k"], "there is no file or folder data/gsm8k"),
+    (["--task", "gsm8k", "--dataset_name", "data/gsm8k"], "there is no file or folder data/gsm8k"),
 ])  # fmt: skip
 def test_a_mistake_ends_in_one_line(random_model, tmp_path, more, message):
     arguments = ["--config", str(SFT_CONFIG), "--model_name_or_path", random_model, "--output_dir", str(tmp_path)]

@@ -111,12 +111,12 @@ LINE = json.dumps({"question": "How many?", "answer": "#### %s"}) + "\n"
 @pytest.mark.parametrize("more, files, message", [
     (["--num_eval_problems", "0"], {}, "num_eval_problems is 0; use 1 or more.*eval_strategy=no"),
     (["--num_train_problems", "1"], {}, "num_train_problems is 1, but a step draws 2 different prompts"),
-    (["--dataset_path", "data/gsm8k"], {}, "dataset_path is 'data/gsm8k', but nothing reads it: task is"),
-    (["--task", "gsm8k", "--dataset_path", "data/gsm8k"], {}, "there is no file or folder data/gsm8k"),
-    (["--task", "gsm8k", "--dataset_path", "."], {"train.jsonl": LINE % 5}, "no file or folder test.jsonl"),
-    (["--task", "gsm8k", "--dataset_path", "d.jsonl"], {"d.jsonl": LINE % "1,5"}, "d.jsonl, line 1: the answer must"),
-    (["--task", "gsm8k", "--dataset_path", "d.jsonl"], {"d.jsonl": LINE % 5}, r"train_dataset has 1 prompt[,;. ]"),
-    (["--task", "gsm8k", "--dataset_path", "d.jsonl", "--max_prompt_length", "9"], {"d.jsonl": (LINE % 5) * 4},
+    (["--dataset_name", "data/gsm8k"], {}, "dataset_name is 'data/gsm8k', but nothing reads it: task is"),
+    (["--task", "gsm8k", "--dataset_name", "data/gsm8k"], {}, "there is no file or folder data/gsm8k"),
+    (["--task", "gsm8k", "--dataset_name", "."], {"train.jsonl": LINE % 5}, "no file or folder test.jsonl"),
+    (["--task", "gsm8k", "--dataset_name", "d.jsonl"], {"d.jsonl": LINE % "1,5"}, "d.jsonl, line 1: the answer must"),
+    (["--task", "gsm8k", "--dataset_name", "d.jsonl"], {"d.jsonl": LINE % 5}, r"train_dataset has 1 prompt[,;. ]"),
+    (["--task", "gsm8k", "--dataset_name", "d.jsonl", "--max_prompt_length", "9"], {"d.jsonl": (LINE % 5) * 4},
      "no prompt of 4 fits into max_prompt_length=9"),
     (["--output_dir", "d.jsonl/run"], {"d.jsonl": ""}, "Not a directory: 'd.jsonl/run'"),
     (["--model_name_or_path", "nobody/nothing"], {}, "nobody/nothing"),
@@ -137,7 +137,7 @@ def test_a_mistake_ends_in_one_line_before_a_model_is_loaded(tmp_path, more, fil
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--reward_funcs", "tag_prefer"], "tag_prefer.*use any of tag_pref, tag_math_correct, format_reward"),
+    (["--reward_funcs", "tag_prefer"], "there is no .tag_prefer.; is tag_pref meant"),
     (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout is 0.1.*Set lora_dropout=0"),
     (["--entropy_probe", "True", "--top_k", "50"], "entropy_probe: .*top_k=50 changes it.*Set top_k=0"),
     (["--entropy_probe", "True", "--mask_truncated_completions", "True"], "mask_truncated_completions=True drops"),
@@ -273,7 +273,7 @@ def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
         pytest.skip("no ../shared/data/gsm8k beside this checkout: the records are not part of the repository")
 
     arguments = settings(
-        REPOSITORY / "configs" / "gsm8k-embedded.yaml", tmp_path, "--max_steps", "2", "--dataset_path", str(GSM8K),
+        REPOSITORY / "configs" / "gsm8k-embedded.yaml", tmp_path, "--max_steps", "2", "--dataset_name", str(GSM8K),
         "--num_train_problems", "16", "--use_peft", "--lora_r", "4", "--entropy_probe_every", "1",
         "--entropy_probe_completions", "held_out", "--entropy_probe_num_completions", "8",
     )  # fmt: skip

@@ -96,11 +96,11 @@ def test_texts_stand_for_what_they_spell(read):
 
 def test_home_is_found_in_every_path(read, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "x.yaml").write_text("task: gsm8k\ndataset_path: ~/data\n")
+    (tmp_path / "x.yaml").write_text("task: gsm8k\ndataset_name: ~/data\n")
     task, args, model = parse(
         ["--config", "~/x.yaml", "--output_dir", "~/run", "--model_name_or_path=~/model", *ON_CPU]
     )
-    found = (task.dataset_path, args.output_dir, model.model_name_or_path)
+    found = (task.dataset_name, args.output_dir, model.model_name_or_path)
     assert found == tuple(str(tmp_path / name) for name in ("data", "run", "model"))
 
 
@@ -142,7 +142,7 @@ REFUSED = [
     ("lr_scheduler_kwargs: abc\n", "lr_scheduler_kwargs is 'abc'; a map of names to values"),
     ("lr_scheduler_kwargs: '{min_lr: 1'\n", "lr_scheduler_kwargs is .*; no JSON"),
     ("env: 3\n", "env is 3; names of variables"),
-    ("reward_funcs: []\n", "reward_funcs: .*use any of tag_pref"),
+    ("reward_funcs: []\n", "reward_funcs is empty; name a function, such as tag_pref"),
     ("reward_weights: [1, 2]\n", r"reward_weights has 2 numbers, reward_funcs 1"),
     ("per_device_train_batch_size: 0\n", "per_device_train_batch_size is 0; use 1 or more"),
     ("temperature: 0\n", "temperature is 0; use above 0"),
@@ -216,11 +216,12 @@ def test_fields_that_need_something_turned_on():
     assert {"entropy_attribution", "entropy_probe_every", "fisher_num_sequences", "entropy_control_gain"} <= set(
         READERS
     )
-    assert {"dataset_path", "max_prompt_length", "lora_r", "max_resample_rounds", "evaluate_profile"} <= set(READERS)
+    assert {"dataset_name", "max_prompt_length", "lora_r", "max_resample_rounds", "evaluate_profile"} <= set(READERS)
     assert not {"entropy_probe", "task", "probe_batch_size", "kl_every", "use_peft"} & set(READERS)
 
 
-@pytest.mark.parametrize("name", READERS)
+# A dataset_name says what the task is, where none is named.
+@pytest.mark.parametrize("name", [name for name in READERS if name != "dataset_name"])
 def test_a_setting_that_nothing_reads_is_refused_by_name(name, tmp_path):
     """The default may be given; another value is refused while its toggle is off, in a file and in a script."""
     by_name = {field.name: (parsed, field) for parsed in PARSED for field in dataclasses.fields(parsed)}
@@ -239,6 +240,14 @@ def test_a_setting_that_nothing_reads_is_refused_by_name(name, tmp_path):
     if default is not None and name != "lora_dropout":  # RL has another default than TRL
         path.write_text(yaml.safe_dump({name: default}))
         parse(flags)
+
+
+def test_a_dataset_is_the_task_or_is_refused(read):
+    text = "dataset_name: mine.jsonl\nprompt_column: question\n" + yaml.safe_dump(STEP)
+    task = read(text)[0]
+    assert (task.task, task.dataset_name, task.prompt_column) == ("dataset", "mine.jsonl", "question")
+    assert "task is 'word_problems'" in refusal(lambda: read("task: word_problems\n" + text))
+    assert "dataset_name is not set" in refusal(lambda: read("task: dataset\n" + yaml.safe_dump(STEP)))
 
 
 SECOND_LEVEL = {name: reader for name, reader in READERS.items() if reader.others}
@@ -298,10 +307,10 @@ def test_the_command_line_may_leave_settings_of_a_file_unread(read):
 def test_what_the_command_line_turns_off_is_left_out(read):
     """A toggle may be turned off without taking its settings out of the file."""
     text = "entropy_probe: true\nentropy_probe_every: 5\nentropy_attribution: token\n" + yaml.safe_dump(STEP)
-    text += "task: gsm8k\ndataset_path: my.jsonl\n"
+    text += "task: gsm8k\ndataset_name: my.jsonl\n"
     task, args, _ = read(text, "--entropy_probe", "false", "--task", "word_problems")
     assert (args.entropy_probe, args.entropy_probe_every, args.entropy_attribution) == (False, 1, "none")
-    assert task.dataset_path == "openai/gsm8k"
+    assert task.dataset_name is None
     assert read(text)[1].entropy_attribution == "token"
     assert "entropy_probe_every is 5" in refusal(lambda: read(text.replace("probe: true", "probe: false")))
     flags = ("--entropy_probe", "false", "--entropy_probe_every", "3")

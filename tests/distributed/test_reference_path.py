@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k"
 RUN_MODULE = Path(__file__).with_name("run_module.py")
 # Sizes only; everything else is what a person with two H100s runs.
-SIZES = ["--dataset_path", str(GSM8K), "--max_prompt_length", "600"]
+SIZES = ["--dataset_name", str(GSM8K), "--max_prompt_length", "600"]
 SIZES += ["--bf16", "False", "--dtype", "float32", "--use_cpu", "True"]
 SFT_SIZES = [
     "--num_demonstrations",

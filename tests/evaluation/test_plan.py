@@ -202,11 +202,11 @@ def test_a_run_that_does_not_say_its_task(run):
 
 @pytest.mark.parametrize("text, message", [
     ("a: [1", "damaged: while parsing"), ("", "damaged: it holds no settings"), ("- 1", "it holds no settings"),
-    (b"task: \xff", "damaged: 'utf-8' codec"), ("task: chess", "task: chess, but only word_problems and gsm8k"),
+    (b"task: \xff", "damaged: 'utf-8' codec"), ("task: chess", "task: chess; it must be one of word_problems, gsm8k"),
     ("task: gsm8k\nseed: 0", "max_completion_length: None; it must be"),
     ("task: gsm8k\nmax_completion_length: 9\nseed: x", "seed: x; it must be"),
-    ("task: gsm8k\nmax_completion_length: 9\nseed: 0\nreward_funcs: [own]", "a list with names out of tag_pref"),
-    ("task: gsm8k\nmax_completion_length: 9\nseed: 0\ndataset_path: /gone.jsonl", "there is no file or folder /gone"),
+    ("task: gsm8k\nmax_completion_length: 9\nseed: 0\nreward_funcs: [own]", "there is no 'own'; use tag_pref"),
+    ("task: gsm8k\nmax_completion_length: 9\nseed: 0\ndataset_name: /gone.jsonl", "there is no file or folder /gone"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_read_ends_in_one_line(run, asked, text, message):
     (run / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())

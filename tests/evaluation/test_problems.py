@@ -13,7 +13,7 @@ from trl_entropy.evaluation.problems import held_out_problems
 
 def settings_with(path, **chosen):
     config = {name: value for name, value in CONFIG.items() if name != "reward_funcs"}
-    return settings_of(config | {"task": "gsm8k", "dataset_path": str(path)}, PROFILES["quick"], **chosen)
+    return settings_of(config | {"task": "gsm8k", "dataset_name": str(path)}, PROFILES["quick"], **chosen)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_smaller_selection_is_part_of_a_larger_one(write):
 def test_a_question_twice_is_refused_before_anything_is_generated(write, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_entropy.evaluate.run_job", lambda *job: pytest.fail("begun"))
     path = write(["How many?", "How much?", "How many?", "How old?", "How old?"])
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"task": "gsm8k", "dataset_path": str(path)}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"task": "gsm8k", "dataset_name": str(path)}))
     with pytest.raises(SystemExit) as ended:
         main(["--run", str(tmp_path)])
     said = str(ended.value)

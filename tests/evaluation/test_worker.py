@@ -75,7 +75,7 @@ def test_a_failure_is_said_in_one_line(job, tmp_path, capsys, monkeypatch):
 def test_data_that_cannot_be_read_is_said_before_the_model_is_loaded(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(worker, "quiet_libraries", lambda: None)
     monkeypatch.setattr(worker, "load_policy", lambda *given: pytest.fail("loaded"))
-    task = {"task": "gsm8k", "dataset_path": str(tmp_path / "gone.jsonl")}
+    task = {"task": "gsm8k", "dataset_name": str(tmp_path / "gone.jsonl")}
     with pytest.raises(SystemExit):
         worker.run(replace(job, settings=replace(job.settings, task=task)).to_json())
     assert capsys.readouterr().out.startswith("failed there is no file or folder")

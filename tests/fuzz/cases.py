@@ -128,9 +128,9 @@ def try_data(command: str, text: bytes) -> str | None:
     def read() -> None:
         try:
             if command == "train":
-                load_task(TaskArguments(task="gsm8k", dataset_path="data.jsonl"), build_tokenizer(), seed=0)
+                load_task(TaskArguments(task="gsm8k", dataset_name="data.jsonl"), build_tokenizer(), seed=0)
             else:
-                task = DemonstrationArguments(task="gsm8k", dataset_path="data.jsonl")
+                task = DemonstrationArguments(task="gsm8k", dataset_name="data.jsonl")
                 load_demonstrations(task, build_tokenizer(), seed=0)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             sys.exit(one_line(error))

@@ -134,14 +134,14 @@ def test_main_exits_with_1_on_a_problem_and_0_without(tmp_path, capsys):
         ([*ON_CPU, "--model_name_or_path", "nobody/nothing"], "no folder here.*Give a folder"),
         ([*ON_CPU, "--model_name_or_path", "Qwen/Qwen2.5-0.5B"], "weights of Qwen.*HF_HUB_OFFLINE=1.*Download"),
         ([*ON_CPU, *LORA, "--lora_dropout", "0", "--lora_target_modules", "nothing"], "cannot be built.*nothing"),
-        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing"], "no file or folder missing.*train.jsonl"),
-        ([*ON_CPU, "--task", "gsm8k", "--dataset_path", "data/gsm8k"], "there is no file or folder data/gsm8k"),
+        ([*ON_CPU, "--task", "gsm8k", "--dataset_name", "./missing"], "no file or folder missing.*train.jsonl"),
+        ([*ON_CPU, "--task", "gsm8k", "--dataset_name", "data/gsm8k"], "there is no file or folder data/gsm8k"),
         ([*ON_CPU, "--num_train_problems", "3", "--num_prompts_per_step", "4"], "is 3, but a step draws 4 different"),
         ([*ON_CPU, "--num_eval_problems", "0"], "num_eval_problems is 0; use 1 or more"),
         ([*ON_CPU, *PROBED, "--num_train_problems", "8"], "draws 8 prompts beside the 1 of a step, and .* has 8"),
         ([*ON_CPU, "--entropy_attribution", "token"], "entropy_attribution is 'token', but nothing reads it"),
         ([*ON_CPU, "--output_dir", "README.md/run"], "README.md is a file. Choose another output_dir"),
-        (["--sft", *ON_CPU, "--task", "gsm8k", "--dataset_path", "data/x", *GPUS[2:4]], "no file or folder data/x"),
+        (["--sft", *ON_CPU, "--task", "gsm8k", "--dataset_name", "data/x", *GPUS[2:4]], "no file or folder data/x"),
         ([*ON_CPU, "--resume_from_checkpoint", "./missing"], "missing is no checkpoint"),
         ([*ON_CPU, "--cpu", "--num_processes", "2"], "asks for 2 processes and starts ONE.*MULTI_GPU"),
         ([*ON_CPU, "--optimizer_state_probe", "true", "--optim", "sgd"], "reads Adam's moments, but optim is sgd"),
@@ -174,7 +174,7 @@ def test_training_without_float32_values_is_noted(diagnose, launch, more, notes)
 
 def test_records_are_read_as_training_will(tmp_path, diagnose):
     (tmp_path / "few.jsonl").write_text('{"question": "q", "answer": "#### 5"}\n' * 3)
-    records = [*ON_CPU, "--task", "gsm8k", "--dataset_path", tmp_path / "few.jsonl"]
+    records = [*ON_CPU, "--task", "gsm8k", "--dataset_name", tmp_path / "few.jsonl"]
     assert problems(diagnose(*records)[1]) == []
     for more, message in (
         (["--num_prompts_per_step", "4"], r"train_dataset has 3 prompts, but a step draws 4"),
@@ -295,7 +295,7 @@ def write_run(folder: Path, num_processes: int = 1, step: int = 0) -> None:
 
 def test_directory_in_use_hides_no_other_problem(tmp_path, diagnose):
     write_run(tmp_path / "run")
-    report, found = diagnose(*ON_CPU, "--task", "gsm8k", "--dataset_path", "./missing")
+    report, found = diagnose(*ON_CPU, "--task", "gsm8k", "--dataset_name", "./missing")
     assert re.search("already holds a run.*--resume_from_checkpoint", str(found[0]))
     assert len(problems(found)) == 2
     assert "holds a run of 10 steps, newest checkpoint" in " ".join(report.split())

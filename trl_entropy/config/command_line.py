@@ -12,6 +12,7 @@ from trl import ModelConfig, TrlParser
 
 from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.help import help_text
 from trl_entropy.config.number_checks import check_numbers
 from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings, sentence
 from trl_entropy.config.unread import check_given, readers_of, turned_off
@@ -19,22 +20,19 @@ from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.tasks.arguments import REWARDS, TaskArguments, check_agent_task, check_problem_numbers
+from trl_entropy.tasks.arguments import TaskArguments, check_problem_numbers, implied_task
+from trl_entropy.tasks.completion_functions import metric_functions, reward_functions
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
+from trl_entropy.tasks.registry import check_task
 
 
 def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, ModelConfig]:
     """Read the command line and its `--config` file; every error in a setting is raised here, before any loading."""
-    parser = _Parser([TaskArguments, DrGRPOConfig, ModelConfig])
+    parser = _Parser([TaskArguments, DrGRPOConfig, ModelConfig], "trl-entropy train")
     # tqdm is off by default once transformers is silenced.
     parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL, disable_tqdm=False)
     task, args, model = parser.read(argv)
-    unknown = [name for name in task.reward_funcs if name not in REWARDS]
-    if unknown or not task.reward_funcs:
-        raise ValueError(
-            f"reward_funcs: {unknown} are not among the rewards of trl_entropy.tasks.rewards; "
-            f"use any of {', '.join(REWARDS)}."
-        )
+    reward_functions(task), metric_functions(task)
     if args.reward_weights is not None and len(args.reward_weights) != len(task.reward_funcs):
         raise ValueError(
             f"reward_weights has {counted(len(args.reward_weights), 'number')}, reward_funcs "
@@ -42,7 +40,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
             "reward function needs one."
         )
     check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
-    check_agent_task(task.task, str(model.model_name_or_path), args.evaluate_checkpoints)
+    check_task(task, str(model.model_name_or_path), args.evaluate_checkpoints)
     check_model(model)
     if args.resume_from_checkpoint is None:
         RunDirectory(args.output_dir).check_unused()
@@ -56,7 +54,7 @@ def parse_sft(argv: list[str] | None = None) -> tuple[DemonstrationArguments, SF
     Raises:
         ValueError: for every error in the settings, before anything is loaded.
     """
-    parser = _Parser([DemonstrationArguments, SFTArguments, ModelConfig])
+    parser = _Parser([DemonstrationArguments, SFTArguments, ModelConfig], "trl-entropy sft")
     parser.set_defaults(disable_tqdm=False)  # tqdm is off by default once transformers is silenced
     task, args, model = parser.read(argv)
     check_problem_numbers(task)
@@ -78,8 +76,8 @@ class _Parser(TrlParser):
     dataclasses with what it found.
     """
 
-    def __init__(self, classes: Iterable[type]) -> None:
-        super().__init__(classes, allow_abbrev=False)
+    def __init__(self, classes: Iterable[type], prog: str) -> None:
+        super().__init__(classes, allow_abbrev=False, prog=prog)
         self._hints = hints_of(self.dataclass_types)
 
     def error(self, message: str) -> NoReturn:
@@ -87,7 +85,11 @@ class _Parser(TrlParser):
 
     def read(self, argv: list[str] | None) -> tuple[Any, ...]:
         """The dataclasses with the settings of the file, and above them those of the command line."""
-        flags, path = _without_config(sys.argv[1:] if argv is None else list(argv))
+        given_words = sys.argv[1:] if argv is None else list(argv)
+        if {"--help", "-h"} & {*given_words}:
+            print(help_text(self, self.dataclass_types, everything=given_words[-1] == "all"))
+            sys.exit(0)
+        flags, path = _without_config(given_words)
         file = Settings({}, {}) if path is None else read_settings(path, self._hints)
         os.environ.update(file.environment)
         # The first option of a setting has its default; `--no_x`, which comes after `--x`, has another.
@@ -98,6 +100,8 @@ class _Parser(TrlParser):
         flags = _without_flags(flags, off)
         flagged = {name: given[name] for name in _names_of(flags) if name in given}
         settings = {name: value for name, value in file.values.items() if name not in off}
+        if "task" in defaults and defaults["task"] is None:
+            defaults["task"] = implied_task((settings | flagged).get("dataset_name"))
         check_given(settings | flagged, readers, defaults)
         for action in self._actions:
             if action.choices and action.dest in settings:

@@ -12,6 +12,7 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.probe_settings import ProbeSettings
 from trl_entropy.config.setting import Setting, default_of, own_settings
 from trl_entropy.config.training_settings import TrainingSettings
+from trl_entropy.tasks.arguments import TaskArguments
 
 _INTRODUCTION = """\
 # Settings
@@ -31,6 +32,17 @@ _TABLES = (
     ("Controls", ControlSettings, "Controls change the step or the loss to steer the entropy."),
     ("Training", TrainingSettings, "What is trained on, and when it is evaluated."),
 )
+_OF_TASK = (
+    "Which problems there are, what makes their prompts, and what is rewarded, in `trl-entropy train` and `doctor`; a "
+    "script of one's own gives datasets and functions to the trainer. A function is named as "
+    "`package.module:function` or `path/to/file.py:function`, and the file that it is in is imported, which runs it. "
+    "Its hash stands in `config.yaml`, and a checkpoint is not resumed with a changed file, unless "
+    "resume_allow_changes names `function_files`; `trl-entropy evaluate` imports it with `--import_functions` alone."
+)
+_COST = (
+    "Costs are in passes through the model. `trl-entropy doctor --config CONFIG --hardware 2xH100-80GB` computes the "
+    "seconds of a step, and of each probe and control that is on, in float32 and in TF32, for a GPU that it knows."
+)
 _CHANGES_TRAINING = (
     "A setting that *changes training* is part of the resume contract: a checkpoint is not resumed with another "
     "value, unless resume_allow_changes names it. The settings of a control that is off are not compared. A setting "
@@ -40,13 +52,24 @@ _CHANGES_TRAINING = (
 
 def document() -> str:
     """The page, in Markdown."""
-    parts = [_INTRODUCTION, "## What can be turned on\n", _table(("toggle", "logs", "cost"), _toggle_rows())]
+    parts = [_INTRODUCTION, "## What can be turned on\n", f"{_COST}\n"]
+    parts += [_table(("toggle", "logs", "cost"), _toggle_rows())]
     parts += ["\n## All settings\n", f"{_CHANGES_TRAINING}\n"]
     for title, config, text in _TABLES:
         header = ("setting", "default", "choices", "unit", "changes training", "read with", "what it does")
         parts += [f"### {title}\n", f"{text}\n", _table(header, _setting_rows(config)), ""]
+    parts += ["### Task\n", f"{_OF_TASK}\n", _table(("setting", "default", "what it does"), _task_rows()), ""]
     parts += ["## TRL's fields with another default\n", _table(("field", "TRL", "here"), _changed_defaults())]
     return "\n".join(parts)
+
+
+def _task_rows() -> Iterable[tuple[str, ...]]:
+    for field in dataclasses.fields(TaskArguments):
+        yield (
+            f"`{field.name}`",
+            _shown(getattr(TaskArguments(), field.name) if field.name != "task" else None),
+            field.metadata["help"],
+        )
 
 
 def _toggle_rows() -> Iterable[tuple[str, ...]]:

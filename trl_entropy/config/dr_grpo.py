@@ -15,6 +15,7 @@ from trl_entropy.config.prompt_checks import PromptChecks
 from trl_entropy.config.unread import check_config
 from trl_entropy.config.without_secrets import WithoutSecrets
 from trl_entropy.runs.counted import counted
+from trl_entropy.runs.evaluated import terms_of
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,11 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
                 f"additional_steps is {self.additional_steps}: it counts steps beyond a checkpoint. Set "
                 "resume_from_checkpoint='latest' with it, or max_steps instead of it."
             )
+        if self.keep_best is not None:
+            try:
+                terms_of(self.keep_best)
+            except ValueError as error:
+                raise ValueError(f"keep_best: {error}.") from error
         if self.evaluate_checkpoints != "none" and self.save_strategy == "no":
             raise ValueError(
                 f"evaluate_checkpoints={self.evaluate_checkpoints!r} evaluates what is saved, and save_strategy='no' "

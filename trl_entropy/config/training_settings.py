@@ -79,10 +79,25 @@ class TrainingSettings:
         logs="`evaluation/checkpoints.csv`: pass@k, greedy accuracy, lengths and entropies of each checkpoint",
         cost="sampling from each checkpoint; in the background it shares the device with training",
     )
+    metric_every: int = setting(
+        "Call the metric functions (metric_funcs) every this many steps, and in every evaluation.",
+        1,
+        unit="steps",
+        changes_training=False,
+        logs="`metrics/NAME/mean` and `/std` over the step's completions, and a column NAME in their tables",
+        cost="that of the functions",
+    )
     evaluate_profile: str = setting(
         "How many problems and completions such an evaluation takes; trl-entropy evaluate --help lists the numbers.",
         "quick",
         choices=("quick", "full"),
+        probe="evaluate_checkpoints",
+        changes_training=False,
+    )
+    keep_best: str | None = setting(
+        "Keep the checkpoint that is the best so far by this metric of its evaluation, whatever save_total_limit "
+        "says. It may be a sum: pass@1 - 0.1*entropy_mean.",
+        None,
         probe="evaluate_checkpoints",
         changes_training=False,
     )

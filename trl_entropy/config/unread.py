@@ -62,7 +62,7 @@ def _readers_of_others(field: dataclasses.Field[Any]) -> tuple[Reader, ...]:
     """Of a field of a task, or of TRL's `ModelConfig`."""
     help = field.metadata.get("help")
     if isinstance(help, OfTask):
-        return (Reader("task", (help.task,)),)
+        return (Reader("task", help.tasks),)
     prefixes = [prefix for prefix in _TOGGLE_OF_PREFIX if field.name.startswith(prefix)]
     return tuple(Reader(_TOGGLE_OF_PREFIX[prefix]) for prefix in prefixes)
 

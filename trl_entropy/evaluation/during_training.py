@@ -21,6 +21,7 @@ from trl_entropy.evaluation.plan import (
     Job,
     Target,
     caveat_of,
+    check_functions,
     is_done,
     read_config,
     settings_of,
@@ -74,6 +75,7 @@ class EvaluateCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             self._config = read_config(self._run)
             self._settings = settings_of(self._config, self.profile)
+            check_functions(self._run, self._config, may_import=True)
             held_out_problems(self._settings, None)  # a fault in the data ends the run here, not each evaluation
             if caveat := caveat_of(self._config):
                 logger.warning("evaluate_checkpoints: %s", caveat)

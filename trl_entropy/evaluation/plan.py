@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.runs.checkpoints import checkpoints_of
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.strict_json import Json
-from trl_entropy.tasks.arguments import REWARDS, SINGLE_TURN_TASKS
+from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.completion_functions import passing, reward_functions
+from trl_entropy.tasks.named import files_of
+from trl_entropy.tasks.registry import TASKS, task_of
 
 ALL, LATEST = "all", "latest"
 NOT_EVALUATED = "not evaluated yet"
 TRANSFORMERS, VLLM = "transformers", "vllm"
 BATCH_SIZE = 256  # completions; halved on out-of-memory
-_TASK_FIELDS = ("task", "dataset_path", "num_train_problems", "num_eval_problems", "max_prompt_length", "reward_funcs")
+_TASK_FIELDS = tuple(one.name for one in fields(TaskArguments))
 _WEIGHTS = ("*.safetensors", "*.bin", "adapter_config.json")
 _LOADED = ("*model*.safetensors", "*model*.bin")
 # Arguments of `from_pretrained` that say which model it is; the names of `model_init_kwargs`.
@@ -57,12 +60,14 @@ class Settings:
         max_completion_length: in tokens.
         sampling: temperature, top_k, top_p and so on, the same as in training.
         stop_at_answer: whether completions end at the closing answer tag, as in training.
-        task: the task of the run, its data and its reward functions.
+        task: what the [`TaskArguments`] of the run have beside their defaults.
         model_seed: seed of the embedded model's warm start.
         dtype: dtype of the weights during the evaluation.
         sampler: what generates the completions, `"transformers"` or `"vllm"`. Either way the model scores them itself.
         model: which model training started from, beside its name: `revision`, `subfolder`, `trust_remote_code` and so
             on, as in `from_pretrained`; what is as by default is left out.
+        chat_template_kwargs: for the template of prompts that are conversations, as in training.
+        function_files: the user's own files that the task imports, with their hashes.
     """
 
     num_problems: int | None
@@ -77,6 +82,8 @@ class Settings:
     dtype: str
     sampler: str = TRANSFORMERS
     model: Json = field(default_factory=dict)
+    chat_template_kwargs: Json = field(default_factory=dict)
+    function_files: Json = field(default_factory=dict)
 
     def num_of(self, num_held_out: int) -> int:
         """The number of problems to take out of `num_held_out`."""
@@ -163,18 +170,52 @@ def _check_config(path: Path, config: Json) -> None:
     if "task" not in config:
         raise ValueError(
             f"{path} does not say on which task the run was trained. If it was one of these, add "
-            "`task: word_problems` or `task: gsm8k`, and dataset_path, reward_funcs and model_name_or_path."
+            "`task: word_problems` or `task: gsm8k`, and dataset_name, reward_funcs and model_name_or_path."
         )
-    if config["task"] not in SINGLE_TURN_TASKS:
-        raise ValueError(
-            f"{path} has task: {config['task']}, but only {' and '.join(SINGLE_TURN_TASKS)} can be evaluated"
-        )
+    if config["task"] not in TASKS:
+        raise ValueError(f"{path} has task: {config['task']}; it must be one of {', '.join(TASKS)}")
+    task = _task_settings(config)
+    if task_of(task).has_episodes(task):
+        raise ValueError(f"{path} has task: {task.task} with tools, and an evaluation draws single turns")
     for name in ("max_completion_length", "seed"):
         if not isinstance(config.get(name), int):
             raise ValueError(f"{path} has {name}: {config.get(name)}; it must be the run's own, a whole number")
-    names = config.get("reward_funcs", [])
-    if not isinstance(names, list) or [name for name in names if name not in REWARDS]:
-        raise ValueError(f"{path} has reward_funcs: {names}; it must be a list with names out of {', '.join(REWARDS)}")
+    names = config.get("reward_funcs", ["tag_pref"])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} has reward_funcs: {names}; it must be a list of names")
+
+
+def _task_settings(config: Json) -> TaskArguments:
+    return TaskArguments(**{name: config[name] for name in _TASK_FIELDS if name in config})
+
+
+def _task_of(config: Json) -> Json:
+    """What says which problems and rewards there are; what is as by default is left out, so that it can be added."""
+    task, default = asdict(_task_settings(config)), asdict(TaskArguments(task=config["task"]))
+    return {name: task[name] for name in task if task[name] != default[name] or name in ("task", "reward_funcs")}
+
+
+def check_functions(run: Path, config: Json, may_import: bool) -> str | None:
+    """
+    Import the functions of the user's own that the run was trained with, if that was asked for.
+
+    Returns:
+        What has changed in their files since the run began; None if nothing has.
+
+    Raises:
+        ValueError: when there are some and it was not asked for, or they cannot be imported.
+    """
+    task = _task_settings(config)
+    own = task.own_functions()
+    if own and not may_import:
+        raise ValueError(
+            f"{run} was trained with functions of one's own: {', '.join(own)}. To evaluate it they must be imported, "
+            "which runs these files: add --import_functions if you trust them"
+        )
+    passing(task, reward_functions(task))
+    before, now = config.get("function_files") or {}, files_of(own)
+    changed = [file for file, digest in now.items() if before.get(file, digest) != digest]
+    return f"{', '.join(changed)} is not what it was when the run began" if changed else None
 
 
 def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
@@ -187,10 +228,14 @@ def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
         max_completion_length=config["max_completion_length"],
         sampling=_sampling_of(config),
         stop_at_answer=bool(config.get("stop_at_answer")),
-        task={name: config[name] for name in _TASK_FIELDS if name in config},
+        task=_task_of(config),
         model_seed=config["seed"],
         dtype=_dtype_of(config),
         model=_model_settings_of(config),
+        chat_template_kwargs=config.get("chat_template_kwargs") or {},
+        function_files={
+            Path(file).name: digest for file, digest in files_of(_task_settings(config).own_functions()).items()
+        },
     )
     given: Json = {name: value for name, value in chosen.items() if value is not None}
     settings = replace(settings, **given)

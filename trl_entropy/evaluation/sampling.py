@@ -20,6 +20,7 @@ from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
 from trl_entropy.rollouts.drawing import own_randomness, pack_completions
 from trl_entropy.rollouts.generation import answer_end
 from trl_entropy.runs.strict_json import Json, Row
+from trl_entropy.tasks.prompts import Prompt, token_ids
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Sampler:
         self._ends = end_token_ids(self.model, self.tokenizer)
         self.model.generation_config = GenerationConfig()  # drop the model's own defaults, such as a top_k
 
-    def draw(self, prompts: list[str], greedy: bool) -> Iterator[tuple[int, Row]]:
+    def draw(self, prompts: list[Prompt], greedy: bool) -> Iterator[tuple[int, Row]]:
         """
         Draw one completion of each prompt, the longest prompts first, and yield (index of the prompt, its row).
 
@@ -105,7 +106,7 @@ class Sampler:
         A batch's random numbers are seeded by the index of its first completion in that order, so that an evaluation
         that goes on draws what an uninterrupted one draws.
         """
-        prompt_ids = self.tokenizer(prompts)["input_ids"]
+        prompt_ids = token_ids(prompts, self.tokenizer, **self.settings.chat_template_kwargs)
         order = sorted(range(len(prompts)), key=lambda place: -len(prompt_ids[place]))
         ahead: dict[int, list[int]] = {}  # completions by place that the engine has drawn already
         start = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -17,17 +18,23 @@ Metrics = dict[str, Measured]
 Column = pd.Series | np.ndarray
 
 
-def prompt_table(records: pd.DataFrame) -> pd.DataFrame:
+def prompt_table(records: pd.DataFrame, functions: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
     """
     A row for each prompt: counts and sums over its samples, whether the greedy completion is correct, and pass@k.
 
     Args:
         records: a row for each completion, as the worker writes them; every prompt has the same number of samples.
+        functions: name of a metric, `rewards/NAME` or `metrics/NAME`, -> its column in `records`. Its sum over the
+            samples that have a value, and how many they are, are the columns `METRIC/sum` and `METRIC/num`.
 
     Raises:
         ValueError: when prompts have different numbers of samples.
     """
-    table = _counts_and_sums(records[~records["greedy"]])
+    sampled = records[~records["greedy"]]
+    table = _counts_and_sums(sampled)
+    for metric, column in functions.items():
+        by_prompt = sampled.groupby("prompt_id", sort=False, observed=True)[column]
+        table[f"{metric}/sum"], table[f"{metric}/num"] = by_prompt.sum(), by_prompt.count()
     greedy = records[records["greedy"]].set_index("prompt_id")["correct"]
     table["greedy_correct"] = greedy.reindex(table.index).astype(bool)
     num_samples = _equal(table["num_samples"])
@@ -87,12 +94,26 @@ def position_table(records: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def metrics_of(records: pd.DataFrame, prompts: pd.DataFrame) -> Metrics:
+def metrics_of(
+    records: pd.DataFrame, prompts: pd.DataFrame, functions: Mapping[str, str] = MappingProxyType({})
+) -> Metrics:
     """
-    All metrics of `runs.metrics.EVALUATION`: value, and the ends of the 95 % interval over prompts, None for
-    metrics without an interval.
+    All metrics of `runs.metrics.EVALUATION`, and the means of functions: value, and the ends of the 95 % interval over
+    prompts, None for metrics without an interval.
     """
-    return _means(prompts) | _spreads(records[~records["greedy"]])
+    sampled = records[~records["greedy"]]
+    spreads: Metrics = {
+        f"{metric}_std": {"value": _known(sampled[column].std(ddof=0)), "low": None, "high": None}
+        for metric, column in functions.items()
+    }
+    return _means(prompts) | _spreads(sampled) | _means_of_functions(prompts, functions) | spreads
+
+
+def _means_of_functions(prompts: pd.DataFrame, functions: Mapping[str, str]) -> Metrics:
+    known = {name: (prompts[f"{name}/sum"], prompts[f"{name}/num"]) for name in functions}
+    known = {name: columns for name, columns in known.items() if columns[1].sum()}
+    nothing: Metrics = {name: {"value": None, "low": None, "high": None} for name in functions}
+    return nothing | (_with_intervals(known, ratio_intervals) if known else {})
 
 
 def _means(prompts: pd.DataFrame) -> Metrics:
@@ -118,7 +139,7 @@ def _means(prompts: pd.DataFrame) -> Metrics:
     return _with_intervals(shares, share_intervals) | _with_intervals(ratios, ratio_intervals)
 
 
-def _with_intervals(columns: dict[str, tuple[Column, Column]], intervals: Callable[..., torch.Tensor]) -> Metrics:
+def _with_intervals(columns: Mapping[str, tuple[Column, Column]], intervals: Callable[..., torch.Tensor]) -> Metrics:
     """Ratios of sums of two columns each, with their 95 % intervals over prompts."""
     tops, bottoms = (np.column_stack(column).astype(float) for column in zip(*columns.values(), strict=True))
     values, ends = tops.sum(0) / bottoms.sum(0), intervals(torch.tensor(tops), torch.tensor(bottoms)).tolist()

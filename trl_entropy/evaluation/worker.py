@@ -29,6 +29,9 @@ from trl_entropy.runs.file_errors import describe
 from trl_entropy.runs.strict_json import Json, Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
+from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.completion_functions import metric_functions, passing, reward_functions
+from trl_entropy.tasks.prompts import rendered
 
 PROGRESS, FAILED = "progress", "failed"  # begin the lines that are for whoever started the worker
 
@@ -55,8 +58,9 @@ def evaluate(job: Job) -> None:
     kept = KeptBatches(Path(job.output), _key(job, fingerprint, device, problems))
     engine = VllmEngine(model, tokenizer, job.settings) if job.settings.sampler == VLLM else None
     sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine, kept)
-    records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), job.settings))
-    prompts = prompt_table(records)
+    records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), problems, job.settings))
+    functions = _functions_of(job.settings)
+    prompts = prompt_table(records, functions)
     summary: CheckpointSummary = {
         "step": job.target.step,
         "model": Path(job.target.model).name,
@@ -66,7 +70,7 @@ def evaluate(job: Job) -> None:
         "batch_size": sampler.batch_size,
         "num_prompts": len(prompts),
         "seconds": time.monotonic() - start + kept.seconds,
-        "metrics": metrics_of(records, prompts),
+        "metrics": metrics_of(records, prompts, functions),
     }
     _write(Path(job.output), records, prompts, summary)
     kept.remove()
@@ -74,44 +78,56 @@ def evaluate(job: Job) -> None:
 
 def _key(job: Job, fingerprint: str, device: str, problems: list[Row]) -> Json:
     """All that determines the completions."""
-    asked = [[problem["prompt_id"], problem["prompt"], problem["answer"]] for problem in problems]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    asked = [[problem["prompt_id"], problem["prompt"], problem.get("answer")] for problem in problems]
+    digest = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
     return {"settings": asdict(job.settings), "fingerprint": fingerprint, "device": device, "problems": digest}
 
 
 def _drawn(sampler: Sampler, problems: list[Row]) -> Iterator[Row]:
-    """A greedy completion and the samples of each problem, with the problem's columns; prints the progress."""
+    """A greedy completion and the samples of each problem, with its prompt and answer; prints the progress."""
     num_samples = sampler.settings.num_samples
     total, done = len(problems) * (num_samples + 1), 0
     for greedy, copies in ((True, 1), (False, num_samples)):
         prompts = [problem["prompt"] for problem in problems for _ in range(copies)]
         for place, row in sampler.draw(prompts, greedy):
             problem = problems[place // copies]
-            own = {name: problem[name] for name in ("prompt_id", "prompt", "answer")}
+            prompt = rendered(problem["prompt"], sampler.tokenizer, **sampler.settings.chat_template_kwargs)
+            own = {"prompt_id": problem["prompt_id"], "prompt": prompt, "answer": problem.get("answer")}
             yield {**own, "greedy": greedy, "sample": place % copies, **row}
             done += 1
             if done % sampler.batch_size == 0 or done == total:
                 print(PROGRESS, done, total, flush=True)
 
 
-def _judged(rows: list[Row], settings: Settings) -> list[Row]:
+def _functions_of(settings: Settings) -> dict[str, str]:
+    """Metric -> column of the records, for the functions of completions."""
+    task = TaskArguments(**settings.task)
+    found = [one for one in reward_functions(task) + metric_functions(task) if not one.is_model]
+    return {f"{one.kind}s/{one.short}": one.short for one in found}
+
+
+def _judged(rows: list[Row], problems: list[Row], settings: Settings) -> list[Row]:
     """The rows with a column for each reward function, and the columns that the metrics count."""
-    texts, answers = [row["completion"] for row in rows], [row["answer"] for row in rows]
-    names = settings.task.get("reward_funcs", ["tag_pref"])
-    right = next((name for name in names if name != "format_reward"), "tag_pref")
-    given = {
-        name: getattr(rewards, name)([row["prompt"] for row in rows], texts, answer=answers)
-        for name in dict.fromkeys([*names, right])
-    }
+    task = TaskArguments(**settings.task)
+    functions, metrics = reward_functions(task), metric_functions(task)
+    by_id = {problem["prompt_id"]: problem for problem in problems}
+    asked, texts = [by_id[row["prompt_id"]] for row in rows], [row["completion"] for row in rows]
+    completions = [
+        text if isinstance(problem["prompt"], str) else [{"role": "assistant", "content": text}]
+        for problem, text in zip(asked, texts, strict=True)
+    ]
+    ids = [row["completion_ids"] for row in rows]
+    given = {one.short: one(asked, completions, ids) for one in functions + metrics if not one.is_model}
+    right = given[passing(task, functions).short]
     extracted = [rewards.extract_answer(text) for text in texts]
-    verdicts = rewards.answer_verdicts(answers, extracted)
+    verdicts = rewards.answer_verdicts([row["answer"] for row in rows], extracted)
     for place, (row, text, answer) in enumerate(zip(rows, texts, extracted, strict=True)):
         row |= {
             "extracted": None if answer is None else clean_answer(answer),
             "answer_tags": text.count(rewards.ANSWER_OPEN) == 1 == text.count(rewards.ANSWER_CLOSE)
             and answer is not None,
             "well_formed": rewards.is_well_formed(text),
-            "correct": bool(given[right][place]),
+            "correct": right[place] >= task.pass_threshold,
             "verdict": verdicts[place].value,
             **{name: values[place] for name, values in given.items()},
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,8 @@ from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import own_randomness
-from trl_entropy.tasks import rewards
-from trl_entropy.tasks.arguments import load_task
-from trl_entropy.tasks.word_problems import MAX_PROBLEMS
+from trl_entropy.tasks.completion_functions import reward_functions
+from trl_entropy.tasks.registry import Wanted, load_task, task_of
 from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
 # Settings of the run that decide how it samples and how it steps. Logging, saving and probes are left out.
@@ -158,11 +156,11 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> DrGRPOTrainer:
             f"{checkpoint.path.parent} sampled with {narrowed}, but the estimators need the full distribution"
         )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
-    task = replace(checkpoint.task, num_eval_problems=MAX_PROBLEMS["test"])
-    train_dataset, eval_dataset = load_task(task, tokenizer, args.seed)
+    train_dataset, _ = load_task(checkpoint.task, tokenizer, args.seed)
+    eval_dataset = task_of(checkpoint.task).load(checkpoint.task, Wanted("test", None, tokenizer))
     trainer = DrGRPOTrainer(
         model=str(checkpoint.path),
-        reward_funcs=[getattr(rewards, name) for name in checkpoint.task.reward_funcs],
+        reward_funcs=[one.function for one in reward_functions(checkpoint.task)],
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -11,7 +11,7 @@ from trl_entropy.preflight import memory
 from trl_entropy.preflight.estimate import base_bytes, kept_update, optimizer_bytes, shape_of, trained_bytes
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.retention import retained
-from trl_entropy.tasks.arguments import load_task
+from trl_entropy.tasks.registry import load_task
 
 # Numbers that a step logs, by what logs them; counted in a run of every probe.
 _LOGGED = {"entropy": 91, "second_order": 29, "attribution": 38, "noise_scale": 25, "fisher": 46, "control": 16,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
-from unittest import mock
+from typing import Any, cast
 
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.models.embedded import build_tokenizer
@@ -20,9 +20,9 @@ from trl_entropy.runs.checkpoints import (
     describe_finished,
     is_finished,
 )
-from trl_entropy.tasks.arguments import load_task
+from trl_entropy.tasks.completion_functions import metric_functions, planned_functions, reward_functions, tried
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
-from trl_entropy.tasks.gsm8k import local_path
+from trl_entropy.tasks.registry import TASKS, Wanted, load_task
 from trl_entropy.trainer.dataset_checks import check_datasets
 
 
@@ -82,8 +82,18 @@ def dataset(plan: Plan) -> Findings:
         embedded = str(plan.model.model_name_or_path) == EMBEDDED_MODEL
         problems = load_task(plan.task, build_tokenizer() if embedded else None, plan.args.seed)
         check_datasets(plan.args, *problems)
+        tried(reward_functions(plan.task) + metric_functions(plan.task), first_rows(plan))
 
     yield from _readable(plan, check)
+
+
+def first_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The first training problems, on which rewards are tried; none of a dataset of the hub."""
+    task = TASKS[str(plan.task.task)]
+    if task.hub_name(plan.task) is not None:
+        return []
+    with _quiet("trl_entropy.tasks"):
+        return list(task.load(plan.task, Wanted("train", 3)))
 
 
 def demonstrations(plan: Plan) -> Findings:
@@ -94,23 +104,35 @@ def demonstrations(plan: Plan) -> Findings:
 
 def _readable(plan: Plan, read: Callable[[], object]) -> Findings:
     """What `read` raises, as findings; a dataset of the hub is not looked up."""
-    here, is_file = plan.hardware.is_this_machine, plan.task.task == "gsm8k"
+    here, task = plan.hardware.is_this_machine, TASKS[str(plan.task.task)]
     try:
-        if is_file and local_path(plan.task.dataset_path, "train") is None:
-            yield from _on_the_hub(plan.task.dataset_path)
+        if (on_hub := task.hub_name(plan.task)) is not None:
+            yield from _on_the_hub(on_hub)
             return
-        with mock.patch.object(logging.getLogger("trl_entropy.tasks.gsm8k"), "disabled", True):  # training says it
+        with _quiet("trl_entropy.tasks"):  # training says it
             read()
     except OSError as error:
-        yield Finding(f"dataset_path: {error}.", "Correct the path.", here)
+        yield Finding(f"dataset_name: {str(error).removeprefix('dataset_name: ')}.", "Correct the path.", here)
     except ValueError as error:
-        yield Finding(str(error), is_problem=here or not is_file)
+        yield Finding(str(error), is_problem=here or not task.reads_files())
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Inside, this logger and those below it say nothing but errors."""
+    one = logging.getLogger(logger)
+    level = one.level
+    one.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        one.setLevel(level)
 
 
 def _on_the_hub(name: str) -> Findings:
     if os.environ.get("HF_HUB_OFFLINE", "0") == "1":
         yield Finding(
-            f"dataset_path {name} is on the hub; with HF_HUB_OFFLINE=1 it must be in the local cache.",
+            f"dataset_name {name} is on the hub; with HF_HUB_OFFLINE=1 it must be in the local cache.",
             "If it is not, name a local folder with train.jsonl and test.jsonl.",
             is_problem=False,
         )
@@ -136,7 +158,7 @@ def resumed_checkpoint(plan: Plan) -> Path | None:
     """
     args = plan.args
     settings = contract_settings(
-        args, world_size=plan.world_size, engine=None, dtype=None, reward_funcs=plan.task.reward_funcs
+        args, world_size=plan.world_size, engine=None, dtype=None, **planned_functions(plan.task)
     )
     return check_before_loading(
         args.resume_from_checkpoint, Path(args.output_dir), settings, args.resume_allow_changes

@@ -10,15 +10,13 @@ from trl_entropy.models.loading import is_adapter
 from trl_entropy.preflight.hardware import Hardware
 from trl_entropy.preflight.launch import Launch
 from trl_entropy.preflight.shapes import ModelShape
+from trl_entropy.tasks.registry import ASSUMED_PROMPT_LENGTH, task_of
 
 if TYPE_CHECKING:
     from trl import ModelConfig
 
     from trl_entropy.config.dr_grpo import DrGRPOConfig
     from trl_entropy.tasks.arguments import TaskArguments
-
-# For word problems, which are shorter than `max_prompt_length`; no tokenizer is run here to count their tokens.
-ASSUMED_PROMPT_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Plan:
     @property
     def prompt_length(self) -> int:
         """The largest number of tokens in a prompt."""
-        return self.task.max_prompt_length if self.task.task == "gsm8k" else ASSUMED_PROMPT_LENGTH
+        return task_of(self.task).longest_prompt(self.task) or ASSUMED_PROMPT_LENGTH
 
     @property
     def sequence_length(self) -> int:
@@ -89,7 +87,7 @@ class Plan:
         """The optimizer steps of the run by its settings; the dataset may hold fewer problems than they ask for."""
         if self.args.max_steps > 0:
             return self.args.max_steps
-        problems = self.task.num_train_problems * self.args.num_iterations
+        problems = task_of(self.task).num_problems(self.task) * self.args.num_iterations
         return max(1, math.ceil(self.args.num_train_epochs * problems / self.prompts_per_step))
 
     def every(self, interval: float) -> int:

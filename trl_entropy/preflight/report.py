@@ -11,8 +11,9 @@ import torch
 
 from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.checks import findings
+from trl_entropy.preflight.cost_report import cost_lines
 from trl_entropy.preflight.disk import disk, waits_for_evaluation
-from trl_entropy.preflight.files import resumed_checkpoint
+from trl_entropy.preflight.files import first_rows, resumed_checkpoint
 from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.hardware import GIB, this_machine
 from trl_entropy.preflight.launch import launch_from_environment
@@ -22,6 +23,8 @@ from trl_entropy.runs.checkpoints import CheckpointError, checkpoints_of
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.file_errors import free_bytes
+from trl_entropy.tasks.completion_functions import metric_functions, reward_functions, tried
+from trl_entropy.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -55,7 +58,9 @@ def full_report(plan: Plan) -> list[str]:
         "Versions": versions(),
         "Machine and processes": machine_lines(plan),
         "Batch plan": _batches(plan),
+        "Rewards and metrics": _functions(plan),
         "Memory of a process, GiB": _memory(plan),
+        "Time of a step": cost_lines(plan),
         "Disk": _disk(plan),
         "Probes: what they support": _support(plan),
         "Resuming": _resuming(plan),
@@ -121,9 +126,25 @@ def _model_line(plan: Plan) -> str:
     )
 
 
+def _functions(plan: Plan) -> list[str]:
+    """What each function returns for completions of the first rows that are made up, and how long it takes."""
+    functions = reward_functions(plan.task) + metric_functions(plan.task)
+    models = [f"{one.short}: a reward model, which is not tried here" for one in functions if one.is_model]
+    try:
+        trials = tried(functions, first_rows(plan))
+    except (ValueError, OSError):  # which is a finding
+        return [f"not tried: {', '.join(one.short for one in functions)}"]
+    return [
+        f"{trial.function.kind} {trial.function.name}: "
+        f"{', '.join(f'{value:.3g}' for value in trial.values)} for an empty completion, one without an answer, one "
+        f"with the right answer in its tags; {1000 * trial.seconds:.2g} ms a completion"
+        for trial in trials
+    ] + models
+
+
 def _batches(plan: Plan) -> list[str]:
     args = plan.args
-    assumed = "at most" if plan.task.task == "gsm8k" else "an assumed"
+    assumed = "at most" if task_of(plan.task).longest_prompt(plan.task) else "an assumed"
     evaluation = [
         f"evaluation: {counted(plan.task.num_eval_problems, 'problem')} x "
         f"{args.num_generations_eval or args.num_generations} "

@@ -40,6 +40,19 @@ KNOWN_SHAPES: dict[str, Json] = {
     "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2),
     "Qwen/Qwen2.5-3B": _qwen2(2048, 11008, 36, 16, 2),
     "Qwen/Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
+    "Qwen/Qwen2.5-14B": _qwen2(5120, 13824, 48, 40, 8, vocab_size=152064, tie_word_embeddings=False),
+    "Qwen/Qwen2.5-32B": _qwen2(5120, 27648, 64, 40, 8, vocab_size=152064, tie_word_embeddings=False),
+    "Qwen/Qwen3-8B": _qwen2(
+        4096,
+        12288,
+        36,
+        32,
+        8,
+        model_type="qwen3",
+        head_dim=128,
+        tie_word_embeddings=False,
+        max_position_embeddings=40960,
+    ),
     "HuggingFaceTB/SmolLM2-135M": _qwen2(
         576, 1536, 30, 9, 3, model_type="llama", vocab_size=49152, max_position_embeddings=8192
     ),

@@ -1,53 +1,151 @@
-"""The settings of the task, and its problems as datasets."""
+"""The settings of the task: which problems there are, what makes their prompts, and what is rewarded."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+from trl_entropy.tasks.named import absolute, is_of_user
 
 T = TypeVar("T")
 
-SINGLE_TURN_TASKS = ("word_problems", "gsm8k")
-TASKS = (*SINGLE_TURN_TASKS, "calculator")
-REWARDS = ("tag_pref", "tag_math_correct", "format_reward")
+TASK_NAMES = ("word_problems", "gsm8k", "calculator", "dataset")
 
 
 class OfTask(str):
-    """Help of a setting that one task alone reads; HfArgumentParser hands a field's metadata to argparse, whole."""
+    """Help of a setting that some tasks alone read; HfArgumentParser hands a field's metadata to argparse, whole."""
 
-    task: str
+    tasks: tuple[str, ...]
 
 
-def of_task(task: str, help: str, default: T) -> T:
-    """A dataclass field that `task` alone reads."""
-    text = OfTask(f"{task}: {help}")
-    text.task = task
-    return field(default=default, metadata={"help": text})
+def of_task(tasks: str | tuple[str, ...], help: str, default: T) -> T:
+    """A dataclass field that `tasks` alone read."""
+    return field(default=default, metadata={"help": _help_of(tasks, help)})
+
+
+def _help_of(tasks: str | tuple[str, ...], help: str) -> OfTask:
+    tasks = (tasks,) if isinstance(tasks, str) else tasks
+    text = OfTask(f"{' and '.join(tasks)}: {help}")
+    text.tasks = tasks
+    return text
+
+
+_FILES = ("gsm8k", "dataset")
+_OWN = ("dataset",)
+_LISTS = ("reward_funcs", "tools", "metric_funcs")
 
 
 @dataclass
 class TaskArguments:
-    """Which problems to train on. Training is set by [`DrGRPOConfig`], the model by TRL's `ModelConfig`."""
+    """
+    Which problems to train on, and what is rewarded. Training is set by [`DrGRPOConfig`], the model by `ModelConfig`.
 
-    task: str = field(default="word_problems", metadata={"help": "The task to train on.", "choices": list(TASKS)})
-    dataset_path: str = of_task(
-        "gsm8k",
-        "openai/gsm8k, another dataset of the hub as hf://datasets/OWNER/NAME, or a local JSONL file or folder.",
-        "openai/gsm8k",
+    Functions are named as `package.module:function` or `path/to/file.py:function`, which imports the file.
+    """
+
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "The task to train on; not set: dataset where there is a dataset_name, else word_problems.",
+            "choices": list(TASK_NAMES),
+        },
     )
-    num_train_problems: int = field(default=4096, metadata={"help": "Largest number of training problems."})
+    dataset_name: str | None = of_task(
+        _FILES,
+        "a JSONL, JSON, CSV or Parquet file, a folder with a file for each split or a saved dataset, OWNER/NAME on "
+        "the hub (hf://datasets/OWNER/NAME for gsm8k), or a function that gets the name of a split and returns its "
+        "rows. gsm8k has openai/gsm8k if it is not set.",
+        None,
+    )
+    dataset_config: str | None = of_task(_OWN, "the configuration of a dataset of the hub.", None)
+    dataset_train_split: str = of_task(_OWN, "the split to train on.", "train")
+    dataset_test_split: str = of_task(
+        _OWN, "the split to evaluate on; where there is none, every tenth prompt of training is held out.", "test"
+    )
+    prompt_column: str = of_task(_OWN, "the column with the prompts: texts, or lists of messages.", "prompt")
+    answer_column: str = of_task(
+        _OWN, "the column with the right answers, which rewards get as `answer`; it may be missing.", "answer"
+    )
+    prompt_template: str = of_task(
+        _OWN,
+        "what makes the prompt of a row: none (as it is), r1 (reason in think tags, answer in answer tags), chat (one "
+        "message of the user), or a function that gets the row and returns a text or messages.",
+        "none",
+    )
+    dataset_filter: str | None = of_task(_OWN, "a function that gets a row and says whether it is kept.", None)
+    num_train_problems: int | None = field(
+        default=None,
+        metadata={"help": "Largest number of training problems; not set: 4096, or all of a dataset of one's own."},
+    )
     num_eval_problems: int = field(default=256, metadata={"help": "Largest number of held-out problems."})
-    max_prompt_length: int = of_task("gsm8k", "prompts with more tokens are dropped.", 200)
+    max_prompt_length: int | None = of_task(
+        _FILES, "prompts with more tokens are dropped; not set: 200 for gsm8k, no limit for dataset.", None
+    )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["tag_pref"],
-        metadata={"help": "Reward functions of trl_entropy.tasks.rewards; rewards are summed."},
+        metadata={
+            "help": "Reward functions, which are summed: names of trl_entropy.tasks.rewards or of trl.rewards, "
+            "functions of one's own, or reward models (OWNER/NAME or a folder)."
+        },
     )
+    reward_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Keyword settings of reward functions, by the function's name: {brevity: {most: 20}}."},
+    )
+    metric_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Functions as reward_funcs, of which nothing is trained: their values are logged as metrics/NAME, "
+            "stand in the tables of completions, and are evaluated."
+        },
+    )
+    metric_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword settings of metric functions, as reward_kwargs."}
+    )
+    pass_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "The reward function that says in an evaluation whether a completion passes; not set: the first "
+            "one but format_reward."
+        },
+    )
+    pass_threshold: float = field(
+        default=1.0, metadata={"help": "A completion passes when its pass_reward is this much or more."}
+    )
+    tools: list[str] = field(
+        default_factory=list, metadata={"help": _help_of(_OWN, "functions that the policy may call, as TRL's.")}
+    )
+    environment_factory: str | None = of_task(
+        _OWN, "a class or function that makes an environment for each completion, as TRL's.", None
+    )
+
+    def __post_init__(self) -> None:
+        self.task = self.task or implied_task(self.dataset_name)
+        for name in ("reward_kwargs", "metric_kwargs"):
+            if isinstance(given := getattr(self, name), str):
+                setattr(self, name, json.loads(given))
+        for name in _LISTS:
+            setattr(self, name, [absolute(one) for one in getattr(self, name)])
+        for name in ("dataset_name", "prompt_template", "dataset_filter", "environment_factory"):
+            if getattr(self, name):
+                setattr(self, name, absolute(getattr(self, name)))
+
+    def own_functions(self) -> dict[str, str]:
+        """The functions of the user's own, which are imported -> the setting that names each."""
+        found = {name: setting for setting in reversed(_LISTS) for name in getattr(self, setting)}
+        for setting in ("dataset_name", "prompt_template", "dataset_filter", "environment_factory"):
+            name = getattr(self, setting)
+            if name and not Path(name).expanduser().exists():
+                found[name] = setting
+        return {name: setting for name, setting in found.items() if is_of_user(name)}
+
+
+def implied_task(dataset_name: object) -> str:
+    """The task where none is named."""
+    return "dataset" if dataset_name else "word_problems"
 
 
 def check_problem_numbers(task: object, prompts_per_step: int = 1) -> None:
@@ -65,7 +163,7 @@ def check_problem_numbers(task: object, prompts_per_step: int = 1) -> None:
         if isinstance(number, int) and not isinstance(number, bool) and number < 1:
             without = " To train without evaluation set eval_strategy=no." if name == "num_eval_problems" else ""
             raise ValueError(f"{name} is {number}; use 1 or more.{without}")
-    if numbers.get("num_train_problems", prompts_per_step) < prompts_per_step:
+    if (numbers.get("num_train_problems") or prompts_per_step) < prompts_per_step:
         raise ValueError(too_few_prompts(f"num_train_problems is {numbers['num_train_problems']}", prompts_per_step))
 
 
@@ -75,66 +173,3 @@ def too_few_prompts(found: str, prompts_per_step: int) -> str:
         f"{found}, but a step draws {prompts_per_step} different prompts, so that no step could be made. Use more "
         "prompts, or lower num_prompts_per_step (per_device_train_batch_size, gradient_accumulation_steps)."
     )
-
-
-def tools_of(task: TaskArguments) -> list[Callable[..., str]]:
-    """What the policy may call, for TRL's `tools`; none for a task of single turns."""
-    if task.task != "calculator":
-        return []
-    from trl_entropy.tasks.calculator import calculate
-
-    return [calculate]
-
-
-def check_agent_task(task: str, model: str, evaluate_checkpoints: str) -> None:
-    """
-    Check that the task's episodes can be drawn.
-
-    Raises:
-        ValueError: for the embedded model that was not taught to call, and for evaluations, which draw single turns.
-    """
-    if task in SINGLE_TURN_TASKS:
-        return
-    if model == "embedded":
-        raise ValueError(
-            f"task is {task}, but the embedded model calls no tools. Set model_name_or_path: embedded-agent."
-        )
-    if evaluate_checkpoints != "none":
-        raise ValueError(
-            f"evaluate_checkpoints is {evaluate_checkpoints}, which draws single turns, but task {task} has episodes "
-            "with calls of tools. Set evaluate_checkpoints=none, and eval_strategy=steps to evaluate in training."
-        )
-
-
-def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> tuple[Dataset, Dataset]:
-    """
-    The training problems and the held-out problems, with the columns `prompt`, `answer` and `prompt_id`.
-
-    Args:
-        tokenizer: None: prompts are not sorted out by their length.
-
-    Raises:
-        OSError: when a file or a dataset of the hub cannot be read.
-        ValueError: when a record cannot be parsed, or none is left.
-    """
-    if task.task == "calculator":
-        from trl_entropy.tasks.calculator import load_calculator_problems
-
-        return (
-            load_calculator_problems("train", task.num_train_problems, seed=seed),
-            load_calculator_problems("test", task.num_eval_problems, seed=0),
-        )
-    if task.task == "word_problems":
-        from trl_entropy.tasks.word_problems import load_word_problems
-
-        return (
-            load_word_problems("train", task.num_train_problems, seed=seed),
-            load_word_problems("test", task.num_eval_problems, seed=0),
-        )
-    from trl_entropy.tasks.gsm8k import load_gsm8k
-
-    def load(split: str, most: int) -> Dataset:
-        dataset = load_gsm8k(task.dataset_path, split, tokenizer, task.max_prompt_length)
-        return dataset.select(range(min(most, len(dataset))))
-
-    return load("train", task.num_train_problems), load("test", task.num_eval_problems)

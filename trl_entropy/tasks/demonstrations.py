@@ -19,7 +19,7 @@ class DemonstrationArguments:
     task: str = field(
         default="gsm8k", metadata={"help": "The task to learn from.", "choices": ["gsm8k", "word_problems"]}
     )
-    dataset_path: str = of_task(
+    dataset_name: str = of_task(
         "gsm8k",
         "openai/gsm8k, another dataset of the hub as hf://datasets/OWNER/NAME, or a local JSONL file or folder.",
         "openai/gsm8k",
@@ -42,5 +42,5 @@ def load_demonstrations(task: DemonstrationArguments, tokenizer: PreTrainedToken
         return word_problems.load_demonstrations(task.num_demonstrations or 4096, seed, flawed_share=0.0)
     from trl_entropy.tasks.gsm8k import load_gsm8k_demonstrations
 
-    dataset = load_gsm8k_demonstrations(task.dataset_path, "train", tokenizer, task.max_prompt_length)
+    dataset = load_gsm8k_demonstrations(task.dataset_name, "train", tokenizer, task.max_prompt_length)
     return dataset.select(range(min(task.num_demonstrations or len(dataset), len(dataset))))

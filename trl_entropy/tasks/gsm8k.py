@@ -2,20 +2,18 @@
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from trl_entropy.tasks.prompts import short_enough
 from trl_entropy.tasks.r1_template import format_completion, format_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 HUB_CONFIG = "main"
 ANSWER_MARK = "####"
@@ -63,6 +61,8 @@ def load_gsm8k(
         FileNotFoundError: If `path_or_name` is neither a dataset of the hub nor a file or folder that is there.
         ValueError: If a record cannot be parsed (the message names file and line), or no record is found or left.
     """
+    from datasets import Dataset
+
     problems = _read(path_or_name, split)
     rows = {
         "prompt": [format_prompt(problem.question) for problem in problems],
@@ -70,7 +70,7 @@ def load_gsm8k(
         "prompt_id": [problem.prompt_id for problem in problems],
         "question": [problem.question for problem in problems],
     }
-    return _to_dataset(rows, tokenizer, max_prompt_length)
+    return short_enough(Dataset.from_dict(rows), max_prompt_length, tokenizer)
 
 
 def load_gsm8k_demonstrations(
@@ -94,13 +94,15 @@ def load_gsm8k_demonstrations(
         FileNotFoundError: See [`load_gsm8k`].
         ValueError: See [`load_gsm8k`].
     """
+    from datasets import Dataset
+
     problems = _read(path_or_name, split)
     rows = {
         "prompt": [format_prompt(problem.question) for problem in problems],
         "completion": [format_completion(problem.solution, problem.answer) for problem in problems],
         "prompt_id": [problem.prompt_id for problem in problems],
     }
-    return _to_dataset(rows, tokenizer, max_prompt_length)
+    return short_enough(Dataset.from_dict(rows), max_prompt_length, tokenizer)
 
 
 def local_path(path_or_name: str | os.PathLike, split: str) -> Path | None:
@@ -167,24 +169,3 @@ def _parse(record: object, where: str) -> GSM8KProblem:
             f"between groups of three; got {worked[-60:]!r}"
         )
     return GSM8KProblem(question.strip(), _CALCULATOR_MARK.sub("", solution).strip(), answer.replace(",", ""))
-
-
-def _to_dataset(
-    rows: dict[str, list], tokenizer: "PreTrainedTokenizerBase | None", max_prompt_length: int | None
-) -> "Dataset":
-    """The rows as a dataset without prompts that are too long; their number is logged. Raises if none is left."""
-    from datasets import Dataset
-
-    dataset = Dataset.from_dict(rows)
-    if tokenizer is None or max_prompt_length is None:
-        return dataset
-    lengths = [len(ids) for ids in tokenizer(rows["prompt"])["input_ids"]]
-    kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
-    if not kept:
-        raise ValueError(
-            f"no prompt of {len(lengths)} fits into max_prompt_length={max_prompt_length} tokens "
-            f"(the shortest has {min(lengths)}); raise it"
-        )
-    if num_dropped := len(lengths) - len(kept):
-        logger.warning("dropped %d of %d prompts longer than %d tokens", num_dropped, len(lengths), max_prompt_length)
-    return dataset.select(kept)

@@ -6,7 +6,7 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from trl_entropy.rollouts.pixel_inputs import keywords_of_batch
 from trl_entropy.runs import tensorboard, trackers
 from trl_entropy.runs.console import printing_plain_text, use_progress_bar
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.evaluated import best_step
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
 from trl_entropy.runs.step_files import keep_completions
@@ -47,6 +48,7 @@ from trl_entropy.trainer import model_card
 from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.dataset_checks import check_datasets
+from trl_entropy.trainer.metric_functions import MetricFunction, MetricFunctions
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
@@ -60,6 +62,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     Takes the arguments of `GRPOTrainer`, with a [`DrGRPOConfig`] as `args`; `model="embedded"` is the embedded model
     after its warm start, which is made at the first use; `"embedded-agent"` has learned to call a calculator.
     Probes are turned on by toggles of the config, or passed as instances of [`~trl_entropy.Probe`] in `callbacks`.
+    `metric_funcs` are called as reward functions are; what they return is logged, and nothing is trained on it.
 
     With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
     With that shuffle in TRL too, the two are equal; TRL's own, of single rows, draws other random numbers. Only
@@ -76,6 +79,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         args: GRPOConfig | None = None,
         *positional: Any,
         callbacks: list[TrainerCallback | type[TrainerCallback]] | None = None,
+        metric_funcs: Sequence[MetricFunction] = (),
         **kwargs: Any,
     ) -> None:
         if args is not None and not isinstance(args, DrGRPOConfig):
@@ -111,6 +115,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.probe_runner.attach(self, self.probe_batches, files)
         self.probe_runner.check_model()
         self._step_log.attach(self)
+        self._metric_functions = MetricFunctions(self, metric_funcs)
         self._token_control = None
         if args.token_control != "none":
             self._token_control = TokenControl(args, self.accelerator, self._score_as_trl)
@@ -193,7 +198,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             callback.end()
 
     def checkpoints_in_use(self) -> set[int]:
-        return {step for callback in self._checkpoint_evaluations() for step in callback.steps_left()}
+        waiting = {step for callback in self._checkpoint_evaluations() for step in callback.steps_left()}
+        best = best_step(Path(self.args.output_dir), self.args.keep_best) if self.args.keep_best else None
+        return waiting | ({best} if best is not None else set())
 
     def _checkpoint_evaluation(self, args: DrGRPOConfig) -> EvaluateCheckpoints:
         return EvaluateCheckpoints(
@@ -279,6 +286,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._record_think_length(completions)
+        rows = [{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
+        self._metric_functions.measure(rows, completions, completion_ids_list)
         return rewards_per_func
 
     def _record_think_length(self, completions: list[Any]) -> None:

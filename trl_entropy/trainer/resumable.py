@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from trl_entropy.runs.durable import discard_unfinished_files
 from trl_entropy.runs.lock import locked
 from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.runs.state import StateOwner
+from trl_entropy.tasks.completion_functions import by_file_name
 from trl_entropy.trainer import training_state
 from trl_entropy.trainer.curriculum import PassRateSampler
 from trl_entropy.trainer.fingerprints import adapter_settings, data_fingerprint, model_fingerprint
@@ -49,6 +51,7 @@ _OF_THE_OPTIMIZER = (
 class ResumableTrainer(GRPOTrainer):
     """The part of [`~trl_entropy.DrGRPOTrainer`] for checkpoints, with `runs/checkpoints.py`, `training_state.py`."""
 
+    function_files: Mapping[str, str] = MappingProxyType({})  # the user's own files, by path, with their hashes
     _train_sampler: Any = None
     _data_fingerprint: str | None = None
 
@@ -173,6 +176,7 @@ class ResumableTrainer(GRPOTrainer):
         settings = contract_settings(
             self.args,
             reward_funcs=self.reward_func_names,
+            function_files=by_file_name(self.function_files),
             tools=[tool.__name__ for tool in self.tools],  # those of environments too
             rollout_func=getattr(self.rollout_func, "__qualname__", type(self.rollout_func).__qualname__),
         )
@@ -261,7 +265,8 @@ class ResumableTrainer(GRPOTrainer):
             return
         found = checkpoints.checkpoints_of(run)  # by step: a clock may have been set back
         kept = set(found[:1]) | ({Path(best)} if best else set())
-        old = [p for p in reversed(found) if p not in kept and checkpoints.step_of(p) not in self.checkpoints_in_use()]
+        in_use = self.checkpoints_in_use()
+        old = [p for p in reversed(found) if p not in kept and checkpoints.step_of(p) not in in_use]
         for path in old[: max(0, len(found) - max(limit, len(kept)))]:
             with contextlib.suppress(OSError):  # as in transformers: what cannot be deleted stays
                 checkpoints.remove(path)

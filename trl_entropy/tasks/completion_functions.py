@@ -1,0 +1,245 @@
+"""
+Functions of completions that the settings name: rewards, which make the advantages, and metrics, which only tell.
+
+Both have TRL's signature for reward functions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trl_entropy.tasks import rewards
+from trl_entropy.tasks.named import Named, described, files_of, line_of, named, with_settings
+
+if TYPE_CHECKING:
+    from trl_entropy.tasks.arguments import TaskArguments
+
+Row = Mapping[str, Any]
+
+
+def _of_trl(name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        import trl.rewards
+
+        return getattr(trl.rewards, name)
+
+    return load
+
+
+# What can be named without a file or a module. TRL's that are made by a function take `reward_kwargs`.
+SHIPPED: dict[str, Callable[[], Any]] = {
+    "tag_pref": lambda: rewards.tag_pref,
+    "tag_math_correct": lambda: rewards.tag_math_correct,
+    "format_reward": lambda: rewards.format_reward,
+    **{
+        name: _of_trl(name)
+        for name in (
+            "accuracy_reward",
+            "reasoning_accuracy_reward",
+            "think_format_reward",
+            "get_cosine_scaled_reward",
+            "get_repetition_penalty_reward",
+            "get_soft_overlong_punishment",
+        )
+    },
+}
+
+
+class CompletionFunction(NamedTuple):
+    """
+    One reward function or metric function of a run.
+
+    Attributes:
+        name: as in the settings, a file by its absolute path.
+        short: its own name, by which metrics and tables know it.
+        function: with TRL's signature, the keyword settings applied; for a reward model its name.
+        named: what was imported for it; None for a reward model and for a function that a script has handed over.
+        kind: `"reward"` or `"metric"`, for messages.
+    """
+
+    name: str
+    short: str
+    function: Callable[..., Any] | str
+    named: Named | None
+    kind: str = "reward"
+
+    @property
+    def is_model(self) -> bool:
+        return isinstance(self.function, str)
+
+    def __call__(
+        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], **more: Any
+    ) -> list[float]:
+        """
+        The values of completions, nan where the function gives None.
+
+        Args:
+            rows: the dataset's row of each completion.
+            more: what else TRL gives to reward functions: `trainer_state`, `environments`.
+
+        Raises:
+            ValueError: naming the function and, where it can be told, the line; also for what is no list of numbers.
+        """
+        assert callable(self.function), "a reward model is called by the trainer alone"
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
+        quiet = {
+            "log_metric": _log_nothing,
+            "log_extra": _log_nothing,
+            "trainer_state": None,
+            "environments": None,
+        } | more
+        try:
+            given = self.function(
+                prompts=[row["prompt"] for row in rows],
+                completions=list(completions),
+                completion_ids=list(completion_ids),
+                **(columns | quiet),
+            )
+            if inspect.iscoroutine(given):
+                with ThreadPoolExecutor(1) as other:  # a notebook's own thread has a loop already
+                    given = other.submit(asyncio.run, given).result()
+        except Exception as error:
+            where = self.name if self.named is None else line_of(error, self.named)
+            raise ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}") from error
+        return self._numbers(given, len(completions))
+
+    def _numbers(self, given: object, expected: int) -> list[float]:
+        values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
+        if values is None or len(values) != expected:
+            found = f"{given!r:.80}" if values is None else f"{len(values)} of them"
+            raise ValueError(
+                f"{self.kind} function {self.short} must return a list of {expected} numbers, one a completion; it "
+                f"returned {found}"
+            )
+        try:
+            return [math.nan if value is None else float(value) for value in values]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{self.kind} function {self.short} must return numbers; it returned {given!r:.120}"
+            ) from None
+
+
+def _log_nothing(*args: object) -> None:
+    """TRL's `log_metric` and `log_extra`, where nothing is logged."""
+
+
+def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
+    """
+    The run's reward functions; files and modules that the settings name are imported.
+
+    Raises:
+        ValueError: in one line, for a name, a file or a keyword setting that does not fit.
+    """
+    if not task.reward_funcs:
+        raise ValueError(f"reward_funcs is empty; name a function, such as {', '.join(SHIPPED)}.")
+    return _functions("reward", task.reward_funcs, task.reward_kwargs)
+
+
+def metric_functions(task: TaskArguments) -> list[CompletionFunction]:
+    """The run's metric functions, as [`reward_functions`]."""
+    return _functions("metric", task.metric_funcs, task.metric_kwargs)
+
+
+def _functions(kind: str, names: Sequence[str], given: object) -> list[CompletionFunction]:
+    kwargs: dict[str, Any] = dict(given or {})  # type: ignore[call-overload]
+    found = [_function(kind, name, kwargs) for name in names]
+    known = [name for one in found for name in (one.name, one.short)]
+    if unknown := [name for name in kwargs if name not in known]:
+        shorts = ", ".join(one.short for one in found) or "none"
+        raise ValueError(f"{kind}_kwargs: {unknown[0]!r} is none of {kind}_funcs, which are {shorts}.")
+    if twice := [one.short for one in found if [other.short for other in found].count(one.short) > 1]:
+        raise ValueError(f"{kind}_funcs: {twice[0]!r} is the name of two functions, and numbers go by the name.")
+    return found
+
+
+def _function(kind: str, name: str, kwargs: Mapping[str, Any]) -> CompletionFunction:
+    if kind == "reward" and is_reward_model(name):
+        return CompletionFunction(name, Path(name).name, name, None)
+    one = named(f"{kind}_funcs", name, SHIPPED)
+    given = kwargs.get(name, kwargs.get(one.short, {}))
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{kind}_kwargs: {one.short} has {given!r:.80}; names of settings with values are needed.")
+    function = with_settings(f"{kind}_kwargs" if given else f"{kind}_funcs", one, given, "completions")
+    return CompletionFunction(one.name, one.short, function, one, kind)
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether the name is that of a model: a folder with one, or OWNER/NAME on the hub."""
+    return (Path(name) / "config.json").is_file() or ("/" in name and ":" not in name and not name.endswith(".py"))
+
+
+def passing(task: TaskArguments, found: Sequence[CompletionFunction]) -> CompletionFunction:
+    """
+    The function that says whether a completion passes.
+
+    Raises:
+        ValueError: when there is none, or it is a reward model.
+    """
+    functions = [one for one in found if not one.is_model]
+    if task.pass_reward is not None:
+        functions = [one for one in functions if task.pass_reward in (one.name, one.short)]
+    chosen = next((one for one in functions if one.short != "format_reward"), functions[0] if functions else None)
+    if chosen is None:
+        wanted = "is not set" if task.pass_reward is None else f"is {task.pass_reward!r}"
+        raise ValueError(
+            f"pass_reward {wanted}, and names none of the functions {', '.join(one.short for one in found)}; an "
+            "evaluation needs one, which is no reward model, to say whether a completion passes"
+        )
+    return chosen
+
+
+def planned_functions(task: TaskArguments) -> dict[str, object]:
+    """The settings of the resume contract that say which functions a run has."""
+    rewards_of_run = [one.short for one in reward_functions(task)]
+    return {"reward_funcs": rewards_of_run, "function_files": by_file_name(training_files(task))}
+
+
+def training_files(task: TaskArguments) -> dict[str, str]:
+    """The user's own files that change training, with their hashes: not those of metrics alone."""
+    return files_of(name for name, setting in task.own_functions().items() if setting != "metric_funcs")
+
+
+def by_file_name(files: Mapping[str, str]) -> dict[str, str]:
+    """Without the folders, so that files may be moved."""
+    return {Path(file).name: digest for file, digest in files.items()}
+
+
+class Trial(NamedTuple):
+    """What a function gave for completions that were made up, and seconds per completion."""
+
+    function: CompletionFunction
+    values: list[float]
+    seconds: float
+
+
+def tried(found: Sequence[CompletionFunction], rows: Sequence[Row]) -> list[Trial]:
+    """
+    Call each function on made-up completions of these rows: nothing, a sentence, and the right answer in its tags.
+
+    Raises:
+        ValueError: what a function raises, in one line, or that what it returns is no list of numbers.
+    """
+    texts = [_made_up(place, row) for place, row in enumerate(rows)]
+    completions = [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    trials = []
+    for one in found:
+        if not one.is_model:
+            start = time.perf_counter()
+            values = one(rows, completions, [[0] * len(text.split()) for text in texts])
+            trials.append(Trial(one, values, (time.perf_counter() - start) / max(1, len(rows))))
+    return trials
+
+
+def _made_up(place: int, row: Row) -> str:
+    answer = row.get("answer", 42)
+    return ("", "I do not know.", f"It is so. </think> <answer>{answer}</answer>")[place % 3]

@@ -1,0 +1,230 @@
+"""The tasks by name: where their problems come from, and what the commands must know of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trl_entropy.tasks import calculator, gsm8k, own_dataset, word_problems
+from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.named import named
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# For prompts without a limit of their length; nothing counts their tokens before a tokenizer is loaded.
+ASSUMED_PROMPT_LENGTH = 200
+
+
+class Wanted(NamedTuple):
+    """
+    Which problems to load.
+
+    Attributes:
+        split: `"train"` or `"test"`.
+        most: how many at most; None: all.
+        tokenizer: None: prompts are not sorted out by their length.
+        seed: which problems, where they are drawn.
+    """
+
+    split: str
+    most: int | None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    seed: int = 0
+
+
+class Episodes(NamedTuple):
+    """What makes a task's completions episodes: for TRL's `tools` and `environment_factory`."""
+
+    tools: list[Callable[..., Any]]
+    environment_factory: Callable[[], Any] | None
+
+
+class Task(ABC):
+    """
+    One task; its settings are in [`TaskArguments`].
+
+    Attributes:
+        most_by_default: training problems where `num_train_problems` is not set; None: all.
+    """
+
+    most_by_default: int | None = 4096
+
+    @abstractmethod
+    def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
+        """
+        Problems with the columns `prompt` and `prompt_id`, and `answer` if there are answers.
+
+        Raises:
+            OSError: when a file or a dataset of the hub cannot be read.
+            ValueError: when a record cannot be parsed, or none is left.
+        """
+
+    def num_problems(self, args: TaskArguments) -> int:
+        """The largest number of training problems, as far as it is known before they are read."""
+        return args.num_train_problems or Task.most_by_default or 0
+
+    def episodes(self, args: TaskArguments) -> Episodes:
+        """What the policy may call; nothing for a task of single turns."""
+        return Episodes([], None)
+
+    def has_episodes(self, args: TaskArguments) -> bool:
+        """Whether there is something to call; nothing is imported."""
+        return False
+
+    def longest_prompt(self, args: TaskArguments) -> int | None:
+        """In tokens; None if it is not known."""
+        return None
+
+    def source(self, args: TaskArguments) -> str:
+        """Where the problems come from, for messages."""
+        return str(args.task)
+
+    def hub_name(self, args: TaskArguments) -> str | None:
+        """The dataset of the hub that is read; None for what is here."""
+        return None
+
+    def reads_files(self) -> bool:
+        """Whether its problems are read, and may so be on another machine alone."""
+        return False
+
+
+def _first(dataset: Dataset, most: int | None) -> Dataset:
+    return dataset if most is None else dataset.select(range(min(most, len(dataset))))
+
+
+class WordProblems(Task):
+    """The embedded arithmetic problems, made in code."""
+
+    def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
+        most = wanted.most or word_problems.MAX_PROBLEMS[wanted.split]
+        return word_problems.load_word_problems(wanted.split, most, seed=wanted.seed)
+
+
+class Calculator(Task):
+    """The embedded problems of an agent with a tool, made in code."""
+
+    def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
+        most = wanted.most or calculator.MAX_PROBLEMS[wanted.split]
+        return calculator.load_calculator_problems(wanted.split, most, seed=wanted.seed)
+
+    def episodes(self, args: TaskArguments) -> Episodes:
+        return Episodes([calculator.calculate], None)
+
+    def has_episodes(self, args: TaskArguments) -> bool:
+        return True
+
+
+class GSM8K(Task):
+    """GSM8K from the hub or from files."""
+
+    def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
+        longest = self.longest_prompt(args)
+        return _first(gsm8k.load_gsm8k(self.source(args), wanted.split, wanted.tokenizer, longest), wanted.most)
+
+    def longest_prompt(self, args: TaskArguments) -> int:
+        return args.max_prompt_length or 200
+
+    def source(self, args: TaskArguments) -> str:
+        return args.dataset_name or gsm8k.HUB_NAME
+
+    def hub_name(self, args: TaskArguments) -> str | None:
+        return self.source(args) if gsm8k.local_path(self.source(args), "train") is None else None
+
+    def reads_files(self) -> bool:
+        return True
+
+
+class OwnDataset(Task):
+    """The user's own problems."""
+
+    most_by_default = None
+
+    def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
+        return _first(own_dataset.load_own_dataset(args, wanted.split, wanted.tokenizer), wanted.most)
+
+    def num_problems(self, args: TaskArguments) -> int:
+        if args.num_train_problems is not None or self.hub_name(args) is not None:
+            return super().num_problems(args)
+        return len(self.load(args, Wanted("train", None)))
+
+    def episodes(self, args: TaskArguments) -> Episodes:
+        factory = args.environment_factory
+        return Episodes(
+            [named("tools", name, {}).value for name in args.tools],
+            None if factory is None else named("environment_factory", factory, {}).value,
+        )
+
+    def has_episodes(self, args: TaskArguments) -> bool:
+        return bool(args.tools or args.environment_factory)
+
+    def longest_prompt(self, args: TaskArguments) -> int | None:
+        return args.max_prompt_length
+
+    def source(self, args: TaskArguments) -> str:
+        return str(args.dataset_name)
+
+    def hub_name(self, args: TaskArguments) -> str | None:
+        return self.source(args) if own_dataset.is_on_the_hub(self.source(args)) else None
+
+    def reads_files(self) -> bool:
+        return True
+
+
+TASKS: dict[str, Task] = {
+    "word_problems": WordProblems(),
+    "gsm8k": GSM8K(),
+    "calculator": Calculator(),
+    "dataset": OwnDataset(),
+}
+
+
+def check_task(task: TaskArguments, model: str, evaluate_checkpoints: str) -> None:
+    """
+    Check that the settings of the task are there, and that its episodes can be drawn.
+
+    Raises:
+        ValueError: for a dataset without a name, an embedded model that was not taught to call, and evaluations of
+            episodes, which draw single turns.
+    """
+    if task.task == "dataset" and not task.dataset_name:
+        raise ValueError(
+            "task is dataset, but dataset_name is not set. Name a file, a folder, or a dataset of the hub."
+        )
+    if not task_of(task).has_episodes(task):
+        return
+    if model == "embedded":
+        raise ValueError(
+            f"task is {task.task}, with tools, but the embedded model calls none. Set model_name_or_path: "
+            "embedded-agent, or a model of your own."
+        )
+    if evaluate_checkpoints != "none":
+        raise ValueError(
+            f"evaluate_checkpoints is {evaluate_checkpoints}, which draws single turns, but task {task.task} has "
+            "episodes with calls of tools. Set evaluate_checkpoints=none, and eval_strategy=steps to evaluate in "
+            "training."
+        )
+
+
+def task_of(task: TaskArguments) -> Task:
+    """The entry of the registry."""
+    return TASKS[str(task.task)]
+
+
+def load_task(task: TaskArguments, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    The training problems and the held-out problems, with the columns `prompt`, `prompt_id`, and `answer` if there are
+    answers.
+
+    Args:
+        tokenizer: None: prompts are not sorted out by their length.
+
+    Raises:
+        OSError: when a file or a dataset of the hub cannot be read.
+        ValueError: when a record cannot be parsed, or none is left.
+    """
+    most = task.num_train_problems or task_of(task).most_by_default
+    training = task_of(task).load(task, Wanted("train", most, tokenizer, seed))
+    return training, task_of(task).load(task, Wanted("test", task.num_eval_problems, tokenizer))
