@@ -331,9 +331,9 @@ _REWARDS = {
     ]),
     "tasks/gsm8k.py": ("tasks/test_gsm8k.py", [
         ("worked.rpartition(ANSWER_MARK)", "worked.partition(ANSWER_MARK)"),
-        ("if length <= max_prompt_length]", "if length < max_prompt_length]"),
         ("answer.replace(\",\", \"\"))", "answer)"),
     ]),
+    "tasks/prompts.py": ("tasks/test_gsm8k.py", [("if length <= longest]", "if length < longest]")]),
 }  # fmt: skip
 _ROUND = "test_a_round_is_as_large_as_is_expected_to_do"
 _TRAINER = {

@@ -20,9 +20,10 @@ from trl_entropy.runs.checkpoints import (
     describe_finished,
     is_finished,
 )
+from trl_entropy.tasks.arguments import TaskArguments
 from trl_entropy.tasks.completion_functions import metric_functions, planned_functions, reward_functions, tried
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
-from trl_entropy.tasks.registry import TASKS, Wanted, load_task
+from trl_entropy.tasks.registry import Wanted, load_task, task_of
 from trl_entropy.trainer.dataset_checks import check_datasets
 
 
@@ -84,12 +85,12 @@ def dataset(plan: Plan) -> Findings:
         check_datasets(plan.args, *problems)
         tried(reward_functions(plan.task) + metric_functions(plan.task), first_rows(plan))
 
-    yield from _readable(plan, check)
+    yield from _readable(plan, plan.task, check)
 
 
 def first_rows(plan: Plan) -> list[dict[str, Any]]:
     """The first training problems, on which rewards are tried; none of a dataset of the hub."""
-    task = TASKS[str(plan.task.task)]
+    task = task_of(plan.task)
     if task.hub_name(plan.task) is not None:
         return []
     with _quiet("trl_entropy.tasks"):
@@ -99,14 +100,15 @@ def first_rows(plan: Plan) -> list[dict[str, Any]]:
 def demonstrations(plan: Plan) -> Findings:
     """Whether the records that supervised fine-tuning will read can be read."""
     task = cast(DemonstrationArguments, plan.task)
-    yield from _readable(plan, lambda: load_demonstrations(task, None, plan.args.seed))
+    of = TaskArguments(task=task.task, dataset_name=task.dataset_name)
+    yield from _readable(plan, of, lambda: load_demonstrations(task, None, plan.args.seed))
 
 
-def _readable(plan: Plan, read: Callable[[], object]) -> Findings:
+def _readable(plan: Plan, of: TaskArguments, read: Callable[[], object]) -> Findings:
     """What `read` raises, as findings; a dataset of the hub is not looked up."""
-    here, task = plan.hardware.is_this_machine, TASKS[str(plan.task.task)]
+    here, task = plan.hardware.is_this_machine, task_of(of)
     try:
-        if (on_hub := task.hub_name(plan.task)) is not None:
+        if (on_hub := task.hub_name(of)) is not None:
             yield from _on_the_hub(on_hub)
             return
         with _quiet("trl_entropy.tasks"):  # training says it
