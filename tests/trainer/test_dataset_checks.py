@@ -129,6 +129,8 @@ TOGGLES = {
     "entropy_control": (CONTROL, False, True),
     "entropy_control ": ({"entropy_control": "report", "entropy_control_completions": "rollouts"}, True, True),
     "token_control": ({"token_control": "random"}, True, True),
+    "metric_every": ({"metric_every": 2}, True, True),
+    "probe_precision": (PROBE | {"probe_precision": "float32"}, False, True),
     "token_control ": ({"token_control": "random", "token_control_scope": "micro_batch"}, True, True),
     "curriculum": ({"curriculum": "pass_rate"}, False, False),
     "resample_uninformative_groups": ({"resample_uninformative_groups": True}, False, False),

@@ -324,7 +324,6 @@ def test_kl_cov_is_warned_of_where_no_update_is_off_policy(tmp_path, caplog, set
         ({"token_control_bounds": [0.5, 1.5]}, "token_control_bounds"),
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"token_control": "kl_cov", "loss_type": "dapo"}, "loss_type='dr_grpo'"),
-        ({"fisher_probe": True, "fisher_num_sequences": 16}, "token_control='none'"),
         ({"token_control_scope": "rollouts"}, "token_control_scope is 'rollouts'; use one of"),
         ({"token_control_scope": "micro_batch", "loss_type": "cispo"}, "loss_type to one of"),
         ({"token_control_scope": "micro_batch", "importance_sampling_level": "sequence"}, "importance_sampling_level"),

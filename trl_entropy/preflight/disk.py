@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.models.loading import EMBEDDED_MODEL
@@ -11,6 +12,8 @@ from trl_entropy.preflight import memory
 from trl_entropy.preflight.estimate import base_bytes, kept_update, optimizer_bytes, shape_of, trained_bytes
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.retention import retained
+from trl_entropy.tasks.arguments import TaskArguments
+from trl_entropy.tasks.prompts import token_ids
 from trl_entropy.tasks.registry import load_task
 
 # Numbers that a step logs, by what logs them; counted in a run of every probe.
@@ -177,12 +180,18 @@ def _prompt_width(plan: Plan) -> int:
     """The longest training prompt in tokens, counted where the tokenizer is here; else the longest allowed."""
     if str(plan.model.model_name_or_path) != EMBEDDED_MODEL:
         return plan.prompt_length
+    return _longest_prompt(json.dumps(asdict(plan.task)), plan.args.seed) or plan.prompt_length
+
+
+@functools.lru_cache
+def _longest_prompt(task: str, seed: int) -> int | None:
+    """In tokens of the embedded tokenizer; None if the prompts cannot be read, which is a finding of its own."""
     tokenizer = build_tokenizer()
     try:
-        prompts = load_task(plan.task, tokenizer, plan.args.seed)[0]["prompt"]
-    except (OSError, ValueError):  # a finding of its own
-        return plan.prompt_length
-    return max(map(len, tokenizer(list(prompts))["input_ids"]))
+        prompts = load_task(TaskArguments(**json.loads(task)), tokenizer, seed)[0]["prompt"]
+        return max(map(len, token_ids(list(prompts), tokenizer)))
+    except (OSError, ValueError):
+        return None
 
 
 # ---- what is logged
