@@ -99,7 +99,7 @@ def test_the_step_is_the_one_the_optimizer_makes(state):
 def test_group_gradients_add_up_to_the_gradients_of_entropy_and_loss(state):
     """X against forward mode along the update, Y against differences of the loss's own terms along it."""
     rollouts = RolloutBatch.from_micro_batches([state.draw_rollouts(state.draw_problems(6, (7,)), 4, (7,))])
-    x, y = redrawn_rows(state, rollouts, torch.arange(24))
+    x, y, _ = redrawn_rows(state, rollouts, torch.arange(24))
     completions = Completions.of(rollouts)
     direction = torch.cat([value.flatten() for value in state.update.values()]).double()
     with state.engine.scoring_model(state.before) as model:

@@ -65,7 +65,7 @@ class Attribution:
         return float(torch.tensor(part, dtype=torch.float64) / self.whole)
 
 
-def update_products(parameters: Iterable[tuple[Float[Tensor, "*shape"], UpdateParts]]) -> UpdateProducts:
+def update_products(parameters: Iterable[tuple[Float[Tensor, "..."], UpdateParts]]) -> UpdateProducts:
     """(T9): grad h . (momentum, decay, gradient part), in float64, summed over parameters and read by the host once.
 
     Each parameter comes with grad h for it (`entropy_surrogate`) and its parts (`adamw_update_parts`).
