@@ -25,6 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -328,6 +329,7 @@ def _patched(device: EmulatedDevice) -> Iterator[None]:
         "empty_cache": lambda: None,
         "set_device": lambda *args: None,
         "get_device_name": lambda *args: "emulated",
+        "get_device_properties": lambda *args: SimpleNamespace(total_memory=16 * 2**30),
     }
     with contextlib.ExitStack() as undo:
         undo.enter_context(mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": str(DEVICE)}))

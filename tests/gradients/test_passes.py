@@ -6,7 +6,6 @@ from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOConfig
 
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.estimators.rows.row_sums import RowTotal, SquaredNorms
@@ -14,15 +13,12 @@ from trl_entropy.gradients import head_chunks, memory
 from trl_entropy.gradients.footprint import LayerSizes, Pass, rows_that_fit
 from trl_entropy.gradients.group_gradients import group_rows
 from trl_entropy.gradients.group_products import half_products
+from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.scores import score
 from trl_entropy.gradients.sequence_products import consumed, gradients_of, weighted_entropies, weighted_logps
 from trl_entropy.rollouts.completions import Completions
 
 ROWS, PROMPT, WIDTH, VOCAB = 4, 3, 12, 50_000
-ARGS = GRPOConfig(
-    temperature=0.7, max_completion_length=WIDTH, num_generations=4, per_device_train_batch_size=4, use_cpu=True,
-    bf16=False,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +60,17 @@ PASSES = {
     "their sum": lambda model, rows: consumed(
         model, rows, weighted_entropies(torch.ones(ROWS, WIDTH)), RowTotal, 0.7, None
     ),
-    "rows of groups": lambda model, rows: group_rows(model, rows, torch.ones(ROWS), ARGS, 10.0, 48.0, 1, None),
-    "halves of groups": lambda model, rows: half_products(model, rows, torch.arange(4.0), ARGS, None),
+    "rows of groups": lambda model, rows: group_rows(
+        model,
+        rows,
+        LossCoefficients.on_policy(torch.ones(ROWS), rows.loss_mask, ROWS, WIDTH),
+        0.7,
+        10.0,
+        48.0,
+        1,
+        None,
+    ),
+    "halves of groups": lambda model, rows: half_products(model, rows, torch.arange(4.0), 0.7, WIDTH, None),
 }
 
 
