@@ -122,8 +122,9 @@ def try_data(command: str, text: bytes) -> str | None:
     """As far as training and fine-tuning read data, with what their `main` turns into one line."""
     from trl_entropy.config.settings_file import one_line
     from trl_entropy.models.embedded import build_tokenizer
-    from trl_entropy.tasks.arguments import TaskArguments, load_task
+    from trl_entropy.tasks.arguments import TaskArguments
     from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
+    from trl_entropy.tasks.registry import load_task
 
     def read() -> None:
         try:

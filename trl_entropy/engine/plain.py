@@ -67,7 +67,7 @@ class PlainEngine(Engine):
         counts = [torch.as_tensor(state.get(self.parameters[name], {}).get("step", 0)) for name in names]
         # Unless it is fused, AdamW counts on the CPU. So: read where they are, one stack for each device.
         done: dict[str, int] = {}
-        for device in {count.device for count in counts}:
+        for device in dict.fromkeys(count.device for count in counts):
             own = {name: count for name, count in zip(names, counts, strict=True) if count.device == device}
             read = torch.stack([count.detach().reshape(()).double() for count in own.values()]).long().tolist()
             done |= zip(own, read, strict=True)
