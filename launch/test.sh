@@ -31,6 +31,6 @@ bash launch/page.sh
 echo "== pytest, two processes"
 python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile "$@"
 if [ -n "$slow" ]; then
-    echo "== pytest, the long tests, one after another because they start processes of their own"
-    python -m pytest -m "slow and not gpu" "$@"
+    echo "== pytest, the long tests, two processes; some start processes of their own"
+    python -m pytest -m "slow and not gpu" -n 2 --dist loadfile "$@"
 fi
