@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from trl_entropy.tasks import rewards
@@ -396,6 +396,7 @@ def gold_and_other_numbers(draw: st.DrawFn) -> tuple[str, str]:
     return draw(spelled(gold)), joint.join(draw(spelled(number)) for number in numbers)
 
 
+@example(("we get minus 1.00 in the end", "1.00 and 1.00"))
 @given(gold_and_other_numbers())
 @settings(max_examples=300, deadline=None)
 def test_an_answer_whose_numbers_all_differ_from_the_gold_answers_is_wrong(pair: tuple[str, str]) -> None:

@@ -42,7 +42,7 @@ _FORMATTING = [
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([0-9]+)\}|([0-9]))\s*(?:\{([0-9]+)\}|([0-9]))")
 
-_NO_PROSE = _MATH_NAMES | {"and"}
+_NO_PROSE = _MATH_NAMES | {"and", "minus", "negative"}  # which say something of the number
 _WORD = rf"(?!(?:{'|'.join(sorted(_NO_PROSE))})\b)[^\W\d_]"
 _PROSE = re.compile(r"(?<![^\W\d_])(?<!\\)[^\W\d_]{3,}")
 _SAID = rf"(?:{_WORD}{{2,}},?\s)"
