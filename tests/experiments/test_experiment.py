@@ -321,6 +321,7 @@ def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -
     ({"without": ["config.yaml"]}, "has no config.yaml; the checkpoint must be in the directory of its run"),
     ({"extra": ["adapter_config.json"]}, "holds a LoRA adapter"),
     ({"task": "gsm8k"}, "was trained on gsm8k; experiments know only the embedded task"),
+    ({"reward_funcs": ["mine.py:right"]}, "mine.py:right, which an experiment does not import"),
     ({"model_config": {"vocab_size": 151936}}, "a model of 151936 token embeddings; experiments know only"),
     ({"loss_type": "grpo"}, "ran with loss_type='grpo'"),
     ({"beta": 0.04}, "ran with beta=0.04"),

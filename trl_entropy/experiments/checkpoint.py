@@ -55,6 +55,11 @@ class Checkpoint:
             raise ValueError(
                 f"{path.parent} was trained on {task.task}; experiments know only the embedded task, word_problems"
             )
+        if own := task.own_functions():
+            raise ValueError(
+                f"{path.parent} was trained with functions of one's own, {', '.join(own)}, which an experiment does "
+                "not import from a run directory; experiments know the rewards of this package and of TRL alone"
+            )
         if (vocab_size := config.get("model_config", {}).get("vocab_size")) != VOCAB_SIZE:
             raise ValueError(
                 f"{path.parent} trained a model of {vocab_size} token embeddings; experiments know only the embedded "
