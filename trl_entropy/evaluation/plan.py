@@ -13,7 +13,7 @@ from trl_entropy.runs.checkpoints import checkpoints_of
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.strict_json import Json
 from trl_entropy.tasks.arguments import TaskArguments
-from trl_entropy.tasks.completion_functions import passing, reward_functions
+from trl_entropy.tasks.completion_functions import by_file_name, import_functions, passing, reward_functions
 from trl_entropy.tasks.named import files_of
 from trl_entropy.tasks.registry import TASKS, task_of
 
@@ -197,25 +197,15 @@ def _task_of(config: Json) -> Json:
 
 def check_functions(run: Path, config: Json, may_import: bool) -> str | None:
     """
-    Import the functions of the user's own that the run was trained with, if that was asked for.
-
-    Returns:
-        What has changed in their files since the run began; None if nothing has.
+    As [`import_functions`]; also check that one of the functions says what passes.
 
     Raises:
-        ValueError: when there are some and it was not asked for, or they cannot be imported.
+        ValueError: as [`import_functions`], and when none says what passes.
     """
     task = _task_settings(config)
-    own = task.own_functions()
-    if own and not may_import:
-        raise ValueError(
-            f"{run} was trained with functions of one's own: {', '.join(own)}. To evaluate it they must be imported, "
-            "which runs these files: add --import_functions if you trust them"
-        )
+    changed = import_functions(run, task, config.get("function_files") or {}, may_import)
     passing(task, reward_functions(task))
-    before, now = config.get("function_files") or {}, files_of(own)
-    changed = [file for file, digest in now.items() if before.get(file, digest) != digest]
-    return f"{', '.join(changed)} is not what it was when the run began" if changed else None
+    return changed
 
 
 def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
@@ -233,9 +223,7 @@ def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
         dtype=_dtype_of(config),
         model=_model_settings_of(config),
         chat_template_kwargs=config.get("chat_template_kwargs") or {},
-        function_files={
-            Path(file).name: digest for file, digest in files_of(_task_settings(config).own_functions()).items()
-        },
+        function_files=by_file_name(files_of(_task_settings(config).own_functions())),
     )
     given: Json = {name: value for name, value in chosen.items() if value is not None}
     settings = replace(settings, **given)

@@ -211,6 +211,31 @@ def by_file_name(files: Mapping[str, str]) -> dict[str, str]:
     return {Path(file).name: digest for file, digest in files.items()}
 
 
+def import_functions(run: Path, task: TaskArguments, before: Mapping[str, str], may_import: bool) -> str | None:
+    """
+    Import the functions of the user's own that a run was trained with, if that was asked for.
+
+    Args:
+        before: their files when the run began, with their hashes: `function_files` of its `config.yaml`.
+
+    Returns:
+        What has changed in their files since; None if nothing has.
+
+    Raises:
+        ValueError: when there are some and it was not asked for, or they cannot be imported.
+    """
+    own = task.own_functions()
+    if own and not may_import:
+        raise ValueError(
+            f"{run} was trained with functions of one's own: {', '.join(own)}. They must be imported, which runs "
+            "these files: add --import_functions if you trust them"
+        )
+    for name, setting in own.items():
+        named(setting, name, {})
+    changed = [file for file, digest in files_of(own).items() if before.get(file, digest) != digest]
+    return f"{', '.join(changed)} is not what it was when the run began" if changed else None
+
+
 class Trial(NamedTuple):
     """What a function gave for completions that were made up, and seconds per completion."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_entropy.tasks.named import Named, described, is_of_user, line_of, named
-from trl_entropy.tasks.prompts import Prompt, short_enough
+from trl_entropy.tasks.prompts import Prompt, check_conversations, short_enough
 from trl_entropy.tasks.r1_template import format_prompt
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def load_own_dataset(task: TaskArguments, split: str, tokenizer: PreTrainedToken
 
     Args:
         split: `"train"` or `"test"`; [`TaskArguments`] has their names in the dataset.
-        tokenizer: counts the tokens of prompts, if there is a `max_prompt_length`; None: none is dropped.
+        tokenizer: has the chat template of conversations, and counts the tokens of prompts, if there is a
+            `max_prompt_length`; None: none is dropped.
 
     Raises:
         OSError: when a file or a dataset of the hub cannot be read.
@@ -57,6 +58,8 @@ def load_own_dataset(task: TaskArguments, split: str, tokenizer: PreTrainedToken
         raise ValueError(
             f"{task.dataset_name}: no row is left for {'training' if split == 'train' else 'evaluation'}."
         )
+    if tokenizer is not None:
+        check_conversations(dataset["prompt"], tokenizer)
     return short_enough(dataset, task.max_prompt_length, tokenizer)
 
 
