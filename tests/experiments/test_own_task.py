@@ -95,6 +95,24 @@ def test_an_experiment_imports_only_what_it_was_asked_to(checkpoint, capsys):
     assert "Warning" not in capsys.readouterr().out
 
 
+def test_the_run_of_a_script_through_the_function_that_makes_its_trainer(checkpoint, tmp_path):
+    script = tmp_path / "my_script.py"
+    script.write_text(
+        "from types import SimpleNamespace as Trainer\nfrom datasets import Dataset\n"
+        "def none(prompts, completions, **kwargs):\n    return [0.0 for _ in completions]\n"
+        "def make():\n    rows = Dataset.from_list([{'prompt': f'Dan has {i}.'} for i in range(6)])\n"
+        "    return Trainer(args=Trainer(output_dir=''), model=None, train_dataset=rows, eval_dataset=rows,\n"
+        "                   reward_funcs=[none], reward_func_names=['none'], environments=None, rollout_func=None)\n"
+    )
+    (checkpoint.parent / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
+    with pytest.raises(ValueError, match=r"Name the function that makes the trainer of a script, --trainer_factory"):
+        Checkpoint.read(checkpoint)
+    read = Checkpoint.read(checkpoint, trainer_factory=f"{script}:make")
+    assert [Path(file).name for file in read.function_files] == ["my_script.py"]
+    state = FixedState(read, tmp_path / "state", seed=0)
+    assert state.num_problems == 6 and not state.rollouts.rewards.any()
+
+
 def test_a_change_of_a_file_or_of_the_problems_is_said_and_computed_anew(checkpoint, tmp_path):
     (checkpoint / "checkpoint_complete.json").write_text('{"data": "of other problems"}')
     before = state_of(checkpoint)

@@ -16,6 +16,7 @@ from trl_entropy.tasks.arguments import TaskArguments
 from trl_entropy.tasks.completion_functions import by_file_name, import_functions, passing, reward_functions
 from trl_entropy.tasks.named import files_of
 from trl_entropy.tasks.registry import TASKS, task_of
+from trl_entropy.tasks.script import settings_of_script
 
 ALL, LATEST = "all", "latest"
 NOT_EVALUATED = "not evaluated yet"
@@ -144,9 +145,13 @@ class Job:
         return cls(**{**values, "target": Target(**values["target"]), "settings": Settings(**values["settings"])})
 
 
-def read_config(run: Path) -> Json:
+def read_config(run: Path, trainer_factory: str | None = None) -> Json:
     """
     The `config.yaml` of the run.
+
+    Args:
+        trainer_factory: name of a function that makes the run's trainer; its datasets and functions are the task then,
+            in place of what the file says of one.
 
     Raises:
         ValueError: when it is missing or damaged, or names no task that can be evaluated.
@@ -162,6 +167,8 @@ def read_config(run: Path) -> Json:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it holds no settings")
+    if trainer_factory is not None:
+        config = settings_of_script(config, trainer_factory)
     _check_config(path, config)
     return config
 
@@ -169,8 +176,9 @@ def read_config(run: Path) -> Json:
 def _check_config(path: Path, config: Json) -> None:
     if "task" not in config:
         raise ValueError(
-            f"{path} does not say on which task the run was trained. If it was one of these, add "
-            "`task: word_problems` or `task: gsm8k`, and dataset_name, reward_funcs and model_name_or_path."
+            f"{path} does not say on which task the run was trained, as that of a script does not. Name the "
+            "function that makes its trainer, --trainer_factory path/to/script.py:function, or add `task: "
+            "word_problems`, `gsm8k` or `dataset`, with dataset_name, reward_funcs and model_name_or_path."
         )
     if config["task"] not in TASKS:
         raise ValueError(f"{path} has task: {config['task']}; it must be one of {', '.join(TASKS)}")
@@ -278,13 +286,17 @@ def targets_of(run: Path, config: Json, which: str) -> list[Target]:
     Raises:
         ValueError: when a step has no checkpoint; the message lists the steps that have one.
     """
-    start = Target(0, str(config.get("model_name_or_path", EMBEDDED_MODEL)))
-    found = {0: start}
+    start = str(config.get("model_name_or_path", EMBEDDED_MODEL))
+    found = {0: Target(0, start)} if start else {}  # that of a script may have been made in memory
     for path in reversed(checkpoints_of(run)):
         step = int(path.name.split("-")[1])
         found[step] = Target(step, str(path))
     if which == ALL:
         return list(found.values())
+    if not found:
+        raise ValueError(
+            f"{run} has no checkpoint, and its start policy was made in memory; train with save_strategy."
+        )
     if which == LATEST:
         return [found[max(found)]]
     try:

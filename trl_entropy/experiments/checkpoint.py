@@ -18,6 +18,7 @@ from trl_entropy.tasks.arguments import TaskArguments
 from trl_entropy.tasks.completion_functions import import_functions
 from trl_entropy.tasks.named import files_of
 from trl_entropy.tasks.registry import task_of
+from trl_entropy.tasks.script import settings_of_script
 
 # fmt: off
 _REQUIRED = {
@@ -53,12 +54,14 @@ class Checkpoint:
         return self.path.name.removeprefix("checkpoint-")
 
     @classmethod
-    def read(cls, path: Path, may_import: bool = False) -> Checkpoint:
+    def read(cls, path: Path, may_import: bool = False, trainer_factory: str | None = None) -> Checkpoint:
         """
         Read the settings, and check that the folder holds everything that an experiment needs.
 
         Args:
             may_import: whether functions of the user's own, with which the run was trained, may be imported.
+            trainer_factory: name of a function that makes the trainer of a run of a script; its datasets and functions
+                are the task then.
 
         Raises:
             ValueError: says what is missing, or what of the run an experiment cannot do again.
@@ -68,6 +71,8 @@ class Checkpoint:
         path = path.resolve()
         _check_files(path)
         config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+        if trainer_factory is not None:
+            config = settings_of_script(config, trainer_factory)
         environment_path = path.parent / "environment.json"
         environment = json.loads(environment_path.read_text(encoding="utf-8")) if environment_path.exists() else {}
         task = _task(config, environment, path.parent)
@@ -83,7 +88,9 @@ class Checkpoint:
                 )
         completions = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
         completions *= environment.get("num_processes", 1)
-        changed = import_functions(path.parent, task, config.get("function_files") or {}, may_import)
+        changed = import_functions(
+            path.parent, task, config.get("function_files") or {}, may_import or trainer_factory is not None
+        )
         files = files_of(task.own_functions())
         return cls(path, config, task, completions // config["num_generations"], files, changed)
 
@@ -146,8 +153,9 @@ def _task(config: dict[str, Any], environment: dict[str, Any], run: Path) -> Tas
     if not command or not any(word in ("train", "train.py") for word in command[:2]):
         raise ValueError(
             f"{run} does not say what it was trained on: config.yaml has no `task`, and environment.json no command "
-            "of trl_entropy.train. Write `task: word_problems` (and num_train_problems, reward_funcs), or `task: "
-            "dataset` with dataset_name and reward_funcs, into config.yaml if this is one."
+            "of trl_entropy.train. Name the function that makes the trainer of a script, --trainer_factory "
+            "path/to/script.py:function; or write `task: word_problems` (and num_train_problems, reward_funcs), or "
+            "`task: dataset` with dataset_name and reward_funcs, into config.yaml if this is one."
         )
     from trl import TrlParser
 

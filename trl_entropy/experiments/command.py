@@ -61,7 +61,7 @@ class Command(Generic[Result]):
         quiet_libraries()
         try:
             self._check(options)
-            checkpoint = Checkpoint.read(options.checkpoint, options.import_functions)
+            checkpoint = Checkpoint.read(options.checkpoint, options.import_functions, options.trainer_factory)
             self.check(checkpoint, options)
             check_memory(checkpoint, self.vectors(checkpoint, options))
             output = options.output or checkpoint.path.parent / "experiments" / f"{self.name}-{checkpoint.step}"
@@ -88,6 +88,8 @@ class Command(Generic[Result]):
             parser.add_argument(_flag(name), type=int, default=default, help=f"{text} (default: {default})")
         parser.add_argument("--batch-size", type=int, default=128, help="completions scored at a time (default: 128)")
         add_import_option(parser)
+        factory = "path/to/script.py:function, which returns the trainer of a run of a script of one's own"
+        parser.add_argument("--trainer_factory", "--trainer-factory", help=factory)
         parser.add_argument("--seed", type=int, default=0, help="of all draws of completions (default: 0)")
         parser.add_argument("--output", type=Path, help=f"folder to write to (default: RUN/experiments/{self.name}-N)")
         return parser

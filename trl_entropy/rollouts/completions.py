@@ -31,6 +31,7 @@ class Completions:
             `position_ids`); None: training has not seen the rows, and a row's first token has position 0.
         pixel_inputs: the images of the rows; None if there are none.
         column_types: what `token_type_ids` and the like say of each column, for models that take them.
+        metric_values: what the M metric functions say of each row, nan where they say nothing; None if there are none.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -42,6 +43,7 @@ class Completions:
     first_position: Int[Tensor, " B"] | None = field(default=None, kw_only=True)
     pixel_inputs: PixelInputs | None = field(default=None, kw_only=True)
     column_types: dict[str, Int[Tensor, "B L"]] = field(default_factory=dict, kw_only=True)
+    metric_values: Float[Tensor, "B M"] | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> Completions:
@@ -56,11 +58,12 @@ class Completions:
             first_position=batch.first_position,
             pixel_inputs=batch.pixel_inputs,
             column_types=batch.column_types,
+            metric_values=batch.metric_values,
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps (see `ProbeFiles.write`): the tensors that are not None."""
-        return self._given({"first_position"})
+        return self._given({"first_position", "metric_values"})
 
     def _given(self, omitted: Collection[str] = ()) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in omitted}
@@ -127,4 +130,5 @@ class Completions:
             first_position=None if self.first_position is None else self.first_position + start,
             pixel_inputs=self.pixel_inputs,
             column_types={name: tensor[:, start:end] for name, tensor in self.column_types.items()},
+            metric_values=self.metric_values,
         )

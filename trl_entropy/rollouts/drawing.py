@@ -73,22 +73,23 @@ def prompts_of(dataset: Any) -> Iterator[str]:
         yield from map(prompt_key, dataset["prompt"])
 
 
-def draw_prompts(
+def draw_rows(
     dataset: Dataset | ConcatDataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]
-) -> list[Any]:
+) -> list[dict[str, Any]]:
     """
-    Distinct prompts of `dataset` outside `exclude`, drawn with a random generator of their own; equal on all ranks.
+    Rows of `dataset` with distinct prompts (see [`prompt_of`]) outside `exclude`, drawn with a random generator of
+    their own; equal on all ranks.
 
     Raises:
         ValueError: if the dataset has too few other prompts.
     """
-    chosen: list[Any] = []
+    chosen: list[dict[str, Any]] = []
     taken = set(exclude)
-    for row in np.random.default_rng(seed).permutation(len(dataset)).tolist():
-        prompt = prompt_of(dataset[row])
-        if prompt_key(prompt) not in taken:
-            taken.add(prompt_key(prompt))
-            chosen.append(prompt)
+    for number in np.random.default_rng(seed).permutation(len(dataset)).tolist():
+        row = dataset[number]
+        if (key := prompt_key(prompt_of(row))) not in taken:
+            taken.add(key)
+            chosen.append(row)
         if len(chosen) == num_prompts:
             return chosen
     raise ValueError(

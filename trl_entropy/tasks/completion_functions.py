@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_entropy.tasks import rewards
+from trl_entropy.tasks import rewards, script
 from trl_entropy.tasks.named import Named, described, files_of, line_of, named, with_settings
 
 if TYPE_CHECKING:
@@ -137,6 +137,8 @@ def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
     Raises:
         ValueError: in one line, for a name, a file or a keyword setting that does not fit.
     """
+    if task.task == script.SCRIPT:
+        return _of_script("reward", script.parts_of(str(task.dataset_name)).reward_funcs)
     if not task.reward_funcs:
         raise ValueError(f"reward_funcs is empty; name a function, such as {', '.join(SHIPPED)}.")
     return _functions("reward", task.reward_funcs, task.reward_kwargs)
@@ -144,7 +146,30 @@ def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
 
 def metric_functions(task: TaskArguments) -> list[CompletionFunction]:
     """The run's metric functions, as [`reward_functions`]."""
+    if task.task == script.SCRIPT:
+        return _of_script("metric", script.parts_of(str(task.dataset_name)).metric_funcs)
     return _functions("metric", task.metric_funcs, task.metric_kwargs)
+
+
+def check_functions(task: TaskArguments) -> None:
+    """
+    Import the run's functions, and check that each has a name of its own and that `pass_reward` is one of them.
+
+    Raises:
+        ValueError: as [`reward_functions`], and where one is not so.
+    """
+    rewards_of_run, metrics = reward_functions(task), metric_functions(task)
+    if both := {one.short for one in rewards_of_run} & {one.short for one in metrics}:
+        raise ValueError(
+            f"metric_funcs: {', '.join(sorted(both))} is a reward function too, and the tables of completions have a "
+            "column for each; rewards are evaluated without being named here"
+        )
+    if task.pass_reward is not None:
+        passing(task, rewards_of_run)
+
+
+def _of_script(kind: str, functions: Mapping[str, Callable[..., Any] | str]) -> list[CompletionFunction]:
+    return [CompletionFunction(name, name, function, None, kind) for name, function in functions.items()]
 
 
 def _functions(kind: str, names: Sequence[str], given: object) -> list[CompletionFunction]:
@@ -231,7 +256,7 @@ def import_functions(run: Path, task: TaskArguments, before: Mapping[str, str], 
             "these files: add --import_functions if you trust them"
         )
     for name, setting in own.items():
-        named(setting, name, {})
+        script.parts_of(name) if task.task == script.SCRIPT else named(setting, name, {})
     changed = [file for file, digest in files_of(own).items() if before.get(file, digest) != digest]
     return f"{', '.join(changed)} is not what it was when the run began" if changed else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_entropy.tasks.named import Named, described, is_of_user, line_of, named
-from trl_entropy.tasks.prompts import Prompt, check_conversations, short_enough
+from trl_entropy.tasks.prompts import Prompt, check_conversations, prompt_id, short_enough
 from trl_entropy.tasks.r1_template import format_prompt
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _file(path: Path) -> Dataset:
     if reader is None:
         raise ValueError(f"dataset_name: {path} ends in none of {', '.join(_READERS)}.")
     if reader == "json":
-        return Dataset.from_list(_json_rows(path))
+        return _of_rows(_json_rows(path), str(path))
     import pandas as pd
 
     try:
@@ -116,6 +115,20 @@ def _file(path: Path) -> Dataset:
         raise
     except Exception as error:  # pyarrow and pandas have errors of their own
         raise ValueError(f"dataset_name: {path} cannot be read: {described(error)}.") from error
+
+
+def _of_rows(rows: list[Row], where: str) -> Dataset:
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # of pyarrow
+        kinds = {name: {type(row.get(name)).__name__ for row in rows} - {"NoneType"} for name in rows[0]}
+        mixed = next((name for name, found in kinds.items() if len(found) > 1), None)
+        which = "" if mixed is None else f" Column {mixed!r} has {' and '.join(sorted(kinds[mixed]))}."
+        raise ValueError(
+            f"dataset_name: {where}: each column must have values of one kind ({described(error)}).{which}"
+        ) from error
 
 
 def _json_rows(path: Path) -> list[Row]:
@@ -196,7 +209,7 @@ def _from_function(task: TaskArguments, split: str) -> tuple[Dataset, bool]:
     one = named("dataset_name", str(task.dataset_name), {})
     found = _called("dataset_name", one, split)
     if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
-        found = Dataset.from_list(found)
+        found = _of_rows(found, one.name)
     if not isinstance(found, Dataset):
         raise ValueError(
             f"dataset_name: {one.name}({split!r}) returned {found!r:.80}; a datasets.Dataset or a list of dicts is "
@@ -223,8 +236,14 @@ def _prepared(dataset: Dataset, task: TaskArguments) -> Dataset:
     template = _template(task.prompt_template)
     rows = list(dataset)
     prompts = [_checked(template(row | {"prompt": row.get(task.prompt_column)}), row, task) for row in rows]
+    if len({type(prompt) for prompt in prompts}) > 1:
+        text, talk = (next(one for one in prompts if isinstance(one, kind)) for kind in (str, list))
+        raise ValueError(
+            f"prompt_column: some prompts are texts, such as {text!r:.80}, and some conversations, such as "
+            f"{talk!r:.80}; prompt_template: chat makes conversations of all."
+        )
     kept = [name for name in dataset.column_names if name not in (task.prompt_column, "prompt", "prompt_id")]
-    columns = {"prompt": prompts, "prompt_id": [_prompt_id(prompt) for prompt in prompts]}
+    columns = {"prompt": prompts, "prompt_id": [prompt_id("dataset", prompt) for prompt in prompts]}
     if task.answer_column in dataset.column_names:
         columns["answer"] = dataset[task.answer_column]
         kept = [name for name in kept if name not in (task.answer_column, "answer")]
@@ -291,12 +310,6 @@ def _checked(prompt: object, row: Row, task: TaskArguments) -> Prompt:
         f"{', of which prompt_template r1 takes a text' if task.prompt_template == 'r1' else ''}; this one is "
         f"{prompt if prompt is not None else row.get(task.prompt_column)!r:.120}, of the row {_shown(row)}."
     )
-
-
-def _prompt_id(prompt: Prompt) -> str:
-    """An id that depends on the prompt alone, so that filters and the order of rows do not change it."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-    return f"dataset/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _is_held_out(prompt_id: str) -> bool:

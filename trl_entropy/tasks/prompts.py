@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,12 @@ def check_conversations(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenize
     first = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
     if first is not None:
         rendered(first, tokenizer)
+
+
+def prompt_id(task: str, prompt: Prompt) -> str:
+    """An id that depends on the prompt alone, so that filters and the order of rows do not change it."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    return f"{task}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def short_enough(dataset: Dataset, longest: int | None, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:

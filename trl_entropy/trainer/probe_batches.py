@@ -17,9 +17,10 @@ from trl import GRPOTrainer
 
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.rollouts.completions import Completions
-from trl_entropy.rollouts.drawing import draw_prompts, has_images, own_randomness, pack_completions
+from trl_entropy.rollouts.drawing import draw_rows, has_images, own_randomness, pack_completions, prompt_of
 from trl_entropy.rollouts.generation import generating_with_the_model
 from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, IMAGE_KEYS, PixelInputs
+from trl_entropy.trainer.metric_functions import MetricFunctions
 from trl_entropy.trainer.step_prompts import StepPrompts
 
 
@@ -33,10 +34,13 @@ class ProbeBatches:
     Args:
         trainer: the trainer whose policy, datasets and generation are used.
         step_prompts: the prompts of the present step, which a draw of held-out prompts leaves out.
+        metrics: the metric functions, which are called on the completions of [`draw`].
     """
 
-    def __init__(self, trainer: GRPOTrainer, step_prompts: StepPrompts) -> None:
-        self._trainer, self._step_prompts = trainer, step_prompts
+    def __init__(
+        self, trainer: GRPOTrainer, step_prompts: StepPrompts, metrics: MetricFunctions | None = None
+    ) -> None:
+        self._trainer, self._step_prompts, self._metrics = trainer, step_prompts, metrics
 
     def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
@@ -47,10 +51,11 @@ class ProbeBatches:
         exclude = self._step_prompts.all() if source == "held_out" else set()
         rank, share = trainer.accelerator.process_index, num_prompts // trainer.accelerator.num_processes
         seed = trainer.args.seed
-        prompts = draw_prompts(dataset, num_prompts, exclude, (seed, step))[rank * share : (rank + 1) * share]
+        rows = draw_rows(dataset, num_prompts, exclude, (seed, step))[rank * share : (rank + 1) * share]
         own_sampler = generating_with_the_model(trainer) if sampler == "model" else contextlib.nullcontext()
         with own_sampler:
-            return self.draw_completions(prompts, (seed, step, rank), rank * share)
+            drawn = self.draw_completions(list(map(prompt_of, rows)), (seed, step, rank), rank * share)
+        return self._metrics.added_to(drawn, rows) if self._metrics is not None else drawn
 
     def check_alike(self) -> None:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
