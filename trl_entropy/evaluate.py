@@ -76,7 +76,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trl-entropy evaluate", description="Evaluate the checkpoints of a run.")
+    parser = argparse.ArgumentParser(
+        prog="trl-entropy evaluate", description="Evaluate the checkpoints of a run.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("--run", type=Path, required=True, help="the run directory")
     add("--checkpoints", default=ALL, help="all (with the start policy, step 0), latest, or steps such as 20,40")
