@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from rank_script import leave, turn_off_compiled_ops
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 SEQUENCE_LENGTH = 12
 VOCABULARY = 61  # odd sizes, so that ZeRO's partitions cut through parameters
@@ -171,6 +172,10 @@ def snapshot(trainer) -> dict[str, torch.Tensor]:
 
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trainable = trainable_parameters(model)
+    if isinstance(model, FSDPModule):  # gathered in the dtype that the layers compute in
+        for part in (part for part in model.modules() if isinstance(part, FSDPModule)):
+            part.reshard()
+        return {name: param.detach().full_tensor() for name, param in trainable_parameters(model).items()}
     if not all(hasattr(param, "ds_id") for param in trainable.values()):
         return snapshot_parameters(model)
     from deepspeed import zero
@@ -280,6 +285,9 @@ def main(output_dir: str, cases: str) -> None:
     jaxtyping.install_import_hook("trl_entropy", "beartype.beartype")
     turn_off_compiled_ops()
     torch.set_num_threads(1)
+    from trl_entropy.engine.fsdp2_on_cpu import shard_on_cpu_if_asked
+
+    shard_on_cpu_if_asked()
     for settings in json.loads(cases):
         run_case(Case(**settings), Path(output_dir))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
