@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rank_script import leave, turn_off_compiled_ops
+from rank_script import leave, prepare_rank
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -283,11 +283,8 @@ def main(output_dir: str, cases: str) -> None:
     import jaxtyping
 
     jaxtyping.install_import_hook("trl_entropy", "beartype.beartype")
-    turn_off_compiled_ops()
+    prepare_rank()
     torch.set_num_threads(1)
-    from trl_entropy.engine.fsdp2_on_cpu import shard_on_cpu_if_asked
-
-    shard_on_cpu_if_asked()
     for settings in json.loads(cases):
         run_case(Case(**settings), Path(output_dir))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":

@@ -1,4 +1,4 @@
-"""The entropy probe's numbers on two ranks are those of one process: DDP, ZeRO-2, ZeRO-3, full and LoRA."""
+"""The entropy probe's numbers on two ranks are those of one process: DDP, ZeRO-2, ZeRO-3, FSDP2, full and LoRA."""
 
 import json
 import time
@@ -78,6 +78,13 @@ RUNS = [
 BF16 = [
     {"name": f"bf16-{rate}", "bf16": True, "keeps_parameters": True, "learning_rate": rate} for rate in (1e-4, 1e-6)
 ]
+# The engines differ in what they share out: the short command has one that shares nothing and one that shares all.
+MANY_RANKS = [
+    "ddp-cpu",
+    pytest.param("zero2-cpu", marks=pytest.mark.slow),
+    "zero3-cpu",
+    pytest.param("fsdp2-cpu", marks=pytest.mark.slow),
+]
 # The same training without a probe, and its number of completions as by default: nothing reads it.
 NO_PROBE = {
     "entropy_probe": False,
@@ -112,7 +119,7 @@ def rows_of(tmp_path_factory, model_path):
 
 
 @pytest.mark.parametrize("run", [run["name"] for run in RUNS])
-@pytest.mark.parametrize("engine", ["ddp-cpu", "zero2-cpu", "zero3-cpu"])
+@pytest.mark.parametrize("engine", MANY_RANKS)
 def test_numbers_are_those_of_one_process(rows_of, engine, run):
     expected, got = rows_of("cpu")[run], rows_of(engine)[run]
     assert len(expected) == len(got) == 3
@@ -124,7 +131,7 @@ def test_numbers_are_those_of_one_process(rows_of, engine, run):
         assert sum(row["resampling/num_rounds"] for row in expected) >= 2
 
 
-@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu", "zero3-cpu"])
+@pytest.mark.parametrize("engine", ["cpu", *MANY_RANKS])
 @pytest.mark.parametrize("rate", [1e-4, 1e-6])
 def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, engine, rate):
     """One process scores the probe's files with theta before and after, as that engine's float32 values have it."""
@@ -158,7 +165,7 @@ def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, e
 
 
 @pytest.mark.parametrize("run", ["full", "lora"])
-@pytest.mark.parametrize("engine", ["ddp-cpu", "zero2-cpu", "zero3-cpu"])
+@pytest.mark.parametrize("engine", MANY_RANKS)
 def test_probes_leave_training_bit_identical(rows_of, engine, run):
     """The third step's loss and gradient have everything in them that the first two did to the parameters."""
     probed, alone = rows_of(engine)[run], rows_of(engine)[f"{run}-off"]
