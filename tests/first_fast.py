@@ -7,4 +7,6 @@ import pytest
 
 def first_fast(cases: Iterable, keep: int = 1) -> list:
     """`cases` for `pytest.mark.parametrize`, all but the first `keep` marked `slow`."""
-    return [case if number < keep else pytest.param(case, marks=pytest.mark.slow) for number, case in enumerate(cases)]
+    cases = list(cases)
+    values = [case if isinstance(case, tuple) else (case,) for case in cases[keep:]]
+    return cases[:keep] + [pytest.param(*value, marks=pytest.mark.slow) for value in values]
