@@ -94,19 +94,25 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     (tmp_path / "broken.py").write_text("def right(:\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_say_preflight", lambda *_: None)
     monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was about to be loaded"))
     return tmp_path
 
 
 @pytest.mark.parametrize("change, said", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line_of_train_and_a_problem_of_doctor(folder, change, said):
+def test_a_mistake_is_one_line_of_train(folder, change, said):
     (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | change))
     with pytest.raises(SystemExit) as ended:
         train.main(["--config", "mine.yaml"])
     line = str(ended.value)
     assert said in line and line.startswith("Error") and "\n" not in line
-    options, settings = doctor._options().parse_known_args(["--config", "mine.yaml"])
-    _, found = doctor.diagnose(options, settings)
+
+
+@pytest.mark.parametrize("name", ["no file", "conversations", "an error in it", "a metric that is a reward", "a tool"])
+def test_it_is_a_problem_of_doctor(folder, name):
+    change, said = MISTAKES[name]
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | change))
+    _, found = doctor.diagnose(*doctor._options().parse_known_args(["--config", "mine.yaml"]))
     assert any(said in finding.text for finding in found if finding.is_problem), found
 
 

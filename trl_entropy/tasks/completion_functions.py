@@ -85,44 +85,68 @@ class CompletionFunction(NamedTuple):
             more: what else TRL gives to reward functions: `trainer_state`, `environments`.
 
         Raises:
-            ValueError: naming the function and, where it can be told, the line; also for what is no list of numbers.
+            ValueError: naming the function, where it can be told the line, and the first completion on which it fails
+                when it is called with that one alone; also for what is no list of numbers.
         """
         assert callable(self.function), "a reward model is called by the trainer alone"
+        try:
+            given = self._given(rows, completions, completion_ids, more)
+        except Exception as error:
+            where = self.name if self.named is None else line_of(error, self.named)
+            which = self._first_that_fails(rows, completions, completion_ids, more)
+            raise ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}{which}") from error
+        return self._numbers(given, completions)
+
+    def _given(
+        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], more: Mapping[str, Any]
+    ) -> Any:
+        """What the function returns; it is awaited."""
+        assert callable(self.function)
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
-        quiet = {
+        quiet: dict[str, Any] = {
             "log_metric": _log_nothing,
             "log_extra": _log_nothing,
             "trainer_state": None,
             "environments": None,
-        } | more
-        try:
-            given = self.function(
-                prompts=[row["prompt"] for row in rows],
-                completions=list(completions),
-                completion_ids=list(completion_ids),
-                **(columns | quiet),
-            )
-            if inspect.iscoroutine(given):
-                with ThreadPoolExecutor(1) as other:  # a notebook's own thread has a loop already
-                    given = other.submit(asyncio.run, given).result()
-        except Exception as error:
-            where = self.name if self.named is None else line_of(error, self.named)
-            raise ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}") from error
-        return self._numbers(given, len(completions))
+        }
+        given = self.function(
+            prompts=[row["prompt"] for row in rows],
+            completions=list(completions),
+            completion_ids=list(completion_ids),
+            **{**columns, **quiet, **more},
+        )
+        if inspect.iscoroutine(given):
+            with ThreadPoolExecutor(1) as other:  # a notebook's own thread has a loop already
+                return other.submit(asyncio.run, given).result()
+        return given
 
-    def _numbers(self, given: object, expected: int) -> list[float]:
+    def _first_that_fails(
+        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], more: Mapping[str, Any]
+    ) -> str:
+        for row, completion, ids in zip(rows, completions, completion_ids, strict=True):
+            try:
+                self._given([row], [completion], [ids], {**more, "environments": None})
+            except Exception:
+                return f", for the completion {completion!r:.200}"
+        return ""
+
+    def _numbers(self, given: object, completions: Sequence[Any]) -> list[float]:
         values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
-        if values is None or len(values) != expected:
+        if values is None or len(values) != len(completions):
             found = f"{given!r:.80}" if values is None else f"{len(values)} of them"
             raise ValueError(
-                f"{self.kind} function {self.short} must return a list of {expected} numbers, one a completion; it "
-                f"returned {found}"
+                f"{self.kind} function {self.short} must return a list of {len(completions)} numbers, one a "
+                f"completion; it returned {found}"
             )
+        return [self._number(value, completion) for value, completion in zip(values, completions, strict=True)]
+
+    def _number(self, value: Any, completion: Any) -> float:
         try:
-            return [math.nan if value is None else float(value) for value in values]
+            return math.nan if value is None else float(value)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{self.kind} function {self.short} must return numbers; it returned {given!r:.120}"
+                f"{self.kind} function {self.short} must return numbers; it returned {value!r:.80} for the completion "
+                f"{completion!r:.200}"
             ) from None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy.tasks.named import Named, described, is_of_user, line_of, named
+from trl_entropy.tasks.named import DATA_FILES, Named, described, is_of_user, line_of, named
 from trl_entropy.tasks.prompts import Prompt, check_conversations, prompt_id, short_enough
 from trl_entropy.tasks.r1_template import format_prompt
 
@@ -73,7 +73,8 @@ def is_on_the_hub(name: str) -> bool:
 
 
 def _looks_like_hub(name: str) -> bool:
-    return name.count("/") <= 1 and not is_of_user(name) and not name.startswith((".", "~", "/"))
+    is_file = Path(name).suffix.lower() in DATA_FILES
+    return name.count("/") <= 1 and not is_file and not is_of_user(name) and not name.startswith((".", "~", "/"))
 
 
 # ---- reading
