@@ -36,7 +36,7 @@ class Fsdp2Engine(ShardedEngine, PlainEngine):
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        _reshard(accelerator.unwrap_model(model))
+        reshard(accelerator.unwrap_model(model))
         super().__init__(accelerator, model, optimizer, max_grad_norm)
 
     # ---- this rank's slices
@@ -78,7 +78,7 @@ class Fsdp2Engine(ShardedEngine, PlainEngine):
         *Entering is collective* where parameters are frozen (LoRA's base), which are gathered; everything after is
         local. Inside `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
         """
-        _reshard(self.module)
+        reshard(self.module)
         # In its own dtype the model is the one that training runs, which gathers parameters in the policy's dtype.
         whole = self._whole_parameters(self._computing_dtype if dtype is None else lambda param: param.dtype)
         with (
@@ -102,7 +102,7 @@ def _slice(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local().view(-1)
 
 
-def _reshard(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Lets every module hold its slices, also those that stay whole between forward and backward. Local."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
