@@ -1,6 +1,8 @@
 """`watch_step` in a plain PyTorch loop, against a plain forward pass in float64."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +103,18 @@ def test_watching_changes_nothing(model, rows):
         trained.append(torch.cat([param.detach().flatten() for param in policy.parameters()]))
         assert policy.training
     assert torch.equal(*trained)
+
+
+def test_the_readmes_loop_runs_as_it_stands(model, rows, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(from trl_entropy import watch_step\n.*?)```", readme, re.DOTALL)
+    policy = copy.deepcopy(model)
+    names = {"model": policy, "optimizer": torch.optim.AdamW(policy.parameters(), lr=1e-3)}
+    learn(policy, names["optimizer"], rows[-1])
+    exec(
+        code, names | dict(zip(("input_ids", "attention_mask", "completion_mask", "prompt_index"), rows, strict=False))
+    )
+    assert len(capsys.readouterr().out.split()) == 3
 
 
 def test_an_exception_inside_is_the_users(model, rows):
