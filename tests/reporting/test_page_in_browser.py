@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reporting.chromium import Chromium, find_chromium
+from reporting.chromium import find_chromium
 from safetensors.numpy import load_file, save_file
 
 from trl_entropy.reporting import page as page_module
@@ -17,13 +17,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(find_chromium() is None, reason="no Chromium here: apt-get install chromium"),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    running = Chromium(find_chromium())
-    yield running
-    running.close()
 
 
 def page_of(runs: list[Path], target: Path) -> Path:

@@ -3,6 +3,7 @@
 import { meaning, page, rowsWith, stepOf } from "./data.js";
 import { h, plain } from "./dom.js";
 import { counted, number, signed, withError } from "./format.js";
+import { reading } from "./live.js";
 import { address, go, state } from "./state.js";
 import { sortable } from "./table.js";
 import { chosenQuantity, isOwn, largest, legend, quantitiesOf, spanOf, tokenElement } from "./tokens.js";
@@ -273,7 +274,8 @@ export const LACKING = "Its tokens had no room on this page; a notebook reads th
 function samePrompt(run, shown, place) {
   const list = h("ul");
   const text = promptOf(shown, place);
-  const look = () => {
+  const look = async () => {
+    for (const other of page().runs) await reading(other, other.known);
     const found = page().runs.flatMap((other) =>
       other.known.flatMap((step) => {
         const there = /** @type {Step} */ (stepOf(other, step));
