@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trl_entropy.analysis.contents import steps_text
+from trl_entropy.analysis.rewards import NOT_REWARDS
 from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
 from trl_entropy.reporting.figures import Figure, shade
@@ -154,7 +155,7 @@ def _coloured_by_entropy(token: Row, largest: float) -> ColouredToken:
 def _samples(run: Run) -> list[dict[str, str]]:
     """A few completions of the last step that logged some."""
     last = run.last_completions()
-    rewards = [name for name in last if name not in ("step", "prompt", "completion", "prompt_id")]
+    rewards = [name for name in last if name not in NOT_REWARDS or name == "advantage"]
     return [
         {
             "run": run.name,

@@ -121,7 +121,7 @@ def run_data(
     name = run.name
 
     def of_steps(table: pd.DataFrame | None) -> pd.DataFrame:
-        table = pd.DataFrame({"step": []}) if table is None else table
+        table = _or_none(table)
         return table if only is None else table[table["step"].isin(only)]
 
     sentences = gaps.attempt("The summary", name, summary, run) or []
@@ -136,6 +136,7 @@ def run_data(
         "binary": binary,
         "steps": encoded("steps", of_steps(gaps.attempt("The steps", name, views.steps, run))),
         "parts": encoded("parts", of_steps(gaps.attempt("The parts of the change", name, views.parts, run))),
+        "evaluation": encoded("evaluation", _or_none(gaps.attempt("The evaluations", name, views.evaluation, run))),
         "shown": {str(step): block for step, block in shown.items()},
         "tokens_known": sorted(run.probe_steps("attribution")),
     }
@@ -148,6 +149,10 @@ def _changed(run: Run) -> list[list[str]]:
     except UnreadableFile:  # the part of the page that shows the file says so
         return []
     return [[name, str(values[0]), str(values[1])] for name, values in known.items()]
+
+
+def _or_none(table: pd.DataFrame | None) -> pd.DataFrame:
+    return pd.DataFrame({"step": []}) if table is None else table
 
 
 def has_right_answers(rewards: pd.Series) -> bool:
@@ -190,6 +195,11 @@ def step_data(run: Run, chosen: Chosen) -> Json:
     found["completions"] = encoded("completions", completions)
     if chosen.has_tokens:
         found["tokens"] = _tokens(views.tokens(run, chosen.step, chosen.rows), "tokens")
+    dropped = views.dropped(run, chosen.step)
+    if len(dropped):
+        found["dropped"] = encoded("dropped", _only_shown(dropped, chosen))
+    if views.measured_on_rollouts(run):  # the tokens have it
+        return found
     measured = views.measured_completions(run, chosen.step)
     if len(measured) and len(chosen.rows):
         most = max(len(chosen.rows) // 2, 1)
@@ -200,6 +210,13 @@ def step_data(run: Run, chosen: Chosen) -> Json:
         )
         found["measured_tokens"] = _tokens(views.measured_tokens(run, chosen.step, rows), "measured_tokens")
     return found
+
+
+def _only_shown(dropped: pd.DataFrame, chosen: Chosen) -> pd.DataFrame:
+    """The table of dropped groups, whose texts are left out of a step of which no completion had room for its own."""
+    if not chosen.rows:
+        return dropped.drop(columns="text").drop_duplicates("group")
+    return dropped.assign(prompt=_shortened(dropped["prompt"]), text=_shortened(dropped["text"]))
 
 
 def _largest(measured: pd.DataFrame, most: int) -> pd.DataFrame:

@@ -8,13 +8,13 @@
  * @typedef {{
  *   number: number, name: string, sentences: [string, number | null][], cut: string[], binary: boolean,
  *   warnings: [string, string, number[], boolean][], settings: Record<string, any>, changed: [string, string, string][],
- *   steps: Table, parts: Table, shown: Record<string, string>, known: number[], tokens_known: number[],
+ *   steps: Table, parts: Table, evaluation: Table, shown: Record<string, string>, known: number[], tokens_known: number[],
  *   progress?: string,
  * }} Run
  *
  * @typedef {{
  *   step: number, promptEnds: [string, string], groups: Table, completions: Table, tokens: Table | null,
- *   measuredCompletions: Table | null, measuredTokens: Table | null,
+ *   measuredCompletions: Table | null, measuredTokens: Table | null, dropped: Table | null,
  * }} Step
  */
 
@@ -87,12 +87,20 @@ export function page() {
  */
 export function opened(given) {
   given.runs.forEach((/** @type {any} */ run, /** @type {number} */ number) => {
-    Object.assign(run, { number, steps: table(run.steps), parts: table(run.parts) });
+    Object.assign(run, { number, ...tablesOf(run, ["steps", "parts", "evaluation"]) });
     run.known = Object.keys(run.shown).map(Number);
     run.known.sort((/** @type {number} */ a, /** @type {number} */ b) => a - b);
   });
   for (const key in given.means) given.means[key] = table(given.means[key]);
   return given;
+}
+
+/**
+ * @param {any} given
+ * @param {string[]} names
+ */
+function tablesOf(given, names) {
+  return Object.fromEntries(names.map((name) => [name, table(given[name])]));
 }
 
 /**
@@ -154,6 +162,7 @@ export function keepStep(name, given) {
     tokens: some("tokens"),
     measuredCompletions: some("measured_completions"),
     measuredTokens: some("measured_tokens"),
+    dropped: some("dropped"),
   });
 }
 

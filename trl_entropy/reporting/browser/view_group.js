@@ -74,6 +74,12 @@ export function rules(run, shown, rows) {
         : "With resample_uninformative_groups another prompt would have taken its place.",
     );
   }
+  const round = columns.round?.[rows[0]];
+  if (round) {
+    found.push(
+      `Drawn in round ${round}, in the place of a group whose rewards were all equal (resample_uninformative_groups).`,
+    );
+  }
   const cut = rows.filter((row) => columns.end[row] === "truncated").length;
   if (cut) {
     found.push(
@@ -127,12 +133,14 @@ function tableOfCompletions(run, shown, rows) {
     advantage: "advantage",
     entropy: "entropy",
     surprisal: "surprisal",
+    logp_change: "change of its log-probability",
+    entropy_change: "change of its entropy",
     length: "length",
     context_length: "context",
     turns: "turns",
     end: "end",
   };
-  const signs = ["change", "advantage"];
+  const signs = ["change", "advantage", "logp_change", "entropy_change"];
   const shownColumns = [...Object.keys(heads).slice(0, 3), ...functions, ...Object.keys(heads).slice(3)]
     .filter((name) => name in columns)
     .map((name) => ({
