@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from trl_entropy.analysis.run import load_run
 from trl_entropy.analysis.summary import summary, total
 from trl_entropy.analysis.view_columns import COLUMNS, column
-from trl_entropy.analysis.views import parts, steps_with_completions, view
+from trl_entropy.analysis.views import last_view, parts, steps_with_completions, view
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.step_files import completions_path, completions_steps, write_dropped
 
@@ -220,6 +220,13 @@ def test_changes_that_were_measured_on_the_steps_own_completions(run, copy, arra
     assert table["logp_change"].tolist() == (0.25 * table["length"]).tolist()
     assert view(run, "tokens", STEP)["logp_change"].eq(0.25).all()
     assert table["entropy_change"].eq(0.25).all() and view(run, "tokens", STEP)["entropy_change"].eq(0.25).all()
+
+
+def test_the_newest_step_that_has_a_view(run, tmp_path):
+    for name in ("groups", "completions", "tokens", "measured_completions", "measured_tokens"):
+        pd.testing.assert_frame_equal(last_view(run, name), view(run, name, 3))
+        assert last_view(load_run(tmp_path), name).empty
+    assert last_view(run, "dropped").empty and "rule" in last_view(run, "dropped")
 
 
 def test_unknown_views_are_refused(run):

@@ -55,6 +55,17 @@ def view(run: Run, name: str, step: int | None = None, rows: Iterable[int] | Non
     return _OF_A_STEP[name](run, step)
 
 
+def last_view(run: Run, name: str) -> pd.DataFrame:
+    """The [`view`] of the newest step that has it; without rows if none has. `name` is one that needs a step."""
+    if name == "dropped":
+        known = completions_steps(run.path, "dropped")
+    elif name in ("groups", "completions"):
+        known = steps_with_completions(run)
+    else:
+        known = run.probe_steps("entropy" if name.startswith("measured") else "rollouts")
+    return view(run, name, known[-1]) if known else pd.DataFrame(columns=list(COLUMNS[name]))
+
+
 def steps(run: Run) -> pd.DataFrame:
     """A row for each step: `step`, and every number of `metrics.jsonl` by its key."""
     return run.steps.select_dtypes("number").reset_index()
@@ -94,7 +105,8 @@ def evaluation(run: Run) -> pd.DataFrame:
         if name not in ("step", "dataset") and isinstance(value, int | float)
     ]
     checkpoints = run.evaluation.drop(columns="unit").assign(source="evaluate")
-    return pd.concat([pd.DataFrame(found, columns=names), checkpoints[names]], ignore_index=True)
+    table = pd.concat([pd.DataFrame(found, columns=names), checkpoints[names]], ignore_index=True)
+    return table.astype({"step": int, "value": float, "low": float, "high": float})
 
 
 def _source(row: Row) -> str:

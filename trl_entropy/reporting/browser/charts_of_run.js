@@ -4,8 +4,8 @@
  * @typedef {{key: string, name: string, points?: boolean}} Line
  * @typedef {{
  *   title: string, unit: string, lines: Line[], zero?: boolean, hint?: string,
- *   heldOut?: {source: string, metric: string, name: string}[],
- * }} Plan `heldOut` are lines of what was evaluated
+ *   heldOut?: {source: string, metric: string, name: string, unless?: string}[],
+ * }} Plan `heldOut` are lines of what was evaluated, left out where the metric `unless` has the same values
  */
 
 const EVALUATED = "evaluated checkpoints, ± half of the 95 % interval";
@@ -75,7 +75,7 @@ export const PLANS = [
     unit: "",
     hint: "Mean reward on prompts that are not trained on, by training's own evaluations.",
     lines: [],
-    heldOut: [{ source: "training", metric: "reward", name: "during training" }],
+    heldOut: [{ source: "training", metric: "reward", name: "during training", unless: "rewards/tag_pref/mean" }],
   },
   {
     title: "Held-out entropy",
@@ -179,7 +179,10 @@ export function heldOutOf(run, plan, axis, look, prefix = "") {
   const { columns } = run.evaluation;
   /** @type {import("./chart.js").Series[]} */
   const found = [];
-  for (const { source, metric, name } of plan.heldOut || []) {
+  const valuesOf = (/** @type {string | undefined} */ metric) =>
+    JSON.stringify(columns.value.filter((_, at) => columns.metric[at] === metric));
+  for (const { source, metric, name, unless } of plan.heldOut || []) {
+    if (!columns.metric || (unless && valuesOf(unless) === valuesOf(metric))) continue;
     const places = [...Array(run.evaluation.rows).keys()].filter((at) => columns.metric[at] === metric);
     const sources = [...new Set(places.map((at) => columns.source[at]))];
     for (const one of sources.filter((other) => other === source || other.startsWith(`${source}, `))) {

@@ -24,11 +24,11 @@ export function resampled(numbers, shown) {
     h(
       "p",
       {},
-      `${counted(first, "group")} of those first drawn had equal rewards; ${number(first - kept)} were dropped and replaced by `,
+      `${counted(first, "group")} of those first drawn had equal rewards; ${number(first - kept)} ${first - kept === 1 ? "was" : "were"} dropped and replaced by `,
       `other prompts in ${counted(rounds, "further round")} (resample_uninformative_groups).${stay} `,
       shown && !shown.dropped && first > kept && "The run keeps no table of what was dropped at this step.",
     ),
-    shown && shown.dropped && droppedGroups(shown.dropped),
+    shown && shown.dropped && droppedGroups(shown.dropped, shown.promptEnds),
   );
 }
 
@@ -36,8 +36,9 @@ export function resampled(numbers, shown) {
  * The groups that were drawn and not trained on, each with its completions.
  *
  * @param {import("./data.js").Table} table
+ * @param {[string, string]} ends what the prompts of the step begin and end with
  */
-function droppedGroups(table) {
+function droppedGroups(table, ends) {
   const { columns, rows } = table;
   const groups = [...new Set(columns.group)];
   return folded(`The ${counted(groups.length, "group")} that were dropped, and why`, () => [
@@ -48,12 +49,19 @@ function droppedGroups(table) {
       const equal = columns.rule[own[0]] === "equal rewards";
       const why = equal ? `all rewards are ${number(rewards[0])}` : "enough other groups had come before it";
       const round = columns.round[own[0]] ? `round ${columns.round[own[0]]}` : "first draw";
-      const prompt = plain(columns.prompt[own[0]].trim());
+      const prompt = columns.prompt[own[0]];
+      const shared = prompt.startsWith(ends[0]) && prompt.endsWith(ends[1]);
+      const short = shared ? prompt.slice(ends[0].length, prompt.length - ends[1].length) : prompt;
       return h(
         "details",
         { class: "dropped" },
-        h("summary", {}, `Dropped (${round}): ${why}. `, h("span", { class: "quiet" }, prompt.slice(-160))),
-        h("pre", { class: "prompt" }, prompt),
+        h(
+          "summary",
+          {},
+          `Dropped (${round}): ${why}. `,
+          h("span", { class: "quiet" }, plain(short.trim().slice(-200))),
+        ),
+        h("pre", { class: "prompt" }, plain(prompt.trim())),
         columns.text &&
           h(
             "ol",
