@@ -16,6 +16,7 @@ def running_browser() -> Iterator[Chromium]:
 @pytest.fixture
 def browser(running_browser) -> Chromium:
     """The browser as a reader has it at first: an ordinary window, light colours, nothing said yet."""
+    running_browser.open("about:blank")  # a page that follows a run would go on asking
     running_browser.messages.clear()
     running_browser.look()
     return running_browser
