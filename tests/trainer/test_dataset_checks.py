@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
+from first_fast import first_fast
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.analysis.run import Run
@@ -211,7 +212,7 @@ def check_tables(run, problems):
     assert not [path for path in (run / "completions").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("kind", [dict, DatasetDict])
+@pytest.mark.parametrize("kind", first_fast([dict, DatasetDict]))
 def test_several_evaluation_sets_have_rows_by_name(kind, problems, make_trainer):
     """Names that begin alike too; the probe draws from all of them, whatever their other columns are."""
     sets = kind(a=problems.select(range(4)), a_b=problems.select(range(4, 8)).add_column("extra", [1] * 4))
