@@ -219,10 +219,13 @@ def test_the_page_grows_with_the_run(real_run, run, browser: Chromium):
         assert browser.texts(rows) == ["1"] and browser.text(".live") == "ended after step 2 of 4"
         browser.run("document.querySelector('main input').click()")
         assert browser.texts(rows) == ["1", "2"]
+        browser.click(".chart svg")  # the pointer stays there
+        pointed = browser.texts(".chart .at")
         browser.run("document.querySelector('main h2').dataset.old = 1")
         run.append_metrics(3, {"reward": 0.75, "entropy/policy": 0.3})
         browser.wait_for("!document.querySelector('main h2').dataset.old")
         assert browser.texts(rows) == ["1", "2", "3"] and browser.text(".live") == "ended after step 3 of 4"
+        assert any(pointed) and browser.texts(".chart .at") == pointed
         assert not browser.messages
     browser.wait_for("document.querySelector('.live.silent')")
     assert "the server does not answer" in browser.text(".live") and browser.texts(rows) == ["1", "2", "3"]

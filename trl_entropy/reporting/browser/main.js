@@ -176,10 +176,10 @@ function needed() {
 function draw() {
   const [here, waiting] = [addressed(), needed()];
   if (waiting) {
-    if (here !== shownPlace) shown(here, [h("p", { role: "status" }, "Reading the completions …")]);
-    const say = (/** @type {Error} */ error) => shown(here, [h("p", { class: "rule" }, `${error.message}.`)]);
+    if (here !== shownPlace) shown(here, () => [h("p", { role: "status" }, "Reading the completions …")]);
+    const say = (/** @type {Error} */ error) => shown(here, () => [h("p", { class: "rule" }, `${error.message}.`)]);
     waiting.then(() => here === addressed() && draw(), say);
-  } else shown(here, view());
+  } else shown(here, view);
 }
 
 /** The place that is shown, but for its token and how it is shown. */
@@ -192,7 +192,7 @@ function addressed() {
  * Shows a view; where it is that of before, what a reader had opened stays open.
  *
  * @param {string} here
- * @param {(HTMLElement | null)[]} content
+ * @param {() => (HTMLElement | null)[]} content
  */
 function shown(here, content) {
   const same = here === shownPlace;
@@ -200,7 +200,7 @@ function shown(here, content) {
   forgetCharts();
   place.replaceChildren(
     h("header", { class: "bar-top" }, way(), neighbours(), finder(), themeButton(), liveStatus()),
-    h("main", {}, ...content.filter(Boolean)),
+    h("main", {}, ...content().filter(Boolean)),
   );
   for (const details of place.querySelectorAll("details")) details.open = open.get(nameOf(details)) ?? details.open;
   if (same) pointAgain();
