@@ -13,7 +13,8 @@ COMMANDS = {
     "doctor": "check a run before it starts: batch plan, memory, disk space, problems and what to do about them",
     "evaluate": "evaluate a run's checkpoints: pass@k, greedy accuracy, lengths and entropy, with intervals",
     "best": "say which evaluated checkpoint is the best, and which others cannot be told from it",
-    "report": "draw the figures of a run and write an HTML page about it",
+    "report": "draw the figures of a run and write an HTML page about it; --watch serves one that follows it",
+    "watch": "follow a run in the terminal: curves, the parts of the last step, warnings, time left",
     "archive": "copy a run to s3:// or another store, and verify the copy",
     "experiment": "test the estimators on a checkpoint of a run",
 }

@@ -81,7 +81,7 @@ def test_a_killed_run_shows_what_was_whole(real_run, tmp_path, caplog):
     shutil.copytree(real_run, killed)
     lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text(lines[0] + lines[1][:40])
-    newest = max(killed.glob("completions/*.parquet"))
+    newest = max(killed.glob("completions/completions_*.parquet"))
     newest.write_bytes(newest.read_bytes()[:50])
     shutil.rmtree(killed / "evaluation" / "step_000003")
     (killed / "evaluation" / ".step_000003.tmp").mkdir()
@@ -110,7 +110,7 @@ def test_one_table_of_many_is_read_alone(real_run, tmp_path):
     assert run.probe_file("rollouts", 3, ["rewards"]).keys() == {"rewards"}
     damaged = tmp_path / "damaged"
     shutil.copytree(real_run / "completions", damaged / "completions")
-    max(damaged.glob("completions/*")).write_bytes(b"PAR1")
+    max(damaged.glob("completions/completions_*")).write_bytes(b"PAR1")
     assert load_run(damaged).last_completions()["step"].unique().tolist() == [run.completions_steps[-2]]
     assert load_run(tmp_path).last_completions().empty and load_run(tmp_path).first_samples() == {}
 

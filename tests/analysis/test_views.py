@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from trl_entropy.analysis.run import load_run
 from trl_entropy.analysis.summary import summary, total
 from trl_entropy.analysis.view_columns import COLUMNS, column
-from trl_entropy.analysis.views import parts, steps_with_completions, view
+from trl_entropy.analysis.views import last_view, parts, steps_with_completions, view
 from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.step_files import completions_path, completions_steps, write_dropped
 
 STEP = 2
 
@@ -39,8 +40,8 @@ def copy(real_run, tmp_path) -> Path:
 @pytest.mark.parametrize("name", COLUMNS)
 def test_every_column_has_a_meaning(run, name):
     table = view(run, name, STEP)
-    assert len(table) and {key for key in COLUMNS[name] if key not in table} <= {
-        "text", "prompt", "context_length", "turns", "kind", "turn", "own",
+    assert (len(table) or name == "dropped") and {key for key in COLUMNS[name] if key not in table} <= {
+        "text", "prompt", "context_length", "turns", "kind", "turn", "own", "round", "logp_change", "entropy_change",
     }  # fmt: skip
     assert all(column(name, key).help or name == "steps" for key in table)
 
@@ -161,11 +162,71 @@ def test_a_step_without_probe_files_has_texts(copy):
 
 
 def test_tables_of_an_evaluation_are_not_taken_for_a_steps_completions(copy):
-    """TRL writes what it evaluates at a step over the table of that step."""
+    """TRL writes what it evaluates at a step over the table of that step; runs of earlier versions have it so."""
     shutil.rmtree(copy / "probes" / "rollouts")
     run = load_run(copy)
-    evaluated = set(run.training_evaluation.index)
-    assert evaluated & set(run.completions_steps) and not evaluated & set(steps_with_completions(run))
+    assert steps_with_completions(run) == run.completions_steps == [1, 2, 3]
+    evaluated = completions_steps(copy, "evaluation")
+    for step in evaluated:
+        completions_path(copy, step, "evaluation").replace(completions_path(copy, step))
+    run = load_run(copy)
+    assert evaluated and steps_with_completions(run) == [step for step in (1, 2, 3) if step not in evaluated]
+
+
+def test_what_was_evaluated(run, real_run):
+    table = view(run, "evaluation")
+    own = table[table["source"] == "training"].set_index(["step", "metric"])["value"]
+    assert own[0, "reward"] == RunDirectory(real_run).evaluation()[0]["reward"]
+    checkpoints = table[table["source"] == "evaluate"].set_index(["step", "metric"])
+    for summary_of in RunDirectory(real_run).checkpoint_summaries():
+        entry = summary_of["metrics"]["pass@1"]
+        found = checkpoints.loc[(summary_of["step"], "pass@1")]
+        assert (found["value"], found["low"], found["high"]) == (entry["value"], entry["low"], entry["high"])
+
+
+def test_groups_that_were_dropped(copy):
+    logged = {
+        "prompt": ["a?", "a?", "b?", "b?"], "completion": ["x", "y", "z", "z"], "mine": [0.0, 0.0, 0.0, 1.0],
+        "resample_round": [0, 0, 1, 1], "group": [3, 3, 9, 9], "rule": ["equal rewards"] * 2 + ["not needed"] * 2,
+    }  # fmt: skip
+    write_dropped(copy, STEP, logged, None)
+    table = view(load_run(copy), "dropped", STEP)
+    assert table["reward"].tolist() == table["reward/mine"].tolist() == logged["mine"]
+    assert table["rule"].tolist() == logged["rule"] and table["group"].tolist() == [3, 3, 9, 9]
+    assert table["round"].tolist() == [0, 0, 1, 1] and table["text"].tolist() == logged["completion"]
+    assert view(load_run(copy), "dropped", 3).empty
+    file = completions_path(copy, STEP)
+    pd.read_parquet(file).assign(resample_round=1).to_parquet(file)
+    run = load_run(copy)
+    assert view(run, "groups", STEP)["round"].eq(1).all() and view(run, "completions", STEP)["round"].eq(1).all()
+    assert [name for name in view(run, "completions", STEP) if name.startswith("reward/")] == ["reward/tag_pref"]
+
+
+def test_changes_that_were_measured_on_the_steps_own_completions(run, copy, arrays):
+    fisher = load_file(copy / "probes" / "fisher" / f"step_{STEP:06d}.safetensors")
+    found = view(run, "completions", STEP)["logp_change"]
+    assert found[fisher["rows"]].tolist() == fisher["logps_change_measured"].astype(float).tolist()
+    assert found.notna().sum() == len(fisher["rows"])
+    given = arrays["rollouts"]
+    scores = {
+        f"{name}_{end}": value * given["completion_mask"].astype(np.float32)
+        for name in ("logps", "entropy") for end, value in (("before", -1.0), ("after", -0.75))
+    }  # fmt: skip
+    save_file(given | scores, copy / "probes" / "entropy" / f"step_{STEP:06d}.safetensors")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("completions: held_out", "completions: rollouts"))
+    run = load_run(copy)
+    table = view(run, "completions", STEP)
+    assert table["logp_change"].tolist() == (0.25 * table["length"]).tolist()
+    assert view(run, "tokens", STEP)["logp_change"].eq(0.25).all()
+    assert table["entropy_change"].eq(0.25).all() and view(run, "tokens", STEP)["entropy_change"].eq(0.25).all()
+
+
+def test_the_newest_step_that_has_a_view(run, tmp_path):
+    for name in ("groups", "completions", "tokens", "measured_completions", "measured_tokens"):
+        pd.testing.assert_frame_equal(last_view(run, name), view(run, name, 3))
+        assert last_view(load_run(tmp_path), name).empty
+    assert last_view(run, "dropped").empty and "rule" in last_view(run, "dropped")
 
 
 def test_unknown_views_are_refused(run):

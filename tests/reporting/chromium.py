@@ -121,6 +121,14 @@ class Chromium:
         """Wait until what was asked is on the screen."""
         self.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)))")
 
+    def wait_for(self, condition: str, seconds: float = 20.0) -> None:
+        """Wait until an expression in the page is true."""
+        self.run(
+            f"new Promise((done, fail) => {{ const end = performance.now() + {1000 * seconds};"
+            f"const look = () => ({condition}) ? done() : performance.now() > end ? fail(Error('never true'))"
+            " : setTimeout(look, 20); look(); })"
+        )
+
     # ---- what a reader sees
 
     def run(self, expression: str) -> object:

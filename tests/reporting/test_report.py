@@ -129,7 +129,7 @@ def test_figures_are_files_only_when_asked_for(real_run, tmp_path):
 def test_completions_and_settings_are_escaped(real_run, tmp_path):
     run = tmp_path / "<b>hostile"
     shutil.copytree(real_run, run)
-    newest = max(run.glob("completions/*.parquet"))
+    newest = max(run.glob("completions/completions_*.parquet"))
     table = pd.read_parquet(newest)
     table["completion"] = "<script>alert(1)</script>\x1b[31m\u202e</pre>&amp;"
     table.to_parquet(newest)

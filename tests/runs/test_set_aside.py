@@ -16,7 +16,8 @@ def run(tmp_path):
     for step in (1, 2, 3):
         run.append_metrics(step, {"reward": step / 8})
         run.append_evaluation(step, {"reward": step / 4})
-        for name in (f"probes/entropy/step_{step:06d}.safetensors", f"completions/completions_{step:05d}.parquet"):
+        names = [f"completions/{kind}_{step:05d}.parquet" for kind in ("completions", "evaluation", "dropped")]
+        for name in (f"probes/entropy/step_{step:06d}.safetensors", *names):
             (run.path / name).parent.mkdir(parents=True, exist_ok=True)
             (run.path / name).write_text(str(step))
         run.checkpoint_folder(step).mkdir(parents=True)
@@ -47,7 +48,10 @@ def test_later_steps_are_moved_and_earlier_ones_left(run):
     assert [row["reward"] for row in moved.evaluation()] == [0.5, 0.75]
     assert sorted(path.name for path in run.path.glob("probes/entropy/*")) == ["step_000001.safetensors"]
     assert sorted(path.name for path in aside.glob("completions/*")) == [
-        f"completions_0000{i}.parquet" for i in (2, 3)
+        f"{name}.parquet"
+        for kind in ("completions", "dropped", "evaluation")
+        for i in (2, 3)
+        for name in [f"{kind}_0000{i}"]
     ]
     assert (aside / "evaluation" / "step_000003").is_dir() and not run.checkpoint_folder(2).exists()
     # The half written checkpoint stays: the resumed run writes over it. An abandoned whole one is no latest.

@@ -1,5 +1,6 @@
 """Datasets that a user's own script passes: what cannot be trained on is refused at construction, the rest trains."""
 
+import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 from first_fast import first_fast
@@ -12,6 +13,7 @@ from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.reporting.write import write_report
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
+from trl_entropy.runs.step_files import completions_path, completions_steps
 from trl_entropy.trainer import dr_grpo
 from trl_entropy.trainer.dataset_checks import check_datasets
 
@@ -198,16 +200,30 @@ def test_a_stream_trains_with_all_that_works_on_one(problems, make_trainer):
     assert {"kl", "noise_scale/grad_sq_norm", "entropy/delta_in_sample", "fisher/change_slope"} <= set(row)
 
 
+def check_tables(run, problems):
+    """What is evaluated does not take the place of what a step was trained on."""
+    assert completions_steps(run) == [1, 2] and completions_steps(run, "evaluation") == [0, 1, 2]
+    trained = [pd.read_parquet(completions_path(run, step)) for step in (1, 2)]
+    assert all(table["step"].eq(step).all() for step, table in enumerate(trained, start=1))
+    for name, rows in (("a", range(4)), ("a_b", range(4, 8))):
+        table = pd.read_parquet(completions_path(run, 1, "evaluation", name))
+        assert len(table) == 8 and set(table["prompt"]) == set(problems.select(rows)["prompt"])
+        assert not set(table["completion"]) <= set(trained[0]["completion"])
+    assert not [path for path in (run / "completions").iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("kind", first_fast([dict, DatasetDict]))
 def test_several_evaluation_sets_have_rows_by_name(kind, problems, make_trainer):
     """Names that begin alike too; the probe draws from all of them, whatever their other columns are."""
     sets = kind(a=problems.select(range(4)), a_b=problems.select(range(4, 8)).add_column("extra", [1] * 4))
     trainer = make_trainer(
         eval_dataset=sets, eval_strategy="steps", eval_steps=1, eval_on_start=True, num_generations_eval=2,
-        per_device_eval_batch_size=8, **(EVAL | {"entropy_probe_num_completions": 8}),
+        per_device_eval_batch_size=8, log_completions=True, num_completions_to_print=0,
+        **(EVAL | {"entropy_probe_num_completions": 8}),
     )  # fmt: skip
     trainer.train()
     run = RunDirectory(trainer.args.output_dir)
+    check_tables(run.path, problems)
     rows = run.evaluation()
     assert [(row["step"], row["dataset"]) for row in rows] == [(s, name) for s in (0, 1, 2) for name in ("a", "a_b")]
     assert all({"reward", "entropy", "loss", "runtime"} <= set(row) for row in rows)

@@ -153,8 +153,19 @@ def test_a_step_learns_from_other_prompts_instead(trained, settings):
     in_batch = sum(int(r.completion_mask.sum()) for r in recorder.rollouts[: 2 if "num_iterations" in settings else 1])
     if settings.get("num_iterations") is None:
         assert int(num_tokens[0]) == in_batch
-    table = pd.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
+    table, dropped = (
+        pd.read_parquet(f"{trainer.args.output_dir}/completions/{kind}_00001.parquet")
+        for kind in ("completions", "dropped")
+    )
     assert table["prompt"].str.startswith("Ann").all() and table["reward"].nunique() > 8
+    row = RunDirectory(trainer.args.output_dir).metrics()[0]
+    assert 1 <= table["resample_round"].max() <= row["resampling/num_rounds"] and table["resample_round"].min() == 0
+    assert len(dropped) == row["resampling/num_completions"] - len(table)
+    by_rule = dropped.groupby(dropped["prompt"].str.startswith("Ann"))["rule"].unique()
+    assert by_rule[False].tolist() == ["equal rewards"] and set(by_rule.get(True, ())) <= {"not needed"}
+    assert (dropped["rule"] == "not needed").sum() == 4 * row["resampling/num_unused"]
+    assert (dropped.groupby("group").size() == 4).all() and (dropped.groupby("group")["prompt"].nunique() == 1).all()
+    assert not set(dropped["prompt"]) & set(table["prompt"])
     if len(table) == len(first.rewards):
         assert sorted(table["reward"]) == pytest.approx(sorted(first.rewards.tolist()))
         assert sorted(table["advantage"]) == pytest.approx(sorted(first.raw_advantages.tolist()), abs=1e-5)

@@ -9,13 +9,14 @@ import pandas as pd
 
 from trl_entropy.analysis.run import Run
 
-_OTHERS = ("step", "prompt", "completion", "prompt_id", "advantage")
+ROUND = "resample_round"
+NOT_REWARDS = ("step", "prompt", "completion", "prompt_id", "advantage", ROUND, "group", "rule")
 _MATCHED = 0.5  # of the rows are found, if the table is of these completions
 
 
 def reward_columns(logged: pd.DataFrame) -> pd.DataFrame:
     """The rewards of each function in TRL's table, by the name of the column on the page: `reward/FUNCTION`."""
-    names = [name for name in logged if name not in _OTHERS]
+    names = [name for name in logged if name not in NOT_REWARDS]
     return logged[names].select_dtypes("number").add_prefix("reward/")
 
 
@@ -32,8 +33,8 @@ def reward_table(run: Run, step: int, arrays: Mapping[str, np.ndarray]) -> pd.Da
         arrays: of `probes/rollouts`.
 
     Returns:
-        A column `reward/FUNCTION` for each function; none if there is no tokenizer, or no table of these completions:
-        at a step with an evaluation TRL writes the evaluated completions in their place.
+        A column `reward/FUNCTION` for each function, and `round` if groups may have been replaced; none if there is no
+        tokenizer, or no table of these completions.
     """
     nothing = pd.DataFrame(index=range(len(arrays["rewards"])))
     if step not in run.completions_steps:
@@ -44,7 +45,7 @@ def reward_table(run: Run, step: int, arrays: Mapping[str, np.ndarray]) -> pd.Da
     texts = run.completion_texts(row[kept].tolist() for row, kept in zip(ids, mask, strict=True))
     if logged is None or texts is None or "advantage" not in logged:
         return nothing
-    rewards = reward_columns(logged)
+    rewards = reward_columns(logged).join(logged[[ROUND]].set_axis(["round"], axis=1) if ROUND in logged else [])
     keys = pd.MultiIndex.from_arrays([logged["completion"].map(str), logged["advantage"].astype(float).round(4)])
     known = rewards.set_index(keys)
     by_key = known.groupby(level=[0, 1])

@@ -122,9 +122,10 @@ class Run:
         tables = (self.completions_of(step) for step in reversed(self.completions_steps))
         return next((table for table in tables if table is not None), pd.DataFrame())
 
-    def completions_of(self, step: int) -> pd.DataFrame | None:
-        """TRL's table of a step; None if it cannot be read: the newest may not be complete, TRL writes it in parts."""
-        path = completions_path(self.path, step)
+    def completions_of(self, step: int, kind: str = "completions") -> pd.DataFrame | None:
+        """TRL's table of a step; None if it cannot be read: the newest may not be complete, TRL writes it in parts.
+        `kind` may be `"dropped"`, for the groups that were drawn for it and replaced, or `"evaluation"`."""
+        path = completions_path(self.path, step, kind)
         try:
             with reading(path):
                 return _table_in(path)

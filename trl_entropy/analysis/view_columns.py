@@ -28,6 +28,15 @@ _PROMPT = Column("", "The text of the prompt.")
 _POSITION = Column("", "The token's place in the completion, from 0.")
 _TOKEN_ID = Column("", "The token's number in the tokenizer.")
 _TOKEN = Column("", "The token's text.")
+_ROUND = Column(
+    "", "The round in which the prompt was drawn: 0 is the first draw, later ones fill places of dropped groups."
+)
+_LOGP_CHANGE = Column(
+    "nats",
+    "Change of the completion's log-probability by the step, where it was measured on the step's own completions: by "
+    "entropy_probe_completions: rollouts, or by the Fisher probe for the completions that it takes.",
+    4,
+)
 _OWN = Column("", "Whether the policy wrote the token; a tool's or an environment's are context, in no number.")
 
 COLUMNS: dict[str, dict[str, Column]] = {
@@ -41,6 +50,14 @@ COLUMNS: dict[str, dict[str, Column]] = {
             "the first-order prediction with rounding, and curvature is the rest of the measured change.",
             4,
         ),
+    },
+    "evaluation": {
+        "step": Column("", "The step after which it was evaluated; 0 is the start policy."),
+        "source": Column("", "What evaluated: training, with the set's name if there are several, or evaluate."),
+        "metric": Column("", "What was measured on held-out prompts."),
+        "value": Column("", "The number.", 4),
+        "low": Column("", "Lower end of its 95 % interval over prompts; only trl-entropy evaluate has one.", 4),
+        "high": Column("", "Upper end of its 95 % interval over prompts.", 4),
     },
     "groups": {
         "prompt_index": _PROMPT_INDEX,
@@ -57,7 +74,8 @@ COLUMNS: dict[str, dict[str, Column]] = {
         ),
         "change_stderr": Column(
             "nats/token",
-            "Standard error of that change over other completions of the same prompt, as if they were independent.",
+            "Standard error of that change over other completions of this prompt, taken as independent: the mean "
+            "reward, which they share and the advantages subtract, is not in it. Over prompts, see share.",
             3,
         ),
         "share": Column(
@@ -68,7 +86,20 @@ COLUMNS: dict[str, dict[str, Column]] = {
         ),
         "num_truncated": Column("completions", "Completions that reached max_completion_length without an end token."),
         "signal": Column("", "Whether any advantage differs from 0. Without, the group adds nothing to the gradient."),
+        "round": _ROUND,
         "prompt": _PROMPT,
+    },
+    "dropped": {
+        "group": Column("", "The number of the group among those that were drawn for the step."),
+        "round": _ROUND,
+        "rule": Column(
+            "",
+            "Why it was dropped: all its rewards are equal (equal rewards), or enough other groups had come before it "
+            "(not needed).",
+        ),
+        "reward": Column("", "The reward: the weighted sum of the reward functions.", 4),
+        "prompt": _PROMPT,
+        "text": Column("", "The completion's text."),
     },
     "completions": {
         "row": _ROW,
@@ -86,6 +117,9 @@ COLUMNS: dict[str, dict[str, Column]] = {
             "How it ends: at an end token (ended), at max_completion_length without one (truncated), at an answer or "
             "by an environment (stopped), without a token that counts in the loss (masked), or not known (unknown).",
         ),
+        "round": _ROUND,
+        "logp_change": _LOGP_CHANGE,
+        "entropy_change": Column("nats/token", "Mean change of the entropy at its tokens, measured on it.", 4),
         "prompt": _PROMPT,
         "text": Column("", "The completion's text, where no probe recorded its tokens."),
     },
@@ -101,6 +135,8 @@ COLUMNS: dict[str, dict[str, Column]] = {
             "1", "The loss's weight of the token: its derivative by the log-probability, sign turned, which is "
             "the advantage, clipped and divided by the normaliser.", 3,
         ),
+        "logp_change": Column("nats", "Change of its log-probability by the step, where rollouts are measured on.", 3),
+        "entropy_change": Column("nats", "Change of the entropy there by the step, measured on it.", 3),
         "kind": Column("", "What the token is part of: prose, a call of a tool, or a call's arguments."),
         "turn": Column("", "The policy's turn, from 1."),
         "own": _OWN,

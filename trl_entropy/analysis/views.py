@@ -11,20 +11,21 @@ the probe batch on which its change was measured (`measured_completions`, `measu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from trl_entropy.analysis.attribution import is_well_away
 from trl_entropy.analysis.comparison import student_t
-from trl_entropy.analysis.rewards import reward_columns, reward_table
+from trl_entropy.analysis.rewards import ROUND, reward_columns, reward_table
 from trl_entropy.analysis.run import Run
 from trl_entropy.analysis.tokens import own_tokens, token_table, turns_of
 from trl_entropy.analysis.view_columns import COLUMNS
 from trl_entropy.runs.metrics import KINDS, PARTS
 from trl_entropy.runs.reading import UnreadableFile
-from trl_entropy.runs.strict_json import Json
+from trl_entropy.runs.step_files import completions_steps
+from trl_entropy.runs.strict_json import Json, Row
 
 Arrays = Mapping[str, np.ndarray]
 Columns = dict[str, np.ndarray]
@@ -37,23 +38,32 @@ def view(run: Run, name: str, step: int | None = None, rows: Iterable[int] | Non
     Args:
         run: the run.
         name: one of `COLUMNS`.
-        step: of which step; not for `steps` and `parts`, which have all of them.
+        step: of which step; not for `steps`, `parts` and `evaluation`, which have all of them.
         rows: of these completions alone, by their `row`; for tables of tokens.
 
     Raises:
         ValueError: when there is no such view, or the view needs a step.
     """
-    if name in ("steps", "parts"):
-        return steps(run) if name == "steps" else parts(run)
+    if name in _OF_THE_RUN:
+        return _OF_THE_RUN[name](run)
     if name not in COLUMNS or step is None:
         raise ValueError(
-            f"view is {name!r}, step {step}: use one of {list(COLUMNS)}, with a step but for the first two"
+            f"view is {name!r}, step {step}: use one of {list(COLUMNS)}, with a step but for the first three"
         )
     if name in ("tokens", "measured_tokens"):
         return (tokens if name == "tokens" else measured_tokens)(run, step, rows)
-    return {"groups": groups, "completions": completions, "measured_completions": measured_completions}[name](
-        run, step
-    )
+    return _OF_A_STEP[name](run, step)
+
+
+def last_view(run: Run, name: str) -> pd.DataFrame:
+    """The [`view`] of the newest step that has it; without rows if none has. `name` is one that needs a step."""
+    if name == "dropped":
+        known = completions_steps(run.path, "dropped")
+    elif name in ("groups", "completions"):
+        known = steps_with_completions(run)
+    else:
+        known = run.probe_steps("entropy" if name.startswith("measured") else "rollouts")
+    return view(run, name, known[-1]) if known else pd.DataFrame(columns=list(COLUMNS[name]))
 
 
 def steps(run: Run) -> pd.DataFrame:
@@ -82,15 +92,36 @@ def parts(run: Run) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["step", "part", "change"]).astype({"step": table.index.dtype})
 
 
+def evaluation(run: Run) -> pd.DataFrame:
+    """
+    What was measured on held-out prompts, a row for each number: `step`, `source`, `metric`, `value`, and the ends
+    `low` and `high` of its 95 % interval, which `trl-entropy evaluate` alone gives.
+    """
+    names = ["step", "source", "metric", "value", "low", "high"]
+    found = [
+        {"step": row["step"], "source": _source(row), "metric": name, "value": value}
+        for row in run.training_evaluation_rows
+        for name, value in row.items()
+        if name not in ("step", "dataset") and isinstance(value, int | float)
+    ]
+    checkpoints = run.evaluation.drop(columns="unit").assign(source="evaluate")
+    table = pd.concat([pd.DataFrame(found, columns=names), checkpoints[names]], ignore_index=True)
+    return table.astype({"step": int, "value": float, "low": float, "high": float})
+
+
+def _source(row: Row) -> str:
+    return f"training, {row['dataset']}" if "dataset" in row else "training"
+
+
 def steps_with_completions(run: Run) -> list[int]:
-    """
-    The steps of which `groups` and `completions` have rows: those with probe files, and those with TRL's table. At a
-    step with an evaluation that table is of the evaluated completions, since TRL writes both to one place.
-    """
+    """The steps of which `groups` and `completions` have rows: those with probe files, and those with TRL's table."""
     return sorted({*run.probe_steps("rollouts"), *run.completions_steps}.difference(_only_evaluated(run)))
 
 
 def _only_evaluated(run: Run) -> set[int]:
+    """The steps whose table an evaluation has replaced, in runs of earlier versions, which had no tables for both."""
+    if completions_steps(run.path, "evaluation"):
+        return set()
     return {int(step) for step in run.training_evaluation.index}.difference(run.probe_steps("rollouts"))
 
 
@@ -110,11 +141,26 @@ def completions(run: Run, step: int) -> pd.DataFrame:
         table["change"] = arrays["attribution"].astype(float).reshape(len(own), -1).sum(axis=1)
     if "entropy" in arrays:
         table["entropy"], table["surprisal"] = _means(arrays["entropy"], own), -_means(arrays["logps"], own)
+    for name, values in _changes(run, step, arrays, own).items():
+        table[name] = values
     table["length"] = own.sum(axis=1)
     if not np.array_equal(own, mask):
         table["context_length"], table["turns"] = (mask & ~own).sum(axis=1), turns_of(own).max(axis=1, initial=-1) + 1
     table["end"] = _ends(run, arrays["input_ids"][:, -mask.shape[1] :], mask, own)
     return table.join(reward_table(run, step, arrays))
+
+
+def _changes(run: Run, step: int, arrays: Arrays, own: np.ndarray) -> Columns:
+    """What the step changed on its own completions, as far as a probe has measured it on them."""
+    if "logps_after" in arrays:
+        logps, entropy = (arrays[f"{key}_after"] - arrays[f"{key}_before"] for key in ("logps", "entropy"))
+        return {"logp_change": np.where(own, logps, 0.0).sum(axis=1), "entropy_change": _means(entropy, own)}
+    if step not in run.probe_steps("fisher"):
+        return {}
+    given = run.probe_file("fisher", step, ("rows", "logps_change_measured"))
+    found = np.full(len(own), np.nan)
+    found[given["rows"]] = given["logps_change_measured"]
+    return {"logp_change": found}
 
 
 def groups(run: Run, step: int, table: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -148,7 +194,32 @@ def groups(run: Run, step: int, table: pd.DataFrame | None = None) -> pd.DataFra
         found["share"] = _shares(found["change"])
     found["num_truncated"] = sums(table["end"] == "truncated").astype(int)
     found["signal"] = np.where(sums(table["advantage"] != 0) > 0, "yes", "no")
+    if "round" in table:
+        found["round"] = table.groupby(codes)["round"].max()
     return found.assign(prompt=_prompts(run, step, table))
+
+
+def dropped(run: Run, step: int) -> pd.DataFrame:
+    """The completions of the groups that were drawn for a step and not trained on, and by what rule (`"rule"`)."""
+    if step not in completions_steps(run.path, "dropped"):
+        return pd.DataFrame(columns=["group", "round", "rule", "reward", "prompt", "text"])
+    logged = run.completions_of(step, "dropped")
+    if logged is None:
+        return pd.DataFrame(columns=["group", "round", "rule", "reward", "prompt", "text"])
+    rewards = reward_columns(logged)
+    table = pd.DataFrame({
+        "group": logged["group"], "round": logged[ROUND], "rule": logged["rule"],
+        "reward": _weighted(run, rewards), "prompt": logged["prompt"].map(str), "text": logged["completion"].map(str),
+    })  # fmt: skip
+    return table.join(rewards)
+
+
+def _weighted(run: Run, rewards: pd.DataFrame) -> pd.Series:
+    """The sum of the reward functions with the run's weights; nan where their number is not that of the weights."""
+    weights = _config(run).get("reward_weights") or [1.0] * rewards.shape[1]
+    if len(weights) != rewards.shape[1]:
+        return pd.Series(np.nan, index=rewards.index)
+    return (rewards * weights).sum(axis=1, min_count=1)
 
 
 def tokens(run: Run, step: int, rows: Iterable[int] | None = None) -> pd.DataFrame:
@@ -161,6 +232,9 @@ def tokens(run: Run, step: int, rows: Iterable[int] | None = None) -> pd.DataFra
     taken: Columns = {
         new: arrays[old].astype(float) for old, new in names.items() if old in arrays and arrays[old].ndim == 2
     }
+    for name, key in (("logp_change", "logps"), ("entropy_change", "entropy")):
+        if f"{key}_after" in arrays:
+            taken[name] = arrays[f"{key}_after"].astype(float) - arrays[f"{key}_before"].astype(float)
     if "kind" in arrays:
         taken["kind"], taken["turn"] = arrays["kind"], turns_of(own) + 1
     table = _token_rows(run, arrays, taken)
@@ -212,7 +286,22 @@ def _trained(run: Run, step: int) -> dict[str, np.ndarray]:
                 f"step {step}: probes/attribution and probes/rollouts have different rows; are they files of two runs?"
             )
         arrays |= given
-    return arrays
+    return arrays | _scores_of_rollouts(run, step, arrays)
+
+
+def measured_on_rollouts(run: Run) -> bool:
+    """Whether the entropy probe measures on the completions that the step is trained on."""
+    return bool(_config(run).get("entropy_probe_completions") == "rollouts")
+
+
+def _scores_of_rollouts(run: Run, step: int, arrays: Arrays) -> dict[str, np.ndarray]:
+    """Log-probabilities and entropies before and after the step, if they were measured on these very rows."""
+    if not measured_on_rollouts(run) or step not in run.probe_steps("entropy"):
+        return {}
+    given = run.probe_file("entropy", step)
+    same = all(np.array_equal(given[name], arrays[name]) for name in ("prompt_index", "completion_mask"))
+    kept = ("logps_before", "logps_after", "entropy_before", "entropy_after")
+    return {name: given[name] for name in kept if name in given} if same else {}
 
 
 def _of_rows(arrays: Arrays, rows: Iterable[int] | None) -> dict[str, np.ndarray]:
@@ -294,11 +383,16 @@ def _logged_completions(run: Run, step: int) -> pd.DataFrame:
     if logged is None:
         return pd.DataFrame(columns=["row", "prompt_index", "reward", "advantage", "end"])
     prompts, rewards = logged["prompt"].map(str), reward_columns(logged)
-    weights = _config(run).get("reward_weights") or [1.0] * rewards.shape[1]
-    known = len(weights) == rewards.shape[1]
     table = pd.DataFrame({
         "row": np.arange(len(logged)), "prompt_index": (prompts != prompts.shift()).cumsum() - 1,
-        "reward": (rewards * weights).sum(axis=1, min_count=1) if known else np.nan,
-        "advantage": logged.get("advantage", np.nan), "end": "unknown",
+        "reward": _weighted(run, rewards), "advantage": logged.get("advantage", np.nan), "end": "unknown",
     })  # fmt: skip
+    if ROUND in logged:
+        table["round"] = logged[ROUND]
     return table.join(rewards).assign(prompt=prompts, text=logged["completion"].map(str))
+
+
+_OF_THE_RUN = {"steps": steps, "parts": parts, "evaluation": evaluation}
+_OF_A_STEP: dict[str, Callable[[Run, int], pd.DataFrame]] = {
+    "groups": groups, "completions": completions, "dropped": dropped, "measured_completions": measured_completions,
+}  # fmt: skip

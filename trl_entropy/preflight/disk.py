@@ -53,6 +53,7 @@ class Disk:
     checkpoints: StepFiles
     probes: dict[str, StepFiles]
     completions: StepFiles
+    evaluations: StepFiles
     logs: int
 
     @property
@@ -72,7 +73,7 @@ class Disk:
         return sum(files.each * files.at_most for files in self.probes.values())
 
     def _files(self) -> list[StepFiles]:
-        return [self.checkpoints, self.completions, *self.probes.values()]
+        return [self.checkpoints, self.completions, self.evaluations, *self.probes.values()]
 
 
 def disk(plan: Plan) -> Disk:
@@ -88,6 +89,7 @@ def disk(plan: Plan) -> Disk:
         StepFiles(checkpoint_bytes(plan), saves, min(saves, limit)),
         _probe_files(plan),
         tables if args.log_completions else StepFiles(0, 0, 0),
+        _evaluations(plan) if args.log_completions else StepFiles(0, 0, 0),
         _num_logged(plan) * lines,
     )
 
@@ -200,6 +202,15 @@ def _longest_prompt(task: str, seed: int) -> int | None:
 def _completions_bytes(plan: Plan) -> int:
     rows, prompts = plan.completions_per_step, round(plan.prompts_per_step)
     return round(_TABLE + _TEXT * (rows * plan.args.max_completion_length + prompts * _prompt_width(plan)))
+
+
+def _evaluations(plan: Plan) -> StepFiles:
+    """Tables of evaluated completions, of which TRL logs as many as a generation has at most."""
+    args = plan.args
+    if getattr(args.eval_strategy, "value", args.eval_strategy) != "steps":
+        return StepFiles(0, 0, 0)
+    every = plan.every(args.eval_steps or args.logging_steps)
+    return StepFiles.kept(_completions_bytes(plan), plan.num_steps, every, args.completions_files_keep)
 
 
 def _num_logged(plan: Plan) -> int:

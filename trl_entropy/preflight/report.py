@@ -220,7 +220,7 @@ def _disk(plan: Plan) -> list[str]:
         return ["not estimated: the model's shape is unknown", *free_space(plan)]
     found, args = disk(plan), plan.args
     waits = ", but each stays until it is evaluated in the background" if waits_for_evaluation(plan) else ""
-    checkpoints, tables = found.checkpoints, found.completions
+    checkpoints, tables, evaluated = found.checkpoints, found.completions, found.evaluations
     probed = max((files.at_end for files in found.probes.values()), default=0)
     return [
         f"checkpoints: {'at most ' if waits else ''}{checkpoints.at_most} x {_size(checkpoints.each)} = "
@@ -229,7 +229,8 @@ def _disk(plan: Plan) -> list[str]:
         f"save_total_limit {args.save_total_limit}{waits})",
         f"probe files: {_size(found.probes_at_end)} of {probed} steps, at most {_size(found.probes_at_most)} "
         f"meanwhile (probe_files_keep {args.probe_files_keep})",
-        f"completions: {_size(tables.each * tables.at_end)} of {tables.at_end} steps, a guess "
+        f"completions: {_size(tables.each * tables.at_end + evaluated.each * evaluated.at_end)} of {tables.at_end} "
+        f"steps and {evaluated.at_end} evaluations, a guess "
         f"(completions_files_keep {args.completions_files_keep})",
         f"metrics.jsonl and TensorBoard: {_size(found.logs)}",
         f"all: {_size(found.at_end)} at the end, at most {_size(found.at_most)} meanwhile; completions of full length",

@@ -6,18 +6,19 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 from trl_entropy.analysis.contents import steps_text
+from trl_entropy.analysis.rewards import NOT_REWARDS
 from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
 from trl_entropy.reporting.figures import Figure, shade
 from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.reporting.inline import script, script_hash, style
-from trl_entropy.reporting.page_data import page_blocks
+from trl_entropy.reporting.page_data import as_text, page_blocks
 from trl_entropy.reporting.sections import sections_of
 from trl_entropy.reporting.tables import glance_table
 from trl_entropy.reporting.warnings import RunWarning, warnings_of
@@ -42,18 +43,36 @@ def render(runs: list[Run]) -> tuple[str, list[Figure]]:
     Raises:
         ValueError: when a directory holds no metrics.
     """
-    from jinja2 import Environment, PackageLoader
-    from markupsafe import Markup
-
     for run in runs:
         if run.steps.empty:
             raise ValueError(_why_no_page(run.path))
     parts, figures = _parts(runs)
+    return _page(parts), figures
+
+
+def render_live(names: Sequence[str], page: Json) -> str:
+    """
+    The page of runs that are followed, which asks its server for what is new.
+
+    Args:
+        names: of the runs.
+        page: the block `page` as it is now, of [`Followed`].
+    """
+    from markupsafe import Markup
+
+    blocks = [{"name": "page", "text": Markup(as_text(page))}]
+    return _page({"live": True, "blocks": blocks, "runs": [{"name": name} for name in names], "gaps": page["gaps"]})
+
+
+def _page(parts: Mapping[str, object]) -> str:
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+
     environment = Environment(loader=PackageLoader("trl_entropy.reporting"), autoescape=True)
     environment.filters["plain"] = plain
     template = environment.get_template("report.html")
     own = {"style": Markup(style()), "script": Markup(script()), "script_hash": script_hash()}
-    return template.render(parts | own, written=time.strftime("%Y-%m-%d %H:%M")), figures
+    return template.render({**parts, **own}, written=time.strftime("%Y-%m-%d %H:%M"))
 
 
 def _why_no_page(path: Path) -> str:
@@ -136,7 +155,7 @@ def _coloured_by_entropy(token: Row, largest: float) -> ColouredToken:
 def _samples(run: Run) -> list[dict[str, str]]:
     """A few completions of the last step that logged some."""
     last = run.last_completions()
-    rewards = [name for name in last if name not in ("step", "prompt", "completion", "prompt_id")]
+    rewards = [name for name in last if name not in NOT_REWARDS or name == "advantage"]
     return [
         {
             "run": run.name,

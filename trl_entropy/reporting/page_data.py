@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -59,25 +59,30 @@ def page_blocks(runs: list[Run], configs: Mapping[str, Json], gaps: Gaps, most_b
         gaps: gets what could not be made.
         most_bytes: of all that is not a number of a step or a part, roughly.
     """
-    blocks, described, names = [], [], ", ".join(configs)
+    blocks, described = [], []
     for number, run in enumerate(runs):
         chosen, cut = gaps.attempt("The completions", run.name, choose, run, most_bytes // len(runs), gaps) or ([], [])
         shown = {}
         for table in chosen:
-            step = gaps.attempt(f"Step {table.step}", run.name, _step, run, table)
+            step = gaps.attempt(f"Step {table.step}", run.name, step_data, run, table)
             if step is not None:
                 blocks.append(Block(f"{number}-{table.step}", as_text(step)))
                 shown[table.step] = f"{number}-{table.step}"
-        described.append(_run(run, configs[run.name], gaps, shown, cut, _has_right_answers(chosen)))
-    page = {
+        binary = has_right_answers(chosen[-1].completions["reward"]) if chosen else False
+        described.append(run_data(run, configs[run.name], gaps, shown, cut, binary))
+    return [Block("page", as_text(page_data(runs, configs, gaps, described))), *blocks]
+
+
+def page_data(runs: list[Run], configs: Mapping[str, Json], gaps: Gaps, described: list[Json]) -> Json:
+    """The block `page`: what holds of all runs, and of each what [`run_data`] gave."""
+    return {
         "format": FORMAT,
         "columns": {view: {name: list(column) for name, column in known.items()} for view, known in COLUMNS.items()},
         "metrics": _metrics(runs),
         "runs": described,
         "differences": differing_values(configs) if len(runs) > 1 else [],
-        "means": gaps.attempt("The means over runs", names, _means, runs, configs) or {},
+        "means": gaps.attempt("The means over runs", ", ".join(configs), _means, runs, configs) or {},
     }
-    return [Block("page", as_text(page)), *blocks]
 
 
 def as_text(value: object) -> str:
@@ -93,11 +98,34 @@ def _escaped(character: str) -> str:
     return json.dumps(character)[1:-1]
 
 
-def _run(run: Run, settings: Json, gaps: Gaps, shown: Mapping[int, str], cut: list[str], binary: bool) -> Json:
+def run_data(
+    run: Run,
+    settings: Json,
+    gaps: Gaps,
+    shown: Mapping[int, str],
+    cut: list[str],
+    binary: bool,
+    only: Collection[int] | None = None,
+) -> Json:
+    """
+    What the page holds of a run beside its completions.
+
+    Args:
+        run, settings: the run, and its settings.
+        gaps: gets what could not be made.
+        shown: the name of the block of each step that has one.
+        cut: a sentence for each layer of completions that had to be cut.
+        binary: whether rewards are 0 and 1.
+        only: of these steps alone; None: of all.
+    """
     name = run.name
+
+    def of_steps(table: pd.DataFrame | None) -> pd.DataFrame:
+        table = _or_none(table)
+        return table if only is None else table[table["step"].isin(only)]
+
     sentences = gaps.attempt("The summary", name, summary, run) or []
     warnings = gaps.attempt("The warnings", name, warnings_of, run.rows()) or []
-    empty = pd.DataFrame()
     return {
         "name": name,
         "sentences": [[sentence.text, sentence.step] for sentence in sentences],
@@ -106,8 +134,9 @@ def _run(run: Run, settings: Json, gaps: Gaps, shown: Mapping[int, str], cut: li
         "settings": {key: settings[key] for key in _RULES if key in settings},
         "changed": _changed(run),
         "binary": binary,
-        "steps": encoded("steps", gaps.attempt("The steps", name, views.steps, run)),
-        "parts": encoded("parts", _or(gaps.attempt("The parts of the change", name, views.parts, run), empty)),
+        "steps": encoded("steps", of_steps(gaps.attempt("The steps", name, views.steps, run))),
+        "parts": encoded("parts", of_steps(gaps.attempt("The parts of the change", name, views.parts, run))),
+        "evaluation": encoded("evaluation", _or_none(gaps.attempt("The evaluations", name, views.evaluation, run))),
         "shown": {str(step): block for step, block in shown.items()},
         "tokens_known": sorted(run.probe_steps("attribution")),
     }
@@ -122,14 +151,14 @@ def _changed(run: Run) -> list[list[str]]:
     return [[name, str(values[0]), str(values[1])] for name, values in known.items()]
 
 
-def _or(table: pd.DataFrame | None, other: pd.DataFrame) -> pd.DataFrame:
-    return other if table is None else table
+def _or_none(table: pd.DataFrame | None) -> pd.DataFrame:
+    return pd.DataFrame({"step": []}) if table is None else table
 
 
-def _has_right_answers(tables: list[Chosen]) -> bool:
-    """Whether the rewards of the newest of these steps are 0 or 1, so that 1 is a right answer."""
-    rewards = tables[-1].completions["reward"].dropna() if tables else pd.Series(dtype=float)
-    return len(rewards) > 0 and bool(rewards.isin((0, 1)).all())
+def has_right_answers(rewards: pd.Series) -> bool:
+    """Whether these rewards are all 0 or 1, so that 1 is a right answer."""
+    known = rewards.dropna()
+    return len(known) > 0 and bool(known.isin((0, 1)).all())
 
 
 def _metrics(runs: list[Run]) -> dict[str, list[str]]:
@@ -153,7 +182,7 @@ def _means(runs: list[Run], configs: Mapping[str, Json]) -> dict[str, Json]:
     return found
 
 
-def _step(run: Run, chosen: Chosen) -> Json:
+def step_data(run: Run, chosen: Chosen) -> Json:
     """All that is shown of a step; `chosen.rows` are the completions whose tokens or texts are there."""
     groups = chosen.groups.assign(prompt=_shortened(chosen.groups["prompt"]))
     prefix, suffix = common_ends(groups["prompt"].tolist())
@@ -166,6 +195,11 @@ def _step(run: Run, chosen: Chosen) -> Json:
     found["completions"] = encoded("completions", completions)
     if chosen.has_tokens:
         found["tokens"] = _tokens(views.tokens(run, chosen.step, chosen.rows), "tokens")
+    dropped = views.dropped(run, chosen.step)
+    if len(dropped):
+        found["dropped"] = encoded("dropped", _only_shown(dropped, chosen))
+    if views.measured_on_rollouts(run):  # the tokens have it
+        return found
     measured = views.measured_completions(run, chosen.step)
     if len(measured) and len(chosen.rows):
         most = max(len(chosen.rows) // 2, 1)
@@ -176,6 +210,13 @@ def _step(run: Run, chosen: Chosen) -> Json:
         )
         found["measured_tokens"] = _tokens(views.measured_tokens(run, chosen.step, rows), "measured_tokens")
     return found
+
+
+def _only_shown(dropped: pd.DataFrame, chosen: Chosen) -> pd.DataFrame:
+    """The table of dropped groups, whose texts are left out of a step of which no completion had room for its own."""
+    if not chosen.rows:
+        return dropped.drop(columns="text").drop_duplicates("group")
+    return dropped.assign(prompt=_shortened(dropped["prompt"]), text=_shortened(dropped["text"]))
 
 
 def _largest(measured: pd.DataFrame, most: int) -> pd.DataFrame:

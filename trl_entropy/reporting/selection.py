@@ -86,6 +86,14 @@ def choose(run: Run, most_bytes: int, gaps: Gaps) -> tuple[list[Chosen], list[st
     return tables, said
 
 
+def choose_step(run: Run, step: int, most_bytes: int) -> Chosen | None:
+    """All of a step, or as many of its tokens as have room, those with the largest effect first; None without rows."""
+    table = _table(run, step)
+    if table is not None:
+        _choose_rows([table], most_bytes / _WITH_MEASURED)
+    return table
+
+
 def _tables(run: Run, steps: list[int], room: float, gaps: Gaps) -> tuple[list[Chosen], float]:
     """The tables of steps that fit, in order of step, and the bytes left; steps are tried by [`_by_effect`]."""
     found: list[Chosen] = []

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 logger = logging.getLogger(__name__)
 
@@ -103,3 +104,26 @@ def _holder(path: Path) -> str:
         return f"process {told['pid']} on {told['host']} since {told['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it is just writing that
         return "another process"
+
+
+def training_of(run: Path) -> Literal["running", "killed", "none", "unknown"]:
+    """
+    Whether a process trains in the run directory now, read from the lock's file without touching the lock: "none" has
+    left none, "killed" is gone without having removed it, "unknown" is on another machine or does not say.
+    """
+    try:
+        told = json.loads((run / LOCK).read_text(encoding="utf-8"))
+        process, host = int(told["pid"]), told["host"]
+    except FileNotFoundError:
+        return "none"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
+    if host != socket.gethostname():
+        return "unknown"
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return "killed"
+    except OSError:  # it is another user's
+        return "running"
+    return "running"

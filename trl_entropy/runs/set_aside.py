@@ -11,10 +11,11 @@ from pathlib import Path
 from trl_entropy.runs.checkpoints import SEAL, checkpoints_of
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.durable import replace_text
+from trl_entropy.runs.step_files import TABLES
 from trl_entropy.runs.strict_json import Row, to_line
 
 FOLDER = "set_aside"
-_STEP = re.compile(r"(?:step|completions)_(\d+)(?:\.safetensors|\.parquet)?")
+_STEP = re.compile(rf"(?:step|{'|'.join(TABLES)})_(\d+)(?:_.+)?(?:\.safetensors|\.parquet)?")
 
 
 def set_aside_after(run: RunDirectory, step: int) -> Path | None:

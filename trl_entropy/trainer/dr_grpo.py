@@ -41,7 +41,7 @@ from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluated import best_step
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
-from trl_entropy.runs.step_files import keep_completions
+from trl_entropy.runs.step_files import evaluation_apart, keep_completions
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE, THINK_CLOSE
 from trl_entropy.tasks.rewards import completion_text
 from trl_entropy.trainer import model_card
@@ -53,6 +53,7 @@ from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
 from trl_entropy.trainer.step_prompts import StepPrompts, most_generations
+from trl_entropy.trainer.training_state import own_logs
 
 
 class DrGRPOTrainer(PromptSelectingTrainer):
@@ -167,15 +168,25 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             self.probe_runner.no_more_rollouts()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        training = self.model.training
-        values = self._step_log.end_line() if training else end_evaluation(self, evaluation_of(logs)[1])
+        training, run, step = self.model.training, Path(self.args.output_dir), self.state.global_step
+        name = "" if training else evaluation_of(logs)[1]
+        values = self._step_log.end_line() if training else end_evaluation(self, name)
         self.run_log.values = values
         trackers.show_numbers_only(self.callback_handler.callbacks)
-        with printing_plain_text():
+        writes = self.log_completions and self.is_world_process_zero()
+        with contextlib.ExitStack() as around:
+            around.enter_context(printing_plain_text())
+            if writes and not training:
+                around.enter_context(evaluation_apart(run, step, name))
             super().log(logs, start_time)
-        if self.log_completions and self.is_world_process_zero():
-            run = Path(self.args.output_dir)
-            keep_completions(run, self.state.global_step, self.args.completions_files_keep)
+        if writes:
+            keep_completions(
+                run, step, self.args.completions_files_keep, "completions" if training else "evaluation", name
+            )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with own_logs(self):
+            return super().evaluate(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from jaxtyping import Bool
 from torch import Tensor
+from trl.trainer.utils import strip_images_from_messages
 
 from trl_entropy.rollouts.batch import GenerationBatch, join_rows
 
@@ -118,6 +119,33 @@ def filled_logs(rounds: list[ScoredRound], chosen: list[Place], num_generations:
         if isinstance(table, dict)
         else taken([one.logs[name] for one in rounds])
         for name, table in rounds[0].logs.items()
+    }
+
+
+def dropped_logs(rounds: list[ScoredRound], chosen: list[Place], num_generations: int) -> dict[str, list[Any]]:
+    """
+    TRL's logged columns of the groups that were drawn and not chosen, a row for each completion: `prompt`,
+    `completion`, a column for each reward function, `resample_round` (0 is the first draw), `group` within the
+    step's draws, and the `rule`: `"equal rewards"`, or `"not needed"` for groups that were more than the places.
+    """
+    places = [(k, group) for k, one in enumerate(rounds) for group in range(len(one.informative))]
+    dropped = [(number, place) for number, place in enumerate(places) if place not in set(chosen)]
+    rows = _rows_of([place for _, place in dropped], num_generations)
+    functions = list(dict.fromkeys(name for one in rounds for name in one.logs["rewards"]))
+    first = {
+        name: [strip_images_from_messages(rounds[k].logs[name][row]) for k, row in rows]
+        for name in ("prompt", "completion")
+    }
+    return {
+        **first,
+        **{name: [rounds[k].logs["rewards"][name][row] for k, row in rows] for name in functions},
+        "resample_round": [k for k, _ in rows],
+        "group": [number for number, _ in dropped for _ in range(num_generations)],
+        "rule": [
+            "not needed" if rounds[k].informative[group] else "equal rewards"
+            for _, (k, group) in dropped
+            for _ in range(num_generations)
+        ],
     }
 
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from trl_entropy.rollouts.batch import GenerationBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key, prompts_of
 from trl_entropy.rollouts.groups import group_numbers, groups_with_different_rewards
 from trl_entropy.runs.state import StateOwner
+from trl_entropy.runs.step_files import write_dropped
 from trl_entropy.trainer.curriculum import PassRateSampler
 from trl_entropy.trainer.group_resampling import (
+    Place,
     ScoredRound,
     chosen_groups,
+    dropped_logs,
     filled_batch,
     filled_logs,
     filled_rewards,
@@ -164,7 +168,9 @@ class PromptSelectingTrainer(ResumableTrainer):
         self.first_round = rounds[0]
         chosen = chosen_groups([one.informative for one in rounds])
         self._record_resampling(rounds, time.perf_counter() - start)
-        return rounds[0].batch if len(rounds) == 1 else self._filled(rounds, chosen)
+        batch = rounds[0].batch if len(rounds) == 1 else self._filled(rounds, chosen)
+        self._log_rounds(rounds, chosen)
+        return batch
 
     def _scored_round(self, batch: GenerationBatch) -> ScoredRound:
         numbers = group_numbers(len(self._rewards), self.num_generations, 0, self._rewards.device)
@@ -214,6 +220,18 @@ class PromptSelectingTrainer(ResumableTrainer):
         self._rewards = filled_rewards(rounds, chosen, size)
         restore_logs(self._logs, filled_logs(rounds, chosen, size))
         return batch
+
+    def _log_rounds(self, rounds: list[ScoredRound], chosen: list[Place]) -> None:
+        """Add the round of each completion to TRL's table of the step, and write the table of what was dropped."""
+        if not self.log_completions:
+            return
+        column = self._logs["extra"]["resample_round"]
+        column.clear()
+        column.extend(number for number, _ in chosen for _ in range(self.num_generations))
+        dropped = dropped_logs(rounds, chosen, self.num_generations)
+        if dropped["rule"] and self.is_world_process_zero():
+            run, keep = Path(self.args.output_dir), self.args.completions_files_keep
+            write_dropped(run, self.state.global_step + 1, dropped, keep)
 
     def _record_resampling(self, rounds: list[ScoredRound], seconds: float) -> None:
         """Log how many groups were informative, and what each that is trained on has cost. Collective."""

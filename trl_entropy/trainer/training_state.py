@@ -10,10 +10,11 @@ and reads the file, and owns the part of TRL's generation. Written against trl 1
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,24 @@ def plain_logs(logs: dict[str, Any], last: int = 0) -> dict[str, Any]:
         for name, value in logs.items()
         if name != "images"
     }
+
+
+@contextlib.contextmanager
+def own_logs(trainer: GRPOTrainer) -> Iterator[None]:
+    """
+    Inside, TRL's logged completions are others, empty at first: those of an evaluation do not push out the last ones
+    that were trained on, of which a later step may log its table.
+    """
+
+    def empty(column: Any) -> Any:
+        return defaultdict(column.default_factory) if isinstance(column, defaultdict) else deque(maxlen=column.maxlen)
+
+    kept = trainer._logs
+    trainer._logs = {name: empty(column) for name, column in kept.items()}
+    try:
+        yield
+    finally:
+        trainer._logs = kept
 
 
 def restore_logs(logs: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ const LOOKS = [
 
 /** What is told when the pointer is at a step, by every chart that is on the page now. @type {Set<(x: number | null) => void>} */
 const listeners = new Set();
+/** Where the pointer was last. @type {number | null} */
+let pointedAt = null;
 
 /** Forgets the charts of the view that is left. */
 export function forgetCharts() {
@@ -43,7 +45,13 @@ export function forgetCharts() {
  * @param {number | null} x
  */
 export function pointAt(x) {
+  pointedAt = x;
   for (const listener of listeners) listener(x);
+}
+
+/** Shows the numbers where the pointer was, on charts that have been drawn again. */
+export function pointAgain() {
+  pointAt(pointedAt);
 }
 
 /**

@@ -2,8 +2,13 @@
 
 /**
  * @typedef {{key: string, name: string, points?: boolean}} Line
- * @typedef {{title: string, unit: string, lines: Line[], zero?: boolean, hint?: string}} Plan
+ * @typedef {{
+ *   title: string, unit: string, lines: Line[], zero?: boolean, hint?: string,
+ *   heldOut?: {source: string, metric: string, name: string, unless?: string}[],
+ * }} Plan `heldOut` are lines of what was evaluated, left out where the metric `unless` has the same values
  */
+
+const EVALUATED = "evaluated checkpoints, ± half of the 95 % interval";
 
 /** @type {Plan[]} */
 export const PLANS = [
@@ -55,6 +60,33 @@ export const PLANS = [
     ],
   },
   { title: "Reward", unit: "", lines: [{ key: "reward", name: "mean of the step's completions" }] },
+  {
+    title: "Held-out pass@1",
+    unit: "",
+    hint: "On prompts that are not trained on: by training's own evaluations, and by trl-entropy evaluate.",
+    lines: [],
+    heldOut: [
+      { source: "training", metric: "rewards/tag_pref/mean", name: "during training" },
+      { source: "evaluate", metric: "pass@1", name: EVALUATED },
+    ],
+  },
+  {
+    title: "Held-out reward",
+    unit: "",
+    hint: "Mean reward on prompts that are not trained on, by training's own evaluations.",
+    lines: [],
+    heldOut: [{ source: "training", metric: "reward", name: "during training", unless: "rewards/tag_pref/mean" }],
+  },
+  {
+    title: "Held-out entropy",
+    unit: "nats/token",
+    hint: "The policy's entropy on prompts that are not trained on.",
+    lines: [],
+    heldOut: [
+      { source: "training", metric: "entropy", name: "during training" },
+      { source: "evaluate", metric: "entropy_mean", name: EVALUATED },
+    ],
+  },
   {
     title: "Reward change of a step",
     unit: "",
@@ -131,6 +163,49 @@ export function xOf(run, axis) {
   if (axis !== "step_time" || !step_time) return step;
   let sum = 0;
   return step_time.map((seconds) => (sum += seconds ?? 0));
+}
+
+/**
+ * The lines of a plan that show what was evaluated of a run, a line for each set if there are several.
+ *
+ * @param {import("./data.js").Run} run
+ * @param {Plan} plan
+ * @param {string} axis
+ * @param {number | null} look null: each line has its own
+ * @param {string} [prefix] of their names
+ * @returns {import("./chart.js").Series[]}
+ */
+export function heldOutOf(run, plan, axis, look, prefix = "") {
+  const { columns } = run.evaluation;
+  /** @type {import("./chart.js").Series[]} */
+  const found = [];
+  const valuesOf = (/** @type {string | undefined} */ metric) =>
+    JSON.stringify(columns.value.filter((_, at) => columns.metric[at] === metric));
+  for (const { source, metric, name, unless } of plan.heldOut || []) {
+    if (!columns.metric || (unless && valuesOf(unless) === valuesOf(metric))) continue;
+    const places = [...Array(run.evaluation.rows).keys()].filter((at) => columns.metric[at] === metric);
+    const sources = [...new Set(places.map((at) => columns.source[at]))];
+    for (const one of sources.filter((other) => other === source || other.startsWith(`${source}, `))) {
+      const own = places.filter((at) => columns.source[at] === one && columns.value[at] !== null);
+      own.sort((a, b) => columns.step[a] - columns.step[b]);
+      const x = xOf(run, axis);
+      const at = (/** @type {number} */ step) =>
+        axis === "step" ? step : (x[run.steps.columns.step.indexOf(step)] ?? 0);
+      const half = own.map((place) =>
+        columns.low[place] === null ? null : (columns.high[place] - columns.low[place]) / 2,
+      );
+      found.push({
+        name: prefix + (one === source ? name : `${name}, ${one.slice(source.length + 2)}`),
+        x: own.map((place) => at(columns.step[place])),
+        y: own.map((place) => columns.value[place]),
+        error: half.some((value) => value !== null) ? half : undefined,
+        steps: own.map((place) => columns.step[place]),
+        points: source === "evaluate",
+        look: look ?? found.length,
+      });
+    }
+  }
+  return found.filter((series) => series.x.length);
 }
 
 /**

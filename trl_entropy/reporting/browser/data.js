@@ -8,12 +8,13 @@
  * @typedef {{
  *   number: number, name: string, sentences: [string, number | null][], cut: string[], binary: boolean,
  *   warnings: [string, string, number[], boolean][], settings: Record<string, any>, changed: [string, string, string][],
- *   steps: Table, parts: Table, shown: Record<string, string>, known: number[], tokens_known: number[],
+ *   steps: Table, parts: Table, evaluation: Table, shown: Record<string, string>, known: number[], tokens_known: number[],
+ *   progress?: string,
  * }} Run
  *
  * @typedef {{
  *   step: number, promptEnds: [string, string], groups: Table, completions: Table, tokens: Table | null,
- *   measuredCompletions: Table | null, measuredTokens: Table | null,
+ *   measuredCompletions: Table | null, measuredTokens: Table | null, dropped: Table | null,
  * }} Step
  */
 
@@ -63,19 +64,64 @@ function table(given) {
   return { rows: given.rows, columns };
 }
 
-/** @returns {{runs: Run[], differences: any[][], means: Record<string, Table>, columns: any, metrics: Record<string, [string, string]>}} */
+/**
+ * `version` is that of a page that follows its runs, and asks for what is new `every` so many seconds.
+ *
+ * @typedef {{
+ *   runs: Run[], differences: any[][], means: Record<string, Table>, columns: any,
+ *   metrics: Record<string, [string, string]>, version?: number, reset?: boolean, every?: number,
+ * }} Page
+ */
+
+/** @returns {Page} */
 export function page() {
-  if (!known.has("page")) {
-    const given = block("page");
-    given.runs.forEach((/** @type {any} */ run, /** @type {number} */ number) => {
-      Object.assign(run, { number, steps: table(run.steps), parts: table(run.parts) });
-      run.known = Object.keys(run.shown).map(Number);
-      run.known.sort((/** @type {number} */ a, /** @type {number} */ b) => a - b);
-    });
-    for (const key in given.means) given.means[key] = table(given.means[key]);
-    known.set("page", given);
-  }
+  if (!known.has("page")) known.set("page", opened(block("page")));
   return known.get("page");
+}
+
+/**
+ * The block of all runs with its tables, as it is written on the page or sent by the server.
+ *
+ * @param {any} given
+ * @returns {Page}
+ */
+export function opened(given) {
+  given.runs.forEach((/** @type {any} */ run, /** @type {number} */ number) => {
+    Object.assign(run, { number, ...tablesOf(run, ["steps", "parts", "evaluation"]) });
+    run.known = Object.keys(run.shown).map(Number);
+    run.known.sort((/** @type {number} */ a, /** @type {number} */ b) => a - b);
+  });
+  for (const key in given.means) given.means[key] = table(given.means[key]);
+  return given;
+}
+
+/**
+ * @param {any} given
+ * @param {string[]} names
+ */
+function tablesOf(given, names) {
+  return Object.fromEntries(names.map((name) => [name, table(given[name])]));
+}
+
+/**
+ * Puts what the server has sent in the place of what the page had.
+ *
+ * @param {Page} next
+ */
+export function replacePage(next) {
+  known.set("page", next);
+}
+
+/**
+ * The name of a step's block, if the server has it and the page not yet.
+ *
+ * @param {Run} run
+ * @param {number} step
+ * @returns {string | null}
+ */
+export function lacking(run, step) {
+  const name = run.shown[step];
+  return name && !known.has(name) && !document.getElementById(`data-${name}`) ? name : null;
 }
 
 /**
@@ -90,18 +136,34 @@ export function stepOf(run, step) {
   if (!name) return null;
   if (!known.has(name)) {
     const given = block(name);
-    const some = (/** @type {string} */ key) => (given[key] ? table(given[key]) : null);
-    known.set(name, {
-      step,
-      promptEnds: given.prompt_ends,
-      groups: some("groups"),
-      completions: some("completions"),
-      tokens: some("tokens"),
-      measuredCompletions: some("measured_completions"),
-      measuredTokens: some("measured_tokens"),
-    });
+    if (!given) return null;
+    keepStep(name, given);
   }
   return known.get(name);
+}
+
+/**
+ * Keeps the block of a step, as it is written on the page or sent by the server.
+ *
+ * @param {string} name
+ * @param {any} given null: the run has no completions of the step any more
+ */
+export function keepStep(name, given) {
+  if (!given) {
+    known.set(name, null);
+    return;
+  }
+  const some = (/** @type {string} */ key) => (given[key] ? table(given[key]) : null);
+  known.set(name, {
+    step: given.step,
+    promptEnds: given.prompt_ends,
+    groups: some("groups"),
+    completions: some("completions"),
+    tokens: some("tokens"),
+    measuredCompletions: some("measured_completions"),
+    measuredTokens: some("measured_tokens"),
+    dropped: some("dropped"),
+  });
 }
 
 /**

@@ -1,8 +1,9 @@
 // The page: which view is shown, the way to it, keys, colours.
 
-import { forgetCharts } from "./chart.js";
-import { page, stepOf } from "./data.js";
+import { forgetCharts, pointAgain } from "./chart.js";
+import { numbersOf, page, stepOf } from "./data.js";
 import { h } from "./dom.js";
+import { follow, isLive, reading } from "./live.js";
 import { address, go, state } from "./state.js";
 import { viewOfRuns } from "./view_compare.js";
 import { viewOfCompletion } from "./view_completion.js";
@@ -151,20 +152,95 @@ function themeButton(theme) {
 }
 
 let shownPlace = "";
+let answers = true; // whether the server of a page that follows its runs has answered the last question
+
+/** How far the run is, where the page follows it. */
+function liveStatus() {
+  if (!isLive()) return null;
+  const run = currentRun();
+  const of = (/** @type {Run} */ one) => (run ? "" : `${one.name}: `) + (one.progress || "");
+  const text = (run ? [run] : page().runs).map(of).join("; ");
+  return h("p", { class: `live ${answers ? "" : "silent"}`, role: "status" }, text, !answers && SILENT);
+}
+
+const SILENT = " – the server does not answer; the page keeps what it has, and asks again.";
+
+/** The steps whose completions this view needs. */
+function needed() {
+  const [run, step] = [currentRun(), numberOf("step")];
+  if (!run) return null;
+  if (step !== null) return reading(run, [step]);
+  return state().find ? reading(run, run.known) : null;
+}
 
 function draw() {
-  forgetCharts();
+  const [here, waiting] = [addressed(), needed()];
+  if (waiting) {
+    if (here !== shownPlace) shown(here, () => [h("p", { role: "status" }, "Reading the completions …")]);
+    const say = (/** @type {Error} */ error) => shown(here, () => [h("p", { class: "rule" }, `${error.message}.`)]);
+    waiting.then(() => here === addressed() && draw(), say);
+  } else shown(here, view);
+}
+
+/** The place that is shown, but for its token and how it is shown. */
+function addressed() {
   const { run, step, group, row, find } = state();
-  const here = [run, step, group, row, find].join("/");
-  const height = scrollY;
+  return [run, step, group, row, find].join("/");
+}
+
+/**
+ * Shows a view; where it is that of before, what a reader had opened stays open.
+ *
+ * @param {string} here
+ * @param {() => (HTMLElement | null)[]} content
+ */
+function shown(here, content) {
+  const same = here === shownPlace;
+  const [height, open] = [scrollY, same ? unfolded() : new Map()];
+  forgetCharts();
   place.replaceChildren(
-    h("header", { class: "bar-top" }, way(), neighbours(), finder(), themeButton()),
-    h("main", {}, ...view().filter(Boolean)),
+    h("header", { class: "bar-top" }, way(), neighbours(), finder(), themeButton(), liveStatus()),
+    h("main", {}, ...content().filter(Boolean)),
   );
-  scrollTo(0, here === shownPlace ? height : 0);
+  for (const details of place.querySelectorAll("details")) details.open = open.get(nameOf(details)) ?? details.open;
+  if (same) pointAgain();
+  scrollTo(0, same ? height : 0);
+  if (same && [...open.values()].includes(true)) requestAnimationFrame(() => scrollTo(0, height)); // they are filled
   shownPlace = here;
+  const { step, find } = state();
   document.body.classList.toggle("inside", Boolean(step || find));
   place.querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
+}
+
+/** Which folded parts are open, by their names. @returns {Map<string, boolean>} */
+function unfolded() {
+  return new Map([...place.querySelectorAll("details")].map((details) => [nameOf(details), details.open]));
+}
+
+/** @param {HTMLDetailsElement} details */
+function nameOf(details) {
+  return (details.querySelector("summary")?.textContent || "").replace(/\d+/g, "");
+}
+
+/**
+ * Draws the view again where something in it has changed, unless the reader is in the middle of something.
+ *
+ * @param {Run[] | null} runs
+ * @param {Run[]} before
+ */
+function onNews(runs, before) {
+  answers = runs !== null;
+  place.querySelector(".live")?.replaceWith(liveStatus());
+  const busy = place.querySelector("select:focus, input:focus") || String(getSelection());
+  if (!runs || busy) return;
+  const step = numberOf("step");
+  const differs = runs.some((run, number) => {
+    const was = before[number];
+    if (step === null || state().find) return run !== was && !state().find;
+    const sign = (/** @type {Run} */ one) => JSON.stringify([one.shown[step], numbersOf(one, step)]);
+    return run !== was && sign(run) !== sign(was);
+  });
+  if (differs) draw();
 }
 
 /** @param {KeyboardEvent} event */
@@ -195,7 +271,9 @@ function goUp() {
   else if (links.length > 1) location.hash = links[links.length - 2].getAttribute("href") || "";
 }
 
-/** @type {HTMLDetailsElement} */ (document.getElementById("static")).open = false;
+const figures = document.getElementById("static");
+if (figures instanceof HTMLDetailsElement) figures.open = false;
 window.addEventListener("hashchange", draw);
 document.addEventListener("keydown", onKey);
 draw();
+if (isLive()) follow(page().every || 2, onNews);

@@ -14,6 +14,9 @@ import { csv } from "./format.js";
 
 const MOST_ROWS = 100;
 
+/** By what a table is sorted, and how many rows it shows, by its name: a view that is drawn again keeps them. @type {Map<string, [number, boolean, number]>} */
+const chosen = new Map();
+
 /**
  * @param {Column[]} columns
  * @param {any[]} rows
@@ -22,9 +25,7 @@ const MOST_ROWS = 100;
  * @returns {HTMLElement}
  */
 export function sortable(columns, rows, given) {
-  let by = given.sort ?? -1;
-  let down = given.down ?? true;
-  let most = MOST_ROWS;
+  let [by, down, most] = chosen.get(given.name) || [given.sort ?? -1, given.down ?? true, MOST_ROWS];
   const body = h("tbody");
   const more = h("p", { class: "quiet" });
   const heads = columns.map((column, index) =>
@@ -37,6 +38,7 @@ export function sortable(columns, rows, given) {
           title: [column.hint, column.unit && `Unit: ${column.unit}.`].filter(Boolean).join(" "),
           onclick: () => {
             [by, down] = [index, by === index ? !down : !column.text];
+            chosen.set(given.name, [by, down, most]);
             fill();
           },
         },
@@ -46,18 +48,19 @@ export function sortable(columns, rows, given) {
   );
 
   function fill() {
-    const chosen = by < 0 ? rows : sorted(rows, columns[by].value, down);
+    const all = by < 0 ? rows : sorted(rows, columns[by].value, down);
     heads.forEach((head, index) => {
       head.setAttribute("aria-sort", index !== by ? "none" : down ? "descending" : "ascending");
     });
-    body.replaceChildren(...chosen.slice(0, most).map((row) => line(columns, row, given)));
+    body.replaceChildren(...all.slice(0, most).map((row) => line(columns, row, given)));
     more.replaceChildren();
-    if (chosen.length > most) {
-      const all = () => {
+    if (all.length > most) {
+      const showAll = () => {
         most = Infinity;
+        chosen.set(given.name, [by, down, most]);
         fill();
       };
-      more.append(`${most} of ${chosen.length} rows. `, h("button", { onclick: all }, "Show all"));
+      more.append(`${most} of ${all.length} rows. `, h("button", { onclick: showAll }, "Show all"));
     }
   }
 

@@ -90,8 +90,8 @@ function difference(runs) {
   const key =
     given && keys.includes(given)
       ? given
-      : ["entropy/integral_measured", "entropy/probe_batch", "entropy/policy", "reward"].find((name) =>
-          keys.includes(name),
+      : ["entropy/integral_measured", "entropy/probe_batch", "entropy/policy", "reward"].find(
+          (name) => keys.includes(name) && differenceOf(from, to, name).x.length,
         );
   if (!key) return null;
   const found = differenceOf(from, to, key);
@@ -133,6 +133,7 @@ function difference(runs) {
  * @param {ReturnType<typeof differenceOf>} found
  */
 function sentence(from, to, found) {
+  if (!found.x.length) return "They have no step in common at which both have it.";
   const place = found.y.findIndex((value, index) => {
     const error = found.error[index];
     return error !== null && error > 0 && Math.abs(value) > APART * error;

@@ -3,6 +3,7 @@
 import { meaning, page, rowsWith, stepOf } from "./data.js";
 import { h, plain } from "./dom.js";
 import { counted, number, signed, withError } from "./format.js";
+import { reading } from "./live.js";
 import { address, go, state } from "./state.js";
 import { sortable } from "./table.js";
 import { chosenQuantity, isOwn, largest, legend, quantitiesOf, spanOf, tokenElement } from "./tokens.js";
@@ -73,6 +74,12 @@ export function rules(run, shown, rows) {
         : "With resample_uninformative_groups another prompt would have taken its place.",
     );
   }
+  const round = columns.round?.[rows[0]];
+  if (round) {
+    found.push(
+      `Drawn in round ${round}, in the place of a group whose rewards were all equal (resample_uninformative_groups).`,
+    );
+  }
   const cut = rows.filter((row) => columns.end[row] === "truncated").length;
   if (cut) {
     found.push(
@@ -126,12 +133,14 @@ function tableOfCompletions(run, shown, rows) {
     advantage: "advantage",
     entropy: "entropy",
     surprisal: "surprisal",
+    logp_change: "change of its log-probability",
+    entropy_change: "change of its entropy",
     length: "length",
     context_length: "context",
     turns: "turns",
     end: "end",
   };
-  const signs = ["change", "advantage"];
+  const signs = ["change", "advantage", "logp_change", "entropy_change"];
   const shownColumns = [...Object.keys(heads).slice(0, 3), ...functions, ...Object.keys(heads).slice(3)]
     .filter((name) => name in columns)
     .map((name) => ({
@@ -273,7 +282,8 @@ export const LACKING = "Its tokens had no room on this page; a notebook reads th
 function samePrompt(run, shown, place) {
   const list = h("ul");
   const text = promptOf(shown, place);
-  const look = () => {
+  const look = async () => {
+    for (const other of page().runs) await reading(other, other.known);
     const found = page().runs.flatMap((other) =>
       other.known.flatMap((step) => {
         const there = /** @type {Step} */ (stepOf(other, step));

@@ -1,7 +1,7 @@
 // The first view: what the run did, in sentences; charts; and its steps.
 
 import { chart } from "./chart.js";
-import { AXES, PLANS, has, seriesOf } from "./charts_of_run.js";
+import { AXES, PLANS, has, heldOutOf, seriesOf } from "./charts_of_run.js";
 import { meaning, page } from "./data.js";
 import { folded, h, plain } from "./dom.js";
 import { counted, number, signed, withError } from "./format.js";
@@ -115,8 +115,13 @@ export function charts(runs) {
         .filter(({ line }, index) => has(run, line.key) && (!named || index === 0))
         .map(({ line, look }) => seriesOf(run, line, look, axis, named ? `${run.name}: ` : "")),
     );
+    series.push(
+      ...runs.flatMap((run, place) =>
+        heldOutOf(run, plan, axis, named ? place : null, named ? `${run.name}: ` : "").slice(0, named ? 1 : undefined),
+      ),
+    );
     if (!series.length) return null;
-    if (named && axis === "step") series.push(...meanOf(plan.lines[0].key, runs.length));
+    if (named && plan.lines.length && axis === "step") series.push(...meanOf(plan.lines[0].key, runs.length));
     const onPick = (/** @type {number} */ step) => go({ pin: step }, true);
     return chart({
       ...plan,

@@ -6,6 +6,7 @@ import { counted, number, signed, withError } from "./format.js";
 import { address } from "./state.js";
 import { sortable, sorted } from "./table.js";
 import { named, spanOf, textOf } from "./tokens.js";
+import { resampled } from "./view_dropped.js";
 
 /**
  * @typedef {import("./data.js").Run} Run
@@ -25,7 +26,7 @@ export function viewOfStep(run, step) {
     h("section", { class: "sentences" }, sentencesOf(numbers)),
     bars(run, step, numbers),
     shown && extremes(run, shown),
-    resampled(run, numbers),
+    resampled(numbers, shown),
     h("h3", {}, "Prompt groups"),
     shown
       ? tableOfGroups(run, shown)
@@ -234,24 +235,9 @@ function tokenLink(shown, tokens, place) {
   return h("a", { href: address({ step: shown.step, group, row, token: place - (span ? span[0] : 0) }) }, `“${text}”`);
 }
 
-/**
- * @param {Run} run
- * @param {Record<string, number | null>} numbers
- */
-function resampled(run, numbers) {
-  const first = numbers["resampling/num_uninformative"];
-  if (first === null || first === undefined) return null;
-  const kept = numbers["resampling/num_kept_uninformative"] ?? 0;
-  const rounds = numbers["resampling/num_rounds"] ?? 0;
-  const stay = kept ? ` ${counted(kept, "group")} of them stay, since no more were found.` : "";
-  return h(
-    "p",
-    {},
-    `${counted(first, "group")} of those first drawn had equal rewards; ${number(first - kept)} were dropped and replaced by `,
-    `other prompts in ${counted(rounds, "further round")} (resample_uninformative_groups).${stay} `,
-    "The run does not keep what was dropped.",
-  );
-}
+const ERRORS =
+  "After ± is the standard error over other completions of the same prompt, taken as independent; they share the mean " +
+  "reward that their advantages subtract, which is not in it. Shares are given where the sum over prompts is well away from 0.";
 
 /**
  * @param {Run} run
@@ -271,7 +257,7 @@ function tableOfGroups(run, shown) {
   const heads = {
     prompt_index: "group", num_completions: "completions", reward_mean: run.binary ? "pass rate" : "mean reward",
     reward_std: "reward's deviation", length_mean: "length", entropy: "entropy", change: "part of the change", share: "share",
-    num_truncated: "truncated", signal: "signal", prompt: "prompt",
+    num_truncated: "truncated", signal: "signal", round: "round", prompt: "prompt",
   }; // prettier-ignore
   const order = [
     "prompt_index",
@@ -281,6 +267,7 @@ function tableOfGroups(run, shown) {
     "reward_mean",
     "entropy",
     "signal",
+    "round",
     "length_mean",
     "num_truncated",
     "reward_std",
@@ -310,6 +297,7 @@ function tableOfGroups(run, shown) {
         h("summary", {}, "All prompts begin with the same text"),
         h("pre", {}, plain(shown.promptEnds[0])),
       ),
+    columns.change && h("p", { class: "quiet" }, ERRORS),
     sortable(shownColumns, [...Array(rows).keys()], {
       name: `${run.name}-step-${shown.step}-groups`,
       sort: by < 0 ? undefined : shownColumns.findIndex((one) => one.head === heads.change),
