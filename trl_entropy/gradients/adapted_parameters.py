@@ -17,13 +17,17 @@ def adapted_parameters(model: nn.Module) -> Iterator[None]:
     Inside, peft's adapters of `target_parameters` put the adapted weight where the layer reads it. peft itself does it
     by a parametrization, which writes into the parameter in place (`aten::set_`): that has no derivative.
 
-    Written against peft 0.19: `ParamWrapper._activate_lora`.
+    Written against peft 0.21: `ParamWrapper._activate_lora`.
     """
     with contextlib.ExitStack() as undo:
-        for module in model.modules():
-            if hasattr(module, "parameter_name") and hasattr(module, "_activate_lora"):
-                patched(undo, module, "_activate_lora", _activate(module))
+        for wrapper in parameter_adapters(model):
+            patched(undo, wrapper, "_activate_lora", _activate(wrapper))
         yield
+
+
+def parameter_adapters(model: nn.Module) -> list[Any]:
+    """The modules of peft that adapt a parameter of the layer inside."""
+    return [one for one in model.modules() if hasattr(one, "parameter_name") and hasattr(one, "_activate_lora")]
 
 
 def _activate(wrapper: Any) -> Callable[[list[str]], contextlib.AbstractContextManager[None]]:

@@ -180,7 +180,7 @@ def _containers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_whole(module: nn.Module, names: Mapping[int, str]) -> bool:
-    """Whether it is a layer of peft that computes with trainable weights without calling the modules that hold them."""
+    """Whether it is a layer of peft that computes with weights without calling the modules that hold them."""
     if not (hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")):
         return False
     holders = [part for part in module.modules() if any(id(param) in names for param in part._parameters.values())]

@@ -3,12 +3,13 @@ Per-sequence gradients of any module, by differentiating that module alone: its 
 its output is there, so each sequence's share is one product with the derivative of a small function.
 
 Cost per backward pass: the module's forward and backward once more for every sequence, in one batched call where
-`torch.func.vmap` can batch the module, else one sequence after the other; memory: one gradient a row of each parameter.
+`torch.func.vmap` can batch the module, else one sequence after the other. Memory: one gradient a row and parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
@@ -26,7 +26,10 @@ from trl_entropy.estimators.rows import row_gradients
 from trl_entropy.estimators.rows.row_gradients import Grouping, RowGradients, WrittenOut
 from trl_entropy.gradients.layer_rules import Layer, LayerError, summable
 
-# Of a sequence's part of an output, recomputed: by how much its sum may differ, relative to the sum of absolute values.
+logger = logging.getLogger(__name__)
+
+# By how much the sum of a sequence's part of an output may differ when it is computed again, relative to that of the
+# absolute values.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUNDING_NARROW = 3e-2
 _WAYS = ("batched", "sequence by sequence", "whole batch")
@@ -109,6 +112,7 @@ def vjp_rows(
             if should_reduce_batch_size(error):
                 raise
             reasons.append(f"{_WAYS[way]}: {one_line(error)[:120]}")
+            logger.info("%s %r cannot be differentiated %s", type(layer.module).__name__, layer.name, reasons[-1])
             continue
         _WAY[layer.module] = way
         return ((key, WrittenOut(value)) for key, value in rows.items())
@@ -129,8 +133,8 @@ class _Vjp:
         self.lead = len(call.first)
         self.is_split = [self._is_split(leaf) for leaf in call.leaves]
 
-    def rows(self, way: str) -> dict[str, Float[Tensor, "R *shape"]]:
-        """By the parameter's name in the layer."""
+    def rows(self, way: str) -> dict[str, Tensor]:
+        """By the parameter's name in the layer, (R, *shape)."""
         if not self.used:
             raise ValueError("no output has a gradient")
         rows = {key: summable(param.new_zeros(self.num_rows + 1, *param.shape)) for key, param in self.params.items()}
@@ -204,9 +208,7 @@ class _Vjp:
             outputs = floating(self.layer.module.forward(*args, **kwargs))
         return [outputs[index] for index in self.used]
 
-    def _gradients(
-        self, outputs: list[Tensor], params: dict[str, Tensor], grads: list[Tensor]
-    ) -> dict[str, Float[Tensor, "1 *shape"]]:
+    def _gradients(self, outputs: list[Tensor], params: dict[str, Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
         values = list(params.values())
         found = torch.autograd.grad(outputs, values, grads, retain_graph=True, allow_unused=True)
         return {
@@ -214,8 +216,8 @@ class _Vjp:
             for key, gradient in zip(params, found, strict=True)
         }
 
-    def _by_sequence(self, tensor: Tensor) -> Float[Tensor, "B n ..."]:
-        """The entries of each sequence along the first axis."""
+    def _by_sequence(self, tensor: Tensor) -> Tensor:
+        """Of shape (B, n, ...): the entries of each sequence along the first axis."""
         if not tensor.ndim or len(tensor) % self.number:
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has no equal parts for {self.number} sequences")
         return tensor.reshape(self.number, -1, *tensor.shape[1:])
@@ -232,7 +234,7 @@ class _Vjp:
         size = max(1, row_gradients.CHUNK_NUMEL // max(1, largest))
         yield from torch.arange(self.number, device=self.row_of.device).split(size)
 
-    def _check(self, outputs: Sequence[Float[Tensor, "B ..."]], index: Tensor) -> None:
+    def _check(self, outputs: Sequence[Tensor], index: Tensor) -> None:
         """Whether these sequences alone, again, gave what they gave in the batch."""
         for output, used in zip(outputs, self.used, strict=True):
             then, scale = (self._by_sequence(sums)[index].sum(1) for sums in self.call.sums[used])

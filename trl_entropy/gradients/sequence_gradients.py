@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_map
@@ -40,14 +40,16 @@ class SequenceGradients:
     """
     Hooks on every layer with trainable parameters that hand each sequence's gradients to consumers.
 
-    A sequence is a row of the first dimension of the layers' inputs. Known layers: `nn.Linear` (LoRA's A and B are
-    such), `nn.Embedding`, `nn.LayerNorm`, `nn.RMSNorm` and the RMSNorm of Qwen2 and Llama; tied weights; layers used
-    more than once in a forward; both kinds of gradient checkpointing; autocast and bf16, summed in float32. Weights
-    are never read. Forwards without gradient (generation) are ignored.
+    A sequence is a row of the first dimension of the layers' inputs, or so many tokens one after the other. Linear
+    layers (LoRA's A and B are such), embeddings and norms have rules of their own, found by their class or by what
+    they compute; any other module is differentiated alone, once more for each sequence (`module_vjp`). Tied weights;
+    layers used more than once in a forward; both kinds of gradient checkpointing; autocast and bf16, summed in
+    float32. Forwards without gradient (generation) are ignored. Whether a module hides what each sequence adds cannot be seen
+    from its class: `prove_rows` tries it, and makes such a module part of a larger one.
 
-    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They only read: training stays
-    bit-identical. The input of each layer lives as long as the graph does, where checkpointing does not recompute it.
-    Local to the process: no communication.
+    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They change no number: training
+    stays bit-identical. The input of each layer lives as long as the graph does, where checkpointing does not recompute
+    it. Local to the process: no communication.
 
     Args:
         model: unwrapped: the module inside DDP or DeepSpeed. Its parameters may be partitioned (ZeRO-3).
@@ -57,8 +59,7 @@ class SequenceGradients:
             reentrant checkpointing needs `model.enable_input_require_grads()`, as in training.
 
     Raises:
-        ValueError: by name, if a trainable parameter belongs to a module that is not known, or to an embedding whose
-            gradient is not a sum over sequences.
+        ValueError: by name, if a trainable parameter belongs to a module that mixes the sequences of a batch.
     """
 
     def __init__(self, model: nn.Module, *consumers: Consumer, weight_gradients: bool = True) -> None:
@@ -109,8 +110,8 @@ class SequenceGradients:
                 before anything is squared; -1 leaves a sequence out.
 
         Raises:
-            ValueError: if a layer saw another number of sequences than `rows` has.
-            RuntimeError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. Do
+            LayerShapeError: if a layer saw another number of sequences than `rows` has.
+            LayerError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. Do
                 not use what the consumers hold after an exception.
         """
         grouping = Grouping.of(rows)
@@ -212,8 +213,8 @@ class SequenceGradients:
             raise LayerShapeError(
                 layer.name,
                 f"layer {layer.name!r} has inputs of shape {tuple(call.first.shape)} and outputs of "
-                f"{tuple(first.shape)}, but the batch has {num_sequences} sequences: their first dimension must be the "
-                "sequences, or the tokens of one sequence after the other",
+                f"{tuple(first.shape)}, but the batch has {num_sequences} sequences: their first dimension must be "
+                "the sequences, or the tokens of one sequence after the other",
             )
         with _exact(first.device), self._computing():
             for own_name, gradients in self._rows(layer, call, grads, batch.grouping):

@@ -13,9 +13,7 @@ _HIDDEN = _HEADS * _HEAD_DIM
 _LENGTH = 64
 # Setting of a configuration -> the largest value that a tiny model has.
 _MOST: dict[str, int] = {
-    **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim", "attention_hidden_size"), _HIDDEN
-    ),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim"), _HIDDEN),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), _HEADS),
     **dict.fromkeys(("decoder_attention_heads", "swa_num_attention_heads", "num_kv_shared_heads"), _HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"), _KV_HEADS),
@@ -58,13 +56,11 @@ def tiny_config(config: PretrainedConfig, vocab_size: int = 128, **changed: Any)
     given = {key: value for key, value in settings.items() if key in _MOST and isinstance(value, int)}
     settings |= {key: min(value, _MOST[key]) for key, value in given.items() if not isinstance(value, bool)}
     settings |= _layers(settings)
-    rates = [key for key in settings if any(word in key.lower() for word in _DROPOUT)]
-    settings |= {key: 0.0 for key in rates if isinstance(settings[key], float)}
-    settings |= {
-        key: min(settings[key] or 0, 2)
-        for key in settings
-        if key.endswith("_token_id") and isinstance(settings[key], int)
-    }
+    for key, value in settings.items():
+        if isinstance(value, float) and any(word in key.lower() for word in _DROPOUT):
+            settings[key] = 0.0
+        elif key.endswith("_token_id") and isinstance(value, int):
+            settings[key] = min(value, 2)
     settings |= {"vocab_size": vocab_size, "initializer_range": 0.2, "pad_token_id": 0, "torch_dtype": "float32"}
     settings.pop("quantization_config", None)
     return type(config).from_dict(settings | changed)
