@@ -44,12 +44,12 @@ class SequenceGradients:
     layers (LoRA's A and B are such), embeddings and norms have rules of their own, found by their class or by what
     they compute; any other module is differentiated alone, once more for each sequence (`module_vjp`). Tied weights;
     layers used more than once in a forward; both kinds of gradient checkpointing; autocast and bf16, summed in
-    float32. Forwards without gradient (generation) are ignored. Whether a module hides what each sequence adds cannot be seen
-    from its class: `prove_rows` tries it, and makes such a module part of a larger one.
+    float32. Forwards without gradient (generation) are ignored. Whether a module hides what each sequence adds cannot
+    be seen from its class: `prove_rows` tries it, and makes such a module part of a larger one.
 
-    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They change no number: training
-    stays bit-identical. The input of each layer lives as long as the graph does, where checkpointing does not recompute
-    it. Local to the process: no communication.
+    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They change no number:
+    training stays bit-identical. The input of each layer lives as long as the graph does, where checkpointing does
+    not recompute it. Local to the process: no communication.
 
     Args:
         model: unwrapped: the module inside DDP or DeepSpeed. Its parameters may be partitioned (ZeRO-3).

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 _HEADS, _KV_HEADS, _HEAD_DIM = 4, 2, 8
@@ -88,3 +89,27 @@ def _layers(settings: Mapping[str, Any]) -> dict[str, Any]:
             distinct = list(dict.fromkeys(kinds))[:_MOST_LAYERS]
             found[key] = (distinct * number)[:number]
     return found | {key: number for key in _LAYERS if isinstance(settings.get(key), int)}
+
+
+def family_config(name: str) -> PretrainedConfig | None:
+    """The default configuration of a family of transformers, such as `qwen3`; None if `name` is none."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return AutoConfig.for_model(name) if name in CONFIG_MAPPING else None
+
+
+def adapted(model: PreTrainedModel, tuning: str) -> nn.Module:
+    """The model with a new adapter: `"full"` (none), `"lora"`, `"rslora"`, `"dora"` or `"ia3"`."""
+    import peft
+
+    if tuning == "full":
+        return model
+    if tuning == "ia3":
+        linear = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
+        targets = [name for name in linear if name != "lm_head"]
+        config: peft.PeftConfig = peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[])
+    else:
+        options = {"use_dora": tuning == "dora", "use_rslora": tuning == "rslora"}
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", **options)
+    return peft.get_peft_model(model, config)
