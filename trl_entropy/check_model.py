@@ -41,8 +41,8 @@ def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-entropy check-model",
         description="Make two optimizer steps with a model on random tokens, and compare what the probes compute: "
-        "scores with a plain forward, derivatives in forward mode with those in reverse mode, each sequence's gradient "
-        "with a backward pass of its own, and their sums with the whole.",
+        "scores with a plain forward, derivatives in forward mode with those in reverse mode, the gradient of each "
+        "sequence with a backward pass of its own, and their sums with the whole.",
     )
     add = parser.add_argument
     add("model", metavar="NAME_OR_PATH", help="a model's name or folder, or with --tiny also a family such as qwen3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,18 @@ def tiny_config(config: PretrainedConfig, vocab_size: int = 128, **changed: Any)
 
 
 def tiny_model(config: PretrainedConfig, **more: Any) -> PreTrainedModel:
-    """A causal language model of `tiny_config`, in float32; `more` goes to `from_config`."""
+    """
+    A causal language model of `tiny_config`; `more` goes to `from_config`. A family without
+    `attn_implementation="sdpa"` has the attention of its own.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, **more)
+    try:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **more)
+    except ValueError:
+        if more.pop("attn_implementation", None) != "sdpa":
+            raise
+        return AutoModelForCausalLM.from_config(config, **more)
 
 
 def _layers(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +119,8 @@ def adapted(model: PreTrainedModel, tuning: str) -> nn.Module:
         targets = [name for name in linear if name != "lm_head"]
         config: peft.PeftConfig = peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[])
     else:
-        options = {"use_dora": tuning == "dora", "use_rslora": tuning == "rslora"}
+        options: dict[str, Any] = {"use_dora": tuning == "dora", "use_rslora": tuning == "rslora"}
+        if any("mamba" in type(module).__name__.lower() for module in model.modules()):
+            options["exclude_modules"] = ["out_proj", "conv1d"]  # peft refuses them in Mamba
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", **options)
     return peft.get_peft_model(model, config)

@@ -93,12 +93,12 @@ def conformance(model: nn.Module, setup: Setup) -> list[Outcome]:
         model.enable_input_require_grads()
     completions, direction = _completions(model), _two_steps(model, _completions(model))
     reasons = {check: _refusal(refuse, model) for check, refuse in _REFUSALS.items()}
-    outcomes = [_outcome("sum of rows, in training", lambda: _sum_of_rows(model, completions), _narrow(setup))]
-    if reasons["rows"]:
-        outcomes = []
+    name, whole = "sum of rows, in training", functools.partial(_sum_of_rows, model, completions)
+    refused = Outcome(name, reason=reasons["rows"])
+    outcomes = [refused if reasons["rows"] else _outcome(name, whole, _narrow(setup))]
     for check, reason in reasons.items():
         if reason:
-            outcomes.append(Outcome(check, reason=reason))
+            outcomes += [Outcome(name, reason=reason) for name in _CHECKS[check]]
             continue
         with _as_scored(model):
             for name, error in _CHECKS[check].items():

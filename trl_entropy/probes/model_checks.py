@@ -6,6 +6,7 @@ A probe calls these in `check_model`, which is asked when the trainer is built a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from torch import nn
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.engine.attention import attention_of, can_switch_attention, scored_attention
-from trl_entropy.engine.parameters import evaluation_mode, parameter_shape, trainable_parameters
+from trl_entropy.engine.parameters import evaluation_mode, parameter_shape, swapped_parameters, trainable_parameters
 from trl_entropy.engine.strict_float32 import fp32_strict
 from trl_entropy.gradients.inputs import base_model, counts_columns
 from trl_entropy.gradients.layer_rules import Layer, trained_layers
@@ -54,7 +55,7 @@ def check_scoring(model: nn.Module, what: str, derivatives: bool = False) -> Non
     device = next(model.parameters()).device
     tried = _TRIED.get(model)
     if tried not in ((derivatives, device), (True, device)):  # another device may have other kernels
-        with fp32_strict(model), scored_attention(model):
+        with fp32_strict(model), scored_attention(model), _in_float32(model):
             _try_scoring(model, what)
             if derivatives:
                 _try_derivatives(model, what)
@@ -244,10 +245,18 @@ def _can_be_tried(model: nn.Module) -> bool:
     return not waits and not any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") or p.is_meta for p in params)
 
 
-def _try_scoring(model: nn.Module, what: str) -> None:
-    """In narrower dtypes rounding would hide what is looked for."""
-    if any(param.itemsize < 4 for param in model.parameters()):
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """As probes score: in narrower dtypes rounding would hide what is looked for."""
+    if all(param.itemsize >= 4 for param in model.parameters()):
+        yield
         return
+    values = {name: param.detach().float() for name, param in trainable_parameters(model).items()}
+    with swapped_parameters(model, values, torch.float32):
+        yield
+
+
+def _try_scoring(model: nn.Module, what: str) -> None:
     both, name = _trial(model), type(base_model(model)).__name__
     padded = score(model, both, 1.0, len(both)).logps[0][1]
     alone = score(model, both.rows(torch.tensor([1])).trimmed(), 1.0, 1).logps[0][0]
