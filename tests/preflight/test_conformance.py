@@ -7,7 +7,7 @@ import torch
 from family_table import FAMILIES, family_row
 from torch import nn
 
-from trl_entropy import check_model
+from trl_entropy import check_model, doctor
 from trl_entropy.estimators.rows.row_gradients import WrittenOut
 from trl_entropy.gradients import layer_rules
 from trl_entropy.models.tiny import adapted, family_config, tiny_config, tiny_model
@@ -75,3 +75,18 @@ def test_the_command_prints_a_table_and_its_status_says_whether_all_is_right(cap
 def test_the_table_of_families_is_what_is_found(family):
     row = family_row(family)
     assert "wrong" not in row and row in TABLE.read_text(encoding="utf-8").splitlines()
+
+
+def test_doctor_says_before_any_weights_are_there_what_probes_will_refuse(tmp_path):
+    """BioGPT counts positions by the columns of the batch; a mixture has a loss that balances its experts."""
+    settings = "--use_cpu True --bf16 False --num_prompts_per_step 4 --num_generations 4 --fisher_num_sequences 16"
+    probes = "--entropy_probe True --fisher_probe True --router_aux_loss_coef 0.1"
+    found = {}
+    for family in ("biogpt", "mixtral"):
+        tiny_config(family_config(family)).save_pretrained(tmp_path / family)
+        where = ["--model_name_or_path", str(tmp_path / family), "--output_dir", str(tmp_path / "run")]
+        parsed = doctor._options().parse_known_args([*where, *settings.split(), *probes.split()])
+        found[family] = [str(one) for one in doctor.diagnose(*parsed)[1] if one.is_problem]
+    assert any("entropy_probe scores each row" in text and "BioGptForCausalLM" in text for text in found["biogpt"])
+    assert any("fisher_probe needs a loss" in text and "router_aux_loss_coef=0" in text for text in found["mixtral"])
+    assert not any("own gradient" in text for text in found["mixtral"])

@@ -28,6 +28,7 @@ from transformers import (
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.models.embedded import build_model, build_tokenizer
+from trl_entropy.models.tiny import family_config, tiny_config, tiny_model
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.fisher import FisherProbe
 from trl_entropy.probes.model_checks import (
@@ -357,3 +358,13 @@ def test_a_model_without_an_adapter_has_none(tokenizer):
     assert adapters_of(build_model(tokenizer)) == {} and set(
         adapters_of(get_peft_model(build_model(tokenizer), lora()))
     )
+
+
+def test_partitioned_modules_that_must_be_computed_again_are_refused():
+    """As under ZeRO-3: a norm is not computed with its weights, a router is."""
+    mixture, dense = (tiny_model(tiny_config(family_config(name))) for name in ("mixtral", "qwen3"))
+    for param in (*mixture.parameters(), *dense.parameters()):
+        param.ds_id = 0
+    check_sequences(dense, "a probe")
+    with pytest.raises(ValueError, match=r"a probe needs .* module 'model\.layers\.0\.mlp.*Set zero_stage: 2"):
+        check_sequences(mixture, "a probe")

@@ -87,12 +87,12 @@ def _check_partitioned(layers: list[Layer], what: str) -> None:
     for layer in layers:
         params = dict(layer.module.named_parameters())
         shapes = [parameter_shape(params[key]) for key in layer.parameters]
-        is_partitioned = any(hasattr(params[key], "ds_id") for key in layer.parameters)
+        is_partitioned = any(_is_partitioned(params[key]) for key in layer.parameters)
         if is_partitioned and not layer.rules and (layer.has_parts or any(len(shape) != 1 for shape in shapes)):
             raise ValueError(
                 f"{what} needs each sequence's own gradient, for which module {layer.name!r} of class "
-                f"{type(layer.module).__name__} is computed again with its weights, and ZeRO-3 has them partitioned. "
-                "Set zero_stage: 2, train other layers, or turn it off."
+                f"{type(layer.module).__name__} is computed again with its weights, and ZeRO-3 or FSDP has them "
+                "partitioned. Set zero_stage: 2, train other layers, or turn it off."
             )
 
 
@@ -242,7 +242,11 @@ def _can_be_tried(model: nn.Module) -> bool:
     """
     params = list(model.parameters())
     waits = sum(param.numel() for param in params if param.device.type == "cpu") > _MAX_ON_CPU
-    return not waits and not any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") or p.is_meta for p in params)
+    return not waits and not any(_is_partitioned(param) or param.is_meta for param in params)
+
+
+def _is_partitioned(param: nn.Parameter) -> bool:
+    return hasattr(param, "ds_id") or hasattr(param, "device_mesh")
 
 
 @contextlib.contextmanager
