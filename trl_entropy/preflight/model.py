@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
 
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.gradients.inputs import base_model
 from trl_entropy.models.loading import EMBEDDED_MODELS, base_model_of, is_adapter
 from trl_entropy.models.tiny import tiny_config, tiny_model
 from trl_entropy.preflight.finding import Finding, Findings
-from trl_entropy.preflight.shapes import with_adapter
+from trl_entropy.preflight.shapes import with_adapter, without_zero3
 from trl_entropy.probes import model_checks
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from trl_entropy.preflight.plan import Plan
 
-Check = Callable[[nn.Module], None]
+Check = functools.partial[None]
+# By all that they depend on, so that a report and its findings try a model once
+_FOUND: dict[str, list[Finding]] = {}
 
 
 def probed_model(plan: Plan) -> Findings:
@@ -32,9 +36,19 @@ def probed_model(plan: Plan) -> Findings:
     base = base_model_of(name) if is_adapter(name) else name
     if plan.shape is None or base in EMBEDDED_MODELS or plan.quantisation != "none" or not checks:
         return
+    config = base_model(plan.shape.module).config
+    asked = [(check.func, check.keywords) for check in checks]
+    key = f"{config!r} {vars(plan.model)} {asked} {plan.args.router_aux_loss_coef}"
+    if key not in _FOUND:
+        # Training's random numbers, and one rank's share of a partitioned model, are not this one's
+        with torch.random.fork_rng(devices=[]), without_zero3():
+            _FOUND[key] = list(_tried(plan, config, checks))
+    yield from _FOUND[key]
+
+
+def _tried(plan: Plan, config: PretrainedConfig, checks: list[Check]) -> Findings:
     try:
-        tiny = tiny_model(tiny_config(base_model(plan.shape.module).config))
-        model = with_adapter(tiny, plan.model, on_meta=False)
+        model = with_adapter(tiny_model(tiny_config(config)), plan.model, on_meta=False)
     except Exception as error:  # whatever a family's own code raises on sizes that it does not expect
         text = f"No small model of this architecture could be built ({one_line(error)[:200]})."
         yield Finding(text, "Whether probes take the model is seen when it is loaded.", is_problem=False)

@@ -148,12 +148,12 @@ def _build(name: str) -> tuple[PreTrainedModel, str]:
         with torch.device("meta"):
             return build_model(tokenizer), "built from code"
     config, source = read_config(name)
-    with torch.device("meta"), _without_zero3():
+    with torch.device("meta"), without_zero3():
         return AutoModelForCausalLM.from_config(config), source
 
 
 @contextlib.contextmanager
-def _without_zero3() -> Iterator[None]:
+def without_zero3() -> Iterator[None]:
     """Turn off transformers' ZeRO-3 mode, where building a model is collective; here one rank builds alone."""
     from transformers.integrations import deepspeed
 
