@@ -172,9 +172,11 @@ ADAPTED = {
 @pytest.mark.parametrize("name", ADAPTED)
 def test_rows_of_families_and_adapters(name):
     model = ADAPTED[name]()
+    random_state = torch.get_rng_state()
     with evaluation_mode(model), scored_attention(model):
         prove_rows(model, _trial(model))
         errors = row_errors(model, _trial(model))
+    assert torch.equal(torch.get_rng_state(), random_state), "training would draw others"
     assert max(errors.values()) < 1e-5 and len(errors) == sum(param.requires_grad for param in model.parameters())
 
 
