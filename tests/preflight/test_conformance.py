@@ -25,11 +25,11 @@ def tiny(family, tuning="full", **more):
     ("family", "tuning", "setup"),
     [
         ("qwen3", "full", Setup()),
-        ("gemma3_text", "lora", Setup(True, "eager", torch.bfloat16)),
-        ("gpt2", "full", Setup(True)),
+        pytest.param("gemma3_text", "lora", Setup(True, "eager", torch.bfloat16), marks=pytest.mark.slow),
+        pytest.param("gpt2", "full", Setup(True), marks=pytest.mark.slow),
         ("gpt_oss", "full", Setup(attention="eager")),
         ("mixtral", "lora", Setup()),
-        ("qwen3", "ia3", Setup(dtype=torch.bfloat16)),
+        pytest.param("qwen3", "ia3", Setup(dtype=torch.bfloat16), marks=pytest.mark.slow),
     ],
     ids=str,
 )
