@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trl_entropy.engine.parameters import original_class
 from trl_entropy.estimators.rows.row_gradients import Lookups, OuterProducts, RowGradients, WrittenOut
 
 # (a layer of the rule's class, its inputs, the gradients of its outputs) -> the parameter's gradients
@@ -185,7 +186,7 @@ def _is_whole(module: nn.Module, names: Mapping[int, str]) -> bool:
         return False
     holders = [part for part in module.modules() if any(id(param) in names for param in part._parameters.values())]
     uncalled = hasattr(module, "parameter_name")  # peft's ParamWrapper, for parameters of experts
-    return bool(holders) and (uncalled or any(type(part) is not nn.Linear for part in holders))
+    return bool(holders) and (uncalled or any(original_class(part) is not nn.Linear for part in holders))
 
 
 def _rules_of(module: nn.Module, own: Mapping[str, str]) -> dict[str, Rule]:
@@ -196,7 +197,8 @@ def _rules_of(module: nn.Module, own: Mapping[str, str]) -> dict[str, Rule]:
 
 
 def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    kind = original_class(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _objection(module: nn.Module, is_unit: bool) -> str | None:

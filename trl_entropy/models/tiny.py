@@ -120,7 +120,7 @@ def adapted(model: PreTrainedModel, tuning: str) -> nn.Module:
         config: peft.PeftConfig = peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[])
     else:
         options: dict[str, Any] = {"use_dora": tuning == "dora", "use_rslora": tuning == "rslora"}
-        if any("mamba" in type(module).__name__.lower() for module in model.modules()):
+        if any("mamba" in f"{name} {type(module).__name__}".lower() for name, module in model.named_modules()):
             options["exclude_modules"] = ["out_proj", "conv1d"]  # peft refuses them in Mamba
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", **options)
     return peft.get_peft_model(model, config)
