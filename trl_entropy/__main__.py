@@ -11,6 +11,7 @@ COMMANDS = {
     "sft": "fine-tune a model on demonstrations, as the start of RL training",
     "train": "train with the settings of a config file (with accelerate launch for more than one process)",
     "doctor": "check a run before it starts: batch plan, memory, disk space, problems and what to do about them",
+    "check-model": "try what the probes compute on a model, or on a small one of its family, and say what is right",
     "evaluate": "evaluate a run's checkpoints: pass@k, greedy accuracy, lengths and entropy, with intervals",
     "best": "say which evaluated checkpoint is the best, and which others cannot be told from it",
     "report": "draw the figures of a run and write an HTML page about it; --watch serves one that follows it",

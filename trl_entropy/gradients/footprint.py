@@ -42,7 +42,8 @@ class LayerSizes:
     @classmethod
     def of(cls, config: Any) -> LayerSizes:
         """From the configuration of a text model of transformers."""
-        heads, hidden = config.num_attention_heads, config.hidden_size
+        # A model without attention, such as Mamba, has no heads
+        heads, hidden = getattr(config, "num_attention_heads", None) or 1, config.hidden_size
         head_size = getattr(config, "head_dim", None) or hidden // heads
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         expert = getattr(config, "moe_intermediate_size", None) or inner

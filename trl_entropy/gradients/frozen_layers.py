@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.engine.strict_float32 import patched
+from trl_entropy.gradients.adapted_parameters import parameter_adapters
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -45,10 +46,13 @@ def frozen_layers(model: nn.Module, moving: Collection[str]) -> Iterator[None]:
     A layer that shares its parameter with another counts as moving with it, as in `torch.func.functional_call`.
     """
     moved = {id(param) for name, param in model.named_parameters() if name in moving}
+    adapted = {id(wrapper.get_base_layer()) for wrapper in parameter_adapters(model)}
     with contextlib.ExitStack() as undo:
         for layer in model.modules():
             # A subclass, as of bitsandbytes, has a product of its own
-            if type(layer) is nn.Linear and not any(id(param) in moved for param in layer.parameters()):
+            if type(layer) is not nn.Linear or id(layer) in adapted:
+                continue
+            if not any(id(param) in moved for param in layer.parameters()):
                 patched(undo, layer, "forward", _forward_of(layer))
         yield
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_entropy.engine.parameters import evaluation_mode
+from trl_entropy.gradients.adapted_parameters import adapted_parameters
 from trl_entropy.gradients.frozen_layers import frozen_layers
 from trl_entropy.gradients.head_chunks import chunked_scores
 from trl_entropy.gradients.inputs import eager_experts
@@ -132,6 +133,7 @@ def _differentiable_kernels(model: nn.Module, order: int, params: Params) -> Ite
         if order:
             kernels.enter_context(sdpa_kernel(SDPBackend.MATH))
             kernels.enter_context(eager_experts(model))
+            kernels.enter_context(adapted_parameters(model))
             kernels.enter_context(frozen_layers(model, params))
         yield
 

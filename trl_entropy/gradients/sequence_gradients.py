@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction, FunctionCtx
+from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import tree_flatten, tree_map
 
 from trl_entropy.engine.parameters import parameter_shape, trainable_parameters
 from trl_entropy.estimators.rows.row_gradients import Grouping, OuterProducts, RowGradients, Sum, WrittenOut
 from trl_entropy.estimators.rows.row_sums import Consumer, DotProducts, Rows, SquaredNorms
-from trl_entropy.gradients.layer_rules import Layer, known_layers
+from trl_entropy.gradients.behaviour import behaviour_of, direction_of, gradients_by
+from trl_entropy.gradients.layer_rules import Layer, LayerError, LayerShapeError, trained_layers
+from trl_entropy.gradients.module_vjp import LayerCall, floating, is_floating, sums_of, vjp_rows
 
 __all__ = ["Consumer", "DotProducts", "RowGradients", "Rows", "SequenceGradients", "SquaredNorms"]
 
@@ -36,14 +40,16 @@ class SequenceGradients:
     """
     Hooks on every layer with trainable parameters that hand each sequence's gradients to consumers.
 
-    A sequence is a row of the first dimension of the layers' inputs. Known layers: `nn.Linear` (LoRA's A and B are
-    such), `nn.Embedding`, `nn.LayerNorm`, `nn.RMSNorm` and the RMSNorm of Qwen2 and Llama; tied weights; layers used
-    more than once in a forward; both kinds of gradient checkpointing; autocast and bf16, summed in float32. Weights
-    are never read. Forwards without gradient (generation) are ignored.
+    A sequence is a row of the first dimension of the layers' inputs, or so many tokens one after the other. Linear
+    layers (LoRA's A and B are such), embeddings and norms have rules of their own, found by their class or by what
+    they compute; any other module is differentiated alone, once more for each sequence (`module_vjp`). Tied weights;
+    layers used more than once in a forward; both kinds of gradient checkpointing; autocast and bf16, summed in
+    float32. Forwards without gradient (generation) are ignored. Whether a module hides what each sequence adds cannot
+    be seen from its class: `prove_rows` tries it, and makes such a module part of a larger one.
 
-    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They only read: training stays
-    bit-identical. The input of each layer lives as long as the graph does, where checkpointing does not recompute it.
-    Local to the process: no communication.
+    Hooks are there from `__enter__` to `__exit__`: run forward *and* backward between. They change no number:
+    training stays bit-identical. The input of each layer lives as long as the graph does, where checkpointing does
+    not recompute it. Local to the process: no communication.
 
     Args:
         model: unwrapped: the module inside DDP or DeepSpeed. Its parameters may be partitioned (ZeRO-3).
@@ -53,17 +59,16 @@ class SequenceGradients:
             reentrant checkpointing needs `model.enable_input_require_grads()`, as in training.
 
     Raises:
-        ValueError: by name, if a trainable parameter belongs to a module that is not known, or to an embedding whose
-            gradient is not a sum over sequences.
+        ValueError: by name, if a trainable parameter belongs to a module that mixes the sequences of a batch.
     """
 
     def __init__(self, model: nn.Module, *consumers: Consumer, weight_gradients: bool = True) -> None:
         self.model, self.weight_gradients = model, weight_gradients
         parameters = trainable_parameters(model)
         self.shapes = {name: parameter_shape(param) for name, param in parameters.items()}
-        self._layers = known_layers(model, parameters)
+        self._layers = trained_layers(model, parameters)
         self._num_uses = Counter(name for layer in self._layers for name in layer.parameters.values())
-        self._in_forward = False
+        self._in_forward = self._in_rule = False
         self._batch: _Batch | None = None
         self._undo = contextlib.ExitStack()
         self._device = next(iter(parameters.values())).device
@@ -86,7 +91,7 @@ class SequenceGradients:
         for handle in register:
             self._undo.callback(handle.remove)
         if not self.weight_gradients:
-            shared = (layer.module._parameters[key] for layer in self._layers for key in layer.parameters)
+            shared = (layer.module.get_parameter(key) for layer in self._layers for key in layer.parameters)
             for param in dict.fromkeys(shared):
                 self._undo.callback(param.requires_grad_, True)
                 param.requires_grad_(False)
@@ -105,8 +110,8 @@ class SequenceGradients:
                 before anything is squared; -1 leaves a sequence out.
 
         Raises:
-            ValueError: if a layer saw another number of sequences than `rows` has.
-            RuntimeError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. Do
+            LayerShapeError: if a layer saw another number of sequences than `rows` has.
+            LayerError: if a layer did not get one gradient for each of its calls, so that a sum would be wrong. Do
                 not use what the consumers hold after an exception.
         """
         grouping = Grouping.of(rows)
@@ -127,10 +132,11 @@ class SequenceGradients:
         for layer in self._layers:
             count, expected = batch.num_gradients[layer.name], max(1, layer.num_calls)
             if count != expected:
-                raise RuntimeError(
+                raise LayerError(
+                    layer.name,
                     f"layer {layer.name!r} got {count} gradients instead of {expected}: run the forward inside `with "
                     "SequenceGradients(...)`; score with plain logits (TRL's fused_lm_head=True uses the head without "
-                    "calling it); freeze layers that the loss leaves out; change no layer's output in place"
+                    "calling it); freeze layers that the loss leaves out; change no layer's output in place",
                 )
 
     # ---- hooks
@@ -144,41 +150,105 @@ class SequenceGradients:
         self._in_forward = False
 
     def _on_forward(self, layer: Layer) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> object:
+            if self._in_rule:
+                return None
             # Calls without gradient count too, recomputation does not: reentrant checkpointing has both.
             layer.num_calls += self._in_forward
             layer.is_reused |= layer.num_calls > 1
             if not torch.is_grad_enabled():
-                return
-            if not self.weight_gradients and not output.requires_grad:
-                output.requires_grad_()  # where the graph begins, now that no parameter is a leaf of it
-            if output.requires_grad:
-                inputs = args[0] if args else next(iter(kwargs.values()))
-                kept = _Keep.apply(self._anchor, inputs.detach()).grad_fn
-                output.register_hook(lambda grads: self._on_gradient(layer, kept, grads))
+                return None
+            outputs = floating(output)
+            if len(outputs) > 1:
+                # One may be made from another inside the module, and its gradient would count in both
+                output = tree_map(lambda leaf: leaf.view_as(leaf) if is_floating(leaf) else leaf, output)
+                outputs = floating(output)
+            if not self.weight_gradients:
+                for one in outputs:  # where the graph begins, now that no parameter is a leaf of it
+                    if not one.requires_grad:
+                        one.requires_grad_()
+            if any(one.requires_grad for one in outputs):
+                self._keep(layer, args, kwargs, outputs)
+            return output if len(outputs) > 1 else None
 
         return hook
 
-    def _on_gradient(self, layer: Layer, kept: BackwardCFunction, grads: Float[Tensor, "B *T d"]) -> None:
-        batch = self._batch
-        if batch is None:
-            return
-        (inputs,) = kept.saved_tensors
-        num_sequences = batch.grouping.num_sequences
-        if not inputs.shape[0] == grads.shape[0] == num_sequences:
-            raise ValueError(
-                f"layer {layer.name!r} has inputs of shape {tuple(inputs.shape)} and outputs of {tuple(grads.shape)}, "
-                f"but the batch has {num_sequences} sequences: their first dimension must be the sequences"
-            )
+    def _keep(self, layer: Layer, args: tuple, kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
+        """Keeps what a layer was called with until the gradient of what it gave is there."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        leaves, spec = tree_flatten(((first,), {}) if layer.rules else (args, kwargs))
+        places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        kept = _Keep.apply(self._anchor, *(leaves[index].detach() for index in places)).grad_fn
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        sums, autocast = ((), None) if layer.rules else (sums_of(outputs), _autocast_dtype(outputs[0].device))
+
+        def on_gradients(grads: Sequence[Tensor | None]) -> None:
+            if self._batch is None:
+                return
+            filled = list(others)
+            for index, tensor in zip(places, kept.saved_tensors, strict=True):
+                filled[index] = tensor
+            self._on_gradients(layer, LayerCall(tuple(filled), spec, sums, autocast), list(grads), self._batch)
+
+        with_gradient = [one for one in outputs if one.requires_grad]
+        if len(outputs) == 1:
+            outputs[0].register_hook(lambda gradient: on_gradients([gradient]))
+        else:
+            missing = [one.requires_grad for one in outputs]
+
+            def together(grads: Sequence[Tensor | None]) -> None:
+                given = iter(grads)
+                on_gradients([next(given) if there else None for there in missing])
+
+            torch.autograd.graph.register_multi_grad_hook(with_gradient, together, mode="all")
+
+    def _on_gradients(self, layer: Layer, call: LayerCall, grads: list[Tensor | None], batch: _Batch) -> None:
         batch.num_gradients[layer.name] += 1
-        with _exact(grads.device):
-            inputs, grads = batch.grouping.by_row(inputs, grads)
-            for own_name, name in layer.parameters.items():
-                gradients = layer.rules[own_name](layer.module, inputs, grads)
+        first = next((one for one in grads if one is not None), None)
+        if first is None:
+            return
+        num_sequences = batch.grouping.num_sequences
+        by_tokens = len(first) != num_sequences
+        if len(call.first) != len(first) or len(first) % num_sequences or (by_tokens and first.ndim > 2):
+            raise LayerShapeError(
+                layer.name,
+                f"layer {layer.name!r} has inputs of shape {tuple(call.first.shape)} and outputs of "
+                f"{tuple(first.shape)}, but the batch has {num_sequences} sequences: their first dimension must be "
+                "the sequences, or the tokens of one sequence after the other",
+            )
+        with _exact(first.device), self._computing():
+            for own_name, gradients in self._rows(layer, call, grads, batch.grouping):
+                name = layer.parameters[own_name]
                 if layer.is_reused or self._num_uses[name] > 1:
                     batch.keep(name, gradients)
                 else:
                     self._hand_out(name, gradients, batch)
+
+    def _rows(
+        self, layer: Layer, call: LayerCall, grads: list[Tensor | None], grouping: Grouping
+    ) -> Iterator[tuple[str, RowGradients]]:
+        behaviour = None if layer.rules else behaviour_of(layer, call)
+        if not layer.rules and behaviour is None:
+            yield from vjp_rows(layer, call, grads, grouping)
+            return
+        (gradient,) = grads
+        assert gradient is not None, "the only output has one"
+        for own_name in layer.parameters:
+            inputs = call.first if behaviour is None else direction_of(behaviour, layer, own_name, call)
+            by_row = grouping.by_row(inputs, gradient)
+            if behaviour is None:
+                yield own_name, layer.rules[own_name](layer.module, *by_row)
+            else:
+                yield own_name, gradients_by(behaviour, layer, own_name, *by_row)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The layers that a rule calls again are no calls of the model's."""
+        self._in_rule = True
+        try:
+            yield
+        finally:
+            self._in_rule = False
 
     def _hand_out(self, name: str, gradients: RowGradients, batch: _Batch) -> None:
         if name in batch.done:
@@ -192,15 +262,19 @@ class SequenceGradients:
 
 
 class _Keep(torch.autograd.Function):
-    """A node of the graph that keeps a tensor as autograd keeps its own: checkpointing drops and recomputes it.
+    """A node of the graph that keeps tensors as autograd keeps its own: checkpointing drops and recomputes it.
 
     No gradient flows through the node; it lives as long as somebody refers to it.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, anchor: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(kept)
+    def forward(ctx: FunctionCtx, anchor: Tensor, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
         return anchor.clone()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _exact(device: torch.device) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from trl_entropy.preflight import estimate, support
 from trl_entropy.preflight.files import dataset, model_files, positions, resume
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.hardware import GIB
+from trl_entropy.preflight.model import probed_model
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.probes.fisher import check_memory, num_rows
 from trl_entropy.probes.rollout_entropy import groups_that_fit
@@ -251,6 +252,7 @@ CHECKS: tuple[Callable[[Plan], Findings], ...] = (
     output_dir,
     learning_rate,
     model_files,
+    probed_model,
     positions,
     dataset,
     resume,

@@ -103,7 +103,7 @@ def model_shape(model: ModelConfig) -> ModelShape:
         if isinstance(layer, nn.Linear) and not name.endswith("lm_head")
     )
     config = module.config.get_text_config()
-    module = _with_adapter(module, model)
+    module = with_adapter(module, model)
     return ModelShape(
         module=module,
         source=source,
@@ -116,8 +116,11 @@ def model_shape(model: ModelConfig) -> ModelShape:
     )
 
 
-def _with_adapter(module: PreTrainedModel, model: ModelConfig) -> nn.Module:
-    """`module` with the adapter of the folder that `model` names, or with a new one if it asks for that."""
+def with_adapter(module: PreTrainedModel, model: ModelConfig, on_meta: bool = True) -> nn.Module:
+    """
+    `module` with the adapter of the folder that `model` names, or with a new one if it asks for that; its weights are
+    not loaded, and are without data unless `on_meta` is False.
+    """
     from peft import PeftConfig, get_peft_model
     from trl import get_peft_config
 
@@ -126,7 +129,7 @@ def _with_adapter(module: PreTrainedModel, model: ModelConfig) -> nn.Module:
     if config is None:
         return module
     config.inference_mode = False  # a saved config has True, which would freeze the adapter
-    with torch.device("meta"):
+    with torch.device("meta") if on_meta else contextlib.nullcontext():
         return get_peft_model(module, config)
 
 
@@ -145,12 +148,12 @@ def _build(name: str) -> tuple[PreTrainedModel, str]:
         with torch.device("meta"):
             return build_model(tokenizer), "built from code"
     config, source = read_config(name)
-    with torch.device("meta"), _without_zero3():
+    with torch.device("meta"), without_zero3():
         return AutoModelForCausalLM.from_config(config), source
 
 
 @contextlib.contextmanager
-def _without_zero3() -> Iterator[None]:
+def without_zero3() -> Iterator[None]:
     """Turn off transformers' ZeRO-3 mode, where building a model is collective; here one rank builds alone."""
     from transformers.integrations import deepspeed
 

@@ -6,25 +6,23 @@ A probe calls these in `check_model`, which is asked when the trainer is built a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Int
 from torch import nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.engine.attention import attention_of, can_switch_attention, scored_attention
-from trl_entropy.engine.parameters import evaluation_mode
+from trl_entropy.engine.parameters import evaluation_mode, parameter_shape, swapped_parameters, trainable_parameters
 from trl_entropy.engine.strict_float32 import fp32_strict
-from trl_entropy.estimators.rows.row_gradients import RowGradients
-from trl_entropy.estimators.rows.row_sums import Consumer
 from trl_entropy.gradients.inputs import base_model, counts_columns
+from trl_entropy.gradients.layer_rules import Layer, trained_layers
+from trl_entropy.gradients.row_proof import prove_rows
 from trl_entropy.gradients.scores import score
-from trl_entropy.gradients.sequence_gradients import SequenceGradients
-from trl_entropy.gradients.sequence_products import consumed, weighted_logps
 from trl_entropy.rollouts.completions import Completions
 
 # Numbers of a model's parameters by which a trial differentiates, at most: a part of them is enough to meet a kernel.
@@ -34,6 +32,8 @@ _MAX_ON_CPU = 2**30  # numbers of a model's parameters with which it is tried on
 _ROUNDING = 1e-2
 # Whether derivatives of a model have been tried, and on which device.
 _TRIED: WeakKeyDictionary[nn.Module, tuple[bool, torch.device]] = WeakKeyDictionary()
+# The device and the trainable parameters with which the gradients of sequences were seen to be their own.
+_PROVEN: WeakKeyDictionary[nn.Module, tuple[torch.device, tuple[str, ...]]] = WeakKeyDictionary()
 
 
 def check_scoring(model: nn.Module, what: str, derivatives: bool = False) -> None:
@@ -55,7 +55,7 @@ def check_scoring(model: nn.Module, what: str, derivatives: bool = False) -> Non
     device = next(model.parameters()).device
     tried = _TRIED.get(model)
     if tried not in ((derivatives, device), (True, device)):  # another device may have other kernels
-        with fp32_strict(model), scored_attention(model):
+        with fp32_strict(model), scored_attention(model), _in_float32(model):
             _try_scoring(model, what)
             if derivatives:
                 _try_derivatives(model, what)
@@ -63,29 +63,37 @@ def check_scoring(model: nn.Module, what: str, derivatives: bool = False) -> Non
 
 
 def check_sequences(model: nn.Module, what: str) -> None:
-    """Raises `ValueError` unless hooks on the layers see each sequence's own gradient."""
-    SequenceGradients(model)  # raises for layers that are not known
+    """
+    Raises `ValueError` unless hooks on the layers see each sequence's own gradient: a few tokens are differentiated
+    both ways to see it.
+    """
+    layers = trained_layers(model, trainable_parameters(model))  # raises for what mixes sequences
     if not _can_be_tried(model):
+        return _check_partitioned(layers, what)
+    seen = next(model.parameters()).device, tuple(name for layer in layers for name in layer.parameters.values())
+    if _PROVEN.get(model) == seen:
         return
-    both = _trial(model)
-    ones = torch.ones_like(both.completion_mask, dtype=torch.float64)
     try:
         with evaluation_mode(model), scored_attention(model):
-            consumed(model, both, weighted_logps(ones), _Nothing, 1.0, len(both))
+            prove_rows(model, _trial(model))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"{what} needs each sequence's own gradient, but {one_line(error)}. Train other layers, or turn it off."
         ) from error
+    _PROVEN[model] = seen
 
 
-class _Nothing(Consumer):
-    """Takes the gradients of a trial."""
-
-    def bind(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
-        """Nothing to prepare."""
-
-    def add(self, name: str, gradients: RowGradients, rows: Int[torch.Tensor, " R"]) -> None:
-        """Nothing to add to."""
+def _check_partitioned(layers: list[Layer], what: str) -> None:
+    for layer in layers:
+        params = dict(layer.module.named_parameters())
+        shapes = [parameter_shape(params[key]) for key in layer.parameters]
+        is_partitioned = any(_is_partitioned(params[key]) for key in layer.parameters)
+        if is_partitioned and not layer.rules and (layer.has_parts or any(len(shape) != 1 for shape in shapes)):
+            raise ValueError(
+                f"{what} needs each sequence's own gradient, for which module {layer.name!r} of class "
+                f"{type(layer.module).__name__} is computed again with its weights, and ZeRO-3 or FSDP has them "
+                "partitioned. Set zero_stage: 2, train other layers, or turn it off."
+            )
 
 
 def check_derivatives(model: nn.Module, what: str) -> None:
@@ -234,13 +242,25 @@ def _can_be_tried(model: nn.Module) -> bool:
     """
     params = list(model.parameters())
     waits = sum(param.numel() for param in params if param.device.type == "cpu") > _MAX_ON_CPU
-    return not waits and not any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") or p.is_meta for p in params)
+    return not waits and not any(_is_partitioned(param) or param.is_meta for param in params)
+
+
+def _is_partitioned(param: nn.Parameter) -> bool:
+    return hasattr(param, "ds_id") or hasattr(param, "device_mesh")
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """As probes score: in narrower dtypes rounding would hide what is looked for."""
+    if all(param.itemsize >= 4 for param in model.parameters()):
+        yield
+        return
+    values = {name: param.detach().float() for name, param in trainable_parameters(model).items()}
+    with swapped_parameters(model, values, torch.float32):
+        yield
 
 
 def _try_scoring(model: nn.Module, what: str) -> None:
-    """In narrower dtypes rounding would hide what is looked for."""
-    if any(param.itemsize < 4 for param in model.parameters()):
-        return
     both, name = _trial(model), type(base_model(model)).__name__
     padded = score(model, both, 1.0, len(both)).logps[0][1]
     alone = score(model, both.rows(torch.tensor([1])).trimmed(), 1.0, 1).logps[0][0]
@@ -268,8 +288,8 @@ def _try_derivatives(model: nn.Module, what: str) -> None:
 
 def _trial(model: nn.Module) -> Completions:
     """Two rows, of which the second has columns without a token."""
-    table = base_model(model).get_input_embeddings()
-    ids = torch.arange(10, device=table.weight.device).view(2, 5) % table.num_embeddings
+    vocabulary, device = base_model(model).config.get_text_config().vocab_size, next(model.parameters()).device
+    ids = torch.arange(10, device=device).view(2, 5) % vocabulary
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     ones = torch.ones_like(ids[:, :2])

@@ -64,9 +64,20 @@ class Grouping:
         members = by_number[first + slots.minimum(counts[:, None] - 1)]
         return cls(len(rows), numbers, members, slots < counts[:, None])
 
+    def row_of(self) -> Int[Tensor, " B"]:
+        """The place of each sequence's row in `numbers`; R for those that are left out."""
+        if self.members is None or self.is_member is None:
+            places = torch.arange(len(self.numbers), device=self.numbers.device)
+            return places.repeat_interleave(self.num_sequences // len(places))
+        rows = self.numbers.new_full((self.num_sequences,), len(self.numbers))
+        places = torch.arange(len(self.numbers), device=rows.device)[:, None].expand_as(self.members)
+        rows[self.members[self.is_member]] = places[self.is_member]
+        return rows
+
     def by_row(self, inputs: Tensor, grads: Float[Tensor, "B *T d"]) -> tuple[Tensor, Float[Tensor, "R T d"]]:
         """Token ids (B, *T) or features (B, *T, d), and gradients, rearranged as rows with one axis of tokens."""
         num_rows = len(self.numbers) if self.members is None else self.num_sequences
+        # Tokens may come as (B T, d): the sequences then follow one another
         inputs = inputs.reshape(num_rows, -1, *inputs.shape[-1:] * inputs.is_floating_point())
         grads = grads.reshape(num_rows, -1, grads.shape[-1])
         if self.members is None or self.is_member is None:
