@@ -34,13 +34,13 @@ class Prompts(Probe):
 
 def test_held_out_prompts_are_none_of_a_step_that_spans_two_generations(make_trainer, tokenizer, monkeypatch):
     """Generations of three prompts, steps of two: every other step has prompts of two generations."""
-    drawn, draw = [], probe_batches.draw_prompts
+    drawn, draw = [], probe_batches.draw_rows
 
     def drawing(*given):
         drawn.append(draw(*given))
         return drawn[-1]
 
-    monkeypatch.setattr(probe_batches, "draw_prompts", drawing)
+    monkeypatch.setattr(probe_batches, "draw_rows", drawing)
     prompts = Prompts(lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
     make_trainer(
         callbacks=[prompts],
@@ -56,4 +56,4 @@ def test_held_out_prompts_are_none_of_a_step_that_spans_two_generations(make_tra
     ).train()
     assert len(drawn) == len(prompts.steps) == 12 and all(len(step) == 2 for step in prompts.steps)
     for held_out, step in zip(drawn, prompts.steps, strict=True):
-        assert not {prompt.strip() for prompt in held_out} & {prompt.strip() for prompt in step}
+        assert not {row["prompt"].strip() for row in held_out} & {prompt.strip() for prompt in step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trl_entropy.config.quantities import check_change_of
 from trl_entropy.config.requirements import Requirements
 from trl_entropy.runs.counted import counted
 
@@ -40,6 +41,7 @@ class ProbeChecks(Requirements):
     # ---- entropy
 
     def _check_entropy_probe(self) -> None:
+        check_change_of(self.change_of)
         if self.entropy_probe_sampler == "vllm" and not self.use_vllm:
             raise ValueError(
                 "entropy_probe_sampler='vllm' needs use_vllm=True. Set that, or entropy_probe_sampler='model'."

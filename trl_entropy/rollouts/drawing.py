@@ -24,7 +24,9 @@ from trl_entropy.runs.counted import counted
 class ProbeBatchSampler(Protocol):
     """Draws a probe batch: completions that are independent of the step's own."""
 
-    def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
+    def draw(
+        self, num_prompts: int, source: str, step: int, sampler: str = "model", with_values: bool = False
+    ) -> Completions:
         """
         This process's share of a probe batch that is drawn from the present policy, one completion per prompt.
 
@@ -34,6 +36,7 @@ class ProbeBatchSampler(Protocol):
             step: seeds the draw, together with the run's seed.
             sampler: `"model"`: the model's own `generate`; `"vllm"`: the vLLM that generates the rollouts, with its
                 log-probabilities. vLLM's own random state does advance.
+            with_values: score them too, for what probes measure the change of: `Completions.values`. Collective.
         """
 
     def check_alike(self) -> None:
@@ -73,22 +76,24 @@ def prompts_of(dataset: Any) -> Iterator[str]:
         yield from map(prompt_key, dataset["prompt"])
 
 
-def draw_prompts(
+def draw_rows(
     dataset: Dataset | ConcatDataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]
-) -> list[Any]:
+) -> list[dict[str, Any]]:
     """
-    Distinct prompts of `dataset` outside `exclude`, drawn with a random generator of their own; equal on all ranks.
+    Rows of `dataset` with distinct prompts outside `exclude`, drawn with a random generator of their own; equal on all
+    ranks. Their `prompt` has the row's images in it.
 
     Raises:
         ValueError: if the dataset has too few other prompts.
     """
-    chosen: list[Any] = []
+    chosen: list[dict[str, Any]] = []
     taken = set(exclude)
     for row in np.random.default_rng(seed).permutation(len(dataset)).tolist():
-        prompt = prompt_of(dataset[row])
+        found = dataset[row]
+        prompt = prompt_of(found)
         if prompt_key(prompt) not in taken:
             taken.add(prompt_key(prompt))
-            chosen.append(prompt)
+            chosen.append({**found, "prompt": prompt})
         if len(chosen) == num_prompts:
             return chosen
     raise ValueError(

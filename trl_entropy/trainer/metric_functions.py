@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,18 +52,35 @@ class MetricFunctions:
                 "completions have a column for each. Give it another name."
             )
 
-    def measure(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any], ids: Sequence[Any]) -> None:
+    @property
+    def names(self) -> list[str]:
+        return [function.short for function in self._functions]
+
+    def measure(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: Sequence[Any],
+        ids: Sequence[Any],
+        always: Collection[str] = (),
+    ) -> dict[str, list[float]]:
         """
         Measure this process's completions, every `metric_every` steps and in every evaluation.
 
         Args:
             rows: the dataset's row of each completion.
+            always: names of functions that are called at other steps too, when nothing is logged of them.
+
+        Returns:
+            Of each function that was called its values, nan where it does not apply.
         """
         trainer, training = self._trainer, self._trainer.model.training
         is_due = not training or trainer.current_step % trainer.args.metric_every == 0
         more = {"trainer_state": trainer.state, "environments": trainer.environments}
+        measured = dict[str, list[float]]()
         for function in self._functions:
-            values = function(rows, completions, ids, **more) if is_due else [math.nan] * len(completions)
+            if is_due or function.short in always:
+                measured[function.short] = function(rows, completions, ids, **more)
+            values = measured[function.short] if is_due else [math.nan] * len(completions)
             known = [None if math.isnan(value) else value for value in values]
             trainer._log_completion_extra(function.short, known)  # a column has a row for each completion
             if not is_due:
@@ -73,6 +90,7 @@ class MetricFunctions:
             if len(every):
                 logged[f"metrics/{function.short}/mean"].append(every.mean().item())
                 logged[f"metrics/{function.short}/std"].append(every.std(correction=0).item())
+        return measured
 
 
 def _as_named(function: MetricFunction) -> CompletionFunction:
