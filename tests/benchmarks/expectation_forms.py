@@ -40,9 +40,7 @@ def main() -> None:
     rows, groups = (torch.Generator().manual_seed(seed) for seed in (1, 2))
     score = torch.randn(len(POLICY.token_ids), generator=rows, dtype=torch.float64)
     score = score + 1.5 * torch.randn(12, generator=groups, dtype=torch.float64)[POLICY.prompt_index]
-    print(
-        "| reward | step | form | scatter | stated / scatter | bias / scatter | covered |\n|---|---|---|---|---|---|---|"
-    )
+    print("| reward | step | form | scatter | stated / scatter | bias / scatter | covered |\n" + "|---" * 7 + "|")
     for rate in (0.1, 0.5, 0.9):
         for length in (0.3, 2.0):
             before, after = (POLICY.probabilities(POLICY.theta + s * length * POLICY.update) for s in (0, 1))

@@ -101,6 +101,19 @@ class ProbeSettings:
         logs="`entropy/delta_second_order`, known before the step",
         cost="about 13 forward passes over the probe's completions",
     )
+    reward_attribution: bool = setting(
+        "Also split the predicted change of the expected reward, over the same parts as entropy_attribution splits "
+        "that of the entropy, so that what each completion or token paid in entropy stands beside what it earned.",
+        False,
+        unit="reward",
+        probe="entropy_probe",
+        read_with={"entropy_attribution": ("sequence", "token")},
+        changes_training=False,
+        logs="`reward/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus` (T22); over the run, the "
+        "mean change by category of tokens, and `reward/price_*`, nats per token for a unit of reward; the file of "
+        "entropy_attribution has each completion's or token's part",
+        cost="that of entropy_attribution once more",
+    )
     entropy_placebo: bool = setting(
         "A control for the prediction: an earlier update, used in place of this one, predicts this step's change. It "
         "must not explain what the step's own prediction leaves over.",

@@ -28,7 +28,8 @@ class EntropyProbe(EntropyChangeProbe):
     update is the one that training made. The covariances are of training's own passes.
 
     Args:
-        every, batch_size, prediction, placebo, attribution, precision, change_of: see [`EntropyChangeProbe`].
+        every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution: see
+            [`EntropyChangeProbe`].
         num_prompts: prompts in E over all processes, one completion each.
         second_order: predict to second order *before* the step, along the update that AdamW's equation (T4) gives.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
@@ -52,8 +53,9 @@ class EntropyProbe(EntropyChangeProbe):
         prediction: str = "trapezoid",
         precision: str = "auto",
         change_of: Sequence[str] | None = None,
+        reward_attribution: bool = False,
     ) -> None:
-        super().__init__(every, batch_size, prediction, placebo, attribution, precision, change_of)
+        super().__init__(every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution)
         self.num_prompts, self.source = num_prompts, source
         self.second_order, self.sampler, self.draw = second_order, sampler, draw
 

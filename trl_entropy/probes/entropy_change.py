@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
-from trl_entropy.estimators.entropy_change.expectation import log_weight_sums
+from trl_entropy.estimators.entropy_change.expectation import log_weight_sums, slope_coefficients
 from trl_entropy.estimators.entropy_change.rivals import (
     CovarianceTerms,
     delta_covariance,
@@ -35,7 +35,7 @@ from trl_entropy.estimators.statistics.importance import effective_sample_size, 
 from trl_entropy.gradients.memory import rows_at_once
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
-from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
+from trl_entropy.probes.attribution import ProbeBatch, RewardSlope, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.precision import DerivativePrecision, computes_below_float32
@@ -76,6 +76,7 @@ class EntropyChangeProbe(Probe):
         attribution: split the first-order change (T9) into momentum, weight decay and each completion (`"sequence"`)
             or each token (`"token"`); `"none"`: do not split it.
         precision: of derivatives, see [`DerivativePrecision`]: `"auto"`, `"float32"` or `"tf32"`.
+        reward_attribution: with `attribution`, split the change of the expected reward too (T22).
         change_of: whose change is measured beside the entropy's, see the setting; None: the reward's.
     """
 
@@ -91,19 +92,23 @@ class EntropyChangeProbe(Probe):
         attribution: str = "none",
         precision: str = "auto",
         change_of: Sequence[str] | None = None,
+        reward_attribution: bool = False,
     ) -> None:
         super().__init__(every)
         if prediction not in _ORDERS:
             raise ValueError(f"prediction is {prediction!r}; use one of {', '.join(_ORDERS)}.")
         self.batch_size, self.prediction, self.placebo = batch_size, prediction, placebo
         self.precision = DerivativePrecision(precision)
-        self.attribution = None if attribution == "none" else StepAttribution(attribution, batch_size, self.precision)
+        self.attribution = None
+        if attribution != "none":
+            self.attribution = StepAttribution(attribution, batch_size, self.precision, reward_attribution)
         self.change_of = change_of
         self.entropy, self.quantities = StepChanges("entropy", every == 1), QuantityChanges(every == 1)
         self._num_probed = 0
         self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
         self._earlier_update: dict[str, Tensor] | None = None
         self._second_order: PointTerms | None = None
+        self._reward_coefficients: Tensor | None = None
 
     @staticmethod
     def shared_settings(args: DrGRPOConfig) -> dict[str, Any]:
@@ -116,6 +121,7 @@ class EntropyChangeProbe(Probe):
             "prediction": args.entropy_prediction,
             "precision": args.probe_precision,
             "change_of": args.change_of,
+            "reward_attribution": args.reward_attribution,
         }
 
     # ---- before training
@@ -198,7 +204,7 @@ class EntropyChangeProbe(Probe):
         record.probe_batch = ScoredCompletions(completions, before, after, *self._weights(ends))
         metrics |= self._changes(ends, engine.accelerator) | self._quantity_changes(ends, engine.accelerator)
         if self.attribution is not None:
-            probe = self._batch_before(ends, metrics["entropy/delta_linear"], engine.accelerator)
+            probe = self._batch_before(ends, metrics, engine.accelerator)
             metrics |= self.attribution.attribute(args, past, engine, record, probe, files)
         if self._num_probed % _NOISE_FLOOR_EVERY == 0:
             metrics |= self._noise_floor(ends, args, past, engine)
@@ -282,7 +288,7 @@ class EntropyChangeProbe(Probe):
 
     def _quantity_changes(self, ends: Ends, accelerator: Accelerator) -> dict[str, float]:
         """The metrics of what the step did to numbers of E's completions (T21). Collective."""
-        values = self._completions.values
+        values, self._reward_coefficients = self._completions.values, None
         if not values:
             return {}
         sampling, mask = self._sampling_logps(ends.drawn_by), self._completions.loss_mask
@@ -290,7 +296,12 @@ class EntropyChangeProbe(Probe):
         columns = accelerator.gather(torch.cat([*sums, torch.stack(list(values.values()), dim=1)], dim=1))
         before, after, gathered = columns.split([*(part.shape[1] for part in sums), len(values)], dim=1)
         prompts = accelerator.gather(self._completions.prompt_index)
-        return self.quantities.add(dict(zip(values, gathered.unbind(1), strict=True)), (before, after), prompts)
+        named = dict(zip(values, gathered.unbind(1), strict=True))
+        if self.attribution is not None and self.attribution.with_reward and "reward" in named:
+            first = accelerator.process_index * len(self._completions)
+            of_all = slope_coefficients(named["reward"], before, prompts)
+            self._reward_coefficients = of_all[first : first + len(self._completions)]
+        return self.quantities.add(named, (before, after), prompts)
 
     def _points(self, ends: Ends, accelerator: Accelerator, form: Any = "decision") -> tuple[PointTerms, PointTerms]:
         """The entropy terms before and after the step. Collective."""
@@ -311,12 +322,13 @@ class EntropyChangeProbe(Probe):
         before, after = (importance_weights(scores.logps[0], sampling, mask) for scores in (ends.before, ends.after))
         return before, after
 
-    def _batch_before(self, ends: Ends, delta_linear: float, accelerator: Accelerator) -> ProbeBatch:
+    def _batch_before(self, ends: Ends, metrics: dict[str, float], accelerator: Accelerator) -> ProbeBatch:
         """E before the step, as the attribution needs it. Collective."""
+        terms, reward = self._terms(ends.before, ends.drawn_by, accelerator).terms, None
+        if self._reward_coefficients is not None:
+            reward = RewardSlope(self._reward_coefficients, metrics["reward/delta_linear"])
         weights = self._weights(ends)[0]
-        return ProbeBatch(
-            self._completions, weights, self._terms(ends.before, ends.drawn_by, accelerator).terms, delta_linear
-        )
+        return ProbeBatch(self._completions, weights, terms, metrics["entropy/delta_linear"], reward)
 
     def _noise_floor(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
         """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""

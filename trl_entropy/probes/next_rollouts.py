@@ -40,7 +40,8 @@ class NextRolloutsProbe(EntropyChangeProbe):
     their first moment. Checkpoints hold them too.
 
     Args:
-        every, batch_size, prediction, placebo, attribution, precision, change_of: see [`EntropyChangeProbe`].
+        every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution: see
+            [`EntropyChangeProbe`].
         num_completions: completions in E over all processes, in whole prompt groups.
     """
 
@@ -54,8 +55,9 @@ class NextRolloutsProbe(EntropyChangeProbe):
         prediction: str = "trapezoid",
         precision: str = "auto",
         change_of: Sequence[str] | None = None,
+        reward_attribution: bool = False,
     ) -> None:
-        super().__init__(every, batch_size, prediction, placebo, attribution, precision, change_of)
+        super().__init__(every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution)
         self.num_completions = num_completions
 
     @classmethod

@@ -61,7 +61,7 @@ class Metric:
         far are too few, with numbers of prompts and completions that are ratios, with ends of intervals, and with
         means over completions of a kind that a step may lack.
         """
-        of_a_ratio = self.reduce != "TRL" and self.unit in ("1", "prompts", "completions")
+        of_a_ratio = self.reduce != "TRL" and (self.unit in ("1", "prompts", "completions") or " per " in self.unit)
         return of_a_ratio or self.name.endswith(("_low", "_high", "_lower", "_upper", "/think_length"))
 
 
@@ -294,6 +294,24 @@ _ATTRIBUTION = _keys("sum", [
     ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),
 ], "entropy/", "max")
 
+_REWARD_ATTRIBUTION = _keys("sum", [
+    (f"delta_{name}", "reward", f"part of reward/delta_linear {text} (T22)") for name, text in PARTS.items()
+], "reward/") + _keys("sum", [
+    *((f"share_{name}", "1", f"fraction of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
+    *((key.format(name), unit_, f"{text}: {what} (T22), over the run so far")
+      for name, text in (_CATEGORIES | {"all": "completions with an advantage other than 0"}).items()
+      for key, unit_, what in (
+        ("mean_delta_{}", "reward", "mean change of the expected reward of a step made by them"),
+        ("mean_delta_{}_low", "reward", "lower end of the 95 % interval of that change (Student's t)"),
+        ("mean_delta_{}_high", "reward", "upper end of the 95 % interval of that change (Student's t)"),
+        ("price_{}", "nats/token per reward", "entropy lost for a unit of expected reward gained"),
+        ("price_{}_low", "nats/token per reward", "lower end of the 95 % interval of that price (Fieller)"),
+        ("price_{}_high", "nats/token per reward", "upper end of the 95 % interval of that price (Fieller)"),
+    )),
+], "reward/", "last") + _keys("sum", [
+    ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T22)"),
+], "reward/", "max")
+
 # (name of the noise scale, prefix of the other keys) -> where it is measured.
 _METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in AdamW's metric before the step (T16)"}
 _NOISE_SCALE = _keys("groups", [
@@ -385,8 +403,8 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in [
         *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_OPTIMIZER_STATE, *_ENTROPY,
-        *_QUANTITIES, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION, *_ENTROPY_CONTROL,
-        *_TOKEN_CONTROL,
+        *_QUANTITIES, *_REWARD_ATTRIBUTION, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION,
+        *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
     ]
 }
 

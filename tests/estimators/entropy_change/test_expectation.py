@@ -6,8 +6,13 @@ import pytest
 import torch
 from tiny_policy import END, TinyPolicy
 
-from trl_entropy.estimators.entropy_change.delta_entropy import delta_measured, policy_entropy
-from trl_entropy.estimators.entropy_change.expectation import baseline, expectation_terms, log_weight_sums
+from trl_entropy.estimators.entropy_change.delta_entropy import delta_linear, delta_measured, policy_entropy
+from trl_entropy.estimators.entropy_change.expectation import (
+    baseline,
+    expectation_terms,
+    log_weight_sums,
+    slope_coefficients,
+)
 from trl_entropy.estimators.entropy_change.step_change import point_terms, step_changes
 from trl_entropy.estimators.statistics.calibration import coverage
 
@@ -115,6 +120,18 @@ def test_a_number_that_some_completions_lack_is_meant_of_those_that_have_one():
         assert top / bottom == pytest.approx(float(q[known] @ values[known] / q[known].sum()), rel=1e-12)
     none = expectation_terms(torch.full_like(values, torch.nan), log_weights(0, 0.0), POLICY.prompt_index)
     assert policy_entropy(none.terms).value.isnan()
+
+
+@pytest.mark.parametrize("lacking", [False, True], ids=["every completion", "some lack the number"])
+def test_coefficients_make_the_first_order_change(lacking):
+    """(T22): sum_i c_i dS_i is the derivative that `delta_linear` returns."""
+    rows, prompts = torch.tensor([0, 3, 9, 12, 7, 7]), torch.tensor([1, 1, 2, 2, 3, 3])
+    values, weights = REWARD[rows].clone(), log_weights(0, 1.0)[rows]
+    if lacking:
+        values[4] = torch.nan
+    point = expectation_terms(values, weights, prompts)
+    found = slope_coefficients(values, weights, prompts) @ weights[:, 1]
+    torch.testing.assert_close(found, delta_linear(point.terms, point.tangents).value)
 
 
 def test_the_baseline_is_of_other_completions():

@@ -44,6 +44,21 @@ def baseline(values: Float[Tensor, "B"], prompt_index: Int[Tensor, "B"]) -> Floa
     return (sums[position] - values) / (counts[position] - 1).clamp(min=1)
 
 
+def slope_coefficients(
+    values: Float[Tensor, "B"], log_weights: Float[Tensor, "B orders"], prompt_index: Int[Tensor, "B"]
+) -> Float[Tensor, "B"]:
+    """(T22): c_i with sum_i c_i grad S_i = grad E[f] at the parameters that `log_weights` are of, units of f per nat.
+
+    Arguments as for [`expectation_terms`], of the completions of all ranks.
+    """
+    weights, known = log_weights[:, 0].exp(), ~values.isnan()
+    if bool(known.all()):
+        return weights * (values.double() - baseline(values, prompt_index)) / len(values)
+    weights = weights * known
+    numbers = values.double().where(known, 0.0)
+    return weights * (numbers - (weights * numbers).sum() / weights.sum()) / weights.sum()
+
+
 def expectation_terms(
     values: Float[Tensor, "B"], log_weights: Float[Tensor, "B orders"], prompt_index: Int[Tensor, "B"]
 ) -> PointTerms:
