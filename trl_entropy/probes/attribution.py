@@ -292,7 +292,7 @@ class StepAttribution:
         contributions: Contributions,
         coefficients: LossCoefficients,
         kinds: Int[Tensor, "B T"] | None,
-        earned: Float[Tensor, "B K"] | None,
+        earned: Float[Tensor, "B K"] | None = None,
     ) -> None:
         """Write `probes/attribution/step_*.safetensors`, with the rows and columns of the rollouts' file."""
         rollouts = record.rollouts

@@ -231,7 +231,10 @@ _QUANTITIES = [metric for quantity, (unit_, what) in {
     "reward": ("reward", "expected reward"),
     "length": ("tokens", "expected length"),
     "truncated": ("1", "share of truncated completions"),
-}.items() for metric in _changes_of(quantity, unit_, what, _CHANGES_OF_NUMBERS, _COMPARED_NUMBERS)]
+}.items() for metric in [
+    *_changes_of(quantity, unit_, what, _CHANGES_OF_NUMBERS, _COMPARED_NUMBERS),
+    Metric(f"{quantity}/delta_in_sample", unit_, f"measured change of the {what} on the step's own completions", "U"),
+]]
 _OF_FUNCTION = re.compile(r"((rewards|metrics)/(.+))/([a-z_]+)")
 
 _ENTROPY_OF_ROLLOUTS = _keys("U", [
