@@ -49,9 +49,11 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     """Build the trainer from the settings: with model, data and reward functions."""
     from trl import get_peft_config, get_quantization_config
 
+    from trl_entropy.engine.fsdp2_on_cpu import shard_on_cpu_if_asked
     from trl_entropy.trainer.dataset_checks import check_datasets
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
+    shard_on_cpu_if_asked()
     train_dataset, eval_dataset = load_task(task, tokenizer_of(args, model), args.seed)
     check_datasets(args, train_dataset, eval_dataset)
     functions, metrics = reward_functions(task), metric_functions(task)

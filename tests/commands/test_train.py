@@ -268,6 +268,7 @@ def test_the_tokenizer_is_of_the_models_revision_and_evaluation_reads_it(tmp_pat
     assert settings_of(written | {"model_init_kwargs": None}, PROFILES["quick"]).model == {"revision": "v2"}
 
 
+@pytest.mark.slow
 def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
     if not GSM8K.exists():
         pytest.skip("no ../shared/data/gsm8k beside this checkout: the records are not part of the repository")
@@ -285,6 +286,7 @@ def test_gsm8k_trains_from_local_records_with_lora(tmp_path, warm_start_dir):
     assert json.loads((tmp_path / "environment.json").read_text())["num_trainable_parameters"] < 100_000
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_launched_run_with_a_checkpoint_from_which_it_goes_on(tmp_path, warm_start_dir):
     arguments = settings(REPOSITORY / "configs" / "quickstart.yaml", tmp_path, "--max_steps", "100000")
     process = launch(arguments, warm_start_dir)

@@ -246,17 +246,14 @@ def _with_engine(device: str, engine: str) -> Check:
                 import deepspeed  # noqa: F401
             except ImportError:
                 return Verdict("skipped", "deepspeed is not installed")
-        with tempfile.TemporaryDirectory() as folder:
-            config = _launch_file(engine, device, Path(folder))
-            options = ("--num_processes", "1", "--module")
-            worker = Path("tests.devices.engine_worker")
-            seconds = 120 if device == "cuda" else 500  # at its first start on a CPU DeepSpeed compiles
-            try:
-                done = launch(
-                    config, worker, device, engine, scratch=_compiled_ops(), timeout=seconds, options=options
-                )
-            except subprocess.TimeoutExpired:
-                return Verdict("FAIL", f"not done after {seconds} s")
+        config = engine if device == "cuda" else f"{engine}-cpu"
+        options = ("--num_processes", "1", "--module")
+        worker = Path("tests.devices.engine_worker")
+        seconds = 120 if device == "cuda" else 500  # at its first start on a CPU DeepSpeed compiles
+        try:
+            done = launch(config, worker, device, engine, scratch=_compiled_ops(), timeout=seconds, options=options)
+        except subprocess.TimeoutExpired:
+            return Verdict("FAIL", f"not done after {seconds} s")
         lines = [line for line in done.stdout.splitlines() if line.startswith("verdict ")]
         if not lines:
             return Verdict("FAIL", (done.stdout.strip().splitlines() or ["nothing was printed"])[-1][:160])
@@ -268,16 +265,3 @@ def _with_engine(device: str, engine: str) -> Check:
 def _compiled_ops() -> Path:
     """Where torch keeps what DeepSpeed compiles, so that the second engine finds it."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-
-
-def _launch_file(engine: str, device: str, folder: Path) -> str:
-    if engine != "fsdp2":
-        return engine if device == "cuda" else f"{engine}-cpu"
-    settings = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 1, "num_machines": 1,
-        "machine_rank": 0, "mixed_precision": "no", "use_cpu": device == "cpu", "main_training_function": "main",
-        "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
-    }  # fmt: skip
-    path = folder / "fsdp2.yaml"
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return str(path)

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rank_script import leave, turn_off_compiled_ops
+from rank_script import leave, prepare_rank
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 SEQUENCE_LENGTH = 12
 VOCABULARY = 61  # odd sizes, so that ZeRO's partitions cut through parameters
@@ -171,6 +172,10 @@ def snapshot(trainer) -> dict[str, torch.Tensor]:
 
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     trainable = trainable_parameters(model)
+    if isinstance(model, FSDPModule):  # gathered in the dtype that the layers compute in
+        for part in (part for part in model.modules() if isinstance(part, FSDPModule)):
+            part.reshard()
+        return {name: param.detach().full_tensor() for name, param in trainable_parameters(model).items()}
     if not all(hasattr(param, "ds_id") for param in trainable.values()):
         return snapshot_parameters(model)
     from deepspeed import zero
@@ -278,7 +283,7 @@ def main(output_dir: str, cases: str) -> None:
     import jaxtyping
 
     jaxtyping.install_import_hook("trl_entropy", "beartype.beartype")
-    turn_off_compiled_ops()
+    prepare_rank()
     torch.set_num_threads(1)
     for settings in json.loads(cases):
         run_case(Case(**settings), Path(output_dir))

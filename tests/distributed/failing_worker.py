@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 import probe_worker
-from rank_script import turn_off_compiled_ops
+from rank_script import prepare_rank
 
 RANK = os.environ.get("RANK")
 LIVES_ON = "lives on"  # the event in which the process of rank 1 does not end with its exception
@@ -47,7 +47,7 @@ def train(output_dir: Path, event: str, port: int, settings: dict) -> int:
 
 
 def main(output_dir: Path, ports: dict[str, int], settings: dict) -> None:
-    turn_off_compiled_ops()
+    prepare_rank()
     import trl_entropy.trainer.dr_grpo  # noqa: F401  once, for all
 
     for event, port in ports.items():

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from rank_script import leave, turn_off_compiled_ops
+from rank_script import leave, prepare_rank
 
 NUM_GENERATIONS, MAX_LENGTH = 4, 9
 
@@ -180,7 +180,7 @@ def train(
 
 
 if __name__ == "__main__":
-    turn_off_compiled_ops()
+    prepare_rank()
     for text in sys.argv[2:]:
         train(Path(sys.argv[1]), **json.loads(text))
     leave()

@@ -7,8 +7,13 @@ from typing import NoReturn
 import torch
 
 
-def turn_off_compiled_ops() -> None:
-    """DeepSpeed would compile one for a minute or two on a CPU, for nothing that is tested here."""
+def prepare_rank() -> None:
+    """
+    Lets FSDP2 shard on a CPU, and DeepSpeed compile nothing: that takes a minute or two, for nothing that is tested.
+    """
+    from trl_entropy.engine.fsdp2_on_cpu import shard_on_cpu_if_asked
+
+    shard_on_cpu_if_asked()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.comm  # noqa: F401
 

@@ -11,7 +11,7 @@ import random
 import sys
 
 from probe_worker import replayed_on_all_ranks
-from rank_script import leave, turn_off_compiled_ops
+from rank_script import leave, prepare_rank
 
 
 def completion(tokenizer, prompt_ids: list[int], place: int) -> list[int]:
@@ -22,7 +22,7 @@ def completion(tokenizer, prompt_ids: list[int], place: int) -> list[int]:
 
 
 def main(command_lines: list[list[str]]) -> None:
-    turn_off_compiled_ops()
+    prepare_rank()
     from trl import GRPOTrainer
 
     from trl_entropy.train import main as train

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from rank_script import leave, turn_off_compiled_ops
+from rank_script import leave, prepare_rank
 
 STEPS = 5
 
@@ -97,7 +97,7 @@ def train(
 
 
 if __name__ == "__main__":
-    turn_off_compiled_ops()
+    prepare_rank()
     for text in sys.argv[2:]:
         train(Path(sys.argv[1]), **json.loads(text))
     leave()

@@ -6,9 +6,9 @@ accelerate launch --config_file launch/zero2-cpu.yaml tests/distributed/run_modu
 import importlib
 import sys
 
-from rank_script import leave, turn_off_compiled_ops
+from rank_script import leave, prepare_rank
 
 if __name__ == "__main__":
-    turn_off_compiled_ops()
+    prepare_rank()
     importlib.import_module(f"trl_entropy.{sys.argv[1]}").main(sys.argv[2:])
     leave()

@@ -52,7 +52,7 @@ SGD = Case(lora=False, bf16=False, accumulation=2, optim="sgd")
 NO_MASTER = Case(lora=False, bf16=False, accumulation=1, load_in_bf16=True)
 
 # Number of processes. "plain" runs in pytest's own process, the others are launch/<engine>.yaml.
-QUICK_ENGINES = {"plain": 1, "ddp-cpu": 2, "zero2-cpu": 2, "zero3-cpu": 2}
+QUICK_ENGINES = {"plain": 1, "ddp-cpu": 2, "zero2-cpu": 2, "zero3-cpu": 2, "fsdp2-cpu": 2}
 NUM_PROCESSES = QUICK_ENGINES | {
     "cpu": 1,
     "zero1": 2,
@@ -263,7 +263,7 @@ def check_moments(records: list[dict]) -> None:
 
 
 def check_parameters(case: Case, records: list[dict], model_dtype: torch.dtype) -> None:
-    """The update joins two true states of theta, and theta is what the model computes with, rounded to its dtype."""
+    """The update joins two true states of theta, and the model holds theta, rounded to its dtype."""
     steps = records[0]["steps"]
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         for name, update in step["update"].items():
@@ -299,22 +299,24 @@ def check_scoring(case: Case, records: list[dict], frozen_dtype: torch.dtype) ->
 
 
 def check_all(engine: str, case: Case, records: list[dict]) -> None:
-    zero = engine.startswith("zero")
-    name = "Zero3Engine" if engine.startswith("zero3") else "ZeroEngine" if zero else "PlainEngine"
+    names = {"zero3": "Zero3Engine", "zero2": "ZeroEngine", "zero1": "ZeroEngine", "fsdp2": "Fsdp2Engine"}
+    name = names.get(engine[:5], "PlainEngine")
     assert {record["engine"] for record in records} == {name}
     assert {record["num_processes"] for record in records} == {NUM_PROCESSES[engine]}
     assert len(records[0]["steps"]) == NUM_STEPS
     assert sum(len(micro_batches) for micro_batches in records[0]["batches"]) == NUM_STEPS * case.accumulation
     assert all(step["has_float32_master"] for step in records[0]["steps"])
-    computes_in = torch.bfloat16 if zero and case.bf16 else torch.float32
+    computes_in = torch.bfloat16 if name != "PlainEngine" and case.bf16 else torch.float32
+    # FSDP2's parameters stay float32: each forward gathers a rounded copy.
+    keeps = torch.float32 if name == "Fsdp2Engine" else computes_in
     check_equal_on_all_ranks(records)
     check_gradient(engine, case, records, rounded=computes_in == torch.bfloat16)
     check_clipping(case, records)
     check_update_is_adamw(records)
     check_settings(case, records)
     check_moments(records)
-    check_parameters(case, records, computes_in)
-    check_scoring(case, records, computes_in)
+    check_parameters(case, records, keeps)
+    check_scoring(case, records, keeps)
 
 
 # ---- tests

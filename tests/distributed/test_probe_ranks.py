@@ -1,4 +1,4 @@
-"""The entropy probe's numbers on two ranks are those of one process: DDP, ZeRO-2, ZeRO-3, full and LoRA."""
+"""The entropy probe's numbers on two ranks are those of one process: DDP, ZeRO-2, ZeRO-3, FSDP2, full and LoRA."""
 
 import json
 import time
@@ -14,6 +14,8 @@ from trl_entropy.estimators.entropy_change.step_change import point_terms, step_
 from trl_entropy.gradients.scores import score
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.timeout(600)  # a launch with all runs takes minutes
 
 WORKER = Path(__file__).with_name("probe_worker.py")
 SECOND_ORDER = {"entropy_second_order": True, "entropy_placebo": True}
@@ -73,11 +75,13 @@ RUNS = [
     | {"name": "resampling", "noise_scale_probe": True, "noise_scale_within_prompt": True, "max_resample_rounds": 1},
     SPARSE | OWN | {"name": "resampling, rollouts", "curriculum": "pass_rate"},
 ]
+FIRST_RUNS = tuple(RUNS[:3])
 # bf16: gradients are rounded by their place in the batch, so two ranks make another update than one process. At the
 # rate of real runs, 1e-6, the bf16 model itself hardly moves.
 BF16 = [
     {"name": f"bf16-{rate}", "bf16": True, "keeps_parameters": True, "learning_rate": rate} for rate in (1e-4, 1e-6)
 ]
+MANY_RANKS = ["ddp-cpu", "zero2-cpu", "zero3-cpu", "fsdp2-cpu"]
 # The same training without a probe, and its number of completions as by default: nothing reads it.
 NO_PROBE = {
     "entropy_probe": False,
@@ -92,29 +96,40 @@ OFF = [
 
 @pytest.fixture(scope="session")
 def rows_of(tmp_path_factory, model_path):
-    """rows_of(engine): metrics of every run under that engine; each engine is launched once."""
-    done: dict[str, dict[str, list[dict]]] = {}
+    """rows_of(engine): metrics of every run under that engine, or of `runs`; launched once for each."""
+    done: dict[tuple, dict[str, list[dict]]] = {}
 
-    def run(engine: str) -> dict[str, list[dict]]:
-        if engine not in done:
+    def run(engine: str, runs: tuple[dict, ...] = (*RUNS, *BF16, *OFF)) -> dict[str, list[dict]]:
+        key = (engine, len(runs))
+        if key not in done:
+            done[key] = {}  # if the launch fails, the other tests of its runs fail at once
             directory = tmp_path_factory.mktemp(engine)
-            runs = (*RUNS, *BF16, *OFF)
             settings = [json.dumps(run | {"model_path": model_path}) for run in runs]
-            result = launch(engine, WORKER, str(directory), *settings, scratch=directory / "ops", timeout=280)
+            result = launch(engine, WORKER, str(directory), *settings, scratch=directory / "ops", timeout=550)
             assert result.returncode == 0, result.stdout[-6000:]
-            done[engine] = {run["name"]: RunDirectory(directory / run["name"]).metrics() for run in runs}
-            done[engine]["directory"] = directory
+            done[key] = {run["name"]: RunDirectory(directory / run["name"]).metrics() for run in runs}
+            done[key]["directory"] = directory
             environment = json.loads((directory / "full" / "environment.json").read_text())
             assert environment["num_processes"] == (1 if engine == "cpu" else 2)
-        return done[engine]
+        return done[key]
 
     return run
 
 
+@pytest.mark.parametrize("run", [run["name"] for run in FIRST_RUNS])
+def test_numbers_are_those_of_one_process_where_everything_is_split(rows_of, run):
+    """The short command's part of the next test."""
+    check_numbers(run, rows_of("cpu", FIRST_RUNS)[run], rows_of("zero3-cpu", FIRST_RUNS)[run])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [run["name"] for run in RUNS])
-@pytest.mark.parametrize("engine", ["ddp-cpu", "zero2-cpu", "zero3-cpu"])
+@pytest.mark.parametrize("engine", MANY_RANKS)
 def test_numbers_are_those_of_one_process(rows_of, engine, run):
-    expected, got = rows_of("cpu")[run], rows_of(engine)[run]
+    check_numbers(run, rows_of("cpu")[run], rows_of(engine)[run])
+
+
+def check_numbers(run: str, expected: list[dict], got: list[dict]) -> None:
     assert len(expected) == len(got) == 3
     largest_deviation(expected, got)
     for one in expected:
@@ -124,7 +139,8 @@ def test_numbers_are_those_of_one_process(rows_of, engine, run):
         assert sum(row["resampling/num_rounds"] for row in expected) >= 2
 
 
-@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero2-cpu", "zero3-cpu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["cpu", *MANY_RANKS])
 @pytest.mark.parametrize("rate", [1e-4, 1e-6])
 def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, engine, rate):
     """One process scores the probe's files with theta before and after, as that engine's float32 values have it."""
@@ -157,8 +173,9 @@ def test_bf16_numbers_are_those_of_the_float32_parameters(rows_of, model_path, e
     assert max(differences) > (1e-5 if rate == 1e-4 else 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["full", "lora"])
-@pytest.mark.parametrize("engine", ["ddp-cpu", "zero2-cpu", "zero3-cpu"])
+@pytest.mark.parametrize("engine", MANY_RANKS)
 def test_probes_leave_training_bit_identical(rows_of, engine, run):
     """The third step's loss and gradient have everything in them that the first two did to the parameters."""
     probed, alone = rows_of(engine)[run], rows_of(engine)[f"{run}-off"]

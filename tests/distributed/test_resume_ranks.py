@@ -30,11 +30,14 @@ def run(engine: str, directory: Path, runs: list[dict]) -> dict[str, str]:
     return {run["name"]: (directory / run["name"] / "weights.txt").read_text() for run in runs}
 
 
-@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero1-cpu", "zero2-cpu", "zero3-cpu"])
+@pytest.mark.parametrize("engine", ["cpu", "ddp-cpu", "zero1-cpu", "zero2-cpu", "zero3-cpu", "fsdp2-cpu"])
 def test_resumed_is_uninterrupted(engine, model_path, tmp_path):
     common = {"model_path": model_path}
     names = list(CASES)
-    if engine == "zero3-cpu":  # the other cases are about what every engine shares; kl_every is refused there
+    if engine in (
+        "zero3-cpu",
+        "fsdp2-cpu",
+    ):  # the other cases are about what every engine shares; kl_every is refused there
         common, names = common | {"kl_every": 0}, ["full", "lora", "generation window"]
     cases = [CASES[name] | common for name in names]
     straight = [case | {"name": f"{name} straight"} for name, case in zip(names, cases, strict=True)]

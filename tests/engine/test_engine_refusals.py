@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from engine_toy import Tied
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from trl_entropy.engine import build, build_engine, trainable_parameters
 
@@ -38,6 +39,12 @@ def fake_accelerator(**changes) -> Accelerator:
     }
     fake = type("FakeAccelerator", (Accelerator,), {**answers, **changes})
     return fake.__new__(fake)
+
+
+def fsdp_state(**changes) -> types.SimpleNamespace:
+    """accelerate's state with FSDP's plugin as launch/fsdp2.yaml has it."""
+    plugin = {"fsdp_version": 2, "cpu_offload": OffloadPolicy(), "activation_checkpointing": False}
+    return types.SimpleNamespace(fsdp_plugin=types.SimpleNamespace(**(plugin | changes)))
 
 
 def fake_deepspeed(**changes) -> types.SimpleNamespace:
@@ -119,9 +126,24 @@ def test_refuses_deepspeed_settings_by_name(model: Tied, changes: dict, error: t
     ("changes", "error", "message"),
     [
         (
-            {"distributed_type": DistributedType.FSDP},
+            {"distributed_type": DistributedType.FSDP, "state": fsdp_state(fsdp_version=1)},
             NotImplementedError,
-            "FSDP is not supported; use one process",
+            "version 1 is not supported; set fsdp_version: 2",
+        ),
+        (
+            {"distributed_type": DistributedType.FSDP, "state": fsdp_state(cpu_offload=CPUOffloadPolicy())},
+            NotImplementedError,
+            "offloaded; set fsdp_offload_params: false",
+        ),
+        (
+            {"distributed_type": DistributedType.FSDP, "state": fsdp_state(activation_checkpointing=True)},
+            NotImplementedError,
+            "set it to false, and gradient_checkpointing: true",
+        ),
+        (
+            {"distributed_type": DistributedType.FSDP, "state": fsdp_state()},
+            NotImplementedError,
+            "is not sharded by FSDP2",
         ),
         ({"distributed_type": DistributedType.MEGATRON_LM}, NotImplementedError, "MEGATRON_LM is not supported"),
         ({"distributed_type": DistributedType.XLA}, NotImplementedError, "XLA is not supported"),
@@ -147,7 +169,7 @@ def test_refuses_other_training_by_name(model: Tied, changes: dict, error: type,
 
 
 def test_refuses_sharded_parameters(model: Tied, monkeypatch) -> None:
-    """FSDP2, should it come without accelerate's knowing, leaves DTensors in the model."""
+    """`fully_shard`, should it come without accelerate's knowing, leaves DTensors in the model."""
 
     class Sharded(nn.Parameter):
         pass

@@ -31,6 +31,8 @@ from interval_cases import (
 from trl_entropy.estimators.statistics.estimate import student_t_quantile
 from trl_entropy.estimators.statistics.pooled import PooledParts, sum_over_prompts
 
+pytestmark = pytest.mark.slow
+
 REPEATS = 400  # the standard error of a share of 0.95 is 0.011
 NUM_STEPS = 3  # few, for time
 

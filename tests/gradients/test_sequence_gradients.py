@@ -186,6 +186,7 @@ def test_everything_equals_one_backward_per_sequence_in_float64(case):
         check_everything(model, *tokens(**batch), groups, 1e-12, weight_gradients=weight_gradients)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(cases())
 def test_everything_equals_one_backward_per_sequence_in_float32(case):

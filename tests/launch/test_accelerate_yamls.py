@@ -22,8 +22,9 @@ ON_CPU = {  # processes, type, stage
     "zero1-cpu": (2, "DEEPSPEED", 1),
     "zero2-cpu": (2, "DEEPSPEED", 2),
     "zero3-cpu": (2, "DEEPSPEED", 3),
+    "fsdp2-cpu": (2, "MULTI_CPU", None),  # what accelerate makes of it, unless the package lets it shard
 }
-ON_GPU = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
+ON_GPU = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": None}
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def test_number_of_gpus_is_the_one_asked_for(resolve, engine, num_processes):
     assert (config.nproc_per_node, config.max_nodes) == (num_processes, 1)
     assert environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == (ON_GPU[engine] and str(ON_GPU[engine]))
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert environment.get("FSDP_VERSION", "none") == ("2" if engine == "fsdp2" else "none")
 
 
 @pytest.mark.parametrize("engine", sorted(ON_GPU))

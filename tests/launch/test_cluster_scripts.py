@@ -42,12 +42,14 @@ def start(tmp_path):
         path.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
     slurm |= {"SLURM_GPUS_ON_NODE": "8", "RUN": RUN, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    # launch/test.sh, which may run this test, exports the allocator's setting as launch/environment.sh has it.
+    inherited = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
 
     def start(*arguments: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
             ["bash", str(LAUNCH / "slurm.sbatch"), RUN, "launch/zero2.yaml", "c.yaml", *arguments],
             cwd=tmp_path,
-            env=os.environ | slurm | environment,
+            env=inherited | slurm | environment,
             stderr=subprocess.PIPE,
             text=True,
         )

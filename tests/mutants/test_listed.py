@@ -38,6 +38,7 @@ def test_there_are_a_hundred_and_none_twice():
         assert folders[folder] >= 5, folder
 
 
+@pytest.mark.slow
 def test_an_error_is_noticed_by_its_test_and_not_by_another():
     """One real try, with one mutant that is killed and one whose test cannot see it."""
     code = (

@@ -74,7 +74,15 @@ def hardware_of(text: str) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # The prompts of GSM8K are counted, all of them.
+        pytest.param(path, marks=pytest.mark.slow if path.stem == "gsm8k-embedded" else ())
+        for path in CONFIGS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_every_shipped_config_passes_on_its_hardware(path, diagnose):
     text = path.read_text()
     launch = re.search(r"--config_file (\S+)", text)[1]

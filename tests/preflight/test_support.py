@@ -11,14 +11,14 @@ from torch import nn
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
-from trl_entropy.engine.build import _refuse_common, _refuse_deepspeed
+from trl_entropy.engine.build import _refuse_common, _refuse_deepspeed, _refuse_fsdp
 from trl_entropy.preflight import support
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))  # the engine's tests have the stand-ins
-from test_engine_refusals import fake_accelerator, fake_deepspeed
+from test_engine_refusals import fake_accelerator, fake_deepspeed, fsdp_state
 
 
 def refusal(is_supported: bool):
@@ -26,7 +26,7 @@ def refusal(is_supported: bool):
     return contextlib.nullcontext() if is_supported else pytest.raises((NotImplementedError, ValueError, RuntimeError))
 
 
-SHARDED = {"fsdp": "FSDP", "megatron": "MEGATRON_LM", "xla": "XLA"}
+SHARDED = {"megatron": "MEGATRON_LM", "xla": "XLA"}
 
 
 def test_every_toggle_has_a_row():
@@ -43,12 +43,15 @@ def test_probes_that_read_updates_depend_on_the_engine():
 
 @pytest.mark.parametrize("engine", support.ENGINES)
 def test_engines_are_refused_as_build_engine_does(engine):
-    with refusal(engine in ("plain", "ddp", "zero1", "zero2", "zero3")):
+    supported = engine in ("plain", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+    with refusal(supported):
         if engine.startswith("zero"):
             _refuse_deepspeed(fake_deepspeed(zero_optimization_stage=int(engine[-1])))
+        if engine.startswith("fsdp"):
+            _refuse_fsdp(fake_accelerator(state=fsdp_state(fsdp_version=int(engine[-1]))), nn.Identity())
         kind = DistributedType(SHARDED.get(engine, "NO"))
         _refuse_common(fake_accelerator(distributed_type=kind), nn.Linear(1, 1), torch.optim.AdamW([torch.ones(1)]))
-    assert (support.ENGINES[engine] is None) == (engine in ("plain", "ddp", "zero1", "zero2", "zero3"))
+    assert (support.ENGINES[engine] is None) == supported
     assert support.cell("effective_sample_size_probe", engine, "sdpa", "none") == "supported"
 
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from first_fast import first_fast
 from peft import LoraConfig
 
 from trl_entropy import DrGRPOConfig
@@ -46,7 +47,7 @@ def moments(trainer):
     return [state["exp_avg"] for state in trainer.optimizer.state.values()]
 
 
-@pytest.mark.parametrize("source", ["probe", "rollouts"])
+@pytest.mark.parametrize("source", first_fast(["probe", "rollouts"]))
 def test_steps_make_the_change_that_is_asked(make_trainer, problems, source):
     """Measured by the entropy probe, on 32 completions of its own or the 16 of the next step; 5 steps."""
     drawn = {"entropy_probe_completions": "held_out", "entropy_probe_num_completions": 32}
@@ -80,7 +81,9 @@ DROPOUT = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, task_ty
 
 @pytest.mark.parametrize(
     "settings, pooled",
-    [({}, True), ({"num_iterations": 2}, False), ({"peft_config": DROPOUT, "disable_dropout": False}, False)],
+    first_fast(
+        [({}, True), ({"num_iterations": 2}, False), ({"peft_config": DROPOUT, "disable_dropout": False}, False)]
+    ),
     ids=["fresh", "used twice", "dropout"],
 )
 def test_the_entropy_is_that_of_probe_batch_and_fresh_rollouts(make_trainer, problems, settings, pooled):
@@ -109,7 +112,7 @@ def test_the_moments_never_see_it(make_trainer, problems):
     assert not torch.equal(flat(plain), flat(controlled))
 
 
-@pytest.mark.parametrize("source", ["probe", "rollouts"])
+@pytest.mark.parametrize("source", first_fast(["probe", "rollouts"]))
 def test_report_leaves_training_bit_identical(make_trainer, problems, source):
     (plain, _), (reported, rows) = (
         trained(make_trainer, problems, max_steps=3, beta=0.1, **settings)

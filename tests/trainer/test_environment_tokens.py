@@ -6,6 +6,7 @@ import pandas
 import pytest
 import torch
 from environment_rollouts import ENVIRONMENT, environment_tokens, score_environment_with_garbage, two_turns
+from first_fast import first_fast
 from safetensors.torch import load_file
 
 from trl_entropy.analysis.attribution import attribution_table, own_rows
@@ -70,7 +71,7 @@ def differing(clean: RunDirectory, garbage: RunDirectory) -> list[str]:
     return [f"{key}: {one} and {other}" for key, one, other in pairs if one != other]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", first_fast(SETTINGS, 3))
 def test_what_the_model_gives_environment_tokens_changes_nothing(make_trainer, name):
     (clean, weights), (garbage, others) = (
         run_of(make_trainer, garbage, **SETTINGS[name]) for garbage in (False, True)

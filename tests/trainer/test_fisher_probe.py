@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from first_fast import first_fast
 from peft import LoraConfig
 from safetensors.torch import load_file
 from slow_losses import losses_of_completions
@@ -106,13 +107,16 @@ def split_by_parameter(keep, gradients, metric):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"lora": True, "max_grad_norm": 0.01},
-        {"gradient_accumulation_steps": 2, "num_sequences": 16, "weight_decay": 0.1, "learning_rate": 1e-4},
-        {"length_normalizer": "group_max", "num_sequences": 16, "max_steps": 1},
-        # The second step is what is left of the epoch: half as many completions.
-        {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_sequences": 16, "num_rows": 24},
-    ],
+    first_fast(
+        [
+            {"lora": True, "max_grad_norm": 0.01},
+            {"gradient_accumulation_steps": 2, "num_sequences": 16, "weight_decay": 0.1, "learning_rate": 1e-4},
+            {"length_normalizer": "group_max", "num_sequences": 16, "max_steps": 1},
+            # The second step is what is left of the epoch: half as many completions.
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_sequences": 16, "num_rows": 24},
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_numbers_are_those_of_float64_loops(trained, settings):
@@ -169,10 +173,12 @@ def test_numbers_are_those_of_float64_loops(trained, settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"loss_type": "cispo", "epsilon_high": 2.0},
-        {"loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.5},  # tokens of a completion are weighed differently
-    ],
+    first_fast(
+        [
+            {"loss_type": "cispo", "epsilon_high": 2.0},
+            {"loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.5},  # tokens of a completion are weighed differently
+        ]
+    ),
     ids=str,
 )
 def test_parts_of_other_losses_are_those_of_float64_loops(trained, settings):
@@ -245,7 +251,7 @@ def test_the_row_of_the_entropy_gradient_reproduces_the_attribution(trained):
     assert (of_update["attribution"] - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", first_fast([True, False]))
 def test_sketch_agrees_with_the_exact_kernel_within_its_error(trained, lora):
     files = [trained(lora=lora, sketch_dim=dim, max_steps=1)[3] for dim in (0, 4096)]
     exact, sketched = (file["kernel"] for file in files)
@@ -258,11 +264,13 @@ def test_sketch_agrees_with_the_exact_kernel_within_its_error(trained, lora):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-        {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
-        {"gradient_checkpointing": True, "fisher_sketch_dim": 64},
-    ],
+    first_fast(
+        [
+            {"lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+            {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
+            {"gradient_checkpointing": True, "fisher_sketch_dim": 64},
+        ]
+    ),
     ids=str,
 )
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from first_fast import first_fast
 from peft import LoraConfig
 from run_rows import without_clocks
 from safetensors import safe_open
@@ -120,7 +121,7 @@ SETTINGS = {
 DEFAULTS = {"entropy_attribution": "none", "entropy_prediction": "trapezoid", "entropy_probe_every": 1}
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", first_fast(SETTINGS, 2))
 def test_probe_on_is_probe_off_and_resumed_is_uninterrupted_bit_for_bit(make_trainer, problems, tmp_path, case):
     """A checkpoint falls between each step and its measurement."""
     settings = dict(SETTINGS[case])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from first_fast import first_fast
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -95,13 +96,16 @@ def members_of_groups(rollouts):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"lora": True},
-        {"lora": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 6, "num_generations": 3},
-        {"lora": True, "gradient_accumulation_steps": 2, "length_normalizer": "group_max", "max_grad_norm": 0.01},
-        {"gradient_accumulation_steps": 2, "probe_batch_size": 9},
-        {"length_normalizer": "group_max", "max_grad_norm": 0.01},
-    ],
+    first_fast(
+        [
+            {"lora": True},
+            {"lora": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 6, "num_generations": 3},
+            {"lora": True, "gradient_accumulation_steps": 2, "length_normalizer": "group_max", "max_grad_norm": 0.01},
+            {"gradient_accumulation_steps": 2, "probe_batch_size": 9},
+            {"length_normalizer": "group_max", "max_grad_norm": 0.01},
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_numbers_are_those_of_float64_loops(trained, settings):
@@ -131,7 +135,7 @@ def test_numbers_are_those_of_float64_loops(trained, settings):
         assert row[f"noise_scale/{prefix}grad_sq_norm_stderr"] > 0
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", first_fast([True, False]))
 def test_halves_split_the_noise_as_float64_loops_do(trained, lora):
     keep, trainer, run = trained(
         lora=lora, halves=True, num_generations=5, per_device_train_batch_size=20, max_steps=1, probe_batch_size=12
@@ -163,11 +167,13 @@ def test_halves_split_the_noise_as_float64_loops_do(trained, lora):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"lora": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 8},
-        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8, "max_grad_norm": 0.01},
-        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4, "gradient_checkpointing": True},
-    ],
+    first_fast(
+        [
+            {"lora": True, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 8},
+            {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8, "max_grad_norm": 0.01},
+            {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4, "gradient_checkpointing": True},
+        ]
+    ),
     ids=str,
 )
 def test_micro_batches_norms_are_those_of_float64_loops(trained, settings):
@@ -215,7 +221,7 @@ def test_pool_is_that_of_the_files(trained):
         }
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", first_fast([True, False]))
 def test_micro_batches_do_not_matter(trained, lora):
     one, two, parts = (
         trained(lora=lora, per_device_train_batch_size=size, gradient_accumulation_steps=32 // size, max_steps=1)[
@@ -234,7 +240,7 @@ def half_equal(prompts, completion_ids, **kwargs):
     return [0.5 if prompt[0] in "ABCD" else value for prompt, value in zip(prompts, odd, strict=True)]
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", first_fast([True, False]))
 def test_kept_groups_are_left_out(trained, lora):
     """The step has all eight prompts, so nothing can replace four of them; (T14a) on the others, by pairs."""
     settings = {"gradient_accumulation_steps": 2, "resample_uninformative_groups": True, "reward_funcs": half_equal}
@@ -255,7 +261,7 @@ def test_kept_groups_are_left_out(trained, lora):
         assert file.metadata()["distribution"] == "accepted groups"
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", first_fast([True, False]))
 def test_groups_without_gradient_stay(trained, lora):
     _, _, run = trained(lora=lora, reward_funcs=half_equal, gradient_accumulation_steps=2)
     file = load_file(run.path / "probes" / "noise_scale" / "step_000001.safetensors")
@@ -273,7 +279,7 @@ def test_an_error_across_the_gradient_is_seen():
     assert noise_scale_probe._gradient_error(parts, Accelerator(cpu=True)) == pytest.approx(0.72)
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", first_fast([True, False]))
 def test_a_zero_gradient_is_no_error_and_has_no_ratio(trained, lora):
     _, _, run = trained(lora=lora, reward_funcs=lambda completion_ids, **kwargs: [1.0] * len(completion_ids))
     row = run.metrics()[-1]
@@ -281,6 +287,7 @@ def test_a_zero_gradient_is_no_error_and_has_no_ratio(trained, lora):
     assert math.isnan(row["noise_scale/simple"]) and math.isnan(row["noise_scale/gradient_error"])  # 0/0
 
 
+@pytest.mark.slow
 def test_a_large_adapter_takes_the_extra_pass_with_the_same_numbers(trained):
     from_training = trained(lora=True)[2].metrics()
     keep, _, run = trained(lora=True, probe_rows_gib=1e-6)
@@ -300,15 +307,22 @@ def test_without_adam_there_is_no_metric(make_trainer):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"lora": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_probe_every": 2},
-        {"lora": True, "disable_dropout": False},
-        {"lora": True, "disable_dropout": True, "noise_scale_within_prompt": True},
-        {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
-        {"gradient_checkpointing": True},
-        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_from": "micro_batches"},
-        {"lora": True, "gradient_accumulation_steps": 4, "noise_scale_from": "micro_batches"},
-    ],
+    first_fast(
+        [
+            {
+                "lora": True,
+                "gradient_accumulation_steps": 2,
+                "gradient_checkpointing": True,
+                "noise_scale_probe_every": 2,
+            },
+            {"lora": True, "disable_dropout": False},
+            {"lora": True, "disable_dropout": True, "noise_scale_within_prompt": True},
+            {"gradient_accumulation_steps": 2, "length_normalizer": "group_max"},
+            {"gradient_checkpointing": True},
+            {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "noise_scale_from": "micro_batches"},
+            {"lora": True, "gradient_accumulation_steps": 4, "noise_scale_from": "micro_batches"},
+        ]
+    ),
     ids=str,
 )
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):
@@ -396,11 +410,18 @@ def test_halves_know_the_dr_grpo_loss_only(make_trainer):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"loss_type": "dapo", "beta": 0.1, "lora": True},
-        {"loss_type": "bnpo", "entropy_coef": 0.5, "gradient_accumulation_steps": 2},
-        {"loss_type": "cispo", "epsilon_high": 2.0, "factor": True, "vllm_importance_sampling_mode": "token_truncate"},
-    ],
+    first_fast(
+        [
+            {"loss_type": "dapo", "beta": 0.1, "lora": True},
+            {"loss_type": "bnpo", "entropy_coef": 0.5, "gradient_accumulation_steps": 2},
+            {
+                "loss_type": "cispo",
+                "epsilon_high": 2.0,
+                "factor": True,
+                "vllm_importance_sampling_mode": "token_truncate",
+            },
+        ]
+    ),
     ids=str,
 )
 def test_groups_of_other_losses_are_those_of_float64_loops(trained, settings):
@@ -414,6 +435,7 @@ def test_groups_of_other_losses_are_those_of_float64_loops(trained, settings):
     assert torch.allclose(file["group_dot_batch"], rows @ rows.mean(0), rtol=1e-4, atol=1e-5 * float(rows.norm() ** 2))
 
 
+@pytest.mark.slow
 def test_an_extra_pass_knows_the_clipping_of_a_step_off_policy(trained):
     keep, _, run = trained(steps_per_generation=2, learning_rate=1e-2, loss_type="grpo")
     assert keep.by_extra_pass and run.metrics()[-1]["clip_ratio/region_mean"] > 0.1

@@ -8,6 +8,7 @@ import pytest
 import torch
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
+from first_fast import first_fast
 from run_rows import without_clocks
 
 from trl_entropy import DrGRPOConfig, Probe
@@ -107,14 +108,17 @@ def test_the_first_ones_drawn_are_taken():
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"curriculum": "pass_rate"},
-        {"num_prompts_per_step": 8, "per_device_train_batch_size": 8},
-        {"per_device_train_batch_size": 16, "steps_per_generation": 2, "num_iterations": 2},
-        {"length_normalizer": "group_max", "scale_rewards": "group"},
-        {"loss_type": "dapo"},
-    ],
+    first_fast(
+        [
+            {},
+            {"curriculum": "pass_rate"},
+            {"num_prompts_per_step": 8, "per_device_train_batch_size": 8},
+            {"per_device_train_batch_size": 16, "steps_per_generation": 2, "num_iterations": 2},
+            {"length_normalizer": "group_max", "scale_rewards": "group"},
+            {"loss_type": "dapo"},
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_a_step_learns_from_other_prompts_instead(trained, settings):

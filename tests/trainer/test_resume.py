@@ -14,6 +14,7 @@ import pytest
 import torch
 from curriculum_trainer import with_curriculum
 from datasets import Dataset
+from first_fast import first_fast
 from run_rows import without_clocks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
@@ -147,7 +148,7 @@ def files_of(run):
     return {path.relative_to(run) for pattern in ("probes/*/*", "comp*/*") for path in run.glob(pattern)}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first_fast(CASES))
 def test_resumed_is_uninterrupted(make_trainer, tmp_path, case):
     settings = dict(CASES[case])
     settings["dataset"] = prompts(8 * settings.pop("dataset_factor", 1))

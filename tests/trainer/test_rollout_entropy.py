@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from first_fast import first_fast
 from safetensors import safe_open
 from safetensors.torch import load_file
 from slow_losses import drawing_with_logprobs, losses_of_completions
@@ -83,7 +84,7 @@ def relative(error, reference):
 
 
 @pytest.mark.parametrize(
-    ("normalizer", "accumulation"), [("max_completion_length", 1), ("group_max", 1), ("group_max", 2)]
+    ("normalizer", "accumulation"), first_fast([("max_completion_length", 1), ("group_max", 1), ("group_max", 2)])
 )
 def test_rows_sum_to_the_gradients_of_loss_and_entropy(trained, normalizer, accumulation):
     keep, trainer, rows = trained(
@@ -225,10 +226,12 @@ def test_change_is_that_of_float64_loops(trained):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.5},
-        {"loss_type": "bnpo", "gradient_accumulation_steps": 2, "factor": True},
-    ],
+    first_fast(
+        [
+            {"loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.5},
+            {"loss_type": "bnpo", "gradient_accumulation_steps": 2, "factor": True},
+        ]
+    ),
     ids=str,
 )
 def test_other_losses_and_what_vllm_draws_are_as_in_float64_loops(trained, settings):
@@ -309,10 +312,12 @@ def test_a_zero_gradient_is_no_error(trained):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "length_normalizer": "group_max"},
-        {"lora": True},
-    ],
+    first_fast(
+        [
+            {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "length_normalizer": "group_max"},
+            {"lora": True},
+        ]
+    ),
     ids=str,
 )
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, settings):

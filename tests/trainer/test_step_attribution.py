@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from first_fast import first_fast
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -73,22 +74,25 @@ def trained(make_trainer, problems, mode, off_reference=0.0, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-        {"loss_type": "dapo", "num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2},
-        {"length_normalizer": "group_max", "lora": True},
-        {"beta": 0.1, "gradient_accumulation_steps": 2},
-        {
-            "beta": 0.1,
-            "importance_sampling_level": "sequence",
-            "num_iterations": 2,
-            "loss_type": "grpo",
-            "lora": True,
-            "learning_rate": 1e-2,
-        },  # the larger the step, the less of it float32 parameters round away
-        {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 9.0, "top_entropy_quantile": 0.5},
-    ],
+    first_fast(
+        [
+            {},
+            {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+            {"loss_type": "dapo", "num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 2},
+            {"length_normalizer": "group_max", "lora": True},
+            {"beta": 0.1, "gradient_accumulation_steps": 2},
+            {
+                "beta": 0.1,
+                "importance_sampling_level": "sequence",
+                "num_iterations": 2,
+                "loss_type": "grpo",
+                "lora": True,
+                "learning_rate": 1e-2,
+            },  # the larger the step, the less of it float32 parameters round away
+            {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 9.0, "top_entropy_quantile": 0.5},
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_parts_sum_to_the_whole(make_trainer, problems, settings):
@@ -161,7 +165,7 @@ def test_on_policy_coefficients_are_those_of_the_equation(make_trainer, problems
     assert torch.equal(file["prompt_index"], rollouts["prompt_index"])
 
 
-@pytest.mark.parametrize("terms", [{}, {"beta": 0.1, "entropy_coef": 0.1, "num_iterations": 2}], ids=str)
+@pytest.mark.parametrize("terms", first_fast([{}, {"beta": 0.1, "entropy_coef": 0.1, "num_iterations": 2}]), ids=str)
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, terms):
     points = []
     off = {"entropy_probe": False, "entropy_probe_completions": "next_rollouts", "entropy_probe_num_completions": None}
@@ -201,14 +205,19 @@ def test_a_zero_gradient_has_no_shares(make_trainer, problems):
 
 @pytest.mark.parametrize(
     "mode, settings",
-    [
-        ("token", {"beta": 0.1}),
-        ("token", {"beta": 0.1, "num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"}),
-        ("token", {"beta": 0.1, "use_bias_correction_kl": False, "loss_type": "cispo"}),
-        ("token", {"entropy_coef": 0.1, "loss_type": "grpo"}),
-        ("sequence", {"beta": 0.1, "loss_type": "bnpo"}),
-        ("sequence", {"entropy_coef": 0.1}),
-    ],
+    first_fast(
+        [
+            ("token", {"beta": 0.1}),
+            (
+                "token",
+                {"beta": 0.1, "num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"},
+            ),
+            ("token", {"beta": 0.1, "use_bias_correction_kl": False, "loss_type": "cispo"}),
+            ("token", {"entropy_coef": 0.1, "loss_type": "grpo"}),
+            ("sequence", {"beta": 0.1, "loss_type": "bnpo"}),
+            ("sequence", {"entropy_coef": 0.1}),
+        ]
+    ),
     ids=str,
 )
 def test_without_advantages_all_is_kl_or_bonus(make_trainer, problems, mode, settings):

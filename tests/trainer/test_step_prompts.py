@@ -32,6 +32,7 @@ class Prompts(Probe):
         self.steps.append({self.decode(ids[mask]) for ids, mask in rows})
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_none_of_a_step_that_spans_two_generations(make_trainer, tokenizer, monkeypatch):
     """Generations of three prompts, steps of two: every other step has prompts of two generations."""
     drawn, draw = [], probe_batches.draw_rows

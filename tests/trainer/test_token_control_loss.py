@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
+from first_fast import first_fast
 from published_token_control import PublishedLoss
 from ranks_in_threads import on_ranks
 
@@ -207,8 +208,8 @@ def test_tokens_of_all_ranks_are_chosen_together(tmp_path, control):
     assert one == two == counted and int(whole.sum()) == counted["token_control/num_tokens"] == 8
 
 
-@pytest.mark.parametrize("control", ["clip_cov", "kl_cov"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("control", first_fast(["clip_cov", "kl_cov"]))
+@pytest.mark.parametrize("accumulation", first_fast([1, 4]))
 def test_scopes_agree_on_a_single_micro_batch_alone(make_trainer, control, accumulation):
     """Every token within the bounds, so that chance has no part in it."""
     settings = {
@@ -257,8 +258,8 @@ def test_random_positive_tokens_have_no_loss(make_trainer, scope):
     assert kept.gradients[0][others].all()
 
 
-@pytest.mark.parametrize("scope", ["optimizer_batch", "micro_batch"])
-@pytest.mark.parametrize("control", ["clip_cov", "random"])
+@pytest.mark.parametrize("scope", first_fast(["optimizer_batch", "micro_batch"]))
+@pytest.mark.parametrize("control", first_fast(["clip_cov", "random"]))
 def test_probes_go_with_it(make_trainer, control, scope):
     _, _, rows = trained(
         make_trainer, entropy_probe=True, entropy_probe_completions="held_out", entropy_probe_num_completions=4,

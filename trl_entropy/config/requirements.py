@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from trl import GRPOConfig
@@ -27,6 +28,14 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
     def _check_settings(remedies: dict[str, bool], needs: str, otherwise: str) -> None:
         if needed := [setting for setting, holds in remedies.items() if not holds]:
             raise ValueError(f"{needs}. Set {', '.join(needed)}, or {otherwise}.")
+
+    @property
+    def fsdp_version(self) -> int | None:
+        """1 or 2, as the arguments or `accelerate launch` ask for; `None` without FSDP."""
+        if self.fsdp_plugin_args is not None:
+            return int(self.fsdp_plugin_args.get("fsdp_version") or 1)
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        return int(os.environ.get("FSDP_VERSION", "1")) if asked else None
 
     def _optimizer_name(self) -> str:
         return str(getattr(self.optim, "value", self.optim))

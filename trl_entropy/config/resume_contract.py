@@ -42,7 +42,8 @@ def contract_settings(args: DrGRPOConfig, **planned: object) -> dict[str, object
     """
     plugin = args.deepspeed_plugin
     values = {name: getattr(args, name) for name in upstream_settings()} | own_training_values(args)
-    values |= {"engine": f"ZeRO-{plugin.zero_stage}" if plugin else "plain or DDP", "world_size": args.world_size}
+    fsdp = f"FSDP{args.fsdp_version}" if args.fsdp_version else "plain or DDP"
+    values |= {"engine": f"ZeRO-{plugin.zero_stage}" if plugin else fsdp, "world_size": args.world_size}
     values["dtype"] = (args.model_init_kwargs or {}).get("dtype")
     for name in _unread_lengths(args):
         del values[name]

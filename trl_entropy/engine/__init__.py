@@ -1,4 +1,4 @@
-"""The one place that knows how the optimizer's state is spread over ranks: plain, DDP, DeepSpeed ZeRO-1 to ZeRO-3.
+"""The one place that knows how the optimizer's state is spread over ranks: plain, DDP, ZeRO-1 to ZeRO-3, FSDP2.
 
 An [`Engine`] hands out one [`UpdateContext`] per optimizer step, the same under every kind of training: the gradient
 before the step (rank-averaged, accumulated, unclipped), clip factor, moments, learning rates, and the true update

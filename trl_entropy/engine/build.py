@@ -6,15 +6,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_entropy.engine.base import Engine
 from trl_entropy.engine.deepspeed import DeepSpeedEngine, ZeroEngine
+from trl_entropy.engine.fsdp2 import Fsdp2Engine
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.engine.reader import torch_optimizer
 
-_WORKS = "use one process, DDP (distributed_type: MULTI_GPU), or DeepSpeed with zero_stage: 2"
+_WORKS = (
+    "use one process, DDP (distributed_type: MULTI_GPU), DeepSpeed with zero_stage: 2, or FSDP with fsdp_version: 2"
+)
 _ZERO_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3")
 
 
@@ -29,8 +33,8 @@ def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: object, 
             `gradient_clipping` counts (transformers sets it from the arguments, and refuses a config that differs).
 
     Raises:
-        NotImplementedError: for FSDP, Megatron-LM, XLA, ZeRO-0, offload, and other ways of training that no engine
-            reads; says which setting works.
+        NotImplementedError: for FSDP of version 1, Megatron-LM, XLA, ZeRO-0, offload, and other ways of training that
+            no engine reads; says which setting works.
         ValueError: for settings that would make gradient or update wrong: float16 loss scaling, `DataParallel`.
     """
     _refuse_common(accelerator, model, optimizer)
@@ -38,6 +42,9 @@ def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: object, 
         deepspeed = accelerator.deepspeed_engine_wrapped.engine
         _refuse_deepspeed(deepspeed)
         return _zero_engine(int(deepspeed.zero_optimization_stage()))(accelerator, model)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_fsdp(accelerator, model)
+        return Fsdp2Engine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
     _refuse_plain(accelerator, model)
     return PlainEngine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
 
@@ -52,7 +59,7 @@ def _zero_engine(stage: int) -> type[DeepSpeedEngine]:
 
 def _refuse_common(accelerator: Accelerator, model: nn.Module, optimizer: object) -> None:
     kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA):
+    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise NotImplementedError(f"training with {kind.value} is not supported; {_WORKS}")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
@@ -66,11 +73,32 @@ def _refuse_common(accelerator: Accelerator, model: nn.Module, optimizer: object
     for axis in ("tp", "cp", "sp"):
         if parallel is not None and getattr(parallel, f"{axis}_size") > 1:
             raise NotImplementedError(f"{axis}_size is above 1: only data parallelism is supported; set it to 1")
-    if any(isinstance(param, DTensor) for param in model.parameters()):
-        raise NotImplementedError(f"the model has sharded parameters (DTensor); {_WORKS}")
+
+
+def _refuse_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise NotImplementedError(f"FSDP of version {plugin.fsdp_version} is not supported; set fsdp_version: 2")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise NotImplementedError("the parameters are offloaded; set fsdp_offload_params: false")
+    if plugin.activation_checkpointing:
+        raise NotImplementedError(
+            "fsdp_activation_checkpointing wraps the layers in modules that probes cannot look through; set it to "
+            "false, and gradient_checkpointing: true in the training arguments"
+        )
+    for name, param in model.named_parameters():
+        if not isinstance(param, DTensor):
+            raise NotImplementedError(f"{name!r} is not sharded by FSDP2 (fsdp_ignored_modules?); {_WORKS}")
+        if param.placements != (Shard(0),):
+            raise NotImplementedError(
+                f"{name!r} is sharded as {param.placements}: only whole shards over one dimension of processes are "
+                "supported; set dp_replicate_size to 1"
+            )
 
 
 def _refuse_plain(accelerator: Accelerator, model: nn.Module) -> None:
+    if any(isinstance(param, DTensor) for param in model.parameters()):
+        raise NotImplementedError(f"the model has sharded parameters (DTensor); {_WORKS}")
     if isinstance(model, nn.DataParallel):
         raise ValueError("torch.nn.DataParallel splits batches in one process; start with `accelerate launch` (DDP)")
     if accelerator.num_processes > 1 and not isinstance(model, DistributedDataParallel):

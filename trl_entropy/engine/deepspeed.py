@@ -11,26 +11,19 @@ slice and leave the others waiting.
 
 import abc
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from trl_entropy.engine.base import Engine
-from trl_entropy.engine.parameters import parameter_shape
-from trl_entropy.engine.ranks import rank_symmetric
 from trl_entropy.engine.reader import GroupSettings, group_settings, names_by_group
+from trl_entropy.engine.shards import ShardedEngine
 
-_BUCKET_NUMEL = 2**26  # elements of one all_reduce: 256 MiB of float32
 
-
-class DeepSpeedEngine(Engine):
-    """What every ZeRO stage shares: when it steps, and whole tensors from slices.
+class DeepSpeedEngine(ShardedEngine):
+    """What every ZeRO stage shares: when it steps.
 
     theta is the float32 master, also where the model computes in bf16. A subclass also says which parameters are in
     which group of the base optimizer, and where in a parameter this rank's slice begins.
@@ -79,66 +72,13 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         vars(self._deepspeed).pop("step", None)
 
-    # ---- this rank's slices
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self._zero.dp_process_group
 
     @abc.abstractmethod
     def _lp_groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters by parameter group of the base optimizer, which itself has flat partitions."""
-
-    @abc.abstractmethod
-    def _start(self, param: nn.Parameter) -> int:
-        """Where in the flat parameter this rank's slice begins."""
-
-    # ---- whole tensors
-
-    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
-        return self._assembled(self.parameters, shares)
-
-    def _assembled(self, parameters: Mapping[str, nn.Parameter], shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole float32 tensors of `parameters`. Collective."""
-        with rank_symmetric(self.accelerator, "laying out its slices of the optimizer's state"):
-            buckets = [self._bucket(bucket, shares) for bucket in buckets_of(parameters)]
-        whole: dict[str, Tensor] = {}
-        for flat, views in buckets:
-            # Every element is owned by one rank and 0 on the others, so the sum is exact.
-            dist.all_reduce(flat, group=self._zero.dp_process_group)
-            whole |= views
-        return whole
-
-    def _bucket(
-        self, parameters: Mapping[str, nn.Parameter], shares: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One flat tensor with this rank's shares in their places, and its views by parameter."""
-        shapes = [parameter_shape(param) for param in parameters.values()]
-        sizes = [shape.numel() for shape in shapes]
-        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=self.accelerator.device)
-        pieces = dict(zip(parameters, flat.split(sizes), strict=True))
-        for name in (name for name in parameters if name in shares):
-            share = shares[name]
-            pieces[name].narrow(0, self._start(parameters[name]), share.numel()).copy_(share)
-        return flat, {name: piece.view(shape) for (name, piece), shape in zip(pieces.items(), shapes, strict=True)}
-
-    def add_to_theta(self, change: Mapping[str, Float[Tensor, "..."]]) -> None:
-        with rank_symmetric(self.accelerator, "adding to its slices of the parameters"):
-            for name, share in self.theta().items():
-                start = self._start(self.parameters[name])
-                share += change[name].reshape(-1)[start : start + share.numel()].to(share.device)
-                self._set_share(name, share)
-        self._theta_to_model()
-
-    def _set_share(self, name: str, share: Tensor) -> None:
-        """Writes `share` into this rank's slice of theta, where `theta` returns a copy of it."""
-
-    @abc.abstractmethod
-    def _theta_to_model(self) -> None:
-        """Copies theta into the parameters that the model computes with, as DeepSpeed's step does. Collective."""
-
-    def grad_norm(self) -> float:
-        with rank_symmetric(self.accelerator, "taking the norm of its slices of the gradient"):
-            squares = [torch.linalg.vector_norm(g.double()).square() for g in self.local_gradient().values()]
-            total = sum(squares, torch.zeros((), dtype=torch.float64, device=self.accelerator.device))
-        dist.all_reduce(total, group=self._zero.dp_process_group)
-        return math.sqrt(float(total))
 
     # ---- the optimizer
 
@@ -199,18 +139,3 @@ def _gradient_slice(param: nn.Parameter, mapping: Any) -> Tensor:
     """
     gradient, address = mapping.get_lp_grad_fragment(param._index_in_param_group).view(-1), mapping.lp_fragment_address
     return gradient if gradient.numel() == address.numel else gradient.narrow(0, address.start, address.numel)
-
-
-def buckets_of(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
-    """`parameters` in their order, in parts that one `all_reduce` takes."""
-    bucket: dict[str, nn.Parameter] = {}
-    numel = 0
-    for name, param in parameters.items():
-        size = parameter_shape(param).numel()
-        if bucket and numel + size > _BUCKET_NUMEL:
-            yield bucket
-            bucket, numel = {}, 0
-        bucket[name] = param
-        numel += size
-    if bucket:
-        yield bucket

@@ -24,11 +24,10 @@ from deepspeed.utils import (
 )
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from trl_entropy.engine.deepspeed import DeepSpeedEngine, buckets_of
-from trl_entropy.engine.parameters import parameter_shape, replaced_tensors
-from trl_entropy.engine.ranks import rank_symmetric
+from trl_entropy.engine.deepspeed import DeepSpeedEngine
+from trl_entropy.engine.parameters import replaced_tensors
+from trl_entropy.engine.shards import without_hooks
 
 
 class Zero3Engine(DeepSpeedEngine):
@@ -92,49 +91,23 @@ class Zero3Engine(DeepSpeedEngine):
         *Entering is collective* where parameters are frozen (LoRA's base), which are gathered; everything after is
         local. Inside `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
         """
-        whole = self._whole_parameters()
+        whole = self._whole_parameters(lambda param: param.dtype)
         offload = self._zero.parameter_offload
         hooks = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
         # In its own dtype the model is the one that training runs, with DeepSpeed's linear.
         linear = nullcontext() if dtype is None else _torch_linear()
         with (
-            _without_hooks(hooks),
+            # Not by TRL's `remove_hooks` and `add_hooks`: they throw away DeepSpeed's trace of the order in which
+            # layers fetch their parameters, and leave the hook at the root, in which the ranks wait for one another.
+            without_hooks(hooks),
             linear,
             replaced_tensors(self.module, whole),
             super().scoring_model(params, dtype) as model,
         ):
             yield model
 
-    def _whole_parameters(self) -> dict[int, nn.Parameter]:
-        """Plain parameters to replace DeepSpeed's, by `id` of these; trainable ones are stand-ins without memory."""
-        whole: dict[int, nn.Parameter] = {}
-        for param in self.parameters.values():
-            zero = torch.zeros((), dtype=param.dtype, device=self.accelerator.device)
-            whole[id(param)] = nn.Parameter(zero.expand(parameter_shape(param)))
-        frozen = {name: param for name, param in self.module.named_parameters() if not param.requires_grad}
-        for bucket in buckets_of(frozen):  # one at a time: gathered in float32, kept in its own dtype
-            shares = {name: self._own(param, param.ds_tensor) for name, param in bucket.items()}
-            values = self._assembled(bucket, shares)
-            with rank_symmetric(self.accelerator, "gathering the frozen parameters"):
-                for name, param in bucket.items():
-                    whole[id(param)] = nn.Parameter(values[name].to(param.dtype), requires_grad=False)
-        return whole
-
-
-@contextmanager
-def _without_hooks(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Takes module hooks out for a while.
-
-    Not by TRL's `remove_hooks` and `add_hooks`: they throw away DeepSpeed's trace of the order in which layers fetch
-    their parameters, and leave the hook at the root, in which the ranks wait for one another.
-    """
-    tables = [(handle.hooks_dict_ref() or {}, handle.id) for handle in handles]
-    taken = [(hooks, key, hooks.pop(key)) for hooks, key in tables if key in hooks]
-    try:
-        yield
-    finally:
-        for hooks, key, hook in taken:
-            hooks[key] = hook
+    def _frozen_slice(self, param: nn.Parameter) -> Tensor:
+        return self._own(param, param.ds_tensor)
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class _Counted:
         # Each is half of an all-reduce: a reduce-scatter or an all-gather
         gradients = trained * (micro_batches if stage >= 2 else 1)
         passes = micro_batches * (3 if args.gradient_checkpointing else 2) + 1
-        collected = whole * passes if stage == 3 or plan.engine == "fsdp" else trained
+        collected = whole * passes if stage == 3 or plan.engine.startswith("fsdp") else trained
         return self._collective(gradients + collected)
 
     def _collective(self, num_bytes: float) -> Work:

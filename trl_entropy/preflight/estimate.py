@@ -10,7 +10,7 @@ from trl_entropy.preflight import memory
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.shapes import ModelShape
 
-ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
+ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import yaml
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.runs.strict_json import Json
 
-_ENGINES = {"MULTI_GPU": "ddp", "FSDP": "fsdp", "MEGATRON_LM": "megatron", "XLA": "xla"}
+_ENGINES = {"MULTI_GPU": "ddp", "MEGATRON_LM": "megatron", "XLA": "xla"}
 # accelerate refuses these beside a deepspeed_config_file: DeepSpeedPlugin._deepspeed_config_checks.
 _DEEPSPEED_DUPLICATES = (
     "gradient_accumulation_steps",
@@ -34,7 +34,7 @@ class Launch:
     The processes and the engine of a run.
 
     Attributes:
-        engine: `plain` (one process), `ddp`, `zero0` to `zero3`, `fsdp`, `megatron`, `xla`.
+        engine: `plain` (one process), `ddp`, `zero0` to `zero3`, `fsdp1`, `fsdp2`, `megatron`, `xla`.
         num_processes: the processes that accelerate starts, on all machines together.
         num_asked: the processes that the settings ask for. With `MULTI_CPU` accelerate starts only one of them.
         source: where this was read from.
@@ -77,7 +77,10 @@ def read_accelerate_config(path: Path, num_processes: int | None = None, use_cpu
     asked = num_processes or int(settings.get("num_processes") or 1)
     kind = str(settings["distributed_type"]).upper()
     deepspeed = settings.get("deepspeed_config") or {}
-    engine = _engine(kind, _zero_stage(deepspeed, path.parent), asked)
+    if kind == "FSDP":
+        engine = f"fsdp{(settings.get('fsdp_config') or {}).get('fsdp_version', 1)}"
+    else:
+        engine = _engine(kind, _zero_stage(deepspeed, path.parent), asked)
     return Launch(
         engine=engine,
         num_processes=1 if engine == "plain" else asked,
@@ -101,7 +104,8 @@ def launch_from_options(num_devices: int, num_processes: int | None, use_cpu: bo
 def launch_from_environment(world_size: int, environ: Mapping[str, str] = os.environ) -> Launch:
     """How this process was started, from the variables that accelerate's launcher sets."""
     stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    flags = {f"zero{stage}": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
+    version = environ.get("FSDP_VERSION", "1")
+    flags = {f"zero{stage}": "ACCELERATE_USE_DEEPSPEED", f"fsdp{version}": "ACCELERATE_USE_FSDP"}
     engines = [engine for engine, flag in flags.items() if environ.get(flag, "false").lower() in ("1", "true")]
     return Launch(
         engine=engines[0] if engines else "ddp" if world_size > 1 else "plain",

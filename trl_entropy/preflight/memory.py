@@ -36,7 +36,7 @@ def shards(engine: str, what: str, world_size: int) -> int:
     too, ZeRO-3 (and FSDP with full sharding) everything.
     """
     stages = {"optimizer": 1, "gradients": 2, "weights": 3}
-    stage = 3 if engine == "fsdp" else int(engine[-1]) if engine.startswith("zero") else 0
+    stage = 3 if engine.startswith("fsdp") else int(engine[-1]) if engine.startswith("zero") else 0
     return world_size if stage >= stages[what] else 1
 
 

@@ -253,7 +253,7 @@ def _support(plan: Plan) -> list[str]:
     """A row for each probe, a column for each engine, attention and quantisation; `*` marks those of this run."""
     ours = {plan.engine, plan.attention, plan.quantisation}
     values = [(axis, value) for axis, options in support.AXES.items() for value in options]
-    rare = {"zero0", "fsdp", "megatron", "xla", "flex_attention", "8bit"} - ours
+    rare = {"zero0", "fsdp1", "megatron", "xla", "flex_attention", "8bit"} - ours
     values = [(axis, value) for axis, value in values if value not in rare]
     short = {"flash_attention_2": "flash", "flex_attention": "flex"}
     enabled = support.probe_names(plan)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _USE_ZERO = "set zero_stage: 2 (or 1, 3)"
 _USE_ZERO2 = "set zero_stage: 2 (or 1)"
 _USE_DDP = "use distributed_type: MULTI_GPU (DDP) or DeepSpeed with zero_stage: 2"
+_USE_FSDP2 = "set fsdp_version: 2"
 _USE_BF16 = "load the base model with dtype: bfloat16 instead of quantised"
 
 # Value -> what to set instead; None if it is supported.
@@ -25,8 +26,9 @@ ENGINES: dict[str, str | None] = {
     "zero1": None,
     "zero2": None,
     "zero3": None,
+    "fsdp2": None,
     "zero0": _USE_ZERO,
-    "fsdp": _USE_DDP,
+    "fsdp1": _USE_FSDP2,
     "megatron": _USE_DDP,
     "xla": _USE_DDP,
 }
@@ -59,7 +61,7 @@ DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "kl_every": ("engine",),
 }
 # kl_every builds no engine, but it swaps parameters, which must be whole on every process.
-KL_ENGINES: dict[str, str | None] = {**ENGINES, "zero0": None, "zero3": _USE_ZERO2}
+KL_ENGINES: dict[str, str | None] = {**ENGINES, "zero0": None, "zero3": _USE_ZERO2, "fsdp2": _USE_DDP}
 _EVERY_AXIS = tuple(AXES)
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from first_fast import first_fast
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_groups import TinyGroups, batches, loss_sums
@@ -111,6 +112,7 @@ def test_micro_batches_pool_what_loops_give():
         assert micro_batch_parts(norms, 0.5, 12, previous)[1].num_steps == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", [1.0, 30.0, math.inf])
 def test_scatter_over_steps_covers_planted_noise_scales(planted):
     """(T15), 20 steps of 8 micro-batches of 4 prompts, 200 times."""
@@ -246,6 +248,7 @@ def test_groups_without_gradient_stay():
     assert float(few_noise / few_signal) < 0.9 * float(all_noise / all_signal)
 
 
+@pytest.mark.slow
 def test_split_by_prompt_is_unbiased():
     """Both halves' gradients expect the group's, given the prompt; their product is |E[Y | prompt]|^2."""
     groups = TinyGroups(POLICY, size=4, halves=True)
@@ -306,7 +309,7 @@ def simulate(noise_scale, num_runs=60, num_steps=8, num_prompts=16, dim=64, pair
     return records
 
 
-@pytest.mark.parametrize("noise_scale", [0.1, 1.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("noise_scale", first_fast([0.1, 1.0, 10.0, 100.0, 1000.0]))
 def test_planted_noise_scale_is_covered(noise_scale):
     """60 runs of 8 steps: 95 % intervals hold the truth in 53 or more (a 1-in-300 event for coverage 0.95)."""
     intervals = [record.interval() for record in simulate(noise_scale)]
@@ -317,6 +320,7 @@ def test_planted_noise_scale_is_covered(noise_scale):
         assert all(low > 20 for low, _ in intervals)
 
 
+@pytest.mark.slow
 def test_pooled_parts_recover_a_large_scale():
     """All 480 steps of the 60 runs together, with pairs: noise scale 100 within its error, that below a fifth."""
     records = simulate(100.0, pairs=True)
@@ -336,7 +340,7 @@ def test_division_before_pooling_is_wrong():
     assert ratios[0] < 0 < 1000 > 3 * abs(ratios[len(ratios) // 2])
 
 
-@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("pairs", first_fast([False, True]))
 def test_pure_noise_has_no_signal(pairs):
     """|G|^2 is consistent with 0, negative as often as not, and no finite noise scale is an upper bound."""
     records = simulate(math.inf, pairs=pairs)
