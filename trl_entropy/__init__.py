@@ -10,6 +10,7 @@ from trl_entropy._versions import warn_if_untested
 if TYPE_CHECKING:
     from trl_entropy.config.dr_grpo import DrGRPOConfig as DrGRPOConfig
     from trl_entropy.probes import Probe as Probe
+    from trl_entropy.probes.watch_step import watch_step as watch_step
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer as DrGRPOTrainer
 
 __version__ = "0.1.0"
@@ -19,8 +20,9 @@ _EXPORTS = {
     "DrGRPOConfig": "trl_entropy.config.dr_grpo",
     "DrGRPOTrainer": "trl_entropy.trainer.dr_grpo",
     "Probe": "trl_entropy.probes",
+    "watch_step": "trl_entropy.probes.watch_step",
 }
-__all__ = ["DrGRPOConfig", "DrGRPOTrainer", "Probe", "__version__"]
+__all__ = ["DrGRPOConfig", "DrGRPOTrainer", "Probe", "__version__", "watch_step"]
 
 warn_if_untested()
 

@@ -15,11 +15,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trl_entropy.config.settings_file import sentence
 from trl_entropy.evaluation.kept import discard_stale
@@ -44,10 +44,16 @@ from trl_entropy.evaluation.plan import (
 from trl_entropy.evaluation.problems import held_out_problems
 from trl_entropy.evaluation.process import describe, run_job
 from trl_entropy.runs.counted import counted
-from trl_entropy.runs.directory import RunDirectory
+from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.file_errors import check_writable, ending_in_one_line
 from trl_entropy.runs.strict_json import Json
+from trl_entropy.tasks.script import hand_over, parts_of
 
+if TYPE_CHECKING:
+    from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
+
+# Evaluates a job within a number of seconds and shows its progress; returns why it failed, or None.
+_Run = Callable[[Job, float, Callable[[int, int], object]], str | None]
 _CUT_OFF = "The evaluation is cut off. What it has generated is kept: call again to go on."
 
 
@@ -70,7 +76,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trl-entropy evaluate", description="Evaluate the checkpoints of a run.")
+    parser = argparse.ArgumentParser(
+        prog="trl-entropy evaluate", description="Evaluate the checkpoints of a run.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("--run", type=Path, required=True, help="the run directory")
     add("--checkpoints", default=ALL, help="all (with the start policy, step 0), latest, or steps such as 20,40")
@@ -95,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
         "what generates the completions; auto takes what the run's checkpoints were evaluated with before, else vllm "
         "if it is installed and there is a GPU (default: auto)"
     )
+    factory = (
+        "path/to/script.py:function, which returns the trainer of a run of a script of one's own; its datasets and "
+        "functions are what is evaluated. The script is imported, so that what starts training must stand under "
+        'if __name__ == "__main__"'
+    )
+    add("--trainer_factory", "--trainer-factory", help=factory)
+    add("--pass_reward", "--pass-reward", help="the reward function that says what passes, instead of the run's")
+    passes = "a completion passes when its pass_reward is this much or more, instead of the run's"
+    add("--pass_threshold", "--pass-threshold", type=float, help=passes)
     imports = "import the files with functions of one's own that the run was trained with, which runs them"
     add("--import_functions", "--import-functions", action="store_true", help=imports)
     add("--sampler", choices=["auto", TRANSFORMERS, VLLM], default="auto", help=samplers)
@@ -148,21 +165,69 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _evaluate_all(args: argparse.Namespace) -> None:
-    config = read_config(args.run)
+def evaluate(
+    trainer_factory: Callable[[], DrGRPOTrainer], run: str | Path | None = None, **options: Any
+) -> list[CheckpointSummary]:
+    """
+    Evaluate the checkpoints of a run of a script of one's own, whose data and functions no settings file names.
+
+    As `trl-entropy evaluate`, on the trainer's `eval_dataset` with its reward and metric functions, and in this
+    process. What is evaluated already is skipped. `trl-entropy evaluate --run RUN --trainer_factory script.py:make`
+    does the same from the command line, each checkpoint in a process of its own.
+
+    Args:
+        trainer_factory: makes the trainer with which the run was trained; it is called once, and nothing is trained.
+        run: the run directory; None: `output_dir` of the trainer.
+        options: those of the command line, by name: `checkpoints`, `profile`, `num_samples`, `subset_frac`, `seed`,
+            `batch_size`, `device`, `sampler`, `pass_reward`, `pass_threshold`.
+
+    Returns:
+        The summaries of all evaluated checkpoints, in order of step; each has `step`, and `metrics` with `value`, and
+        `low` and `high`, the ends of the 95 % interval over prompts, or None.
+
+    Raises:
+        ValueError: for what cannot be evaluated: an option, a trainer of episodes, without an `eval_dataset`, or of
+            whose reward functions none says what passes.
+    """
+    name = hand_over(trainer_factory)
+    run = Path(run or parts_of(name).output_dir)
+    words = [f"--{option.replace('_', '-')}={value}" for option, value in options.items() if value is not None]
+    try:
+        args = parse(["--run", str(run), f"--trainer-factory={name}", *words])
+    except SystemExit as error:  # what is wrong has been printed
+        raise ValueError(f"these are no options of an evaluation: {' '.join(words)}") from error
+    _evaluate_all(args, in_this_process)
+    return list(RunDirectory(run).checkpoint_summaries())
+
+
+def in_this_process(job: Job, timeout: float, show: Callable[[int, int], object]) -> str | None:
+    """As [`run_job`], without a process of its own and without a limit of its time."""
+    if problem := job.target.problem():
+        return problem
+    from trl_entropy.evaluation.worker import evaluate as evaluate_job
+
+    evaluate_job(job, show)
+    return None
+
+
+def _evaluate_all(args: argparse.Namespace, run: _Run | None = None) -> None:
+    config = read_config(args.run, args.trainer_factory)
+    config |= {name: given for name in ("pass_reward", "pass_threshold") if (given := getattr(args, name)) is not None}
     args.profile = args.profile or _profile_of(config)
-    changed = check_functions(args.run, config, args.import_functions)
+    changed = check_functions(args.run, config, args.import_functions or args.trainer_factory is not None)
     settings, targets = _settings(args, config), targets_of(args.run, config, args.checkpoints)
     folder = args.run / "evaluation"
     check_writable(folder)
-    held_out_problems(settings, None)  # a fault in the data is found before anything is generated
+    problems = held_out_problems(settings, None)  # a fault in the data is found before anything is generated
     discard_stale(args.run)
     todo = {target: why for target in targets if (why := _why(args, target, settings))}
-    _say_plan(args, settings, targets, todo)
+    _say_plan(args, settings, targets, todo, len(problems))
     for caveat in filter(None, (changed, caveat_of(config))):
         print(f"Warning: {caveat}.", flush=True)
     progress, device = Progress(len(todo)), _device(args, config)
-    failed = [target.step for target in todo if not _evaluate(args, target, settings, progress, device)]
+    failed = [
+        target.step for target in todo if not _evaluate(args, target, settings, progress, device, run or run_job)
+    ]
     if not todo:  # an evaluation that was killed may have left them without its results
         RunDirectory(args.run).write_checkpoint_tables()
     print(f"numbers {folder / 'checkpoints.csv'}")
@@ -193,11 +258,18 @@ def _device(args: argparse.Namespace, config: Json) -> str:
     return "cpu" if config.get("use_cpu") and args.device == "auto" else args.device
 
 
-def _evaluate(args: argparse.Namespace, target: Target, settings: Settings, progress: Progress, device: str) -> bool:
+def _evaluate(
+    args: argparse.Namespace,
+    target: Target,
+    settings: Settings,
+    progress: Progress,
+    device: str,
+    run_one: _Run,
+) -> bool:
     """Evaluate one checkpoint and print its results; False if it failed."""
     run, timeout = RunDirectory(args.run), args.timeout or PROFILES[args.profile].timeout
     job = Job(target, settings, str(run.checkpoint_folder(target.step)), args.batch_size, device)
-    problem = run_job(job, timeout, functools.partial(progress.show, target.step))
+    problem = run_one(job, timeout, functools.partial(progress.show, target.step))
     progress.end_job()
     run.write_checkpoint_tables()
     if problem is None:
@@ -243,15 +315,13 @@ class Progress:
             print("\r\x1b[K", end="")
 
 
-def _say_plan(args: argparse.Namespace, settings: Settings, targets: list[Target], todo: dict[Target, str]) -> None:
-    problems = "all held-out problems"
-    if settings.subset_frac is not None:
-        problems = f"{settings.subset_frac:.3g} of the held-out problems"
-    elif settings.num_problems is not None:
-        problems = counted(settings.num_problems, "held-out problem")
+def _say_plan(
+    args: argparse.Namespace, settings: Settings, targets: list[Target], todo: dict[Target, str], num_problems: int
+) -> None:
     done = f", {len(targets) - len(todo)} already done" if len(todo) < len(targets) else ""
     print(
-        f"{args.run}: {counted(len(todo), 'checkpoint')} to evaluate{done}; {problems}, with "
+        f"{args.run}: {counted(len(todo), 'checkpoint')} to evaluate{done}; "
+        f"{counted(num_problems, 'held-out problem')}, with "
         f"{counted(settings.num_samples, 'sample')} and one greedy completion of each, by {settings.sampler}; "
         "95 % intervals "
         "over problems",

@@ -115,7 +115,7 @@ PLANTED = {
     ),
     "a list of numbers without a device": ((bin_index, ", device=values.device", ""), ("bucketize", SHARES)),
     "a number without a device, to which a hook adds": (
-        (MicroBatchNorms.micro_batch, ", device=self._parameters[0].device", ""),
+        (MicroBatchNorms.micro_batch, ", device=next(self._model.parameters()).device", ""),
         ("add_", "trl_entropy/gradients/group_products.py"),
     ),
     "what a generator of the CPU draws": (

@@ -49,6 +49,11 @@ def sparse_reward(prompts, completion_ids, **kwargs) -> list[float]:
     return [float(sum(ids) % 3 == 0 and "4" not in p) for p, ids in zip(prompts, completion_ids, strict=True)]
 
 
+def odd_length(completion_ids, **kwargs) -> list[float | None]:
+    """A metric that says nothing of completions of an even length."""
+    return [float(len(ids)) if len(ids) % 2 else None for ids in completion_ids]
+
+
 FAILING_EVENTS = (
     "reward",
     "around_micro_batch",
@@ -173,6 +178,7 @@ def train(
         args=DrGRPOConfig(output_dir=str(output_dir / name), **(defaults | settings)),
         train_dataset=Dataset.from_dict({"prompt": [f"{i} and {j} are" for i in range(6) for j in range(6)]}),
         processing_class=tokenizer,
+        metric_funcs=[odd_length],
         peft_config=peft_config,
         callbacks=[failing_probe(fails_in, marker)] * bool(fails_in) + [KeepParameters()] * keeps_parameters,
     )

@@ -48,7 +48,6 @@ SMALL = [
     "4",
 ]
 SETTINGS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 4}
-MODEL = {"model_config": {"vocab_size": 512}}
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +308,7 @@ def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -
     for name in {"model.safetensors", "optimizer.pt", *extra} - set(without):
         (path / name).touch()
     if "config.yaml" not in without:
-        (directory / "config.yaml").write_text(yaml.safe_dump(SETTINGS | MODEL | {"task": "word_problems"} | config))
+        (directory / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"task": "word_problems"} | config))
     if environment:
         (directory / "environment.json").write_text(json.dumps(environment))
     return path
@@ -320,9 +319,9 @@ def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -
     ({"without": ["model.safetensors"]}, "has no model.safetensors"),
     ({"without": ["config.yaml"]}, "has no config.yaml; the checkpoint must be in the directory of its run"),
     ({"extra": ["adapter_config.json"]}, "holds a LoRA adapter"),
-    ({"task": "gsm8k"}, "was trained on gsm8k; experiments know only the embedded task"),
-    ({"reward_funcs": ["mine.py:right"]}, "mine.py:right, which an experiment does not import"),
-    ({"model_config": {"vocab_size": 151936}}, "a model of 151936 token embeddings; experiments know only"),
+    ({"task": "calculator"}, "was trained on episodes with calls of tools; an experiment draws single turns"),
+    ({"reward_funcs": ["mine.py:right"]}, "functions of one's own: .*mine.py:right. They must be imported"),
+    ({"top_entropy_quantile": 0.2}, "ran with top_entropy_quantile=0.2"),
     ({"loss_type": "grpo"}, "ran with loss_type='grpo'"),
     ({"beta": 0.04}, "ran with beta=0.04"),
 ])  # fmt: skip
@@ -345,8 +344,7 @@ def test_a_run_that_does_not_say_its_task_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.yaml.*what the run was trained on"):
         Checkpoint.read(path)
     (tmp_path / "environment.json").write_text(json.dumps({"command": ["train.py", "--task", "gsm8k"]}))
-    with pytest.raises(ValueError, match="was trained on gsm8k"):
-        Checkpoint.read(path)
+    assert Checkpoint.read(path).task.task == "gsm8k"
 
 
 def test_options_and_names_are_checked(tmp_path):

@@ -48,7 +48,7 @@ def test_engines_are_refused_as_build_engine_does(engine):
         if engine.startswith("zero"):
             _refuse_deepspeed(fake_deepspeed(zero_optimization_stage=int(engine[-1])))
         if engine.startswith("fsdp"):
-            _refuse_fsdp(fake_accelerator(state=fsdp_state(fsdp_version=int(engine[-1]))), nn.Identity())
+            _refuse_fsdp(fake_accelerator(state=fsdp_state(fsdp_version=int(engine[-1]))))
         kind = DistributedType(SHARDED.get(engine, "NO"))
         _refuse_common(fake_accelerator(distributed_type=kind), nn.Linear(1, 1), torch.optim.AdamW([torch.ones(1)]))
     assert (support.ENGINES[engine] is None) == supported

@@ -61,8 +61,11 @@ def test_trials_say_what_a_function_gives_for_a_right_answer():
     ("name", "said"),
     [
         ("too_few", "reward function too_few must return a list of 2 numbers, one a completion; it returned 1"),
-        ("words", "reward function words must return numbers; it returned ['good', 'good']"),
-        ("raising", f"reward function raising, {FILE}, line 31: ZeroDivisionError: division by zero"),
+        ("words", "reward function words must return numbers; it returned 'good' for the completion ''"),
+        (
+            "raising",
+            f"reward function raising, {FILE}, line 31: ZeroDivisionError: division by zero, for the completion ''",
+        ),
     ],
 )
 def test_a_function_that_does_not_work_is_named_in_one_line(name, said):

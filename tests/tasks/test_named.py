@@ -27,7 +27,8 @@ def test_the_path_of_a_file_is_made_absolute_and_nothing_else(monkeypatch):
     monkeypatch.chdir(FILE.parent)
     assert absolute("own_functions.py:brevity") == f"{FILE}:brevity"
     assert [absolute(name) for name in ("tag_pref", "a.b:c", "rows.jsonl")] == ["tag_pref", "a.b:c", "rows.jsonl"]
-    assert [is_of_user(name) for name in ("tag_pref", "org/model", "a.b:c", "a.b.c")] == [False, False, True, True]
+    assert [is_of_user(name) for name in ("tag_pref", "org/model", "a.b:c", "a.b.c", "no.jsonl")] == [
+        False, False, True, True, False]  # fmt: skip
 
 
 def test_the_hash_of_a_file_follows_its_contents_without_importing_it(tmp_path):

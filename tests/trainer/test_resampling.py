@@ -35,6 +35,10 @@ def reward(prompts, completion_ids, **kwargs):
     return [reward_of(prompt, ids) for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
 
+def num_tokens_or_none(completion_ids, **kwargs):
+    return [float(len(ids)) if len(ids) > 2 else None for ids in completion_ids]
+
+
 class Recorder(Probe):
     def __init__(self):
         super().__init__(1)
@@ -157,10 +161,19 @@ def test_a_step_learns_from_other_prompts_instead(trained, settings):
 
 
 def test_metrics_count_and_trls_are_of_the_first_draw(trained):
-    _, rows, _ = trained(**ON, max_resample_rounds=20, max_steps=1)
-    _, off, _ = trained(max_steps=1)
+    metric = {"metric_funcs": [num_tokens_or_none]}
+    _, rows, _ = trained(**ON, max_resample_rounds=20, max_steps=1, **metric)
+    _, off, _ = trained(max_steps=1, **metric)
     row, plain = rows[0], off[0]
-    for name in ("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "rewards/reward/mean"):
+    for name in (
+        "metrics/num_tokens_or_none/mean",
+        "metrics/num_tokens_or_none/mean_stderr",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "rewards/reward/mean",
+    ):
         assert row[name] == plain[name], name
     assert row["num_tokens"] > plain["num_tokens"]  # those of all rounds
     assert row["resampling/num_uninformative"] == 8 * row["frac_reward_zero_std"] > 0

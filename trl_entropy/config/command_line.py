@@ -21,7 +21,7 @@ from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks.arguments import TaskArguments, check_problem_numbers, implied_task
-from trl_entropy.tasks.completion_functions import metric_functions, reward_functions
+from trl_entropy.tasks.completion_functions import check_functions
 from trl_entropy.tasks.demonstrations import DemonstrationArguments
 from trl_entropy.tasks.registry import check_task
 
@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
     # tqdm is off by default once transformers is silenced.
     parser.set_defaults(lora_dropout=0.0, model_name_or_path=EMBEDDED_MODEL, disable_tqdm=False)
     task, args, model = parser.read(argv)
-    reward_functions(task), metric_functions(task)
+    check_functions(task)
     if args.reward_weights is not None and len(args.reward_weights) != len(task.reward_funcs):
         raise ValueError(
             f"reward_weights has {counted(len(args.reward_weights), 'number')}, reward_funcs "

@@ -37,7 +37,8 @@ _OF_TASK = (
     "script of one's own gives datasets and functions to the trainer. A function is named as "
     "`package.module:function` or `path/to/file.py:function`, and the file that it is in is imported, which runs it. "
     "Its hash stands in `config.yaml`, and a checkpoint is not resumed with a changed file, unless "
-    "resume_allow_changes names `function_files`; `trl-entropy evaluate` imports it with `--import_functions` alone."
+    "resume_allow_changes names `function_files`; `trl-entropy evaluate` and `experiment` import it with "
+    "`--import_functions` alone."
 )
 _COST = (
     "Costs are in passes through the model. `trl-entropy doctor --config CONFIG --hardware 2xH100-80GB` computes the "

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trl_entropy.engine.base import Engine
 from trl_entropy.engine.deepspeed import DeepSpeedEngine, ZeroEngine
-from trl_entropy.engine.fsdp2 import Fsdp2Engine
+from trl_entropy.engine.fsdp2 import Fsdp2Engine, reshard
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.engine.reader import torch_optimizer
 
@@ -43,8 +43,8 @@ def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: object, 
         _refuse_deepspeed(deepspeed)
         return _zero_engine(int(deepspeed.zero_optimization_stage()))(accelerator, model)
     if accelerator.distributed_type == DistributedType.FSDP:
-        _refuse_fsdp(accelerator, model)
-        return Fsdp2Engine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
+        _refuse_fsdp(accelerator)
+        return sharded_engine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
     _refuse_plain(accelerator, model)
     return PlainEngine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
 
@@ -75,7 +75,28 @@ def _refuse_common(accelerator: Accelerator, model: nn.Module, optimizer: object
             raise NotImplementedError(f"{axis}_size is above 1: only data parallelism is supported; set it to 1")
 
 
-def _refuse_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
+def sharded_engine(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> Fsdp2Engine:
+    """
+    The engine of a model that `fully_shard` has sharded, by accelerate or by hand.
+
+    Raises:
+        NotImplementedError: if a parameter is not sharded, or over more than one dimension of processes.
+    """
+    reshard(model)
+    for name, param in model.named_parameters():
+        if not isinstance(param, DTensor):
+            raise NotImplementedError(f"{name!r} is not sharded by FSDP2 (fsdp_ignored_modules?); {_WORKS}")
+        if param.placements != (Shard(0),):
+            raise NotImplementedError(
+                f"{name!r} is sharded as {param.placements}: only whole shards over one dimension of processes are "
+                "supported; set dp_replicate_size to 1"
+            )
+    return Fsdp2Engine(accelerator, model, optimizer, max_grad_norm)
+
+
+def _refuse_fsdp(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise NotImplementedError(f"FSDP of version {plugin.fsdp_version} is not supported; set fsdp_version: 2")
@@ -86,14 +107,6 @@ def _refuse_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
             "fsdp_activation_checkpointing wraps the layers in modules that probes cannot look through; set it to "
             "false, and gradient_checkpointing: true in the training arguments"
         )
-    for name, param in model.named_parameters():
-        if not isinstance(param, DTensor):
-            raise NotImplementedError(f"{name!r} is not sharded by FSDP2 (fsdp_ignored_modules?); {_WORKS}")
-        if param.placements != (Shard(0),):
-            raise NotImplementedError(
-                f"{name!r} is sharded as {param.placements}: only whole shards over one dimension of processes are "
-                "supported; set dp_replicate_size to 1"
-            )
 
 
 def _refuse_plain(accelerator: Accelerator, model: nn.Module) -> None:

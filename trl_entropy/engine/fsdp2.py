@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from trl_entropy.engine.parameters import replaced_tensors
+from trl_entropy.engine.parameters import original_class, replaced_tensors
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.engine.shards import ShardedEngine, without_hooks
 
@@ -36,7 +36,7 @@ class Fsdp2Engine(ShardedEngine, PlainEngine):
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        _reshard(accelerator.unwrap_model(model))
+        reshard(accelerator.unwrap_model(model))
         super().__init__(accelerator, model, optimizer, max_grad_norm)
 
     # ---- this rank's slices
@@ -78,12 +78,12 @@ class Fsdp2Engine(ShardedEngine, PlainEngine):
         *Entering is collective* where parameters are frozen (LoRA's base), which are gathered; everything after is
         local. Inside `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
         """
-        _reshard(self.module)
+        reshard(self.module)
         # In its own dtype the model is the one that training runs, which gathers parameters in the policy's dtype.
         whole = self._whole_parameters(self._computing_dtype if dtype is None else lambda param: param.dtype)
         with (
             without_hooks(_gathering_hooks(self.module)),
-            _without_gathering_generate(self.module),
+            _as_written(self.module),
             replaced_tensors(self.module, whole),
             super().scoring_model(params, dtype) as model,
         ):
@@ -102,7 +102,7 @@ def _slice(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local().view(-1)
 
 
-def _reshard(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Lets every module hold its slices, also those that stay whole between forward and backward. Local."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -126,11 +126,16 @@ def _gathering_hooks(module: nn.Module) -> list[RemovableHandle]:
 
 
 @contextmanager
-def _without_gathering_generate(module: nn.Module) -> Iterator[None]:
-    """Lets `module.generate` be the method of its class for a while."""
+def _as_written(module: nn.Module) -> Iterator[None]:
+    """Gives every module its author's class for a while, by which layers are known, and that class's `generate`."""
+    classes = {part: type(part) for part in module.modules() if isinstance(part, FSDPModule)}
     own = vars(module).pop("generate", None)
     try:
+        for part in classes:
+            part.__class__ = original_class(part)
         yield
     finally:
+        for part, kind in classes.items():
+            part.__class__ = kind
         if own is not None:
             vars(module)["generate"] = own

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -16,6 +17,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_shape(param: nn.Parameter) -> torch.Size:
     """Shape of a parameter, also of one that ZeRO-3 has partitioned, whose own shape is empty."""
     return torch.Size(getattr(param, "ds_shape", param.shape))
+
+
+def original_class(module: nn.Module) -> type:
+    """The module's class as its author has it: FSDP2 makes a subclass of its own of the modules that it shards."""
+    kind = type(module)
+    return kind.__mro__[2] if issubclass(kind, FSDPModule) else kind  # as `FSDPModule.__new__` finds it
 
 
 def num_trainable(model: nn.Module) -> int:

@@ -13,9 +13,10 @@ from trl_entropy.runs.checkpoints import checkpoints_of
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.strict_json import Json
 from trl_entropy.tasks.arguments import TaskArguments
-from trl_entropy.tasks.completion_functions import passing, reward_functions
+from trl_entropy.tasks.completion_functions import by_file_name, import_functions, passing, reward_functions
 from trl_entropy.tasks.named import files_of
 from trl_entropy.tasks.registry import TASKS, task_of
+from trl_entropy.tasks.script import settings_of_script
 
 ALL, LATEST = "all", "latest"
 NOT_EVALUATED = "not evaluated yet"
@@ -144,9 +145,13 @@ class Job:
         return cls(**{**values, "target": Target(**values["target"]), "settings": Settings(**values["settings"])})
 
 
-def read_config(run: Path) -> Json:
+def read_config(run: Path, trainer_factory: str | None = None) -> Json:
     """
     The `config.yaml` of the run.
+
+    Args:
+        trainer_factory: name of a function that makes the run's trainer; its datasets and functions are the task then,
+            in place of what the file says of one.
 
     Raises:
         ValueError: when it is missing or damaged, or names no task that can be evaluated.
@@ -162,6 +167,8 @@ def read_config(run: Path) -> Json:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it holds no settings")
+    if trainer_factory is not None:
+        config = settings_of_script(config, trainer_factory)
     _check_config(path, config)
     return config
 
@@ -169,8 +176,9 @@ def read_config(run: Path) -> Json:
 def _check_config(path: Path, config: Json) -> None:
     if "task" not in config:
         raise ValueError(
-            f"{path} does not say on which task the run was trained. If it was one of these, add "
-            "`task: word_problems` or `task: gsm8k`, and dataset_name, reward_funcs and model_name_or_path."
+            f"{path} does not say on which task the run was trained, as that of a script does not. Name the "
+            "function that makes its trainer, --trainer_factory path/to/script.py:function, or add `task: "
+            "word_problems`, `gsm8k` or `dataset`, with dataset_name, reward_funcs and model_name_or_path."
         )
     if config["task"] not in TASKS:
         raise ValueError(f"{path} has task: {config['task']}; it must be one of {', '.join(TASKS)}")
@@ -197,25 +205,15 @@ def _task_of(config: Json) -> Json:
 
 def check_functions(run: Path, config: Json, may_import: bool) -> str | None:
     """
-    Import the functions of the user's own that the run was trained with, if that was asked for.
-
-    Returns:
-        What has changed in their files since the run began; None if nothing has.
+    As [`import_functions`]; also check that one of the functions says what passes.
 
     Raises:
-        ValueError: when there are some and it was not asked for, or they cannot be imported.
+        ValueError: as [`import_functions`], and when none says what passes.
     """
     task = _task_settings(config)
-    own = task.own_functions()
-    if own and not may_import:
-        raise ValueError(
-            f"{run} was trained with functions of one's own: {', '.join(own)}. To evaluate it they must be imported, "
-            "which runs these files: add --import_functions if you trust them"
-        )
+    changed = import_functions(run, task, config.get("function_files") or {}, may_import)
     passing(task, reward_functions(task))
-    before, now = config.get("function_files") or {}, files_of(own)
-    changed = [file for file, digest in now.items() if before.get(file, digest) != digest]
-    return f"{', '.join(changed)} is not what it was when the run began" if changed else None
+    return changed
 
 
 def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
@@ -233,9 +231,7 @@ def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
         dtype=_dtype_of(config),
         model=_model_settings_of(config),
         chat_template_kwargs=config.get("chat_template_kwargs") or {},
-        function_files={
-            Path(file).name: digest for file, digest in files_of(_task_settings(config).own_functions()).items()
-        },
+        function_files=by_file_name(files_of(_task_settings(config).own_functions())),
     )
     given: Json = {name: value for name, value in chosen.items() if value is not None}
     settings = replace(settings, **given)
@@ -290,13 +286,17 @@ def targets_of(run: Path, config: Json, which: str) -> list[Target]:
     Raises:
         ValueError: when a step has no checkpoint; the message lists the steps that have one.
     """
-    start = Target(0, str(config.get("model_name_or_path", EMBEDDED_MODEL)))
-    found = {0: start}
+    start = str(config.get("model_name_or_path", EMBEDDED_MODEL))
+    found = {0: Target(0, start)} if start else {}  # that of a script may have been made in memory
     for path in reversed(checkpoints_of(run)):
         step = int(path.name.split("-")[1])
         found[step] = Target(step, str(path))
     if which == ALL:
         return list(found.values())
+    if not found:
+        raise ValueError(
+            f"{run} has no checkpoint, and its start policy was made in memory; train with save_strategy."
+        )
     if which == LATEST:
         return [found[max(found)]]
     try:

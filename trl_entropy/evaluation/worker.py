@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,8 +48,17 @@ def run(text: str) -> None:
         sys.exit(1)
 
 
-def evaluate(job: Job) -> None:
-    """Draw completions, score and check them, and write the results; the output folder appears when it is complete."""
+def _say(done: int, total: int) -> None:
+    print(PROGRESS, done, total, flush=True)
+
+
+def evaluate(job: Job, show: Callable[[int, int], object] = _say) -> None:
+    """
+    Draw completions, score and check them, and write the results; the output folder appears when it is complete.
+
+    Args:
+        show: called from time to time with the number of completions that are done and the number of all.
+    """
     start, fingerprint = time.monotonic(), job.target.fingerprint()
     held_out_problems(job.settings, None)  # a fault in the data is found before the model is loaded
     device = _device(job.device)
@@ -58,7 +67,7 @@ def evaluate(job: Job) -> None:
     kept = KeptBatches(Path(job.output), _key(job, fingerprint, device, problems))
     engine = VllmEngine(model, tokenizer, job.settings) if job.settings.sampler == VLLM else None
     sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine, kept)
-    records = pd.DataFrame(_judged(list(_drawn(sampler, problems)), problems, job.settings))
+    records = pd.DataFrame(_judged(list(_drawn(sampler, problems, show)), problems, job.settings))
     functions = _functions_of(job.settings)
     prompts = prompt_table(records, functions)
     summary: CheckpointSummary = {
@@ -83,8 +92,8 @@ def _key(job: Job, fingerprint: str, device: str, problems: list[Row]) -> Json:
     return {"settings": asdict(job.settings), "fingerprint": fingerprint, "device": device, "problems": digest}
 
 
-def _drawn(sampler: Sampler, problems: list[Row]) -> Iterator[Row]:
-    """A greedy completion and the samples of each problem, with its prompt and answer; prints the progress."""
+def _drawn(sampler: Sampler, problems: list[Row], show: Callable[[int, int], object]) -> Iterator[Row]:
+    """A greedy completion and the samples of each problem, with its prompt and answer; shows the progress."""
     num_samples = sampler.settings.num_samples
     total, done = len(problems) * (num_samples + 1), 0
     for greedy, copies in ((True, 1), (False, num_samples)):
@@ -96,7 +105,7 @@ def _drawn(sampler: Sampler, problems: list[Row]) -> Iterator[Row]:
             yield {**own, "greedy": greedy, "sample": place % copies, **row}
             done += 1
             if done % sampler.batch_size == 0 or done == total:
-                print(PROGRESS, done, total, flush=True)
+                show(done, total)
 
 
 def _functions_of(settings: Settings) -> dict[str, str]:

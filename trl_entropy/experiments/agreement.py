@@ -20,7 +20,14 @@ from typing import Literal, NotRequired, TypedDict
 
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
-from trl_entropy.experiments.output import Numbers, saved_figure, thirds, with_interval, write_numbers
+from trl_entropy.experiments.output import (
+    Numbers,
+    add_import_option,
+    saved_figure,
+    thirds,
+    with_interval,
+    write_numbers,
+)
 from trl_entropy.runs.console import quiet_libraries
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
@@ -227,8 +234,11 @@ def end_point(rows: Rows, fall: tuple[Estimate, Estimate]) -> EndPoint:
     return result
 
 
-def analyse(path: Path, num_fresh: int = 0) -> Result:
-    """All numbers of one run; with `num_fresh` its first and last policy are loaded, and sampled as often."""
+def analyse(path: Path, num_fresh: int = 0, may_import: bool = False) -> Result:
+    """
+    All numbers of one run; with `num_fresh` its first and last policy are loaded, and sampled as often; `may_import`:
+    whether functions of the user's own, with which the run was trained, may be imported for that.
+    """
     rows = probed_rows(path)
     last = rows[-1]
     if num_fresh:
@@ -255,7 +265,7 @@ def analyse(path: Path, num_fresh: int = 0) -> Result:
     if num_fresh:
         from trl_entropy.experiments.fresh_entropy import entropy_fall
 
-        result["end_point"] = end_point(rows, entropy_fall(path, num_fresh))
+        result["end_point"] = end_point(rows, entropy_fall(path, num_fresh, may_import=may_import))
     return result
 
 
@@ -375,10 +385,11 @@ def main(argv: list[str]) -> None:
         help="completions to draw from the first and from the last policy, to compare with the sum of all changes "
         "(default: 0, none)",
     )
+    add_import_option(parser)
     options = parser.parse_args(argv)
     quiet_libraries()
     try:
-        results = [analyse(path, options.fresh_completions) for path in options.runs]
+        results = [analyse(path, options.fresh_completions, options.import_functions) for path in options.runs]
     except ValueError as error:
         sys.exit(f"Error: {describe(error)}.")
     output = options.output or RunDirectory(options.runs[0]).report_path

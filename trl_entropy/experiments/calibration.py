@@ -29,7 +29,7 @@ from trl_entropy.estimators.statistics.u_statistic import (
     u_statistic_jackknife_estimate,
     u_statistic_variance,
 )
-from trl_entropy.experiments.command import Command
+from trl_entropy.experiments.command import VECTORS_OF_STATE, Command
 from trl_entropy.experiments.output import Numbers
 from trl_entropy.experiments.redraws import Cache, probe_pool, rollout_redraws
 from trl_entropy.experiments.state import FixedState
@@ -295,5 +295,6 @@ COMMAND = Command(
     compute,
     table,
     draw,
+    vectors=lambda checkpoint, options: VECTORS_OF_STATE + 4 * options.u_prompts,
 )
 main = COMMAND.main

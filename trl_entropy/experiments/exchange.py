@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trl_entropy.estimators.control.exchange import ExchangeRecord, mean_over_redraws, ratio_over_blocks
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.command import Command
+from trl_entropy.experiments.command import VECTORS_OF_STATE, Command
 from trl_entropy.experiments.exchange_changes import GROUP_SIZE, NUM_BLOCKS, LargeSet, true_changes
 from trl_entropy.experiments.exchange_steps import MEASURED, METHODS, steps_of_methods
 from trl_entropy.experiments.output import Numbers, with_interval
@@ -37,6 +37,7 @@ from trl_entropy.experiments.redraws import Cache, in_chunks
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ def check(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
         raise ValueError(
             f"--num-completions is {options.num_completions}; use a multiple of {NUM_BLOCKS * GROUP_SIZE}"
         )
-    num_problems, num_prompts = checkpoint.task.num_train_problems, checkpoint.num_prompts_per_step
+    num_problems, num_prompts = task_of(checkpoint.task).num_problems(checkpoint.task), checkpoint.num_prompts_per_step
     if num_problems < num_prompts + options.num_probe:
         raise ValueError(
             f"the run has {num_problems} problems, a redraw takes {num_prompts} of them and --num-probe "
@@ -318,5 +319,6 @@ COMMAND = Command(
     table,
     draw,
     check,
+    lambda checkpoint, options: VECTORS_OF_STATE + 6 * NUM_BLOCKS + len(METHODS),
 )
 main = COMMAND.main

@@ -17,7 +17,9 @@ from trl_entropy.gradients.scores import score
 _START, _END = 3, 4  # second part of a seed, so that the draws are independent of all others
 
 
-def entropy_fall(run: Path, num_completions: int, seed: int = 0) -> tuple[Estimate, Estimate]:
+def entropy_fall(
+    run: Path, num_completions: int, seed: int = 0, may_import: bool = False
+) -> tuple[Estimate, Estimate]:
     """
     Policy entropy (T6) before the first and after the last step, nats per token, each on completions of its own.
 
@@ -28,7 +30,9 @@ def entropy_fall(run: Path, num_completions: int, seed: int = 0) -> tuple[Estima
     Raises:
         ValueError: if the run has no checkpoint of its last step.
     """
-    last = Checkpoint.last_of(run)
+    last = Checkpoint.last_of(run, may_import)
+    if last.warning:
+        print(f"Warning: {last.warning}.", flush=True)
     return (
         fresh_entropy(last.at_start(), num_completions, (seed, _START)),
         fresh_entropy(last, num_completions, (seed, _END)),

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from trl_entropy.engine.adamw_step import metric_of_step, update_parts
 from trl_entropy.estimators.attribution.shares import UpdateProducts, update_products
 from trl_entropy.estimators.rows.row_sums import Rows
-from trl_entropy.experiments.command import Command
+from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.command import VECTORS_OF_STATE, Command
 from trl_entropy.experiments.influence_check import Check, check_by_leaving_out
 from trl_entropy.experiments.output import Numbers
 from trl_entropy.experiments.redraws import Cache, pool_and_entropy
@@ -255,6 +256,12 @@ def draw(result: Result, left: Axes, right: Axes) -> None:
     right.legend(frameon=False)
 
 
+def _vectors(checkpoint: Checkpoint, options: argparse.Namespace) -> int:
+    """The gradients of all completions of U, twice while they are multiplied by the metric, and of some of E."""
+    num_completions = checkpoint.num_prompts_per_step * checkpoint.config["num_generations"]
+    return VECTORS_OF_STATE + 2 * num_completions + 2 * _ROWS_AT_ONCE
+
+
 COMMAND = Command(
     "influence",
     "Which completion of the update batch changes which completion of a probe batch? At one fixed state.",
@@ -265,5 +272,6 @@ COMMAND = Command(
     compute,
     table,
     draw,
+    vectors=_vectors,
 )
 main = COMMAND.main

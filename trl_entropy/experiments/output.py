@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,3 +48,13 @@ def saved_figure(path: Path, size: tuple[float, float], dpi: int = 150) -> Itera
     yield figure
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """`--import_functions`, as `trl-entropy evaluate` has it."""
+    parser.add_argument(
+        "--import_functions",
+        "--import-functions",
+        action="store_true",
+        help="import the files with functions of one's own that the run was trained with, which runs them",
+    )

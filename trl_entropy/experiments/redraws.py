@@ -16,7 +16,6 @@ from tqdm import tqdm
 from trl_entropy.estimators.entropy_change.step_change import point_terms, stacked
 from trl_entropy.estimators.statistics.importance import WeightForm
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
-from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.state import FixedState, Policy
 from trl_entropy.gradients.group_gradients import GroupRows, flat, group_rows
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
@@ -44,13 +43,15 @@ class Cache:
     folder: Path
 
     @classmethod
-    def of(cls, output: Path, checkpoint: Checkpoint, seed: int) -> Cache:
-        """The cache below `output` for one checkpoint (by content) and seed."""
+    def of(cls, output: Path, state: FixedState, seed: int) -> Cache:
+        """The cache below `output` for one checkpoint and its problems and functions (by content) and seed."""
+        checkpoint = state.checkpoint
         digest = hashlib.sha256(str(seed).encode())
         for path in (checkpoint.path / "model.safetensors", checkpoint.path / "optimizer.pt"):
             digest.update(path.read_bytes())
         digest.update(repr(sorted(checkpoint.config.items(), key=lambda item: item[0])).encode())
         digest.update(repr(checkpoint.task).encode())
+        digest.update(repr((sorted(checkpoint.function_files.values()), state.data_fingerprints)).encode())
         return cls(output / f"chunks-{digest.hexdigest()[:12]}")
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:

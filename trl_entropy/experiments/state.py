@@ -22,17 +22,18 @@ from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.rollouts.batch import RolloutBatch, TrainingBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import own_randomness
-from trl_entropy.tasks.completion_functions import reward_functions
+from trl_entropy.tasks.completion_functions import reward_functions, tried
 from trl_entropy.tasks.registry import Wanted, load_task, task_of
 from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
+from trl_entropy.trainer.fingerprints import data_fingerprint
 
 # Settings of the run that decide how it samples and how it steps. Logging, saving and probes are left out.
 # fmt: off
 _KEPT_SETTINGS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "generation_kwargs", "learning_rate", "length_normalizer",
-    "loss_type", "max_completion_length", "max_grad_norm", "min_p", "num_generations", "optim", "optim_args",
-    "repetition_penalty", "reward_weights", "scale_rewards", "seed", "stop_at_answer", "temperature", "top_k",
-    "top_p", "use_cpu", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "chat_template_kwargs", "generation_kwargs", "learning_rate",
+    "length_normalizer", "loss_type", "max_completion_length", "max_grad_norm", "min_p", "multi_objective_aggregation",
+    "num_generations", "optim", "optim_args", "repetition_penalty", "reward_weights", "scale_rewards", "seed",
+    "stop_at_answer", "temperature", "top_k", "top_p", "use_cpu", "weight_decay",
 )
 # fmt: on
 
@@ -49,6 +50,7 @@ class Policy:
     """
 
     def __init__(self, checkpoint: Checkpoint, output_dir: Path, held_out: bool = False) -> None:
+        self.checkpoint = checkpoint
         self.trainer = _build_trainer(checkpoint, output_dir)
         self.args, self.model = self.trainer.args, self.trainer.model
         self.problems = self.trainer.eval_dataset if held_out else self.trainer.train_dataset
@@ -90,12 +92,25 @@ class FixedState(Policy):
         context: the `UpdateContext` before that step.
         rollouts: U, the completions that make the step, drawn on-policy for the loss (T2).
         before, after, update: theta before and after the step, and their difference in float32, by parameter name.
+        data_fingerprints: of the training problems and of the held-out ones.
+        warning: that the problems are not those that the run was trained on; None if they are, as far as is known.
     """
 
     def __init__(self, checkpoint: Checkpoint, output_dir: Path, seed: int) -> None:
+        moments = torch.load(checkpoint.path / "optimizer.pt", weights_only=True, map_location="cpu")
+        if not any(group["lr"] for group in moments["param_groups"]):
+            raise ValueError(
+                f"the learning rate after {checkpoint.path} is 0, as at the end of the run's schedule, so that the "
+                "next step changes nothing; take an earlier checkpoint, or train with lr_scheduler_type=constant"
+            )
         super().__init__(checkpoint, output_dir)
+        self.data_fingerprints = tuple(map(data_fingerprint, (self.trainer.train_dataset, self.trainer.eval_dataset)))
+        trained_on = checkpoint.data_fingerprint()
+        self.warning = None
+        if trained_on not in (None, self.data_fingerprints[0]):
+            self.warning = f"the problems are not those that {checkpoint.path.parent} was trained on"
         optimizer = self.trainer.create_optimizer()
-        optimizer.load_state_dict(torch.load(checkpoint.path / "optimizer.pt", weights_only=True, map_location="cpu"))
+        optimizer.load_state_dict(moments)
         self._take_gradient(checkpoint.num_prompts_per_step, (seed, 0))
         self.engine = PlainEngine(self.trainer.accelerator, self.model, optimizer, self.args.max_grad_norm)
         self.context = UpdateContext(self.engine)
@@ -158,9 +173,11 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> DrGRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
     train_dataset, _ = load_task(checkpoint.task, tokenizer, args.seed)
     eval_dataset = task_of(checkpoint.task).load(checkpoint.task, Wanted("test", None, tokenizer))
+    functions = reward_functions(checkpoint.task)
+    tried(functions, list(train_dataset.select(range(min(3, len(train_dataset))))))
     trainer = DrGRPOTrainer(
         model=str(checkpoint.path),
-        reward_funcs=[one.function for one in reward_functions(checkpoint.task)],
+        reward_funcs=[one.function for one in functions],
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

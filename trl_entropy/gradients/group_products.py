@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from trl_entropy.engine.parameters import trainable_parameters
 from trl_entropy.estimators.noise.noise_scale import GroupProducts, half_advantages
@@ -87,13 +88,14 @@ class MicroBatchNorms:
 
     A s_k is the mean gradient of the micro-batch. Hooks read it where it is added to each parameter's `.grad`, before
     processes are averaged; so model, loss and engine may be any, and the memory is that of the largest parameter.
+    Under FSDP2 gradients arrive at the whole parameters that a module has while it runs, so they are read there.
     Local. One instance serves a run; training stays bit-identical.
     """
 
     def __init__(self, model: nn.Module, num_generations: int) -> None:
-        self._num_generations = num_generations
-        self._parameters = list(trainable_parameters(model).values())
+        self._model, self._num_generations = model, num_generations
         self._sq_norms: list[Tensor] = []
+        self._read: set[tuple[nn.Module, str]] = set()  # where gradients were read under FSDP2
 
     @contextlib.contextmanager
     def micro_batch(self, prompt_index: Int[Tensor, " B"]) -> Iterator[None]:
@@ -104,7 +106,7 @@ class MicroBatchNorms:
                 f"a micro-batch has {counts.tolist()} completions of its prompts: (T15) needs whole groups in each. "
                 "Set per_device_train_batch_size to a multiple of num_generations, or noise_scale_from='groups'"
             )
-        sq_norm = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        sq_norm = torch.zeros((), dtype=torch.float64, device=next(self._model.parameters()).device)
 
         def add(gradient: Tensor) -> None:
             # A sum of squares, not a BLAS product, whose float32 sums of 10^7 numbers are 3e-4 off
@@ -112,13 +114,45 @@ class MicroBatchNorms:
 
         self._sq_norms.append(sq_norm)
         with contextlib.ExitStack() as hooks:
-            for param in self._parameters:
-                hooks.callback(param.register_hook(add).remove)
+            if isinstance(self._model, FSDPModule):
+                self._read_whole_parameters(add, hooks)
+            else:
+                for param in trainable_parameters(self._model).values():
+                    hooks.callback(param.register_hook(add).remove)
             yield
 
+    def _read_whole_parameters(self, add: Callable[[Tensor], None], hooks: contextlib.ExitStack) -> None:
+        """Sets the hooks when a module's forward begins, behind FSDP2's own that gathers; once for each parameter."""
+        found: set[int] = set()
+
+        def watch(module: nn.Module, _: object) -> None:
+            for key, param in module._parameters.items():
+                if param is not None and param.requires_grad:
+                    self._read.add((module, key))
+                    if id(param) not in found:  # recomputing activations runs a module twice
+                        found.add(id(param))
+                        hooks.callback(param.register_hook(add).remove)
+
+        for module in self._model.modules():
+            hooks.callback(module.register_forward_pre_hook(watch).remove)
+
     def finish(self) -> Float[Tensor, " A"]:
-        """The step's norms; may be called inside the last micro-batch, after its backward."""
+        """
+        The step's norms; may be called inside the last micro-batch, after its backward.
+
+        Raises:
+            ValueError: under FSDP2, if a parameter has a gradient and its module's forward never ran.
+        """
         sq_norms, self._sq_norms = torch.stack(self._sq_norms), []
+        if isinstance(self._model, FSDPModule):
+            read = {id(module._parameters[key]) for module, key in self._read}
+            for name, param in trainable_parameters(self._model).items():
+                if param.grad is not None and id(param) not in read:
+                    raise ValueError(
+                        f"the gradient of {name!r} could not be read under FSDP2, since it is used outside of its "
+                        "module's forward: set noise_scale_from='groups', or train with DDP or ZeRO"
+                    )
+            self._read.clear()
         return len(sq_norms) ** 2 * sq_norms
 
 

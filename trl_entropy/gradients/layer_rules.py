@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trl_entropy.engine.parameters import original_class
 from trl_entropy.estimators.rows.row_gradients import Lookups, OuterProducts, RowGradients, WrittenOut
 
 # (a layer of the rule's class, its inputs, the gradients of its outputs) -> the parameter's gradients
@@ -85,7 +86,8 @@ def known_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> li
     for name, module in model.named_modules():
         own = {key: names[id(param)] for key, param in module._parameters.items() if id(param) in names}
         if own:
-            qualified = f"{type(module).__module__}.{type(module).__qualname__}"
+            kind = original_class(module)
+            qualified = f"{kind.__module__}.{kind.__qualname__}"
             rules = _RULES.get(qualified, {})
             if objection := _objection(module, own, rules):
                 raise ValueError(

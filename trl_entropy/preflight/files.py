@@ -7,11 +7,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.models.embedded import build_tokenizer
-from trl_entropy.models.loading import EMBEDDED_MODEL, EMBEDDED_MODELS
+from trl_entropy.models.embedded_agent import build_agent_tokenizer
+from trl_entropy.models.loading import EMBEDDED_AGENT, EMBEDDED_MODELS
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.checkpoints import (
@@ -25,6 +26,11 @@ from trl_entropy.tasks.completion_functions import metric_functions, planned_fun
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
 from trl_entropy.tasks.registry import Wanted, load_task, task_of
 from trl_entropy.trainer.dataset_checks import check_datasets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
 
 def model_files(plan: Plan) -> Findings:
@@ -58,7 +64,7 @@ def positions(plan: Plan) -> Findings:
 def _local_tokenizer(folder: Path, vocab_size: int) -> Findings:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any((folder / name).exists() for name in _OF_TOKENIZERS):
         yield Finding(f"{folder} holds no tokenizer.", "Save it there: tokenizer.save_pretrained(folder).")
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -75,17 +81,27 @@ def dataset(plan: Plan) -> Findings:
     """
     Whether the records that training will read can be read, and are enough for a step and for what probes draw.
 
-    For another machine it is only a note that they are not here. Prompts are counted before those that are too long
-    are dropped, unless the model is the embedded one, whose tokenizer is always here.
+    For another machine it is only a note that they are not here. Where the model's tokenizer is not here, prompts are
+    counted before those that are too long are dropped, and conversations are not tried in its chat template.
     """
 
     def check() -> None:
-        embedded = str(plan.model.model_name_or_path) == EMBEDDED_MODEL
-        problems = load_task(plan.task, build_tokenizer() if embedded else None, plan.args.seed)
+        problems = load_task(plan.task, _tokenizer_here(plan), plan.args.seed)
         check_datasets(plan.args, *problems)
         tried(reward_functions(plan.task) + metric_functions(plan.task), first_rows(plan))
 
     yield from _readable(plan, plan.task, check)
+
+
+def _tokenizer_here(plan: Plan) -> PreTrainedTokenizerBase | None:
+    """That of an embedded model or of a model in a folder; None if there is none."""
+    from transformers import AutoTokenizer
+
+    name = str(plan.model.model_name_or_path)
+    if name in EMBEDDED_MODELS:
+        return build_agent_tokenizer() if name == EMBEDDED_AGENT else build_tokenizer()
+    has_one = any((Path(name) / file).exists() for file in _OF_TOKENIZERS)
+    return AutoTokenizer.from_pretrained(name) if has_one else None
 
 
 def first_rows(plan: Plan) -> list[dict[str, Any]]:

@@ -80,20 +80,19 @@ def draw_rows(
     dataset: Dataset | ConcatDataset, num_prompts: int, exclude: Collection[str], seed: tuple[int, ...]
 ) -> list[dict[str, Any]]:
     """
-    Rows of `dataset` with distinct prompts outside `exclude`, drawn with a random generator of their own; equal on all
-    ranks. Their `prompt` has the row's images in it.
+    Rows of `dataset` with distinct prompts (see [`prompt_of`]) outside `exclude`, drawn with a random generator of
+    their own; equal on all ranks.
 
     Raises:
         ValueError: if the dataset has too few other prompts.
     """
     chosen: list[dict[str, Any]] = []
     taken = set(exclude)
-    for row in np.random.default_rng(seed).permutation(len(dataset)).tolist():
-        found = dataset[row]
-        prompt = prompt_of(found)
-        if prompt_key(prompt) not in taken:
-            taken.add(prompt_key(prompt))
-            chosen.append({**found, "prompt": prompt})
+    for number in np.random.default_rng(seed).permutation(len(dataset)).tolist():
+        row = dataset[number]
+        if (key := prompt_key(prompt_of(row))) not in taken:
+            taken.add(key)
+            chosen.append(row)
         if len(chosen) == num_prompts:
             return chosen
     raise ValueError(

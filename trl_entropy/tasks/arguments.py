@@ -98,8 +98,9 @@ class TaskArguments:
     metric_funcs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Functions as reward_funcs, of which nothing is trained: their values are logged as metrics/NAME, "
-            "stand in the tables of completions, and are evaluated."
+            "help": "Functions as reward_funcs, of which nothing is trained: their values stand in the tables of "
+            "completions and are evaluated; metrics/NAME/mean, mean_stderr (over prompts) and std are of training's "
+            "completions, probe_mean, probe_mean_stderr and probe_std of those that the entropy probe measures on."
         },
     )
     metric_kwargs: dict | str | None = field(

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_entropy.tasks import rewards
+from trl_entropy.tasks import rewards, script
 from trl_entropy.tasks.named import Named, described, files_of, line_of, named, with_settings
 
 if TYPE_CHECKING:
@@ -85,44 +85,68 @@ class CompletionFunction(NamedTuple):
             more: what else TRL gives to reward functions: `trainer_state`, `environments`.
 
         Raises:
-            ValueError: naming the function and, where it can be told, the line; also for what is no list of numbers.
+            ValueError: naming the function, where it can be told the line, and the first completion on which it fails
+                when it is called with that one alone; also for what is no list of numbers.
         """
         assert callable(self.function), "a reward model is called by the trainer alone"
+        try:
+            given = self._given(rows, completions, completion_ids, more)
+        except Exception as error:
+            where = self.name if self.named is None else line_of(error, self.named)
+            which = self._first_that_fails(rows, completions, completion_ids, more)
+            raise ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}{which}") from error
+        return self._numbers(given, completions)
+
+    def _given(
+        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], more: Mapping[str, Any]
+    ) -> Any:
+        """What the function returns; it is awaited."""
+        assert callable(self.function)
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
-        quiet = {
+        quiet: dict[str, Any] = {
             "log_metric": _log_nothing,
             "log_extra": _log_nothing,
             "trainer_state": None,
             "environments": None,
-        } | more
-        try:
-            given = self.function(
-                prompts=[row["prompt"] for row in rows],
-                completions=list(completions),
-                completion_ids=list(completion_ids),
-                **(columns | quiet),
-            )
-            if inspect.iscoroutine(given):
-                with ThreadPoolExecutor(1) as other:  # a notebook's own thread has a loop already
-                    given = other.submit(asyncio.run, given).result()
-        except Exception as error:
-            where = self.name if self.named is None else line_of(error, self.named)
-            raise ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}") from error
-        return self._numbers(given, len(completions))
+        }
+        given = self.function(
+            prompts=[row["prompt"] for row in rows],
+            completions=list(completions),
+            completion_ids=list(completion_ids),
+            **{**columns, **quiet, **more},
+        )
+        if inspect.iscoroutine(given):
+            with ThreadPoolExecutor(1) as other:  # a notebook's own thread has a loop already
+                return other.submit(asyncio.run, given).result()
+        return given
 
-    def _numbers(self, given: object, expected: int) -> list[float]:
+    def _first_that_fails(
+        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], more: Mapping[str, Any]
+    ) -> str:
+        for row, completion, ids in zip(rows, completions, completion_ids, strict=True):
+            try:
+                self._given([row], [completion], [ids], {**more, "environments": None})
+            except Exception:
+                return f", for the completion {completion!r:.200}"
+        return ""
+
+    def _numbers(self, given: object, completions: Sequence[Any]) -> list[float]:
         values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
-        if values is None or len(values) != expected:
+        if values is None or len(values) != len(completions):
             found = f"{given!r:.80}" if values is None else f"{len(values)} of them"
             raise ValueError(
-                f"{self.kind} function {self.short} must return a list of {expected} numbers, one a completion; it "
-                f"returned {found}"
+                f"{self.kind} function {self.short} must return a list of {len(completions)} numbers, one a "
+                f"completion; it returned {found}"
             )
+        return [self._number(value, completion) for value, completion in zip(values, completions, strict=True)]
+
+    def _number(self, value: Any, completion: Any) -> float:
         try:
-            return [math.nan if value is None else float(value) for value in values]
+            return math.nan if value is None else float(value)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{self.kind} function {self.short} must return numbers; it returned {given!r:.120}"
+                f"{self.kind} function {self.short} must return numbers; it returned {value!r:.80} for the completion "
+                f"{completion!r:.200}"
             ) from None
 
 
@@ -137,6 +161,8 @@ def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
     Raises:
         ValueError: in one line, for a name, a file or a keyword setting that does not fit.
     """
+    if task.task == script.SCRIPT:
+        return _of_script("reward", script.parts_of(str(task.dataset_name)).reward_funcs)
     if not task.reward_funcs:
         raise ValueError(f"reward_funcs is empty; name a function, such as {', '.join(SHIPPED)}.")
     return _functions("reward", task.reward_funcs, task.reward_kwargs)
@@ -144,7 +170,30 @@ def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
 
 def metric_functions(task: TaskArguments) -> list[CompletionFunction]:
     """The run's metric functions, as [`reward_functions`]."""
+    if task.task == script.SCRIPT:
+        return _of_script("metric", script.parts_of(str(task.dataset_name)).metric_funcs)
     return _functions("metric", task.metric_funcs, task.metric_kwargs)
+
+
+def check_functions(task: TaskArguments) -> None:
+    """
+    Import the run's functions, and check that each has a name of its own and that `pass_reward` is one of them.
+
+    Raises:
+        ValueError: as [`reward_functions`], and where one is not so.
+    """
+    rewards_of_run, metrics = reward_functions(task), metric_functions(task)
+    if both := {one.short for one in rewards_of_run} & {one.short for one in metrics}:
+        raise ValueError(
+            f"metric_funcs: {', '.join(sorted(both))} is a reward function too, and the tables of completions have a "
+            "column for each; rewards are evaluated without being named here"
+        )
+    if task.pass_reward is not None:
+        passing(task, rewards_of_run)
+
+
+def _of_script(kind: str, functions: Mapping[str, Callable[..., Any] | str]) -> list[CompletionFunction]:
+    return [CompletionFunction(name, name, function, None, kind) for name, function in functions.items()]
 
 
 def _functions(kind: str, names: Sequence[str], given: object) -> list[CompletionFunction]:
@@ -209,6 +258,31 @@ def training_files(task: TaskArguments) -> dict[str, str]:
 def by_file_name(files: Mapping[str, str]) -> dict[str, str]:
     """Without the folders, so that files may be moved."""
     return {Path(file).name: digest for file, digest in files.items()}
+
+
+def import_functions(run: Path, task: TaskArguments, before: Mapping[str, str], may_import: bool) -> str | None:
+    """
+    Import the functions of the user's own that a run was trained with, if that was asked for.
+
+    Args:
+        before: their files when the run began, with their hashes: `function_files` of its `config.yaml`.
+
+    Returns:
+        What has changed in their files since; None if nothing has.
+
+    Raises:
+        ValueError: when there are some and it was not asked for, or they cannot be imported.
+    """
+    own = task.own_functions()
+    if own and not may_import:
+        raise ValueError(
+            f"{run} was trained with functions of one's own: {', '.join(own)}. They must be imported, which runs "
+            "these files: add --import_functions if you trust them"
+        )
+    for name, setting in own.items():
+        script.parts_of(name) if task.task == script.SCRIPT else named(setting, name, {})
+    changed = [file for file, digest in files_of(own).items() if before.get(file, digest) != digest]
+    return f"{', '.join(changed)} is not what it was when the run began" if changed else None
 
 
 class Trial(NamedTuple):

@@ -20,6 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# How the names of files end that hold rows and no functions.
+DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip")
+
 
 @dataclass(frozen=True)
 class Named:
@@ -44,7 +47,7 @@ class Named:
 
 def is_of_user(name: str) -> bool:
     """Whether a name stands for a file or a module to import, and for nothing that this package or TRL ships."""
-    return ":" in name or ("." in name and "/" not in name)
+    return ":" in name or ("." in name and "/" not in name and Path(name).suffix.lower() not in DATA_FILES)
 
 
 def absolute(name: str) -> str:
@@ -157,9 +160,12 @@ def with_settings(setting: str, one: Named, given: Mapping[str, Any], called_wit
     if not callable(one.value):
         raise ValueError(f"{setting}: {one.name} is no function, it is {one.value!r:.80}.")
     takes = _parameters(one.value)
-    if unknown := [name for name in given if not _takes(takes, name)]:
-        raise ValueError(f"{setting}: {one.name} takes no {unknown[0]!r}; it takes {', '.join(takes) or 'nothing'}.")
-    if not inspect.isclass(one.value) and _takes(takes, called_with):
+    is_called = not inspect.isclass(one.value) and _takes(takes, called_with)
+    # The **kwargs of what is called are for TRL's columns; a setting is a parameter of its own, or a misspelt one.
+    if unknown := [name for name in given if not (name in takes if is_called else _takes(takes, name))]:
+        own = [name for name, one in takes.items() if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+        raise ValueError(f"{setting}: {one.name} takes no {unknown[0]!r}; it takes {', '.join(own) or 'nothing'}.")
+    if is_called:
         return _keeping_name(functools.partial(one.value, **given), one.short) if given else one.value
     try:
         made = one.value(**given)

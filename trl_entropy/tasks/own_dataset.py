@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy.tasks.named import Named, described, is_of_user, line_of, named
-from trl_entropy.tasks.prompts import Prompt, short_enough
+from trl_entropy.tasks.named import DATA_FILES, Named, described, is_of_user, line_of, named
+from trl_entropy.tasks.prompts import Prompt, check_conversations, prompt_id, short_enough
 from trl_entropy.tasks.r1_template import format_prompt
 
 if TYPE_CHECKING:
@@ -39,7 +38,8 @@ def load_own_dataset(task: TaskArguments, split: str, tokenizer: PreTrainedToken
 
     Args:
         split: `"train"` or `"test"`; [`TaskArguments`] has their names in the dataset.
-        tokenizer: counts the tokens of prompts, if there is a `max_prompt_length`; None: none is dropped.
+        tokenizer: has the chat template of conversations, and counts the tokens of prompts, if there is a
+            `max_prompt_length`; None: none is dropped.
 
     Raises:
         OSError: when a file or a dataset of the hub cannot be read.
@@ -57,6 +57,8 @@ def load_own_dataset(task: TaskArguments, split: str, tokenizer: PreTrainedToken
         raise ValueError(
             f"{task.dataset_name}: no row is left for {'training' if split == 'train' else 'evaluation'}."
         )
+    if tokenizer is not None:
+        check_conversations(dataset["prompt"], tokenizer)
     return short_enough(dataset, task.max_prompt_length, tokenizer)
 
 
@@ -71,7 +73,8 @@ def is_on_the_hub(name: str) -> bool:
 
 
 def _looks_like_hub(name: str) -> bool:
-    return name.count("/") <= 1 and not is_of_user(name) and not name.startswith((".", "~", "/"))
+    is_file = Path(name).suffix.lower() in DATA_FILES
+    return name.count("/") <= 1 and not is_file and not is_of_user(name) and not name.startswith((".", "~", "/"))
 
 
 # ---- reading
@@ -101,7 +104,7 @@ def _file(path: Path) -> Dataset:
     if reader is None:
         raise ValueError(f"dataset_name: {path} ends in none of {', '.join(_READERS)}.")
     if reader == "json":
-        return Dataset.from_list(_json_rows(path))
+        return _of_rows(_json_rows(path), str(path))
     import pandas as pd
 
     try:
@@ -113,6 +116,20 @@ def _file(path: Path) -> Dataset:
         raise
     except Exception as error:  # pyarrow and pandas have errors of their own
         raise ValueError(f"dataset_name: {path} cannot be read: {described(error)}.") from error
+
+
+def _of_rows(rows: list[Row], where: str) -> Dataset:
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # of pyarrow
+        kinds = {name: {type(row.get(name)).__name__ for row in rows} - {"NoneType"} for name in rows[0]}
+        mixed = next((name for name, found in kinds.items() if len(found) > 1), None)
+        which = "" if mixed is None else f" Column {mixed!r} has {' and '.join(sorted(kinds[mixed]))}."
+        raise ValueError(
+            f"dataset_name: {where}: each column must have values of one kind ({described(error)}).{which}"
+        ) from error
 
 
 def _json_rows(path: Path) -> list[Row]:
@@ -193,7 +210,7 @@ def _from_function(task: TaskArguments, split: str) -> tuple[Dataset, bool]:
     one = named("dataset_name", str(task.dataset_name), {})
     found = _called("dataset_name", one, split)
     if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
-        found = Dataset.from_list(found)
+        found = _of_rows(found, one.name)
     if not isinstance(found, Dataset):
         raise ValueError(
             f"dataset_name: {one.name}({split!r}) returned {found!r:.80}; a datasets.Dataset or a list of dicts is "
@@ -220,8 +237,14 @@ def _prepared(dataset: Dataset, task: TaskArguments) -> Dataset:
     template = _template(task.prompt_template)
     rows = list(dataset)
     prompts = [_checked(template(row | {"prompt": row.get(task.prompt_column)}), row, task) for row in rows]
+    if len({type(prompt) for prompt in prompts}) > 1:
+        text, talk = (next(one for one in prompts if isinstance(one, kind)) for kind in (str, list))
+        raise ValueError(
+            f"prompt_column: some prompts are texts, such as {text!r:.80}, and some conversations, such as "
+            f"{talk!r:.80}; prompt_template: chat makes conversations of all."
+        )
     kept = [name for name in dataset.column_names if name not in (task.prompt_column, "prompt", "prompt_id")]
-    columns = {"prompt": prompts, "prompt_id": [_prompt_id(prompt) for prompt in prompts]}
+    columns = {"prompt": prompts, "prompt_id": [prompt_id("dataset", prompt) for prompt in prompts]}
     if task.answer_column in dataset.column_names:
         columns["answer"] = dataset[task.answer_column]
         kept = [name for name in kept if name not in (task.answer_column, "answer")]
@@ -288,12 +311,6 @@ def _checked(prompt: object, row: Row, task: TaskArguments) -> Prompt:
         f"{', of which prompt_template r1 takes a text' if task.prompt_template == 'r1' else ''}; this one is "
         f"{prompt if prompt is not None else row.get(task.prompt_column)!r:.120}, of the row {_shown(row)}."
     )
-
-
-def _prompt_id(prompt: Prompt) -> str:
-    """An id that depends on the prompt alone, so that filters and the order of rows do not change it."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-    return f"dataset/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _is_held_out(prompt_id: str) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from trl_entropy.tasks.named import described
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,9 +43,25 @@ def rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) 
     if not tokenizer.chat_template:
         raise ValueError(
             f"a prompt is a conversation, {prompt!r:.120}, but the tokenizer has no chat template. Use a model that "
-            "was taught to chat, or prompts that are texts (prompt_template)."
+            "was taught to chat (of the embedded ones embedded-agent), or a prompt_template that makes texts."
         )
-    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs))
+    try:
+        return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs))
+    except Exception as error:  # of the template, which is the model's, and of jinja
+        raise ValueError(f"the model's chat template refuses {prompt!r:.120}: {described(error)}.") from error
+
+
+def check_conversations(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` if the first conversation among the prompts cannot be given to the model."""
+    first = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+    if first is not None:
+        rendered(first, tokenizer)
+
+
+def prompt_id(task: str, prompt: Prompt) -> str:
+    """An id that depends on the prompt alone, so that filters and the order of rows do not change it."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    return f"{task}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def short_enough(dataset: Dataset, longest: int | None, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_entropy.tasks import calculator, gsm8k, own_dataset, word_problems
+from trl_entropy.tasks import calculator, gsm8k, own_dataset, script, word_problems
 from trl_entropy.tasks.arguments import TaskArguments
-from trl_entropy.tasks.named import named
+from trl_entropy.tasks.named import Named, described, named
+from trl_entropy.tasks.prompts import check_conversations
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -153,8 +154,8 @@ class OwnDataset(Task):
     def episodes(self, args: TaskArguments) -> Episodes:
         factory = args.environment_factory
         return Episodes(
-            [named("tools", name, {}).value for name in args.tools],
-            None if factory is None else named("environment_factory", factory, {}).value,
+            [tool_of(named("tools", name, {})) for name in args.tools],
+            None if factory is None else _maker(named("environment_factory", factory, {})),
         )
 
     def has_episodes(self, args: TaskArguments) -> bool:
@@ -173,12 +174,59 @@ class OwnDataset(Task):
         return True
 
 
+class Script(Task):
+    """The problems of the trainer that a script of the user's own makes; `dataset_name` is the function's name."""
+
+    most_by_default = None
+
+    def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
+        dataset = script.load_script(self.source(args), wanted.split)
+        if wanted.tokenizer is not None:
+            check_conversations(dataset["prompt"], wanted.tokenizer)
+        return _first(dataset, wanted.most)
+
+    def num_problems(self, args: TaskArguments) -> int:
+        return len(self.load(args, Wanted("train", None)))
+
+    def has_episodes(self, args: TaskArguments) -> bool:
+        return script.parts_of(self.source(args)).has_episodes
+
+    def source(self, args: TaskArguments) -> str:
+        return str(args.dataset_name)
+
+
 TASKS: dict[str, Task] = {
     "word_problems": WordProblems(),
     "gsm8k": GSM8K(),
     "calculator": Calculator(),
     "dataset": OwnDataset(),
+    script.SCRIPT: Script(),
 }
+
+
+def tool_of(one: Named) -> Callable[..., Any]:
+    """
+    A function that the policy may call.
+
+    Raises:
+        ValueError: when it cannot be told to the model what it does and takes.
+    """
+    from transformers.utils import get_json_schema
+
+    try:
+        get_json_schema(one.value)
+    except Exception as error:  # transformers has one of its own for a docstring, and others come from the function
+        raise ValueError(
+            f"tools: {one.name} needs a docstring that describes it and each argument, and type hints: "
+            f"{described(error)}."
+        ) from error
+    return one.value
+
+
+def _maker(one: Named) -> Callable[[], Any]:
+    if not callable(one.value):
+        raise ValueError(f"environment_factory: {one.name} is no class or function, it is {one.value!r:.80}.")
+    return one.value
 
 
 def check_task(task: TaskArguments, model: str, evaluate_checkpoints: str) -> None:
@@ -186,8 +234,8 @@ def check_task(task: TaskArguments, model: str, evaluate_checkpoints: str) -> No
     Check that the settings of the task are there, and that its episodes can be drawn.
 
     Raises:
-        ValueError: for a dataset without a name, an embedded model that was not taught to call, and evaluations of
-            episodes, which draw single turns.
+        ValueError: for a dataset without a name, tools that cannot be imported or described, an embedded model that
+            was not taught to call, and evaluations of episodes, which draw single turns.
     """
     if task.task == "dataset" and not task.dataset_name:
         raise ValueError(
@@ -195,6 +243,7 @@ def check_task(task: TaskArguments, model: str, evaluate_checkpoints: str) -> No
         )
     if not task_of(task).has_episodes(task):
         return
+    task_of(task).episodes(task)
     if model == "embedded":
         raise ValueError(
             f"task is {task.task}, with tools, but the embedded model calls none. Set model_name_or_path: "

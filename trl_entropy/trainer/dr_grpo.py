@@ -49,7 +49,7 @@ from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
 from trl_entropy.trainer.completion_values import CompletionValues, have_ended
 from trl_entropy.trainer.dataset_checks import check_datasets
-from trl_entropy.trainer.metric_functions import MetricFunction, MetricFunctions
+from trl_entropy.trainer.metric_functions import MetricFunction, MetricFunctions, MetricsOfProbe
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
@@ -101,6 +101,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         self._stop_on_signal = StopOnSignal()
         own = [self.run_log, self._stop_on_signal, self.probe_runner, self._step_log, *_toggled(args)]
+        own += [MetricsOfProbe(metric_funcs)] if metric_funcs else []
         if args.evaluate_checkpoints != "none":
             own.append(self._checkpoint_evaluation(args))
         if isinstance(model, str) and model in EMBEDDED_MODELS:
@@ -111,13 +112,15 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.step_prompts = StepPrompts(
             most_generations(args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations)
         )
-        self.probe_batches = ProbeBatches(self, self.step_prompts)
+        self._metric_functions = MetricFunctions(self, metric_funcs)
+        self.metric_funcs = self._metric_functions.functions
+        self.probe_batches = ProbeBatches(self, self.step_prompts, self._metric_functions)
         files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
         self.probe_runner.attach(self, self.probe_batches, files)
         self.probe_runner.check_model()
         self._step_log.attach(self)
-        self._metric_functions = MetricFunctions(self, metric_funcs)
-        self.completion_values = CompletionValues(self.reward_func_names, self._metric_functions.names)
+        metric_names = [function.short for function in self._metric_functions.functions]
+        self.completion_values = CompletionValues(self.reward_func_names, metric_names)
         self.completion_values.take_from(self.probe_runner.probes())
         self._token_control = None
         if args.token_control != "none":
@@ -287,6 +290,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             "raw_advantages": batch["advantages"],
             "length_scale": torch.ones_like(batch["advantages"]),
         }
+        values = self._metric_functions.values
+        if values is not None and len(values) == num_rows and not self.args.resample_uninformative_groups:
+            added["metric_values"] = values
         return cast(TrainingBatch, batch | added)
 
     def _local_rows(self, num_rows: int) -> slice:

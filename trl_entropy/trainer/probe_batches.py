@@ -19,10 +19,11 @@ from trl.data_utils import is_conversational
 
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.rollouts.completions import Completions
-from trl_entropy.rollouts.drawing import draw_rows, has_images, own_randomness, pack_completions
+from trl_entropy.rollouts.drawing import draw_rows, has_images, own_randomness, pack_completions, prompt_of
 from trl_entropy.rollouts.generation import generating_with_the_model
 from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, IMAGE_KEYS, PixelInputs
 from trl_entropy.trainer.completion_values import have_ended, scoring_leaves_no_trace
+from trl_entropy.trainer.metric_functions import MetricFunctions
 from trl_entropy.trainer.step_prompts import StepPrompts
 
 
@@ -36,10 +37,13 @@ class ProbeBatches:
     Args:
         trainer: the trainer whose policy, datasets and generation are used.
         step_prompts: the prompts of the present step, which a draw of held-out prompts leaves out.
+        metrics: the metric functions, which are called on the completions of [`draw`].
     """
 
-    def __init__(self, trainer: GRPOTrainer, step_prompts: StepPrompts) -> None:
-        self._trainer, self._step_prompts = trainer, step_prompts
+    def __init__(
+        self, trainer: GRPOTrainer, step_prompts: StepPrompts, metrics: MetricFunctions | None = None
+    ) -> None:
+        self._trainer, self._step_prompts, self._metrics = trainer, step_prompts, metrics
 
     def draw(
         self, num_prompts: int, source: str, step: int, sampler: str = "model", with_values: bool = False
@@ -55,10 +59,11 @@ class ProbeBatches:
         rows = draw_rows(dataset, num_prompts, exclude, (seed, step))[rank * share : (rank + 1) * share]
         own_sampler = generating_with_the_model(trainer) if sampler == "model" else contextlib.nullcontext()
         with own_sampler:
-            drawn = self._draw([row["prompt"] for row in rows], (seed, step, rank), rank * share)
+            drawn = self._draw(list(map(prompt_of, rows)), (seed, step, rank), rank * share)
+        packed = drawn.packed if self._metrics is None else self._metrics.added_to(drawn.packed, rows)
         if with_values and trainer.completion_values.keys:
-            return replace(drawn.packed, values=self._values(rows, drawn))
-        return drawn.packed
+            packed = replace(packed, values=self._values(rows, drawn))
+        return packed
 
     def check_alike(self) -> None:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
@@ -110,7 +115,7 @@ class ProbeBatches:
     def _values(self, rows: list[dict[str, Any]], drawn: _Drawn) -> dict[str, torch.Tensor]:
         """What the probes measure the change of: rewards and metrics as training computes them. Collective."""
         trainer, values, ids = self._trainer, self._trainer.completion_values, drawn.completion_ids
-        prompts = [row["prompt"] for row in rows]
+        prompts = list(map(prompt_of, rows))
         completions = drawn.episodes or _as_messages(trainer, prompts, drawn.prompt_ids, ids)
         given = [
             row | {name: column[place] if isinstance(column, list) else column for name, column in drawn.more.items()}

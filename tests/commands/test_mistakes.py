@@ -1,0 +1,122 @@
+"""Mistakes that a new user makes in names, columns and functions: each is one line, before a model is loaded."""
+
+import json
+
+import pytest
+import yaml
+
+from trl_entropy import doctor, train
+
+ROWS = [{"question": f"What is {i} + 1?", "solution": str(i + 1), "level": i % 2} for i in range(40)]
+TALKS = [{"question": [{"role": "user", "content": row["question"]}]} for row in ROWS]
+FUNCTIONS = """def right(prompts, completions, answer, most=3, **kwargs):
+    return [float(one in text) for one, text in zip(answer, completions)]
+def key(prompts, completions, key, **kwargs):
+    return [float(one in text) for one, text in zip(key, completions)]
+def dividing(prompts, completions, **kwargs):
+    return [1 / len(text) for text in completions]
+def one(prompts, completions, **kwargs):
+    return [1.0]
+def words(prompts, completions, **kwargs):
+    return ["good" for _ in completions]
+def of_texts(texts):
+    return [1.0 for _ in texts]
+def hard(row):
+    return row["levl"] > 1
+def nothing(row):
+    return None
+def add(a, b):
+    return a + b
+number = 3
+"""
+SETTINGS = {
+    "dataset_name": "rows.jsonl", "prompt_column": "question", "answer_column": "solution", "prompt_template": "r1",
+    "reward_funcs": ["mine.py:right"], "model_name_or_path": "embedded", "output_dir": "run", "use_cpu": True,
+    "bf16": False, "num_prompts_per_step": 4, "num_generations": 4, "per_device_train_batch_size": 16, "max_steps": 1,
+}  # fmt: skip
+
+MISTAKES = {
+    "a setting": ({"dataset_nam": "rows.jsonl"}, "dataset_nam"),
+    "no file": ({"dataset_name": "row.jsonl"}, "dataset_name: there is no file or folder row.jsonl"),
+    "a kind of file": ({"dataset_name": "mine.py"}, "ends in none of .jsonl, .json, .csv"),
+    "a broken file": ({"dataset_name": "cut.jsonl"}, "cut.jsonl, line 2: not JSON"),
+    "a folder without splits": ({"dataset_name": "."}, "has no split 'train', it has cut, mixed, rows, talks"),
+    "the prompts' column": ({"prompt_column": "quetion"}, "prompt_column: rows.jsonl has no column 'quetion'; its"),
+    "the answers' column": ({"answer_column": "key"}, "answer_column: rows.jsonl has no column 'key'"),
+    "no prompts": ({"prompt_column": "level"}, "a prompt must be a text or a list of messages"),
+    "a template": ({"prompt_template": "r2"}, "prompt_template: there is no 'r2'; use none, r1, chat,"),
+    "a template's function": ({"prompt_template": "mine.py:nothing"}, "a prompt must be a text or a list of messages"),
+    "a filter": ({"dataset_filter": "mine.py:hard"}, "mine.py, line 14: KeyError: 'levl'"),
+    "a filter of all": ({"dataset_filter": "mine.py:nothing"}, "rows.jsonl has no rows after dataset_filter"),
+    "texts and conversations": (
+        {"dataset_name": "mixed.jsonl", "prompt_template": "none"},
+        "each column must have values of one kind",
+    ),
+    "conversations": (
+        {"dataset_name": "talks.jsonl", "prompt_template": "none", "answer_column": "answer",
+         "reward_funcs": ["mine.py:dividing"]},
+        "the tokenizer has no chat template. Use a model that was taught to chat",
+    ),
+    "too few rows": ({"num_prompts_per_step": 64}, "but a step draws 64 different prompts"),
+    "a file of functions": ({"reward_funcs": ["min.py:right"]}, "min.py (seen from "),
+    "a function": ({"reward_funcs": ["mine.py:rigth"]}, "has no 'rigth'; it has right, key"),
+    "a shipped function": ({"reward_funcs": ["tag_perf"]}, "there is no 'tag_perf'; is tag_pref meant?"),
+    "a broken file of functions": ({"reward_funcs": ["broken.py:right"]}, "broken.py, line 1: SyntaxError"),
+    "no function": ({"reward_funcs": ["mine.py:number"]}, "mine.py:number is no function, it is 3"),
+    "its arguments": ({"reward_funcs": ["mine.py:of_texts"]}, "TypeError: of_texts() missing 1 required"),
+    "a column that it needs": ({"reward_funcs": ["mine.py:key"]}, "missing 1 required positional argument: 'key'"),
+    "an error in it": ({"reward_funcs": ["mine.py:dividing"]}, "mine.py, line 6: ZeroDivisionError"),
+    "how many it returns": ({"reward_funcs": ["mine.py:one"]}, "must return a list of 3 numbers, one a completion"),
+    "what it returns": ({"reward_funcs": ["mine.py:words"]}, "reward function words must return numbers"),
+    "its settings": ({"reward_kwargs": {"right": {"mots": 2}}}, "takes no 'mots'; it takes prompts, completions, ans"),
+    "whose settings": ({"reward_kwargs": {"wrong": {"most": 2}}}, "'wrong' is none of reward_funcs, which are right"),
+    "weights": ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers, reward_funcs 1"),
+    "a metric": ({"metric_funcs": ["mine.py:words"]}, "metric function words must return numbers"),
+    "a metric that is a reward": ({"metric_funcs": ["mine.py:right"]}, "right is a reward function too"),
+    "what passes": ({"pass_reward": "correct"}, "pass_reward is 'correct', and names none of the functions right"),
+    "a tool": ({"tools": ["mine.py:add"], "model_name_or_path": "embedded-agent"}, "needs a docstring that describes"),
+    "tools without a model": ({"tools": ["mine.py:sum_of"]}, "has no 'sum_of'; it has right"),
+    "an environment": ({"environment_factory": "mine.py:number"}, "is no class or function, it is 3"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A new user's folder; loading a model fails the test."""
+    lines = {
+        "rows": ROWS,
+        "talks": TALKS,
+        "mixed": [{**ROWS[0]}, *TALKS],
+    }
+    for name, rows in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "cut.jsonl").write_text('{"question": "a"}\n{"question": ')
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    (tmp_path / "broken.py").write_text("def right(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_say_preflight", lambda *_: None)
+    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was about to be loaded"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("change, said", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_of_train(folder, change, said):
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | change))
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--config", "mine.yaml"])
+    line = str(ended.value)
+    assert said in line and line.startswith("Error") and "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["no file", "conversations", "an error in it", "a metric that is a reward", "a tool"])
+def test_it_is_a_problem_of_doctor(folder, name):
+    change, said = MISTAKES[name]
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | change))
+    _, found = doctor.diagnose(*doctor._options().parse_known_args(["--config", "mine.yaml"]))
+    assert any(said in finding.text for finding in found if finding.is_problem), found
+
+
+def test_without_a_mistake_a_model_would_be_loaded(folder):
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS))
+    with pytest.raises(pytest.fail.Exception, match="about to be loaded"):
+        train.main(["--config", "mine.yaml"])
