@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trl_entropy.config.command_line import parse
+from trl_entropy.config.quantities import keys_of_quantities
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.config.settings_file import one_line, sentence
 from trl_entropy.models.loading import (
@@ -57,6 +58,8 @@ def build_trainer(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -
     train_dataset, eval_dataset = load_task(task, tokenizer_of(args, model), args.seed)
     check_datasets(args, train_dataset, eval_dataset)
     functions, metrics = reward_functions(task), metric_functions(task)
+    if args.change_of is not None:  # a wrong name ends here, before a model is loaded
+        keys_of_quantities(args.change_of, [one.short for one in functions], [one.short for one in metrics])
     episodes = task_of(task).episodes(task)
     tried(functions + metrics, list(train_dataset.select(range(min(3, len(train_dataset))))))
     policy, tokenizer = load_policy(args, model)

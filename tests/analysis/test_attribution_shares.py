@@ -13,6 +13,7 @@ from trl_entropy.analysis.attribution import (
     categories,
     most_moving_tokens,
     outcome_text,
+    prices,
     ranked_prompts,
     shares,
 )
@@ -80,6 +81,37 @@ def test_interval_is_the_estimators_where_the_share_is_known(spread_of_a_step):
     assert (row["low"], row["high"]) == pytest.approx(record.share_interval("a"), rel=1e-8)
     assert (row["change_low"], row["change_high"]) == pytest.approx(record.change("a").interval(), rel=1e-8)
     assert row["change"] == pytest.approx(record.change("a").value) and row["token_share"] == 0.5
+
+
+def test_prices_are_those_that_training_logs():
+    """Planted 0.5 nats per token lost for a unit of reward by category a: the numbers of `PriceRecord`."""
+    import torch
+
+    from trl_entropy.probes.prices import PriceRecord
+
+    generator, record, rows = np.random.default_rng(0), PriceRecord(["a", "b"]), []
+    for step in range(5):
+        earned = generator.normal([0.4, 0.6], 0.2, (30, 2))
+        change = -0.5 * earned + generator.normal(0.0, 0.02, (30, 2))
+        logged = record.add(torch.tensor(change), torch.tensor(earned), torch.tensor([30, 30]))
+        rows += [
+            {"step": step, "prompt_index": prompt, "attribution": change[prompt, i],
+             "attribution_reward": earned[prompt, i], "kind": kind}
+            for prompt in range(30) for i, kind in enumerate("ab")
+        ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    found = prices(table, table["kind"].astype("category"))
+    assert list(found.index) == ["a", "b", "all"]
+    for name, row in found.iterrows():
+        assert row["price"] == pytest.approx(logged[f"reward/price_{name}"]) == pytest.approx(0.5, abs=0.02)
+        ends = [logged[f"reward/price_{name}_{end}"] for end in ("low", "high")]
+        assert (row["low"], row["high"]) == pytest.approx(ends, rel=1e-8)
+        ends = [logged[f"reward/mean_delta_{name}_{end}"] for end in ("low", "high")]
+        assert (row["earned_low"], row["earned_high"]) == pytest.approx(ends, rel=1e-8)
+    again = PriceRecord(["a", "b"])
+    again.load_state_dict(record.state_dict())
+    more = [torch.ones(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64), torch.tensor([3, 3])]
+    assert again.add(*more) == record.add(*more)
 
 
 OF_EVERY_RUN = [name for name in BY if not name.startswith("outcome") and name not in ("turn", "kind")]

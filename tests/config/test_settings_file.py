@@ -263,7 +263,7 @@ STEP = {"num_prompts_per_step": 4, "num_generations": 4, "per_device_train_batch
 def unread_by(reader):
     """A value of the toggle with which it does not read the setting."""
     choices = own_settings(DrGRPOConfig)[reader.toggle].choices or (None,)
-    return next(choice for choice in choices if choice not in (*reader.values, "none"))
+    return next((choice for choice in choices if choice not in (*reader.values, "none")), "none")
 
 
 @pytest.mark.parametrize("name", SECOND_LEVEL)
@@ -287,7 +287,7 @@ def test_every_setting_whose_help_names_a_value_of_another_is_read_with_it():
     assert set(SECOND_LEVEL) == {
         "entropy_control_gain", "entropy_control_gradient_ema", "entropy_control_num_completions",
         "entropy_prediction", "entropy_probe_num_completions", "entropy_probe_sampler", "probe_precision",
-        "token_control_bounds", "token_control_coefficient", "token_control_quantiles",
+        "reward_attribution", "token_control_bounds", "token_control_coefficient", "token_control_quantiles",
     }  # fmt: skip
     for name, described in own_settings(DrGRPOConfig).items():
         if described.help.startswith(("clip_cov:", "kl_cov:")):

@@ -170,16 +170,18 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, settings):
 
 
 def test_every_promised_quantity_is_logged(make_trainer, problems):
-    from trl_entropy.runs.metrics import METRICS
+    from trl_entropy.runs.metrics import METRICS, over_steps, unit
 
     trainer = make_trainer(
         max_steps=5, dataset=problems, entropy_second_order=True, entropy_placebo=True, probe_files_keep=2,
-        log_completions=True, num_completions_to_print=0, completions_files_keep=3, **PROBE,
+        log_completions=True, num_completions_to_print=0, completions_files_keep=3,
+        change_of=["entropy", "reward", "length", "truncated", "odd_token_reward"], **PROBE,
     )  # fmt: skip
     trainer.train()
     run = RunDirectory(trainer.args.output_dir)
     rows = run.metrics()
-    promised = {name for name in METRICS if name.startswith("entropy/") and METRICS[name].reduce == "E"}
+    measured = ("entropy/", "reward/", "length/", "truncated/")
+    promised = {name for name in METRICS if name.startswith(measured) and METRICS[name].reduce == "E"}
     promised -= {"entropy/noise_floor", "entropy/delta_measured_model", "entropy/sampler_ess"}
     promised -= {"entropy/precision_noise"}  # a CPU has no TF32
     assert promised <= rows[-1].keys(), promised - rows[-1].keys()
@@ -197,6 +199,13 @@ def test_every_promised_quantity_is_logged(make_trainer, problems):
         assert file.get_tensor("input_ids").shape == file.get_tensor("attention_mask").shape
     total = rows[0]["entropy/probe_batch"] + sum(row["entropy/delta_linear"] for row in rows)
     assert rows[-1]["entropy/integral_linear"] == pytest.approx(total)
+    assert all(  # one reward function: it is the reward
+        row[f"rewards/odd_token_reward/{name}"] == row[f"reward/{name}"]
+        for row in rows
+        for name in ("probe_batch", "delta_measured", "delta_trapezoid_stderr", "integral_linear")
+    )
+    assert unit("rewards/odd_token_reward/delta_measured_stderr") == "reward"
+    assert over_steps("rewards/odd_token_reward/integral_linear") == "last"
 
 
 def test_a_broken_step_is_said_and_training_goes_on(make_trainer, problems):

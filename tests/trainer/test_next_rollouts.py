@@ -38,9 +38,10 @@ def test_changes_are_those_of_a_float64_recomputation(make_trainer, problems, mo
         assert float(metadata["learning_rate"]) == pytest.approx(row["learning_rate"])
         before, after = keep.points[step - 1], keep.points[step]
         end, sampling = entropy_float64(model, after, rows)
-        start = entropy_float64(model, before, rows, sampling)[0]
+        start, logps_before = entropy_float64(model, before, rows, sampling)
         assert row["entropy/probe_batch"] == pytest.approx(start, rel=1e-5)
         assert row["entropy/delta_measured"] == pytest.approx(end - start, rel=1e-3)
+        assert row["reward/delta_measured"] == pytest.approx(reward_change(rows, logps_before, sampling), rel=1e-3)
         if step == 2:
             continue
 
@@ -51,6 +52,14 @@ def test_changes_are_those_of_a_float64_recomputation(make_trainer, problems, mo
         e = 1e-3
         slope = (along(e) - along(-e)) / (2 * e)
         slope_after = (along(1 + e) - along(1 - e)) / (2 * e)
+
+        def reward_along(scale, before=before, after=after, rows=rows, sampling=sampling):
+            point = {name: before[name] + scale * (after[name] - before[name]) for name in before}
+            return -reward_change(rows, entropy_float64(model, point, rows)[1], sampling)
+
+        slopes = [(reward_along(s + e) - reward_along(s - e)) / (2 * e) for s in (0, 1)]
+        assert row["reward/delta_linear"] == pytest.approx(slopes[0], rel=1e-3)
+        assert row["reward/delta_trapezoid"] == pytest.approx(sum(slopes) / 2, rel=1e-3)
         assert row["entropy/delta_linear"] == pytest.approx(slope, rel=1e-3)
         assert row["entropy/delta_trapezoid"] == pytest.approx((slope + slope_after) / 2, rel=1e-3)
     # E of a step is a part of the next step's rollouts, in whole groups.
@@ -60,6 +69,17 @@ def test_changes_are_those_of_a_float64_recomputation(make_trainer, problems, mo
             following = {tuple(ids) for ids in file.get_tensor("input_ids").tolist()}
         assert len(rows["input_ids"]) == 16 and {tuple(ids) for ids in rows["input_ids"].tolist()} <= following
         assert rows["prompt_index"].unique(return_counts=True)[1].tolist() == [4] * 4
+
+
+def reward_change(rows, logps, sampling):
+    """(T21) by loops: from the policy of `logps` to that of `sampling`, which drew the rows."""
+    rewards, prompts = rows["value/reward"].tolist(), rows["prompt_index"].tolist()
+    grouped, total = len(set(prompts)) < len(prompts), 0.0
+    for i, mask in enumerate(rows["completion_mask"]):
+        weight = float(((logps[i] - sampling[i]) * mask).sum().exp())
+        alike = [j for j in range(len(rewards)) if j != i and (not grouped or prompts[j] == prompts[i])]
+        total += (1 - weight) * (rewards[i] - sum(rewards[j] for j in alike) / len(alike))
+    return total / len(rewards)
 
 
 def test_within_a_generation_the_policy_that_drew_it_gives_the_weights(make_trainer, problems, model_path):

@@ -102,9 +102,13 @@ def test_parts_sum_to_the_whole(make_trainer, problems, settings):
     settings = dict(settings)
     if settings.pop("lora", False):
         settings["peft_config"] = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    with_reward = not settings or "importance_sampling_level" in settings
     (_, by_sequence), (_, by_token) = (
-        trained(make_trainer, problems, mode, max_grad_norm=0.1, **settings) for mode in ("sequence", "token")
+        trained(make_trainer, problems, mode, max_grad_norm=0.1, reward_attribution=with_reward, **settings)
+        for mode in ("sequence", "token")
     )
+    if with_reward:
+        check_parts_of_the_reward(by_sequence, by_token)
     contributions = [
         [file["attribution"].double() for file in files(run, "attribution")] for run in (by_sequence, by_token)
     ]
@@ -127,6 +131,30 @@ def test_parts_sum_to_the_whole(make_trainer, problems, settings):
         incorrect = other["entropy/share_incorrect_rare"] + other["entropy/share_incorrect_common"]
         assert incorrect == pytest.approx(row["entropy/share_incorrect"], rel=1e-3)
         assert row["entropy/share_correct_low"] <= row["entropy/share_correct"] <= row["entropy/share_correct_high"]
+
+
+def check_parts_of_the_reward(by_sequence, by_token):
+    """(T22): by completion and by token alike the parts sum to the first-order change of the reward."""
+    pairs = zip(by_sequence.metrics(), by_token.metrics(), strict=True)
+    of_files = zip(files(by_sequence, "attribution"), files(by_token, "attribution"), strict=True)
+    for (row, other), (sequences, tokens) in zip(pairs, of_files, strict=True):
+        assert abs(row["reward/attribution_rounding"]) < 1e-5 and abs(other["reward/attribution_rounding"]) < 1e-5
+        parts = [name for name in PARTS if f"reward/delta_{name}" in row]
+        assert sum(row[f"reward/delta_{name}"] for name in parts) == pytest.approx(
+            row["reward/delta_linear"], rel=1e-3
+        )
+        assert all(
+            row[f"reward/delta_{name}"] == pytest.approx(other[f"reward/delta_{name}"], rel=1e-3, abs=1e-9)
+            for name in parts
+        )
+        earned, by_completion = tokens["attribution_reward"].double().sum(1), sequences["attribution_reward"].double()
+        assert torch.allclose(earned, by_completion, rtol=1e-3, atol=1e-5 * float(by_completion.abs().sum()))
+        assert float(by_completion.sum()) == pytest.approx(row["reward/delta_gradient"])
+    price = -other["entropy/mean_delta_all"] / other["reward/mean_delta_all"]
+    assert other["reward/price_all"] == pytest.approx(price)
+    by_outcome = [other[f"reward/mean_delta_{name}"] for name in CATEGORIES["token"]]
+    assert sum(by_outcome) == pytest.approx(other["reward/mean_delta_all"])
+    assert row["reward/mean_delta_all_low"] < row["reward/mean_delta_all"] < row["reward/mean_delta_all_high"]
 
 
 def test_on_policy_coefficients_are_those_of_the_equation(make_trainer, problems):

@@ -54,8 +54,8 @@ def test_a_run_writes_it_and_logs_what_it_draws(make_trainer, tmp_path, monkeypa
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (written,) = events.Tensors("custom_scalars__config__")
     layout = Layout.FromString(written.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["Training", "Entropy change of a step",
-                                                                "Gradient noise"]  # fmt: skip
+    expected = ["Training", "Entropy change of a step", "Reward change of a step", "Gradient noise"]
+    assert [category.title for category in layout.category] == expected
     tags = events.Tags()["scalars"]
     for chart in (chart for category in layout.category for chart in category.chart):
         expressions = chart.multiline.tag or [f"{chart.margin.series[0].value}$"]

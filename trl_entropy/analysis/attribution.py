@@ -87,8 +87,9 @@ def attribution_table(
         token of the completion), `token_id`, `token`, `attribution` (nats per token), `advantage` (T1), `reward`,
         `pass_rate` (mean reward of the prompt's group), `length` (tokens of the completion that the policy drew),
         `probability` and `entropy` (nats) under the policy before the step. With tools or an environment also `turn`
-        (of `TURNS`) and `kind` (of `KINDS`), of what the token is part. A run without attribution gives the columns of
-        one without tools, and no rows.
+        (of `TURNS`) and `kind` (of `KINDS`), of what the token is part. With `reward_attribution` also
+        `attribution_reward`, its part of the change of the expected reward (T22). A run without attribution gives the
+        columns of one without tools, and no rows.
 
     Raises:
         ValueError: when the files of a step do not belong together.
@@ -115,7 +116,9 @@ def _table_of(run: Run, step: int, context: bool) -> pd.DataFrame:
     })  # fmt: skip
     if given["attribution"].ndim == 1:
         table = pd.DataFrame({"row": of_rows.index, "prompt_index": given["prompt_index"]})
-        table["attribution"] = given["attribution"].astype(float)
+        for name in ("attribution", "attribution_reward"):
+            if name in given:
+                table[name] = given[name].astype(float)
     else:
         of_tools = {"turn": turns_of(own_tokens(given))} if "kind" in given else {}
         table = run.tokens_in(given | of_tools | {"input_ids": rollouts["input_ids"]}, context and bool(of_tools))
@@ -241,17 +244,45 @@ def shares(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
     return result.assign(token_share=rows / max(rows.sum(), 1))
 
 
+def prices(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
+    """
+    What each category paid in entropy for what it earned in reward (T22), summed over steps before division.
+
+    Args:
+        table: from [`attribution_table`], of a run with `reward_attribution`.
+        category: as for [`shares`].
+
+    Returns:
+        By category and of `all`: `lost`, nats per token and step (minus its part of the entropy's change), and
+        `earned`, its part of the change of the expected reward, each with `_low` and `_high` of its 95 % interval;
+        `price`, their ratio, with `low` and `high` (Fieller; infinite where `earned` is consistent with 0).
+    """
+    lost, earned = -_prompt_sums(table, category), _prompt_sums(table, category, "attribution_reward")
+    num_steps = max(1, lost.index.get_level_values("step").nunique())
+    rows = {}
+    for name in [*lost.columns, "all"]:
+        pair = [sums.sum(axis=1) if name == "all" else sums[name] for sums in (lost, earned)]
+        deviations = _deviations(pd.DataFrame(dict(zip(("lost", "earned"), pair, strict=True))))
+        half, row = _half_widths(deviations), dict[str, float]()
+        for what, sums in zip(("lost", "earned"), pair, strict=True):
+            middle, width = sums.sum() / num_steps, half[what] / num_steps
+            row |= {what: middle, f"{what}_low": middle - width, f"{what}_high": middle + width}
+        low, high = _share_interval(pair[0].sum(), pair[1].sum(), deviations["lost"], deviations["earned"])
+        rows[name] = row | {"price": np.divide(row["lost"], row["earned"]), "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("category")
+
+
 def is_well_away(value: float, half_width: float) -> bool:
     """Whether a sum is so far from 0, in half widths of its 95 % interval, that shares of it say something."""
     return abs(value) > SHARE_MARGIN * half_width
 
 
-def _prompt_sums(table: pd.DataFrame, category: pd.Series) -> pd.DataFrame:
+def _prompt_sums(table: pd.DataFrame, category: pd.Series, of: str = "attribution") -> pd.DataFrame:
     """The sum of each prompt (rows) by category (columns): 0 where it has no such rows, nan where one is nan."""
     names = category.cat.categories if isinstance(category.dtype, pd.CategoricalDtype) else sorted(category.unique())
     prompts = table.groupby(["step", "prompt_index"]).size().index
     groups = table.assign(category=category).groupby(["step", "prompt_index", "category"], observed=True)
-    found = groups["attribution"].agg(["sum", "size", "count"])
+    found = groups[of].agg(["sum", "size", "count"])
     sums = found["sum"].where(found["size"] == found["count"]).unstack("category")
     present = found["size"].unstack("category").notna()
     return sums.where(present, 0.0).reindex(index=prompts, columns=list(names), fill_value=0.0).astype(float)

@@ -166,8 +166,8 @@ COLUMNS: dict[str, dict[str, Column]] = {
 
 def column(view: str, name: str) -> Column:
     """What a column holds; `reward/FUNCTION` of the completions is a reward, and a key of the steps has 4 digits."""
-    if name.startswith("reward/"):
-        return Column("", f"What the reward function {name.removeprefix('reward/')} gave.", 4)
     if view == "steps":
         return COLUMNS["steps"].get(name, Column("", "", 4))
+    if name.startswith("reward/"):
+        return Column("", f"What the reward function {name.removeprefix('reward/')} gave.", 4)
     return COLUMNS[view][name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trl_entropy.config.quantities import DEFAULT_QUANTITIES, check_change_of
 from trl_entropy.config.requirements import Requirements
 from trl_entropy.runs.counted import counted
 
@@ -45,6 +46,7 @@ class ProbeChecks(Requirements):
     # ---- entropy
 
     def _check_entropy_probe(self) -> None:
+        check_change_of(self.change_of)
         if self.entropy_probe_sampler == "vllm" and not self.use_vllm:
             raise ValueError(
                 "entropy_probe_sampler='vllm' needs use_vllm=True. Set that, or entropy_probe_sampler='model'."
@@ -53,6 +55,11 @@ class ProbeChecks(Requirements):
             return self.check_rollouts_source()
         if self.entropy_attribution != "none":
             self.check_attribution()
+        if self.reward_attribution and "reward" not in (self.change_of or DEFAULT_QUANTITIES):
+            raise ValueError(
+                f"reward_attribution splits the change of the reward, and change_of is {list(self.change_of or ())}. "
+                "Add reward to change_of, or set reward_attribution=False."
+            )
         if self.entropy_probe_completions == "next_rollouts":
             return self.check_next_rollouts(self.num_entropy_completions())
         self._check_probe_batch()

@@ -80,6 +80,18 @@ class ProbeSettings:
         logs="`entropy/delta_linear` and `_trapezoid`, with the errors and statistics that belong to them",
         cost="about 4 forward passes over the probe's completions for each derivative",
     )
+    change_of: list[str] | None = setting(
+        "Whose change by each step the entropy probe measures and predicts, on the same completions and without a "
+        "further pass: entropy (always), reward (the weighted sum), length (tokens), truncated (the share of "
+        "completions that did not end), any reward function and any metric function by its name. A metric function "
+        "named here is called at every step, whatever metric_every is. If it is not set: entropy and reward.",
+        None,
+        probe="entropy_probe",
+        changes_training=False,
+        logs="of each quantity Q what is logged of the entropy: `Q/delta_measured`, `_linear`, `_trapezoid` (T21), "
+        "their `_stderr`, the sums over the run, and how well prediction and measurement agree",
+        cost="of reward functions and metric functions on the probe's own completions, where the probe draws them",
+    )
     entropy_second_order: bool = setting(
         "Also predict the change of the entropy to second order, before the step is made. Needs AdamW.",
         False,
@@ -88,6 +100,19 @@ class ProbeSettings:
         changes_training=False,
         logs="`entropy/delta_second_order`, known before the step",
         cost="about 13 forward passes over the probe's completions",
+    )
+    reward_attribution: bool = setting(
+        "Also split the predicted change of the expected reward, over the same parts as entropy_attribution splits "
+        "that of the entropy, so that what each completion or token paid in entropy stands beside what it earned.",
+        False,
+        unit="reward",
+        probe="entropy_probe",
+        read_with={"entropy_attribution": ("sequence", "token")},
+        changes_training=False,
+        logs="`reward/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus` (T22); over the run, the "
+        "mean change by category of tokens, and `reward/price_*`, nats per token for a unit of reward; the file of "
+        "entropy_attribution has each completion's or token's part",
+        cost="that of entropy_attribution once more",
     )
     entropy_placebo: bool = setting(
         "A control for the prediction: an earlier update, used in place of this one, predicts this step's change. It "

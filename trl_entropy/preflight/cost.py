@@ -227,10 +227,12 @@ class _Counted:
         args = self.plan.args
         precision = self.probe_precision
         work = self.differentiated(self.entropy_rows, precision=precision) + 2 * self._float32_copy()
+        times = 2 if args.reward_attribution else 1  # the reward's gradient takes all of it again
         if args.entropy_attribution == "token":
-            return work + self.score(self.rows, 1)
+            return times * (work + self.score(self.rows, 1))
         passes = self.differentiated(self.rows, weights=False, precision=precision)
-        return work + (1 + (args.beta != 0)) * (passes + self._sequence_gradients(self.rows, precision))
+        by_sequence = (1 + (args.beta != 0)) * (passes + self._sequence_gradients(self.rows, precision))
+        return times * (work + by_sequence)
 
     def _noise_scale(self) -> Work:
         args, trainable = self.plan.args, shape_of(self.plan).num_trainable

@@ -6,6 +6,7 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 
+from trl_entropy.config.quantities import DEFAULT_QUANTITIES
 from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.preflight import memory
@@ -17,8 +18,9 @@ from trl_entropy.tasks.prompts import token_ids
 from trl_entropy.tasks.registry import load_task
 
 # Numbers that a step logs, by what logs them; counted in a run of every probe.
-_LOGGED = {"entropy": 91, "second_order": 29, "attribution": 38, "noise_scale": 25, "fisher": 46, "control": 16,
-           "effective_sample_size": 3, "optimizer_state": 12, "training": 39}  # fmt: skip
+_LOGGED = {"entropy": 92, "quantity": 79, "reward_attribution": 22, "second_order": 29, "attribution": 38,
+           "noise_scale": 25, "fisher": 46, "control": 16, "effective_sample_size": 3, "optimizer_state": 12,
+           "training": 39}  # fmt: skip
 _LINE, _EVENT, _STATE = 52, 75, 63  # bytes of a logged number in metrics.jsonl, TensorBoard and trainer_state.json
 _HEADER, _TENSOR = 150, 70  # bytes of the header of a probe file, and what a tensor adds to it
 _TABLE, _TEXT = 5_000, 1.6  # bytes of an empty table of completions, and of a token of text, compressed (a guess)
@@ -151,7 +153,9 @@ def _probe_files(plan: Plan) -> dict[str, StepFiles]:
         sampled = 4 * tokens if of_training or (args.entropy_probe_sampler == "vllm" and not on_rollouts) else 0
         found["entropy"] = (_file(8, scored * (5 * length + 17 * tokens + sampled + 8)), args.entropy_probe_every)
         if args.entropy_attribution != "none":
-            of_token = 17 * tokens if args.entropy_attribution == "token" else 5 * tokens + 8
+            of_token = (
+                (17 + 4 * args.reward_attribution) * tokens if args.entropy_attribution == "token" else 5 * tokens + 8
+            )
             found["attribution"] = (_file(7, rows * (of_token + 12)), args.entropy_probe_every)
     if args.noise_scale_probe and args.noise_scale_from == "groups":
         found["noise_scale"] = (_file(7, 40 * round(plan.prompts_per_step) + 16), args.noise_scale_probe_every)
@@ -216,12 +220,16 @@ def _evaluations(plan: Plan) -> StepFiles:
 def _num_logged(plan: Plan) -> int:
     """Numbers that a step logs, averaged over steps with and without a probe."""
     args = plan.args
+    quantities = {*(args.change_of or DEFAULT_QUANTITIES)} - {"entropy"}
     entropy = {"entropy": True, "second_order": args.entropy_second_order,
-               "attribution": args.entropy_attribution != "none"}  # fmt: skip
+               "attribution": args.entropy_attribution != "none",
+               "reward_attribution": args.reward_attribution}  # fmt: skip
     total = _LOGGED["training"] + _LOGGED["control"] * (args.entropy_control != "none")
     total += (
         sum(_LOGGED[name] for name, on in entropy.items() if on and args.entropy_probe) // args.entropy_probe_every
     )
+    if args.entropy_probe and args.entropy_probe_completions != "rollouts":
+        total += _LOGGED["quantity"] * len(quantities) // args.entropy_probe_every
     for name in ("noise_scale", "fisher", "effective_sample_size", "optimizer_state"):
         if getattr(args, f"{name}_probe"):
             total += _LOGGED[name] // getattr(args, f"{name}_probe_every")

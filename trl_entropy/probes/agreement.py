@@ -1,4 +1,4 @@
-"""How well the predicted entropy changes have agreed with the measured ones over the run so far, and their sums."""
+"""How well the predicted changes have agreed with the measured ones over the run so far, and their sums."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared", "ceiling_
 
 class RunningAgreement:
     """
-    Regressions of the measured on the predicted entropy change over the probed steps, one regression for each kind of
-    pair, and the sums of all changes (integrals).
+    Regressions of the measured on the predicted change of a quantity over the probed steps, one regression for each
+    kind of pair, and the sums of all changes (integrals).
 
     Kinds: `same_sample` (both on the same completions, so agreement only confirms the derivative), `cross` (predicted
     on one half of the probe batch, measured on the other), `placebo` (predicted from an earlier step's update).
+
+    Args:
+        quantity: its name, with which the metrics begin.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quantity: str = "entropy") -> None:
+        self._quantity = quantity
         self._pairs: dict[str, PairMoments] = {}
         self._integrals: dict[str, float] = {}
 
@@ -35,19 +39,19 @@ class RunningAgreement:
         )
 
     def add_change(self, name: str, start: float, change: float) -> None:
-        """Add a step's change to an integral, which begins at `start`, the entropy before the first step."""
+        """Add a step's change to an integral, which begins at `start`, the quantity before the first step."""
         self._integrals[name] = self._integrals.get(name, start) + change
 
     def metrics(self) -> dict[str, float]:
         """The integrals so far, and for each kind with at least three pairs its statistics with standard errors."""
-        logged = {f"entropy/integral_{name}": value for name, value in self._integrals.items()}
+        logged = {f"{self._quantity}/integral_{name}": value for name, value in self._integrals.items()}
         for kind, moments in self._pairs.items():
             if moments.num_pairs < 3:
                 continue
             for statistic in _STATISTICS:
                 estimate = getattr(moments, statistic)()
-                logged[f"entropy/{kind}_{statistic}"] = estimate.value
-                logged[f"entropy/{kind}_{statistic}_stderr"] = estimate.stderr
+                logged[f"{self._quantity}/{kind}_{statistic}"] = estimate.value
+                logged[f"{self._quantity}/{kind}_{statistic}_stderr"] = estimate.stderr
         return logged
 
     def state_dict(self) -> StateDict:

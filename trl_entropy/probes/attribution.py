@@ -30,6 +30,7 @@ from trl_entropy.gradients.scores import TokenScores
 from trl_entropy.gradients.sequence_products import (
     Value,
     entropy_gradient,
+    gradient_of,
     gradient_products,
     weighted_entropies,
     weighted_logps,
@@ -38,6 +39,7 @@ from trl_entropy.probes.episodes import EpisodeRecords, kinds_of_rollouts
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import check_no_auxiliary_loss, check_no_dropout, check_sequences
 from trl_entropy.probes.precision import DerivativePrecision
+from trl_entropy.probes.prices import PriceRecord
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -48,17 +50,28 @@ from trl_entropy.runs.state import StateDict
 CATEGORIES = {"sequence": OUTCOMES, "token": OUTCOMES_BY_PROBABILITY}
 
 
+class RewardSlope(NamedTuple):
+    """
+    The derivative of the expected reward on E before the step (T22): the coefficient of each of this rank's
+    completions' grad S_i, and the first-order change grad J . dtheta.
+    """
+
+    coefficients: Float[Tensor, " B"]
+    delta_linear: float
+
+
 class ProbeBatch(NamedTuple):
     """
     The probe batch E, scored with the parameters from before the step: this rank's completions and their importance
     weights (T6), the entropy terms of all ranks' completions, and the first-order change grad h . dtheta, nats per
-    token.
+    token; of the reward likewise, where it is to be attributed.
     """
 
     completions: Completions
     weights: Float[Tensor, "B T"]
     terms: RatioTerms
     delta_linear: float
+    reward: RewardSlope | None = None
 
 
 class Contributions(NamedTuple):
@@ -95,11 +108,19 @@ class StepAttribution:
         mode: `"sequence"` (by completion) or `"token"`.
         batch_size: completions differentiated at a time, at most; None: as many as memory allows.
         precision: of the gradients and derivatives; float32 if it is not given.
+        with_reward: split the change of the expected reward too (T22), at the same cost again.
     """
 
     name = "attribution"
 
-    def __init__(self, mode: str, batch_size: int | None, precision: DerivativePrecision | None = None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        batch_size: int | None,
+        precision: DerivativePrecision | None = None,
+        with_reward: bool = False,
+    ) -> None:
+        self.with_reward, self.prices = with_reward, PriceRecord(CATEGORIES[mode])
         self.mode, self.batch_size, self.precision = mode, batch_size, precision or DerivativePrecision()
         self.record = CategoryRecord.empty(CATEGORIES[mode])
         self.episodes = EpisodeRecords()
@@ -128,36 +149,73 @@ class StepAttribution:
         rollouts, coefficients = record.rollouts, record.loss_coefficients
         assert coefficients is not None, "the entropy probe needs_loss_coefficients"
         gradient = self._entropy_gradient(past, engine, probe, temperature)
-        products = update_products((gradient[name], parts) for name, parts in past.parts())
-        direction = {name: metric * gradient[name] for name, metric in past.metric().items()}
-        contributions = self._contributions(past, engine, rollouts, coefficients, direction, temperature)
-        completions = accelerator.gather(contributions.policy.sum(1))
-        other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
-        if past.correction:
-            made = engine.dot(past.correction, gradient)
-            other["entropy_control"] = completions.new_tensor([made], dtype=torch.float64)
-        attribution = Attribution(probe.delta_linear, products.momentum, products.weight_decay, completions, other)
-        self._add_to_record(contributions, rollouts, accelerator)
-        logged, kinds = _logged(attribution) | self._pooled(), None
+        attribution, contributions = self._split(past, engine, record, gradient, probe.delta_linear, temperature)
+        sums, counts = self._sums(contributions, contributions.policy, rollouts, accelerator)
+        self.record = self.record.update(sums, counts)
+        logged, kinds, earned = _logged("entropy", attribution) | self._pooled(), None, None
+        if probe.reward is not None:
+            gradient = self._reward_gradient(past, engine, probe.completions, probe.reward, temperature)
+            attribution, of_reward = self._split(
+                past, engine, record, gradient, probe.reward.delta_linear, temperature
+            )
+            earned = of_reward.policy
+            of_categories, _ = self._sums(contributions, earned, rollouts, accelerator)
+            logged |= _logged("reward", attribution) | self.prices.add(sums, of_categories, counts)
         if rollouts.has_tool_mask and contributions.scores is not None:
             kinds, entropy = kinds_of_rollouts(rollouts, files.tokenizer), contributions.scores.entropy[0]
             logged |= self.episodes.add(contributions.policy, entropy, rollouts, kinds, accelerator)
             for by in self.episodes.records.values():
                 logged |= _changes_and_shares(by, {name: (name,) for name in by.present})
-        self._write(files, record, contributions, coefficients, kinds)
+        self._write(files, record, contributions, coefficients, kinds, earned)
         return logged
 
     # ---- resuming
 
     def state_dict(self) -> StateDict:
         own = {"parts": {**vars(self.record.parts)}, "counts": self.record.counts}
-        return own | {"episodes": self.episodes.state_dict()}
+        return own | {"episodes": self.episodes.state_dict(), "prices": self.prices.state_dict()}
 
     def load_state_dict(self, state: StateDict) -> None:
         self.record = CategoryRecord(self.record.names, PooledParts(**state["parts"]), state["counts"])
         self.episodes.load_state_dict(state.get("episodes", {}))
+        self.prices.load_state_dict(state.get("prices"))
 
     # ---- the steps of `attribute`
+
+    def _split(
+        self,
+        past: PastUpdate,
+        engine: Engine,
+        record: StepRecord,
+        gradient: dict[str, Tensor],
+        whole: float,
+        temperature: float,
+    ) -> tuple[Attribution, Contributions]:
+        """The parts of `gradient` . dtheta, which is `whole`, of all ranks, and this one's completions. Collective."""
+        accelerator, coefficients = engine.accelerator, record.loss_coefficients
+        assert coefficients is not None
+        products = update_products((gradient[name], parts) for name, parts in past.parts())
+        direction = {name: metric * gradient[name] for name, metric in past.metric().items()}
+        contributions = self._contributions(past, engine, record.rollouts, coefficients, direction, temperature)
+        completions = accelerator.gather(contributions.policy.sum(1))
+        other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
+        if past.correction:
+            made = engine.dot(past.correction, gradient)
+            other["entropy_control"] = completions.new_tensor([made], dtype=torch.float64)
+        return Attribution(whole, products.momentum, products.weight_decay, completions, other), contributions
+
+    def _reward_gradient(
+        self, past: PastUpdate, engine: Engine, completions: Completions, reward: RewardSlope, temperature: float
+    ) -> dict[str, Tensor]:
+        """grad J over all ranks' probe batches E, as [`_entropy_gradient`]. Collective."""
+        per_token = reward.coefficients.unsqueeze(1).expand(completions.loss_mask.shape)
+        with (
+            rank_symmetric(engine.accelerator, "differentiating the expected reward of the probe batch"),
+            engine.scoring_model(past.params_before) as model,
+            self.precision.products(engine.accelerator.device),
+        ):
+            share = gradient_of(model, completions, weighted_logps(per_token), temperature, self.batch_size)
+        return {name: engine.accelerator.reduce(share[name], reduction="sum") for name in past.params_before}
 
     def _entropy_gradient(
         self, past: PastUpdate, engine: Engine, probe: ProbeBatch, temperature: float
@@ -199,26 +257,28 @@ class StepAttribution:
 
             return _by_completion(products, coefficients)
 
-    def _add_to_record(
+    def _sums(
         self,
         contributions: Contributions,
+        parts: Float[Tensor, "B K"],
         rollouts: RolloutBatch,
         accelerator: Accelerator,
-    ) -> None:
-        """Add the step's sums by category; completions whose advantage is 0 belong to no category. Collective."""
+    ) -> tuple[Float[Tensor, "P C"], Int[Tensor, " C"]]:
+        """
+        The step's sums of `parts` by prompt and category, and each category's number of tokens; completions whose
+        advantage is 0 belong to no category. Collective.
+        """
         prompts = accelerator.gather(rollouts.prompt_index).unique()
         position = torch.searchsorted(prompts, rollouts.prompt_index)
         advantages = rollouts.raw_advantages.unsqueeze(1)
-        shape = contributions.policy.shape
+        shape = parts.shape
         categories, mask = (advantages <= 0).long().expand(shape), advantages != 0
         if contributions.scores is not None:
             common = bin_index(contributions.scores.logps[0], [math.log(RARE)])
             categories, mask = crossed(categories, common, 2), mask & rollouts.loss_mask.bool()
-        sums, counts = category_sums(
-            contributions.policy, categories, mask.expand(shape), position, len(prompts), len(self.record.names)
-        )
-        sums, counts = (accelerator.reduce(part, reduction="sum") for part in (sums, counts))
-        self.record = self.record.update(sums, counts)
+        found = category_sums(parts, categories, mask.expand(shape), position, len(prompts), len(self.record.names))
+        sums, counts = (accelerator.reduce(part, reduction="sum") for part in found)
+        return sums, counts
 
     def _pooled(self) -> dict[str, float]:
         """What each category and all add to the change over the run, and their shares of it and of the tokens."""
@@ -232,6 +292,7 @@ class StepAttribution:
         contributions: Contributions,
         coefficients: LossCoefficients,
         kinds: Int[Tensor, "B T"] | None,
+        earned: Float[Tensor, "B K"] | None = None,
     ) -> None:
         """Write `probes/attribution/step_*.safetensors`, with the rows and columns of the rollouts' file."""
         rollouts = record.rollouts
@@ -245,6 +306,8 @@ class StepAttribution:
         }
         if contributions.scores is not None:
             tensors |= {"logps": contributions.scores.logps[0], "entropy": contributions.scores.entropy[0]}
+        if earned is not None:
+            tensors["attribution_reward"] = earned if self.mode == "token" else earned.squeeze(1)
         if kinds is not None:
             tensors["kind"] = kinds.to(torch.uint8)
         files.write(self.name, record.step, tensors, learning_rate=record.learning_rate)
@@ -294,11 +357,11 @@ def _others(coefficients: LossCoefficients) -> dict[str, Float[Tensor, "B T"]]:
     return {name: given for name, given in named.items() if given is not None}
 
 
-def _logged(attribution: Attribution) -> dict[str, float]:
+def _logged(quantity: str, attribution: Attribution) -> dict[str, float]:
     parts = {name: getattr(attribution, name) for name in ("momentum", "weight_decay", "gradient")}
     parts |= {name: float(part.sum()) for name, part in attribution.other.items()}
     return {
-        **{f"entropy/delta_{name}": value for name, value in parts.items()},
-        **{f"entropy/share_{name}": attribution.share(value) for name, value in parts.items()},
-        "entropy/attribution_rounding": attribution.relative_rounding,
+        **{f"{quantity}/delta_{name}": value for name, value in parts.items()},
+        **{f"{quantity}/share_{name}": attribution.share(value) for name, value in parts.items()},
+        f"{quantity}/attribution_rounding": attribution.relative_rounding,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,8 @@ class EntropyProbe(EntropyChangeProbe):
     update is the one that training made. The covariances are of training's own passes.
 
     Args:
-        every, batch_size, prediction, placebo, attribution, precision: see [`EntropyChangeProbe`].
+        every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution: see
+            [`EntropyChangeProbe`].
         num_prompts: prompts in E over all processes, one completion each.
         second_order: predict to second order *before* the step, along the update that AdamW's equation (T4) gives.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
@@ -51,8 +52,10 @@ class EntropyProbe(EntropyChangeProbe):
         attribution: str = "none",
         prediction: str = "trapezoid",
         precision: str = "auto",
+        change_of: Sequence[str] | None = None,
+        reward_attribution: bool = False,
     ) -> None:
-        super().__init__(every, batch_size, prediction, placebo, attribution, precision)
+        super().__init__(every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution)
         self.num_prompts, self.source = num_prompts, source
         self.second_order, self.sampler, self.draw = second_order, sampler, draw
 
@@ -80,7 +83,7 @@ class EntropyProbe(EntropyChangeProbe):
     def on_before_update(self, args, state, control, *, metrics, update, engine, sampler, **kwargs: Any) -> None:
         step, rank, device = state.global_step + 1, engine.accelerator.process_index, engine.accelerator.device
         start = seconds(device)
-        draw = self.draw or (lambda step, _: sampler.draw(self.num_prompts, self.source, step, self.sampler))
+        draw = self.draw or (lambda step, _: sampler.draw(self.num_prompts, self.source, step, self.sampler, True))
         self._drawn = draw(step, rank)
         metrics["time/entropy_draw"] = seconds(device) - start
         self._second_order = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
+from trl_entropy.estimators.entropy_change.expectation import log_weight_sums, slope_coefficients
 from trl_entropy.estimators.entropy_change.rivals import (
     CovarianceTerms,
     delta_covariance,
@@ -24,7 +26,6 @@ from trl_entropy.estimators.entropy_change.step_change import (
     PointTerms,
     importance_sample_size,
     point_terms,
-    rows,
     stacked,
     step_changes,
     unstacked,
@@ -34,12 +35,12 @@ from trl_entropy.estimators.statistics.importance import effective_sample_size, 
 from trl_entropy.gradients.memory import rows_at_once
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
-from trl_entropy.probes.agreement import RunningAgreement
-from trl_entropy.probes.attribution import ProbeBatch, StepAttribution
+from trl_entropy.probes.attribution import ProbeBatch, RewardSlope, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
-from trl_entropy.probes.logged import changes_logged, with_stderr
+from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.precision import DerivativePrecision, computes_below_float32
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_changes import QuantityChanges, StepChanges
 from trl_entropy.probes.step_record import ScoredCompletions, StepRecord
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.state import StateDict
@@ -75,9 +76,12 @@ class EntropyChangeProbe(Probe):
         attribution: split the first-order change (T9) into momentum, weight decay and each completion (`"sequence"`)
             or each token (`"token"`); `"none"`: do not split it.
         precision: of derivatives, see [`DerivativePrecision`]: `"auto"`, `"float32"` or `"tf32"`.
+        reward_attribution: with `attribution`, split the change of the expected reward too (T22).
+        change_of: whose change is measured beside the entropy's, see the setting; None: the reward's.
     """
 
     name = "entropy"
+    measures_quantities = True
 
     def __init__(
         self,
@@ -87,18 +91,24 @@ class EntropyChangeProbe(Probe):
         placebo: bool = False,
         attribution: str = "none",
         precision: str = "auto",
+        change_of: Sequence[str] | None = None,
+        reward_attribution: bool = False,
     ) -> None:
         super().__init__(every)
         if prediction not in _ORDERS:
             raise ValueError(f"prediction is {prediction!r}; use one of {', '.join(_ORDERS)}.")
         self.batch_size, self.prediction, self.placebo = batch_size, prediction, placebo
         self.precision = DerivativePrecision(precision)
-        self.attribution = None if attribution == "none" else StepAttribution(attribution, batch_size, self.precision)
-        self.agreement = RunningAgreement()
+        self.attribution = None
+        if attribution != "none":
+            self.attribution = StepAttribution(attribution, batch_size, self.precision, reward_attribution)
+        self.change_of = change_of
+        self.entropy, self.quantities = StepChanges("entropy", every == 1), QuantityChanges(every == 1)
         self._num_probed = 0
         self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
         self._earlier_update: dict[str, Tensor] | None = None
         self._second_order: PointTerms | None = None
+        self._reward_coefficients: Tensor | None = None
 
     @staticmethod
     def shared_settings(args: DrGRPOConfig) -> dict[str, Any]:
@@ -110,6 +120,8 @@ class EntropyChangeProbe(Probe):
             "attribution": args.entropy_attribution,
             "prediction": args.entropy_prediction,
             "precision": args.probe_precision,
+            "change_of": args.change_of,
+            "reward_attribution": args.reward_attribution,
         }
 
     # ---- before training
@@ -140,7 +152,8 @@ class EntropyChangeProbe(Probe):
 
     def state_dict(self) -> StateDict:
         return {
-            "agreement": self.agreement.state_dict(),
+            "agreement": self.entropy.agreement.state_dict(),
+            "quantities": self.quantities.state_dict(),
             "num_probed": self._num_probed,
             "earlier_update": self._earlier_update,
             "attribution": self.attribution and self.attribution.state_dict(),
@@ -148,7 +161,8 @@ class EntropyChangeProbe(Probe):
         }
 
     def load_state_dict(self, state: StateDict) -> None:
-        self.agreement.load_state_dict(state["agreement"])
+        self.entropy.agreement.load_state_dict(state["agreement"])
+        self.quantities.load_state_dict(state.get("quantities", {}))  # a checkpoint of an earlier version has none
         self._num_probed, self._earlier_update = state["num_probed"], state["earlier_update"]
         self.precision.chosen = state.get("precision")  # a checkpoint of an earlier version has none
         if self.attribution is not None and state.get("attribution"):  # a checkpoint has none if it was off then
@@ -188,9 +202,9 @@ class EntropyChangeProbe(Probe):
         after = self._score(engine, args, past.params_after, past.update, orders[1])
         ends = Ends(before, after, after if drawn_after else before)
         record.probe_batch = ScoredCompletions(completions, before, after, *self._weights(ends))
-        metrics |= self._changes(ends, engine.accelerator)
+        metrics |= self._changes(ends, engine.accelerator) | self._quantity_changes(ends, engine.accelerator)
         if self.attribution is not None:
-            probe = self._batch_before(ends, metrics["entropy/delta_linear"], engine.accelerator)
+            probe = self._batch_before(ends, metrics, engine.accelerator)
             metrics |= self.attribution.attribute(args, past, engine, record, probe, files)
         if self._num_probed % _NOISE_FLOOR_EVERY == 0:
             metrics |= self._noise_floor(ends, args, past, engine)
@@ -198,7 +212,7 @@ class EntropyChangeProbe(Probe):
             metrics |= self._model_change(args, past, engine, drawn_after)
         if self.placebo:
             metrics |= self._placebo(ends, args, past, engine)
-        metrics |= self.agreement.metrics()
+        metrics |= self.entropy.agreement.metrics()
         self._num_probed += 1
         self._write(args, files, record, ends, drawn_after, distribution)
         return metrics
@@ -259,9 +273,7 @@ class EntropyChangeProbe(Probe):
         """The metrics of the step's entropy change on E; adds its pairs to the running agreement. Collective."""
         prompts = accelerator.gather(self._completions.prompt_index)
         points = self._points(ends, accelerator)
-        changes = step_changes(*points, self._second_order)
-        logged = changes_logged(changes, prompts)
-        logged |= with_stderr("entropy/probe_batch", policy_entropy(points[0].terms).estimate(prompts))
+        logged = self.entropy.add(*points, prompts, self._second_order)
         drawn, other = reversed(points) if ends.drawn_by is ends.after else points
         logged["entropy/importance_ess"] = importance_sample_size(drawn, other)
         if self._completions.sampling_logps is not None:
@@ -272,50 +284,29 @@ class EntropyChangeProbe(Probe):
         for name in ("measured", "linear"):
             if name in by_sequence:
                 logged |= with_stderr(f"entropy/delta_{name}_sequence", by_sequence[name].estimate(prompts))
-        self._measured = changes["measured"].estimate(prompts)
-        self._add_to_agreement(changes, points, prompts)
-        return logged | self._halves(points, prompts)
+        return logged
+
+    def _quantity_changes(self, ends: Ends, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics of what the step did to numbers of E's completions (T21). Collective."""
+        values, self._reward_coefficients = self._completions.values, None
+        if not values:
+            return {}
+        sampling, mask = self._sampling_logps(ends.drawn_by), self._completions.loss_mask
+        sums = [log_weight_sums(scores.logps, sampling, mask) for scores in (ends.before, ends.after)]
+        columns = accelerator.gather(torch.cat([*sums, torch.stack(list(values.values()), dim=1)], dim=1))
+        before, after, gathered = columns.split([*(part.shape[1] for part in sums), len(values)], dim=1)
+        prompts = accelerator.gather(self._completions.prompt_index)
+        named = dict(zip(values, gathered.unbind(1), strict=True))
+        if self.attribution is not None and self.attribution.with_reward and "reward" in named:
+            first = accelerator.process_index * len(self._completions)
+            of_all = slope_coefficients(named["reward"], before, prompts)
+            self._reward_coefficients = of_all[first : first + len(self._completions)]
+        return self.quantities.add(named, (before, after), prompts)
 
     def _points(self, ends: Ends, accelerator: Accelerator, form: Any = "decision") -> tuple[PointTerms, PointTerms]:
         """The entropy terms before and after the step. Collective."""
         before, after = (self._terms(scores, ends.drawn_by, accelerator, form) for scores in (ends.before, ends.after))
         return before, after
-
-    def _add_to_agreement(
-        self, changes: dict[str, Linearization], points: tuple[PointTerms, PointTerms], prompts: Tensor
-    ) -> None:
-        """Add the pairs on the same completions, and the changes to the integrals."""
-        start = policy_entropy(points[0].terms).value.item()
-        for name, change in changes.items():
-            if self.every == 1:
-                self.agreement.add_change(name, start, change.value.item())
-            if name != "measured":
-                difference = (change - changes["measured"]).estimate(prompts)
-                self.agreement.add_pair(f"same_sample_{name}", change.estimate(prompts), self._measured, difference)
-
-    def _halves(self, points: tuple[PointTerms, PointTerms], prompts: Tensor) -> dict[str, float]:
-        """
-        Predict on every second prompt of E and measure on the others: unlike on the same completions, the two share no
-        sampling error, so that their agreement is a test of the prediction. Nothing with fewer than 4 prompts, of
-        which one half has no standard error.
-        """
-        halves, numbers = [], prompts.unique(return_inverse=True)[1]
-        if int(numbers.max()) < 3:
-            return {}
-        for parity in (0, 1):
-            part = numbers % 2 == parity
-            second = None if self._second_order is None else rows(self._second_order, part)
-            before, after = (rows(point, part) for point in points)
-            changes = step_changes(before, after, second)
-            halves.append({name: change.estimate(prompts[part]) for name, change in changes.items()})
-        for name, predicted in halves[0].items():
-            self.agreement.add_pair(f"cross_{name}", predicted, halves[1]["measured"])
-        logged: dict[str, float] = {}
-        for label, half in zip("ab", halves, strict=True):
-            for name, estimate in half.items():
-                logged |= with_stderr(f"entropy/half_{label}_{name}", estimate)
-            logged[f"entropy/half_{label}_num_prompts"] = half["measured"].dof + 1
-        return logged
 
     def _rival_changes(self, accelerator: Accelerator) -> dict[str, float]:
         logged = {}
@@ -331,12 +322,13 @@ class EntropyChangeProbe(Probe):
         before, after = (importance_weights(scores.logps[0], sampling, mask) for scores in (ends.before, ends.after))
         return before, after
 
-    def _batch_before(self, ends: Ends, delta_linear: float, accelerator: Accelerator) -> ProbeBatch:
+    def _batch_before(self, ends: Ends, metrics: dict[str, float], accelerator: Accelerator) -> ProbeBatch:
         """E before the step, as the attribution needs it. Collective."""
+        terms, reward = self._terms(ends.before, ends.drawn_by, accelerator).terms, None
+        if self._reward_coefficients is not None:
+            reward = RewardSlope(self._reward_coefficients, metrics["reward/delta_linear"])
         weights = self._weights(ends)[0]
-        return ProbeBatch(
-            self._completions, weights, self._terms(ends.before, ends.drawn_by, accelerator).terms, delta_linear
-        )
+        return ProbeBatch(self._completions, weights, terms, metrics["entropy/delta_linear"], reward)
 
     def _noise_floor(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
         """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""
@@ -377,7 +369,7 @@ class EntropyChangeProbe(Probe):
             direction = send_to_device(self._earlier_update, engine.accelerator.device)
             change = self._first_order(engine, args, past.params_before, direction, drawn_by=ends.drawn_by)
             predicted = change.estimate(engine.accelerator.gather(self._completions.prompt_index))
-            self.agreement.add_pair("placebo", predicted, self._measured)
+            self.entropy.agreement.add_pair("placebo", predicted, self.entropy.measured)
             logged = with_stderr("entropy/delta_placebo", predicted)
         if random.Random(self._num_probed).random() < 1 / (self._num_probed + 1):
             self._earlier_update = {name: value.clone() for name, value in past.update.items()}
@@ -399,6 +391,7 @@ class EntropyChangeProbe(Probe):
         tensors = self._completions.tensors()
         tensors |= {"logps_before": ends.before.logps[0], "logps_after": ends.after.logps[0]}
         tensors |= {"entropy_before": ends.before.entropy[0], "entropy_after": ends.after.entropy[0]}
+        tensors |= {f"value/{key}": column.float() for key, column in self._completions.values.items()}
         described: dict[str, object] = {"drawn": "after the step" if drawn_after else "before the step"}
         described["learning_rate"] = record.learning_rate
         if "sampling_logps" in tensors and drawn_after and not args.use_vllm:

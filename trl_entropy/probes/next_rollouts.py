@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class NextRolloutsProbe(EntropyChangeProbe):
     their first moment. Checkpoints hold them too.
 
     Args:
-        every, batch_size, prediction, placebo, attribution, precision: see [`EntropyChangeProbe`].
+        every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution: see
+            [`EntropyChangeProbe`].
         num_completions: completions in E over all processes, in whole prompt groups.
     """
 
@@ -52,8 +54,10 @@ class NextRolloutsProbe(EntropyChangeProbe):
         attribution: str = "none",
         prediction: str = "trapezoid",
         precision: str = "auto",
+        change_of: Sequence[str] | None = None,
+        reward_attribution: bool = False,
     ) -> None:
-        super().__init__(every, batch_size, prediction, placebo, attribution, precision)
+        super().__init__(every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution)
         self.num_completions = num_completions
 
     @classmethod
@@ -94,7 +98,7 @@ class NextRolloutsProbe(EntropyChangeProbe):
             return
         try:
             sampler.check_alike()
-            completions = sampler.draw(self.num_completions, "held_out", record.step, "model")
+            completions = sampler.draw(self.num_completions, "held_out", record.step, "model", True)
         except ValueError as error:
             if state.is_world_process_zero:
                 logger.warning(

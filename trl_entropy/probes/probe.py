@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +32,8 @@ class Probe(TrainerCallback):
             a run that have a state must differ in it.
         needs_loss_coefficients: whether hooks on training's own backward pass record how the loss depends on each
             token's score; `on_before_update` and `on_after_update` then find this in `record.loss_coefficients`.
+        measures_quantities: whether it measures the change of numbers of completions, those of `Completions.values`.
+        change_of: names of these, as of the setting `change_of`; None: its default.
 
     Args:
         every: cadence in optimizer steps.
@@ -42,6 +45,8 @@ class Probe(TrainerCallback):
 
     name = "probe"
     state_name = ""
+    measures_quantities: bool = False
+    change_of: Sequence[str] | None = None
 
     def __init__(self, every: int = 1) -> None:
         if every < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
     entropy_terms,
     policy_entropy,
 )
+from trl_entropy.estimators.entropy_change.expectation import expectation_terms, log_weight_sums
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
@@ -34,6 +36,7 @@ from trl_entropy.gradients.memory import GIB, rows_budget_of
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
@@ -82,19 +85,21 @@ class RolloutEntropyProbe(Probe):
         every: cadence in steps.
         batch_size: completions scored at a time, and at most as many of one group differentiated at a time; None: as
             many as memory allows.
+        change_of: whose change in sample is measured beside the entropy's, see the setting; None: the reward's.
     """
 
     name = "entropy"
     needs_loss_coefficients = True
+    measures_quantities = True
 
-    def __init__(self, every: int = 1, batch_size: int | None = None) -> None:
+    def __init__(self, every: int = 1, batch_size: int | None = None, change_of: Sequence[str] | None = None) -> None:
         super().__init__(every)
-        self.batch_size = batch_size
+        self.batch_size, self.change_of = batch_size, change_of
         self._said_undefined = False
 
     @classmethod
     def from_config(cls, args: DrGRPOConfig) -> RolloutEntropyProbe:
-        return cls(every=args.entropy_probe_every, batch_size=args.probe_batch_size)
+        return cls(every=args.entropy_probe_every, batch_size=args.probe_batch_size, change_of=args.change_of)
 
     # ---- before training
 
@@ -145,6 +150,7 @@ class RolloutEntropyProbe(Probe):
         terms = self._entropy_terms(after, engine.accelerator)
         change = delta_measured(self._terms, terms).estimate(self._prompts)
         metrics |= {"entropy/delta_in_sample": change.value, "entropy/delta_in_sample_stderr": change.stderr}
+        metrics |= self._quantities_in_sample(after, engine.accelerator)
         mean_weights = terms.denominator / self._terms.denominator
         metrics["entropy/importance_ess"] = effective_sample_size(mean_weights).item()
         self._write(args, files, record, after)
@@ -170,6 +176,20 @@ class RolloutEntropyProbe(Probe):
         """Importance weights (T6) of the policy that `scores` are of."""
         drawn = self._completions.drawn_with(self._before.logps[0])
         return importance_weights(scores.logps[0], drawn, self._completions.loss_mask)
+
+    def _quantities_in_sample(self, after: TokenScores, accelerator: Accelerator) -> dict[str, float]:
+        """The change (T21) of the accepted completions' numbers, each one's effect on itself included. Collective."""
+        values, mask = self._completions.values, self._completions.loss_mask
+        if not values:
+            return {}
+        drawn, logged = self._completions.drawn_with(self._before.logps[0]), dict[str, float]()
+        sums = [log_weight_sums((scores.logps[0],), drawn, mask) for scores in (self._before, after)]
+        columns = accelerator.gather(torch.cat([*sums, torch.stack(list(values.values()), dim=1)], dim=1))
+        columns = columns[self._accepted.of_rows]
+        for place, key in enumerate(values, start=2):
+            ends = [expectation_terms(columns[:, place], columns[:, [end]], self._prompts).terms for end in (0, 1)]
+            logged |= with_stderr(f"{key}/delta_in_sample", delta_measured(*ends).estimate(self._prompts))
+        return logged
 
     def _predicted_changes(
         self,

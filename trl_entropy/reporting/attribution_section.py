@@ -24,7 +24,7 @@ from trl_entropy.analysis.attribution import (
 )
 from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.figures import Figure, draw, shade
-from trl_entropy.reporting.tables import Table, share_table
+from trl_entropy.reporting.tables import Table, price_table, share_table
 from trl_entropy.runs.metrics import OUTCOMES, RELATIVE_OUTCOMES
 from trl_entropy.runs.strict_json import Row
 
@@ -72,6 +72,7 @@ class AttributionSection:
     steps: str
     figure: Figure
     table: Table | None
+    prices: Table | None
     completions: list[ColouredCompletion]
     tokens: list[str]
     prompts: list[str]
@@ -99,6 +100,7 @@ def attribution_section(run: Run) -> AttributionSection | None:
             _panels(table, by_token),
         ),
         table=share_table(run, has_answers),
+        prices=price_table(run, has_answers),
         completions=_completions(episodes) if by_token else [],
         tokens=_token_lines(episodes, has_answers) if by_token else [],
         prompts=[_prompt_line(row, _rate(has_answers)) for row in _rows(ranked_prompts(run, table, _PROMPTS))],

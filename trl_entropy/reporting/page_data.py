@@ -23,7 +23,7 @@ from trl_entropy.reporting.columns import encoded
 from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.reporting.selection import MOST_BYTES, Chosen, choose, common_ends
 from trl_entropy.reporting.warnings import warnings_of
-from trl_entropy.runs.metrics import METRICS
+from trl_entropy.runs.metrics import metric_of
 from trl_entropy.runs.reading import UnreadableFile
 from trl_entropy.runs.strict_json import Json
 
@@ -164,7 +164,7 @@ def has_right_answers(rewards: pd.Series) -> bool:
 def _metrics(runs: list[Run]) -> dict[str, list[str]]:
     """Unit and meaning of each key of the runs' steps that the table of metrics knows."""
     keys = dict.fromkeys(key for run in runs for key in run.steps)
-    return {key: [METRICS[key].unit, METRICS[key].help] for key in keys if key in METRICS}
+    return {key: [known.unit, known.help] for key in keys if (known := metric_of(key))}
 
 
 def _means(runs: list[Run], configs: Mapping[str, Json]) -> dict[str, Json]:

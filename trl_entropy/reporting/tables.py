@@ -143,6 +143,28 @@ def share_table(run: Run, has_answers: bool) -> Table | None:
     return Table(heads, rows, run.name, note)
 
 
+def price_table(run: Run, has_answers: bool) -> Table | None:
+    """What each outcome's completions or tokens paid in entropy for what they earned in reward over the run (T22)."""
+    whole = _ends(run, "metrics.jsonl", run.steps, "reward/price_all")[1]
+    if whole is None:
+        return None
+    rows: list[tuple[str, list[Cell | None]]] = []
+    for name in (*_SHARES, "all"):
+        keys = (f"{_MEAN}{name}", f"reward/mean_delta_{name}", f"reward/price_{name}")
+        cells = [_at(run, whole.step, key) for key in keys]
+        if cells[1] is not None:
+            text = "all of these" if name == "all" else _outcome_named(name, has_answers)
+            rows.append((text, [None if cell is None else _with_interval(run, cell) for cell in cells]))
+    heads = [
+        "over the run",
+        "entropy change of a step, nats/token (95 %)",
+        "reward change of a step (95 %)",
+        "nats/token lost for a unit of reward (95 %)",
+    ]
+    note = "A price without an interval has none: its reward change is consistent with 0."
+    return Table(heads, rows, run.name, note)
+
+
 def _at(run: Run, step: int, key: str) -> Cell | None:
     """The number of a key at a step of `metrics.jsonl`; None where it is nan or not there."""
     value = run.steps[key].get(step) if key in run.steps else None

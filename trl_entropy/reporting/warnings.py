@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trl_entropy.analysis.contents import steps_text
-from trl_entropy.runs.metrics import METRICS
+from trl_entropy.runs.metrics import metric_of
 from trl_entropy.runs.self_checks import SELF_CHECK_LIMIT, advice, failed_self_checks
 from trl_entropy.runs.strict_json import Row
 
@@ -134,7 +134,7 @@ def _places(metrics: Rows) -> dict[str, dict[int, str]]:
 
 
 def _can_be_undefined(key: str) -> bool:
-    return key.endswith("_stderr") or (key in METRICS and METRICS[key].can_be_undefined)
+    return key.endswith("_stderr") or ((known := metric_of(key)) is not None and known.can_be_undefined)
 
 
 def _listed(places: Mapping[str, Mapping[int, str]]) -> str:

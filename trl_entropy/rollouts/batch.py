@@ -13,6 +13,9 @@ from torch import Tensor
 from trl_entropy.rollouts.groups import groups_with_different_rewards
 from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, PixelInputs
 
+# What keys of a batch begin with that hold a number of each completion which a probe measures the change of.
+VALUE = "value/"
+
 
 class GenerationBatch(TypedDict):
     """TRL's batch of completions: a whole generation, or a micro-batch of it."""
@@ -68,6 +71,7 @@ class RolloutBatch:
             that the step starts from.
         pixel_inputs: the images of the rows; None if there are none.
         column_types: what `token_type_ids` and the like say of each column, for models that take them.
+        values: numbers of each completion by name, nan where there is none: what a probe measures the change of.
         metric_values: what the M metric functions say of each row, nan where they say nothing; None if there are none.
         has_tool_mask: whether TRL told the policy's tokens from those of tools and environments, also where a step
             holds none of the latter: the same on all processes and in all steps.
@@ -87,6 +91,7 @@ class RolloutBatch:
     sampling_logps: Float[Tensor, "B T"] | None = None
     pixel_inputs: PixelInputs | None = None
     column_types: dict[str, Int[Tensor, "B L"]] = field(default_factory=dict)
+    values: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
     has_tool_mask: bool = False
     metric_values: Float[Tensor, "B M"] | None = None
 
@@ -118,6 +123,11 @@ class RolloutBatch:
             **{name: join_rows([part[name] for part in parts], name) for name in names},
             pixel_inputs=PixelInputs.joined(images, sizes),
             column_types={name: _joined_columns(parts, name) for name in COLUMN_KEYS if name in parts[0]},
+            values={
+                name.removeprefix(VALUE): torch.cat([part[name] for part in parts])
+                for name in parts[0]
+                if name.startswith(VALUE)
+            },
             has_tool_mask="tool_mask" in parts[0],
         )
 
@@ -128,6 +138,7 @@ class RolloutBatch:
             **{name: values[index] for name, values in vars(self).items() if isinstance(values, Tensor)},
             pixel_inputs=None if self.pixel_inputs is None else self.pixel_inputs.chosen(index),
             column_types={name: values[index] for name, values in self.column_types.items()},
+            values={name: values[index] for name, values in self.values.items()},
         )
 
     @property

@@ -31,6 +31,8 @@ class Completions:
             `position_ids`); None: training has not seen the rows, and a row's first token has position 0.
         pixel_inputs: the images of the rows; None if there are none.
         column_types: what `token_type_ids` and the like say of each column, for models that take them.
+        values: numbers of each row by name, such as its reward, nan where there is none: what a step's change is
+            measured of beside the entropy.
         metric_values: what the M metric functions say of each row, nan where they say nothing; None if there are none.
     """
 
@@ -43,6 +45,7 @@ class Completions:
     first_position: Int[Tensor, " B"] | None = field(default=None, kw_only=True)
     pixel_inputs: PixelInputs | None = field(default=None, kw_only=True)
     column_types: dict[str, Int[Tensor, "B L"]] = field(default_factory=dict, kw_only=True)
+    values: dict[str, Float[Tensor, " B"]] = field(default_factory=dict, kw_only=True)
     metric_values: Float[Tensor, "B M"] | None = field(default=None, kw_only=True)
 
     @classmethod
@@ -58,6 +61,7 @@ class Completions:
             first_position=batch.first_position,
             pixel_inputs=batch.pixel_inputs,
             column_types=batch.column_types,
+            values=batch.values,
             metric_values=batch.metric_values,
         )
 
@@ -112,6 +116,7 @@ class Completions:
             **{name: tensor[index] for name, tensor in self._given().items()},
             pixel_inputs=None if self.pixel_inputs is None else self.pixel_inputs.chosen(index),
             column_types={name: tensor[index] for name, tensor in self.column_types.items()},
+            values={name: tensor[index] for name, tensor in self.values.items()},
         )
 
     def trimmed(self) -> Completions:
@@ -130,5 +135,6 @@ class Completions:
             first_position=None if self.first_position is None else self.first_position + start,
             pixel_inputs=self.pixel_inputs,
             column_types={name: tensor[:, start:end] for name, tensor in self.column_types.items()},
+            values=self.values,
             metric_values=self.metric_values,
         )

@@ -24,7 +24,9 @@ from trl_entropy.runs.counted import counted
 class ProbeBatchSampler(Protocol):
     """Draws a probe batch: completions that are independent of the step's own."""
 
-    def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
+    def draw(
+        self, num_prompts: int, source: str, step: int, sampler: str = "model", with_values: bool = False
+    ) -> Completions:
         """
         This process's share of a probe batch that is drawn from the present policy, one completion per prompt.
 
@@ -34,6 +36,7 @@ class ProbeBatchSampler(Protocol):
             step: seeds the draw, together with the run's seed.
             sampler: `"model"`: the model's own `generate`; `"vllm"`: the vLLM that generates the rollouts, with its
                 log-probabilities. vLLM's own random state does advance.
+            with_values: score them too, for what probes measure the change of: `Completions.values`. Collective.
         """
 
     def check_alike(self) -> None:

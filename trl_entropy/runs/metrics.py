@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Metric:
         far are too few, with numbers of prompts and completions that are ratios, with ends of intervals, and with
         means over completions of a kind that a step may lack.
         """
-        of_a_ratio = self.reduce != "TRL" and self.unit in ("1", "prompts", "completions")
+        of_a_ratio = self.reduce != "TRL" and (self.unit in ("1", "prompts", "completions") or " per " in self.unit)
         return of_a_ratio or self.name.endswith(("_low", "_high", "_lower", "_upper", "/think_length"))
 
 
@@ -181,12 +181,31 @@ _STATISTICS = {
     "ceiling_r_squared": "largest squared correlation that the noise allows",
 }
 _COMPARED = [*(f"same_sample_{name}" for name in _PREDICTIONS), *(f"cross_{name}" for name in _CHANGES), "placebo"]
-_ENTROPY = _keys("E", [
-    ("probe_batch", "nats/token", "entropy of the policy before the step, estimated on the probe batch E"),
+
+
+def _changes_of(quantity: str, unit_: str, what: str, changes: dict[str, str], compared: list[str]) -> list[Metric]:
+    """The change of a quantity by a step, its predictions, their sums over the run, and how well they agree."""
+    return _keys("E", [
+        ("probe_batch", unit_, f"{what} under the policy before the step, estimated on the probe batch E"),
+        *((f"half_{half}_num_prompts", "prompts", f"prompts in half {half} of E") for half in "ab"),
+        *((f"delta_{name}", unit_, text) for name, text in changes.items()),
+        *((f"half_{half}_{name}", unit_, f"{text}, from half {half} of the prompts of E")
+          for half in "ab" for name, text in changes.items()),
+        *((f"error_{name}", unit_, f"{text} minus measured change, on the same completions")
+          for name, text in changes.items() if name != "measured"),
+    ], f"{quantity}/") + _keys("E", [
+        *((f"integral_{name}", unit_, f"{what} at the first probed step plus the sum of each {text} since")
+          for name, text in changes.items()),
+        *((f"{kind}_{name}", "1", f"{text}, measured change on prediction, over the steps so far")
+          for kind in compared for name, text in _STATISTICS.items()),
+    ], f"{quantity}/", "last")
+
+
+_ENTROPY = _changes_of("entropy", "nats/token", "entropy", _CHANGES, _COMPARED) + _keys("E", [
     ("num_completions", "completions", "completions in E"),
     ("num_prompts", "prompts", "prompts in E, over which standard errors are clustered"),
-    *((f"half_{half}_num_prompts", "prompts", f"prompts in half {half} of E") for half in "ab"),
     ("importance_ess", "completions", "effective sample size of E under the policy after the step (T3)"),
+    ("importance_ess_sequence", "completions", "the same by the weights of whole completions, as (T21) takes them"),
     ("sampler_ess", "completions", "effective sample size of E if vLLM drew it, by the ratio of policy to sampler"),
     ("noise_floor", "nats/token", "apparent change when E is scored again in other batches: rounding alone"),
     ("precision_noise", "1", "noise of TF32 in the first-order prediction, over its standard error; once"),
@@ -196,17 +215,27 @@ _ENTROPY = _keys("E", [
     ("delta_placebo", "nats/token", "control: first-order prediction from an earlier step's update instead"),
     ("delta_cov_natural", "nats/token", "published predictor -Cov(log pi, A) over the step's tokens (T11)"),
     ("delta_cov_policy_gradient", "nats/token", "published predictor -Cov(log pi, pi A) over the step's tokens (T11)"),
-    *((f"delta_{name}", "nats/token", text) for name, text in _CHANGES.items()),
-    *((f"half_{half}_{name}", "nats/token", f"{text}, from half {half} of the prompts of E")
-      for half in "ab" for name, text in _CHANGES.items()),
-    *((f"error_{name}", "nats/token", f"{_CHANGES[name]} minus measured change, on the same completions")
-      for name in _PREDICTIONS),
-], "entropy/") + _keys("E", [
-    *((f"integral_{name}", "nats/token", f"entropy at the first probed step plus the sum of each {text} since")
-      for name, text in _CHANGES.items()),
-    *((f"{kind}_{name}", "1", f"{text}, measured change on prediction, over the steps so far")
-      for kind in _COMPARED for name, text in _STATISTICS.items()),
-], "entropy/", "last")
+], "entropy/")
+
+# The change of a number of the completions (T21), as that of the entropy.
+_CHANGES_OF_NUMBERS = {
+    "measured": "measured change (T21), weighted by whole completions",
+    "linear": "first-order prediction (T21)",
+    "trapezoid": "trapezoid rule with the gradients before and after the step (T21)",
+}
+_COMPARED_NUMBERS = [
+    *(f"same_sample_{name}" for name in _CHANGES_OF_NUMBERS if name != "measured"),
+    *(f"cross_{name}" for name in _CHANGES_OF_NUMBERS),
+]
+_QUANTITIES = [metric for quantity, (unit_, what) in {
+    "reward": ("reward", "expected reward"),
+    "length": ("tokens", "expected length"),
+    "truncated": ("1", "share of truncated completions"),
+}.items() for metric in [
+    *_changes_of(quantity, unit_, what, _CHANGES_OF_NUMBERS, _COMPARED_NUMBERS),
+    Metric(f"{quantity}/delta_in_sample", unit_, f"measured change of the {what} on the step's own completions", "U"),
+]]
+_OF_FUNCTION = re.compile(r"((rewards|metrics)/(.+))/([a-z_]+)")
 
 _ENTROPY_OF_ROLLOUTS = _keys("U", [
     ("delta_in_sample", "nats/token", "measured change (T7) on the completions that the step was trained on"),
@@ -267,6 +296,24 @@ _ATTRIBUTION = _keys("sum", [
 ], "entropy/", "last") + _keys("sum", [
     ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),
 ], "entropy/", "max")
+
+_REWARD_ATTRIBUTION = _keys("sum", [
+    (f"delta_{name}", "reward", f"part of reward/delta_linear {text} (T22)") for name, text in PARTS.items()
+], "reward/") + _keys("sum", [
+    *((f"share_{name}", "1", f"fraction of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
+    *((key.format(name), unit_, f"{text}: {what} (T22), over the run so far")
+      for name, text in (_CATEGORIES | {"all": "completions with an advantage other than 0"}).items()
+      for key, unit_, what in (
+        ("mean_delta_{}", "reward", "mean change of the expected reward of a step made by them"),
+        ("mean_delta_{}_low", "reward", "lower end of the 95 % interval of that change (Student's t)"),
+        ("mean_delta_{}_high", "reward", "upper end of the 95 % interval of that change (Student's t)"),
+        ("price_{}", "nats/token per reward", "entropy lost for a unit of expected reward gained"),
+        ("price_{}_low", "nats/token per reward", "lower end of the 95 % interval of that price (Fieller)"),
+        ("price_{}_high", "nats/token per reward", "upper end of the 95 % interval of that price (Fieller)"),
+    )),
+], "reward/", "last") + _keys("sum", [
+    ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T22)"),
+], "reward/", "max")
 
 # (name of the noise scale, prefix of the other keys) -> where it is measured.
 _METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in AdamW's metric before the step (T16)"}
@@ -359,7 +406,8 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in [
         *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_OPTIMIZER_STATE, *_ENTROPY,
-        *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION, *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
+        *_QUANTITIES, *_REWARD_ATTRIBUTION, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION,
+        *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
     ]
 }
 
@@ -387,6 +435,19 @@ EVALUATION: dict[str, Metric] = {metric.name: metric for metric in _keys("sum", 
 # fmt: on
 
 
+def metric_of(key: str) -> Metric | None:
+    """What is known of a key: its row of the table; of `rewards/NAME/delta_measured` as of `reward/delta_measured`."""
+    if key in METRICS or (found := _OF_FUNCTION.fullmatch(key)) is None:
+        return METRICS.get(key)
+    _, kind, name, change = found.groups()
+    alike = METRICS.get(f"reward/{change}")
+    if alike is None:
+        return None
+    of_function = "reward" if kind == "rewards" else name
+    text = alike.help.replace("expected reward", f"expectation of {name}")
+    return replace(alike, name=key, unit=of_function if alike.unit == "reward" else alike.unit, help=text)
+
+
 # What ends the key of a standard error; the way in which it was estimated may follow.
 _STDERR = re.compile(r"_stderr(_[a-z]+)?$")
 
@@ -399,7 +460,8 @@ def over_steps(key: str) -> str:
     averaged, as TRL does it; their standard errors, by the name `KEY_stderr`, are not.
     """
     base = _STDERR.sub("", key)
-    rule = METRICS[base].over_steps if base in METRICS else "mean"
+    known = metric_of(base)
+    rule = known.over_steps if known else "mean"
     return "error" if rule == "mean" and base != key else rule
 
 
@@ -410,4 +472,5 @@ def unit(key: str) -> str:
         return "s"
     if key in EVALUATION or key.startswith("pass@"):
         return EVALUATION.get(key, EVALUATION["pass@1"]).unit
-    return METRICS[key].unit if key in METRICS else ""
+    known = metric_of(key)
+    return known.unit if known else ""

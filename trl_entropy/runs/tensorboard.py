@@ -36,6 +36,15 @@ _LINES: dict[str, tuple[str | None, Mapping[str, list[str]]]] = {
         "slope of measured on predicted": [f"entropy/cross_{name}_corrected_slope" for name in _CHANGES],
         "effective sample size of the probe batch": ["entropy/importance_ess", "entropy/num_completions"],
     }),
+    "Reward change of a step": ("entropy", {
+        "reward, measured and predicted": [f"reward/delta_{name}" for name in ("measured", "linear", "trapezoid")],
+        "reward, summed over the run": [
+            "reward/probe_batch", *(f"reward/integral_{name}" for name in ("measured", "linear", "trapezoid"))
+        ],
+        "reward, slope of measured on predicted": [
+            f"reward/cross_{name}_corrected_slope" for name in ("measured", "linear", "trapezoid")
+        ],
+    }),
     "Entropy control": ("entropy_control", {
         "change of a step, nats/token": [
             f"entropy_control/{name}"

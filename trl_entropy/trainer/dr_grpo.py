@@ -30,7 +30,7 @@ from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.model_checks import dropout_of
 from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
 from trl_entropy.probes.step_statistics import StepStatistics
-from trl_entropy.rollouts.batch import GenerationBatch, TrainingBatch, loss_mask_of
+from trl_entropy.rollouts.batch import VALUE, GenerationBatch, TrainingBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.generation import answer_end, last_turn, stopping_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
@@ -47,6 +47,7 @@ from trl_entropy.tasks.rewards import completion_text
 from trl_entropy.trainer import model_card
 from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import RunLogCallback, StopOnSignal
+from trl_entropy.trainer.completion_values import CompletionValues, have_ended
 from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.metric_functions import MetricFunction, MetricFunctions, MetricsOfProbe
 from trl_entropy.trainer.probe_batches import ProbeBatches
@@ -119,6 +120,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.probe_runner.attach(self, self.probe_batches, files)
         self.probe_runner.check_model()
         self._step_log.attach(self)
+        metric_names = [function.short for function in self._metric_functions.functions]
+        self.completion_values = CompletionValues(self.reward_func_names, metric_names)
+        self.completion_values.take_from(self.probe_runner.probes())
         self._token_control = None
         if args.token_control != "none":
             self._token_control = TokenControl(args, self.accelerator, self._score_as_trl)
@@ -203,6 +207,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         self.step_prompts.reset()
         self._step_log.reset()
         self.probe_runner.reset()
+        self.completion_values.take_from(self.probe_runner.probes())  # one may have been added since
 
     def end_training(self) -> None:
         super().end_training()
@@ -278,6 +283,13 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             self.step_prompts.add(map(prompt_key, self._logs["prompt"]), num_groups)  # all ranks' prompts
         return batch
 
+    def _scored_generation(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
+        batch = super()._scored_generation(inputs)
+        if not self.model.training:
+            return batch
+        values = self.completion_values.columns(loss_mask_of(batch).sum(dim=1))
+        return cast(GenerationBatch, batch | {VALUE + key: column for key, column in values.items()})
+
     def _with_groups(self, batch: GenerationBatch, rewards: Tensor) -> TrainingBatch:
         """TRL's batch with the prompt groups, rewards and advantages of its rows; `rewards` are those of all ranks."""
         num_rows, rank = len(batch["advantages"]), self.accelerator.process_index
@@ -303,7 +315,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._record_think_length(completions)
         rows = [{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
-        self._metric_functions.measure(rows, completions, completion_ids_list)
+        values, local = self.completion_values, self._local_rows(len(prompts))
+        measured = self._metric_functions.measure(rows, completions, completion_ids_list, values.metric_names)
+        values.note_scores(self._rewards[local], rewards_per_func[local], measured)
         return rewards_per_func
 
     def _record_think_length(self, completions: list[Any]) -> None:
@@ -331,6 +345,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
 
     def _generate(self, prompts: list) -> Any:
         output = super()._generate(prompts)
+        self.completion_values.note_ends(have_ended(self, *output[1:3]))
         if self.args.stop_at_answer:
             self._correct_terminated(*output[1:3])
         return output

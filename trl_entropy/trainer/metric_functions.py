@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,21 +69,38 @@ class MetricFunctions:
                 "completions have a column for each. Give it another name."
             )
 
-    def measure(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any], ids: Sequence[Any]) -> None:
+    def measure(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: Sequence[Any],
+        ids: Sequence[Any],
+        always: Collection[str] = (),
+    ) -> dict[str, list[float]]:
         """
         Measure this process's completions, every `metric_every` steps and in every evaluation.
 
         Args:
             rows: the dataset's row of each completion.
+            always: names of functions that are called at other steps too, when nothing is logged of them.
+
+        Returns:
+            Of each function that was called its values, nan where it does not apply.
         """
         if not self.functions:
-            return
+            return {}
         trainer, training = self._trainer, self._trainer.model.training
         is_due = not training or trainer.current_step % trainer.args.metric_every == 0
-        self.values = torch.full((len(completions), len(self.functions)), math.nan, dtype=torch.float64)
-        if is_due:
-            more = {"trainer_state": trainer.state, "environments": trainer.environments}
-            self.values = self._called(rows, completions, ids, **more)
+        nothing, more = (
+            [math.nan] * len(completions),
+            {"trainer_state": trainer.state, "environments": trainer.environments},
+        )
+        measured = {
+            function.short: function(rows, completions, ids, **more)
+            for function in self.functions
+            if is_due or function.short in always
+        }
+        shown = [measured[function.short] if is_due else nothing for function in self.functions]
+        self.values = torch.tensor(shown, dtype=torch.float64).reshape(len(shown), len(completions)).T
         for function, values in zip(self.functions, self.values.T.tolist(), strict=True):
             known = [None if math.isnan(value) else value for value in values]
             trainer._log_completion_extra(function.short, known)  # a column has a row for each completion
@@ -93,6 +110,7 @@ class MetricFunctions:
         for name, value in found.items():
             trainer._metrics["train" if training else "eval"][name].append(value)
         self.values = self.values.to(trainer.args.device)
+        return measured
 
     def added_to(self, drawn: Completions, rows: Sequence[Mapping[str, Any]]) -> Completions:
         """The completions of a probe with their values; of episodes, whose turns only training knows, as they were."""

@@ -7,19 +7,22 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
 from trl import GRPOTrainer
+from trl.chat_template_utils import parse_response
+from trl.data_utils import is_conversational
 
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import draw_rows, has_images, own_randomness, pack_completions, prompt_of
 from trl_entropy.rollouts.generation import generating_with_the_model
 from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, IMAGE_KEYS, PixelInputs
+from trl_entropy.trainer.completion_values import have_ended, scoring_leaves_no_trace
 from trl_entropy.trainer.metric_functions import MetricFunctions
 from trl_entropy.trainer.step_prompts import StepPrompts
 
@@ -42,7 +45,9 @@ class ProbeBatches:
     ) -> None:
         self._trainer, self._step_prompts, self._metrics = trainer, step_prompts, metrics
 
-    def draw(self, num_prompts: int, source: str, step: int, sampler: str = "model") -> Completions:
+    def draw(
+        self, num_prompts: int, source: str, step: int, sampler: str = "model", with_values: bool = False
+    ) -> Completions:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
         trainer = self._trainer
         dataset = trainer.train_dataset if source == "held_out" else trainer.eval_dataset
@@ -54,8 +59,11 @@ class ProbeBatches:
         rows = draw_rows(dataset, num_prompts, exclude, (seed, step))[rank * share : (rank + 1) * share]
         own_sampler = generating_with_the_model(trainer) if sampler == "model" else contextlib.nullcontext()
         with own_sampler:
-            drawn = self.draw_completions(list(map(prompt_of, rows)), (seed, step, rank), rank * share)
-        return self._metrics.added_to(drawn, rows) if self._metrics is not None else drawn
+            drawn = self._draw(list(map(prompt_of, rows)), (seed, step, rank), rank * share)
+        packed = drawn.packed if self._metrics is None else self._metrics.added_to(drawn.packed, rows)
+        if with_values and trainer.completion_values.keys:
+            packed = replace(packed, values=self._values(rows, drawn))
+        return packed
 
     def check_alike(self) -> None:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
@@ -75,15 +83,19 @@ class ProbeBatches:
         With tools, or with a `rollout_func`, a completion is a whole episode, whose environment tokens `loss_mask`
         leaves out; then all processes must call this together, with equally many prompts.
         """
+        return self._draw(prompts, seed, first_prompt).packed
+
+    def _draw(self, prompts: list[Any], seed: tuple[int, ...], first_prompt: int) -> _Drawn:
         trainer, device = self._trainer, self._trainer.accelerator.device
         model = trainer.accelerator.unwrap_model(trainer.model)
-        own_tokens, images, fields = None, None, {}
+        own_tokens, images, fields, episodes, more = None, None, {}, None, {}
         with own_randomness(seed, device), evaluation_mode(model):  # the policy that is scored has no dropout
             if trainer.tools or trainer.rollout_func is not None:
                 if any(map(has_images, prompts)):
                     raise ValueError("the prompts have images, which TRL does not hand over of episodes with tools")
                 with _generating_episodes(trainer, len(prompts)):
-                    prompt_ids, completion_ids, own_tokens, _, logps, *_, shown = trainer._generate(prompts)
+                    made = trainer._generate(prompts)
+                prompt_ids, completion_ids, own_tokens, episodes, logps, more, *_, shown = made
                 if any(shown):
                     raise ValueError(
                         "a tool answered with images, which a draw of episodes for a probe or a control drops. "
@@ -96,7 +108,56 @@ class ProbeBatches:
         packed = pack_completions(
             prompt_ids, completion_ids, first_prompt, trainer._tokenizer.pad_token_id, device, logps, own_tokens
         )
-        return _with_images(packed, images, fields) if fields else packed
+        if fields:
+            packed = _with_images(packed, images, fields)
+        return _Drawn(packed, prompt_ids, completion_ids, own_tokens, episodes, more)
+
+    def _values(self, rows: list[dict[str, Any]], drawn: _Drawn) -> dict[str, torch.Tensor]:
+        """What the probes measure the change of: rewards and metrics as training computes them. Collective."""
+        trainer, values, ids = self._trainer, self._trainer.completion_values, drawn.completion_ids
+        prompts = list(map(prompt_of, rows))
+        completions = drawn.episodes or _as_messages(trainer, prompts, drawn.prompt_ids, ids)
+        given = [
+            row | {name: column[place] if isinstance(column, list) else column for name, column in drawn.more.items()}
+            for place, row in enumerate(rows)
+        ]
+        values.note_ends(have_ended(trainer, ids, drawn.own_tokens))
+        with scoring_leaves_no_trace(trainer), evaluation_mode(trainer.accelerator.unwrap_model(trainer.model)):
+            trainer._calculate_rewards(given, prompts, completions, ids)
+        return values.columns(drawn.packed.lengths)
+
+
+class _Drawn(NamedTuple):
+    """
+    Completions as they were drawn.
+
+    Attributes:
+        packed: the same as tensors.
+        own_tokens: 1 for each token that the policy drew; None: it drew all.
+        episodes: the messages of episodes with tools, or what TRL makes of a `rollout_func`'s; None: no episodes.
+        more: further columns for reward functions, of a `rollout_func`.
+    """
+
+    packed: Completions
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    own_tokens: list[list[int]] | None
+    episodes: list[Any] | None
+    more: Mapping[str, Any]
+
+
+def _as_messages(trainer: Any, prompts: list[Any], prompt_ids: list[list[int]], ids: list[list[int]]) -> list[Any]:
+    """Completions as TRL 1.16's `_generate` hands them to reward functions: texts, or conversations of one message."""
+    if is_conversational({"prompt": prompts[0]}):
+        tokenizer = trainer._tokenizer
+        if getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None):
+            return [
+                [parse_response(tokenizer, own, prefix=prefix, tools=trainer.tools)]
+                for own, prefix in zip(ids, prompt_ids, strict=True)
+            ]
+        contents = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+        return [[{"role": "assistant", "content": content}] for content in contents]
+    return trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
 
 
 def _with_images(completions: Completions, images: list[list[Any] | None] | None, fields: Mapping) -> Completions:

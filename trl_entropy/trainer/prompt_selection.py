@@ -120,7 +120,7 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
         columns = list(inputs[0])
-        batch = super()._generate_and_score_completions(inputs)
+        batch = self._scored_generation(inputs)
         if not self.model.training:
             return batch
         self.first_round = None
@@ -131,6 +131,10 @@ class PromptSelectingTrainer(ResumableTrainer):
             sizes = self._train_sampler.bucket_sizes()
             self.record_metrics({f"curriculum/num_{name}": size for name, size in sizes.items()})
         return batch
+
+    def _scored_generation(self, inputs: list[dict[str, Any]]) -> GenerationBatch:
+        """TRL's batch of new completions; a subclass may add a tensor with a row for each."""
+        return super()._generate_and_score_completions(inputs)
 
     # ---- curriculum
 
@@ -162,7 +166,7 @@ class PromptSelectingTrainer(ResumableTrainer):
                 taken.update(
                     row for n in rows for row in self._rows_of_prompt[prompt_key(self.train_dataset[n]["prompt"])]
                 )
-                batch = super()._generate_and_score_completions(self._share_of(rows, columns))
+                batch = self._scored_generation(self._share_of(rows, columns))
                 rounds.append(self._scored_round(batch))
                 self._learn_pass_rates()
         self.first_round = rounds[0]

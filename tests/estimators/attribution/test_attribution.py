@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_groups import LENGTH
+from tiny_groups import LENGTH, rewards_of
 from tiny_step import TinyStep
 
 from trl_entropy.estimators.attribution.shares import (
@@ -56,6 +56,26 @@ def test_parts_sum_to_the_whole(seed):
     assert products.gradient == pytest.approx(float(completions.sum()), abs=1e-13)
     assert all(abs(part) > 1e-5 for part in products)
     torch.testing.assert_close(tokens_of(step).sum(1), completions, rtol=0, atol=1e-13)
+
+
+def test_parts_of_the_reward_sum_to_the_whole_and_are_what_leaving_a_completion_out_changes():
+    """(T22), with the exact grad J; leaving out at a hundredth of the step, M held, by exact expected rewards."""
+    step = tiny_step()
+    policy, rewards, theta = step.policy, rewards_of(step.policy), step.theta
+
+    def expected(at):
+        return policy.probabilities(at) @ rewards
+
+    grad_j = torch.autograd.functional.jacobian(expected, theta)
+    completions = completion_contributions((step.gradients * step.metric) @ grad_j, step.coefficient)
+    products, whole = update_products([(grad_j, step.parts)]), float(grad_j @ step.update)
+    attribution = Attribution(whole, products.momentum, products.weight_decay, completions)
+    assert abs(attribution.rounding) < 1e-12 < 1e-4 * abs(whole)
+    own = -step.coefficient * step.gradients * step.metric
+    without = torch.stack([expected(theta + (step.update - part) / 100) for part in own])
+    left_out = expected(theta + step.update / 100) - without
+    assert float(torch.corrcoef(torch.stack([left_out, completions]))[0, 1]) > 0.99
+    torch.testing.assert_close(100 * left_out, completions, rtol=0.05, atol=1e-3 * float(completions.abs().max()))
 
 
 def test_what_is_not_named_is_rounding():

@@ -1,0 +1,34 @@
+"""The names of `change_of`: what each stands for, and which are refused."""
+
+import pytest
+
+from trl_entropy.config.quantities import check_change_of, keys_of_quantities
+
+
+def test_names_are_the_run_s_own_quantities_and_functions():
+    names = ["truncated", "entropy", "right", "metrics/words", "reward"]
+    assert keys_of_quantities(names, ["right", "form"], ["words"]) == (
+        "truncated",
+        "rewards/right",
+        "metrics/words",
+        "reward",
+    )
+    assert keys_of_quantities(["rewards/length"], ["length"], []) == ("rewards/length",)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["rihgt"], "'rihgt', which this run does not have. It has entropy, reward, length, truncated, right"),
+        (["length"], "'length', and there are several of that name. .* its key: rewards/length"),
+        (["reward", "reward"], "names 'reward' twice"),
+        ([], "name at least one of entropy, reward, length, truncated"),
+    ],
+)
+def test_what_a_run_does_not_have_is_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        keys_of_quantities(names, ["right", "length"], ["words"])
+
+
+def test_not_set_is_the_default():
+    check_change_of(None)
