@@ -92,7 +92,7 @@ def test_metrics_of_the_probes_completions_are_logged_with_the_step(make_trainer
         texts = [tokenizer.decode(row[mask.bool()], skip_special_tokens=True)
                  for row, mask in zip(ids, completions.completion_mask, strict=True)]  # fmt: skip
         values = torch.tensor(share_of_a(None, texts, letters), dtype=torch.float64)
-        torch.testing.assert_close(completions.metric_values[:, 0], values)
+        torch.testing.assert_close(completions.values["metrics/share_of_a"], values)
         logged = {name.removeprefix("metrics/share_of_a/"): value for name, value in rows[step].items()
                   if name.startswith("metrics/")}  # fmt: skip
         assert logged["probe_mean"] == pytest.approx(values.mean().item())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
+Value = TypeVar("Value")
 # What is known of every completion, whatever functions a run has. Entropy is measured in any case.
 OWN_QUANTITIES = ("entropy", "reward", "length", "truncated")
 DEFAULT_QUANTITIES = ("entropy", "reward")
@@ -20,6 +22,12 @@ def check_change_of(names: Sequence[str] | None) -> None:
         )
     if twice := [name for name in names if list(names).count(name) > 1]:
         raise ValueError(f"change_of names {twice[0]!r} twice. Name each quantity once.")
+
+
+def values_asked_for(values: Mapping[str, Value], names: Sequence[str] | None) -> dict[str, Value]:
+    """Those whose keys (see [`keys_of_quantities`]) `change_of` names, in full or by the function's name."""
+    asked = names or DEFAULT_QUANTITIES
+    return {key: value for key, value in values.items() if key in asked or key.rpartition("/")[2] in asked}
 
 
 def keys_of_quantities(names: Sequence[str], rewards: Sequence[str], metrics: Sequence[str]) -> tuple[str, ...]:

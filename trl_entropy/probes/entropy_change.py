@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.quantities import values_asked_for
 from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
 from trl_entropy.estimators.entropy_change.expectation import log_weight_sums, slope_coefficients
@@ -288,7 +289,7 @@ class EntropyChangeProbe(Probe):
 
     def _quantity_changes(self, ends: Ends, accelerator: Accelerator) -> dict[str, float]:
         """The metrics of what the step did to numbers of E's completions (T21). Collective."""
-        values, self._reward_coefficients = self._completions.values, None
+        values, self._reward_coefficients = values_asked_for(self._completions.values, self.change_of), None
         if not values:
             return {}
         sampling, mask = self._sampling_logps(ends.drawn_by), self._completions.loss_mask

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.quantities import values_asked_for
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.adamw_step import adamw_settings
 from trl_entropy.estimators.entropy_change.cross_prompt import (
@@ -179,7 +180,7 @@ class RolloutEntropyProbe(Probe):
 
     def _quantities_in_sample(self, after: TokenScores, accelerator: Accelerator) -> dict[str, float]:
         """The change (T21) of the accepted completions' numbers, each one's effect on itself included. Collective."""
-        values, mask = self._completions.values, self._completions.loss_mask
+        values, mask = values_asked_for(self._completions.values, self.change_of), self._completions.loss_mask
         if not values:
             return {}
         drawn, logged = self._completions.drawn_with(self._before.logps[0]), dict[str, float]()

@@ -39,7 +39,6 @@ class TrainingBatch(GenerationBatch):
     rewards: Float[Tensor, " B"]
     raw_advantages: Float[Tensor, " B"]
     length_scale: Float[Tensor, " B"]
-    metric_values: NotRequired[Float[Tensor, "B M"]]
     token_control_mask: NotRequired[Bool[Tensor, "B T"]]
 
 
@@ -72,7 +71,6 @@ class RolloutBatch:
         pixel_inputs: the images of the rows; None if there are none.
         column_types: what `token_type_ids` and the like say of each column, for models that take them.
         values: numbers of each completion by name, nan where there is none: what a probe measures the change of.
-        metric_values: what the M metric functions say of each row, nan where they say nothing; None if there are none.
         has_tool_mask: whether TRL told the policy's tokens from those of tools and environments, also where a step
             holds none of the latter: the same on all processes and in all steps.
     """
@@ -93,7 +91,6 @@ class RolloutBatch:
     column_types: dict[str, Int[Tensor, "B L"]] = field(default_factory=dict)
     values: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
     has_tool_mask: bool = False
-    metric_values: Float[Tensor, "B M"] | None = None
 
     @classmethod
     def from_micro_batches(

@@ -33,7 +33,6 @@ class Completions:
         column_types: what `token_type_ids` and the like say of each column, for models that take them.
         values: numbers of each row by name, such as its reward, nan where there is none: what a step's change is
             measured of beside the entropy.
-        metric_values: what the M metric functions say of each row, nan where they say nothing; None if there are none.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -46,7 +45,6 @@ class Completions:
     pixel_inputs: PixelInputs | None = field(default=None, kw_only=True)
     column_types: dict[str, Int[Tensor, "B L"]] = field(default_factory=dict, kw_only=True)
     values: dict[str, Float[Tensor, " B"]] = field(default_factory=dict, kw_only=True)
-    metric_values: Float[Tensor, "B M"] | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> Completions:
@@ -62,12 +60,11 @@ class Completions:
             pixel_inputs=batch.pixel_inputs,
             column_types=batch.column_types,
             values=batch.values,
-            metric_values=batch.metric_values,
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps (see `ProbeFiles.write`): the tensors that are not None."""
-        return self._given({"first_position", "metric_values"})
+        return self._given({"first_position"})
 
     def _given(self, omitted: Collection[str] = ()) -> dict[str, Tensor]:
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in omitted}
@@ -136,5 +133,4 @@ class Completions:
             pixel_inputs=self.pixel_inputs,
             column_types={name: tensor[:, start:end] for name, tensor in self.column_types.items()},
             values=self.values,
-            metric_values=self.metric_values,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ class CompletionValues:
     Takes the numbers of this process's completions that were generated and scored last.
 
     Attributes:
-        keys: whose change the run's probes measure, as [`keys_of_quantities`] names them; empty: nothing is kept.
-        metric_names: the metric functions among them, which must be called at every step.
+        keys: what is kept of a completion, as [`keys_of_quantities`] names it: that whose change the run's probes
+            measure, and all metrics, which are logged of a probe's completions; empty: no probe measures a change.
+        metric_names: the metric functions whose change is measured, which must be called at every step.
     """
 
     def __init__(self, rewards: Sequence[str], metrics: Sequence[str]) -> None:
@@ -43,8 +45,10 @@ class CompletionValues:
         """
         asking = [probe for probe in probes if probe.measures_quantities]
         names = {name: None for probe in asking for name in probe.change_of or DEFAULT_QUANTITIES}
-        self.keys = keys_of_quantities(list(names), self._rewards, self._metrics) if names else ()
-        self.metric_names = frozenset(key.split("/", 1)[1] for key in self.keys if key.startswith("metrics/"))
+        asked = keys_of_quantities(list(names), self._rewards, self._metrics) if names else ()
+        self.metric_names = frozenset(key.split("/", 1)[1] for key in asked if key.startswith("metrics/"))
+        metrics = [f"metrics/{name}" for name in self._metrics if asking]
+        self.keys = tuple(dict.fromkeys([*asked, *metrics]))
 
     def note_ends(self, ended: Sequence[bool]) -> None:
         """What was generated has ended by itself, or was cut off."""
@@ -62,7 +66,8 @@ class CompletionValues:
         self._known["reward"] = rewards.tolist()
         for name, column in zip(self._rewards, of_functions.unbind(1), strict=True):
             self._known[f"rewards/{name}"] = column.tolist()
-        self._known |= {f"metrics/{name}": values for name, values in of_metrics.items()}
+        nothing = [math.nan] * len(rewards)
+        self._known |= {f"metrics/{name}": of_metrics.get(name, nothing) for name in self._metrics}
 
     def columns(self, lengths: Tensor) -> dict[str, Float[Tensor, " B"]]:
         """

@@ -115,7 +115,7 @@ class DrGRPOTrainer(PromptSelectingTrainer):
         )
         self._metric_functions = MetricFunctions(self, metric_funcs)
         self.metric_funcs = self._metric_functions.functions
-        self.probe_batches = ProbeBatches(self, self.step_prompts, self._metric_functions)
+        self.probe_batches = ProbeBatches(self, self.step_prompts)
         files = ProbeFiles(args, self.accelerator, self._get_learning_rate, self.processing_class)
         self.probe_runner.attach(self, self.probe_batches, files)
         self.probe_runner.check_model()
@@ -301,9 +301,6 @@ class DrGRPOTrainer(PromptSelectingTrainer):
             "raw_advantages": batch["advantages"],
             "length_scale": torch.ones_like(batch["advantages"]),
         }
-        values = self._metric_functions.values
-        if values is not None and len(values) == num_rows and not self.args.resample_uninformative_groups:
-            added["metric_values"] = values
         return cast(TrainingBatch, batch | added)
 
     def _local_rows(self, num_rows: int) -> slice:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +17,6 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.estimators.statistics.estimate import delta_method
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
-from trl_entropy.rollouts.completions import Completions
 from trl_entropy.tasks.completion_functions import CompletionFunction
 
 MetricFunction = CompletionFunction | Callable[..., Any]
@@ -54,14 +52,10 @@ class MetricFunctions:
 
     Args:
         functions: with the signature of TRL's reward functions; None as a value: it does not apply.
-
-    Attributes:
-        values: (B, M), of this process's completions that were measured last; nan where there is none, None before.
     """
 
     def __init__(self, trainer: MetricHost, functions: Sequence[MetricFunction]) -> None:
         self._trainer, self.functions = trainer, named_functions(functions)
-        self.values: Tensor | None = None
         names = [one.short for one in self.functions]
         if taken := {*names} & {*trainer.reward_func_names} | {name for name in names if names.count(name) > 1}:
             raise ValueError(
@@ -100,36 +94,16 @@ class MetricFunctions:
             if is_due or function.short in always
         }
         shown = [measured[function.short] if is_due else nothing for function in self.functions]
-        self.values = torch.tensor(shown, dtype=torch.float64).reshape(len(shown), len(completions)).T
-        for function, values in zip(self.functions, self.values.T.tolist(), strict=True):
+        for function, values in zip(self.functions, shown, strict=True):
             known = [None if math.isnan(value) else value for value in values]
             trainer._log_completion_extra(function.short, known)  # a column has a row for each completion
-        every = torch.tensor(gather_object(self.values.tolist()), dtype=torch.float64)
+        own = torch.tensor(shown, dtype=torch.float64).reshape(len(shown), len(completions)).T
+        every = torch.tensor(gather_object(own.tolist()), dtype=torch.float64)
         size = trainer.num_generations if training else trainer.num_generations_eval
         found = statistics_of(self.functions, every, torch.arange(len(every)) // size)
         for name, value in found.items():
             trainer._metrics["train" if training else "eval"][name].append(value)
-        self.values = self.values.to(trainer.args.device)
         return measured
-
-    def added_to(self, drawn: Completions, rows: Sequence[Mapping[str, Any]]) -> Completions:
-        """The completions of a probe with their values; of episodes, whose turns only training knows, as they were."""
-        trainer = self._trainer
-        if not self.functions or trainer.tools or trainer.rollout_func is not None:
-            return drawn
-        columns = drawn.input_ids[:, drawn.prompt_columns :]
-        ids = [row[mask].tolist() for row, mask in zip(columns, drawn.completion_mask.bool(), strict=True)]
-        texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        completions = [
-            text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            for text, row in zip(texts, rows, strict=True)
-        ]
-        values = self._called(rows, completions, ids, trainer_state=trainer.state)
-        return replace(drawn, metric_values=values.to(drawn.input_ids.device))
-
-    def _called(self, rows: Any, completions: Any, ids: Any, **more: Any) -> Float[Tensor, "B M"]:
-        values = [function(rows, completions, ids, **more) for function in self.functions]
-        return torch.tensor(values, dtype=torch.float64).reshape(len(values), len(completions)).T
 
 
 class MetricsOfProbe(Probe):
@@ -163,8 +137,9 @@ class MetricsOfProbe(Probe):
         if record is None or record.probe_batch is None or record.step == self._logged:
             return
         completions = record.probe_batch.completions
-        if completions.metric_values is not None:
-            values, prompts = accelerator.gather((completions.metric_values, completions.prompt_index))
+        own = [completions.values.get(f"metrics/{function.short}") for function in self._functions]
+        if known := [column for column in own if column is not None]:  # all of them or none
+            values, prompts = accelerator.gather((torch.stack(known, dim=1), completions.prompt_index))
             metrics |= statistics_of(self._functions, values.cpu(), prompts.cpu(), "probe_")
             self._logged = record.step
 

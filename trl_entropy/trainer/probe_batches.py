@@ -23,7 +23,6 @@ from trl_entropy.rollouts.drawing import draw_rows, has_images, own_randomness, 
 from trl_entropy.rollouts.generation import generating_with_the_model
 from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, IMAGE_KEYS, PixelInputs
 from trl_entropy.trainer.completion_values import have_ended, scoring_leaves_no_trace
-from trl_entropy.trainer.metric_functions import MetricFunctions
 from trl_entropy.trainer.step_prompts import StepPrompts
 
 
@@ -37,13 +36,10 @@ class ProbeBatches:
     Args:
         trainer: the trainer whose policy, datasets and generation are used.
         step_prompts: the prompts of the present step, which a draw of held-out prompts leaves out.
-        metrics: the metric functions, which are called on the completions of [`draw`].
     """
 
-    def __init__(
-        self, trainer: GRPOTrainer, step_prompts: StepPrompts, metrics: MetricFunctions | None = None
-    ) -> None:
-        self._trainer, self._step_prompts, self._metrics = trainer, step_prompts, metrics
+    def __init__(self, trainer: GRPOTrainer, step_prompts: StepPrompts) -> None:
+        self._trainer, self._step_prompts = trainer, step_prompts
 
     def draw(
         self, num_prompts: int, source: str, step: int, sampler: str = "model", with_values: bool = False
@@ -60,10 +56,9 @@ class ProbeBatches:
         own_sampler = generating_with_the_model(trainer) if sampler == "model" else contextlib.nullcontext()
         with own_sampler:
             drawn = self._draw(list(map(prompt_of, rows)), (seed, step, rank), rank * share)
-        packed = drawn.packed if self._metrics is None else self._metrics.added_to(drawn.packed, rows)
         if with_values and trainer.completion_values.keys:
-            packed = replace(packed, values=self._values(rows, drawn))
-        return packed
+            return replace(drawn.packed, values=self._values(rows, drawn))
+        return drawn.packed
 
     def check_alike(self) -> None:
         """See [`~trl_entropy.rollouts.drawing.ProbeBatchSampler`]."""
