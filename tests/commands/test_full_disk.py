@@ -34,7 +34,7 @@ def test_one_line(name, number, advice, tmp_path, monkeypatch):
         raise OSError(number, "what happened", "some/file")
 
     monkeypatch.setattr(command, called, fail)
-    monkeypatch.setattr(evaluate, "read_config", lambda run: {})
+    monkeypatch.setattr(evaluate, "read_config", lambda *_: {})
     monkeypatch.setattr(evaluate, "_settings", lambda args, config: None)
     monkeypatch.setattr(evaluate, "targets_of", lambda *_: [])
     main = (experiment if called == "import_module" else command).main

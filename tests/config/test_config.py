@@ -90,7 +90,7 @@ def test_refused_settings(settings, message):
         config(**settings)
 
 
-def test_kl_is_refused_under_zero3():
+def test_kl_is_refused_where_parameters_are_sliced(monkeypatch):
     args = config(kl_every=1)
     args.deepspeed_plugin = SimpleNamespace(zero_stage=2)
     args._check_probes()
@@ -99,6 +99,11 @@ def test_kl_is_refused_under_zero3():
         args._check_probes()
     args.beta = 0.1  # TRL's own KL, by its reference model
     args._check_probes()
+    args.beta, args.deepspeed_plugin = 0.0, None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match=r"kl_every.*FSDP splits.*kl_every=0.*zero_stage: 2"):
+        args._check_probes()
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,25 @@ from trl_entropy.config.command_line import parse
 from trl_entropy.preflight import support
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from test_user_launch import LAUNCHES, RUNS, command_line
+from test_user_launch import LAUNCHES, RUNS, WITHOUT_KL, command_line
 
 TESTS = Path(__file__).parents[1]
 # The engine of launch/<name>.yaml -> its column.
-COLUMNS = {"cpu": "plain", "ddp-cpu": "ddp", "zero1-cpu": "zero1", "zero2-cpu": "zero2", "zero3-cpu": "zero3"}
+COLUMNS = {
+    "cpu": "plain",
+    "ddp-cpu": "ddp",
+    "zero1-cpu": "zero1",
+    "zero2-cpu": "zero2",
+    "zero3-cpu": "zero3",
+    "fsdp2-cpu": "fsdp2",
+}
 REFUSED_ENGINES = "preflight/test_support.py::test_engines_are_refused_as_build_engine_does"
 ATTENTION = "engine/test_scored_attention.py::test_scores_and_derivatives_are_those_of_torchs_kernel"
 QUANTISATION = "preflight/test_support.py::test_quantised_base_is_refused_by_float32_scoring_alone"
 # Axis -> the test of a probe that scores the model, supported or refused; and of one that does not.
 SCORING = {"attention": ATTENTION, "quantisation": QUANTISATION}
 NOT_SCORING = dict.fromkeys(SCORING, "trainer/test_trainer.py::test_probes_that_take_any_kernel_do_not_score")
-KL_UNDER_ZERO3 = "config/test_config.py::test_kl_is_refused_under_zero3"
+KL_OF_SLICES = "config/test_config.py::test_kl_is_refused_where_parameters_are_sliced"
 
 
 def probes_of(name: str, directory: Path) -> set[str]:
@@ -42,7 +49,7 @@ def launched(tmp_path_factory) -> set[tuple[str, str]]:
     return {
         (probe, COLUMNS[engine])
         for name, (engine, *_) in LAUNCHES.items()
-        for probe in (under_zero3 if name == "zero3" else common)
+        for probe in (under_zero3 if name in WITHOUT_KL else common)
     }
 
 
@@ -70,7 +77,8 @@ def test_every_other_cell_names_a_test_that_exists():
         if axis != "engine":
             named.add((SCORING if depends else NOT_SCORING)[axis])
         elif support.remedy(probe, axis, value) is not None:
-            named.add(KL_UNDER_ZERO3 if (probe, value) == ("kl_every", "zero3") else REFUSED_ENGINES)
+            sliced = probe == "kl_every" and value in WITHOUT_KL
+            named.add(KL_OF_SLICES if sliced else REFUSED_ENGINES)
     for path, function in (name.split("::") for name in named):
         tree = ast.parse((TESTS / path).read_text())
         assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, path

@@ -133,6 +133,10 @@ TOGGLES = {
     "entropy_control ": ({"entropy_control": "report", "entropy_control_completions": "rollouts"}, True, True),
     "token_control": ({"token_control": "random"}, True, True),
     "metric_every": ({"metric_every": 2}, True, True),
+    "change_of": (PROBE | {"change_of": ["entropy", "length"]}, False, True),
+    "reward_attribution": (
+        PROBE | {"entropy_attribution": "sequence", "reward_attribution": True}, False, True,
+    ),
     "probe_precision": (PROBE | {"probe_precision": "float32"}, False, True),
     "token_control ": ({"token_control": "random", "token_control_scope": "micro_batch"}, True, True),
     "curriculum": ({"curriculum": "pass_rate"}, False, False),

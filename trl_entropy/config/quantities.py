@@ -27,7 +27,8 @@ def check_change_of(names: Sequence[str] | None) -> None:
 def values_asked_for(values: Mapping[str, Value], names: Sequence[str] | None) -> dict[str, Value]:
     """Those whose keys (see [`keys_of_quantities`]) `change_of` names, in full or by the function's name."""
     asked = names or DEFAULT_QUANTITIES
-    return {key: value for key, value in values.items() if key in asked or key.rpartition("/")[2] in asked}
+    functions = {*asked} - {*OWN_QUANTITIES}
+    return {key: value for key, value in values.items() if key in asked or key.rpartition("/")[2] in functions}
 
 
 def keys_of_quantities(names: Sequence[str], rewards: Sequence[str], metrics: Sequence[str]) -> tuple[str, ...]:
@@ -36,7 +37,8 @@ def keys_of_quantities(names: Sequence[str], rewards: Sequence[str], metrics: Se
     `length`, `truncated`, `rewards/NAME` of a reward function and `metrics/NAME` of a metric function, as their means.
 
     Args:
-        names: of `change_of`; a function by its name, or by its key where another thing has its name too.
+        names: of `change_of`; a function by its name, or by its key where another thing has its name too. `reward`,
+            `length` and `truncated` are always those of this package, whatever functions are called so.
         rewards, metrics: names of the run's reward functions and metric functions.
 
     Raises:
@@ -46,7 +48,8 @@ def keys_of_quantities(names: Sequence[str], rewards: Sequence[str], metrics: Se
     by_name: dict[str, list[str]] = {name: [name] for name in OWN_QUANTITIES}
     for prefix, functions in (("rewards", rewards), ("metrics", metrics)):
         for function in functions:
-            by_name.setdefault(function, []).append(f"{prefix}/{function}")
+            if function not in OWN_QUANTITIES:
+                by_name.setdefault(function, []).append(f"{prefix}/{function}")
             by_name.setdefault(f"{prefix}/{function}", []).append(f"{prefix}/{function}")
     found = dict[str, None]()
     for name in names:

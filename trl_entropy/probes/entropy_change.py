@@ -295,13 +295,14 @@ class EntropyChangeProbe(Probe):
         sampling, mask = self._sampling_logps(ends.drawn_by), self._completions.loss_mask
         sums = [log_weight_sums(scores.logps, sampling, mask) for scores in (ends.before, ends.after)]
         columns = accelerator.gather(torch.cat([*sums, torch.stack(list(values.values()), dim=1)], dim=1))
-        before, after, gathered = columns.split([*(part.shape[1] for part in sums), len(values)], dim=1)
-        prompts = accelerator.gather(self._completions.prompt_index)
+        # On the host: a few numbers of each completion, read dozens of times.
+        before, after, gathered = columns.cpu().split([*(part.shape[1] for part in sums), len(values)], dim=1)
+        prompts = accelerator.gather(self._completions.prompt_index).cpu()
         named = dict(zip(values, gathered.unbind(1), strict=True))
         if self.attribution is not None and self.attribution.with_reward and "reward" in named:
             first = accelerator.process_index * len(self._completions)
             of_all = slope_coefficients(named["reward"], before, prompts)
-            self._reward_coefficients = of_all[first : first + len(self._completions)]
+            self._reward_coefficients = of_all[first : first + len(self._completions)].to(accelerator.device)
         return self.quantities.add(named, (before, after), prompts)
 
     def _points(self, ends: Ends, accelerator: Accelerator, form: Any = "decision") -> tuple[PointTerms, PointTerms]:

@@ -186,10 +186,10 @@ class RolloutEntropyProbe(Probe):
         drawn, logged = self._completions.drawn_with(self._before.logps[0]), dict[str, float]()
         sums = [log_weight_sums((scores.logps[0],), drawn, mask) for scores in (self._before, after)]
         columns = accelerator.gather(torch.cat([*sums, torch.stack(list(values.values()), dim=1)], dim=1))
-        columns = columns[self._accepted.of_rows]
+        columns, prompts = columns[self._accepted.of_rows].cpu(), self._prompts.cpu()
         for place, key in enumerate(values, start=2):
-            ends = [expectation_terms(columns[:, place], columns[:, [end]], self._prompts).terms for end in (0, 1)]
-            logged |= with_stderr(f"{key}/delta_in_sample", delta_measured(*ends).estimate(self._prompts))
+            ends = [expectation_terms(columns[:, place], columns[:, [end]], prompts).terms for end in (0, 1)]
+            logged |= with_stderr(f"{key}/delta_in_sample", delta_measured(*ends).estimate(prompts))
         return logged
 
     def _predicted_changes(

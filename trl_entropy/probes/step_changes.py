@@ -92,7 +92,7 @@ class QuantityChanges:
     def add(
         self,
         values: dict[str, Float[Tensor, " B"]],
-        log_weights: tuple[Float[Tensor, "B orders"], Float[Tensor, "B orders"]],
+        log_weights: tuple[Float[Tensor, "B before"], Float[Tensor, "B after"]],
         prompts: Int[Tensor, " B"],
     ) -> dict[str, float]:
         """

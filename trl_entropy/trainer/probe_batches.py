@@ -116,6 +116,8 @@ class ProbeBatches:
             row | {name: column[place] if isinstance(column, list) else column for name, column in drawn.more.items()}
             for place, row in enumerate(rows)
         ]
+        columns = dict.fromkeys(name for row in given for name in row)  # sets of evaluation prompts may differ in them
+        given = [dict.fromkeys(columns) | row for row in given]
         values.note_ends(have_ended(trainer, ids, drawn.own_tokens))
         with scoring_leaves_no_trace(trainer), evaluation_mode(trainer.accelerator.unwrap_model(trainer.model)):
             trainer._calculate_rewards(given, prompts, completions, ids)
