@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 import torch.utils.checkpoint
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -332,6 +333,8 @@ def _patched(device: EmulatedDevice) -> Iterator[None]:
         "get_device_properties": lambda *args: SimpleNamespace(total_memory=16 * 2**30),
     }
     with contextlib.ExitStack() as undo:
+        # accelerate keeps the device that it first found for the process.
+        undo.callback(AcceleratorState._reset_state, reset_partial_state=True)
         undo.enter_context(mock.patch.dict("os.environ", {"ACCELERATE_TORCH_DEVICE": str(DEVICE)}))
         undo.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         # `grad` and `backward` would otherwise be handed to the mode, which is off in what they call.
