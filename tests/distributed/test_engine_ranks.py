@@ -53,6 +53,8 @@ NO_MASTER = Case(lora=False, bf16=False, accumulation=1, load_in_bf16=True)
 
 # Number of processes. "plain" runs in pytest's own process, the others are launch/<engine>.yaml.
 QUICK_ENGINES = {"plain": 1, "ddp-cpu": 2, "zero2-cpu": 2, "zero3-cpu": 2, "fsdp2-cpu": 2}
+# ZeRO-2 slices less than ZeRO-3, by the same code.
+SHORT_COMMANDS = [pytest.param(name, marks=pytest.mark.slow if name == "zero2-cpu" else ()) for name in QUICK_ENGINES]
 NUM_PROCESSES = QUICK_ENGINES | {
     "cpu": 1,
     "zero1": 2,
@@ -323,7 +325,7 @@ def check_all(engine: str, case: Case, records: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
-@pytest.mark.parametrize("engine", QUICK_ENGINES)
+@pytest.mark.parametrize("engine", SHORT_COMMANDS)
 def test_every_quantity(trained, engine: str, case: Case) -> None:
     check_all(engine, case, trained(engine, quick_cases(engine))[case])
 
@@ -364,7 +366,7 @@ def test_a_step_that_is_not_finite(trained, engine: str, case: Case) -> None:
         assert not values.any() if step["step_skipped"] else values.isnan().all()
 
 
-@pytest.mark.parametrize("engine", QUICK_ENGINES)
+@pytest.mark.parametrize("engine", SHORT_COMMANDS)
 def test_reading_leaves_training_bit_identical(trained, engine: str) -> None:
     cases = quick_cases(engine)
     records = trained(engine, cases)

@@ -184,6 +184,7 @@ def test_probes_leave_training_bit_identical(rows_of, engine, run):
         assert all(row[key] == value for key, value in expected.items() if not key.startswith(CLOCKS))
 
 
+@pytest.mark.slow
 def test_the_launcher_ends_with_one_message(tmp_path, model_path):
     """`test_failing_ranks.py` has every event and engine; here the launcher takes part."""
     settings = json.dumps({"name": "failing", "fails_in": "on_after_update", "model_path": model_path})

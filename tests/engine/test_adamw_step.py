@@ -44,6 +44,7 @@ print(order, *(float(value).hex() for value in so_far), list(metric_of_step(upda
 """
 
 
+@pytest.mark.slow
 def test_the_same_digits_under_every_hash_seed():
     """The products (T9) bit for bit, and the order of the keys, in processes that hash strings differently."""
     said = []

@@ -112,6 +112,7 @@ def test_group_gradients_add_up_to_the_gradients_of_entropy_and_loss(state):
     assert rollouts.advantages.view(6, 4).sum(1).abs().max() < 1e-6 < rollouts.advantages.abs().max()
 
 
+@pytest.mark.slow
 def test_calibration_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     arguments = ["calibration", "--checkpoint", str(checkpoint), *SMALL, "--output", str(tmp_path)]
     main(arguments)
@@ -146,6 +147,7 @@ def run_small(name, checkpoint, tmp_path, *options) -> dict:
     return json.loads((tmp_path / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_linearity_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     result = run_small("linearity", checkpoint, tmp_path, "--num-completions", 64)
     assert "eta*" in capsys.readouterr().out
@@ -269,6 +271,7 @@ def test_changes_in_blocks_are_those_of_forward_mode_and_of_short_steps(state):
     assert len(prompts) <= 32 and len(set(state.trainer.eval_dataset["prompt"])) > 1000
 
 
+@pytest.mark.slow
 def test_exchange_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     options = ("--num-redraws", 4, "--num-completions", 128, "--num-measured", 2, "--num-probe", 16)
     result = run_small("exchange", checkpoint, tmp_path, *options)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from first_fast import first_fast
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -212,12 +213,14 @@ def test_adapters(refused_ones, config, expected, message):
 
 @pytest.mark.parametrize(
     "config",
-    [
-        lambda: lora(use_rslora=True, init_lora_weights=False),
-        lambda: lora(modules_to_save=["norm"], init_lora_weights=False),
-        lambda: lora(modules_to_save=["lm_head"], init_lora_weights=False),
-        lambda: lora(modules_to_save=["embed_tokens"], init_lora_weights=False),
-    ],
+    first_fast(
+        [
+            lambda: lora(use_rslora=True, init_lora_weights=False),
+            lambda: lora(modules_to_save=["norm"], init_lora_weights=False),
+            lambda: lora(modules_to_save=["lm_head"], init_lora_weights=False),
+            lambda: lora(modules_to_save=["embed_tokens"], init_lora_weights=False),
+        ]
+    ),
     ids=["rsLoRA", "norm", "head", "embedding"],
 )
 def test_adapters_that_are_not_refused_have_exact_numbers(build, config):

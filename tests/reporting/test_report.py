@@ -188,6 +188,7 @@ def test_plain_text_keeps_lines_and_letters():
     assert plain("a\tb\nc\x00\x9b\u2067d é") == "a\tb\ncd é"
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_the_pictures_of_the_whole_one_up_to_that_step(real_run, tmp_path):
     killed = real_run.parent / "killed" / real_run.name
     whole = tmp_path / real_run.name
@@ -345,6 +346,7 @@ def share_rows(run: Path, tmp_path, **changed) -> tuple[str, list[str]]:
     return "".join(page.text), [origin["data-key"] for origin, _ in page.numbers]
 
 
+@pytest.mark.slow
 def test_shares_are_tabled_only_where_the_sum_is_well_away_from_0(real_run, tmp_path):
     run = copied(real_run, tmp_path / "run")
     ends = {"mean_delta_all": -0.004, "mean_delta_all_low": -0.005, "mean_delta_all_high": -0.003}
@@ -357,6 +359,7 @@ def test_shares_are_tabled_only_where_the_sum_is_well_away_from_0(real_run, tmp_
     assert {"entropy/mean_delta_all", "entropy/mean_delta_correct_rare_low"} <= set(keys)
 
 
+@pytest.mark.slow
 def test_one_run_given_twice_is_shown_once(real_run, tmp_path, monkeypatch, capsys):
     run = copied(real_run, tmp_path / "run")
     (tmp_path / "link").symlink_to(run)
@@ -398,6 +401,7 @@ def test_completions_of_one_token_that_are_attributed_have_a_page(real_run, tmp_
     assert "Which tokens changed the entropy" in text and "Missing on this page" not in text and not caplog.messages
 
 
+@pytest.mark.slow
 def test_tokens_without_a_tokenizer_are_numbers_and_the_page_says_so(real_run, tmp_path):
     run = copied(real_run, tmp_path / "bare")
     shutil.rmtree(run / "checkpoint-3")

@@ -131,6 +131,7 @@ def test_report_leaves_training_bit_identical(make_trainer, problems, source):
     assert rows[-1]["entropy_control/price"] is not None and rows[-1]["entropy_control/noise_share"] > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one(make_trainer, problems, tmp_path):
     points = []
     for name, stops in (("straight", [4]), ("resumed", [2, 4])):

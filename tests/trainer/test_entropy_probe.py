@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from first_fast import first_fast
 from peft import LoraConfig
 from run_rows import without_clocks
 from safetensors import safe_open
@@ -137,15 +138,18 @@ def test_probe_batch_is_independent_of_the_step(make_trainer, problems):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True},
-        {"lora": True, "lora_dropout": 0.1},
-        {"num_iterations": 2},
-        {"loss_type": "dapo"},
-        {"optim": "sgd", "plain_optimizer": True},
-    ],
+    first_fast(
+        [
+            {},
+            {"gradient_accumulation_steps": 2},
+            {"gradient_checkpointing": True},
+            {"lora": True, "lora_dropout": 0.1},
+            {"num_iterations": 2},
+            {"loss_type": "dapo"},
+            {"optim": "sgd", "plain_optimizer": True},
+        ],
+        2,
+    ),
     ids=str,
 )
 def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, settings):

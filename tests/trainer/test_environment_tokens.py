@@ -71,7 +71,7 @@ def differing(clean: RunDirectory, garbage: RunDirectory) -> list[str]:
     return [f"{key}: {one} and {other}" for key, one, other in pairs if one != other]
 
 
-@pytest.mark.parametrize("name", first_fast(SETTINGS, 3))
+@pytest.mark.parametrize("name", first_fast(SETTINGS))
 def test_what_the_model_gives_environment_tokens_changes_nothing(make_trainer, name):
     (clean, weights), (garbage, others) = (
         run_of(make_trainer, garbage, **SETTINGS[name]) for garbage in (False, True)

@@ -121,7 +121,7 @@ SETTINGS = {
 DEFAULTS = {"entropy_attribution": "none", "entropy_prediction": "trapezoid", "entropy_probe_every": 1}
 
 
-@pytest.mark.parametrize("case", first_fast(SETTINGS, 2))
+@pytest.mark.parametrize("case", first_fast(SETTINGS))
 def test_probe_on_is_probe_off_and_resumed_is_uninterrupted_bit_for_bit(make_trainer, problems, tmp_path, case):
     """A checkpoint falls between each step and its measurement."""
     settings = dict(SETTINGS[case])

@@ -40,6 +40,7 @@ def run(make_trainer, problems):  # noqa: F811
     return train
 
 
+@pytest.mark.slow
 def test_auto_takes_tf32_and_nothing_coarser(run, emulate, caplog):
     caplog.set_level("INFO")
     plain, exact, chosen = run()

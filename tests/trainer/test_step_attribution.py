@@ -177,6 +177,7 @@ def test_probe_on_is_probe_off_bit_for_bit(make_trainer, problems, terms):
     assert torch.equal(points[0], points[1]) and torch.equal(points[0], points[2])
 
 
+@pytest.mark.slow
 def test_the_record_survives_a_resume(make_trainer, problems, tmp_path):
     rows = []
     for name, stops in (("straight", [4]), ("resumed", [2, 4])):

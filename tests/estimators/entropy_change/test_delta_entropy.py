@@ -241,6 +241,7 @@ def test_critical_length_is_the_critical_step_of_the_means():
     assert slope == pytest.approx(float(found.influence[0]), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimand", ["entropy", "linear"])
 def test_bias_of_the_ratios_falls_as_one_over_n(estimand):
     """By enumeration of every sample of n completions: bias times n stays, to 10 %."""
@@ -266,6 +267,7 @@ def test_bias_of_the_ratios_falls_as_one_over_n(estimand):
     assert scaled[1:] == pytest.approx([scaled[0]] * 2, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_intervals_cover_and_stated_errors_are_the_scatter(form):
     """32 prompts of 4: measured, predicted, difference. Truth is exact; tolerances are the simulation's own errors."""

@@ -98,6 +98,7 @@ def test_arithmetic_is_paired():
     assert (first + first).estimate(index).stderr == pytest.approx(2 * first.estimate(index).stderr)
 
 
+@pytest.mark.slow
 def test_intervals_of_clustered_means_cover():
     """Members of a cluster share an effect: clustered intervals cover 95 %, those that ignore clusters far less."""
     generator, num_prompts, num_generations, reps = torch.Generator().manual_seed(3), 12, 4, 1500
