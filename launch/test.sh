@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Static checks and tests. Usage: bash launch/test.sh [--slow] [pytest arguments]
-# Takes at most 12 minutes on two idle cores; with --slow, which adds the long tests, at most 40.
+# Takes 24 minutes on two cores (2026-12-01), twice what is wanted; --slow adds the long tests, which take longer.
 # Tests run in random order; the first line that pytest prints has the seed, with which --randomly-seed=SEED repeats it.
 set -euo pipefail
 EXTRAS=dev,deepspeed

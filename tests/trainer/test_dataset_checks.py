@@ -135,7 +135,7 @@ TOGGLES = {
     "metric_every": ({"metric_every": 2}, True, True),
     "change_of": (PROBE | {"change_of": ["entropy", "length"]}, False, True),
     "reward_attribution": (
-        PROBE | {"entropy_attribution": "sequence", "reward_attribution": True}, False, True,
+        PROBE | {"entropy_attribution": "sequence", "reward_attribution": True}, False, False,
     ),
     "probe_precision": (PROBE | {"probe_precision": "float32"}, False, True),
     "token_control ": ({"token_control": "random", "token_control_scope": "micro_batch"}, True, True),
