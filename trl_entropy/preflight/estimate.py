@@ -245,8 +245,10 @@ def rows_at_once(plan: Plan, most: int, order: int = 0, backward: bool = False) 
 
 
 def _pass(plan: Plan, most: int, order: int = 0, backward: bool = False) -> int:
-    """Bytes of a pass with the float32 copy of the frozen parameters."""
+    """Bytes of a pass, with the frozen parameters: a float32 copy of narrower ones, all of sharded ones gathered."""
     base = memory.float32_base(shape_of(plan), base_bytes(plan))
+    if memory.shards(plan.engine, "weights", plan.world_size) > 1:  # ZeRO-3, FSDP2
+        base += memory.num_frozen(shape_of(plan)) * base_bytes(plan)
     return rows_at_once(plan, most, order, backward)[1] + base
 
 

@@ -94,8 +94,12 @@ def generation_logits(shape: ModelShape, rows: int) -> int:
 
 def float32_base(shape: ModelShape, bytes_each: int) -> int:
     """The float32 copy of frozen bf16 or fp16 parameters that exists while a probe scores in float32."""
-    num_frozen = shape.num_parameters + shape.num_adapter - shape.num_trainable
-    return 4 * num_frozen if bytes_each < 4 else 0
+    return 4 * num_frozen(shape) if bytes_each < 4 else 0
+
+
+def num_frozen(shape: ModelShape) -> int:
+    """Parameters that are not trained."""
+    return shape.num_parameters + shape.num_adapter - shape.num_trainable
 
 
 def checkpoint(weight_bytes: int, num_trainable: int, bytes_each: int, has_adapter: bool, optimizer_bytes: int) -> int:

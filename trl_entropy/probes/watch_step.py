@@ -24,6 +24,7 @@ from trl_entropy.estimators.entropy_change.step_change import (
 )
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.gradients.scores import score
+from trl_entropy.probes.model_checks import check_scoring
 from trl_entropy.rollouts.completions import Completions
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def watch_step(
 
     Raises:
         NotImplementedError: for models that no engine reads (FSDP of version 1, other shardings): says what works.
-        ValueError: if a trainable parameter is in no group of the optimizer.
+        ValueError: if a trainable parameter is in no group of the optimizer, or the model cannot be scored exactly
+            (as the probes refuse it: padding that moves its scores, virtual tokens, no forward mode).
     """
     completions = Completions(
         input_ids,
@@ -123,9 +125,24 @@ def watch_step(
         loss_mask=completion_mask if loss_mask is None else loss_mask,
     )
     engine = _engine_of(model, optimizer, input_ids.device)
+    check_scoring(engine.module, "watch_step", derivatives)
     shares = {name: share.detach().clone() for name, share in engine.theta().items()}
     watched = WatchedStep()
     yield watched
+    _measure(watched, engine, shares, completions, drawn_after, temperature, derivatives, batch_size)
+
+
+def _measure(
+    watched: WatchedStep,
+    engine: Engine,
+    shares: dict[str, Tensor],
+    completions: Completions,
+    drawn_after: bool,
+    temperature: float,
+    derivatives: bool,
+    batch_size: int | None,
+) -> None:
+    """Fills `watched`; `shares` are this process's of theta before the step. Collective."""
     before, after = engine.assemble(shares), engine.assemble(engine.theta(), copy=True)
     direction = {name: after[name] - before[name] for name in after} if derivatives else None
     ends = []
@@ -137,7 +154,7 @@ def watch_step(
     for scores in ends:
         terms = point_terms(scores.entropy, scores.logps, drawn_with, completions.loss_mask)
         points.append(unstacked(engine.accelerator.gather(stacked(terms))))
-    prompts = engine.accelerator.gather(prompt_index)
+    prompts = engine.accelerator.gather(completions.prompt_index)
     changes = step_changes(*points)
     watched.entropy = policy_entropy(points[0].terms).estimate(prompts)
     for name, change in changes.items():
