@@ -282,7 +282,7 @@ def check_failing_together(output_dir: Path) -> None:
 def main(output_dir: str, cases: str) -> None:
     import jaxtyping
 
-    jaxtyping.install_import_hook("trl_entropy", "beartype.beartype")
+    jaxtyping.install_import_hook("trl_entropy.engine", "beartype.beartype")
     prepare_rank()
     torch.set_num_threads(1)
     for settings in json.loads(cases):

@@ -1,5 +1,6 @@
 """What every script that a test launches on several ranks begins and ends with."""
 
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -18,6 +19,9 @@ def prepare_rank() -> None:
         import deepspeed.comm  # noqa: F401
 
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    import trl_entropy.trainer.dr_grpo  # noqa: F401
+
+    gc.freeze()  # every training ends with a full collection, which need not pass over what is loaded
 
 
 def leave() -> NoReturn:
