@@ -20,7 +20,7 @@ settings.load_profile("any pace")
 
 @pytest.fixture(scope="module", autouse=True)
 def collector_passes_over_what_is_loaded():
-    """Every training ends with a full collection (accelerate's `free_memory`): 0.4 s, nearly all for loaded modules."""
+    """Every training ends with a full collection (accelerate's `free_memory`): 0.4 s, nearly all for modules."""
     gc.collect()
     gc.freeze()
 
