@@ -29,7 +29,9 @@ HELD_OUT: Settings = {
 NEXT_ROLLOUTS: Settings = {"entropy_probe": True, "entropy_probe_num_completions": 8}
 SECOND_ORDER: Settings = HELD_OUT | {"entropy_second_order": True, "entropy_placebo": True}
 FISHER: Settings = {"fisher_probe": True, "fisher_num_sequences": 16}
-STATE: Settings = {"effective_sample_size_probe": True, "optimizer_state_probe": True, "kl_every": 1}
+STATE: Settings = {
+    "effective_sample_size_probe": True, "likelihood_probe": True, "optimizer_state_probe": True, "kl_every": 1,
+}  # fmt: skip
 HOLD: Settings = {"entropy_control": "hold", "entropy_control_target": 3.0}
 CLIP_COV: Settings = {"token_control": "clip_cov", "token_control_fraction": 0.05, "token_control_bounds": [0.0, 5.0]}
 KL_COV: Settings = {"token_control": "kl_cov", "token_control_fraction": 0.05, "num_iterations": 2}

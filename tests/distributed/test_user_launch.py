@@ -55,6 +55,7 @@ GRADIENTS = {
     "noise_scale_probe": True,
     "fisher_probe": True,
     "fisher_num_sequences": 16,
+    "likelihood_probe": True,
 }
 HELD_OUT = {"entropy_second_order": True, "entropy_placebo": True}
 # Between them every probe; `rows` of a micro-batch over all processes.

@@ -48,7 +48,7 @@ def test_within_15_percent_of_a_real_run_of_every_probe(real_run, tmp_path):
     )  # a probe's first steps log less
 
 
-@pytest.mark.parametrize("probe", ["entropy", "attribution", "noise_scale", "fisher", "rollouts"])
+@pytest.mark.parametrize("probe", ["entropy", "attribution", "noise_scale", "fisher", "likelihood", "rollouts"])
 def test_files_of_a_probe_are_within_15_percent(real_run, tmp_path, probe):
     """For completions as long as those of the step."""
     for step in (2, 3):
@@ -87,7 +87,8 @@ def test_kept_steps(keep, at_most, at_end):
     ({"entropy_probe_completions": "rollouts"}, {"entropy", "rollouts"}),
 ])  # fmt: skip
 def test_only_what_is_written_is_counted(tmp_path, settings, probes):
-    off = {"entropy_attribution": "none", "entropy_control": "none", "noise_scale_probe": False, "fisher_probe": False}
+    off = dict.fromkeys(("noise_scale_probe", "fisher_probe", "likelihood_probe"), False)
+    off |= {"entropy_attribution": "none", "entropy_control": "none"}
     if settings.get("entropy_probe", True) is False:
         off.pop("entropy_control")
     found = estimated(tmp_path, **(off | settings), log_completions=False)

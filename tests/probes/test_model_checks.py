@@ -56,6 +56,7 @@ PROBES = {
     "control": {"entropy_control": "report", "entropy_control_num_completions": 4},
     "control rollouts": {"entropy_control": "report", "entropy_control_completions": "rollouts"},
     "kl": {"kl_every": 1},
+    "likelihood": {"likelihood_probe": True},
     "ess": {"effective_sample_size_probe": True},
     "optimizer": {"optimizer_state_probe": True},
 }
@@ -183,8 +184,8 @@ def test_kl_every_draws_no_random_numbers(build, tmp_path):
 
 PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 SCORING = {"held_out", "second order", "token", "sequence", "rollouts", "fisher", "within prompt"}
-SCORING |= {"next_rollouts", "control", "control rollouts"}
-DORA = SCORING - {"fisher", "within prompt"}
+SCORING |= {"next_rollouts", "control", "control rollouts", "likelihood"}
+DORA = SCORING - {"fisher", "within prompt", "likelihood"}
 FORWARD = {"next_rollouts", "held_out", "second order", "token", "sequence"}
 
 

@@ -34,7 +34,7 @@ _ROUND = Column(
 _LOGP_CHANGE = Column(
     "nats",
     "Change of the completion's log-probability by the step, where it was measured on the step's own completions: by "
-    "entropy_probe_completions: rollouts, or by the Fisher probe for the completions that it takes.",
+    "likelihood_probe, by entropy_probe_completions: rollouts, or by the Fisher probe for those that it takes.",
     4,
 )
 _OWN = Column("", "Whether the policy wrote the token; a tool's or an environment's are context, in no number.")
@@ -135,7 +135,9 @@ COLUMNS: dict[str, dict[str, Column]] = {
             "1", "The loss's weight of the token: its derivative by the log-probability, sign turned, which is "
             "the advantage, clipped and divided by the normaliser.", 3,
         ),
-        "logp_change": Column("nats", "Change of its log-probability by the step, where rollouts are measured on.", 3),
+        "logp_change": Column(
+            "nats", "Change of its log-probability by the step (likelihood_probe, or rollouts as the probe batch).", 3,
+        ),
         "entropy_change": Column("nats", "Change of the entropy there by the step, measured on it.", 3),
         "kind": Column("", "What the token is part of: prose, a call of a tool, or a call's arguments."),
         "turn": Column("", "The policy's turn, from 1."),

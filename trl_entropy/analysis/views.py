@@ -296,9 +296,11 @@ def measured_on_rollouts(run: Run) -> bool:
 
 def _scores_of_rollouts(run: Run, step: int, arrays: Arrays) -> dict[str, np.ndarray]:
     """Log-probabilities and entropies before and after the step, if they were measured on these very rows."""
-    if not measured_on_rollouts(run) or step not in run.probe_steps("entropy"):
+    probes = [*["entropy"] * measured_on_rollouts(run), "likelihood"]
+    probe = next((probe for probe in probes if step in run.probe_steps(probe)), None)
+    if probe is None:
         return {}
-    given = run.probe_file("entropy", step)
+    given = run.probe_file(probe, step)
     same = all(np.array_equal(given[name], arrays[name]) for name in ("prompt_index", "completion_mask"))
     kept = ("logps_before", "logps_after", "entropy_before", "entropy_after")
     return {name: given[name] for name in kept if name in given} if same else {}

@@ -185,6 +185,23 @@ class ProbeSettings:
         logs="`kl` to the start policy when `beta=0`",
         cost="a forward pass over the step's completions, and a stored copy of the trained parameters",
     )
+    likelihood_probe: bool = setting(
+        "Measure what the step did to the log-probabilities of the completions that it was trained on, and whether "
+        "those of an advantage above 0 became more likely. The page shows the change of each of their tokens.",
+        False,
+        unit="nats per token",
+        probe="likelihood_probe",
+        changes_training=False,
+        logs="`likelihood/delta_above_mean`, `/delta_below_mean`, `/falling_above_mean`",
+        cost="two forward passes over the step's completions",
+    )
+    likelihood_probe_every: int = setting(
+        "The likelihood probe measures every this many steps.",
+        1,
+        unit="steps",
+        probe="likelihood_probe",
+        changes_training=False,
+    )
     effective_sample_size_probe: bool = setting(
         "Log the effective sample size of the loss weights: the number of equally weighted completions that they are "
         "worth.",

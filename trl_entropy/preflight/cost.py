@@ -180,6 +180,9 @@ class _Counted:
             yield Item("noise_scale_probe", args.noise_scale_probe_every, self._noise_scale())
         if args.fisher_probe:
             yield Item("fisher_probe", args.fisher_probe_every, self._fisher())
+        if args.likelihood_probe:
+            work = 2 * self.score(self.rows) + 2 * self._float32_copy()
+            yield Item("likelihood_probe", args.likelihood_probe_every, work)
         if args.optimizer_state_probe:
             number = shape_of(self.plan).num_trainable
             yield Item(

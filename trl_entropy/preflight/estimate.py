@@ -196,6 +196,13 @@ def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple
     if args.entropy_control != "none":
         phases["entropy_control"] = _entropy_control(plan, copy)
         read["entropy_control"] = ("params_before", "update", "gradient", "exp_avg_sq")
+    if args.likelihood_probe:
+        rows = num_groups(plan) * args.num_generations
+        phases["likelihood_probe"] = {
+            "likelihood_probe: parameters": 2 * copy,
+            "likelihood_probe: pass (estimate)": _pass(plan, rows),
+        }
+        read["likelihood_probe"] = ("params_before", "params_after")
     if args.optimizer_state_probe:
         phases["optimizer_state_probe"] = {"optimizer_state_probe": copy}
         read["optimizer_state_probe"] = ("exp_avg_sq",)

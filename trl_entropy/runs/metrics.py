@@ -141,6 +141,12 @@ _EFFECTIVE_SAMPLE_SIZE = _keys("sum", [
     ("num_completions", "completions", "completions with a non-zero advantage"),
 ], "ess/")
 
+_LIKELIHOOD = _keys("sum", [
+    ("delta_above_mean", "nats/token", "mean change of log pi(token) by the step, in its own completions of an "
+     "advantage above 0"),
+    ("delta_below_mean", "nats/token", "the same in its completions of an advantage below 0"),
+    ("falling_above_mean", "1", "share of its completions of an advantage above 0 that became less likely"),
+], prefix="likelihood/")
 _OPTIMIZER_STATE = _keys("none", [
     *((f"{moment}_p{percent}", "1", f"percentile {percent} of |{moment}| over the trained parameters")
       for moment in ("exp_avg", "exp_avg_sq") for percent in (1, 10, 50, 90, 99)),
@@ -405,8 +411,8 @@ _TOKEN_CONTROL = _keys("sum", [
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in [
-        *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_OPTIMIZER_STATE, *_ENTROPY,
-        *_QUANTITIES, *_REWARD_ATTRIBUTION, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION,
+        *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_LIKELIHOOD, *_OPTIMIZER_STATE,
+        *_ENTROPY, *_QUANTITIES, *_REWARD_ATTRIBUTION, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION,
         *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
     ]
 }

@@ -64,6 +64,10 @@ _LINES: dict[str, tuple[str | None, Mapping[str, list[str]]]] = {
         "change of log-probability, nats": ["fisher/change_predicted_rms", "fisher/change_measured_rms"],
         "rank of the kernel": ["fisher/effective_rank", "fisher/participation_ratio"],
     }),
+    "Likelihood of the step's own completions": ("likelihood", {
+        "change of a token's log-probability, nats": ["likelihood/delta_above_mean", "likelihood/delta_below_mean"],
+        "completions above the mean that became less likely": ["likelihood/falling_above_mean"],
+    }),
     "Effective sample size": ("effective_sample_size", {
         "completions": ["ess/loss_weights", "ess/importance_weights", "ess/num_completions"],
     }),

@@ -1,0 +1,92 @@
+"""What a step did to the log-probabilities of the completions that it was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
+from trl_entropy.gradients.scores import Params, TokenScores, score
+from trl_entropy.probes import model_checks
+from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_record import StepRecord
+from trl_entropy.rollouts.completions import Completions
+from trl_entropy.runs.metrics import RELATIVE_OUTCOMES
+
+
+class LikelihoodProbe(Probe):
+    """
+    Scores the step's own completions before and after the step, in float32, and logs the mean change of the
+    log-probability of a token in completions whose advantage is above 0 and below 0, in nats per token, and the share
+    of the former whose log-probability fell.
+
+    The numbers describe these completions, on which the step was trained, exactly; they estimate nothing for others,
+    and so have no standard error. Completions of an advantage above 0 can become less likely by what they share with
+    those below it (arXiv:2410.08847 for DPO, arXiv:2505.18830 for GRPO).
+
+    The file of a step has the log-probability and the entropy at each token, before and after: the page shows their
+    changes.
+
+    Args:
+        every: cadence in steps.
+        batch_size: completions scored at a time, at most; None: as many as memory allows.
+    """
+
+    name = "likelihood"
+
+    def __init__(self, every: int = 1, batch_size: int | None = None) -> None:
+        super().__init__(every)
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_config(cls, args: DrGRPOConfig) -> LikelihoodProbe:
+        return cls(args.likelihood_probe_every, args.probe_batch_size)
+
+    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+        model_checks.check_scoring(model, "likelihood_probe", derivatives=False)
+
+    def on_after_update(
+        self, args, state, control, *, metrics, update: UpdateContext, engine, record: StepRecord, files, **kwargs: Any
+    ) -> None:
+        completions = Completions.of(record.rollouts)
+        before, after = (
+            self._score(args, engine, completions, params) for params in (update.params_before, update.params_after)
+        )
+        changes = (after.logps[0].double() - before.logps[0].double()).where(completions.loss_mask.bool(), 0.0).sum(1)
+        tokens = completions.loss_mask.sum(1)
+        metrics |= _by_outcome(changes, tokens.double(), record.rollouts.raw_advantages, engine.accelerator)
+        files.write_rollouts(record.step, record.rollouts)
+        scores = {
+            f"{name}_{when}": getattr(end, name)[0]
+            for name in ("logps", "entropy")
+            for when, end in (("before", before), ("after", after))
+        }
+        masks = {name: getattr(completions, name) for name in ("completion_mask", "loss_mask", "prompt_index")}
+        files.write(self.name, record.step, masks | scores)
+
+    def _score(self, args: DrGRPOConfig, engine: Engine, completions: Completions, params: Params) -> TokenScores:
+        with (
+            rank_symmetric(engine.accelerator, "scoring the likelihood probe's completions"),
+            engine.scoring_model(params) as model,
+        ):
+            return score(model, completions, args.temperature, self.batch_size, params)
+
+
+def _by_outcome(
+    changes: Float[Tensor, " B"],
+    tokens: Float[Tensor, " B"],
+    advantages: Float[Tensor, " B"],
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """The metrics, from each completion's change and number of tokens; none of what no completion is. Collective."""
+    above, below = advantages > 0, advantages < 0
+    sums = [torch.stack([chosen.double() @ changes, chosen.double() @ tokens]) for chosen in (above, below)]
+    fell = torch.stack([(above & (changes < 0)).sum(), above.sum()]).double()
+    reduced = accelerator.reduce(torch.stack([*sums, fell]), reduction="sum").tolist()
+    names = [f"likelihood/delta_{outcome}" for outcome in RELATIVE_OUTCOMES] + ["likelihood/falling_above_mean"]
+    return {name: part / whole for name, (part, whole) in zip(names, reduced, strict=True) if whole}
