@@ -262,6 +262,17 @@ def test_sketch_agrees_with_the_exact_kernel_within_its_error(trained, lora):
     assert 1e-4 < error < 2 * (2 / 4096) ** 0.5
 
 
+def test_sketch_goes_with_tokens_that_the_loss_weighs_differently(trained):
+    """Then two rows of a completion are sketched, and their product, which is not on the kernel's diagonal."""
+    unequal = {"loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.5}
+    exact, sketched = (trained(sketch_dim=dim, max_steps=1, **unequal)[3] for dim in (0, 4096))
+    scale = (2 / 4096) ** 0.5 * exact["logps_change_own"].square().mean().sqrt()
+    for part, num_summed in (("own", 1), ("same_prompt", 3)):
+        error = (sketched[f"logps_change_{part}"] - exact[f"logps_change_{part}"]).square().mean().sqrt()
+        assert 0.1 * scale < error < 3 * num_summed**0.5 * scale
+    torch.testing.assert_close(sketched["kernel"].diagonal(), exact["kernel"].diagonal(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     first_fast(
