@@ -1,0 +1,58 @@
+"""Published predictors of a step's entropy change, from what is known of each token before the step."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def published_predictions(
+    per_token_logps: Float[Tensor, "B T"],
+    token_entropy: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+) -> dict[str, float]:
+    """
+    What formulas in print say of the step that is made from these completions, each up to a positive factor that no
+    formula knows (the step length is not that of AdamW): compare by correlation and by sign.
+
+    With p = pi(token), H the entropy of the distribution that it was drawn from, A its advantage, and means over all
+    tokens of the completions:
+
+    - `cov_natural`: -Cov(log p, A), Cui et al., Theorem 2, on which Clip-Cov and KL-Cov are built (arXiv:2505.22617).
+    - `cov_policy_gradient`: -Cov(log p, p A), their Theorem 1.
+    - `cov_sequence`: -Cov over completions of (mean log p, A): the covariance of whole responses of their figure 8.
+    - `centred`: mean of -A (log p + H), the first with log p centred on each token's own distribution.
+    - `surprisal`: mean of -A log p, STARE's form (arXiv:2606.19236).
+    - `discriminator`: mean of -A S with S = p (H + log p) (arXiv:2602.03392); `discriminator_centred`: S less its
+      mean over the batch, as that paper's clipping takes it, since E[S] over each distribution is seldom at hand.
+    - `steer`: mean of -A (1 - p) S, STEER's estimate on policy (arXiv:2510.10150); `steer_code`: the same over p, as
+      its released code divides by the old probability.
+    - `high_entropy`: `centred` on the fifth of the tokens with the largest H (arXiv:2506.01939).
+
+    All in nats times advantage; inputs in nats at the sampling temperature.
+    """
+    chosen = loss_mask.bool()
+    logp, entropy = per_token_logps.double()[chosen], token_entropy.double()[chosen]
+    advantage = advantages.double()[:, None].expand_as(loss_mask)[chosen]
+    p, centred = logp.exp(), logp + entropy
+    s = p * centred
+    drawn = chosen.any(1)
+    means = torch.where(chosen, per_token_logps.double(), 0.0).sum(1)[drawn] / chosen.sum(1)[drawn]
+    high = entropy >= entropy.quantile(0.8)
+    found = {
+        "cov_natural": -_covariance(logp, advantage),
+        "cov_policy_gradient": -_covariance(logp, p * advantage),
+        "cov_sequence": -_covariance(means, advantages.double()[drawn]),
+        "centred": -(advantage * centred).mean(),
+        "surprisal": -(advantage * logp).mean(),
+        "discriminator": -(advantage * s).mean(),
+        "discriminator_centred": -(advantage * (s - s.mean())).mean(),
+        "steer": -(advantage * (1 - p) * s).mean(),
+        "steer_code": -(advantage * (1 - p) * centred).mean(),
+        "high_entropy": -(advantage * centred)[high].sum() / len(logp),
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
+def _covariance(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    return (x * y).mean() - x.mean() * y.mean()
