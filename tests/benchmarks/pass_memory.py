@@ -21,10 +21,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.estimators.rows.row_sums import SquaredNorms
+from trl_entropy.gradients.footprint import Differentiated
 from trl_entropy.gradients.head_chunks import can_split
 from trl_entropy.gradients.memory import pass_over
 from trl_entropy.gradients.scores import score
-from trl_entropy.gradients.sequence_products import consumed, gradients_of, weighted_logps
+from trl_entropy.gradients.sequence_products import consumed, gradients_of, weighted_entropies, weighted_logps
 from trl_entropy.rollouts.completions import Completions
 
 PROMPT = 50
@@ -50,12 +51,12 @@ def main() -> None:
     ones[0, 0] = 0  # one row is padded
     completions = Completions(ids, ones, ones[:, -width:], torch.arange(rows), loss_mask=ones[:, -width:])
     direction = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
-    value = weighted_logps(torch.ones(rows, width))
+    value, entropies = (weighted(torch.ones(rows, width)) for weighted in (weighted_logps, weighted_entropies))
     scored = partial(score, model, completions, 1.0, rows, None, direction)
-    passes: list[tuple[str, Callable[[], object], int, bool]] = [
-        *((f"order {n}", partial(scored, n), n, False) for n in range(3)),
-        ("gradient", lambda: gradients_of(model, completions, [value], 1.0, rows), 0, True),
-        ("each one's", lambda: consumed(model, completions, value, lambda: SquaredNorms(rows), 1.0, rows), 0, True),
+    passes: list[tuple[str, Callable[[], object], int, Differentiated]] = [
+        *((f"order {n}", partial(scored, n), n, "") for n in range(3)),
+        ("gradient", lambda: gradients_of(model, completions, [entropies], 1.0, rows), 0, "entropies"),
+        ("each one's", lambda: consumed(model, completions, value, lambda: SquaredNorms(rows), 1.0, rows), 0, "logps"),
     ]
     assert can_split(model, completions)
     whole = rows * width * 151_936 / 2**28

@@ -91,7 +91,7 @@ def test_no_tensor_has_all_logits(name, model, completions, monkeypatch):
 SIZES = LayerSizes(num_layers=2, hidden_size=64, intermediate_size=128, num_heads=4, kv_size=32, vocab_size=1000)
 
 
-@pytest.mark.parametrize("order, backward", [(0, False), (1, False), (2, False), (0, True)])
+@pytest.mark.parametrize("order, backward", [(0, ""), (1, ""), (2, ""), (0, "logps"), (0, "entropies")])
 def test_as_many_rows_as_the_budget_allows(order, backward):
     one = Pass(SIZES, length=40, completion_length=30, order=order, backward=backward)
     assert one.num_bytes(8) < one.num_bytes(16)
@@ -123,7 +123,7 @@ def test_what_ran_out_of_memory_is_not_tried_again(model, completions, monkeypat
 
 def test_memory_that_others_have_taken_counts_on_a_cpu(model, completions, monkeypatch):
     monkeypatch.setattr(memory, "_LEARNED", type(memory._LEARNED)())
-    one = memory.pass_over(model, completions, 0, False)
+    one = memory.pass_over(model, completions, 0, "")
     monkeypatch.setattr(memory, "free_memory", lambda: one.num_bytes(2))
     assert memory.in_batches(lambda size: size, model, completions, None) == 2
     monkeypatch.setattr(memory, "free_memory", lambda: 1e12)
@@ -132,7 +132,7 @@ def test_memory_that_others_have_taken_counts_on_a_cpu(model, completions, monke
 
 def test_the_plan_does_not_depend_on_what_is_free(model, completions, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 1 / 0)
-    one, resident = memory.pass_over(model, completions, 1, False), memory.resident(model)
+    one, resident = memory.pass_over(model, completions, 1, ""), memory.resident(model)
     total = resident + one.num_bytes(2) / memory._PASS_SHARE
     monkeypatch.setattr(memory, "main_memory", lambda: total)
     assert memory.rows_at_once(model, completions, None, 1) == 2

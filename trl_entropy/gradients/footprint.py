@@ -9,13 +9,15 @@ on a CPU in float32 (docs/results.md has the measurement).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trl_entropy.gradients.head_chunks import logits_at_once
 
+# What a backward pass differentiates: nothing, log-probabilities of tokens alone, or entropies (and those) as well.
+Differentiated = Literal["", "logps", "entropies"]
 # Tensors of the size of a chunk's logits that are alive together, by order of the derivative; and in a backward pass.
 _LOGITS = (4, 10, 20)
-_LOGITS_BACKWARD = 4
+_LOGITS_BACKWARD = {"logps": 4, "entropies": 5}
 # Numbers per token in a layer's MLP, as multiples of its inner and outer size, without and with derivatives.
 _MLP, _MLP_DERIVED = (4, 4.5), (4, 6)
 # The same of attention on torch's math backend, which alone has derivatives: heads x length, and the outer size.
@@ -65,7 +67,7 @@ class Pass:
     Attributes:
         length, completion_length: columns of the longest row, and those of its completion.
         order: derivatives in forward mode.
-        backward: whether a graph is kept for a backward pass.
+        backward: what a graph is kept for; empty without a backward pass.
         on_cpu: the logits of a chunk are fewer there.
         in_chunks: whether the head is applied to some columns after the others.
         attention: its implementation in transformers.
@@ -77,7 +79,7 @@ class Pass:
     length: int
     completion_length: int
     order: int = 0
-    backward: bool = False
+    backward: Differentiated = ""
     on_cpu: bool = True
     in_chunks: bool = True
     attention: str = "sdpa"
@@ -89,7 +91,7 @@ class Pass:
         another, so the largest counts. Forward mode carries 2^order times as much, a graph what `activations` says.
         """
         sizes, tokens = self.sizes, rows * self.length
-        head = 4 * (_LOGITS_BACKWARD if self.backward else _LOGITS[self.order]) * self.num_logits(rows)
+        head = 4 * _LOGITS_BACKWARD.get(self.backward, _LOGITS[self.order]) * self.num_logits(rows)
         if self.backward:
             kept = activations(sizes, rows, self.length, False, 4, self.attention, checkpointing=False)
             return kept + head + 4 * rows * self._head_gradient

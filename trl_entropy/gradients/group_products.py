@@ -247,4 +247,4 @@ def _consumed_by_groups(
         return consumer
 
     with torch.enable_grad():
-        return in_batches(all_groups, model, completions, batch_size, backward=True)
+        return in_batches(all_groups, model, completions, batch_size, backward="logps")

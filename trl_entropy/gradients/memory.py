@@ -19,7 +19,7 @@ from torch import nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine.parameters import parameter_shape
-from trl_entropy.gradients.footprint import LayerSizes, Pass, rows_that_fit
+from trl_entropy.gradients.footprint import Differentiated, LayerSizes, Pass, rows_that_fit
 from trl_entropy.gradients.head_chunks import can_split
 from trl_entropy.gradients.inputs import base_model
 from trl_entropy.rollouts.completions import Completions
@@ -47,7 +47,7 @@ def in_batches(
     completions: Completions,
     batch_size: int | None,
     order: int = 0,
-    backward: bool = False,
+    backward: Differentiated = "",
 ) -> Result:
     """
     `function` of the number of completions at a time; whenever memory runs out it is called again with half as many.
@@ -80,7 +80,11 @@ def in_batches(
 
 
 def rows_at_once(
-    model: nn.Module, completions: Completions, batch_size: int | None, order: int = 0, backward: bool = False
+    model: nn.Module,
+    completions: Completions,
+    batch_size: int | None,
+    order: int = 0,
+    backward: Differentiated = "",
 ) -> int:
     """Completions at a time, see [`in_batches`]; at least one."""
     most = max(1, min(MOST_ROWS if batch_size is None else batch_size, len(completions)))
@@ -92,7 +96,7 @@ def rows_at_once(
     return rows_that_fit(one_pass, budget, most)
 
 
-def pass_over(model: nn.Module, completions: Completions, order: int, backward: bool) -> Pass | None:
+def pass_over(model: nn.Module, completions: Completions, order: int, backward: Differentiated) -> Pass | None:
     """What the longest of `completions` need; None for a model without the configuration of transformers."""
     config = getattr(base_model(model), "config", None)
     if config is None or not hasattr(config, "get_text_config") or not len(completions):

@@ -83,7 +83,7 @@ def gradients_of(
         return totals
 
     with torch.enable_grad():
-        return in_batches(summed, model, completions, batch_size, backward=True)
+        return in_batches(summed, model, completions, batch_size, backward="entropies")
 
 
 def consumed(
@@ -115,7 +115,7 @@ def consumed(
         return consumer
 
     with torch.enable_grad():
-        return in_batches(one_pass, model, completions, batch_size, backward=True)
+        return in_batches(one_pass, model, completions, batch_size, backward="logps")
 
 
 def weighted_logps(coefficients: Float[Tensor, "B T"]) -> Value:

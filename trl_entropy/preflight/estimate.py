@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trl_entropy.gradients.footprint import Pass, activations, rows_that_fit
+from trl_entropy.gradients.footprint import Differentiated, Pass, activations, rows_that_fit
 from trl_entropy.gradients.memory import GIB, MOST_ROWS, pass_budget, resident, rows_budget
 from trl_entropy.preflight import memory
 from trl_entropy.preflight.plan import Plan
@@ -232,7 +232,7 @@ def noise_scale_rows(plan: Plan) -> int:
     return rows if from_training and rows <= rows_limit(plan) else 0
 
 
-def rows_at_once(plan: Plan, most: int, order: int = 0, backward: bool = False) -> tuple[int, int]:
+def rows_at_once(plan: Plan, most: int, order: int = 0, backward: Differentiated = "") -> tuple[int, int]:
     """How many of `most` completions a pass takes at a time, as training will plan, and the bytes of the pass."""
     shape, args, on_cpu = shape_of(plan), plan.args, not plan.hardware.has_gpu
     one = Pass(
@@ -251,7 +251,7 @@ def rows_at_once(plan: Plan, most: int, order: int = 0, backward: bool = False) 
     return rows, one.num_bytes(rows)
 
 
-def _pass(plan: Plan, most: int, order: int = 0, backward: bool = False) -> int:
+def _pass(plan: Plan, most: int, order: int = 0, backward: Differentiated = "") -> int:
     """Bytes of a pass, with the frozen parameters: a float32 copy of narrower ones, all of sharded ones gathered."""
     base = memory.float32_base(shape_of(plan), base_bytes(plan))
     if memory.shards(plan.engine, "weights", plan.world_size) > 1:  # ZeRO-3, FSDP2
@@ -266,7 +266,7 @@ def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:
     scored = _pass(plan, most, order)
     attributed = args.entropy_attribution != "none"
     if attributed:  # grad h, and by sequence every g_i, need a backward pass
-        scored = max(scored, _pass(plan, most, backward=True))
+        scored = max(scored, _pass(plan, most, backward="entropies"))
     copies = 9 if attributed else 6 if args.entropy_second_order else 3
     return {"entropy_probe: parameters": copy * copies, "entropy_probe: pass (estimate)": scored}
 
@@ -278,7 +278,7 @@ def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
     return {
         "entropy_probe: parameters": 5 * copy,
         "entropy_probe: group gradients (T17)": kept * each,
-        "entropy_probe: pass (estimate)": _pass(plan, plan.args.num_generations, backward=True),
+        "entropy_probe: pass (estimate)": _pass(plan, plan.args.num_generations, backward="entropies"),
         **_waiting_rows(plan),
     }
 
@@ -299,7 +299,7 @@ def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
     prompts = args.entropy_control_num_completions // plan.world_size if from_probe else plan.generation_rows
     return {
         "entropy_control: copies": (14 if from_probe and args.entropy_control_gradient_ema else 10) * copy,
-        "entropy_control: pass (estimate)": _pass(plan, max(1, prompts // 2), backward=True),
+        "entropy_control: pass (estimate)": _pass(plan, max(1, prompts // 2), backward="entropies"),
     }
 
 
@@ -309,11 +309,11 @@ def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:
     if rows and not args.noise_scale_within_prompt:
         return {"noise_scale_probe: copies": 3 * copy, **rows}
     groups = num_groups(plan) * args.num_generations
-    at_once = max(args.num_generations, rows_at_once(plan, groups, backward=True)[0])
+    at_once = max(args.num_generations, rows_at_once(plan, groups, backward="logps")[0])
     return {
         "noise_scale_probe: copies": 6 * copy,
         **rows,
-        "noise_scale_probe: pass (estimate)": _pass(plan, at_once, backward=True),
+        "noise_scale_probe: pass (estimate)": _pass(plan, at_once, backward="logps"),
     }
 
 
@@ -325,5 +325,5 @@ def _fisher_probe(plan: Plan, copy: int) -> dict[str, int]:
     return {
         "fisher_probe: parameters": 9 * copy,
         "fisher_probe: rows (T12)": number * row * (2 if plan.world_size > 1 else 1),
-        "fisher_probe: pass (estimate)": _pass(plan, number, backward=True),
+        "fisher_probe: pass (estimate)": _pass(plan, number, backward="logps"),
     }
