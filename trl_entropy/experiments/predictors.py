@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -24,6 +25,7 @@ import torch
 from trl_entropy.analysis.run import Run, load_run
 from trl_entropy.estimators.entropy_change.published import published_predictions
 from trl_entropy.estimators.statistics.calibration import wilson_interval
+from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
 from trl_entropy.experiments.output import Numbers, saved_figure, thirds, with_interval, write_numbers
 from trl_entropy.runs.console import quiet_libraries
@@ -138,18 +140,28 @@ def _score(name: str, steps: Sequence[Step]) -> Score:
         value, stderr = step.predictions[name]
         pairs.append(PairMoments.empty().update(value, step.measured, stderr, step.stderr))
 
-    def estimated(statistic: Callable[[PairMoments], object]) -> Numbers:
-        return jackknife(pairs, statistic).as_dict()  # type: ignore[arg-type]
-
     told = sum(step.predictions[name][0] * step.measured > 0 for step in steps)
     low, high = wilson_interval(told, len(steps))
+    has_slope = name in (*OWN, "last_step", "line")
     return {
-        "correlation": estimated(PairMoments.correlation),
-        "share_of_ceiling": estimated(PairMoments.share_of_ceiling),
-        "slope": estimated(PairMoments.corrected_slope) if name in (*OWN, "last_step", "line") else None,
+        "correlation": _correlation(pairs),
+        "share_of_ceiling": jackknife(pairs, PairMoments.share_of_ceiling).as_dict(),
+        "slope": jackknife(pairs, PairMoments.corrected_slope).as_dict() if has_slope else None,
         "sign": {"value": told / len(steps), "low": low, "high": high},
         "num_steps": len(steps),
     }
+
+
+def _correlation(pairs: Sequence[PairMoments]) -> Numbers:
+    """With an interval by the jackknife of Fisher's z = atanh r, so that it stays within -1 and 1."""
+
+    def z(pairs: PairMoments) -> Estimate:
+        plain = pairs.correlation()
+        return replace(plain, value=math.atanh(max(-1 + 1e-12, min(1 - 1e-12, plain.value))))
+
+    estimate = jackknife(pairs, z)
+    low, high = estimate.interval()
+    return {"value": math.tanh(estimate.value), "low": math.tanh(low), "high": math.tanh(high)}
 
 
 def analyse(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Score]]]:
