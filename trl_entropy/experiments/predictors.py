@@ -204,11 +204,12 @@ def _finite(value: float) -> float:
 
 def draw(result: dict[str, dict[str, dict[str, Score]]], target: Path) -> None:
     """The correlations with their intervals, a panel for each run."""
+    shown = [key for key in reversed(_LABELS) if any(key in parts["all"] for parts in result.values())]
     with saved_figure(target, (4.2 * len(result) + 2.4, 4.6)) as figure:
         for axes, (name, parts) in zip(figure.subplots(1, len(result), sharey=True, squeeze=False)[0], result.items(),
                                        strict=True):  # fmt: skip
             table = parts["all"]
-            for place, key in enumerate(reversed(_LABELS)):
+            for place, key in enumerate(shown):
                 if key in table:
                     entry = table[key]["correlation"]
                     colour = "C1" if key in OWN else "C0"
@@ -216,7 +217,7 @@ def draw(result: dict[str, dict[str, dict[str, Score]]], target: Path) -> None:
                     axes.plot(entry["value"], place, "o", color=colour)
             axes.axvline(0, color="0.8", zorder=0)
             axes.set(title=name, xlim=(-1.05, 1.05), xlabel="correlation with the measured change, 95 % intervals")
-            axes.set_yticks(range(len(_LABELS)), list(reversed(_LABELS.values())))
+            axes.set_yticks(range(len(shown)), [_LABELS[key] for key in shown])
 
 
 def main(argv: list[str]) -> None:
