@@ -109,9 +109,9 @@ class ProbeSettings:
         probe="entropy_probe",
         read_with={"entropy_attribution": ("sequence", "token")},
         changes_training=False,
-        logs="`reward/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus` (T22); over the run, the "
-        "mean change by category of tokens, and `reward/price_*`, nats per token for a unit of reward; the file of "
-        "entropy_attribution has each completion's or token's part",
+        logs="`reward/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus`, "
+        "`_router_aux_loss` (T22); over the run, the mean change by category of tokens, and `reward/price_*`, nats "
+        "per token for a unit of reward; the file of entropy_attribution has each completion's or token's part",
         cost="that of entropy_attribution once more",
     )
     entropy_placebo: bool = setting(
@@ -132,8 +132,9 @@ class ProbeSettings:
         unit="nats per token",
         probe="entropy_probe",
         changes_training=False,
-        logs="`entropy/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus` (T9); over the run, the "
-        "shares of right and wrong, rare and common tokens; each completion's or token's part in a file",
+        logs="`entropy/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus`, "
+        "`_router_aux_loss` (T9); over the run, the shares of right and wrong, rare and common tokens; each "
+        "completion's or token's part in a file",
         cost="a forward and backward pass over the probe's completions, and one over the step's completions "
         "(`sequence`) or a forward-mode pass over them (`token`)",
     )
