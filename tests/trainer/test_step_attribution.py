@@ -254,7 +254,7 @@ def test_without_advantages_all_is_kl_or_bonus(make_trainer, problems, mode, set
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"optim": "lion_32bit"}, "optim='adamw_torch_fused'.*sign of momentum"),
         ({"entropy_attribution": "tokens"}, "use one of"),
         ({"entropy_probe_completions": "rollouts", "num_prompts_per_step": 4}, "entropy_attribution='none'"),
     ],

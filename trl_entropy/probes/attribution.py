@@ -97,7 +97,7 @@ class Contributions(NamedTuple):
 
 class StepAttribution:
     """
-    Splits the first-order entropy change `entropy/delta_linear` of an AdamW step into its parts (T9).
+    Splits the first-order entropy change `entropy/delta_linear` of an optimizer's step into its parts (T9).
 
     The loss may be any function of the per-token log-probabilities and entropies: the coefficients alpha_ik are read
     from training's own backward pass. The KL to the reference policy and the entropy bonus are parts of their own. A

@@ -132,6 +132,8 @@ class EntropyChangeProbe(Probe):
     def needs_loss_coefficients(self) -> bool:
         return self.attribution is not None
 
+    splits_steps = property(lambda self: self.attribution is not None)
+
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         model_checks.check_scoring(model, "entropy_probe", derivatives=self.prediction != "none")
         model_checks.check_derivatives(model, "entropy_probe")

@@ -318,7 +318,7 @@ _REWARD_ATTRIBUTION = _keys("sum", [
 ], "reward/", "max")
 
 # (name of the noise scale, prefix of the other keys) -> where it is measured.
-_METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in AdamW's metric before the step (T16)"}
+_METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in the optimizer's metric before the step (T16)"}
 _NOISE_SCALE = _keys("groups", [
     ("num_prompts", "prompts", "prompt groups of the step that the estimate uses"),
     ("gradient_error", "1", "|mean Y_n - g| / |g|: do the groups' gradients Y_n add up to the gradient g"),
