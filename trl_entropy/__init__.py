@@ -9,6 +9,8 @@ from trl_entropy._versions import warn_if_untested
 
 if TYPE_CHECKING:
     from trl_entropy.config.dr_grpo import DrGRPOConfig as DrGRPOConfig
+    from trl_entropy.engine.step_rules import register_step_rule as register_step_rule
+    from trl_entropy.estimators.optimizer.step_rule import StepRule as StepRule
     from trl_entropy.probes import Probe as Probe
     from trl_entropy.probes.watch_step import watch_step as watch_step
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer as DrGRPOTrainer
@@ -20,9 +22,13 @@ _EXPORTS = {
     "DrGRPOConfig": "trl_entropy.config.dr_grpo",
     "DrGRPOTrainer": "trl_entropy.trainer.dr_grpo",
     "Probe": "trl_entropy.probes",
+    "StepRule": "trl_entropy.estimators.optimizer.step_rule",
+    "register_step_rule": "trl_entropy.engine.step_rules",
     "watch_step": "trl_entropy.probes.watch_step",
 }
-__all__ = ["DrGRPOConfig", "DrGRPOTrainer", "Probe", "__version__", "watch_step"]
+__all__ = [
+    "DrGRPOConfig", "DrGRPOTrainer", "Probe", "StepRule", "__version__", "register_step_rule", "watch_step",
+]  # fmt: skip
 
 warn_if_untested()
 

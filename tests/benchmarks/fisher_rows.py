@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trl_entropy.engine.adamw_step import metric_of_step
+from trl_entropy.engine.optimizer_step import metric_of_step
 from trl_entropy.estimators.kernel.fisher_kernel import spectrum
 from trl_entropy.estimators.kernel.row_kernels import blockwise_gram
 from trl_entropy.estimators.kernel.sketch import CountSketch

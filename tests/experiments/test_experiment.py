@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from trl_entropy.config.command_line import parse
-from trl_entropy.engine.adamw_step import metric_of_step, predicted_update
+from trl_entropy.engine.optimizer_step import metric_of_step, predicted_update
 from trl_entropy.estimators.entropy_change.delta_entropy import delta_linear
 from trl_entropy.estimators.entropy_change.step_change import point_terms
 from trl_entropy.experiment import main

@@ -136,7 +136,6 @@ _ENTROPY = {
         ("m[1] / m[0] * m[2] / m[0] - m[3] / m[0]", "m[3] / m[0] - m[1] / m[0] * m[2] / m[0]"),
     ]),
     "estimators/entropy_change/cross_prompt.py": ("estimators/entropy_change/test_cross_prompt.py", [
-        ("live_preconditioner(exp_avg_sq, step - 1,", "live_preconditioner(exp_avg_sq, step,"),
         (
             "* (float(accepted.sum()) / len(accepted) if share is None else share)",
             "* (len(accepted) / float(accepted.sum()))",
@@ -165,7 +164,7 @@ _ENTROPY = {
         ("weights.double().sqrt()", "weights.double()"),
     ]),
     "estimators/optimizer/adamw.py": ("estimators/optimizer/test_adamw.py", [
-        ("_second_moment(grad * clip_factor, exp_avg_sq, beta2)", "_second_moment(grad, exp_avg_sq, beta2)"),
+        ("second_moment(grad * clip_factor, exp_avg_sq, beta2)", "second_moment(grad, exp_avg_sq, beta2)"),
         ("settings.lr * clip_factor * (1 -", "settings.lr * (1 -"),
         ("(exp_avg_after - beta1 * exp_avg)", "(exp_avg_after - exp_avg)"),
         ("scale = -settings.lr / (1 - beta1**step)", "scale = -settings.lr"),
@@ -397,8 +396,9 @@ _TRAINER = {
     "probes/noise_scale.py": ("trainer/test_noise_scale_probe.py", [
         ("number**2 * norms[order]", "number * norms[order]", "test_numbers_are_those_of_float64_loops"),
     ]),
-    "engine/adamw_step.py": ("engine/test_adamw_step.py", [
-        ("exp_avg_sq[name], s.betas, clip)", "exp_avg_sq[name], s.betas, 1.0)"),
+    "engine/optimizer_step.py": ("engine/test_optimizer_step.py", [
+        ("rule.advanced(states[name], g * clip,", "rule.advanced(states[name], g,"),
+        ("update.step_of_rule - 1, update.options", "update.step_of_rule, update.options"),
     ]),
     "engine/context.py": ("engine/test_engine_step.py", [
         ("num_steps_done() + 1", "num_steps_done()"),

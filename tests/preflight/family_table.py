@@ -15,7 +15,7 @@ FAMILIES = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
     *("granite", "cohere", "smollm3", "gpt2", "gpt_neox", "opt", "stablelm", "starcoder2", "falcon", "bloom", "glm4"),
     *("nanochat", "mamba", "falcon_h1", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe"),
-    "lfm2",
+    *("lfm2", "jamba", "qwen3_next", "ernie4_5_moe", "glm4_moe"),
 )
 # Every value of tuning, checkpointing, attention and dtype is in one of these, and most pairs.
 CELLS = (

@@ -41,7 +41,15 @@ def make_trainer(model_path, problems, tokenizer, tmp_path):
     def make(trainer_class=DrGRPOTrainer, config_class=DrGRPOConfig, callbacks=None, dataset=problems, **settings):
         trainer_settings = {
             k: settings.pop(k)
-            for k in ("model", "peft_config", "reward_funcs", "eval_dataset", "rollout_func", "metric_funcs")
+            for k in (
+                "model",
+                "peft_config",
+                "reward_funcs",
+                "eval_dataset",
+                "rollout_func",
+                "metric_funcs",
+                "optimizers",
+            )
             if k in settings
         }
         defaults = {

@@ -218,7 +218,7 @@ def test_a_step_that_was_dropped_leaves_nothing_to_the_next(tmp_path):
         ({"entropy_control_completions": "probes"}, "entropy_control_completions is 'probes'; use one of"),
         ({"entropy_control_per_step": None}, "either entropy_control_target or entropy_control_per_step"),
         ({"entropy_control_target": 0.3}, "either entropy_control_target or entropy_control_per_step"),
-        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"optim": "lion_32bit"}, "optim='adamw_torch_fused'.*sign of momentum"),
         ({"entropy_control_gain": 0.0}, "entropy_control_gain"),
         ({"entropy_control_num_completions": 5}, "entropy_control_num_completions to a multiple of 2"),
         ({"fisher_probe": True, "fisher_num_sequences": 12}, "fisher_probe=False"),

@@ -316,7 +316,7 @@ def config(tmp_path, **settings):
     ("settings", "remedy"),
     [
         ({"num_iterations": 2}, "num_iterations=1"),
-        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"optim": "lion_32bit"}, "optim='adamw_torch_fused' (of lion_32bit: Lion's step is the sign"),
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"top_p": 0.9}, "top_p=1"),
         ({"fisher_num_sequences": 13}, "fisher_num_sequences=12"),

@@ -362,7 +362,7 @@ def config(tmp_path, **settings):
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"steps_per_generation": 2, "gradient_accumulation_steps": 3}, "steps_per_generation=3"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=1"),
-        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"optim": "lion_32bit"}, "optim='adamw_torch_fused' (of lion_32bit: Lion's step is the sign"),
         ({"entropy_second_order": True}, "entropy_second_order=False"),
         ({"per_device_train_batch_size": 12}, "num_prompts_per_step=4"),
         ({"top_p": 0.9}, "top_p=1"),

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from first_fast import first_fast
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from trl_entropy import DrGRPOConfig
 from trl_entropy.estimators.attribution.shares import Attribution, token_contributions, update_products
@@ -133,6 +133,25 @@ def test_parts_sum_to_the_whole(make_trainer, problems, settings):
         assert row["entropy/share_correct_low"] <= row["entropy/share_correct"] <= row["entropy/share_correct_high"]
 
 
+@pytest.mark.parametrize("mode", first_fast(["sequence", "token"], 1))
+def test_the_balance_of_experts_is_a_part(make_trainer, problems, tokenizer, mode):
+    """A mixture's balancing loss, at coefficient 1, in two micro-batches: with its part nothing is left over."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "router_aux_loss_coef": 1.0}
+    model = MixtralForCausalLM(config)
+    _, run = trained(make_trainer, problems, mode, model=model, max_steps=2, learning_rate=1e-2, **settings)
+    for row in run.metrics():
+        assert abs(row["entropy/attribution_rounding"]) < 1e-4
+        parts = [row[f"entropy/delta_{name}"] for name in ("momentum", "weight_decay", "gradient", "router_aux_loss")]
+        assert sum(parts) == pytest.approx(row["entropy/delta_linear"], rel=1e-3)
+        assert abs(row["entropy/delta_router_aux_loss"]) > 0.01 * sum(map(abs, parts))
+
+
 def check_parts_of_the_reward(by_sequence, by_token):
     """(T22): by completion and by token alike the parts sum to the first-order change of the reward."""
     pairs = zip(by_sequence.metrics(), by_token.metrics(), strict=True)
@@ -235,7 +254,7 @@ def test_without_advantages_all_is_kl_or_bonus(make_trainer, problems, mode, set
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"optim": "sgd"}, "optim='adamw_torch_fused'"),
+        ({"optim": "lion_32bit"}, "optim='adamw_torch_fused'.*sign of momentum"),
         ({"entropy_attribution": "tokens"}, "use one of"),
         ({"entropy_probe_completions": "rollouts", "num_prompts_per_step": 4}, "entropy_attribution='none'"),
     ],

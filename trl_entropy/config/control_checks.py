@@ -31,7 +31,7 @@ class ControlChecks(Requirements):
     def _check_entropy_control(self) -> None:
         """Raises `ValueError` unless there is one thing to hold, by one metric."""
         what = f"entropy_control={self.entropy_control!r}"
-        remedies = self._step_of_adamw() | self._what_to_hold() | self._completions_of_control()
+        remedies = self._step_with_a_rule() | self._what_to_hold() | self._completions_of_control()
         if needed := [remedy for remedy, holds in remedies.items() if not holds]:
             raise ValueError(f"{what}: set {'; '.join(needed)}.")
         if self.entropy_control_completions == "rollouts":

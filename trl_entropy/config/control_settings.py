@@ -14,7 +14,8 @@ class ControlSettings:
     entropy_control: str = setting(
         "After each optimizer step, add the smallest change of the parameters that gives the entropy the change that "
         "is asked for (T19). hold: keep the entropy at its target. floor: only keep it from falling below. report: "
-        "change nothing, and log what would be done. Needs AdamW.",
+        "change nothing, and log what would be done. "
+        "Needs an optimizer whose metric is known (docs/optimizers.md).",
         "none",
         choices=("none", "report", "floor", "hold"),
         probe="entropy_control",

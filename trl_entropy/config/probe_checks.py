@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trl_entropy.config.quantities import DEFAULT_QUANTITIES, check_change_of
 from trl_entropy.config.requirements import Requirements
+from trl_entropy.estimators.optimizer.known import WITH_MOMENTS
 from trl_entropy.runs.counted import counted
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation), unless
@@ -37,6 +38,11 @@ class ProbeChecks(Requirements):
             self._check_noise_scale()
         if self.fisher_probe:
             self.check_fisher_probe(self.fisher_num_sequences)
+        if self.optimizer_state_probe and self._optimizer_name() not in WITH_MOMENTS:
+            raise ValueError(
+                f"optimizer_state_probe reads Adam's moments, but optim is {self._optimizer_name()}. Set "
+                "optim='adamw_torch_fused', or turn it off."
+            )
 
     def _probes_of_full_support(self) -> list[str]:
         names = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
@@ -63,11 +69,9 @@ class ProbeChecks(Requirements):
         if self.entropy_probe_completions == "next_rollouts":
             return self.check_next_rollouts(self.num_entropy_completions())
         self._check_probe_batch()
-        if self.entropy_second_order and not all(self._step_of_adamw().values()):
-            raise ValueError(
-                "entropy_second_order plans the step by AdamW's equation (T4), but optim is "
-                f"{self._optimizer_name()}. Set optim='adamw_torch_fused', or entropy_second_order=False."
-            )
+        if self.entropy_second_order:
+            needs = "entropy_second_order plans the step by the optimizer's equation (T4), which must be known"
+            self._check_settings(self._step_with_a_rule(), needs, "entropy_second_order=False")
 
     def num_entropy_completions(self) -> int:
         """Completions of all processes that the entropy probe measures on, where they are independent of the step."""
@@ -140,23 +144,20 @@ class ProbeChecks(Requirements):
             )
 
     def check_attribution(self) -> None:
-        """Raises `ValueError` unless the step is AdamW's, and predicted to first order."""
+        """Raises `ValueError` unless the step can be split, and is predicted to first order."""
         if self.entropy_prediction == "none":
             raise ValueError(
                 "entropy_attribution splits the first-order prediction (T9), and entropy_prediction='none' makes "
                 "none. Set entropy_prediction='linear', or entropy_attribution='none'."
             )
-        if not all(self._step_of_adamw().values()):
-            raise ValueError(
-                f"entropy_attribution splits a step of AdamW (T9), but optim is {self._optimizer_name()}. Set "
-                "optim='adamw_torch_fused', or entropy_attribution='none'."
-            )
+        needs = "entropy_attribution splits the step (T9) by a diagonal metric of the optimizer, which must be known"
+        self._check_settings(self._step_with_a_rule(), needs, "entropy_attribution='none'")
 
     def check_rollouts_source(self) -> None:
         """Raises `ValueError` unless (T17) holds on the step's own completions: see `RolloutEntropyProbe`."""
         what = "entropy_probe_completions='rollouts'"
         remedies = {
-            **self._step_of_adamw(),
+            **self._step_with_a_rule(),
             "entropy_second_order=False": not self.entropy_second_order,
             "entropy_placebo=False": not self.entropy_placebo,
             "entropy_attribution='none'": self.entropy_attribution == "none",
@@ -165,8 +166,8 @@ class ProbeChecks(Requirements):
         }
         self._check_settings(
             remedies,
-            f"{what} needs an on-policy step of AdamW whose loss is a sum over prompt groups, and makes no prediction "
-            "beside (T17)",
+            f"{what} needs an on-policy step of an optimizer with a known metric, whose loss is a sum over prompt "
+            "groups, and makes no prediction beside (T17)",
             "entropy_probe_completions='held_out'",
         )
         self._check_groups_of_a_step(what, "entropy_probe_completions='held_out'")
@@ -245,9 +246,9 @@ class ProbeChecks(Requirements):
     # ---- Fisher kernel
 
     def check_fisher_probe(self, number: int) -> None:
-        """Raises `ValueError` unless (T12) is that of an on-policy step of AdamW, on `number` rows of whole groups."""
-        needs = "fisher_probe needs an on-policy step of AdamW"
-        self._check_settings({**self._step_of_adamw(), **self._on_policy()}, needs, "turn the probe off")
+        """Raises `ValueError` unless (T12) is that of an on-policy step, its metric known, on rows of whole groups."""
+        needs = "fisher_probe needs an on-policy step of an optimizer with a known metric"
+        self._check_settings({**self._step_with_a_rule(), **self._on_policy()}, needs, "turn the probe off")
         self._check_groups_of_a_step("fisher_probe", "turn the probe off")
         unit = self.world_size * self.num_generations
         largest = self.world_size * self.per_device_train_batch_size * self.gradient_accumulation_steps // unit * unit

@@ -93,7 +93,8 @@ class ProbeSettings:
         cost="of reward functions and metric functions on the probe's own completions, where the probe draws them",
     )
     entropy_second_order: bool = setting(
-        "Also predict the change of the entropy to second order, before the step is made. Needs AdamW.",
+        "Also predict the change of the entropy to second order, before the step is made. "
+        "Needs an optimizer whose metric is known (docs/optimizers.md).",
         False,
         unit="nats per token",
         probe="entropy_probe",
@@ -109,9 +110,9 @@ class ProbeSettings:
         probe="entropy_probe",
         read_with={"entropy_attribution": ("sequence", "token")},
         changes_training=False,
-        logs="`reward/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus` (T22); over the run, the "
-        "mean change by category of tokens, and `reward/price_*`, nats per token for a unit of reward; the file of "
-        "entropy_attribution has each completion's or token's part",
+        logs="`reward/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus`, "
+        "`_router_aux_loss` (T22); over the run, the mean change by category of tokens, and `reward/price_*`, nats "
+        "per token for a unit of reward; the file of entropy_attribution has each completion's or token's part",
         cost="that of entropy_attribution once more",
     )
     entropy_placebo: bool = setting(
@@ -126,14 +127,16 @@ class ProbeSettings:
     )
     entropy_attribution: str = setting(
         "Split the predicted change of the entropy over momentum, weight decay and each completion of the step "
-        "(sequence), or each of their tokens (token). Needs AdamW.",
+        "(sequence), or each of their tokens (token). "
+        "Needs an optimizer whose metric is known (docs/optimizers.md).",
         "none",
         choices=("none", "sequence", "token"),
         unit="nats per token",
         probe="entropy_probe",
         changes_training=False,
-        logs="`entropy/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus` (T9); over the run, the "
-        "shares of right and wrong, rare and common tokens; each completion's or token's part in a file",
+        logs="`entropy/delta_momentum`, `_weight_decay`, `_gradient`, `_kl`, `_entropy_bonus`, "
+        "`_router_aux_loss` (T9); over the run, the shares of right and wrong, rare and common tokens; each "
+        "completion's or token's part in a file",
         cost="a forward and backward pass over the probe's completions, and one over the step's completions "
         "(`sequence`) or a forward-mode pass over them (`token`)",
     )
@@ -227,7 +230,8 @@ class ProbeSettings:
         probe="noise_scale_probe",
         changes_training=False,
         logs="`noise_scale/grad_sq_norm`, `/grad_variance_trace` of each step (T14); over the steps so far the noise "
-        "scale in prompts with its interval, and a suggested number of prompts; the same in AdamW's metric (T16)",
+        "scale in prompts with its interval, and a suggested number of prompts; the same in the optimizer's "
+        "metric (T16)",
         cost="with LoRA one float32 copy of the adapter's gradient for each prompt group, taken from training's own "
         "backward pass; with a trained head one forward and backward pass over the step's completions",
     )
@@ -245,7 +249,7 @@ class ProbeSettings:
         choices=("groups", "micro_batches"),
         probe="noise_scale_probe",
         changes_training=False,
-        logs="`micro_batches`: the same, from micro-batches of whole groups (T15), without AdamW's metric (T16)",
+        logs="`micro_batches`: the same, from micro-batches of whole groups (T15), without (T16)",
         cost="`micro_batches`: reading each gradient once",
     )
     noise_scale_within_prompt: bool = setting(
@@ -260,7 +264,8 @@ class ProbeSettings:
 
     fisher_probe: bool = setting(
         "Measure how completions act on one another: the Fisher kernel of their gradients, and each completion's "
-        "predicted and measured change of log-probability. Needs AdamW.",
+        "predicted and measured change of log-probability. "
+        "Needs an optimizer whose metric is known (docs/optimizers.md).",
         False,
         unit="nats",
         probe="fisher_probe",

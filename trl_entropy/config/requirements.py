@@ -12,6 +12,7 @@ from trl_entropy.config.probe_settings import ProbeSettings
 from trl_entropy.config.sampling import merged, narrowing, narrowing_arguments
 from trl_entropy.config.setting import own_settings
 from trl_entropy.config.training_settings import TrainingSettings
+from trl_entropy.estimators.optimizer.known import SPLIT, why_none
 from trl_entropy.runs.counted import counted
 
 
@@ -40,9 +41,15 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
     def _optimizer_name(self) -> str:
         return str(getattr(self.optim, "value", self.optim))
 
-    def _step_of_adamw(self) -> dict[str, bool]:
-        """Setting -> whether it holds."""
-        return {"optim='adamw_torch_fused'": "adamw" in self._optimizer_name()}
+    def _step_with_a_rule(self) -> dict[str, bool]:
+        """What makes the step one that can be split (T5): setting -> whether it holds."""
+        name, setting = self._optimizer_name(), "optim='adamw_torch_fused'"
+        if name not in SPLIT:
+            return {f"{setting} (of {name}: {why_none(name)})": False}
+        sliced = self.deepspeed_plugin is not None or self.fsdp_version is not None
+        if sliced and not name.startswith("adamw"):
+            return {f"{setting} (DeepSpeed and FSDP spread the state of {name} over processes)": False}
+        return {setting: True}
 
     def _on_policy(self) -> dict[str, bool]:
         """What makes a step's completions draws of the policy that it starts from: setting -> whether it holds."""

@@ -16,7 +16,7 @@ from transformers import TrainerState
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
-from trl_entropy.engine.adamw_step import metric_of_step, preconditioner_of_step, read_before_step
+from trl_entropy.engine.optimizer_step import metric_of_step, preconditioner_of_step, read_before_step
 from trl_entropy.estimators.control.entropy_control import (
     ControlProducts,
     Correction,
@@ -70,8 +70,8 @@ class Halves(NamedTuple):
 class EntropyControl(Probe):
     """
     Corrects every optimizer step so that the policy's entropy changes, to first order, by a required amount: the
-    smallest correction in AdamW's metric (T19). It is added to the float32 parameters after the optimizer's step and
-    does not enter the optimizer's moments.
+    smallest correction in the optimizer's metric (T19). It is added to the float32 parameters after the optimizer's
+    step and does not enter its moments.
 
     With mode `"report"` nothing is corrected; the correction that would be made is only logged.
 
@@ -134,6 +134,8 @@ class EntropyControl(Probe):
             num_prompts=args.entropy_control_num_completions,
             batch_size=args.probe_batch_size,
         )
+
+    splits_steps = True
 
     @property
     def needs_loss_coefficients(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trl_entropy.engine.reader import EngineReader, GroupSettings
+from trl_entropy.estimators.optimizer.rules import AdamWRule
+from trl_entropy.estimators.optimizer.step_rule import StepRule
 
 Option = TypeVar("Option")
 _PHASES = {"before": "in `before_update`", "after": "in `after_update`", "closed": "after `after_update` returned"}
@@ -117,9 +119,35 @@ class UpdateContext:
     # ---- the settings of this step, readable at any time
 
     @property
+    def rule(self) -> StepRule:
+        """How the step is split (T5). Raises `ValueError` if that is not known of the optimizer."""
+        if "rule" not in self._values:
+            self._values["rule"] = self._engine.step_rule()
+        return self._values["rule"]  # type: ignore[return-value]
+
+    @property
+    def step_of_rule(self) -> int:
+        """The number of this step, 1 at the first; also 1 for a rule that does not depend on it."""
+        return self.optimizer_step if self.rule.counts_steps else 1
+
+    @property
     def options(self) -> Mapping[str, GroupSettings]:
         """By parameter name, the settings of its parameter group as they were for this step."""
         return self._groups
+
+    def optimizer_state(self, keys: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """
+        By parameter, those of these tensors of the optimizer's state before the step that are there by then; to be
+        asked for first in `before_update`. Collective.
+        """
+        if type(self.rule) is AdamWRule:  # which is read from any engine
+            moments = {key: getattr(self, key) for key in keys}
+            return {name: {key: moments[key][name] for key in keys} for name in self._groups}
+        if "own_state" not in self._values:
+            self._require("optimizer_state", ("before",))
+            self._values["own_state"] = self._engine.optimizer_state(self.rule.keys)
+        own: dict[str, dict[str, Tensor]] = self._values["own_state"]  # type: ignore[assignment]
+        return {name: {key: state[key] for key in keys if key in state} for name, state in own.items()}
 
     @property
     def learning_rate(self) -> dict[str, float]:

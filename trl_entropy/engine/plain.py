@@ -1,6 +1,6 @@
 """One process, or DDP: every rank holds everything, and DDP has averaged the gradient when backward returns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +41,20 @@ class PlainEngine(Engine):
     def local_moment(self, key: str) -> dict[str, Tensor]:
         state = self.optimizer.state
         return {name: state[param][key] for name, param in self.parameters.items() if key in state.get(param, {})}
+
+    @property
+    def holds_whole_state(self) -> bool:
+        return type(self) is PlainEngine
+
+    def optimizer_state(self, keys: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        copies: dict[str, dict[str, Tensor]] = {}
+        for name, param in self.parameters.items():
+            found = {key: self.optimizer.state.get(param, {}).get(key) for key in keys}
+            wide = torch.promote_types(param.dtype, torch.float32)
+            copies[name] = {
+                key: value.to(wide, copy=True) for key, value in found.items() if isinstance(value, Tensor)
+            }
+        return copies
 
     def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
         whole = {}

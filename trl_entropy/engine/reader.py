@@ -1,7 +1,7 @@
 """`EngineReader`: what can be read of a step, and how each rank's share of the optimizer's state becomes whole."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.engine.parameters import trainable_parameters
+from trl_entropy.engine.step_rules import step_rule
+from trl_entropy.estimators.optimizer.rules import AdamWRule
+from trl_entropy.estimators.optimizer.step_rule import StepRule
 
 # Of one parameter group, without its parameters. Values are what torch lets them be: numbers, pairs, flags.
 GroupSettings = dict[str, Any]
@@ -132,6 +135,30 @@ class EngineReader(abc.ABC):
                 "only torch's Adam and AdamW are known to start from moments of zero"
             )
         return self.assemble(self.local_moment(key), copy=True)
+
+    @property
+    def holds_whole_state(self) -> bool:
+        """Whether every process has the optimizer's whole state, as in plain and DDP training."""
+        return False
+
+    def step_rule(self) -> StepRule:
+        """
+        How the optimizer's step is split (T5).
+
+        Raises:
+            ValueError: if that is not known, or needs more of the optimizer's state than this process has.
+        """
+        rule = step_rule(self.optimizer)
+        if type(rule) is not AdamWRule and not self.holds_whole_state:
+            raise ValueError(
+                f"the state of {self.optimizer_name} is spread over processes, where only AdamW's steps can be split; "
+                "use optim='adamw_torch_fused', or one process or DDP"
+            )
+        return rule
+
+    def optimizer_state(self, keys: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """By parameter, copies of those of its tensors of these names that the optimizer has by now. Local."""
+        raise NotImplementedError(f"{type(self).__name__} does not hold the optimizer's whole state")
 
     def num_steps_done(self) -> int:
         """Steps that the optimizer has made; 0 before the first. Local.

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_entropy.engine.adamw_step import adamw_settings, metric_of_step
+from trl_entropy.engine.optimizer_step import adamw_settings, metric_of_step
 from trl_entropy.estimators.optimizer.adamw import AdamWSettings, UpdateParts, adamw_moments, adamw_update_parts
 from trl_entropy.experiments.along import changes_at, columns_along, points_of, sample_size_at
 from trl_entropy.experiments.command import Command

@@ -17,7 +17,7 @@ from trl_entropy.control.entropy_control import (
     score_prompt_halves,
 )
 from trl_entropy.engine import UpdateContext
-from trl_entropy.engine.adamw_step import preconditioner_of_step, predicted_update, read_before_step
+from trl_entropy.engine.optimizer_step import preconditioner_of_step, predicted_update, read_before_step
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients
 from trl_entropy.estimators.control.entropy_control import (
     Correction,

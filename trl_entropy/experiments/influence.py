@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trl_entropy.engine.adamw_step import metric_of_step, update_parts
+from trl_entropy.engine.optimizer_step import metric_of_step, update_parts
 from trl_entropy.estimators.attribution.shares import UpdateProducts, update_products
 from trl_entropy.estimators.rows.row_sums import Rows
 from trl_entropy.experiments.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trl_entropy.engine.adamw_step import adamw_settings
+from trl_entropy.engine.optimizer_step import adamw_settings
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms
 from trl_entropy.estimators.optimizer.adamw import adamw_update, gradient_metric
 from trl_entropy.estimators.rows.row_sums import Rows

@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from trl_entropy.engine.optimizer_step import metric_before
 from trl_entropy.estimators.entropy_change.step_change import point_terms, stacked
 from trl_entropy.estimators.statistics.importance import WeightForm
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.experiments.state import FixedState, Policy
 from trl_entropy.gradients.group_gradients import GroupRows, flat, group_rows
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
-from trl_entropy.probes.rollout_entropy import metric_of
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.durable import replacing
@@ -117,7 +117,7 @@ def rollout_redraws(
     clip factor c of the state's own step.
     """
     names = list(state.engine.parameters)
-    metric = -flat(metric_of(state.context), names)
+    metric = -flat(metric_before(state.context), names)
     size = max(1, min(ROWS_PER_CHUNK // (num_prompts * num_generations), num_redraws))
 
     def chunk(index: int) -> Tensor:

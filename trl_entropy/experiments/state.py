@@ -14,7 +14,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import UpdateContext
-from trl_entropy.engine.adamw_step import predicted_update
+from trl_entropy.engine.optimizer_step import predicted_update
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients
 from trl_entropy.experiments.checkpoint import Checkpoint

@@ -18,6 +18,7 @@ from trl_entropy.gradients.frozen_layers import frozen_layers
 from trl_entropy.gradients.head_chunks import chunked_scores
 from trl_entropy.gradients.inputs import eager_experts
 from trl_entropy.gradients.memory import in_batches
+from trl_entropy.gradients.router_choices import RouterChoices
 from trl_entropy.gradients.shared_prompts import SharedPrompts
 from trl_entropy.rollouts.completions import Completions
 
@@ -32,10 +33,13 @@ class TokenScores:
     Entropy of the next-token distribution and log-probability of the token drawn, per completion token, nats.
 
     `entropy[n]` and `logps[n]` are the n-th derivatives along the direction that was asked for; n = 0 the values.
+    `experts` are the sets that the L routers of a mixture chose where it read each token, ascending; None if the model
+    is dense or its routers do not say.
     """
 
     entropy: tuple[Float[Tensor, "B T"], ...]
     logps: tuple[Float[Tensor, "B T"], ...]
+    experts: Int[Tensor, "B T L k"] | None = None
 
 
 def score(
@@ -71,14 +75,27 @@ def score(
     params = {name: value.detach() for name, value in params.items()}
     longest_first = completions.widths.argsort(descending=True, stable=True)
 
-    def score_all(rows_at_once: int) -> list[Tensor]:
-        chunks = [completions.rows(rows).trimmed() for rows in longest_first.split(rows_at_once)]
-        parts = [_derivatives(_scorer(model, chunk, temperature), params, direction, order) for chunk in chunks]
-        return [_join([part[i] for part in parts], completions, longest_first) for i in range(2 * (order + 1))]
+    choices = RouterChoices(model)
 
-    with evaluation_mode(model), _without_input_grad_hooks(model), _differentiable_kernels(model, order, params):
-        results = in_batches(score_all, model, completions, batch_size, order)
-    return TokenScores(entropy=tuple(results[0::2]), logps=tuple(results[1::2]))
+    def score_all(rows_at_once: int) -> tuple[list[Tensor], Tensor | None]:
+        parts, experts = [], []
+        for rows in longest_first.split(rows_at_once):
+            chunk = completions.rows(rows).trimmed()
+            parts.append(_derivatives(_scorer(model, chunk, temperature), params, direction, order))
+            experts.append(choices.take(len(chunk), chunk.completion_mask.shape[1]))
+        mask, number = completions.loss_mask.bool(), 2 * (order + 1)
+        known = [one for one in experts if one is not None]
+        chosen = _in_order(known, mask, longest_first) if known and len(known) == len(experts) else None
+        return [_join([part[i] for part in parts], mask, longest_first) for i in range(number)], chosen
+
+    with (
+        evaluation_mode(model),
+        without_input_grad_hooks(model),
+        differentiable_kernels(model, order, params),
+        choices.watch(),
+    ):
+        results, chosen = in_batches(score_all, model, completions, batch_size, order)
+    return TokenScores(tuple(results[0::2]), tuple(results[1::2]), chosen)
 
 
 def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callable[[dict], tuple[Tensor, Tensor]]:
@@ -113,16 +130,25 @@ def _derivatives(function: Callable, params: dict, direction: Params | None, ord
     return (*first, *second[2:])
 
 
-def _join(parts: list[Float[Tensor, "..."]], completions: Completions, order: Int[Tensor, " B"]) -> Tensor:
+def _join(parts: list[Float[Tensor, "..."]], mask: Bool[Tensor, "B T"], order: Int[Tensor, " B"]) -> Tensor:
     """Rows of all chunks back in their own order, as wide as the mask, zero where the policy drew no token."""
-    mask: Bool[Tensor, "B T"] = completions.loss_mask.bool()
-    width = mask.shape[1]
-    rows = torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
-    return torch.empty_like(rows).index_copy_(0, order, rows).where(mask, 0.0)
+    return _in_order(parts, mask, order).where(mask, 0.0)
+
+
+def _in_order(parts: list[Tensor], mask: Bool[Tensor, "B T"], order: Int[Tensor, " B"]) -> Tensor:
+    """Rows of all chunks back in their own order, as wide as the mask."""
+    missing = [mask.shape[1] - part.shape[1] for part in parts]
+    rows = torch.cat(
+        [
+            nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (0, gap))
+            for part, gap in zip(parts, missing, strict=True)
+        ]
+    )
+    return torch.empty_like(rows).index_copy_(0, order, rows)
 
 
 @contextlib.contextmanager
-def _differentiable_kernels(model: nn.Module, order: int, params: Params) -> Iterator[None]:
+def differentiable_kernels(model: nn.Module, order: int, params: Params) -> Iterator[None]:
     """
     Kernels that have the derivatives asked for: fused attention and fused experts have no forward mode, and with grad
     mode off some forward derivatives (SiLU's) are kernels without a derivative of their own. No parameter requires a
@@ -139,7 +165,7 @@ def _differentiable_kernels(model: nn.Module, order: int, params: Params) -> Ite
 
 
 @contextlib.contextmanager
-def _without_input_grad_hooks(model: nn.Module) -> Iterator[None]:
+def without_input_grad_hooks(model: nn.Module) -> Iterator[None]:
     """For checkpointing transformers hooks `requires_grad_` onto the embeddings' output, which torch.func forbids."""
     hooked = [
         (module, key, hook)

@@ -37,6 +37,8 @@ _MOST: dict[str, int] = {
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 4),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "mamba_chunk_length", "block_size"), 8),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), 16),
+    **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
+    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1),
     **dict.fromkeys(("rotary_dim",), 4),
     **dict.fromkeys(("hidden_size_per_layer_input",), 8),
     **dict.fromkeys(("vocab_size_per_layer_input",), 128),

@@ -125,11 +125,6 @@ def refusals(plan: Plan) -> Findings:
     if readers and plan.launch.offloads_optimizer:
         text = f"{readers}: the state of an offloaded optimizer cannot be read."
         yield Finding(text, "Set offload_optimizer_device: none.")
-    optim = str(getattr(plan.args.optim, "value", plan.args.optim))
-    if plan.args.optimizer_state_probe and "adam" not in optim:
-        yield Finding(
-            f"optimizer_state_probe reads Adam's moments, but optim is {optim}.", "Set optim: adamw_torch_fused."
-        )
 
 
 def float32_values(plan: Plan) -> Findings:

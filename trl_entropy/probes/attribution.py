@@ -25,6 +25,7 @@ from trl_entropy.estimators.attribution.shares import (
 )
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, policy_entropy
 from trl_entropy.estimators.statistics.pooled import PooledParts
+from trl_entropy.gradients.auxiliary_loss import auxiliary_coefficient, auxiliary_slope
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
 from trl_entropy.gradients.scores import TokenScores
 from trl_entropy.gradients.sequence_products import (
@@ -37,7 +38,7 @@ from trl_entropy.gradients.sequence_products import (
 )
 from trl_entropy.probes.episodes import EpisodeRecords, kinds_of_rollouts
 from trl_entropy.probes.files import ProbeFiles
-from trl_entropy.probes.model_checks import check_no_auxiliary_loss, check_no_dropout, check_sequences
+from trl_entropy.probes.model_checks import check_no_dropout, check_sequences
 from trl_entropy.probes.precision import DerivativePrecision
 from trl_entropy.probes.prices import PriceRecord
 from trl_entropy.probes.step_record import StepRecord
@@ -81,18 +82,22 @@ class Contributions(NamedTuple):
 
     Attributes:
         policy: contribution of the policy loss, that is the loss without its KL term and entropy bonus.
-        other: contributions of the KL term and of the entropy bonus for each completion, if the loss has them.
+        other: contributions of the KL term and of the entropy bonus for each completion, if the loss has them, and of
+            the loss that balances experts, which belongs to no completion, as one number.
         scores: token scores of U before the step; None by completion.
     """
 
     policy: Float[Tensor, "B K"]
-    other: dict[str, Float[Tensor, " B"]]
+    other: dict[str, Float[Tensor, " n"]]
     scores: TokenScores | None = None
+
+    def with_others(self, more: dict[str, Float[Tensor, " n"]]) -> Contributions:
+        return self._replace(other=self.other | more)
 
 
 class StepAttribution:
     """
-    Splits the first-order entropy change `entropy/delta_linear` of an AdamW step into its parts (T9).
+    Splits the first-order entropy change `entropy/delta_linear` of an optimizer's step into its parts (T9).
 
     The loss may be any function of the per-token log-probabilities and entropies: the coefficients alpha_ik are read
     from training's own backward pass. The KL to the reference policy and the entropy bonus are parts of their own. A
@@ -131,7 +136,6 @@ class StepAttribution:
         """Raises `ValueError` that names a loss, a dropout or a trainable module that (T9) does not cover."""
         args.check_attribution()
         check_no_dropout(model, "entropy_attribution")
-        check_no_auxiliary_loss(args, model, "entropy_attribution")
         if self.mode == "sequence":
             check_sequences(model, "entropy_attribution='sequence'")
 
@@ -145,19 +149,17 @@ class StepAttribution:
         files: ProbeFiles,
     ) -> dict[str, float]:
         """Attribute the first-order change, write the contributions, and return what is logged. Collective."""
-        accelerator, temperature = engine.accelerator, args.temperature
+        accelerator = engine.accelerator
         rollouts, coefficients = record.rollouts, record.loss_coefficients
         assert coefficients is not None, "the entropy probe needs_loss_coefficients"
-        gradient = self._entropy_gradient(past, engine, probe, temperature)
-        attribution, contributions = self._split(past, engine, record, gradient, probe.delta_linear, temperature)
+        gradient = self._entropy_gradient(past, engine, probe, args.temperature)
+        attribution, contributions = self._split(past, engine, record, gradient, probe.delta_linear, args)
         sums, counts = self._sums(contributions, contributions.policy, rollouts, accelerator)
         self.record = self.record.update(sums, counts)
         logged, kinds, earned = _logged("entropy", attribution) | self._pooled(), None, None
         if probe.reward is not None:
-            gradient = self._reward_gradient(past, engine, probe.completions, probe.reward, temperature)
-            attribution, of_reward = self._split(
-                past, engine, record, gradient, probe.reward.delta_linear, temperature
-            )
+            gradient = self._reward_gradient(past, engine, probe.completions, probe.reward, args.temperature)
+            attribution, of_reward = self._split(past, engine, record, gradient, probe.reward.delta_linear, args)
             earned = of_reward.policy
             of_categories, _ = self._sums(contributions, earned, rollouts, accelerator)
             logged |= _logged("reward", attribution) | self.prices.add(sums, of_categories, counts)
@@ -189,14 +191,14 @@ class StepAttribution:
         record: StepRecord,
         gradient: dict[str, Tensor],
         whole: float,
-        temperature: float,
+        args: DrGRPOConfig,
     ) -> tuple[Attribution, Contributions]:
         """The parts of `gradient` . dtheta, which is `whole`, of all ranks, and this one's completions. Collective."""
         accelerator, coefficients = engine.accelerator, record.loss_coefficients
         assert coefficients is not None
         products = update_products((gradient[name], parts) for name, parts in past.parts())
         direction = {name: metric * gradient[name] for name, metric in past.metric().items()}
-        contributions = self._contributions(past, engine, record.rollouts, coefficients, direction, temperature)
+        contributions = self._contributions(past, engine, record.rollouts, coefficients, direction, args)
         completions = accelerator.gather(contributions.policy.sum(1))
         other = {name: accelerator.gather(part) for name, part in contributions.other.items()}
         if past.correction:
@@ -238,24 +240,41 @@ class StepAttribution:
         rollouts: RolloutBatch,
         coefficients: LossCoefficients,
         direction: dict[str, Tensor],
-        temperature: float,
+        args: DrGRPOConfig,
     ) -> Contributions:
         """The contributions of this rank's completions, or of their tokens. Local."""
-        completions, params = Completions.of(rollouts), past.params_before
+        completions, params, temperature = Completions.of(rollouts), past.params_before, args.temperature
         with (
             rank_symmetric(engine.accelerator, "attributing the entropy change to the step's completions"),
             engine.scoring_model(params) as model,
         ):
+            balance = self._balance(args, model, completions, params, direction)
             if self.mode == "token":
                 given = model, completions, temperature, self.batch_size, params
                 scores = self.precision.score(*given, direction, order=1)
-                return _by_token(scores, coefficients, completions.loss_mask)
+                return _by_token(scores, coefficients, completions.loss_mask).with_others(balance)
 
             def products(value: Value) -> Float[Tensor, " B"]:
                 with self.precision.products(engine.accelerator.device):
                     return gradient_products(model, completions, value, direction, temperature, self.batch_size)
 
-            return _by_completion(products, coefficients)
+            return _by_completion(products, coefficients).with_others(balance)
+
+    def _balance(
+        self,
+        args: DrGRPOConfig,
+        model: nn.Module,
+        completions: Completions,
+        params: dict[str, Tensor],
+        direction: dict[str, Tensor],
+    ) -> dict[str, Float[Tensor, " 1"]]:
+        """This rank's contribution of the loss that balances a mixture's experts; none without it. Local."""
+        coefficient, ranks = auxiliary_coefficient(args, model), args.world_size
+        if not coefficient:
+            return {}
+        with self.precision.products(completions.input_ids.device):
+            slope = auxiliary_slope(model, completions, args.per_device_train_batch_size, params, direction)
+        return {"router_aux_loss": completion_contributions(slope.reshape(1), coefficient / ranks)}
 
     def _sums(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import KeptUpdate, PastUpdate
-from trl_entropy.engine.adamw_step import predicted_update
+from trl_entropy.engine.optimizer_step import predicted_update
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.clock import seconds
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
@@ -31,7 +31,7 @@ class EntropyProbe(EntropyChangeProbe):
         every, batch_size, prediction, placebo, attribution, precision, change_of, reward_attribution: see
             [`EntropyChangeProbe`].
         num_prompts: prompts in E over all processes, one completion each.
-        second_order: predict to second order *before* the step, along the update that AdamW's equation (T4) gives.
+        second_order: predict to second order *before* the step, along the update that (T4) gives.
         source: `"held_out"` (training prompts that are not in this step) or `"eval"` (`eval_dataset`).
         sampler: `"model"` (the model's own `generate`, from its full distribution, whatever training samples from) or
             `"vllm"`, as training samples, corrected by vLLM's log-probabilities (T6).
@@ -73,6 +73,10 @@ class EntropyProbe(EntropyChangeProbe):
             **cls.shared_settings(args),
         )
 
+    @property
+    def splits_steps(self) -> bool:
+        return self.second_order or super().splits_steps
+
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         if self.draw is None and self.sampler == "vllm":
             model_checks.check_full_distribution(args, model, "entropy_probe_sampler='vllm'")
@@ -93,7 +97,7 @@ class EntropyProbe(EntropyChangeProbe):
             self._second_order = self._terms(scores, scores, engine.accelerator)
         self._kept = None
         if self.attribution is not None:
-            self._kept = KeptUpdate.of(update, adamw=True)
+            self._kept = KeptUpdate.of(update, parts=True)
 
     def on_after_update(self, args, state, control, *, metrics, update, engine, record, files, **kwargs: Any) -> None:
         past = PastUpdate.of(update, self._kept, engine)

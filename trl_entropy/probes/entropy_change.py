@@ -41,6 +41,7 @@ from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.precision import DerivativePrecision, computes_below_float32
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.router_flips import router_flips
 from trl_entropy.probes.step_changes import QuantityChanges, StepChanges
 from trl_entropy.probes.step_record import ScoredCompletions, StepRecord
 from trl_entropy.rollouts.completions import Completions
@@ -131,6 +132,8 @@ class EntropyChangeProbe(Probe):
     def needs_loss_coefficients(self) -> bool:
         return self.attribution is not None
 
+    splits_steps = property(lambda self: self.attribution is not None)
+
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         model_checks.check_scoring(model, "entropy_probe", derivatives=self.prediction != "none")
         model_checks.check_derivatives(model, "entropy_probe")
@@ -204,6 +207,7 @@ class EntropyChangeProbe(Probe):
         ends = Ends(before, after, after if drawn_after else before)
         record.probe_batch = ScoredCompletions(completions, before, after, *self._weights(ends))
         metrics |= self._changes(ends, engine.accelerator) | self._quantity_changes(ends, engine.accelerator)
+        metrics |= router_flips(before.experts, after.experts, completions.loss_mask.bool(), engine.accelerator)
         if self.attribution is not None:
             probe = self._batch_before(ends, metrics, engine.accelerator)
             metrics |= self.attribution.attribute(args, past, engine, record, probe, files)
@@ -329,14 +333,12 @@ class EntropyChangeProbe(Probe):
         terms, reward = self._terms(ends.before, ends.drawn_by, accelerator).terms, None
         if self._reward_coefficients is not None:
             reward = RewardSlope(self._reward_coefficients, metrics["reward/delta_linear"])
-        weights = self._weights(ends)[0]
-        return ProbeBatch(self._completions, weights, terms, metrics["entropy/delta_linear"], reward)
+        return ProbeBatch(self._completions, self._weights(ends)[0], terms, metrics["entropy/delta_linear"], reward)
 
     def _noise_floor(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
         """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""
         again = self._score(engine, args, past.params_before, None, order=0, in_other_batches=True)
-        accelerator = engine.accelerator
-        values = [self._entropy(scores, ends.drawn_by, accelerator) for scores in (ends.before, again)]
+        values = [self._entropy(scores, ends.drawn_by, engine.accelerator) for scores in (ends.before, again)]
         return {"entropy/noise_floor": abs(values[0] - values[1])}
 
     def _entropy(self, scores: TokenScores, drawn_by: TokenScores, accelerator: Accelerator) -> float:

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
-from trl_entropy.engine.adamw_step import coefficient_of_step, preconditioner_of_step, read_before_step, update_parts
+from trl_entropy.engine.optimizer_step import (
+    coefficient_of_step,
+    preconditioner_of_step,
+    read_before_step,
+    update_parts,
+)
 from trl_entropy.engine.strict_float32 import fp32_strict
 from trl_entropy.estimators.kernel.fisher_kernel import (
     cosine_kernel,
@@ -57,7 +62,7 @@ class FisherProbe(Probe):
     log-probability of completion i, in nats; and the change of each S_i that the step is predicted to cause, split
     into its parts, with the measured change.
 
-    The completions are whole prompt groups. M is AdamW's preconditioner in this step, with its gradient included;
+    The completions are whole prompt groups. M is the optimizer's metric in this step, with its gradient included;
     coordinates that never had a gradient are left out and counted. Gradients are those of the float32 model; dropout
     is refused. How the loss depends on the scores is read off the backward pass of training, so that it may be any.
     The prediction is exact to first order; the measured change differs by curvature, and by rounding if changes are
@@ -80,6 +85,7 @@ class FisherProbe(Probe):
 
     name = "fisher"
     needs_loss_coefficients = True
+    splits_steps = True
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from trl_entropy.config.settings_file import one_line
 from trl_entropy.engine.attention import attention_of, can_switch_attention, scored_attention
 from trl_entropy.engine.parameters import evaluation_mode, parameter_shape, swapped_parameters, trainable_parameters
 from trl_entropy.engine.strict_float32 import fp32_strict
+from trl_entropy.gradients.auxiliary_loss import auxiliary_coefficient
 from trl_entropy.gradients.inputs import base_model, counts_columns
 from trl_entropy.gradients.layer_rules import Layer, trained_layers
 from trl_entropy.gradients.row_proof import prove_rows
@@ -146,10 +147,7 @@ def check_drawn_without_dropout(model: nn.Module, what: str) -> None:
 
 def check_no_auxiliary_loss(args: DrGRPOConfig, model: nn.Module, what: str) -> None:
     """Raises `ValueError` if TRL adds the loss that balances the load of a mixture's experts."""
-    config = base_model(model).config.get_text_config()
-    given = args.router_aux_loss_coef
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if given is None else given
-    if hasattr(config, "output_router_logits") and coefficient:
+    if coefficient := auxiliary_coefficient(args, model):
         raise ValueError(
             f"{what} needs a loss that is a sum over completions, but router_aux_loss_coef={coefficient:g} adds the "
             "balance of the experts over all tokens of a micro-batch. Set router_aux_loss_coef=0, or turn it off."

@@ -75,7 +75,7 @@ class NextRolloutsProbe(EntropyChangeProbe):
     # ---- events
 
     def on_before_update(self, args, state, control, *, metrics, update, record, **kwargs: Any) -> None:
-        record.keep_update(update, adamw=self.attribution is not None)
+        record.keep_update(update, parts=self.attribution is not None)
 
     def on_after_update(self, args, state, control, *, metrics, engine, record, files, **kwargs: Any) -> None:
         metrics |= self._rival_changes(engine.accelerator)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
+from trl_entropy.engine.optimizer_step import has_metric_before, preconditioner_before
 from trl_entropy.engine.strict_float32 import fp32_strict
 from trl_entropy.estimators.noise.noise_scale import (
     GroupProducts,
@@ -25,7 +26,7 @@ from trl_entropy.estimators.noise.noise_scale import (
     jackknifed_parts,
     micro_batch_parts,
 )
-from trl_entropy.estimators.optimizer.adamw import live_preconditioner
+from trl_entropy.estimators.optimizer.rules import SGDRule
 from trl_entropy.estimators.statistics.pooled import PooledParts, StepParts
 from trl_entropy.gradients.group_gradients import flat
 from trl_entropy.gradients.group_products import (
@@ -50,7 +51,7 @@ from trl_entropy.runs.state import StateDict
 
 logger = logging.getLogger(__name__)
 
-# In the Euclidean norm (T14), and in the metric that AdamW's second moment defines before the step (T16).
+# In the Euclidean norm (T14), and in the optimizer's metric before the step (T16), called Adam's.
 _BLOCK = 2**24  # columns of rows that are compared with the gradient at a time
 _METRICS = ("simple", "adam")
 
@@ -59,7 +60,7 @@ class NoiseScaleProbe(Probe):
     """
     Estimates |G|^2 and tr(Sigma) of every step from the gradients Y_n of its P prompt groups, before clipping (T14),
     and the noise scale tr(Sigma)/|G|^2 of the steps so far, in prompts, with Fieller's interval; and the same in
-    AdamW's metric (T16).
+    the optimizer's metric (T16).
 
     If the language-model head is frozen (LoRA), Y_n are read from training's own backward pass, in its precision: no
     extra pass, and one float32 vector of all D trainable parameters for each group of a process. TRL's loss bypasses
@@ -69,9 +70,9 @@ class NoiseScaleProbe(Probe):
     the difference of the mean Y_n from the gradient that the optimizer got, over the length of that. Where the loss is
     divided by the tokens of the batch or micro-batch, that number is taken as given.
 
-    (T16) needs Adam or AdamW, and begins with the optimizer's second step, as there is no second moment before the
-    first. Standard errors are the jackknife's over prompts, hence conservative; completions of one prompt never count
-    as independent.
+    (T16) needs an optimizer with a known metric that differs between numbers (not SGD), and begins with its second
+    step, as there is no second moment before the first. Standard errors are the jackknife's over prompts, hence
+    conservative; completions of one prompt never count as independent.
 
     With `resample_uninformative_groups` everything is about the accepted groups (T14a): P counts them, and groups that
     had to be kept with equal rewards are left out. Without it, everything is about all prompts as they are drawn.
@@ -163,18 +164,17 @@ class NoiseScaleProbe(Probe):
         if isinstance(self._shares, MicroBatchNorms):
             return self._from_micro_batches(self._shares.finish(), update, engine, args, metrics, record, files)
         rollouts = record.rollouts
-        has_metric = isinstance(engine.optimizer, torch.optim.Adam) and update.optimizer_step > 1
-        if has_metric:
-            num_dead = sum((v == 0).sum() for v in update.exp_avg_sq.values())
+        metric = metric_of_optimizer(update, engine)
+        if metric is not None:
+            num_dead = sum((m == 0).sum() for m in metric.values())
             metrics["noise_scale/num_coordinates_without_metric"] = int(num_dead)
         if self._by_extra_pass:
-            metric = metric_before(update) if has_metric else None
             local, mean = self._from_extra_pass(args, engine, update, record, metric)
             prompts = rollouts.prompt_index.unique()
             compared = [(mean[name][None], gradient) for name, gradient in update.gradient.items()]
         else:
-            metric = flat_metric_before(update) if has_metric else None
-            local, prompts, compared = self._from_training(engine, update, metric)
+            whole = None if metric is None else flat(metric, update.gradient)
+            local, prompts, compared = self._from_training(engine, update, whole)
         products = [_gathered(one, engine.accelerator) for one in local]
         metrics["noise_scale/gradient_error"] = _gradient_error(compared, engine.accelerator)
         prompts = engine.accelerator.gather(prompts)
@@ -184,7 +184,7 @@ class NoiseScaleProbe(Probe):
             products, prompts = [accepted_products(one, accepted) for one in products], prompts[accepted]
             halves = None if halves is None else halves[accepted]
         metrics["noise_scale/num_prompts"] = len(prompts)
-        for name, one in zip(_METRICS, products, strict=False):  # the first step has none in AdamW's metric
+        for name, one in zip(_METRICS, products, strict=False):  # the first step has none in the optimizer's metric
             metrics |= self._measured(name, one, halves if name == "simple" else None)
         self._write(files, record, prompts, products)
 
@@ -319,25 +319,18 @@ def why_extra_pass(model: nn.Module, num_groups: int, budget: float) -> str | No
     return None
 
 
-def metric_before(update: UpdateContext) -> dict[str, Tensor]:
-    """M of (T16), from the second moment before the step; 0 in coordinates that never had a gradient. Collective."""
-    steps_before, betas, eps = update.optimizer_step - 1, update.betas, update.eps
-    return {
-        name: live_preconditioner(v, steps_before, betas[name][1], eps[name]) for name, v in update.exp_avg_sq.items()
-    }
-
-
-def flat_metric_before(update: UpdateContext) -> Tensor:
+def metric_of_optimizer(update: UpdateContext, engine: Engine) -> dict[str, Tensor] | None:
     """
-    The same as one vector, in the order of the gradient: computed at once if all parameters have the same b2 and eps.
-    Collective.
+    M of (T16), from the optimizer's state before the step; 0 in coordinates that never had a gradient. None at its
+    first step, where no rule of its steps is known, and where M is the same for all numbers. Collective.
     """
-    steps_before, betas, eps = update.optimizer_step - 1, update.betas, update.eps
-    settings = {(betas[name][1], eps[name]) for name in update.gradient}
-    if len(settings) > 1:
-        return flat(metric_before(update), update.gradient)
-    ((beta2, added),) = settings
-    return live_preconditioner(flat(update.exp_avg_sq, update.gradient), steps_before, beta2, added)
+    try:
+        rule = engine.step_rule()
+    except ValueError:
+        return None
+    if isinstance(rule, SGDRule) or not has_metric_before(update):
+        return None
+    return preconditioner_before(update)
 
 
 def _gradient_error(compared: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> float:

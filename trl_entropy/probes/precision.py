@@ -73,7 +73,7 @@ class DerivativePrecision:
         with tf32.products():
             slopes = score(*given, direction, order)
         values = score(*given)
-        return TokenScores((*values.entropy, *slopes.entropy[1:]), (*values.logps, *slopes.logps[1:]))
+        return TokenScores((*values.entropy, *slopes.entropy[1:]), (*values.logps, *slopes.logps[1:]), values.experts)
 
     def decide(
         self,

@@ -32,6 +32,7 @@ class Probe(TrainerCallback):
             a run that have a state must differ in it.
         needs_loss_coefficients: whether hooks on training's own backward pass record how the loss depends on each
             token's score; `on_before_update` and `on_after_update` then find this in `record.loss_coefficients`.
+        splits_steps: whether it needs the parts of the optimizer's step (T5), and so an optimizer with a known rule.
         measures_quantities: whether it measures the change of numbers of completions, those of `Completions.values`.
         change_of: names of these, as of the setting `change_of`; None: its default.
 
@@ -60,6 +61,11 @@ class Probe(TrainerCallback):
 
     @property
     def needs_loss_coefficients(self) -> bool:
+        """False, unless a subclass overrides it."""
+        return False
+
+    @property
+    def splits_steps(self) -> bool:
         """False, unless a subclass overrides it."""
         return False
 

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.quantities import values_asked_for
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
-from trl_entropy.engine.adamw_step import adamw_settings
+from trl_entropy.engine.optimizer_step import has_metric_before, metric_before
 from trl_entropy.estimators.entropy_change.cross_prompt import (
     accepted_gram,
     cross_prompt_change,
     relative_gradient_error,
-    update_metric,
 )
 from trl_entropy.estimators.entropy_change.delta_entropy import (
     RatioTerms,
@@ -39,6 +38,7 @@ from trl_entropy.probes import model_checks
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.router_flips import router_flips
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -64,7 +64,7 @@ class RolloutEntropyProbe(Probe):
 
     Before the update, (T17) predicts what this step's gradient does to the entropy to first order, from pairs of
     *different* prompts (`entropy/delta_cross_prompt`) and, for comparison, including each group's effect on itself
-    (`entropy/delta_same_sample`). M is AdamW's preconditioner before the step, so the optimizer's first step has
+    (`entropy/delta_same_sample`). M is the optimizer's metric before the step, so that of most the first step has
     neither. After the update, (T7) is measured on U (`entropy/delta_in_sample`): it contains each completion's effect
     on itself, momentum and weight decay, and must not be compared with (T17).
 
@@ -72,11 +72,12 @@ class RolloutEntropyProbe(Probe):
     formed of them alone (T14a); groups that had to be kept with equal rewards only count in the step's number of
     prompts P. Without it, everything is about all prompts.
 
-    Needs an on-policy step of AdamW, with any loss whose dependence on the scores the backward pass of training shows:
-    KL term, entropy bonus and vLLM's importance factor are in it. `DrGRPOConfig.check_rollouts_source` lists what is
-    refused. Gradients are those of the float32 model, and dropout is refused; `entropy/rollouts_gradient_error` is the
-    relative difference of their sum from the gradient that the optimizer got. A loss divided by a number of tokens and
-    `scale_rewards="batch"` make the groups dependent by O(1/P).
+    Needs an on-policy step of an optimizer with a known metric, and any loss whose dependence on the scores the
+    backward pass of training shows: KL term, entropy bonus and vLLM's importance factor are in it.
+    `DrGRPOConfig.check_rollouts_source` lists what is refused. Gradients are those of the float32 model, and dropout
+    is refused; `entropy/rollouts_gradient_error` is the relative difference of their sum from the gradient that the
+    optimizer got. A loss divided by a number of tokens and `scale_rewards="batch"` make the groups dependent by
+    O(1/P).
     Cost: three forward and two backward passes of U. Memory: two float32 vectors of all trainable parameters for each
     prompt group of this process. Where `probe_rows_gib` does not suffice for all, pairs are formed of the first groups
     of each process for which it does, as good as any others: `entropy/delta_cross_prompt` keeps its expectation, and
@@ -91,6 +92,7 @@ class RolloutEntropyProbe(Probe):
 
     name = "entropy"
     needs_loss_coefficients = True
+    splits_steps = True
     measures_quantities = True
 
     def __init__(self, every: int = 1, batch_size: int | None = None, change_of: Sequence[str] | None = None) -> None:
@@ -123,7 +125,7 @@ class RolloutEntropyProbe(Probe):
     def on_before_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, rollouts, record, **kwargs: Any
     ) -> None:
-        update.check_adamw()
+        has_metric = has_metric_before(update)
         accelerator = engine.accelerator
         self._completions = Completions.of(rollouts)
         self._accepted = accepted_of(args, rollouts, accelerator)
@@ -134,12 +136,12 @@ class RolloutEntropyProbe(Probe):
         entropy = policy_entropy(self._terms).estimate(self._prompts)
         metrics |= {"entropy/probe_batch": entropy.value, "entropy/probe_batch_stderr": entropy.stderr}
         metrics |= {"entropy/num_completions": entropy.num_samples, "entropy/num_prompts": entropy.dof + 1}
-        if update.optimizer_step > 1:
+        if has_metric:
             metrics |= self._predicted_changes(args, update, engine, record.loss_coefficients, entropy.value)
         elif not self._said_undefined and state.is_world_process_zero:
             self._said_undefined = True
             logger.warning(
-                "step %d is the optimizer's first: AdamW has no second moment yet, so "
+                "step %d is the optimizer's first: it has seen no gradient to have a metric of, so "
                 "entropy/delta_cross_prompt (T17) begins with the next step.",
                 state.global_step + 1,
             )
@@ -154,6 +156,8 @@ class RolloutEntropyProbe(Probe):
         metrics |= self._quantities_in_sample(after, engine.accelerator)
         mean_weights = terms.denominator / self._terms.denominator
         metrics["entropy/importance_ess"] = effective_sample_size(mean_weights).item()
+        mask = self._completions.loss_mask.bool()
+        metrics |= router_flips(self._before.experts, after.experts, mask, engine.accelerator)
         self._write(args, files, record, after)
 
     # ---- measuring
@@ -208,7 +212,7 @@ class RolloutEntropyProbe(Probe):
             args, engine, update.params_before, coefficients.times(num_prompts), entropy, num_accepted
         )
         names = list(engine.parameters)
-        metric = flat(metric_of(update), names)
+        metric = flat(metric_before(update), names)
         product = functools.partial(cross_gram, preconditioner=metric)
         gram = gram_of_all_rows(rows.entropy, rows.loss, accelerator, product)
         kept = accepted.view(accelerator.num_processes, -1)[:, : len(rows.loss)].flatten()
@@ -221,7 +225,7 @@ class RolloutEntropyProbe(Probe):
             "entropy/delta_cross_prompt_stderr_unbiased": change.stderr_unbiased,
             "entropy/delta_same_sample": change.same_sample,
             "entropy/rollouts_gradient_error": relative_gradient_error(row_sum, num_prompts, gradient).item(),
-            "entropy/num_coordinates_without_metric": int((flat(update.exp_avg_sq, names) == 0).sum()),
+            "entropy/num_coordinates_without_metric": int((metric == 0).sum()),
         }
 
     def _group_rows(
@@ -292,10 +296,3 @@ def groups_that_fit(num_groups: int, world_size: int, model: nn.Module, budget: 
             "probe_rows_gib, or entropy_probe_completions='held_out'."
         )
     return fitting
-
-
-def metric_of(update: UpdateContext) -> dict[str, Tensor]:
-    """lr c (1-b1)/(1-b1^t) M by parameter, with M and its second moment from before the step. Collective."""
-    step, clip, moments = update.optimizer_step, update.clip_factor, update.exp_avg_sq
-    settings = adamw_settings(update)
-    return {name: update_metric(v, settings[name], step, clip) for name, v in moments.items()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, build_engine
+from trl_entropy.engine.reader import torch_optimizer
+from trl_entropy.engine.step_rules import step_rule
 from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.probes.clock import seconds
 from trl_entropy.probes.files import ProbeFiles
@@ -178,6 +182,16 @@ class ProbeRunner(TrainerCallback):
         self.named_probes()  # raises if two share a name
         for probe in self.probes():
             probe.check_model(host.args, model)
+        if isinstance(host.optimizer, torch.optim.Optimizer):  # one that the user has made
+            self._check_optimizer(functools.partial(step_rule, torch_optimizer(host.optimizer)))
+
+    def _check_optimizer(self, rule: Callable[[], object]) -> None:
+        """Raises `ValueError` if a probe needs the rule of the optimizer's steps and `rule` raises one."""
+        if splitting := [probe.name for probe in self.probes() if probe.splits_steps]:
+            try:
+                rule()
+            except ValueError as error:
+                raise ValueError(f"{', '.join(splitting)}: {error}, or turn it off") from error
 
     def reset(self) -> None:
         """Drop what an earlier training has left that ended with an exception inside a step."""
@@ -227,6 +241,7 @@ class ProbeRunner(TrainerCallback):
             before_update=self._before_update,
             after_update=self._after_update,
         )
+        self._check_optimizer(self.engine.step_rule)
 
     def _close_engine(self) -> None:
         assert self.engine is not None

@@ -65,19 +65,19 @@ class StepRecord:
     kept: KeptUpdate | None = None
     probe_batch: ScoredCompletions | None = None
 
-    def keep_update(self, update: UpdateContext, adamw: bool = False) -> None:
+    def keep_update(self, update: UpdateContext, parts: bool = False) -> None:
         """
         Have this rank's share of the update kept. Call it in `on_before_update`, on all ranks.
 
         Args:
-            adamw: also keep what splits a step of AdamW into its parts (T5).
+            parts: also keep what splits the step into its parts (T5).
         """
-        if self.kept is None or (adamw and self.kept.adamw is None):
-            self.kept = KeptUpdate.of(update, adamw)
+        if self.kept is None or (parts and self.kept.before is None):
+            self.kept = KeptUpdate.of(update, parts)
 
     def take(self, update: UpdateContext) -> None:
         """Note how the step was corrected, when no probe changes it any more."""
-        if self.kept is not None and self.kept.adamw is not None:
+        if self.kept is not None and self.kept.before is not None:
             self.kept.correction = dict(update.correction)
 
     def forget_update(self) -> None:

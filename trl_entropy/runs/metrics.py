@@ -213,6 +213,7 @@ _ENTROPY = _changes_of("entropy", "nats/token", "entropy", _CHANGES, _COMPARED) 
     ("importance_ess", "completions", "effective sample size of E under the policy after the step (T3)"),
     ("importance_ess_sequence", "completions", "the same by the weights of whole completions, as (T21) takes them"),
     ("sampler_ess", "completions", "effective sample size of E if vLLM drew it, by the ratio of policy to sampler"),
+    ("router_flip_share", "1", "share of (token, layer) of E that the step sends to other experts of a mixture"),
     ("noise_floor", "nats/token", "apparent change when E is scored again in other batches: rounding alone"),
     ("precision_noise", "1", "noise of TF32 in the first-order prediction, over its standard error; once"),
     ("delta_measured_model", "nats/token", "measured change of the model in the precision of training"),
@@ -260,6 +261,7 @@ PARTS = {  # of the first-order change (T9)
     "gradient": "due to the policy loss on this step's completions",
     "kl": "due to the KL term (beta)",
     "entropy_bonus": "due to TRL's entropy bonus (entropy_coef)",
+    "router_aux_loss": "due to the loss that balances the experts of a mixture (router_aux_loss_coef)",
     "entropy_control": "due to the correction by entropy_control",
 }
 RARE = 0.1  # a token is rare below this probability
@@ -322,7 +324,7 @@ _REWARD_ATTRIBUTION = _keys("sum", [
 ], "reward/", "max")
 
 # (name of the noise scale, prefix of the other keys) -> where it is measured.
-_METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in AdamW's metric before the step (T16)"}
+_METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in the optimizer's metric before the step (T16)"}
 _NOISE_SCALE = _keys("groups", [
     ("num_prompts", "prompts", "prompt groups of the step that the estimate uses"),
     ("gradient_error", "1", "|mean Y_n - g| / |g|: do the groups' gradients Y_n add up to the gradient g"),

@@ -11,12 +11,19 @@ from trl_entropy.estimators.entropy_change.cross_prompt import (
     accepted_gram,
     cross_prompt_change,
     relative_gradient_error,
-    update_metric,
 )
 from trl_entropy.estimators.entropy_change.surrogate import surrogate_terms
 from trl_entropy.estimators.optimizer.adamw import AdamWSettings, adamw_moments, adamw_update_parts
+from trl_entropy.estimators.optimizer.rules import AdamWRule
 
 SETTINGS = AdamWSettings(0.05, (0.9, 0.98), 1e-3, 0.1)
+
+
+def update_metric(exp_avg_sq, settings, step, clip_factor):
+    """As `engine.optimizer_step.metric_before` puts it together, of one parameter."""
+    rule, group = AdamWRule(), vars(settings)
+    metric = rule.metric({"exp_avg_sq": exp_avg_sq}, exp_avg_sq, step - 1, group)
+    return rule.coefficient(step, group, clip_factor) * metric
 
 
 def rows(seed=0):

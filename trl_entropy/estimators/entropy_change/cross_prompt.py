@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.entropy_change.surrogate import entropy_surrogate
-from trl_entropy.estimators.optimizer.adamw import AdamWSettings, gradient_coefficient, live_preconditioner
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.u_statistic import (
     row_means,
@@ -54,21 +53,11 @@ def group_entropy_surrogate(
     return num_prompts * share
 
 
-def update_metric(
-    exp_avg_sq: Float[Tensor, "*shape"], settings: AdamWSettings, step: int, clip_factor: float
-) -> Float[Tensor, "*shape"]:
-    """(T17): lr c (1-b1)/(1-b1^t) M, M from `exp_avg_sq` *before* the step; 0 where that is 0.
-
-    With this in the place of M, -U is an entropy change. Coordinates that never had a gradient have no meaningful M
-    (it would be 1/eps, T13) and are left out; this choice does not depend on the sample. `step` = t counts this step;
-    at step 1 there was no gradient yet, and the metric is 0 everywhere.
-    """
-    metric = live_preconditioner(exp_avg_sq, step - 1, settings.betas[1], settings.eps)
-    return gradient_coefficient(settings, step, clip_factor) * metric
-
-
 def cross_prompt_change(gram: Float[Tensor, "P P"]) -> CrossPromptChange:
-    """(T17): -U and -Xbar' M Ybar from `gram[n, m]` = X_n' M Y_m with M of `update_metric`.
+    """(T17): -U and -Xbar' M Ybar from `gram[n, m]` = X_n' M Y_m, M the metric *before* the step.
+
+    With lr c (1-b1)/(1-b1^t) M in the place of M, -U is an entropy change. M from before the step does not depend on
+    the sample; coordinates that never had a gradient have no meaningful one (it would be 1/eps, T13) and are left out.
 
     The standard error is over fresh prompts and completions of the step; it is not that of a prediction for the step
     that was made (T8b). The momentum and decay parts of (T5) are left out, and the clip factor is taken as given. Bias

@@ -39,7 +39,7 @@ def adamw_moments(
     engine applied. The arguments are not changed.
     """
     clipped = grad * clip_factor
-    return exp_avg.lerp(clipped, 1 - betas[0]), _second_moment(clipped, exp_avg_sq, betas[1])
+    return exp_avg.lerp(clipped, 1 - betas[0]), second_moment(clipped, exp_avg_sq, betas[1])
 
 
 def preconditioner(
@@ -84,7 +84,7 @@ def adamw_update_parts(
     and `gradient_coefficient` for that.
     """
     beta1, beta2 = settings.betas
-    exp_avg_sq_after = _second_moment(grad * clip_factor, exp_avg_sq, beta2)
+    exp_avg_sq_after = second_moment(grad * clip_factor, exp_avg_sq, beta2)
     metric = preconditioner(exp_avg_sq_after, step, beta2, settings.eps)
     return UpdateParts(
         momentum=-settings.lr * beta1 / (1 - beta1**step) * metric * exp_avg,
@@ -145,12 +145,12 @@ def gradient_metric(
     M includes this step's `grad`; arguments as in `adamw_update_parts`. It is 0 where there never was a gradient, see
     `live_preconditioner`.
     """
-    exp_avg_sq_after = _second_moment(grad * clip_factor, exp_avg_sq, settings.betas[1])
+    exp_avg_sq_after = second_moment(grad * clip_factor, exp_avg_sq, settings.betas[1])
     metric = live_preconditioner(exp_avg_sq_after, step, settings.betas[1], settings.eps)
     return gradient_coefficient(settings, step, clip_factor) * metric
 
 
-def _second_moment(
+def second_moment(
     clipped: Float[Tensor, "*shape"], exp_avg_sq: Float[Tensor, "*shape"], beta2: float
 ) -> Float[Tensor, "*shape"]:
     """v' = b2 v + (1-b2) (c g)^2."""

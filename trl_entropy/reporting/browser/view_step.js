@@ -89,6 +89,7 @@ const NAMES = {
   gradient: "this step's completions",
   kl: "KL term",
   entropy_bonus: "entropy bonus",
+  router_aux_loss: "balance of experts",
   entropy_control: "entropy control",
   rounding: "rounding",
   curvature: "curvature (higher orders)",

@@ -9,9 +9,10 @@ import pytest
 import torch
 from engine_toy import make_step
 
-from trl_entropy.engine.adamw_step import (
+from trl_entropy.engine.optimizer_step import (
     coefficient_of_step,
     metric_of_step,
+    preconditioner_before,
     preconditioner_of_step,
     predicted_update,
     read_before_step,
@@ -22,8 +23,9 @@ from trl_entropy.engine.adamw_step import (
 PROGRAM = """
 from types import SimpleNamespace
 import torch
-from trl_entropy.engine.adamw_step import metric_of_step, predicted_update, update_parts
+from trl_entropy.engine.optimizer_step import metric_of_step, predicted_update, update_parts
 from trl_entropy.estimators.attribution.shares import update_products
+from trl_entropy.estimators.optimizer.rules import AdamWRule
 
 generator = torch.Generator().manual_seed(0)
 names = [f"layers.{number}.weight" for number in range(40)] + ["unused"]
@@ -31,11 +33,12 @@ def numbers():
     sizes = [10.0 ** (number % 5) for number in range(len(names))]
     return {name: size * torch.randn(7, generator=generator) for name, size in zip(names, sizes)}
 same = lambda value: dict.fromkeys(names, value)
+moments = {"exp_avg": numbers(), "exp_avg_sq": {name: value.square() for name, value in numbers().items()}}
 update = SimpleNamespace(
-    learning_rate=same(1e-3), betas=same((0.9, 0.999)), eps=same(1e-8), weight_decay=same(0.01), clip_factor=0.7,
-    optimizer_step=3, params_before=numbers(), gradient=numbers(), exp_avg=numbers(),
-    exp_avg_sq={name: value.square() for name, value in numbers().items()},
-    without_gradient=frozenset(["unused"]), check_adamw=lambda: None,
+    options=same({"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}), rule=AdamWRule(),
+    clip_factor=0.7, step_of_rule=3, params_before=numbers(), gradient=numbers(),
+    optimizer_state=lambda keys: {name: {key: moments[key][name] for key in keys} for name in names},
+    without_gradient=frozenset(["unused"]),
 )
 entropy_gradient, parts = numbers(), dict(update_parts(update))
 so_far, order = update_products((entropy_gradient[name], own) for name, own in parts.items()), list(parts)
@@ -63,8 +66,13 @@ def test_the_step_is_that_of_torchs_adamw(built, max_grad_norm):
     for step in (1, 2):
         planned = {}
 
-        def before(update, planned=planned):
+        def before(update, planned=planned, step=step):
             read_before_step(update)
+            earlier = preconditioner_before(update)
+            for name, v in update.exp_avg_sq.items():
+                v_hat = v / (1 - 0.95 ** (step - 1)) if step > 1 else v
+                expected = torch.where(v_hat > 0, 1 / (v_hat.sqrt() + 1e-4), 0.0)
+                torch.testing.assert_close(earlier[name], expected, rtol=1e-5, atol=0)
             planned |= predicted_update(update)
 
         def after(update, planned=planned, step=step):
