@@ -11,6 +11,8 @@ from trl_entropy.runs.counted import counted
 FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
 # Losses that are a sum over completions, the number of tokens by which some divide it taken as given (theory.md, T14).
 SUMMED_LOSSES = ("dr_grpo", "grpo", "sapo", "luspo", "dapo", "bnpo", "cispo", "vespo")
+# The same of trainers with a loss of their own: both are means over completions of what is computed of each alone.
+SUMMED_LOSSES_OF_TRAINERS = ("GMPOTrainer", "RLOOTrainer")
 
 
 class ProbeChecks(Requirements):
@@ -173,8 +175,13 @@ class ProbeChecks(Requirements):
 
     def _sum_over_groups(self) -> dict[str, bool]:
         """What makes a step's gradient a sum over independent prompt groups: setting -> whether it holds."""
+        if self.trainer_loss:
+            named = f"another trainer than {self.trainer_loss}, whose loss is not known to be such a sum"
+            known = {named: self.trainer_loss in SUMMED_LOSSES_OF_TRAINERS}
+        else:
+            known = {f"loss_type to one of {', '.join(SUMMED_LOSSES)}": self.loss_type in SUMMED_LOSSES}
         return {
-            f"loss_type to one of {', '.join(SUMMED_LOSSES)}": self.loss_type in SUMMED_LOSSES,
+            **known,
             "top_entropy_quantile=1": self.top_entropy_quantile == 1,
             # Groups that were kept though uninformative are left out, which holds where they have no gradient.
             "beta=0, entropy_coef=0, use_adaptive_entropy=False (or resample_uninformative_groups=False)": (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-
-from trl import GRPOConfig
+from typing import TYPE_CHECKING
 
 from trl_entropy.config.control_settings import ControlSettings
 from trl_entropy.config.probe_settings import ProbeSettings
@@ -14,9 +13,25 @@ from trl_entropy.config.setting import own_settings
 from trl_entropy.config.training_settings import TrainingSettings
 from trl_entropy.runs.counted import counted
 
+if TYPE_CHECKING:
+    from trl import GRPOConfig as _TrlConfig
+else:
+    _TrlConfig = object
 
-class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig):
-    """All settings, and the questions that the checks of probes, controls and prompts share."""
+
+class Requirements(ControlSettings, ProbeSettings, TrainingSettings, _TrlConfig):
+    """
+    All settings, and the questions that the checks of probes, controls and prompts share. The configuration that they
+    are of derives from one of TRL's too.
+
+    Attributes:
+        trainer_loss: what the loss is called where a trainer has one of its own, and does not read `loss_type`.
+    """
+
+    trainer_loss = ""
+
+    def _loss(self) -> str:
+        return self.trainer_loss or str(self.loss_type)
 
     def _check_choices(self) -> None:
         for name, described in own_settings(self).items():
@@ -55,7 +70,7 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
     def _on_policy_dr_grpo(self) -> dict[str, bool]:
         """What makes the step's loss (T2) at ratio 1 and nothing else: setting -> whether it holds."""
         return {
-            "loss_type='dr_grpo'": self.loss_type == "dr_grpo",
+            "loss_type='dr_grpo'": self._loss() == "dr_grpo",
             "beta=0": self.beta == 0,
             **self._on_policy(),
             "entropy_coef=0": self.entropy_coef == 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -126,24 +126,25 @@ def watch_step(
     )
     engine = _engine_of(model, optimizer, input_ids.device)
     check_scoring(engine.module, "watch_step", derivatives)
-    shares = {name: share.detach().clone() for name, share in engine.theta().items()}
+    before = {name: share.detach().clone() for name, share in engine.theta().items()}
     watched = WatchedStep()
     yield watched
-    _measure(watched, engine, shares, completions, drawn_after, temperature, derivatives, batch_size)
+    ends = before, engine.theta()
+    measure_step(watched, engine, ends, completions, drawn_after, temperature, derivatives, batch_size)
 
 
-def _measure(
+def measure_step(
     watched: WatchedStep,
     engine: Engine,
-    shares: dict[str, Tensor],
+    shares: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     completions: Completions,
     drawn_after: bool,
     temperature: float,
     derivatives: bool,
     batch_size: int | None,
 ) -> None:
-    """Fills `watched`; `shares` are this process's of theta before the step. Collective."""
-    before, after = engine.assemble(shares), engine.assemble(engine.theta(), copy=True)
+    """Fills `watched`; `shares` are this process's of theta before and after the step. Collective."""
+    before, after = (engine.assemble(one, copy=True) for one in shares)
     direction = {name: after[name] - before[name] for name in after} if derivatives else None
     ends = []
     for params in (before, after):
