@@ -22,6 +22,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.control import controls
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
+from trl_entropy.engine.fsdp2_on_cpu import shard_on_cpu_if_asked
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.files import ProbeFiles
@@ -85,6 +86,7 @@ class ProbedTrainer(_Trainer):
                 f"args is a {type(args).__name__}; a ProbedTrainer needs one that has the probes' settings: "
                 "ProbedRLOOConfig, ProbedGMPOConfig, or a dataclass of ProbedConfig and the trainer's own."
             )
+        shard_on_cpu_if_asked()
         args.trainer_loss = loss_of(type(self), ProbedTrainer)
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         own = [*self._first_callbacks(), self.probe_runner, self._step_log, *_toggled(args)]
