@@ -23,7 +23,6 @@ COMMON = {
     "lr_scheduler_type": "constant",
     "adam_epsilon": 1e-4,
     "weight_decay": 0.01,
-    "max_steps": 3,
     "beta": 0.0,
     "bf16": False,
     "use_cpu": True,
@@ -63,10 +62,10 @@ def trainer_of(kind: str, model_path: str, directory: Path, with_kl: bool):
     kinds = {
         "rloo": (ProbedRLOOTrainer, ProbedRLOOConfig, PROBES),
         "gmpo": (ProbedGMPOTrainer, ProbedGMPOConfig, PROBES | {"scale_rewards": "none"}),
-        "callback": (GRPOTrainer, GRPOConfig, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+        "callback": (GRPOTrainer, GRPOConfig, {"loss_type": "dr_grpo", "scale_rewards": "none", "max_steps": 3}),
     }
     trainer_class, config_class, more = kinds[kind]
-    more = more | ({"kl_every": 1} if with_kl and kind != "callback" else {})
+    more = {"max_steps": 2} | more | ({"kl_every": 1} if with_kl and kind != "callback" else {})
     size = ROWS // int(os.environ.get("WORLD_SIZE", "1"))
     args = config_class(output_dir=str(directory / kind), per_device_train_batch_size=size, **COMMON, **more)
     prompts = [f"{name} has {i} apples." for name in ("Ann", "Ben", "Cem", "Dia") for i in range(8)]

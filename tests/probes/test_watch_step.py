@@ -128,7 +128,7 @@ def test_an_exception_inside_is_the_users(model, rows):
 
 def test_unequal_rows_are_refused_on_all_processes():
     def said(rank, accelerator):
-        with pytest.raises(ValueError, match="and they have 3, 4. Give each 3") as caught:
+        with pytest.raises(ValueError, match=r"and they have 3, 4\. Give each 3") as caught:
             check_equal_rows(accelerator, 3 + rank)
         return str(caught.value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_entropy.config.quantities import DEFAULT_QUANTITIES, check_change_of
-from trl_entropy.config.requirements import Requirements
+from trl_entropy.config.requirements import SUMMED_LOSSES_OF_TRAINERS, Requirements
 from trl_entropy.runs.counted import counted
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation), unless
@@ -11,8 +11,6 @@ from trl_entropy.runs.counted import counted
 FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
 # Losses that are a sum over completions, the number of tokens by which some divide it taken as given (theory.md, T14).
 SUMMED_LOSSES = ("dr_grpo", "grpo", "sapo", "luspo", "dapo", "bnpo", "cispo", "vespo")
-# The same of trainers with a loss of their own: both are means over completions of what is computed of each alone.
-SUMMED_LOSSES_OF_TRAINERS = ("GMPOTrainer", "RLOOTrainer")
 
 
 class ProbeChecks(Requirements):

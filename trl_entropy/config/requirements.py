@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 else:
     _TrlConfig = object
 
+# Trainers with a loss of their own that is a mean over completions of what is computed of each alone.
+SUMMED_LOSSES_OF_TRAINERS = ("GMPOTrainer", "RLOOTrainer")
+
 
 class Requirements(ControlSettings, ProbeSettings, TrainingSettings, _TrlConfig):
     """
@@ -87,11 +90,12 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, _TrlConfig)
         return self.beta == 0 and self.entropy_coef == 0 and not self.use_adaptive_entropy
 
     def weighs_tokens_alike(self) -> bool:
-        """Whether on-policy all tokens of a completion have the same coefficient -dLoss/dS_ik."""
+        """Whether on-policy all tokens of a completion have the same coefficient -dLoss/dS_ik, as far as is known."""
         by_token = self.use_vllm and self.vllm_importance_sampling_correction
         by_token = by_token and self.vllm_importance_sampling_mode.startswith("token")
         chosen = self.token_control != "none" or self.top_entropy_quantile < 1
-        return self._no_other_terms() and not by_token and not chosen
+        is_known = not self.trainer_loss or self.trainer_loss in SUMMED_LOSSES_OF_TRAINERS
+        return is_known and self._no_other_terms() and not by_token and not chosen
 
     def _check_groups_of_a_step(self, what: str, otherwise: str) -> None:
         """Whole prompt groups in every process's part of a step, and enough of them for standard errors."""

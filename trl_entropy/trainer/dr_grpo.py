@@ -6,7 +6,7 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from trl_entropy.trainer import model_card
 from trl_entropy.trainer.agent_checks import check_agents
 from trl_entropy.trainer.callbacks import StopOnSignal
 from trl_entropy.trainer.completion_values import CompletionValues
-from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.metric_functions import MetricFunction, MetricFunctions, MetricsOfProbe
 from trl_entropy.trainer.probed import ProbedTrainer
 from trl_entropy.trainer.prompt_selection import PromptSelectingTrainer
@@ -59,6 +58,7 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
 
     _name = "DrGRPO"
     _paper = model_card.PAPER
+    _data_is_checked = False
 
     def __init__(
         self,
@@ -73,18 +73,7 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
         if args is not None and not isinstance(args, DrGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; DrGRPOTrainer needs a DrGRPOConfig.")
         args = args or DrGRPOConfig(output_dir="DrGRPO")
-        data = dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)) | kwargs
-        has_episodes = bool(data.get("tools") or data.get("rollout_func"))
-        check_datasets(
-            args,
-            data.get("train_dataset"),
-            data.get("eval_dataset"),
-            prompts_from_environment=data.get("environment_factory") is not None,
-            has_episodes=has_episodes,
-            callbacks=callbacks or (),
-        )
-        environment = kwargs.get("environment_factory")
-        check_agents(args, environment_factory=environment, has_episodes=has_episodes, callbacks=callbacks or ())
+        self._check_data(args, positional, callbacks or (), kwargs)
         self._stop_on_signal, self._given_metrics = StopOnSignal(), metric_funcs
         own: list[Any] = [MetricsOfProbe(metric_funcs)] if metric_funcs else []
         if args.evaluate_checkpoints != "none":
@@ -98,6 +87,15 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
             self._token_control = TokenControl(args, self.accelerator, self._score_as_trl)
         # The micro-batch whose loss is being computed, if `token_control` chooses its tokens there.
         self._controlled: TrainingBatch | None = None
+
+    def _check_data(self, args: Any, positional: Sequence[Any], callbacks: Iterable[object], given: Mapping) -> None:
+        if self._data_is_checked:  # before the warm start of an embedded model
+            return
+        super()._check_data(args, positional, callbacks, given)
+        environment = given.get("environment_factory")
+        has_episodes = bool(given.get("tools") or given.get("rollout_func"))
+        check_agents(args, environment_factory=environment, has_episodes=has_episodes, callbacks=callbacks)
+        self._data_is_checked = True
 
     def _first_callbacks(self) -> list[TrainerCallback]:
         return [*super()._first_callbacks(), self._stop_on_signal]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -39,6 +39,7 @@ from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.trainer.bases import check_base, loss_of, own_tokens_of, weighted_rewards
 from trl_entropy.trainer.callbacks import RunLogCallback
 from trl_entropy.trainer.completion_values import CompletionValues, have_ended
+from trl_entropy.trainer.dataset_checks import check_datasets
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
 from trl_entropy.trainer.step_prompts import StepPrompts, most_generations
@@ -86,6 +87,7 @@ class ProbedTrainer(_Trainer):
                 f"args is a {type(args).__name__}; a ProbedTrainer needs one that has the probes' settings: "
                 "ProbedRLOOConfig, ProbedGMPOConfig, or a dataclass of ProbedConfig and the trainer's own."
             )
+        self._check_data(args, positional, callbacks or (), kwargs)
         shard_on_cpu_if_asked()
         args.trainer_loss = loss_of(type(self), ProbedTrainer)
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
@@ -111,6 +113,18 @@ class ProbedTrainer(_Trainer):
         self._has_dropout = bool(dropout_of(self.model))
         # Empty if `kl_every` is 0, or if TRL logs the KL itself.
         self._start_parameters = snapshot_parameters(self.model) if args.kl_every and self.beta == 0 else {}
+
+    def _check_data(self, args: Any, positional: Sequence[Any], callbacks: Iterable[object], given: Mapping) -> None:
+        """Refuse datasets that the settings cannot train on, or draw from, before a model is loaded."""
+        data = {**dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)), **given}
+        check_datasets(
+            args,
+            data.get("train_dataset"),
+            data.get("eval_dataset"),
+            prompts_from_environment=data.get("environment_factory") is not None,
+            has_episodes=bool(data.get("tools") or data.get("rollout_func")),
+            callbacks=callbacks,
+        )
 
     def _first_callbacks(self) -> list[TrainerCallback]:
         """Those that get events before the probes do."""
