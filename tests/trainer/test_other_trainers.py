@@ -155,6 +155,28 @@ def test_rloo_off_policy_has_the_ratios_of_the_policy_that_drew(make_trainer):
     assert second["kl"] > 1e-5
 
 
+def test_a_run_is_not_mixed_with_another_and_resumes_with_a_warning(make_trainer, tmp_path, caplog):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "output_dir": str(tmp_path / "run"),
+        "noise_scale_probe": True,
+    }
+
+    def made():
+        return make_trainer(ProbedRLOOTrainer, ProbedRLOOConfig, max_steps=2, **settings)
+
+    straight = made()
+    straight.train()
+    with pytest.raises(ValueError, match="already holds a run of 2 steps"):
+        made().train()
+    resumed = made()
+    resumed.train(str(tmp_path / "run" / "checkpoint-1"))
+    assert "what NoiseScaleProbe add up over the run begins anew" in caplog.text
+    assert torch.equal(flat(resumed.model), flat(straight.model))
+    assert [row["step"] for row in rows_of(resumed)] == [1, 2]
+
+
 # ---- what is refused
 
 

@@ -47,7 +47,7 @@ PROBES = {
     "kl_every": ({"kl_every": 1}, "kl"),
     "entropy_control": (
         {"entropy_control": "hold", "entropy_control_target": 3.0, "entropy_control_num_completions": 4},
-        "entropy_control/gain",
+        "entropy_control/entropy",
     ),
 }
 ENGINES = {

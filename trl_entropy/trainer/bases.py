@@ -6,11 +6,13 @@ Written against trl 1.16; `tests/contracts/test_private_names.py` tests what is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
+
+from trl_entropy.rollouts.batch import GenerationBatch
 
 # Trainers whose loss is known: it goes by this name, or by `loss_type` where the name is empty.
 _LOSSES = {"GRPOTrainer": "", "GMPOTrainer": "GMPOTrainer", "RLOOTrainer": "RLOOTrainer"}
@@ -53,3 +55,14 @@ def weighted_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     unscored = rewards_per_func.isnan().all(dim=1)
     total: Tensor = (rewards_per_func * weights.to(rewards_per_func.device)).nansum(dim=1)
     return total.masked_fill(unscored, torch.nan)
+
+
+def with_old_logps(trainer: Any, batch: GenerationBatch, old_logps: Tensor | None) -> GenerationBatch:
+    """
+    RLOO's batch with the log-probabilities by token under what drew it, of which RLOO keeps only the sum over a
+    completion; as in GRPO, where an earlier policy drew the batch, and only there.
+    """
+    made_of = trainer.args.steps_per_generation * trainer.num_iterations
+    if "old_logps" not in batch or trainer.args.gradient_accumulation_steps % made_of == 0:
+        return batch
+    return cast(GenerationBatch, {**batch, "old_per_token_logps": old_logps})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
@@ -22,6 +22,21 @@ class Draw(NamedTuple):
     name: str
     source: str
     num_prompts: int
+
+
+def check_given(
+    args: ProbeChecks, positional: Sequence[Any], callbacks: Iterable[object], given: Mapping[str, Any]
+) -> None:
+    """[`check_datasets`] of what a trainer's constructor was given behind `args`, by place or by name."""
+    data = {**dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)), **given}
+    check_datasets(
+        args,
+        data.get("train_dataset"),
+        data.get("eval_dataset"),
+        prompts_from_environment=data.get("environment_factory") is not None,
+        has_episodes=bool(data.get("tools") or data.get("rollout_func")),
+        callbacks=callbacks,
+    )
 
 
 def check_datasets(

@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.control import controls
-from trl_entropy.engine import snapshot_parameters, swapped_parameters
+from trl_entropy.engine import rank_symmetric, snapshot_parameters, swapped_parameters
 from trl_entropy.engine.fsdp2_on_cpu import shard_on_cpu_if_asked
 from trl_entropy.engine.parameters import evaluation_mode
 from trl_entropy.probes import PROBES
@@ -34,12 +36,14 @@ from trl_entropy.rollouts.drawing import prompt_key
 from trl_entropy.rollouts.groups import group_numbers, whole_group_shuffling
 from trl_entropy.rollouts.pixel_inputs import keywords_of_batch
 from trl_entropy.runs import tensorboard, trackers
+from trl_entropy.runs.checkpoints import step_of
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluations import evaluation_of
-from trl_entropy.trainer.bases import check_base, loss_of, own_tokens_of, weighted_rewards
+from trl_entropy.runs.set_aside import set_aside_after
+from trl_entropy.trainer.bases import check_base, loss_of, own_tokens_of, weighted_rewards, with_old_logps
 from trl_entropy.trainer.callbacks import RunLogCallback
 from trl_entropy.trainer.completion_values import CompletionValues, have_ended
-from trl_entropy.trainer.dataset_checks import check_datasets
+from trl_entropy.trainer.dataset_checks import check_given
 from trl_entropy.trainer.probe_batches import ProbeBatches
 from trl_entropy.trainer.step_log import StepLog, end_evaluation
 from trl_entropy.trainer.step_prompts import StepPrompts, most_generations
@@ -116,15 +120,7 @@ class ProbedTrainer(_Trainer):
 
     def _check_data(self, args: Any, positional: Sequence[Any], callbacks: Iterable[object], given: Mapping) -> None:
         """Refuse datasets that the settings cannot train on, or draw from, before a model is loaded."""
-        data = {**dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)), **given}
-        check_datasets(
-            args,
-            data.get("train_dataset"),
-            data.get("eval_dataset"),
-            prompts_from_environment=data.get("environment_factory") is not None,
-            has_episodes=bool(data.get("tools") or data.get("rollout_func")),
-            callbacks=callbacks,
-        )
+        check_given(args, positional, callbacks, given)
 
     def _first_callbacks(self) -> list[TrainerCallback]:
         """Those that get events before the probes do."""
@@ -190,7 +186,15 @@ class ProbedTrainer(_Trainer):
         self.completion_values.take_from(self.probe_runner.probes())  # one may have been added since
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own."""
+        """
+        As the trainer's own.
+
+        Args:
+            resume_from_checkpoint: path of a checkpoint, or `"latest"` or True for the newest one of `output_dir`.
+
+        Raises:
+            ValueError: if `output_dir` holds a run already, which is not resumed.
+        """
         named = [type(probe).__name__ for probe in self.probe_runner.named_probes().values()]
         if resume_from_checkpoint and named and self.is_world_process_zero():
             logger.warning(
@@ -199,8 +203,21 @@ class ProbedTrainer(_Trainer):
                 resume_from_checkpoint,
                 ", ".join(named),
             )
+        if resume_from_checkpoint in ("latest", True):
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        self._prepare_directory(resume_from_checkpoint)
         self.begin_training()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_directory(self, resume_from: str | bool | None) -> None:
+        """Refuse a directory that has a run which is not resumed; set aside what it has after the checkpoint."""
+        run = RunDirectory(self.args.output_dir)
+        with rank_symmetric(self.accelerator, "reading the run directory"):
+            if self.is_world_process_zero():
+                if not resume_from:
+                    run.check_unused()
+                elif isinstance(resume_from, str):
+                    set_aside_after(run, step_of(Path(resume_from)))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with contextlib.ExitStack() as self._around_micro_batch:
@@ -231,8 +248,8 @@ class ProbedTrainer(_Trainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> TrainingBatch:
         self._old_logps = None
-        generated = super()._generate_and_score_completions(inputs)
-        batch = self._with_groups(self._with_values(self._with_old_logps(generated)), self._rewards)
+        generated = with_old_logps(self, super()._generate_and_score_completions(inputs), self._old_logps)
+        batch = self._with_groups(self._with_values(generated), self._rewards)
         self._change_batch(batch)
         if self.model.training:
             self._drawn = self._as_drawn(batch)
@@ -246,13 +263,6 @@ class ProbedTrainer(_Trainer):
     def _as_drawn(self, batch: TrainingBatch) -> TrainingBatch:
         """What the policy has drawn, of which a subclass may have replaced a part in `batch`."""
         return batch
-
-    def _with_old_logps(self, batch: GenerationBatch) -> GenerationBatch:
-        """RLOO keeps only their sum over a completion; needed, as in GRPO, where an earlier policy drew the batch."""
-        made_of = self.args.steps_per_generation * self.num_iterations
-        if "old_logps" not in batch or self.args.gradient_accumulation_steps % made_of == 0:
-            return batch
-        return cast(GenerationBatch, {**batch, "old_per_token_logps": self._old_logps})
 
     def _with_values(self, batch: GenerationBatch) -> GenerationBatch:
         """The batch with what probes measure the change of, unless it has that by now."""
