@@ -49,9 +49,12 @@ def test_a_file_that_is_not_there_is_noticed():
 
 def test_the_readmes_script_runs_as_it_stands(tmp_path, monkeypatch, warm_start_dir, capfd):
     """With two steps in the place of its twenty, and with the probe that it shows further down."""
-    code, hook, _, probe = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    code, hook, callback, _, probe = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL
+    )
     assert "max_steps=20" in code and "train_dataset=" in code
-    compile(hook, "README.md", "exec")
+    for shown in (hook, callback):
+        compile(shown, "README.md", "exec")
     code = f"import torch\nfrom trl_entropy import Probe\n{probe}\n{code}"
     code = code.replace("train_dataset=", "callbacks=[Certainty()], train_dataset=")
     monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))

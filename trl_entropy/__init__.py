@@ -11,9 +11,16 @@ if TYPE_CHECKING:
     from trl_entropy.config.dr_grpo import DrGRPOConfig as DrGRPOConfig
     from trl_entropy.engine.step_rules import register_step_rule as register_step_rule
     from trl_entropy.estimators.optimizer.step_rule import StepRule as StepRule
+    from trl_entropy.config.probed import ProbedConfig as ProbedConfig
+    from trl_entropy.config.probed import ProbedRLOOConfig as ProbedRLOOConfig
+    from trl_entropy.config.probed_gmpo import ProbedGMPOConfig as ProbedGMPOConfig
     from trl_entropy.probes import Probe as Probe
     from trl_entropy.probes.watch_step import watch_step as watch_step
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer as DrGRPOTrainer
+    from trl_entropy.trainer.entropy_change import EntropyChange as EntropyChange
+    from trl_entropy.trainer.probed import ProbedTrainer as ProbedTrainer
+    from trl_entropy.trainer.probed_gmpo import ProbedGMPOTrainer as ProbedGMPOTrainer
+    from trl_entropy.trainer.probed_rloo import ProbedRLOOTrainer as ProbedRLOOTrainer
 
 __version__ = "0.1.0"
 
@@ -21,14 +28,34 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "DrGRPOConfig": "trl_entropy.config.dr_grpo",
     "DrGRPOTrainer": "trl_entropy.trainer.dr_grpo",
+    "EntropyChange": "trl_entropy.trainer.entropy_change",
     "Probe": "trl_entropy.probes",
+    "ProbedConfig": "trl_entropy.config.probed",
+    "ProbedGMPOConfig": "trl_entropy.config.probed_gmpo",
+    "ProbedGMPOTrainer": "trl_entropy.trainer.probed_gmpo",
+    "ProbedRLOOConfig": "trl_entropy.config.probed",
+    "ProbedRLOOTrainer": "trl_entropy.trainer.probed_rloo",
+    "ProbedTrainer": "trl_entropy.trainer.probed",
     "StepRule": "trl_entropy.estimators.optimizer.step_rule",
     "register_step_rule": "trl_entropy.engine.step_rules",
     "watch_step": "trl_entropy.probes.watch_step",
 }
 __all__ = [
-    "DrGRPOConfig", "DrGRPOTrainer", "Probe", "StepRule", "__version__", "register_step_rule", "watch_step",
-]  # fmt: skip
+    "DrGRPOConfig",
+    "DrGRPOTrainer",
+    "EntropyChange",
+    "Probe",
+    "ProbedConfig",
+    "ProbedGMPOConfig",
+    "ProbedGMPOTrainer",
+    "ProbedRLOOConfig",
+    "ProbedRLOOTrainer",
+    "ProbedTrainer",
+    "StepRule",
+    "__version__",
+    "register_step_rule",
+    "watch_step",
+]
 
 warn_if_untested()
 

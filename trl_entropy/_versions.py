@@ -1,16 +1,31 @@
-"""The versions of TRL and transformers that the overrides were written against and tested with."""
+"""The tested versions of every package that numbers depend on; setup.cfg has the same."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 # First tested version, and first version after the tested ones. Minor releases of TRL change private methods.
-TESTED = {"trl": ((1, 16), (1, 17)), "transformers": ((5, 23), (5, 24))}
+TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "trl": ((1, 16), (1, 17)),
+    "transformers": ((5, 22, 2), (5, 25)),
+    "accelerate": ((1, 14), (1, 16)),
+    "peft": ((0, 20), (0, 22)),
+    "datasets": ((5, 1), (5, 3)),
+    "torch": ((2, 13), (2, 14)),
+    "pandas": ((3,), (4,)),
+    "deepspeed": ((0, 19), (0, 20)),
+}
 
 
 def _parse(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    numbers = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, numbers.group().split("."))) if numbers else ()
+
+
+def _written(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def untested_versions() -> list[str]:
@@ -22,13 +37,13 @@ def untested_versions() -> list[str]:
         except PackageNotFoundError:
             continue
         if not low <= _parse(installed) < high:
-            expected = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
+            expected = f">={_written(low)},<{_written(high)}"
             messages.append(f"{package} {installed} is installed, trl_entropy is tested with {package}{expected}")
     return messages
 
 
 def warn_if_untested() -> None:
-    """Warn, once and by name, about an upstream version that trl_entropy was not tested with."""
+    """Warn, once and by name, about versions that trl_entropy was not tested with."""
     messages = untested_versions()
     if messages:
         warnings.warn("; ".join(messages) + ". Numbers may be wrong without an error.", stacklevel=3)

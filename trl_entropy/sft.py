@@ -49,6 +49,9 @@ def fine_tune(task: DemonstrationArguments, args: SFTConfig, model: ModelConfig)
     """Load demonstrations and model, train, and save."""
     from trl import get_peft_config, get_quantization_config
 
+    from trl_entropy.engine.fsdp2_on_cpu import shard_on_cpu_if_asked
+
+    shard_on_cpu_if_asked()
     tokenizer = load_tokenizer(model.model_name_or_path, revision=model.model_revision)
     demonstrations = load_demonstrations(task, tokenizer, args.seed)
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), **model_init_kwargs(model)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 LOGGED = ["ignore_keys_for_eval", "start_time", "learning_rate"]  # of a step
@@ -31,6 +31,10 @@ def parameters(function) -> list[str]:
         ("_step", GRPOTrainer._prepare_inputs),
         ("_metrics", GRPOTrainer.log),
         ("_logs", GRPOTrainer.log),
+        ("_buffered_inputs", RLOOTrainer._prepare_inputs),
+        ("_step", RLOOTrainer._prepare_inputs),
+        ("_metrics", RLOOTrainer.log),
+        ("_logs", RLOOTrainer.log),
     ],
 )
 def test_an_attribute_is_where_it_was(name, function):
@@ -45,6 +49,11 @@ def test_an_attribute_is_where_it_was(name, function):
         (GRPOTrainer._generate, ["self", "prompts"]),
         (GRPOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer._compute_loss, ["self", "model", "inputs"]),
+        (RLOOTrainer._tokenize_prompts, ["self", "prompts"]),
+        (RLOOTrainer._generate_single_turn, ["self", "prompt_ids", "images", "multimodal_fields"]),
+        (RLOOTrainer._generate, ["self", "prompts"]),
+        (RLOOTrainer._calculate_rewards, ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        (RLOOTrainer._compute_loss, ["self", "model", "inputs"]),
         (Trainer._save_checkpoint, ["self", "model", "trial"]),
         (Trainer._maybe_log_save_evaluate, ["self", "tr_loss", "grad_norm", "model", "trial", "epoch", *LOGGED]),
         (Trainer._load_from_checkpoint, ["self", "resume_from_checkpoint", "model"]),
@@ -91,3 +100,13 @@ def test_old_checkpoints_are_deleted_by_a_function_of_its_own():
 
 def test_the_arguments_are_pickled_whole():
     assert "torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))" in source(Trainer._save)
+
+
+def test_rloo_differs_from_grpo_where_trainer_bases_says_so():
+    assert "return completion_ids\n" in source(RLOOTrainer._generate_single_turn)
+    assert "return prompt_ids, completion_ids, completions" in source(RLOOTrainer._generate)
+    scored = source(RLOOTrainer._generate_and_score_completions)
+    first = scored.index("self._get_per_token_logps_and_entropies(")
+    assert "old_per_token_logps, _, _ = " in scored[first - 60 : first], "the first pass is of the policy that drew"
+    assert '"old_logps": old_logps' in scored and '"old_per_token_logps"' not in scored
+    assert "shuffle_sequence_dict(generation_batch)" in source(RLOOTrainer._prepare_inputs)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks_in_threads import on_ranks
 from torch import nn
 
 from trl_entropy import watch_step
 from trl_entropy.estimators.entropy_change.step_change import point_terms, step_changes
 from trl_entropy.models.embedded import build_model, build_tokenizer
+from trl_entropy.probes.watch_step import check_equal_rows
 
 PROMPT, LENGTH, TEMPERATURE = 3, 5, 0.8
 
@@ -122,3 +124,14 @@ def test_an_exception_inside_is_the_users(model, rows):
     with pytest.raises(KeyError), watch_step(model, optimizer, *rows[:-1]) as watched:
         raise KeyError
     assert watched.measured is None
+
+
+def test_unequal_rows_are_refused_on_all_processes():
+    def said(rank, accelerator):
+        with pytest.raises(ValueError, match=r"and they have 3, 4\. Give each 3") as caught:
+            check_equal_rows(accelerator, 3 + rank)
+        return str(caught.value)
+
+    first, second = on_ranks(2, said)
+    assert first == second
+    assert on_ranks(2, lambda rank, accelerator: check_equal_rows(accelerator, 3)) == [None, None]

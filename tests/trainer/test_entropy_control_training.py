@@ -233,9 +233,11 @@ def test_what_cannot_be_is_refused(settings, message, tmp_path):
         DrGRPOConfig(**(defaults | {"per_device_train_batch_size": 16} | CONTROL | settings))
 
 
-def test_parameters_that_would_lose_the_correction_are_refused_at_construction(make_trainer):
+def test_parameters_that_would_lose_the_correction_are_refused_at_construction(make_trainer, monkeypatch):
     narrow = {"model_init_kwargs": {"dtype": "bfloat16"}, "entropy_control_num_completions": 8}
     wanted = {"entropy_control_target": 3.0, **narrow}
     with pytest.raises(ValueError, match=r"is torch.bfloat16, whose rounding would lose.*Load the model with dtype"):
         make_trainer(entropy_control="hold", **wanted)
     make_trainer(entropy_control="report", **wanted)  # which corrects nothing
+    monkeypatch.setattr("trl_entropy.control.entropy_control.upcasts_when_sharding", lambda mixed: True)
+    make_trainer(entropy_control="hold", **wanted)  # FSDP2 makes float32 of them when training begins

@@ -7,6 +7,8 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from trl import GRPOConfig
+
 from trl_entropy.config.bf16 import explaining_bf16
 from trl_entropy.config.control_checks import ControlChecks
 from trl_entropy.config.number_checks import NumberChecks
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, NumberChecks):
+class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, NumberChecks, GRPOConfig):
     """
     Arguments of [`DrGRPOTrainer`]: those of [`~trl.GRPOConfig`], four of them with other defaults, and this package's.
 

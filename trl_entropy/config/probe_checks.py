@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_entropy.config.quantities import DEFAULT_QUANTITIES, check_change_of
-from trl_entropy.config.requirements import Requirements
+from trl_entropy.config.requirements import SUMMED_LOSSES_OF_TRAINERS, Requirements
 from trl_entropy.estimators.optimizer.known import WITH_MOMENTS
 from trl_entropy.runs.counted import counted
 
@@ -174,8 +174,13 @@ class ProbeChecks(Requirements):
 
     def _sum_over_groups(self) -> dict[str, bool]:
         """What makes a step's gradient a sum over independent prompt groups: setting -> whether it holds."""
+        if self.trainer_loss:
+            named = f"another trainer than {self.trainer_loss}, whose loss is not known to be such a sum"
+            known = {named: self.trainer_loss in SUMMED_LOSSES_OF_TRAINERS}
+        else:
+            known = {f"loss_type to one of {', '.join(SUMMED_LOSSES)}": self.loss_type in SUMMED_LOSSES}
         return {
-            f"loss_type to one of {', '.join(SUMMED_LOSSES)}": self.loss_type in SUMMED_LOSSES,
+            **known,
             "top_entropy_quantile=1": self.top_entropy_quantile == 1,
             # Groups that were kept though uninformative are left out, which holds where they have no gradient.
             "beta=0, entropy_coef=0, use_adaptive_entropy=False (or resample_uninformative_groups=False)": (

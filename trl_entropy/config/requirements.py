@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-
-from trl import GRPOConfig
+from typing import TYPE_CHECKING
 
 from trl_entropy.config.control_settings import ControlSettings
 from trl_entropy.config.probe_settings import ProbeSettings
@@ -15,9 +14,28 @@ from trl_entropy.config.training_settings import TrainingSettings
 from trl_entropy.estimators.optimizer.known import SPLIT, why_none
 from trl_entropy.runs.counted import counted
 
+if TYPE_CHECKING:
+    from trl import GRPOConfig as _TrlConfig
+else:
+    _TrlConfig = object
 
-class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig):
-    """All settings, and the questions that the checks of probes, controls and prompts share."""
+# Trainers with a loss of their own that is a mean over completions of what is computed of each alone.
+SUMMED_LOSSES_OF_TRAINERS = ("GMPOTrainer", "RLOOTrainer")
+
+
+class Requirements(ControlSettings, ProbeSettings, TrainingSettings, _TrlConfig):
+    """
+    All settings, and the questions that the checks of probes, controls and prompts share. The configuration that they
+    are of derives from one of TRL's too.
+
+    Attributes:
+        trainer_loss: what the loss is called where a trainer has one of its own, and does not read `loss_type`.
+    """
+
+    trainer_loss = ""
+
+    def _loss(self) -> str:
+        return self.trainer_loss or str(self.loss_type)
 
     def _check_choices(self) -> None:
         for name, described in own_settings(self).items():
@@ -62,7 +80,7 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
     def _on_policy_dr_grpo(self) -> dict[str, bool]:
         """What makes the step's loss (T2) at ratio 1 and nothing else: setting -> whether it holds."""
         return {
-            "loss_type='dr_grpo'": self.loss_type == "dr_grpo",
+            "loss_type='dr_grpo'": self._loss() == "dr_grpo",
             "beta=0": self.beta == 0,
             **self._on_policy(),
             "entropy_coef=0": self.entropy_coef == 0,
@@ -79,11 +97,12 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, GRPOConfig)
         return self.beta == 0 and self.entropy_coef == 0 and not self.use_adaptive_entropy
 
     def weighs_tokens_alike(self) -> bool:
-        """Whether on-policy all tokens of a completion have the same coefficient -dLoss/dS_ik."""
+        """Whether on-policy all tokens of a completion have the same coefficient -dLoss/dS_ik, as far as is known."""
         by_token = self.use_vllm and self.vllm_importance_sampling_correction
         by_token = by_token and self.vllm_importance_sampling_mode.startswith("token")
         chosen = self.token_control != "none" or self.top_entropy_quantile < 1
-        return self._no_other_terms() and not by_token and not chosen
+        is_known = not self.trainer_loss or self.trainer_loss in SUMMED_LOSSES_OF_TRAINERS
+        return is_known and self._no_other_terms() and not by_token and not chosen
 
     def _check_groups_of_a_step(self, what: str, otherwise: str) -> None:
         """Whole prompt groups in every process's part of a step, and enough of them for standard errors."""

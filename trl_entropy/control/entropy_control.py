@@ -16,6 +16,7 @@ from transformers import TrainerState
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
+from trl_entropy.engine.build import upcasts_when_sharding
 from trl_entropy.engine.optimizer_step import metric_of_step, preconditioner_of_step, read_before_step
 from trl_entropy.estimators.control.entropy_control import (
     ControlProducts,
@@ -147,7 +148,9 @@ class EntropyControl(Probe):
             model_checks.check_full_distribution(args, model, what)
         model_checks.check_scoring(model, what)
         model_checks.check_derivatives(model, what)
-        if self.mode != "report" and args.deepspeed_plugin is None:  # DeepSpeed steps a float32 master
+        # DeepSpeed steps a float32 master, and FSDP2 makes float32 of what it shards.
+        is_float32 = args.deepspeed_plugin is not None or upcasts_when_sharding(args.bf16)
+        if self.mode != "report" and not is_float32:
             model_checks.check_float32_parameters(model, f"entropy_control={self.mode!r}")
         # Else what the loss computes of the step's completions is not of the policy that E is drawn from.
         all_drawn = model_checks.draws_full_distribution(args, model)

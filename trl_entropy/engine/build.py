@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trl_entropy.engine.base import Engine
 from trl_entropy.engine.deepspeed import DeepSpeedEngine, ZeroEngine
 from trl_entropy.engine.fsdp2 import Fsdp2Engine, reshard
+from trl_entropy.engine.fsdp2_on_cpu import warn_if_unsharded
 from trl_entropy.engine.plain import PlainEngine
 from trl_entropy.engine.reader import torch_optimizer
 
@@ -46,6 +48,7 @@ def build_engine(accelerator: Accelerator, model: nn.Module, optimizer: object, 
         _refuse_fsdp(accelerator)
         return sharded_engine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
     _refuse_plain(accelerator, model)
+    warn_if_unsharded(accelerator)
     return PlainEngine(accelerator, model, torch_optimizer(optimizer), max_grad_norm or 0.0)
 
 
@@ -94,6 +97,17 @@ def sharded_engine(
                 "supported; set dp_replicate_size to 1"
             )
     return Fsdp2Engine(accelerator, model, optimizer, max_grad_norm)
+
+
+def upcasts_when_sharding(mixed_precision: bool) -> bool:
+    """
+    Whether accelerate makes float32 of all trained parameters when it prepares the model, as it does for FSDP2 with
+    mixed precision (accelerate 1.15, `fsdp2_prepare_model`). False before there is an `Accelerator`.
+    """
+    shares = AcceleratorState._shared_state
+    plugin = shares.get("fsdp_plugin")
+    is_fsdp2 = shares.get("distributed_type") == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 2
+    return mixed_precision and is_fsdp2
 
 
 def _refuse_fsdp(accelerator: Accelerator) -> None:

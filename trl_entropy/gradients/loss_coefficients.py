@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from trl import GRPOConfig
 
 from trl_entropy.estimators.attribution.shares import kl_coefficients
 from trl_entropy.rollouts.batch import TrainingBatch
@@ -122,7 +121,7 @@ class LossCoefficientRecorder:
         for parts in (self._by_logps, self._by_entropy, self._by_reference, self._log_ratios):
             parts.clear()
 
-    def of_step(self, mask: Int[Tensor, "B T"], args: GRPOConfig, num_processes: int) -> LossCoefficients:
+    def of_step(self, mask: Int[Tensor, "B T"], args: Any, num_processes: int) -> LossCoefficients:
         """
         The coefficients of the step's micro-batches, which are then discarded.
 

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine.parameters import parameter_shape
 from trl_entropy.gradients.footprint import Differentiated, LayerSizes, Pass, rows_that_fit
 from trl_entropy.gradients.head_chunks import can_split
@@ -164,7 +164,7 @@ def resident(model: nn.Module) -> int:
     return sum(4 * number + _TRAINED_BYTES * number * is_trained for number, is_trained in params)
 
 
-def rows_budget_of(args: DrGRPOConfig, model: nn.Module) -> float:
+def rows_budget_of(args: ProbeChecks, model: nn.Module) -> float:
     """[`rows_budget`] of this process, in whole GiB of its device, so that equal devices have the same."""
     return rows_budget(total_memory(args.device) // GIB * GIB, resident(model), args.probe_rows_gib)
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.attribution.shares import (
     Attribution,
@@ -132,7 +132,7 @@ class StepAttribution:
 
     # ---- called by the probe
 
-    def check(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check(self, args: ProbeChecks, model: nn.Module) -> None:
         """Raises `ValueError` that names a loss, a dropout or a trainable module that (T9) does not cover."""
         args.check_attribution()
         check_no_dropout(model, "entropy_attribution")
@@ -141,7 +141,7 @@ class StepAttribution:
 
     def attribute(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         past: PastUpdate,
         engine: Engine,
         record: StepRecord,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import KeptUpdate, PastUpdate
 from trl_entropy.engine.optimizer_step import predicted_update
 from trl_entropy.probes import model_checks
@@ -60,7 +60,7 @@ class EntropyProbe(EntropyChangeProbe):
         self.second_order, self.sampler, self.draw = second_order, sampler, draw
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> Probe:
+    def from_config(cls, args: ProbeChecks) -> Probe:
         if args.entropy_probe_completions == "rollouts":
             return RolloutEntropyProbe.from_config(args)
         if args.entropy_probe_completions == "next_rollouts":
@@ -77,7 +77,7 @@ class EntropyProbe(EntropyChangeProbe):
     def splits_steps(self) -> bool:
         return self.second_order or super().splits_steps
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         if self.draw is None and self.sampler == "vllm":
             model_checks.check_full_distribution(args, model, "entropy_probe_sampler='vllm'")
         super().check_model(args, model)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.config.quantities import values_asked_for
 from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
@@ -113,7 +113,7 @@ class EntropyChangeProbe(Probe):
         self._reward_coefficients: Tensor | None = None
 
     @staticmethod
-    def shared_settings(args: DrGRPOConfig) -> dict[str, Any]:
+    def shared_settings(args: ProbeChecks) -> dict[str, Any]:
         """What the settings of a run say of the arguments that all sources of completions have."""
         return {
             "every": args.entropy_probe_every,
@@ -134,7 +134,7 @@ class EntropyChangeProbe(Probe):
 
     splits_steps = property(lambda self: self.attribution is not None)
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         model_checks.check_scoring(model, "entropy_probe", derivatives=self.prediction != "none")
         model_checks.check_derivatives(model, "entropy_probe")
         if args.process_index == 0:
@@ -176,7 +176,7 @@ class EntropyChangeProbe(Probe):
 
     def measure(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         past: PastUpdate,
         record: StepRecord,
         completions: Completions,
@@ -225,7 +225,7 @@ class EntropyChangeProbe(Probe):
     def _score(
         self,
         engine: Engine,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         params: Params,
         direction: Params | None,
         order: int,
@@ -245,7 +245,7 @@ class EntropyChangeProbe(Probe):
     def _first_order(
         self,
         engine: Engine,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         params: Params,
         direction: Params,
         precision: DerivativePrecision | None = None,
@@ -335,7 +335,7 @@ class EntropyChangeProbe(Probe):
             reward = RewardSlope(self._reward_coefficients, metrics["reward/delta_linear"])
         return ProbeBatch(self._completions, self._weights(ends)[0], terms, metrics["entropy/delta_linear"], reward)
 
-    def _noise_floor(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
+    def _noise_floor(self, ends: Ends, args: ProbeChecks, past: PastUpdate, engine: Engine) -> dict[str, float]:
         """How much the entropy changes by rounding alone: same parameters, scored in batches of another size."""
         again = self._score(engine, args, past.params_before, None, order=0, in_other_batches=True)
         values = [self._entropy(scores, ends.drawn_by, engine.accelerator) for scores in (ends.before, again)]
@@ -349,7 +349,7 @@ class EntropyChangeProbe(Probe):
         return policy_entropy(RatioTerms(*accelerator.gather(torch.stack(terms, dim=1)).unbind(1))).value.item()
 
     def _model_change(
-        self, args: DrGRPOConfig, past: PastUpdate, engine: Engine, drawn_after: bool
+        self, args: ProbeChecks, past: PastUpdate, engine: Engine, drawn_after: bool
     ) -> dict[str, float]:
         """The same change in the precision that training computes in: mostly rounding at small learning rates."""
         ends = []
@@ -362,7 +362,7 @@ class EntropyChangeProbe(Probe):
         values = [self._entropy(scores, ends[drawn_after], engine.accelerator) for scores in ends]
         return {"entropy/delta_measured_model": values[1] - values[0]}
 
-    def _placebo(self, ends: Ends, args: DrGRPOConfig, past: PastUpdate, engine: Engine) -> dict[str, float]:
+    def _placebo(self, ends: Ends, args: ProbeChecks, past: PastUpdate, engine: Engine) -> dict[str, float]:
         """
         Predict this step's change from an earlier update. The n-th probed step's update replaces the one that is kept
         with probability 1/n, so that each earlier update is kept with the same probability.
@@ -381,7 +381,7 @@ class EntropyChangeProbe(Probe):
 
     def _write(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         files: ProbeFiles,
         record: StepRecord,
         ends: Ends,

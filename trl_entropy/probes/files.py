@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.step_files import ROLLOUTS, write_probe_file
@@ -31,7 +31,7 @@ class ProbeFiles:
 
     def __init__(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         accelerator: Accelerator,
         learning_rate: Callable[[], float],
         processing_class: Any = None,

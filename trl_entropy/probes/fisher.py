@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.optimizer_step import (
     coefficient_of_step,
@@ -99,7 +99,7 @@ class FisherProbe(Probe):
         self.num_sequences, self.sketch_dim, self.batch_size, self.seed = num_sequences, sketch_dim, batch_size, seed
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> FisherProbe:
+    def from_config(cls, args: ProbeChecks) -> FisherProbe:
         return cls(
             every=args.fisher_probe_every,
             num_sequences=args.fisher_num_sequences,
@@ -110,7 +110,7 @@ class FisherProbe(Probe):
 
     # ---- before training
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         args.check_fisher_probe(self.num_sequences)
         model_checks.check_full_distribution(args, model, "fisher_probe")
         model_checks.check_scoring(model, "fisher_probe")
@@ -169,7 +169,7 @@ class FisherProbe(Probe):
 
     def _differentiate(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         engine: Engine,
         update: UpdateContext,
         metric: dict[str, Tensor],
@@ -235,7 +235,7 @@ class FisherProbe(Probe):
             products, self._prompts, coefficient_of_step(update), with_gradient, with_momentum, with_decay
         )
 
-    def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> Float[Tensor, " N"]:
+    def _score(self, engine: Engine, args: ProbeChecks, params: Params) -> Float[Tensor, " N"]:
         """S_i of this rank's completions in float32, with `params` in the model; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring completions for the Fisher probe"),
@@ -281,7 +281,7 @@ class FisherProbe(Probe):
         files.write_rollouts(record.step, record.rollouts)
 
 
-def num_rows(num_sequences: int, args: DrGRPOConfig, world_size: int | None = None) -> int:
+def num_rows(num_sequences: int, args: ProbeChecks, world_size: int | None = None) -> int:
     """Gradients that one process holds, including those it receives from other processes."""
     world = args.world_size if world_size is None else world_size
     return num_sequences // world * (2 if world > 1 else 1) * (1 if args.weighs_tokens_alike() else 2)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.config.settings_file import one_line
 from trl_entropy.engine.attention import attention_of, can_switch_attention, scored_attention
 from trl_entropy.engine.parameters import evaluation_mode, parameter_shape, swapped_parameters, trainable_parameters
@@ -145,7 +145,7 @@ def check_drawn_without_dropout(model: nn.Module, what: str) -> None:
         )
 
 
-def check_no_auxiliary_loss(args: DrGRPOConfig, model: nn.Module, what: str) -> None:
+def check_no_auxiliary_loss(args: ProbeChecks, model: nn.Module, what: str) -> None:
     """Raises `ValueError` if TRL adds the loss that balances the load of a mixture's experts."""
     if coefficient := auxiliary_coefficient(args, model):
         raise ValueError(
@@ -164,7 +164,7 @@ def check_own_completions(model: nn.Module, what: str) -> None:
         )
 
 
-def check_full_distribution(args: DrGRPOConfig, model: nn.Module, what: str) -> None:
+def check_full_distribution(args: ProbeChecks, model: nn.Module, what: str) -> None:
     """Raises `ValueError` if settings of the run, or the model's own, keep tokens from being drawn in training."""
     own = getattr(base_model(model), "generation_config", None)
     if args.use_vllm:  # vLLM does not read the model's own settings
@@ -172,7 +172,7 @@ def check_full_distribution(args: DrGRPOConfig, model: nn.Module, what: str) -> 
     args.check_full_distribution([what], None if own is None else own.to_dict())
 
 
-def draws_full_distribution(args: DrGRPOConfig, model: nn.Module) -> bool:
+def draws_full_distribution(args: ProbeChecks, model: nn.Module) -> bool:
     """Whether [`check_full_distribution`] has no objection."""
     try:
         check_full_distribution(args, model, "")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import PastUpdate
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
@@ -61,10 +61,10 @@ class NextRolloutsProbe(EntropyChangeProbe):
         self.num_completions = num_completions
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> NextRolloutsProbe:
+    def from_config(cls, args: ProbeChecks) -> NextRolloutsProbe:
         return cls(num_completions=args.num_entropy_completions(), **cls.shared_settings(args))
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         what = "entropy_probe_completions='next_rollouts'"
         args.check_next_rollouts(self.num_completions)
         model_checks.check_full_distribution(args, model, what)

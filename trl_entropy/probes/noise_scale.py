@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.optimizer_step import has_metric_before, preconditioner_before
 from trl_entropy.engine.strict_float32 import fp32_strict
@@ -104,7 +104,7 @@ class NoiseScaleProbe(Probe):
         self._previous: NoiseParts | None = None  # of the previously measured step, for (T15)
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> NoiseScaleProbe:
+    def from_config(cls, args: ProbeChecks) -> NoiseScaleProbe:
         return cls(
             args.noise_scale_probe_every, args.probe_batch_size, args.noise_scale_within_prompt, args.noise_scale_from
         )
@@ -115,7 +115,7 @@ class NoiseScaleProbe(Probe):
     def needs_loss_coefficients(self) -> bool:
         return self._by_extra_pass
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         args.check_noise_scale_probe()
         if self.source == "micro_batches":
             return args.check_noise_scale_micro_batches(self.halves)
@@ -130,7 +130,7 @@ class NoiseScaleProbe(Probe):
             self._way_said = way
             logger.info("noise scale: gradients of prompt groups come from %s", way)
 
-    def _check_layers(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def _check_layers(self, args: ProbeChecks, model: nn.Module) -> None:
         """Raises `ValueError` unless the groups' gradients can be had, and are those of training."""
         check_no_auxiliary_loss(args, model, "noise_scale_probe")
         if self._by_extra_pass or self.halves:
@@ -223,7 +223,7 @@ class NoiseScaleProbe(Probe):
 
     def _from_extra_pass(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         engine: Engine,
         update: UpdateContext,
         record: StepRecord,
@@ -248,7 +248,7 @@ class NoiseScaleProbe(Probe):
         local: Tensor,
         update: UpdateContext,
         engine: Engine,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         metrics: dict[str, float],
         record: StepRecord,
         files: ProbeFiles,
@@ -271,7 +271,7 @@ class NoiseScaleProbe(Probe):
         files.write_rollouts(record.step, record.rollouts)
 
     def _half_products(
-        self, args: DrGRPOConfig, engine: Engine, update: UpdateContext, rollouts: RolloutBatch
+        self, args: ProbeChecks, engine: Engine, update: UpdateContext, rollouts: RolloutBatch
     ) -> Tensor:
         """Y_a . Y_b, the product of the gradients of a group's two halves, for all ranks' groups. Collective."""
         params = update.params_before

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.runs.state import StateDict
 
 
@@ -55,7 +55,7 @@ class Probe(TrainerCallback):
         self.every = every
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> Probe:
+    def from_config(cls, args: ProbeChecks) -> Probe:
         """The probe that the toggle `<name>_probe` turns on."""
         return cls(every=getattr(args, f"{cls.name}_probe_every"))
 
@@ -75,7 +75,7 @@ class Probe(TrainerCallback):
 
     # ---- before training
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         """
         Called when the trainer is built, and again when the model is prepared and a checkpoint loaded, each time with
         the unwrapped model: refuse what the probe's equation does not cover.
@@ -93,7 +93,7 @@ class Probe(TrainerCallback):
     # ---- events of a step, in their order
 
     def on_rollouts_drawn(
-        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+        self, args: ProbeChecks, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
         When a step begins, whatever the cadence: `drawn` (`RolloutBatch`), the completions that are known by then, all
@@ -104,7 +104,7 @@ class Probe(TrainerCallback):
         """
 
     def on_no_more_rollouts(
-        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+        self, args: ProbeChecks, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
         When training ends, after the last checkpoint: no completions will follow the last step. `engine`, `record`
@@ -112,7 +112,7 @@ class Probe(TrainerCallback):
         """
 
     def around_micro_batch(
-        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: ProbeChecks, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> AbstractContextManager[Any]:
         """
         A context around the forward and backward pass of a micro-batch: `inputs` (TRL's batch), `model`, unwrapped.
@@ -121,7 +121,7 @@ class Probe(TrainerCallback):
         return nullcontext()
 
     def on_micro_batch(
-        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+        self, args: ProbeChecks, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
         After the loss of a micro-batch, before its backward pass: `inputs` (TRL's batch), `mask` (1 for the tokens
@@ -130,7 +130,7 @@ class Probe(TrainerCallback):
         """
 
     def on_rollouts(
-        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+        self, args: ProbeChecks, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
         Once a step, after the loss of its last micro-batch: `rollouts` (`RolloutBatch`, all of this process's
@@ -138,7 +138,7 @@ class Probe(TrainerCallback):
         """
 
     def on_before_update(
-        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+        self, args: ProbeChecks, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
         Once a step, when the gradient is complete, before it is clipped and any parameter changes: `update`
@@ -146,7 +146,7 @@ class Probe(TrainerCallback):
         """
 
     def on_after_update(
-        self, args: DrGRPOConfig, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
+        self, args: ProbeChecks, state: TrainerState, control: TrainerControl, *, metrics: dict, **kwargs: Any
     ) -> None:
         """
         Once a step, after the optimizer's step: the same `update`, `engine`, `rollouts`, `record`, which has a

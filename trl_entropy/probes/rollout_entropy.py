@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.config.quantities import values_asked_for
 from trl_entropy.engine import Engine, UpdateContext, num_trainable, rank_symmetric
 from trl_entropy.engine.optimizer_step import has_metric_before, metric_before
@@ -101,12 +101,12 @@ class RolloutEntropyProbe(Probe):
         self._said_undefined = False
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> RolloutEntropyProbe:
+    def from_config(cls, args: ProbeChecks) -> RolloutEntropyProbe:
         return cls(every=args.entropy_probe_every, batch_size=args.probe_batch_size, change_of=args.change_of)
 
     # ---- before training
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         what = "entropy_probe_completions='rollouts'"
         args.check_rollouts_source()
         model_checks.check_full_distribution(args, model, what)
@@ -162,7 +162,7 @@ class RolloutEntropyProbe(Probe):
 
     # ---- measuring
 
-    def _score(self, engine: Engine, args: DrGRPOConfig, params: Params) -> TokenScores:
+    def _score(self, engine: Engine, args: ProbeChecks, params: Params) -> TokenScores:
         """Score U in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring the step's completions"),
@@ -198,7 +198,7 @@ class RolloutEntropyProbe(Probe):
 
     def _predicted_changes(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         update: UpdateContext,
         engine: Engine,
         coefficients: LossCoefficients,
@@ -230,7 +230,7 @@ class RolloutEntropyProbe(Probe):
 
     def _group_rows(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         engine: Engine,
         params: Params,
         coefficients: LossCoefficients,
@@ -260,7 +260,7 @@ class RolloutEntropyProbe(Probe):
                 self._num_kept,
             )
 
-    def _write(self, args: DrGRPOConfig, files: ProbeFiles, record: StepRecord, after: TokenScores) -> None:
+    def _write(self, args: ProbeChecks, files: ProbeFiles, record: StepRecord, after: TokenScores) -> None:
         """Write `probes/entropy/step_*.safetensors` as `EntropyProbe` does, here with the step's own completions."""
         tensors = self._completions.tensors()
         tensors |= {"logps_before": self._before.logps[0], "logps_after": after.logps[0]}
@@ -270,7 +270,7 @@ class RolloutEntropyProbe(Probe):
         files.write(self.name, record.step, tensors)
 
 
-def accepted_of(args: DrGRPOConfig, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
+def accepted_of(args: ProbeChecks, rollouts: RolloutBatch, accelerator: Accelerator) -> Accepted:
     """All groups or, if groups with equal rewards were replaced, those with different rewards. Collective."""
     prompts, numbers = rollouts.prompt_index.unique(return_inverse=True)
     groups = rollouts.accepted if args.resample_uninformative_groups else torch.ones_like(prompts, dtype=torch.bool)

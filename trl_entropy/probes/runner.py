@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, UpdateContext, build_engine
 from trl_entropy.engine.reader import torch_optimizer
 from trl_entropy.engine.step_rules import step_rule
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class StepHost(Protocol):
     """What the runner uses of the trainer."""
 
-    args: DrGRPOConfig
+    args: ProbeChecks
     state: TrainerState
     control: TrainerControl
     accelerator: Accelerator

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.gradients.scores import score
 from trl_entropy.probes.model_checks import check_scoring
 from trl_entropy.rollouts.completions import Completions
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass
@@ -114,7 +111,8 @@ def watch_step(
     Raises:
         NotImplementedError: for models that no engine reads (FSDP of version 1, other shardings): says what works.
         ValueError: if a trainable parameter is in no group of the optimizer, or the model cannot be scored exactly
-            (as the probes refuse it: padding that moves its scores, virtual tokens, no forward mode).
+            (as the probes refuse it: padding that moves its scores, virtual tokens, no forward mode); on all
+            processes, if they have different numbers of rows.
     """
     completions = Completions(
         input_ids,
@@ -125,25 +123,37 @@ def watch_step(
         loss_mask=completion_mask if loss_mask is None else loss_mask,
     )
     engine = _engine_of(model, optimizer, input_ids.device)
+    check_equal_rows(engine.accelerator, len(completions))
     check_scoring(engine.module, "watch_step", derivatives)
-    shares = {name: share.detach().clone() for name, share in engine.theta().items()}
+    before = {name: share.detach().clone() for name, share in engine.theta().items()}
     watched = WatchedStep()
     yield watched
-    _measure(watched, engine, shares, completions, drawn_after, temperature, derivatives, batch_size)
+    ends = before, engine.theta()
+    measure_step(watched, engine, ends, completions, drawn_after, temperature, derivatives, batch_size)
 
 
-def _measure(
+def check_equal_rows(accelerator: Accelerator, number: int) -> None:
+    """Raises `ValueError` on all processes unless each has as many rows, as what is gathered must. Collective."""
+    numbers = accelerator.gather(torch.tensor([number], device=accelerator.device)).tolist()
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            "watch_step needs equally many completions on every process, and they have "
+            f"{', '.join(map(str, numbers))}. Give each {min(numbers)}."
+        )
+
+
+def measure_step(
     watched: WatchedStep,
     engine: Engine,
-    shares: dict[str, Tensor],
+    shares: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     completions: Completions,
     drawn_after: bool,
     temperature: float,
     derivatives: bool,
     batch_size: int | None,
 ) -> None:
-    """Fills `watched`; `shares` are this process's of theta before the step. Collective."""
-    before, after = engine.assemble(shares), engine.assemble(engine.theta(), copy=True)
+    """Fills `watched`; `shares` are this process's of theta before and after the step. Collective."""
+    before, after = (engine.assemble(one, copy=True) for one in shares)
     direction = {name: after[name] - before[name] for name in after} if derivatives else None
     ends = []
     for params in (before, after):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from trl.trainer import grpo_trainer
+from trl.trainer import grpo_trainer, rloo_trainer
 
 
 def group_numbers(num_rows: int, num_generations: int, process_index: int, device: torch.device) -> Int[Tensor, " B"]:
@@ -55,17 +55,19 @@ def shuffle_groups(rows: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def whole_group_shuffling() -> Iterator[None]:
     """
-    Make TRL's `_prepare_inputs` shuffle whole groups, by replacing the function `shuffle_sequence_dict` of its module.
+    Make TRL's `_prepare_inputs` shuffle whole groups, by replacing `shuffle_sequence_dict` of its modules.
 
     TRL shuffles single completions, which scatters a group over micro-batches; the gradient of a micro-batch is then
     not a sum over independent groups. Written against trl 1.16; `tests/contracts` tests the assumption.
     """
-    original = grpo_trainer.shuffle_sequence_dict
-    grpo_trainer.shuffle_sequence_dict = shuffle_groups
+    originals = {module: module.shuffle_sequence_dict for module in (grpo_trainer, rloo_trainer)}
+    for module in originals:
+        module.shuffle_sequence_dict = shuffle_groups
     try:
         yield
     finally:
-        grpo_trainer.shuffle_sequence_dict = original
+        for module, original in originals.items():
+            module.shuffle_sequence_dict = original
 
 
 def group_max_lengths(all_lengths: Int[Tensor, " N"], num_generations: int) -> Int[Tensor, " N"]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.probes import FisherProbe, NoiseScaleProbe
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
 from trl_entropy.rollouts.drawing import has_images
@@ -24,8 +24,23 @@ class Draw(NamedTuple):
     num_prompts: int
 
 
+def check_given(
+    args: ProbeChecks, positional: Sequence[Any], callbacks: Iterable[object], given: Mapping[str, Any]
+) -> None:
+    """[`check_datasets`] of what a trainer's constructor was given behind `args`, by place or by name."""
+    data = {**dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)), **given}
+    check_datasets(
+        args,
+        data.get("train_dataset"),
+        data.get("eval_dataset"),
+        prompts_from_environment=data.get("environment_factory") is not None,
+        has_episodes=bool(data.get("tools") or data.get("rollout_func")),
+        callbacks=callbacks,
+    )
+
+
 def check_datasets(
-    args: DrGRPOConfig,
+    args: ProbeChecks,
     train_dataset: object,
     eval_dataset: object,
     *,
@@ -64,7 +79,7 @@ def check_datasets(
     _check_images(args, {"train_dataset": train_dataset, **drawn_from}, callbacks, drawn_episodes)
 
 
-def draws_of(args: DrGRPOConfig, callbacks: Iterable[object]) -> list[Draw]:
+def draws_of(args: ProbeChecks, callbacks: Iterable[object]) -> list[Draw]:
     """The probes and controls that draw prompts, of the settings and of the caller's own callbacks."""
     return [*_draws_of_settings(args), *_draws_of_callbacks(callbacks)]
 
@@ -75,7 +90,7 @@ def _named(name: str, dataset: object) -> dict[str, object]:
     return {} if dataset is None else {name: dataset}
 
 
-def _draws_of_settings(args: DrGRPOConfig) -> Iterator[Draw]:
+def _draws_of_settings(args: ProbeChecks) -> Iterator[Draw]:
     if args.entropy_probe and args.entropy_probe_completions in ("held_out", "eval"):
         source = args.entropy_probe_completions
         yield Draw(f"entropy_probe_completions={source!r}", source, args.num_entropy_completions())
@@ -99,7 +114,7 @@ def _check_prompts(name: str, dataset: object, prompts_from_environment: bool) -
         raise ValueError(f"{name} has no rows.")
 
 
-def _check_rows_of_training(args: DrGRPOConfig, dataset: object) -> None:
+def _check_rows_of_training(args: ProbeChecks, dataset: object) -> None:
     """TRL makes generations of whole batches of prompts, and none of fewer: it would train nothing."""
     needed = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
     if isinstance(dataset, Dataset) and len(dataset) < needed:
@@ -120,7 +135,7 @@ def _check_rows_are_drawn(names: list[str], datasets: Mapping[str, object]) -> N
             )
 
 
-def _check_draw(args: DrGRPOConfig, draw: Draw, datasets: Mapping[str, object]) -> None:
+def _check_draw(args: ProbeChecks, draw: Draw, datasets: Mapping[str, object]) -> None:
     if draw.source == "eval" and not datasets:
         raise ValueError(
             f"{draw.name} draws prompts from eval_dataset, and there is none. Pass one, or use 'held_out'."
@@ -141,7 +156,7 @@ def _check_draw(args: DrGRPOConfig, draw: Draw, datasets: Mapping[str, object]) 
 
 
 def _check_images(
-    args: DrGRPOConfig, datasets: Mapping[str, object], callbacks: list[object], drawn_episodes: list[str]
+    args: ProbeChecks, datasets: Mapping[str, object], callbacks: list[object], drawn_episodes: list[str]
 ) -> None:
     images = {name: found for name, dataset in datasets.items() if (found := _images_of(dataset))}
     if not images:
@@ -171,12 +186,12 @@ def _images_of(dataset: object) -> set[str]:
     return found | ({"messages of type image"} if has_images(prompt) else set())
 
 
-def _by_text_of_prompts(args: DrGRPOConfig) -> list[str]:
+def _by_text_of_prompts(args: ProbeChecks) -> list[str]:
     names = ["resample_uninformative_groups=True"] if args.resample_uninformative_groups else []
     return [*names, f"curriculum={args.curriculum!r}"] if args.curriculum != "none" else names
 
 
-def _by_sequence(args: DrGRPOConfig) -> Iterator[str]:
+def _by_sequence(args: ProbeChecks) -> Iterator[str]:
     yield from ["fisher_probe"] if args.fisher_probe else []
     yield from ["noise_scale_from='groups'"] if args.noise_scale_probe and args.noise_scale_from == "groups" else []
     yield from ["entropy_attribution='sequence'"] if args.entropy_attribution == "sequence" else []

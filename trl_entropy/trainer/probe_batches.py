@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import ConcatDataset
-from trl import GRPOTrainer
+from transformers import Trainer
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
@@ -22,6 +22,7 @@ from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.drawing import draw_rows, has_images, own_randomness, pack_completions, prompt_of
 from trl_entropy.rollouts.generation import generating_with_the_model
 from trl_entropy.rollouts.pixel_inputs import COLUMN_KEYS, IMAGE_KEYS, PixelInputs
+from trl_entropy.trainer.bases import generate_single_turn
 from trl_entropy.trainer.completion_values import have_ended, scoring_leaves_no_trace
 from trl_entropy.trainer.step_prompts import StepPrompts
 
@@ -38,7 +39,7 @@ class ProbeBatches:
         step_prompts: the prompts of the present step, which a draw of held-out prompts leaves out.
     """
 
-    def __init__(self, trainer: GRPOTrainer, step_prompts: StepPrompts) -> None:
+    def __init__(self, trainer: Trainer, step_prompts: StepPrompts) -> None:
         self._trainer, self._step_prompts = trainer, step_prompts
 
     def draw(
@@ -99,7 +100,7 @@ class ProbeBatches:
                     )
             else:
                 prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
-                completion_ids, logps = trainer._generate_single_turn(prompt_ids, images, fields, 1)
+                completion_ids, logps = generate_single_turn(trainer, prompt_ids, images, fields)
         packed = pack_completions(
             prompt_ids, completion_ids, first_prompt, trainer._tokenizer.pad_token_id, device, logps, own_tokens
         )

@@ -55,7 +55,7 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     pass_reward = 1.0
     first_round: ScoredRound | None = None
-    _rewards: Tensor
+    _rewards: Tensor  # of the completions that were scored last, on all ranks; set by `ProbedTrainer`
     _replacements: PassRateSampler | None = None
     _has_warned_of_no_reward = False
 
@@ -97,14 +97,12 @@ class PromptSelectingTrainer(ResumableTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)
         unscored = rewards_per_func.isnan().all(dim=1)  # as in TRL: no function returned a reward
-        self._rewards = weighted.nansum(dim=1).masked_fill(unscored, torch.nan)
         if self.model.training and unscored.all():
-            self._warn_of_no_reward()
+            self._warn_of_no_reward(len(unscored))
         return rewards_per_func
 
-    def _warn_of_no_reward(self) -> None:
+    def _warn_of_no_reward(self, num_completions: int) -> None:
         """Say once in a training that a generation has no reward at all."""
         if self._has_warned_of_no_reward or not self.is_world_process_zero():
             return
@@ -115,7 +113,7 @@ class PromptSelectingTrainer(ResumableTrainer):
             "announced; metrics.jsonl names them under not_finite.",
             self.state.global_step + 1,
             ", ".join(self.reward_func_names),
-            len(self._rewards),
+            num_completions,
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> GenerationBatch:

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
-from trl import GRPOTrainer
 
 from trl_entropy.runs.log_window import LogWindow
 from trl_entropy.runs.state import StateDict
@@ -35,7 +34,7 @@ class StepLog(TrainerCallback):
         self._last_step = 0
         self._restored: StateDict | None = None
 
-    def attach(self, trainer: GRPOTrainer) -> None:
+    def attach(self, trainer: Trainer) -> None:
         """Set the trainer whose metrics are taken."""
         self._trainer = trainer
 
@@ -112,7 +111,7 @@ class StepLog(TrainerCallback):
             self._restored = None
 
 
-def end_evaluation(trainer: GRPOTrainer, name: str) -> dict[str, float]:
+def end_evaluation(trainer: Trainer, name: str) -> dict[str, float]:
     """
     What the batches of an evaluation have together, by the key of its log line: `eval_reward`, `eval_NAME_reward`.
 
@@ -126,6 +125,6 @@ def end_evaluation(trainer: GRPOTrainer, name: str) -> dict[str, float]:
     return {f"eval_{key}": value for key, value in values.items()}
 
 
-def hand_over(trainer: GRPOTrainer, mode: str, values: Mapping[str, float]) -> None:
+def hand_over(trainer: Trainer, mode: str, values: Mapping[str, float]) -> None:
     """Have TRL's next log line of this mode consist of these values."""
     trainer._metrics[mode] = defaultdict(list, {key: [value] for key, value in values.items()})
