@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from trl_entropy.estimators.entropy_change.expectation import expectation_terms
 from trl_entropy.estimators.entropy_change.step_change import PointTerms
 from trl_entropy.estimators.entropy_change.step_estimates import StepEstimates, step_estimates
 from trl_entropy.estimators.statistics.importance import effective_sample_size
-from trl_entropy.probes.agreement import RunningAgreement, metrics_of_all
+from trl_entropy.probes.agreement import RunningAgreement
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.runs.state import StateDict
 
@@ -74,15 +77,21 @@ class StepChanges:
 
 
 class QuantityChanges:
-    """The same of every number of the completions (T21): reward, length, metrics; one [`StepChanges`] for each."""
+    """
+    The same of every number of the completions (T21): reward, length, metrics; one [`StepChanges`] for each.
+
+    Attributes:
+        agreements: of the quantities of the step that was added last.
+    """
 
     def __init__(self, every_step: bool) -> None:
         self.every_step, self._changes = every_step, dict[str, StepChanges]()
+        self.agreements: list[RunningAgreement] = []
 
     def add(
         self,
         values: dict[str, Float[Tensor, " B"]],
-        log_weights: tuple[Float[Tensor, "B before"], Float[Tensor, "B after"]],
+        log_weights: Sequence[Float[Tensor, "B _"]],
         prompts: Int[Tensor, " B"],
     ) -> dict[str, float]:
         """
@@ -96,10 +105,10 @@ class QuantityChanges:
         logged = {"entropy/importance_ess_sequence": min(sizes)}  # at the end whose policy drew E it is the largest
         columns = torch.stack(list(values.values()), dim=1)
         before, after = (expectation_terms(columns, weights, prompts) for weights in log_weights)
-        changes = [self._changes.setdefault(key, StepChanges(key, self.every_step)) for key in values]
-        for one, found in zip(changes, step_estimates(before, after, prompts), strict=True):
-            logged |= one.add_estimates(found)
-        return logged | metrics_of_all(one.agreement for one in changes)
+        for key, found in zip(values, step_estimates(before, after, prompts), strict=True):
+            logged |= self._changes.setdefault(key, StepChanges(key, self.every_step)).add_estimates(found)
+        self.agreements = [self._changes[key].agreement for key in values]
+        return logged
 
     def state_dict(self) -> StateDict:
         return {key: one.agreement.state_dict() for key, one in self._changes.items()}
@@ -108,3 +117,9 @@ class QuantityChanges:
         self._changes = {key: StepChanges(key, self.every_step) for key in state}
         for key, one in self._changes.items():
             one.agreement.load_state_dict(state[key])
+
+
+def gathered_on_host(accelerator: Accelerator, *parts: Float[Tensor, "B _"]) -> list[Float[Tensor, "N _"]]:
+    """The rows of all ranks, on the CPU: a few numbers of each completion, that are read often. Collective."""
+    columns = accelerator.gather(torch.cat(parts, dim=1)).cpu()
+    return list(columns.split([part.shape[1] for part in parts], dim=1))

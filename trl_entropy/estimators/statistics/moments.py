@@ -142,11 +142,12 @@ def statistics_of_all(sets: Sequence[PairMoments], names: Sequence[str]) -> list
     spread = second_moments - second_moments[:, :1].mT * second_moments[:, :1]
     variances = torch.einsum("skf,kfg,skg->sk", gradients, spread, gradients) / (counts - 2)
     stderrs = variances.sqrt().where(counts > 2, math.nan)
-    columns = zip(counts.tolist(), values.T.tolist(), stderrs.T.tolist(), strict=True)
-    return [
-        {name: Estimate(*pair, n - 2, int(n)) for name, *pair in zip(names, value, stderr, strict=True)}
-        for n, value, stderr in columns
-    ]
+    found: list[dict[str, Estimate]] = []
+    for n, *its in zip(counts.tolist(), values.T.tolist(), stderrs.T.tolist(), strict=True):
+        found.append(
+            {name: Estimate(value, stderr, n - 2, int(n)) for name, value, stderr in zip(names, *its, strict=True)}
+        )
+    return found
 
 
 def error_covariance(predicted_stderr: float, measured_stderr: float, difference_stderr: float) -> float:
