@@ -4,6 +4,7 @@ from trl_entropy.probes.effective_sample_size import EffectiveSampleSizeProbe
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.fisher import FisherProbe
 from trl_entropy.probes.likelihood import LikelihoodProbe
+from trl_entropy.probes.mutual_information import MutualInformationProbe
 from trl_entropy.probes.next_rollouts import NextRolloutsProbe
 from trl_entropy.probes.noise_scale import NoiseScaleProbe
 from trl_entropy.probes.optimizer_state import OptimizerStateProbe
@@ -17,6 +18,7 @@ PROBES: dict[str, type[Probe]] = {
     "noise_scale_probe": NoiseScaleProbe,
     "fisher_probe": FisherProbe,
     "likelihood_probe": LikelihoodProbe,
+    "mutual_information_probe": MutualInformationProbe,
     "optimizer_state_probe": OptimizerStateProbe,
 }
 
@@ -26,6 +28,7 @@ __all__ = [
     "EntropyProbe",
     "FisherProbe",
     "LikelihoodProbe",
+    "MutualInformationProbe",
     "NextRolloutsProbe",
     "NoiseScaleProbe",
     "OptimizerStateProbe",

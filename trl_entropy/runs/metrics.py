@@ -147,6 +147,16 @@ _LIKELIHOOD = _keys("sum", [
     ("delta_below_mean", "nats/token", "the same in its completions of an advantage below 0"),
     ("falling_above_mean", "1", "share of its completions of an advantage above 0 that became less likely"),
 ], prefix="likelihood/")
+_MUTUAL_INFORMATION = _keys("pairs", [
+    ("lower", "nats", "lower bound on the mutual information of prompt and completion, per completion (T23)"),
+    ("upper", "nats", "upper bound on the mutual information of prompt and completion, per completion (T23)"),
+    ("limit", "nats", "the largest value of the lower bound: the logarithm of the number of prompts"),
+    ("conditional_entropy", "nats", "entropy of a whole completion given its prompt, estimated by its surprisal"),
+    ("identified", "1", "fraction of completions that are likeliest under their own prompt"),
+    ("num_prompts", "prompts", "prompts whose completions were scored under one another"),
+    ("num_completions", "completions", "completions of these prompts"),
+], "mutual_information/")
+
 _OPTIMIZER_STATE = _keys("none", [
     *((f"{moment}_p{percent}", "1", f"percentile {percent} of |{moment}| over the trained parameters")
       for moment in ("exp_avg", "exp_avg_sq") for percent in (1, 10, 50, 90, 99)),
@@ -306,11 +316,13 @@ _ATTRIBUTION = _keys("sum", [
 ], "entropy/", "max")
 
 _REWARD_ATTRIBUTION = _keys("sum", [
-    (f"delta_{name}", "reward", f"part of reward/delta_linear {text} (T22)") for name, text in PARTS.items()
+    *((f"delta_{name}", "reward", f"part of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
+    *((f"delta_{name}", "reward", f"part of reward/delta_gradient: {text} (T22)")
+      for name, text in _OF_EPISODES.items()),
 ], "reward/") + _keys("sum", [
     *((f"share_{name}", "1", f"fraction of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
     *((key.format(name), unit_, f"{text}: {what} (T22), over the run so far")
-      for name, text in (_CATEGORIES | {"all": "completions with an advantage other than 0"}).items()
+      for name, text in (_CATEGORIES | _OF_EPISODES | {"all": "completions with an advantage other than 0"}).items()
       for key, unit_, what in (
         ("mean_delta_{}", "reward", "mean change of the expected reward of a step made by them"),
         ("mean_delta_{}_low", "reward", "lower end of the 95 % interval of that change (Student's t)"),
@@ -415,7 +427,7 @@ METRICS: dict[str, Metric] = {
     for metric in [
         *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_LIKELIHOOD, *_OPTIMIZER_STATE,
         *_ENTROPY, *_QUANTITIES, *_REWARD_ATTRIBUTION, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION,
-        *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
+        *_MUTUAL_INFORMATION, *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
     ]
 }
 

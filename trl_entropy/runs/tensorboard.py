@@ -68,6 +68,11 @@ _LINES: dict[str, tuple[str | None, Mapping[str, list[str]]]] = {
         "change of a token's log-probability, nats": ["likelihood/delta_above_mean", "likelihood/delta_below_mean"],
         "completions above the mean that became less likely": ["likelihood/falling_above_mean"],
     }),
+    "Do completions depend on their prompts": ("mutual_information", {
+        "mutual information, nats per completion": [
+            f"mutual_information/{name}" for name in ("lower", "upper", "limit")
+        ],
+    }),
     "Effective sample size": ("effective_sample_size", {
         "completions": ["ess/loss_weights", "ess/importance_weights", "ess/num_completions"],
     }),
