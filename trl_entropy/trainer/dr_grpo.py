@@ -6,6 +6,7 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,7 @@ from trl_entropy.probes.runner import ProbeRunner, ScoredMicroBatch
 from trl_entropy.probes.step_statistics import StepStatistics
 from trl_entropy.rollouts.batch import VALUE, GenerationBatch, TrainingBatch, loss_mask_of
 from trl_entropy.rollouts.drawing import prompt_key
-from trl_entropy.rollouts.generation import answer_end, last_turn, stopping_at
+from trl_entropy.rollouts.generation import answer_end, last_turn, turn_ended_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
 from trl_entropy.rollouts.pixel_inputs import keywords_of_batch
 from trl_entropy.runs import tensorboard, trackers
@@ -330,15 +331,8 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     # ---- completions that stop at the answer
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.args.stop_at_answer:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        with stopping_at(self.accelerator.unwrap_model(self.model), self._tokenizer, ANSWER_CLOSE):
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        ends = [answer_end(self._tokenizer, ids, ANSWER_CLOSE) for ids in completion_ids]
-        completion_ids = [ids[:end] for ids, end in zip(completion_ids, ends, strict=True)]
-        if logprobs is not None:
-            logprobs = [values[:end] for values, end in zip(logprobs, ends, strict=True)]
-        return completion_ids, logprobs
+        draw = functools.partial(super()._generate_single_turn, prompt_ids, *args, **kwargs)
+        return turn_ended_at(self, ANSWER_CLOSE, draw) if self.args.stop_at_answer else draw()
 
     def _generate(self, prompts: list) -> Any:
         output = super()._generate(prompts)
