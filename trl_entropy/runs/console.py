@@ -90,6 +90,12 @@ class ConsoleProgress(ProgressCallback):
     ) -> None:
         """Show no progress bar for the evaluation."""
 
+    def end(self) -> None:
+        """Close the bar of a training that has ended with an exception, so that the exception is what is said last."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
 
 def describe_evaluation(row: Row) -> str:
     """One line: pass@1 if the run has the reward whose mean it is, else the mean reward; then the entropy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -230,21 +231,32 @@ def tool_of(one: Named) -> Callable[..., Any]:
     Raises:
         ValueError: when it cannot be told to the model what it does and takes.
     """
+    _check_described(f"tools: {one.name}", one.value)
+    return one.value
+
+
+def _check_described(name: str, function: Callable[..., Any]) -> None:
     from transformers.utils import get_json_schema
 
     try:
-        get_json_schema(one.value)
+        get_json_schema(function)
     except Exception as error:  # transformers has one of its own for a docstring, and others come from the function
         raise ValueError(
-            f"tools: {one.name} needs a docstring that describes it and each argument, and type hints: "
-            f"{described(error)}."
+            f"{name} needs a docstring that describes it and each argument, and type hints: {described(error)}."
         ) from error
-    return one.value
 
 
 def _maker(one: Named) -> Callable[[], Any]:
     if not callable(one.value):
         raise ValueError(f"environment_factory: {one.name} is no class or function, it is {one.value!r:.80}.")
+    if not inspect.isclass(one.value):  # what it makes is not known yet
+        return one.value
+    methods = dict(inspect.getmembers(one.value, inspect.isfunction))
+    if "reset" not in methods:
+        raise ValueError(f"environment_factory: {one.name} has no method reset, which begins an episode.")
+    for name, method in methods.items():
+        if not name.startswith("_") and name not in ("reset", "get_reward"):
+            _check_described(f"environment_factory: {one.name}.{name}, which the policy may call,", method)
     return one.value
 
 

@@ -37,7 +37,7 @@ from trl_entropy.rollouts.generation import answer_end, last_turn, turn_ended_at
 from trl_entropy.rollouts.groups import group_max_lengths, group_numbers, whole_group_shuffling
 from trl_entropy.rollouts.pixel_inputs import keywords_of_batch
 from trl_entropy.runs import tensorboard, trackers
-from trl_entropy.runs.console import printing_plain_text, use_progress_bar
+from trl_entropy.runs.console import ConsoleProgress, printing_plain_text, use_progress_bar
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.evaluated import best_step
 from trl_entropy.runs.evaluations import evaluation_of
@@ -213,8 +213,9 @@ class DrGRPOTrainer(PromptSelectingTrainer):
     def end_training(self) -> None:
         super().end_training()
         self._stop_on_signal.give_back()
-        for callback in self._checkpoint_evaluations():
-            callback.end()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EvaluateCheckpoints | ConsoleProgress):
+                callback.end()
 
     def checkpoints_in_use(self) -> set[int]:
         waiting = {step for callback in self._checkpoint_evaluations() for step in callback.steps_left()}
