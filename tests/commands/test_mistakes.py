@@ -84,7 +84,7 @@ MISTAKES = {
     "tools without a model": ({"tools": ["mine.py:sum_of"]}, "has no 'sum_of'; it has right"),
     "an environment": ({"environment_factory": "mine.py:number"}, "is no class or function, it is 3"),
     "an environment without reset": ({"environment_factory": "mine.py:Empty"}, "has no method reset, which begins"),
-    "an environment's tool": ({"environment_factory": "mine.py:Desk"}, "Desk.look, which the policy may call, needs a"),
+    "an environment's tool": ({"environment_factory": "mine.py:Desk"}, "Desk.look, which the policy may call, needs"),
 }  # fmt: skip
 
 

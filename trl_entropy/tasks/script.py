@@ -49,7 +49,13 @@ class Parts(NamedTuple):
 
 def hand_over(factory: Callable[[], Any]) -> str:
     """The name by which [`parts_of`] finds a function that no setting can name."""
-    name = f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__qualname__)}"
+    return hand_over_as(
+        f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__qualname__)}", factory
+    )
+
+
+def hand_over_as(name: str, factory: Callable[[], Any]) -> str:
+    """From now on [`parts_of`] calls `factory` for this name."""
     _HANDED_OVER[name] = factory
     parts_of.cache_clear()
     return name
