@@ -1,8 +1,8 @@
 """
 Check a run before it starts: `trl-entropy doctor --config configs/quickstart.yaml [--any_field value]`.
 
-It takes all settings of `trl-entropy train`, and the options below. It loads no weights, starts no other process, and
-writes no file.
+It takes all settings of `trl-entropy train`, and the options below; or --trainer_factory, for a script of one's own.
+It loads no weights, starts no other process, and writes no file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import types
@@ -39,9 +40,9 @@ from trl_entropy.runs.file_errors import ending_in_one_line
 
 if TYPE_CHECKING:
     import torch
-    from trl import ModelConfig
 
 _Settings = tuple[Any, Any, Any]  # task, training arguments and model, of `trl-entropy train` or `trl-entropy sft`
+_Run = tuple[_Settings, Callable[[], ModelShape]]
 
 
 @ending_in_one_line()
@@ -70,6 +71,12 @@ def _options() -> argparse.ArgumentParser:
     add("--num_processes", type=int, help="as for `accelerate launch`; replaces the number in the YAML file")
     add("--cpu", action="store_true", help="as for `accelerate launch`")
     add("--sft", action="store_true", help="check a run of `trl-entropy sft` instead of `trl-entropy train`")
+    factory = (
+        "path/to/script.py:function, which makes the trainer of a script of one's own: check its run. The script is "
+        'imported, so that what starts training must stand under if __name__ == "__main__"; it is left where it makes '
+        "the trainer, so that no model is loaded that it gives by name"
+    )
+    add("--trainer_factory", "--trainer-factory", help=factory)
     add("--hardware", help="the machine of the run if it is not this one, such as 2xH100-80GB or cpu-16GB")
     add(
         "--machines",
@@ -89,13 +96,16 @@ def diagnose(options: argparse.Namespace, settings: list[str]) -> tuple[list[str
     except (ValueError, OSError) as error:
         return section("Versions", versions()), [Finding(str(error), "Correct this option.")]
     found: list[Finding] = []
-    parsed = _parsed(parse_sft if options.sft else parse, settings, launch, hardware, found)
-    if parsed is None:
+    if options.trainer_factory:
+        planned_run = _of_script(options, settings, launch, hardware, found)
+    else:
+        planned_run = _parsed(parse_sft if options.sft else parse, settings, launch, hardware, found)
+    if planned_run is None:
         return section("Versions", versions()), found
-    task, args, model = parsed
+    (task, args, model), shape = planned_run
     if args.use_cpu and hardware.is_this_machine:
         hardware = this_machine(use_cpu=True)
-    plan = Plan(task, args, model, launch, hardware, _shape(model, hardware, found))
+    plan = Plan(task, args, model, launch, hardware, _shape(shape, hardware, found))
     if options.sft:
         return fine_tuning_report(plan), found + fine_tuning_findings(plan)
     sizes = section("Other sizes on this hardware", size_lines(plan)) if options.machines else []
@@ -137,11 +147,12 @@ def _parsed(
     launch: Launch,
     hardware: Hardware,
     found: list[Finding],
-) -> _Settings | None:
-    """The parsed settings, or None; errors in them are added to `found`."""
+) -> _Run | None:
+    """The run of these settings, or None; errors in them are added to `found`."""
     with planned(launch, hardware):
         try:
-            return read(settings)
+            task, args, model = read(settings)
+            return (task, args, model), functools.partial(model_shape, model)
         except (ValueError, ImportError) as error:
             found.append(Finding(str(error), _advice(error, hardware)))
         # An output_dir that is in use must not hide other problems: read the settings as if the run were resumed.
@@ -150,7 +161,7 @@ def _parsed(
         except (ValueError, ImportError):
             return None  # said above
         args.resume_from_checkpoint = None
-        return task, args, model
+        return (task, args, model), functools.partial(model_shape, model)
 
 
 def _advice(error: Exception, hardware: Hardware) -> str:
@@ -160,9 +171,29 @@ def _advice(error: Exception, hardware: Hardware) -> str:
     return ""
 
 
-def _shape(model: ModelConfig, hardware: Hardware, found: list[Finding]) -> ModelShape | None:
+def _of_script(
+    options: argparse.Namespace, settings: list[str], launch: Launch, hardware: Hardware, found: list[Finding]
+) -> _Run | None:
+    """The run of a script, or None; what is wrong with it is added to `found`."""
+    from trl_entropy.preflight.script import planned_script
+
+    if settings or options.sft:
+        asked = " ".join(settings) or "--sft"
+        found.append(Finding(f"--trainer_factory takes the settings from the script, but there is {asked} too."))
+        return None
+    with planned(launch, hardware):
+        try:
+            script = planned_script(options.trainer_factory)
+        except (ValueError, ImportError) as error:
+            found.append(Finding(str(error), _advice(error, hardware)))
+            return None
+    found += script.findings()
+    return (script.task, script.args, script.model), script.shape
+
+
+def _shape(shape: Callable[[], ModelShape], hardware: Hardware, found: list[Finding]) -> ModelShape | None:
     try:
-        return model_shape(model)
+        return shape()
     except UnknownShape as error:
         advice = (
             "To get an estimate, name the base model, such as --model_name_or_path Qwen/Qwen2.5-1.5B (with --use_peft "

@@ -245,8 +245,22 @@ def _profile_of(config: Json) -> str:
 def _settings(args: argparse.Namespace, config: Json) -> Settings:
     chosen = {name: getattr(args, name) for name in ("subset_frac", "num_samples", "seed")}
     settings = settings_of(config, PROFILES[args.profile], **chosen)
+    if settings.max_tool_calling_iterations is not None:
+        _check_episodes(args)
+        return settings
     sampler = sampler_for(args.sampler, _device(args, config), samplers_used(args.run, settings))
     return replace(settings, sampler=sampler)
+
+
+def _check_episodes(args: argparse.Namespace) -> None:
+    """Raises `ValueError` for options that an evaluation of episodes does not have."""
+    if args.sampler == VLLM:
+        raise ValueError("--sampler is vllm, but the run has tools or environments; TRL's trainer draws its episodes")
+    if ":" in args.device:
+        raise ValueError(
+            f"--device is {args.device}, but TRL's trainer, which draws the run's episodes, takes the first GPU: use "
+            f"--device cuda, and CUDA_VISIBLE_DEVICES={args.device.partition(':')[2]}"
+        )
 
 
 def _why(args: argparse.Namespace, target: Target, settings: Settings) -> str | None:

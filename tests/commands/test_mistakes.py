@@ -28,6 +28,12 @@ def nothing(row):
 def add(a, b):
     return a + b
 number = 3
+class Empty:
+    def look(self):
+        return 1
+class Desk(Empty):
+    def reset(self, **row):
+        return None
 """
 SETTINGS = {
     "dataset_name": "rows.jsonl", "prompt_column": "question", "answer_column": "solution", "prompt_template": "r1",
@@ -77,6 +83,8 @@ MISTAKES = {
     "a tool": ({"tools": ["mine.py:add"], "model_name_or_path": "embedded-agent"}, "needs a docstring that describes"),
     "tools without a model": ({"tools": ["mine.py:sum_of"]}, "has no 'sum_of'; it has right"),
     "an environment": ({"environment_factory": "mine.py:number"}, "is no class or function, it is 3"),
+    "an environment without reset": ({"environment_factory": "mine.py:Empty"}, "has no method reset, which begins"),
+    "an environment's tool": ({"environment_factory": "mine.py:Desk"}, "Desk.look, which the policy may call, needs"),
 }  # fmt: skip
 
 

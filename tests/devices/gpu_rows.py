@@ -228,7 +228,7 @@ def _evaluates(device: str) -> Verdict:
     settings = settings_of(task, PROFILES["quick"], num_samples=4)
     tokenizer, model = build_tokenizer(), smallest_model().eval().to(device)
     prompts = ["Ann has 3 apples.", "Cleo", "Ben has 4 coins and gets 2 more."]
-    rows = dict(Sampler(model, tokenizer, settings, 8).draw(prompts, greedy=False))
+    rows = dict(Sampler(model, tokenizer, settings, 8).draw([{"prompt": prompt} for prompt in prompts], greedy=False))
     model, worst = model.cpu(), 0.0
     for place, row in rows.items():
         packed = pack_completions([tokenizer(prompts[place])["input_ids"]], [row["completion_ids"]], 0, 0, "cpu")

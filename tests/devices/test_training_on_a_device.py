@@ -77,7 +77,9 @@ def drawn_on_device():
     tokenizer, model = build_tokenizer(), smallest_model().eval().to(DEVICE)
     task = {"task": "word_problems", "seed": 0, "max_completion_length": 4, "temperature": 0.7, "reward_funcs": []}
     settings = settings_of(task, PROFILES["quick"], num_samples=1)
-    return list(Sampler(model, tokenizer, settings, 8).draw(["Ann has 3 apples.", "Ben"], greedy=False))
+    return list(
+        Sampler(model, tokenizer, settings, 8).draw([{"prompt": "Ann has 3 apples."}, {"prompt": "Ben"}], greedy=False)
+    )
 
 
 def test_evaluation_keeps_to_the_device():

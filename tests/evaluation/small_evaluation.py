@@ -8,3 +8,8 @@ PROMPTS = [
 ]
 CONFIG = {"task": "word_problems", "seed": 0, "max_completion_length": 12, "temperature": 0.7, "use_cpu": True,
           "reward_funcs": ["tag_pref"]}  # fmt: skip
+
+
+def rows_with(prompts):
+    """The rows of a dataset with these prompts."""
+    return [{"prompt": prompt} for prompt in prompts]

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from small_evaluation import PROMPTS
+from small_evaluation import PROMPTS, rows_with
 
 from trl_entropy.evaluation import sampling
 from trl_entropy.evaluation.kept import KeptBatches, discard_stale, folder_of
@@ -46,7 +46,9 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut_off(policy, tokenizer, setti
 
     def rows(kept, take=None):
         sizes.clear()
-        return list(itertools.islice(Sampler(policy, tokenizer, settings, 3, kept=kept).draw(prompts, greedy), take))
+        return list(
+            itertools.islice(Sampler(policy, tokenizer, settings, 3, kept=kept).draw(rows_with(prompts), greedy), take)
+        )
 
     whole = rows(None)
     assert sizes == [3, 3, 2]
@@ -59,11 +61,13 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut_off(policy, tokenizer, setti
 def test_it_goes_on_with_the_batch_size_that_memory_left(policy, tokenizer, settings, kept, drawn):
     sizes, limit = drawn
     limit.most = 3
-    whole = list(Sampler(policy, tokenizer, settings, 8).draw(PROMPTS * 2, greedy=False))
-    some = Sampler(policy, tokenizer, settings, 8, kept=kept()).draw(PROMPTS * 2, greedy=False)
+    whole = list(Sampler(policy, tokenizer, settings, 8).draw(rows_with(PROMPTS * 2), greedy=False))
+    some = Sampler(policy, tokenizer, settings, 8, kept=kept()).draw(rows_with(PROMPTS * 2), greedy=False)
     assert list(itertools.islice(some, 3)) == whole[:3]
     limit.most = 8  # now there is more memory, and batches of another size would draw something else
-    assert list(Sampler(policy, tokenizer, settings, 8, kept=kept()).draw(PROMPTS * 2, greedy=False)) == whole
+    assert (
+        list(Sampler(policy, tokenizer, settings, 8, kept=kept()).draw(rows_with(PROMPTS * 2), greedy=False)) == whole
+    )
     assert sizes[-2:] == [2, 2]
 
 
@@ -87,13 +91,15 @@ def test_two_evaluations_at_once_do_not_mix(kept):
 
 
 def test_a_damaged_file_is_drawn_again(policy, tokenizer, settings, kept, tmp_path):
-    whole = list(Sampler(policy, tokenizer, settings, 3, kept=kept()).draw(PROMPTS * 2, greedy=False))
+    whole = list(Sampler(policy, tokenizer, settings, 3, kept=kept()).draw(rows_with(PROMPTS * 2), greedy=False))
     folder = folder_of(tmp_path / "step_000005")
     assert folder.name.startswith(".")
     second = folder / "samples_00000003.parquet"
     second.write_bytes(second.read_bytes()[:100])
     (folder / "samples_00000006.parquet").unlink()
-    assert list(Sampler(policy, tokenizer, settings, 3, kept=kept()).draw(PROMPTS * 2, greedy=False)) == whole
+    assert (
+        list(Sampler(policy, tokenizer, settings, 3, kept=kept()).draw(rows_with(PROMPTS * 2), greedy=False)) == whole
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[", json.dumps({"other": 1})])

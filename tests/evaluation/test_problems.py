@@ -44,5 +44,14 @@ def test_a_question_twice_is_refused_before_anything_is_generated(write, tmp_pat
     with pytest.raises(SystemExit) as ended:
         main(["--run", str(tmp_path)])
     said = str(ended.value)
-    assert said.startswith(f"Error: {path} holds 2 held-out questions more than once, the first is 'How many?'")
-    assert "\n" not in said
+    told = f"Error: {path} holds 2 held-out questions more than once with other answers or columns"
+    assert said.startswith(f"{told}, the first is 'How many?'") and "\n" not in said
+
+
+def test_a_question_twice_with_the_same_answer_is_evaluated_once(write, caplog):
+    path = write(["How many?", "How much?", "How old?"])
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows, rows[1], rows[1]]))
+    found = held_out_problems(settings_with(path, num_problems=9), None)
+    assert sorted(row["question"] for row in found) == ["How many?", "How much?", "How old?"]
+    assert f"{path} has 2 held-out questions a second time, which are evaluated once" in caplog.text

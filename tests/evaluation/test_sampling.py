@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_evaluation import PROMPTS
+from small_evaluation import PROMPTS, rows_with
 
 from trl_entropy.evaluation import sampling
 from trl_entropy.evaluation.sampling import Sampler, first_end, load_policy
 
 
 def rows_of(sampler, prompts=PROMPTS, greedy=False):
-    return dict(sampler.draw(prompts, greedy))
+    return dict(sampler.draw(rows_with(prompts), greedy))
 
 
 def scores_alone(policy, tokenizer, prompt, completion_ids, temperature):

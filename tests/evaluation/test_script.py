@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from datasets import Dataset
@@ -10,6 +11,8 @@ from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.evaluate import evaluate
 from trl_entropy.evaluation.plan import PROFILES, Job, read_config, settings_of, targets_of
 from trl_entropy.evaluation.worker import evaluate as evaluate_job
+from trl_entropy.models.embedded import build_model
+from trl_entropy.models.embedded_agent import build_agent_tokenizer
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.tasks import script
 
@@ -87,6 +90,41 @@ def test_the_function_may_be_named(run, tmp_path):
     assert RunDirectory(run).checkpoint_summary(3)["metrics"]["rewards/fixed"]["value"] == 0.5
 
 
+class Desk:
+    """An environment that wants its tool to be called."""
+
+    def reset(self, **row):
+        self.told = " Hint."
+        return self.told
+
+    def ring(self) -> str:
+        """Rings."""
+        return "?"
+
+    def get_reward(self):
+        return len(self.told)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_environments_of_its_trainer_are_its_tools_and_rewards(policy, run, several):
+    tokenizer = build_agent_tokenizer()
+    for folder in (run.parent / "start", run / "checkpoint-3"):
+        build_model(tokenizer, seed=0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    rows = [{"prompt": [{"role": "user", "content": f"Ann has {i} apples."}]} for i in range(3)]
+    rows = Dataset.from_list([row | {"environment": "desk"} for row in rows] if several else rows)
+
+    def make():
+        args = DrGRPOConfig(output_dir=str(run), use_cpu=True, bf16=False, max_completion_length=6)
+        factory = {"desk": Desk} if several else Desk
+        return DrGRPOTrainer(str(run.parent / "start"), None, args, rows, rows, environment_factory=factory)
+
+    trained = evaluate(make, checkpoints="3", pass_threshold=6.0, **SMALL)[-1]
+    assert trained["metrics"]["pass@1"]["value"] == 1.0 and trained["metrics"]["rewards/Desk"]["value"] == 6.0
+    records = pd.read_parquet(RunDirectory(run).checkpoint_folder(3) / "records.parquet")
+    assert records["prompt"].str.endswith(" Hint.\nResponse:").all()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -96,7 +134,7 @@ def test_the_function_may_be_named(run, tmp_path):
             "the eval_dataset of .* is None; one datasets.Dataset with a column prompt is needed",
         ),
         ({"eval_dataset": Dataset.from_list([{"text": "a"}])}, "is a Dataset; one datasets.Dataset with a column"),
-        ({"environments": [1]}, "task: script with tools, and an evaluation draws single turns"),
+        ({"rollout_func": long}, "has a rollout_func, which draws with a trainer of its own and as it likes"),
         ({"reward_funcs": [long, words]}, "zip"),
     ],
 )

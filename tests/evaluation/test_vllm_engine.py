@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_evaluation import PROMPTS
+from small_evaluation import PROMPTS, rows_with
 from transformers import AutoModelForCausalLM
 
 from trl_entropy import evaluate
@@ -56,8 +56,8 @@ def vllm(monkeypatch):
 def test_what_it_draws_is_scored_by_the_model(vllm, policy, tokenizer, settings):
     settings = replace(settings, sampler=VLLM)
     engine = VllmEngine(policy, tokenizer, settings)
-    rows = dict(Sampler(policy, tokenizer, settings, 3, engine).draw(PROMPTS, greedy=True))
-    own = dict(Sampler(policy, tokenizer, settings, 3).draw(PROMPTS, greedy=True))
+    rows = dict(Sampler(policy, tokenizer, settings, 3, engine).draw(rows_with(PROMPTS), greedy=True))
+    own = dict(Sampler(policy, tokenizer, settings, 3).draw(rows_with(PROMPTS), greedy=True))
     assert sorted(rows) == [0, 1, 2, 3]
     for place, row in rows.items():  # greedy, so both draw the same
         assert row["completion_ids"] == own[place]["completion_ids"]
@@ -70,7 +70,7 @@ def test_what_it_draws_is_scored_by_the_model(vllm, policy, tokenizer, settings)
 def test_it_samples_as_the_run_did_each_prompt_with_its_seed(vllm, policy, tokenizer, settings):
     settings = replace(settings, sampler=VLLM, stop_at_answer=True)
     engine = VllmEngine(policy, tokenizer, settings)
-    list(Sampler(policy, tokenizer, settings, 4, engine).draw([PROMPTS[0]] * 4, greedy=False))
+    list(Sampler(policy, tokenizer, settings, 4, engine).draw(rows_with([PROMPTS[0]] * 4), greedy=False))
     (llm,) = vllm.LLM.made
     asked = llm.asked[0]
     assert (asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty) == (0.7, 0, 1.0, 1.0)
@@ -88,7 +88,7 @@ def test_what_was_drawn_before_it_was_cut_off_is_not_drawn_again(
 
     def rows(kept, take=None):
         engine = VllmEngine(policy, tokenizer, settings)
-        drawn = Sampler(policy, tokenizer, settings, 2, engine, kept).draw(PROMPTS * 2, greedy=True)
+        drawn = Sampler(policy, tokenizer, settings, 2, engine, kept).draw(rows_with(PROMPTS * 2), greedy=True)
         return list(itertools.islice(drawn, take)), len(engine._llm.asked)
 
     whole, asked = rows(None)

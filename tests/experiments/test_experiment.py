@@ -322,7 +322,6 @@ def fake(directory: Path, *, without=(), extra=(), environment=None, **config) -
     ({"without": ["model.safetensors"]}, "has no model.safetensors"),
     ({"without": ["config.yaml"]}, "has no config.yaml; the checkpoint must be in the directory of its run"),
     ({"extra": ["adapter_config.json"]}, "holds a LoRA adapter"),
-    ({"task": "calculator"}, "was trained on episodes with calls of tools; an experiment draws single turns"),
     ({"reward_funcs": ["mine.py:right"]}, "functions of one's own: .*mine.py:right. They must be imported"),
     ({"top_entropy_quantile": 0.2}, "ran with top_entropy_quantile=0.2"),
     ({"loss_type": "grpo"}, "ran with loss_type='grpo'"),

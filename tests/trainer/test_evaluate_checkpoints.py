@@ -281,8 +281,8 @@ def test_a_checkpoint_is_not_deleted_before_its_evaluation(make_trainer, monkeyp
 
 
 def test_a_question_twice_ends_the_run_at_its_start(make_trainer, monkeypatch, tmp_path):
-    record = json.dumps({"question": "How many?", "answer": "#### 3"})
-    (tmp_path / "data.jsonl").write_text(f"{record}\n{record}\n")
+    records = [json.dumps({"question": "How many?", "answer": f"#### {number}"}) for number in (3, 4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(records))
     task = {"task": "gsm8k", "dataset_name": str(tmp_path / "data.jsonl")}
     with pytest.raises(ValueError, match=r"data.jsonl holds 1 held-out question more than once"):
         trained(make_trainer, evaluator([]), monkeypatch, task=task, evaluate_checkpoints="wait")

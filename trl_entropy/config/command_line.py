@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> tuple[TaskArguments, DrGRPOConfig, M
             "reward function needs one."
         )
     check_problem_numbers(task, prompts_per_step=args.generation_batch_size // args.num_generations)
-    check_task(task, str(model.model_name_or_path), args.evaluate_checkpoints)
+    check_task(task, str(model.model_name_or_path))
     check_model(model)
     if args.resume_from_checkpoint is None:
         RunDirectory(args.output_dir).check_unused()

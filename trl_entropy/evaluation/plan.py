@@ -13,7 +13,7 @@ from trl_entropy.runs.checkpoints import checkpoints_of
 from trl_entropy.runs.directory import CheckpointSummary, RunDirectory
 from trl_entropy.runs.strict_json import Json
 from trl_entropy.tasks.arguments import TaskArguments
-from trl_entropy.tasks.completion_functions import by_file_name, import_functions, passing, reward_functions
+from trl_entropy.tasks.completion_functions import by_file_name, evaluated_functions, import_functions, passing
 from trl_entropy.tasks.named import files_of
 from trl_entropy.tasks.registry import TASKS, task_of
 from trl_entropy.tasks.script import settings_of_script
@@ -69,6 +69,7 @@ class Settings:
             on, as in `from_pretrained`; what is as by default is left out.
         chat_template_kwargs: for the template of prompts that are conversations, as in training.
         function_files: the user's own files that the task imports, with their hashes.
+        max_tool_calling_iterations: of episodes, as in training; None for single turns.
     """
 
     num_problems: int | None
@@ -85,6 +86,7 @@ class Settings:
     model: Json = field(default_factory=dict)
     chat_template_kwargs: Json = field(default_factory=dict)
     function_files: Json = field(default_factory=dict)
+    max_tool_calling_iterations: int | None = None
 
     def num_of(self, num_held_out: int) -> int:
         """The number of problems to take out of `num_held_out`."""
@@ -182,15 +184,18 @@ def _check_config(path: Path, config: Json) -> None:
         )
     if config["task"] not in TASKS:
         raise ValueError(f"{path} has task: {config['task']}; it must be one of {', '.join(TASKS)}")
-    task = _task_settings(config)
-    if task_of(task).has_episodes(task):
-        raise ValueError(f"{path} has task: {task.task} with tools, and an evaluation draws single turns")
     for name in ("max_completion_length", "seed"):
         if not isinstance(config.get(name), int):
             raise ValueError(f"{path} has {name}: {config.get(name)}; it must be the run's own, a whole number")
     names = config.get("reward_funcs", ["tag_pref"])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} has reward_funcs: {names}; it must be a list of names")
+
+
+def has_episodes(config: Json) -> bool:
+    """Whether the run's completions are episodes with tools or environments."""
+    task = _task_settings(config)
+    return task_of(task).has_episodes(task)
 
 
 def _task_settings(config: Json) -> TaskArguments:
@@ -208,11 +213,13 @@ def check_functions(run: Path, config: Json, may_import: bool) -> str | None:
     As [`import_functions`]; also check that one of the functions says what passes.
 
     Raises:
-        ValueError: as [`import_functions`], and when none says what passes.
+        ValueError: as [`import_functions`], when none says what passes, and for episodes that cannot be drawn again.
     """
     task = _task_settings(config)
     changed = import_functions(run, task, config.get("function_files") or {}, may_import)
-    passing(task, reward_functions(task))
+    if has_episodes(config):
+        task_of(task).episodes(task)
+    passing(task, evaluated_functions(task))
     return changed
 
 
@@ -232,6 +239,7 @@ def settings_of(config: Json, profile: Profile, **chosen: object) -> Settings:
         model=_model_settings_of(config),
         chat_template_kwargs=config.get("chat_template_kwargs") or {},
         function_files=by_file_name(files_of(_task_settings(config).own_functions())),
+        max_tool_calling_iterations=_most_calls(config) if has_episodes(config) else None,
     )
     given: Json = {name: value for name, value in chosen.items() if value is not None}
     settings = replace(settings, **given)
@@ -266,6 +274,12 @@ def _model_settings_of(config: Json) -> Json:
     given |= config.get("model_init_kwargs") or {}
     found = {name: given[name] for name in _MODEL_SETTINGS if given.get(name)}
     return {name: value for name, value in found.items() if (name, value) != ("revision", "main")}
+
+
+def _most_calls(config: Json) -> int:
+    """As many as fit into a completion if the run had no limit; each takes a token and more."""
+    given = config.get("max_tool_calling_iterations")
+    return config["max_completion_length"] if given is None else given
 
 
 def _sampling_of(config: Json) -> Json:

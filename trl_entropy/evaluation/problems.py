@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
+
 def held_out_problems(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> list[Row]:
     """
     The held-out problems to evaluate on; with the same seed a smaller selection is part of a larger one.
@@ -27,24 +31,38 @@ def held_out_problems(settings: Settings, tokenizer: PreTrainedTokenizerBase | N
 
     Raises:
         OSError: when a file or a dataset of the hub cannot be read.
-        ValueError: when a record cannot be parsed, when none is left, and when a question is there twice.
+        ValueError: when a record cannot be parsed, when none is left, and when a question is there twice with another
+            answer or other columns; one that is the same is left out, and that is said.
     """
     task = TaskArguments(**settings.task)
-    problems = task_of(task).load(task, Wanted("test", None, tokenizer))
-    _check_distinct(problems, task)
+    problems = distinct(task_of(task).load(task, Wanted("test", None, tokenizer)), task)
     chosen = np.random.default_rng(settings.seed).permutation(len(problems))[: settings.num_of(len(problems))]
     return [problems[int(row)] for row in chosen]
 
 
-def _check_distinct(problems: Dataset, task: TaskArguments) -> None:
-    """Correct answers are counted by question."""
-    twice = {name for name, count in Counter(problems["prompt_id"]).items() if count > 1}
-    if not twice:
-        return
-    first = next(problem for problem in problems if problem["prompt_id"] in twice)
-    where = task_of(task).source(task)
+def distinct(problems: Dataset, task: TaskArguments) -> Dataset:
+    """
+    Each question once: correct answers are counted by question.
+
+    Raises:
+        ValueError: when a question is there twice with another answer or other columns.
+    """
+    places = {name: place for place, name in reversed([*enumerate(problems["prompt_id"])])}  # of the first of each
+    if len(places) == len(problems):
+        return problems
+    where, name_of = task_of(task).source(task), problems["prompt_id"]
+    others = [row for place, row in enumerate(problems) if row != problems[places[name_of[place]]]]
+    if not others:
+        _say_left_out(where, len(problems) - len(places))
+        return problems.select(sorted(places.values()))
+    first = others[0]
     raise ValueError(
-        f"{where} holds {counted(len(twice), 'held-out question')} more than once, the first is "
-        f"{first.get('question', first['prompt'])!r:.200}. An evaluation counts correct answers by question: leave "
-        "each in once."
+        f"{where} holds {counted(len({row['prompt_id'] for row in others}), 'held-out question')} more than once with "
+        f"other answers or columns, the first is {str(first.get('question', first['prompt']))[-200:]!r}. An evaluation "
+        "counts correct answers by question: leave each in once."
     )
+
+
+@functools.cache
+def _say_left_out(where: str, number: int) -> None:
+    logger.warning("%s has %s a second time, which are evaluated once", where, counted(number, "held-out question"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,11 +17,11 @@ from trl_entropy.evaluation.plan import VLLM, Settings
 from trl_entropy.evaluation.vllm_engine import VllmEngine
 from trl_entropy.gradients.memory import halved_on_out_of_memory
 from trl_entropy.gradients.scores import score
-from trl_entropy.models.loading import EMBEDDED_MODEL, base_model_of, is_adapter
+from trl_entropy.models.loading import EMBEDDED_AGENT, EMBEDDED_MODEL, EMBEDDED_MODELS, base_model_of, is_adapter
 from trl_entropy.rollouts.drawing import own_randomness, pack_completions
 from trl_entropy.rollouts.generation import answer_end
 from trl_entropy.runs.strict_json import Json, Row
-from trl_entropy.tasks.prompts import Prompt, token_ids
+from trl_entropy.tasks.prompts import token_ids
 from trl_entropy.tasks.r1_template import ANSWER_CLOSE
 
 if TYPE_CHECKING:
@@ -28,20 +29,22 @@ if TYPE_CHECKING:
 
 # Logits in float32 that scoring may hold at once: 1 GiB; on a CPU 64 MiB, where larger batches are not faster.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**28, 2**24
+_EMBEDDED_OF_TASK = {"word_problems": EMBEDDED_MODEL, "calculator": EMBEDDED_AGENT}
 _DRAWN_AHEAD = 4096  # completions that an engine draws at once: enough to keep it busy, lost if it is cut off
 
 
 def load_policy(model: str, settings: Settings, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a folder (a model or an adapter), from a name, or of the embedded start policy."""
+    """Model and tokenizer from a folder (a model or an adapter), from a name, or of an embedded start policy."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = _start_policy(settings) if model == EMBEDDED_MODEL else model
+    name = _start_policy(settings, model) if model in EMBEDDED_MODELS else model
     base = name
     if is_adapter(name):
         base = base_model_of(name)
-        if settings.task["task"] == "word_problems" and Path(base).is_absolute() and not Path(base).exists():
-            base = _start_policy(settings)  # the folder is the cache of another machine
+        embedded = _EMBEDDED_OF_TASK.get(settings.task["task"])
+        if embedded is not None and Path(base).is_absolute() and not Path(base).exists():
+            base = _start_policy(settings, embedded)  # the folder is the cache of another machine
     which = _which_model(base, settings)
     tokenizer = AutoTokenizer.from_pretrained(
         name, padding_side="left", truncation_side="left", **_which_model(name, settings)
@@ -64,10 +67,25 @@ def _which_model(name: str, settings: Settings) -> Json:
     return settings.model
 
 
-def _start_policy(settings: Settings) -> str:
+def _start_policy(settings: Settings, name: str) -> str:
     from trl_entropy.models.warm_start import warm_start
 
-    return str(warm_start(seed=settings.model_seed))
+    return str(warm_start(seed=settings.model_seed, name=name))
+
+
+class Asked(NamedTuple):
+    """
+    A completion to draw.
+
+    Attributes:
+        problem: the dataset's row.
+        prompt_ids: its prompt.
+        completion_ids: what an engine has drawn already; None: it is to be drawn.
+    """
+
+    problem: Row
+    prompt_ids: list[int]
+    completion_ids: list[int] | None
 
 
 @dataclass
@@ -95,9 +113,9 @@ class Sampler:
         self._ends = end_token_ids(self.model, self.tokenizer)
         self.model.generation_config = GenerationConfig()  # drop the model's own defaults, such as a top_k
 
-    def draw(self, prompts: list[Prompt], greedy: bool) -> Iterator[tuple[int, Row]]:
+    def draw(self, problems: Sequence[Row], greedy: bool) -> Iterator[tuple[int, Row]]:
         """
-        Draw one completion of each prompt, the longest prompts first, and yield (index of the prompt, its row).
+        Draw one completion of each problem's prompt, the longest prompts first, and yield (index of the problem, row).
 
         A row has `completion`, `completion_ids`, `logps` and `entropies` of the tokens in nats (at the sampling
         temperature, over the full vocabulary, for greedy completions too), `length`, and `clipped`: whether it reached
@@ -106,6 +124,7 @@ class Sampler:
         A batch's random numbers are seeded by the index of its first completion in that order, so that an evaluation
         that goes on draws what an uninterrupted one draws.
         """
+        prompts = [problem["prompt"] for problem in problems]
         prompt_ids = token_ids(prompts, self.tokenizer, **self.settings.chat_template_kwargs)
         order = sorted(range(len(prompts)), key=lambda place: -len(prompt_ids[place]))
         ahead: dict[int, list[int]] = {}  # completions by place that the engine has drawn already
@@ -117,8 +136,8 @@ class Sampler:
                 if self.engine is not None and not ahead.keys() >= set(places):
                     some = order[start : start + max(_DRAWN_AHEAD, self.batch_size)]
                     ahead = self.engine.draw({place: prompt_ids[place] for place in some}, greedy, self._ends)
-                given = [ahead[place] for place in places] if ahead else None
-                rows = self._draw_and_keep([prompt_ids[place] for place in places], given, greedy, start)
+                asked = [Asked(problems[place], prompt_ids[place], ahead.get(place)) for place in places]
+                rows = self._draw_and_keep(asked, greedy, start)
             yield from zip(order[start : start + len(rows)], rows, strict=True)
             start += len(rows)
 
@@ -129,27 +148,28 @@ class Sampler:
             self.batch_size = min(self.batch_size, self.kept.batch_size)
         return rows
 
-    def _draw_and_keep(
-        self, prompt_ids: list[list[int]], drawn: list[list[int]] | None, greedy: bool, start: int
-    ) -> list[Row]:
+    def _draw_and_keep(self, asked: Sequence[Asked], greedy: bool, start: int) -> list[Row]:
         begin = time.monotonic()
-        rows = self._within_memory(prompt_ids, drawn, greedy, start)
+        rows = self._within_memory(asked, greedy, start)
         if self.kept is not None:
             self.kept.write(greedy, start, rows, self.batch_size, time.monotonic() - begin)
         return rows
 
-    def _within_memory(
-        self, prompt_ids: list[list[int]], drawn: list[list[int]] | None, greedy: bool, start: int
-    ) -> list[Row]:
-        """The rows of the first of these prompts, of as many as fit into memory."""
+    def _within_memory(self, asked: Sequence[Asked], greedy: bool, start: int) -> list[Row]:
+        """The rows of the first of these, of as many as fit into memory."""
 
         def attempt(size: int) -> list[Row]:
             self.batch_size = size
-            some = prompt_ids[:size]
-            completion_ids = self._draw_batch(some, greedy, start) if drawn is None else drawn[:size]
-            return self._scored(some, [self._cut(ids) for ids in completion_ids])
+            return self._drawn(asked[:size], greedy, start)
 
         return halved_on_out_of_memory(attempt, self.batch_size)
+
+    def _drawn(self, asked: Sequence[Asked], greedy: bool, start: int) -> list[Row]:
+        """The rows of these."""
+        prompt_ids = [one.prompt_ids for one in asked]
+        known = [one.completion_ids for one in asked if one.completion_ids is not None]
+        completion_ids = known or self._draw_batch(prompt_ids, greedy, start)
+        return self._scored(prompt_ids, [self._cut(ids) for ids in completion_ids])
 
     def _draw_batch(self, prompt_ids: list[list[int]], greedy: bool, start: int) -> list[list[int]]:
         device = self.model.device
@@ -184,10 +204,25 @@ class Sampler:
             return cut[:answered], False
         return cut, not ended
 
-    def _scored(self, prompt_ids: list[list[int]], ended: list[tuple[list[int], bool]]) -> list[Row]:
+    def _scored(
+        self,
+        prompt_ids: list[list[int]],
+        ended: list[tuple[list[int], bool]],
+        own_tokens: list[list[int]] | None = None,
+    ) -> list[Row]:
+        """
+        The rows of completions.
+
+        Args:
+            ended: token ids, and whether they were cut off.
+            own_tokens: 1 for each token that the policy drew, 0 for those of tools and environments; None: all are.
+        """
         pad_token_id, vocabulary = _pad_token_id(self.tokenizer), self.model.config.vocab_size
         completion_ids = [ids for ids, _ in ended]
-        packed = pack_completions(prompt_ids, completion_ids, 0, pad_token_id, self.model.device)
+        own = own_tokens or [[1] * len(ids) for ids in completion_ids]
+        packed = pack_completions(
+            prompt_ids, completion_ids, 0, pad_token_id, self.model.device, own_tokens=own_tokens
+        )
         logits = _LOGITS_AT_ONCE_ON_CPU if self.model.device.type == "cpu" else _LOGITS_AT_ONCE
         at_once = max(1, logits // (vocabulary * (max(map(len, completion_ids)) + 1)))
         temperature = float(self.settings.sampling["temperature"])
@@ -196,10 +231,10 @@ class Sampler:
         return [
             {
                 "completion": self.tokenizer.decode(ids, skip_special_tokens=True),
-                "completion_ids": ids,
-                "logps": logps[row][: len(ids)],
-                "entropies": entropies[row][: len(ids)],
-                "length": len(ids),
+                "completion_ids": [*compress(ids, own[row])],
+                "logps": [*compress(logps[row], own[row])],
+                "entropies": [*compress(entropies[row], own[row])],
+                "length": sum(own[row]),
                 "clipped": clipped,
             }
             for row, (ids, clipped) in enumerate(ended)

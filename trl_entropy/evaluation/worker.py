@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_entropy.config.settings_file import one_line
+from trl_entropy.evaluation.episodes import SAID, EpisodeSampler
 from trl_entropy.evaluation.kept import KeptBatches
 from trl_entropy.evaluation.plan import VLLM, Job, Settings
 from trl_entropy.evaluation.problems import held_out_problems
@@ -30,8 +32,16 @@ from trl_entropy.runs.strict_json import Json, Row
 from trl_entropy.tasks import rewards
 from trl_entropy.tasks.answers import clean_answer
 from trl_entropy.tasks.arguments import TaskArguments
-from trl_entropy.tasks.completion_functions import metric_functions, passing, reward_functions
+from trl_entropy.tasks.completion_functions import (
+    CompletionFunction,
+    evaluated_functions,
+    metric_functions,
+    passing,
+)
 from trl_entropy.tasks.prompts import rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROGRESS, FAILED = "progress", "failed"  # begin the lines that are for whoever started the worker
 
@@ -61,15 +71,15 @@ def evaluate(job: Job, show: Callable[[int, int], object] = _say) -> None:
     """
     start, fingerprint = time.monotonic(), job.target.fingerprint()
     held_out_problems(job.settings, None)  # a fault in the data is found before the model is loaded
-    device = _device(job.device)
+    device, functions = _device(job.device), _functions_of(job.settings)
     model, tokenizer = load_policy(job.target.model, job.settings, device)
     problems = held_out_problems(job.settings, tokenizer)
     kept = KeptBatches(Path(job.output), _key(job, fingerprint, device, problems))
-    engine = VllmEngine(model, tokenizer, job.settings) if job.settings.sampler == VLLM else None
-    sampler = Sampler(model, tokenizer, job.settings, job.batch_size, engine, kept)
-    records = pd.DataFrame(_judged(list(_drawn(sampler, problems, show)), problems, job.settings))
-    functions = _functions_of(job.settings)
-    prompts = prompt_table(records, functions)
+    sampler = _sampler(model, tokenizer, job, kept, problems, functions)
+    rows = list(_drawn(sampler, problems, show))
+    records = pd.DataFrame(_judged(rows, problems, job.settings, functions))
+    columns = {f"{one.kind}s/{one.short}": one.short for one in functions}  # metric -> column of the records
+    prompts = prompt_table(records, columns)
     summary: CheckpointSummary = {
         "step": job.target.step,
         "model": Path(job.target.model).name,
@@ -79,7 +89,7 @@ def evaluate(job: Job, show: Callable[[int, int], object] = _say) -> None:
         "batch_size": sampler.batch_size,
         "num_prompts": len(prompts),
         "seconds": time.monotonic() - start + kept.seconds,
-        "metrics": metrics_of(records, prompts, functions),
+        "metrics": metrics_of(records, prompts, columns),
     }
     _write(Path(job.output), records, prompts, summary)
     kept.remove()
@@ -87,7 +97,9 @@ def evaluate(job: Job, show: Callable[[int, int], object] = _say) -> None:
 
 def _key(job: Job, fingerprint: str, device: str, problems: list[Row]) -> Json:
     """All that determines the completions."""
-    asked = [[problem["prompt_id"], problem["prompt"], problem.get("answer")] for problem in problems]
+    asked: list[object] = [[problem["prompt_id"], problem["prompt"], problem.get("answer")] for problem in problems]
+    if job.settings.max_tool_calling_iterations is not None:  # an environment sees the whole row
+        asked = [*problems]
     digest = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
     return {"settings": asdict(job.settings), "fingerprint": fingerprint, "device": device, "problems": digest}
 
@@ -97,8 +109,7 @@ def _drawn(sampler: Sampler, problems: list[Row], show: Callable[[int, int], obj
     num_samples = sampler.settings.num_samples
     total, done = len(problems) * (num_samples + 1), 0
     for greedy, copies in ((True, 1), (False, num_samples)):
-        prompts = [problem["prompt"] for problem in problems for _ in range(copies)]
-        for place, row in sampler.draw(prompts, greedy):
+        for place, row in sampler.draw([problem for problem in problems for _ in range(copies)], greedy):
             problem = problems[place // copies]
             prompt = rendered(problem["prompt"], sampler.tokenizer, **sampler.settings.chat_template_kwargs)
             own = {"prompt_id": problem["prompt_id"], "prompt": prompt, "answer": problem.get("answer")}
@@ -108,26 +119,53 @@ def _drawn(sampler: Sampler, problems: list[Row], show: Callable[[int, int], obj
                 show(done, total)
 
 
-def _functions_of(settings: Settings) -> dict[str, str]:
-    """Metric -> column of the records, for the functions of completions."""
-    task = TaskArguments(**settings.task)
-    found = [one for one in reward_functions(task) + metric_functions(task) if not one.is_model]
-    return {f"{one.kind}s/{one.short}": one.short for one in found}
+def _sampler(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    kept: KeptBatches,
+    problems: list[Row],
+    functions: list[CompletionFunction],
+) -> Sampler:
+    if job.settings.max_tool_calling_iterations is not None:
+        return EpisodeSampler(model, tokenizer, job.settings, job.batch_size, kept, functions, problems)
+    engine = VllmEngine(model, tokenizer, job.settings) if job.settings.sampler == VLLM else None
+    return Sampler(model, tokenizer, job.settings, job.batch_size, engine, kept)
 
 
-def _judged(rows: list[Row], problems: list[Row], settings: Settings) -> list[Row]:
-    """The rows with a column for each reward function, and the columns that the metrics count."""
+def _functions_of(settings: Settings) -> list[CompletionFunction]:
+    """The functions of completions; reward models, which the trainer alone runs, are left out."""
     task = TaskArguments(**settings.task)
-    functions, metrics = reward_functions(task), metric_functions(task)
+    return [one for one in evaluated_functions(task) + metric_functions(task) if not one.is_model]
+
+
+def _given(rows: list[Row], problems: list[Row], functions: list[CompletionFunction]) -> dict[str, list[float]]:
+    """The values of each function on the rows' completions, single turns."""
     by_id = {problem["prompt_id"]: problem for problem in problems}
-    asked, texts = [by_id[row["prompt_id"]] for row in rows], [row["completion"] for row in rows]
+    asked = [by_id[row["prompt_id"]] for row in rows]
     completions = [
-        text if isinstance(problem["prompt"], str) else [{"role": "assistant", "content": text}]
-        for problem, text in zip(asked, texts, strict=True)
+        row["completion"]
+        if isinstance(problem["prompt"], str)
+        else [{"role": "assistant", "content": row["completion"]}]
+        for problem, row in zip(asked, rows, strict=True)
     ]
     ids = [row["completion_ids"] for row in rows]
-    given = {one.short: one(asked, completions, ids) for one in functions + metrics if not one.is_model}
-    right = given[passing(task, functions).short]
+    return {one.short: one(asked, completions, ids) for one in functions}
+
+
+def _judged(
+    rows: list[Row], problems: list[Row], settings: Settings, functions: list[CompletionFunction]
+) -> list[Row]:
+    """The rows with a column for each function, and the columns that the metrics count."""
+    task = TaskArguments(**settings.task)
+    has_episodes = settings.max_tool_calling_iterations is not None
+    given = (
+        {one.short: [row[one.short] for row in rows] for one in functions}
+        if has_episodes
+        else _given(rows, problems, functions)
+    )
+    texts = [row.pop(SAID) if has_episodes else row["completion"] for row in rows]
+    right = given[passing(task, [one for one in functions if one.kind == "reward"]).short]
     extracted = [rewards.extract_answer(text) for text in texts]
     verdicts = rewards.answer_verdicts([row["answer"] for row in rows], extracted)
     for place, (row, text, answer) in enumerate(zip(rows, texts, extracted, strict=True)):

@@ -22,7 +22,7 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
 from trl_entropy.experiments.output import (
     Numbers,
-    add_import_option,
+    add_import_options,
     saved_figure,
     thirds,
     with_interval,
@@ -234,11 +234,8 @@ def end_point(rows: Rows, fall: tuple[Estimate, Estimate]) -> EndPoint:
     return result
 
 
-def analyse(path: Path, num_fresh: int = 0, may_import: bool = False) -> Result:
-    """
-    All numbers of one run; with `num_fresh` its first and last policy are loaded, and sampled as often; `may_import`:
-    whether functions of the user's own, with which the run was trained, may be imported for that.
-    """
+def analyse(path: Path, num_fresh: int = 0, may_import: bool = False, trainer_factory: str | None = None) -> Result:
+    """All numbers of one run; with `num_fresh` its first and last policy, see [`Checkpoint.read`], draw as many."""
     rows = probed_rows(path)
     last = rows[-1]
     if num_fresh:
@@ -265,7 +262,7 @@ def analyse(path: Path, num_fresh: int = 0, may_import: bool = False) -> Result:
     if num_fresh:
         from trl_entropy.experiments.fresh_entropy import entropy_fall
 
-        result["end_point"] = end_point(rows, entropy_fall(path, num_fresh, may_import=may_import))
+        result["end_point"] = end_point(rows, entropy_fall(path, num_fresh, 0, may_import, trainer_factory))
     return result
 
 
@@ -385,11 +382,12 @@ def main(argv: list[str]) -> None:
         help="completions to draw from the first and from the last policy, to compare with the sum of all changes "
         "(default: 0, none)",
     )
-    add_import_option(parser)
+    add_import_options(parser)
     options = parser.parse_args(argv)
     quiet_libraries()
     try:
-        results = [analyse(path, options.fresh_completions, options.import_functions) for path in options.runs]
+        task = options.import_functions, options.trainer_factory
+        results = [analyse(path, options.fresh_completions, *task) for path in options.runs]
     except ValueError as error:
         sys.exit(f"Error: {describe(error)}.")
     output = options.output or RunDirectory(options.runs[0]).report_path

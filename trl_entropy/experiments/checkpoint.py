@@ -76,11 +76,6 @@ class Checkpoint:
         environment_path = path.parent / "environment.json"
         environment = json.loads(environment_path.read_text(encoding="utf-8")) if environment_path.exists() else {}
         task = _task(config, environment, path.parent)
-        if task_of(task).has_episodes(task):
-            raise ValueError(
-                f"{path.parent} was trained on episodes with calls of tools; an experiment draws single turns, which "
-                "are another policy's"
-            )
         for name, needed in _REQUIRED.items():
             if config.get(name, needed) != needed:
                 raise ValueError(
@@ -91,13 +86,14 @@ class Checkpoint:
         changed = import_functions(
             path.parent, task, config.get("function_files") or {}, may_import or trainer_factory is not None
         )
+        task_of(task).episodes(task)
         files = files_of(task.own_functions())
         return cls(path, config, task, completions // config["num_generations"], files, changed)
 
     @classmethod
-    def last_of(cls, run: Path, may_import: bool = False) -> Checkpoint:
+    def last_of(cls, run: Path, may_import: bool = False, trainer_factory: str | None = None) -> Checkpoint:
         """
-        The checkpoint of a run's last logged step.
+        The checkpoint of a run's last logged step; the arguments are those of [`Checkpoint.read`].
 
         Raises:
             ValueError: if there is none.
@@ -106,13 +102,23 @@ class Checkpoint:
         path = run / f"checkpoint-{last}"
         if not path.is_dir():
             raise ValueError(f"{run} has no checkpoint of its last step, {last}; train with save_strategy=steps")
-        return cls.read(path, may_import)
+        return cls.read(path, may_import, trainer_factory)
 
     def at_start(self) -> Checkpoint:
-        """The policy that the run began with, under the run's settings; it has no optimizer state."""
+        """
+        The policy that the run began with, under the run's settings; it has no optimizer state.
+
+        Raises:
+            ValueError: when it was made in memory by a script.
+        """
         from trl_entropy.models.warm_start import warm_start
 
         name = str(self.config.get("model_name_or_path", EMBEDDED_MODEL))
+        if not name:
+            raise ValueError(
+                f"the policy that {self.path.parent} began with was made in memory, so that it cannot be loaded; give "
+                "the trainer a model by name or folder"
+            )
         is_embedded = name in EMBEDDED_MODELS
         return replace(self, path=warm_start(seed=self.config["seed"], name=name) if is_embedded else Path(name))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from trl_entropy.experiments.checkpoint import Checkpoint
-from trl_entropy.experiments.output import add_import_option, saved_figure, write_numbers
+from trl_entropy.experiments.output import add_import_options, saved_figure, write_numbers
 from trl_entropy.experiments.redraws import Cache
 from trl_entropy.experiments.state import FixedState
 from trl_entropy.gradients.memory import GIB, free_memory
@@ -87,9 +87,7 @@ class Command(Generic[Result]):
         for name, (default, _, text) in self.options.items():
             parser.add_argument(_flag(name), type=int, default=default, help=f"{text} (default: {default})")
         parser.add_argument("--batch-size", type=int, default=128, help="completions scored at a time (default: 128)")
-        add_import_option(parser)
-        factory = "path/to/script.py:function, which returns the trainer of a run of a script of one's own"
-        parser.add_argument("--trainer_factory", "--trainer-factory", help=factory)
+        add_import_options(parser)
         parser.add_argument("--seed", type=int, default=0, help="of all draws of completions (default: 0)")
         parser.add_argument("--output", type=Path, help=f"folder to write to (default: RUN/experiments/{self.name}-N)")
         return parser

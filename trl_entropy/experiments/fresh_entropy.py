@@ -18,7 +18,7 @@ _START, _END = 3, 4  # second part of a seed, so that the draws are independent 
 
 
 def entropy_fall(
-    run: Path, num_completions: int, seed: int = 0, may_import: bool = False
+    run: Path, num_completions: int, seed: int = 0, may_import: bool = False, trainer_factory: str | None = None
 ) -> tuple[Estimate, Estimate]:
     """
     Policy entropy (T6) before the first and after the last step, nats per token, each on completions of its own.
@@ -27,10 +27,13 @@ def entropy_fall(
     compared with this fall, are measured on prompts other than the step's own; on prompts that a run has trained on
     the entropy falls somewhat further.
 
+    Args:
+        may_import, trainer_factory: as for [`Checkpoint.read`].
+
     Raises:
         ValueError: if the run has no checkpoint of its last step.
     """
-    last = Checkpoint.last_of(run, may_import)
+    last = Checkpoint.last_of(run, may_import, trainer_factory)
     if last.warning:
         print(f"Warning: {last.warning}.", flush=True)
     return (

@@ -50,11 +50,13 @@ def saved_figure(path: Path, size: tuple[float, float], dpi: int = 150) -> Itera
     plt.close(figure)
 
 
-def add_import_option(parser: argparse.ArgumentParser) -> None:
-    """`--import_functions`, as `trl-entropy evaluate` has it."""
+def add_import_options(parser: argparse.ArgumentParser) -> None:
+    """`--import_functions` and `--trainer_factory`, as `trl-entropy evaluate` has them."""
     parser.add_argument(
         "--import_functions",
         "--import-functions",
         action="store_true",
         help="import the files with functions of one's own that the run was trained with, which runs them",
     )
+    factory = "path/to/script.py:function, which returns the trainer of a run of a script of one's own"
+    parser.add_argument("--trainer_factory", "--trainer-factory", help=factory)

@@ -31,9 +31,9 @@ from trl_entropy.trainer.fingerprints import data_fingerprint
 # fmt: off
 _KEPT_SETTINGS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "chat_template_kwargs", "generation_kwargs", "learning_rate",
-    "length_normalizer", "loss_type", "max_completion_length", "max_grad_norm", "min_p", "multi_objective_aggregation",
-    "num_generations", "optim", "optim_args", "repetition_penalty", "reward_weights", "scale_rewards", "seed",
-    "stop_at_answer", "temperature", "top_k", "top_p", "use_cpu", "weight_decay",
+    "length_normalizer", "loss_type", "max_completion_length", "max_grad_norm", "max_tool_calling_iterations", "min_p",
+    "multi_objective_aggregation", "num_generations", "optim", "optim_args", "repetition_penalty", "reward_weights",
+    "scale_rewards", "seed", "stop_at_answer", "temperature", "top_k", "top_p", "use_cpu", "weight_decay",
 )
 # fmt: on
 
@@ -68,7 +68,9 @@ class Policy:
         return np.random.default_rng(seed).integers(self.num_problems, size=num)
 
     def draw(self, problems: np.ndarray, seed: tuple[int, ...]) -> Completions:
-        """One completion of each problem, given by its row number."""
+        """One completion of each problem, given by its row number; its reward is not kept."""
+        if self.trainer.environment_factories is not None:  # each begins an episode of the problem's row
+            return Completions.of(RolloutBatch.from_micro_batches([self.draw_rollouts(problems, 1, seed)]))
         prompts = [self.problems[int(row)]["prompt"] for row in problems]
         return self.trainer.probe_batches.draw_completions(prompts, seed)
 
@@ -173,7 +175,7 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> DrGRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
     train_dataset, _ = load_task(checkpoint.task, tokenizer, args.seed)
     eval_dataset = task_of(checkpoint.task).load(checkpoint.task, Wanted("test", None, tokenizer))
-    functions = reward_functions(checkpoint.task)
+    functions, episodes = reward_functions(checkpoint.task), task_of(checkpoint.task).episodes(checkpoint.task)
     tried(functions, list(train_dataset.select(range(min(3, len(train_dataset))))))
     trainer = DrGRPOTrainer(
         model=str(checkpoint.path),
@@ -182,6 +184,8 @@ def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> DrGRPOTrainer:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        tools=episodes.tools or None,
+        environment_factory=episodes.environment_factory,
     )
     trainer.model.train()  # in training mode TRL uses the group size and the loss of training
     return trainer

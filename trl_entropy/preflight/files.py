@@ -13,6 +13,7 @@ from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.models.embedded_agent import build_agent_tokenizer
 from trl_entropy.models.loading import EMBEDDED_AGENT, EMBEDDED_MODELS
+from trl_entropy.evaluation.problems import distinct
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.checkpoints import (
@@ -28,6 +29,7 @@ from trl_entropy.tasks.registry import Wanted, load_task, task_of
 from trl_entropy.trainer.dataset_checks import check_datasets
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 _OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
@@ -85,12 +87,20 @@ def dataset(plan: Plan) -> Findings:
     counted before those that are too long are dropped, and conversations are not tried in its chat template.
     """
 
+    held_out: list[Dataset] = []
+
     def check() -> None:
         problems = load_task(plan.task, _tokenizer_here(plan), plan.args.seed)
         check_datasets(plan.args, *problems)
+        held_out.append(problems[1])
         tried(reward_functions(plan.task) + metric_functions(plan.task), first_rows(plan))
 
     yield from _readable(plan, plan.task, check)
+    if held_out:
+        try:
+            distinct(held_out[0], plan.task)
+        except ValueError as error:
+            yield Finding(str(error), is_problem=plan.args.evaluate_checkpoints != "none")
 
 
 def _tokenizer_here(plan: Plan) -> PreTrainedTokenizerBase | None:

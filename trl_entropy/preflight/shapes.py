@@ -95,15 +95,29 @@ def model_shape(model: ModelConfig) -> ModelShape:
         ValueError: when the adapter does not fit the model (from peft).
     """
     name = str(model.model_name_or_path)
-    module, source = _build(base_model_of(name) if is_adapter(name) else name)
-    num_parameters = _numel(module.parameters())
+    return shape_of_module(*_build(base_model_of(name) if is_adapter(name) else name), model)
+
+
+def shape_of_module(module: nn.Module, source: str, model: ModelConfig) -> ModelShape:
+    """
+    The shape of a model that is there, with the adapter that `model` names.
+
+    Args:
+        module: one that has its adapter already gets no other.
+
+    Raises:
+        ValueError: when the adapter does not fit the model (from peft).
+    """
+    has_adapter = hasattr(module, "peft_config")
+    own = (param for name, param in module.named_parameters() if not (has_adapter and "lora_" in name))
+    num_parameters = _numel(own)
     num_quantised = sum(
         layer.weight.numel()
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and not name.endswith("lm_head")
     )
     config = module.config.get_text_config()
-    module = with_adapter(module, model)
+    module = module if has_adapter else with_adapter(module, model)
     return ModelShape(
         module=module,
         source=source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import GenerationConfig
@@ -47,6 +47,17 @@ def stopping_at(model: Any, tokenizer: Any, text: str) -> Iterator[None]:
         yield
     finally:
         del model.generate
+
+
+def turn_ended_at(trainer: Any, text: str, draw: Callable[[], Any]) -> Any:
+    """What `draw` returns, TRL's `_generate_single_turn`, with completions that end once they contain `text`."""
+    with stopping_at(trainer.accelerator.unwrap_model(trainer.model), trainer._tokenizer, text):
+        completion_ids, logprobs = draw()
+    ends = [answer_end(trainer._tokenizer, ids, text) for ids in completion_ids]
+    completion_ids = [ids[:end] for ids, end in zip(completion_ids, ends, strict=True)]
+    if logprobs is not None:
+        logprobs = [values[:end] for values, end in zip(logprobs, ends, strict=True)]
+    return completion_ids, logprobs
 
 
 @contextlib.contextmanager

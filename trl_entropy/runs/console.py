@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from transformers import (
     PrinterCallback,
@@ -67,6 +68,8 @@ def printing_plain_text() -> Iterator[None]:
 class ConsoleProgress(ProgressCallback):
     """The Trainer's progress bar, which shows reward, entropy and step time; the metrics of a step are not printed."""
 
+    training_bar: Any
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -89,6 +92,12 @@ class ConsoleProgress(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Show no progress bar for the evaluation."""
+
+    def end(self) -> None:
+        """Close the bar of a training that has ended with an exception, so that the exception is what is said last."""
+        bar, self.training_bar = self.training_bar, None
+        if bar is not None:
+            bar.close()
 
 
 def describe_evaluation(row: Row) -> str:

@@ -10,13 +10,15 @@ import asyncio
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl_entropy.tasks import rewards, script
-from trl_entropy.tasks.named import Named, described, files_of, line_of, named, with_settings
+from trl_entropy.tasks.named import Named, described, files_of, named, with_settings
+from trl_entropy.tasks.registry import task_of
+from trl_entropy.tasks.user_code import line_of_function, naming_what_fails, parts_of_episodes
 
 if TYPE_CHECKING:
     from trl_entropy.tasks.arguments import TaskArguments
@@ -88,20 +90,6 @@ class CompletionFunction(NamedTuple):
             ValueError: naming the function, where it can be told the line, and the first completion on which it fails
                 when it is called with that one alone; also for what is no list of numbers.
         """
-        assert callable(self.function), "a reward model is called by the trainer alone"
-        try:
-            given = self._given(rows, completions, completion_ids, more)
-        except Exception as error:
-            where = self.name if self.named is None else line_of(error, self.named)
-            which = self._first_that_fails(rows, completions, completion_ids, more)
-            raise ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}{which}") from error
-        return self._numbers(given, completions)
-
-    def _given(
-        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], more: Mapping[str, Any]
-    ) -> Any:
-        """What the function returns; it is awaited."""
-        assert callable(self.function)
         columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
         quiet: dict[str, Any] = {
             "log_metric": _log_nothing,
@@ -109,29 +97,73 @@ class CompletionFunction(NamedTuple):
             "trainer_state": None,
             "environments": None,
         }
-        given = self.function(
-            prompts=[row["prompt"] for row in rows],
-            completions=list(completions),
-            completion_ids=list(completion_ids),
+        keywords = {
+            "prompts": [row["prompt"] for row in rows],
+            "completions": list(completions),
+            "completion_ids": list(completion_ids),
             **{**columns, **quiet, **more},
-        )
+        }
+        try:
+            given = self._given(keywords)
+        except (Exception, SystemExit) as error:
+            raise self._failure(error, keywords) from error
+        return self._numbers(given, completions)
+
+    def checked(self) -> Callable[..., Any]:
+        """
+        The function for TRL, which it calls by keywords: what it raises, and what is no list of numbers, becomes a
+        `ValueError` of one line, as when this is called.
+        """
+        assert callable(self.function), "TRL runs a reward model itself"
+
+        def called(**keywords: Any) -> Any:
+            try:
+                given = self.function(**keywords)  # type: ignore[operator]
+            except (Exception, SystemExit) as error:
+                raise self._failure(error, keywords) from error
+            return self._numbers(given, keywords["completions"])
+
+        async def awaited(**keywords: Any) -> Any:
+            try:
+                given = await self.function(**keywords)  # type: ignore[operator]
+            except (Exception, SystemExit) as error:
+                for completion, one in _one_by_one(keywords):
+                    try:
+                        await self.function(**one)  # type: ignore[operator]
+                    except (Exception, SystemExit):
+                        raise self._named(error, completion) from error
+                raise self._named(error) from error
+            return self._numbers(given, keywords["completions"])
+
+        from trl.trainer.utils import is_async_callable
+
+        return awaited if is_async_callable(self.function) else called
+
+    def _given(self, keywords: Mapping[str, Any]) -> Any:
+        """What the function returns; it is awaited."""
+        assert callable(self.function), "a reward model is called by the trainer alone"
+        given = self.function(**keywords)
         if inspect.iscoroutine(given):
             with ThreadPoolExecutor(1) as other:  # a notebook's own thread has a loop already
                 return other.submit(asyncio.run, given).result()
         return given
 
-    def _first_that_fails(
-        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Any], more: Mapping[str, Any]
-    ) -> str:
-        for row, completion, ids in zip(rows, completions, completion_ids, strict=True):
+    def _failure(self, error: BaseException, keywords: Mapping[str, Any]) -> ValueError:
+        """What is said of an exception, with the first completion on which the function fails alone."""
+        for completion, one in _one_by_one(keywords):
             try:
-                self._given([row], [completion], [ids], {**more, "environments": None})
-            except Exception:
-                return f", for the completion {completion!r:.200}"
-        return ""
+                self._given(one)
+            except (Exception, SystemExit):
+                return self._named(error, completion)
+        return self._named(error)
+
+    def _named(self, error: BaseException, *completion: Any) -> ValueError:
+        where = line_of_function(error, self.function, self.name)
+        which = "".join(f", for the completion {one!r:.200}" for one in completion)
+        return ValueError(f"{self.kind} function {self.short}, {where}: {described(error)}{which}")
 
     def _numbers(self, given: object, completions: Sequence[Any]) -> list[float]:
-        values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
+        values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else None
         if values is None or len(values) != len(completions):
             found = f"{given!r:.80}" if values is None else f"{len(values)} of them"
             raise ValueError(
@@ -154,6 +186,18 @@ def _log_nothing(*args: object) -> None:
     """TRL's `log_metric` and `log_extra`, where nothing is logged."""
 
 
+def _one_by_one(keywords: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each completion, and the keywords of a call with that one alone."""
+    number = len(keywords["completions"])
+    quiet = dict.fromkeys(("log_metric", "log_extra"), _log_nothing)
+    for place, completion in enumerate(keywords["completions"]):
+        one = {
+            name: [column[place]] if isinstance(column, list) and len(column) == number else column
+            for name, column in keywords.items()
+        }
+        yield completion, one | quiet
+
+
 def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
     """
     The run's reward functions; files and modules that the settings name are imported.
@@ -163,7 +207,7 @@ def reward_functions(task: TaskArguments) -> list[CompletionFunction]:
     """
     if task.task == script.SCRIPT:
         return _of_script("reward", script.parts_of(str(task.dataset_name)).reward_funcs)
-    if not task.reward_funcs:
+    if not task.reward_funcs and not task.environment_factory:
         raise ValueError(f"reward_funcs is empty; name a function, such as {', '.join(SHIPPED)}.")
     return _functions("reward", task.reward_funcs, task.reward_kwargs)
 
@@ -189,7 +233,37 @@ def check_functions(task: TaskArguments) -> None:
             "column for each; rewards are evaluated without being named here"
         )
     if task.pass_reward is not None:
-        passing(task, rewards_of_run)
+        passing(task, evaluated_functions(task))
+
+
+def evaluated_functions(task: TaskArguments) -> list[CompletionFunction]:
+    """
+    The reward functions, and after them the rewards that environments give by TRL's `get_reward`, by their class's
+    name; for these one environment of each kind is made, as TRL does.
+
+    Raises:
+        ValueError: as [`reward_functions`], and when an environment cannot be made.
+    """
+    found = reward_functions(task)
+    if task.task == script.SCRIPT:  # whose trainer has them among its own
+        return found
+    episodes = task_of(task).episodes(task)
+    with naming_what_fails(lambda: parts_of_episodes([], episodes.factories)):
+        kinds = {type(make()) for make in episodes.factories}
+    return found + [_reward_of(kind) for kind in kinds if hasattr(kind, "get_reward")]
+
+
+def _reward_of(kind: Any) -> CompletionFunction:
+    """What an environment says of its own episode, as TRL 1.16 asks it."""
+
+    async def awaited(environments: Sequence[Any], **kwargs: Any) -> list[Any]:
+        return [await one.get_reward() if type(one) is kind else None for one in environments]
+
+    def given(environments: Sequence[Any], **kwargs: Any) -> list[Any]:
+        return [one.get_reward() if type(one) is kind else None for one in environments]
+
+    is_async = inspect.iscoroutinefunction(kind.get_reward)
+    return CompletionFunction(kind.__name__, kind.__name__, awaited if is_async else given, None)
 
 
 def _of_script(kind: str, functions: Mapping[str, Callable[..., Any] | str]) -> list[CompletionFunction]:

@@ -201,6 +201,7 @@ def _keeping_name(function: Callable[..., Any], name: str) -> Callable[..., Any]
         return await function(*args, **kwargs)
 
     is_async = inspect.iscoroutinefunction(getattr(function, "func", function))
-    kept = awaited if is_async else called
+    kept: Any = awaited if is_async else called
+    kept.__wrapped__ = function  # whose file and line an error is told with
     kept.__name__ = kept.__qualname__ = name
     return kept

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl_entropy.tasks import calculator, gsm8k, own_dataset, script, word_problems
@@ -40,7 +41,13 @@ class Episodes(NamedTuple):
     """What makes a task's completions episodes: for TRL's `tools` and `environment_factory`."""
 
     tools: list[Callable[..., Any]]
-    environment_factory: Callable[[], Any] | None
+    environment_factory: Callable[[], Any] | Mapping[Any, Callable[[], Any]] | None
+
+    @property
+    def factories(self) -> list[Callable[[], Any]]:
+        """What makes environments, of each kind that there is."""
+        made = self.environment_factory
+        return [] if made is None else [*made.values()] if isinstance(made, Mapping) else [made]
 
 
 class Task(ABC):
@@ -188,8 +195,21 @@ class Script(Task):
     def num_problems(self, args: TaskArguments) -> int:
         return len(self.load(args, Wanted("train", None)))
 
+    def episodes(self, args: TaskArguments) -> Episodes:
+        parts = script.parts_of(self.source(args))
+        if parts.rollout_func is not None:
+            raise ValueError(
+                f"trainer_factory: the trainer of {args.dataset_name} has a rollout_func, which draws with a trainer "
+                "of its own and as it likes; completions can be drawn again of single turns, tools and "
+                "environment_factory."
+            )
+        factories = parts.environment_factories
+        single = factories is not None and None in factories  # as TRL keeps one that is for every row
+        return Episodes(parts.tools, factories[None] if factories and single else factories)
+
     def has_episodes(self, args: TaskArguments) -> bool:
-        return script.parts_of(self.source(args)).has_episodes
+        parts = script.parts_of(self.source(args))
+        return bool(parts.tools or parts.environment_factories or parts.rollout_func)
 
     def source(self, args: TaskArguments) -> str:
         return str(args.dataset_name)
@@ -211,31 +231,42 @@ def tool_of(one: Named) -> Callable[..., Any]:
     Raises:
         ValueError: when it cannot be told to the model what it does and takes.
     """
+    _check_described(f"tools: {one.name}", one.value)
+    return one.value
+
+
+def _check_described(name: str, function: Callable[..., Any]) -> None:
     from transformers.utils import get_json_schema
 
     try:
-        get_json_schema(one.value)
+        get_json_schema(function)
     except Exception as error:  # transformers has one of its own for a docstring, and others come from the function
         raise ValueError(
-            f"tools: {one.name} needs a docstring that describes it and each argument, and type hints: "
-            f"{described(error)}."
+            f"{name} needs a docstring that describes it and each argument, and type hints: {described(error)}."
         ) from error
-    return one.value
 
 
 def _maker(one: Named) -> Callable[[], Any]:
     if not callable(one.value):
         raise ValueError(f"environment_factory: {one.name} is no class or function, it is {one.value!r:.80}.")
+    if not inspect.isclass(one.value):  # what it makes is not known yet
+        return one.value
+    methods = dict(inspect.getmembers(one.value, inspect.isfunction))
+    if "reset" not in methods:
+        raise ValueError(f"environment_factory: {one.name} has no method reset, which begins an episode.")
+    for name, method in methods.items():
+        if not name.startswith("_") and name not in ("reset", "get_reward"):
+            _check_described(f"environment_factory: {one.name}.{name}, which the policy may call,", method)
     return one.value
 
 
-def check_task(task: TaskArguments, model: str, evaluate_checkpoints: str) -> None:
+def check_task(task: TaskArguments, model: str) -> None:
     """
     Check that the settings of the task are there, and that its episodes can be drawn.
 
     Raises:
-        ValueError: for a dataset without a name, tools that cannot be imported or described, an embedded model that
-            was not taught to call, and evaluations of episodes, which draw single turns.
+        ValueError: for a dataset without a name, tools that cannot be imported or described, and an embedded model
+            that was not taught to call.
     """
     if task.task == "dataset" and not task.dataset_name:
         raise ValueError(
@@ -248,12 +279,6 @@ def check_task(task: TaskArguments, model: str, evaluate_checkpoints: str) -> No
         raise ValueError(
             f"task is {task.task}, with tools, but the embedded model calls none. Set model_name_or_path: "
             "embedded-agent, or a model of your own."
-        )
-    if evaluate_checkpoints != "none":
-        raise ValueError(
-            f"evaluate_checkpoints is {evaluate_checkpoints}, which draws single turns, but task {task.task} has "
-            "episodes with calls of tools. Set evaluate_checkpoints=none, and eval_strategy=steps to evaluate in "
-            "training."
         )
 
 

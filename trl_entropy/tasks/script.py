@@ -30,7 +30,8 @@ class Parts(NamedTuple):
     Attributes:
         train_dataset, eval_dataset: as it has them.
         reward_funcs, metric_funcs: name -> function; for a reward model its name.
-        has_episodes: whether its completions are episodes.
+        tools, environment_factories: as TRL's trainer has them; none for single turns.
+        rollout_func: which draws in place of the trainer.
         output_dir: of its run.
         start: name or folder of the model that training starts from; empty: it was made in memory.
     """
@@ -39,14 +40,22 @@ class Parts(NamedTuple):
     eval_dataset: Any
     reward_funcs: dict[str, Callable[..., Any] | str]
     metric_funcs: dict[str, Callable[..., Any]]
-    has_episodes: bool
+    tools: list[Callable[..., Any]]
+    environment_factories: dict[str | None, Callable[[], Any]] | None
+    rollout_func: Callable[..., Any] | None
     output_dir: str
     start: str
 
 
 def hand_over(factory: Callable[[], Any]) -> str:
     """The name by which [`parts_of`] finds a function that no setting can name."""
-    name = f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__qualname__)}"
+    return hand_over_as(
+        f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__qualname__)}", factory
+    )
+
+
+def hand_over_as(name: str, factory: Callable[[], Any]) -> str:
+    """From now on [`parts_of`] calls `factory` for this name."""
     _HANDED_OVER[name] = factory
     parts_of.cache_clear()
     return name
@@ -93,7 +102,9 @@ def _parts(trainer: Any, factory: str) -> Parts:
         trainer.eval_dataset,
         {name: name if hasattr(function, "parameters") else function for name, function in functions},
         {one.short: one.function for one in getattr(trainer, "metric_funcs", ())},
-        bool(getattr(trainer, "tools", None) or trainer.environments or trainer.rollout_func),
+        list(getattr(trainer, "_standalone_tools", ())),
+        getattr(trainer, "environment_factories", None),
+        getattr(trainer, "rollout_func", None),
         str(trainer.args.output_dir),
         str(getattr(config, "_name_or_path", "") or ""),
     )

@@ -6,6 +6,7 @@ Every override calls `super()`, and was written against trl 1.16 and transformer
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from trl_entropy.evaluation.during_training import EvaluateCheckpoints
 from trl_entropy.models import warm_start
 from trl_entropy.models.loading import EMBEDDED_MODELS
 from trl_entropy.rollouts.batch import GenerationBatch, TrainingBatch, loss_mask_of
-from trl_entropy.rollouts.generation import answer_end, last_turn, stopping_at
+from trl_entropy.rollouts.generation import answer_end, last_turn, turn_ended_at
 from trl_entropy.rollouts.groups import group_max_lengths
-from trl_entropy.runs.console import printing_plain_text, use_progress_bar
+from trl_entropy.runs.console import ConsoleProgress, printing_plain_text, use_progress_bar
 from trl_entropy.runs.evaluated import best_step
 from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.state import StateOwner
@@ -148,8 +149,9 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
     def end_training(self) -> None:
         super().end_training()
         self._stop_on_signal.give_back()
-        for callback in self._checkpoint_evaluations():
-            callback.end()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EvaluateCheckpoints | ConsoleProgress):
+                callback.end()
 
     def checkpoints_in_use(self) -> set[int]:
         waiting = {step for callback in self._checkpoint_evaluations() for step in callback.steps_left()}
@@ -212,15 +214,8 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
     # ---- completions that stop at the answer
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.args.stop_at_answer:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        with stopping_at(self.accelerator.unwrap_model(self.model), self._tokenizer, ANSWER_CLOSE):
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        ends = [answer_end(self._tokenizer, ids, ANSWER_CLOSE) for ids in completion_ids]
-        completion_ids = [ids[:end] for ids, end in zip(completion_ids, ends, strict=True)]
-        if logprobs is not None:
-            logprobs = [values[:end] for values, end in zip(logprobs, ends, strict=True)]
-        return completion_ids, logprobs
+        draw = functools.partial(super()._generate_single_turn, prompt_ids, *args, **kwargs)
+        return turn_ended_at(self, ANSWER_CLOSE, draw) if self.args.stop_at_answer else draw()
 
     def _generate(self, prompts: list) -> Any:
         output = super()._generate(prompts)

@@ -20,12 +20,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from trl_entropy.config.resume_contract import contract_settings
 from trl_entropy.engine import ending_together, rank_symmetric
 from trl_entropy.evaluation.kept import discard_stale
+from trl_entropy.rollouts.user_functions import UserFunctionsTrainer
 from trl_entropy.runs import checkpoints, file_errors, tensorboard
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.durable import discard_unfinished_files
@@ -48,7 +48,7 @@ _OF_THE_OPTIMIZER = (
 )
 
 
-class ResumableTrainer(GRPOTrainer):
+class ResumableTrainer(UserFunctionsTrainer):
     """The part of [`~trl_entropy.DrGRPOTrainer`] for checkpoints, with `runs/checkpoints.py`, `training_state.py`."""
 
     function_files: Mapping[str, str] = MappingProxyType({})  # the user's own files, by path, with their hashes
