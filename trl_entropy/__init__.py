@@ -9,11 +9,11 @@ from trl_entropy._versions import warn_if_untested
 
 if TYPE_CHECKING:
     from trl_entropy.config.dr_grpo import DrGRPOConfig as DrGRPOConfig
-    from trl_entropy.engine.step_rules import register_step_rule as register_step_rule
-    from trl_entropy.estimators.optimizer.step_rule import StepRule as StepRule
     from trl_entropy.config.probed import ProbedConfig as ProbedConfig
     from trl_entropy.config.probed import ProbedRLOOConfig as ProbedRLOOConfig
     from trl_entropy.config.probed_gmpo import ProbedGMPOConfig as ProbedGMPOConfig
+    from trl_entropy.engine.step_rules import register_step_rule as register_step_rule
+    from trl_entropy.estimators.optimizer.step_rule import StepRule as StepRule
     from trl_entropy.probes import Probe as Probe
     from trl_entropy.probes.watch_step import watch_step as watch_step
     from trl_entropy.trainer.dr_grpo import DrGRPOTrainer as DrGRPOTrainer

@@ -191,7 +191,7 @@ class StepAttribution:
         record: StepRecord,
         gradient: dict[str, Tensor],
         whole: float,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
     ) -> tuple[Attribution, Contributions]:
         """The parts of `gradient` . dtheta, which is `whole`, of all ranks, and this one's completions. Collective."""
         accelerator, coefficients = engine.accelerator, record.loss_coefficients
@@ -240,7 +240,7 @@ class StepAttribution:
         rollouts: RolloutBatch,
         coefficients: LossCoefficients,
         direction: dict[str, Tensor],
-        args: DrGRPOConfig,
+        args: ProbeChecks,
     ) -> Contributions:
         """The contributions of this rank's completions, or of their tokens. Local."""
         completions, params, temperature = Completions.of(rollouts), past.params_before, args.temperature
@@ -262,7 +262,7 @@ class StepAttribution:
 
     def _balance(
         self,
-        args: DrGRPOConfig,
+        args: ProbeChecks,
         model: nn.Module,
         completions: Completions,
         params: dict[str, Tensor],

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
@@ -44,10 +44,10 @@ class LikelihoodProbe(Probe):
         self.batch_size = batch_size
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> LikelihoodProbe:
+    def from_config(cls, args: ProbeChecks) -> LikelihoodProbe:
         return cls(args.likelihood_probe_every, args.probe_batch_size)
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         model_checks.check_scoring(model, "likelihood_probe", derivatives=False)
 
     def on_after_update(
@@ -69,7 +69,7 @@ class LikelihoodProbe(Probe):
         masks = {name: getattr(completions, name) for name in ("completion_mask", "loss_mask", "prompt_index")}
         files.write(self.name, record.step, masks | scores)
 
-    def _score(self, args: DrGRPOConfig, engine: Engine, completions: Completions, params: Params) -> TokenScores:
+    def _score(self, args: ProbeChecks, engine: Engine, completions: Completions, params: Params) -> TokenScores:
         with (
             rank_symmetric(engine.accelerator, "scoring the likelihood probe's completions"),
             engine.scoring_model(params) as model,

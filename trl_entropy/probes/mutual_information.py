@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, rank_symmetric
 from trl_entropy.estimators.statistics.mutual_information import mutual_information
 from trl_entropy.gradients.scores import Params, score
@@ -46,10 +46,10 @@ class MutualInformationProbe(Probe):
         self.num_prompts, self.batch_size = num_prompts, batch_size
 
     @classmethod
-    def from_config(cls, args: DrGRPOConfig) -> MutualInformationProbe:
+    def from_config(cls, args: ProbeChecks) -> MutualInformationProbe:
         return cls(args.mutual_information_probe_every, args.mutual_information_num_prompts, args.probe_batch_size)
 
-    def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
+    def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         args.check_mutual_information(self.num_prompts)
         model_checks.check_full_distribution(args, model, "mutual_information_probe")
         model_checks.check_scoring(model, "mutual_information_probe")
