@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from trl_entropy._versions import warn_if_untested
 
 if TYPE_CHECKING:
+    from trl_entropy.analysis.run import load_run as load_run
+    from trl_entropy.analysis.views import view as view
     from trl_entropy.config.dr_grpo import DrGRPOConfig as DrGRPOConfig
     from trl_entropy.probes import Probe as Probe
     from trl_entropy.probes.watch_step import watch_step as watch_step
@@ -20,9 +22,11 @@ _EXPORTS = {
     "DrGRPOConfig": "trl_entropy.config.dr_grpo",
     "DrGRPOTrainer": "trl_entropy.trainer.dr_grpo",
     "Probe": "trl_entropy.probes",
+    "load_run": "trl_entropy.analysis.run",
+    "view": "trl_entropy.analysis.views",
     "watch_step": "trl_entropy.probes.watch_step",
 }
-__all__ = ["DrGRPOConfig", "DrGRPOTrainer", "Probe", "__version__", "watch_step"]
+__all__ = ["DrGRPOConfig", "DrGRPOTrainer", "Probe", "__version__", "load_run", "view", "watch_step"]
 
 warn_if_untested()
 
