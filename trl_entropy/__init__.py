@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy._versions import warn_if_untested
+from trl_entropy._versions import warn_if_untested, what_to_install
 
 if TYPE_CHECKING:
     from trl_entropy.analysis.run import load_run as load_run
@@ -34,4 +34,9 @@ warn_if_untested()
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'trl_entropy' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    try:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    except ModuleNotFoundError as error:
+        if (remedy := what_to_install(error)) is None:
+            raise
+        raise ModuleNotFoundError(f"trl_entropy.{name}: {remedy}", name=error.name) from error
