@@ -111,7 +111,7 @@ def run_files_page() -> str:
 def _section(file: RunFile) -> str:
     parts = [f"### `{file.pattern}`\n", f"{file.holds} Format: {file.format}. Read by {file.readers}.\n"]
     if file.snippet:
-        parts += [f"```python\n{file.snippet}\n```\n"]
+        parts += ["```python\n" + file.snippet.replace("'", '"') + "\n```\n"]
     if file.parts:
         kind = "tensor" if file.pattern.endswith("safetensors") else "column"
         rows = ((f"`{name}`", part.shape, part.unit, part.help) for name, part in file.parts.items())
