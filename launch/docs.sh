@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the site into build/site/; a warning is an error. Usage: bash launch/docs.sh [--serve]
+# Builds the site into build/site/; a warning is an error, and so is a word that codespell knows to be misspelt. Usage: bash launch/docs.sh [--serve]
 # Installs what the extra `docs` of setup.cfg names into .venv-docs at the first start, without torch: docstrings are
 # read, not imported. Afterwards it needs no network. VENV chooses another environment, PYTHON the interpreter.
 set -euo pipefail
@@ -18,6 +18,7 @@ PYTHON
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$venv/requirements.txt"
     touch "$stamp"
 fi
+"$venv/bin/codespell" docs ./*.md launch/README.md --skip "*.js,*.png"
 export NO_MKDOCS_2_WARNING=1
 if [ "${1:-}" = "--serve" ]; then exec "$venv/bin/mkdocs" serve; fi
 "$venv/bin/mkdocs" build --strict --clean
