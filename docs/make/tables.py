@@ -1,7 +1,7 @@
 """
-Writes docs/metrics.md and docs/run-files.md from the package's own tables: `python docs/make/tables.py`.
+Writes docs/metrics.md, docs/run-files.md, docs/refused.md from the package's tables: `python docs/make/tables.py`.
 
-A test compares both with what this writes, and the second with a real run.
+A test compares them with what this writes, and the second with a real run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from trl_entropy.preflight.support import AXES, DEPENDS_ON, remedy
 from trl_entropy.runs.inventory import RUN_FILES, RunFile
 from trl_entropy.runs.metrics import EVALUATION, METRICS, Metric
 
@@ -82,6 +83,22 @@ view(run, "groups", step=10).sort_values("change")
 
 `trl_entropy.analysis.views.COLUMNS` says what each column holds and in which unit.
 """
+_REFUSED = (Path(__file__).parent / "refused.md.txt").read_text(encoding="utf-8")
+
+
+def refused_page() -> str:
+    """docs/refused.md."""
+    rows: list[tuple[str, ...]] = []
+    for axis, values in AXES.items():
+        for value in values:
+            by_remedy: dict[str, list[str]] = {}
+            for probe in DEPENDS_ON:
+                if text := remedy(probe, axis, value):
+                    by_remedy.setdefault(text, []).append(f"`{probe}`")
+            rows += [(axis, f"`{value}`", ", ".join(probes), text) for text, probes in by_remedy.items()]
+    supported = [f"`{value}`" for values in AXES.values() for value, text in values.items() if text is None]
+    sentence = f"All others of these are supported: {', '.join(supported)}."
+    return "\n".join([_REFUSED, table(("", "value", "refused by", "what to set"), rows), "", sentence, ""])
 
 
 def metrics_page() -> str:
@@ -127,4 +144,5 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 if __name__ == "__main__":
     (DOCS / "metrics.md").write_text(metrics_page(), encoding="utf-8")
+    (DOCS / "refused.md").write_text(refused_page(), encoding="utf-8")
     (DOCS / "run-files.md").write_text(run_files_page(), encoding="utf-8")

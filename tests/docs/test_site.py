@@ -13,7 +13,7 @@ import pytest
 import yaml
 from includes import with_included
 from one_step import TEMPLATE, numbers_of, page
-from tables import metrics_page, run_files_page
+from tables import metrics_page, refused_page, run_files_page
 
 from trl_entropy import load_run, view
 from trl_entropy.runs.inventory import RUN_FILES, file_of
@@ -82,6 +82,7 @@ def test_pages_from_tables_are_up_to_date():
     """Else: python docs/make/tables.py"""
     assert (DOCS / "metrics.md").read_text() == metrics_page()
     assert (DOCS / "run-files.md").read_text() == run_files_page()
+    assert (DOCS / "refused.md").read_text() == refused_page()
 
 
 def test_the_table_of_files_knows_what_a_real_run_leaves(real_run):
