@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trl_entropy._versions import warn_if_untested, what_to_install
+from trl_entropy._extras import what_to_install
+from trl_entropy._versions import warn_if_untested
 
 if TYPE_CHECKING:
     from trl_entropy.analysis.run import load_run as load_run

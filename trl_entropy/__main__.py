@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from trl_entropy._versions import what_to_install
+from trl_entropy._extras import what_to_install
 
 COMMANDS = {
     "demo": "train a tiny model with every probe, evaluate it, and write a page: what the quickstart does",

@@ -1,4 +1,4 @@
-"""The versions of TRL and transformers that were tested, and which extra brings a package that is missing."""
+"""The versions of TRL and transformers that the overrides were written against and tested with."""
 
 from __future__ import annotations
 
@@ -32,30 +32,3 @@ def warn_if_untested() -> None:
     messages = untested_versions()
     if messages:
         warnings.warn("; ".join(messages) + ". Numbers may be wrong without an error.", stacklevel=3)
-
-
-# What a module is imported from, and the extra of setup.cfg that installs it.
-_TRAINING = (
-    "torch",
-    "trl",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "jaxtyping",
-    "psutil",
-    "filelock",
-    "math_verify",
-)
-EXTRAS = {
-    **dict.fromkeys((*_TRAINING, "tensorboard"), "train"),
-    **{"deepspeed": "deepspeed", "vllm": "vllm", "bitsandbytes": "quantization", "gguf": "gguf"},
-}
-
-
-def what_to_install(error: ModuleNotFoundError) -> str | None:
-    """What is missing and how to have it, in a sentence; None if the package has no extra with that module."""
-    name = (error.name or "").split(".")[0]
-    if name not in EXTRAS:
-        return None
-    return f"{name} is not installed; it comes with pip install 'trl_entropy[{EXTRAS[name]}]'"

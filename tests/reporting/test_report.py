@@ -222,8 +222,8 @@ DAMAGED = (
 
 @pytest.mark.parametrize("damage", [
     # Half a YAML may be a whole one by chance; no YAML has a line that begins with @.
-    lambda content: content[: len(content) // 2 + 1] + b"\n@", lambda content: b"",
-    lambda content: bytes(len(content)),
+    lambda content: content[: len(content) // 2 + 1] + b"\n@",
+    lambda content: b"", lambda content: bytes(len(content)),
 ], ids=["cut", "empty", "zeros"])  # fmt: skip
 def test_a_page_without_damaged_files_names_each_once_on_the_console(real_run, tmp_path, caplog, damage):
     run = copied(real_run, tmp_path / "damaged")
