@@ -10,7 +10,7 @@ if [ ! -e "$stamp" ]; then
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
     # torch first, so that no other package installs a newer build of it.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${EXTRAS:+[$EXTRAS]}"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train${EXTRAS:+,$EXTRAS}]"
     .venv/bin/python -c 'import torch, trl, trl_entropy'
     touch "$stamp"
 fi

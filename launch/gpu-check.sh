@@ -2,7 +2,7 @@
 # Checks on one GPU whatever may go otherwise there than on a CPU, then measures seconds, ratio and peak memory of every
 # probe and control at Qwen2.5-1.5B's shape. Takes at most ten minutes, and no network.
 # Usage: bash launch/gpu-check.sh [--output DIR] [--only TEXT] [--minutes 10] [--device cpu]
-# Writes DIR/gpu-check.md, which can go into docs/results.md as it is, and DIR/gpu-check.json (DIR: runs/gpu-check).
+# Writes DIR/gpu-check.md, which can go into docs/results/diary.md as it is, and DIR/gpu-check.json (DIR: runs/gpu-check).
 # Exit status: 1 if a check fails, 2 if nothing can be checked.
 #
 # Python: PYTHON if it is set, else .venv/bin/python if there is one, else python3. It needs what setup.cfg asks for;

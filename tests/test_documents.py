@@ -47,20 +47,25 @@ def test_a_file_that_is_not_there_is_noticed():
     assert is_there("estimators/optimizer/adamw.py", REPOSITORY / "docs" / "theory.md")
 
 
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_the_readmes_script_runs_as_it_stands(tmp_path, monkeypatch, warm_start_dir, capfd):
-    """With two steps in the place of its twenty, and with the probe that it shows further down."""
-    code, hook, callback, _, probe = re.findall(
-        r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL
-    )
-    assert "max_steps=20" in code and "train_dataset=" in code
-    for shown in (hook, callback):
-        compile(shown, "README.md", "exec")
-    code = f"import torch\nfrom trl_entropy import Probe\n{probe}\n{code}"
-    code = code.replace("train_dataset=", "callbacks=[Certainty()], train_dataset=")
+    """
+    With two steps in the place of its twenty, with the probe of the site, and with what the site then asks of the run.
+    """
+    (code,), (probe,) = python_blocks("README.md"), python_blocks("docs/use/probe.md")
+    same, last_step, parts, _ = python_blocks("docs/use/script.md")
+    assert same == code and "max_steps=20" in code and "train_dataset=" in code
+    code = f"{probe}\n{code}".replace("train_dataset=", "callbacks=[Certainty()], train_dataset=")
     monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
     monkeypatch.chdir(tmp_path)
     exec(code.replace("max_steps=20", "max_steps=2"), {})
     row, last = RunDirectory(tmp_path / "runs" / "first").metrics()
     assert row["entropy/delta_measured_stderr"] > 0 and last["entropy/delta_measured_stderr"] > 0
     assert 0 < row["reward"] < 1 and 0 < abs(row["my/certainty_change"]) < 0.2
-    assert "building the warm start" not in capfd.readouterr().err  # its seed is that of the quickstart
+    told = capfd.readouterr()
+    assert "building the warm start" not in told.err  # its seed is that of the quickstart
+    exec(last_step + parts, {})
+    assert f"{last['entropy/delta_measured']} +-" in capfd.readouterr().out

@@ -48,7 +48,8 @@ def test_every_package_has_a_range(monkeypatch, package, installed, named):
 def test_setup_cfg_has_the_same_ranges_and_the_constraints_lie_in_them():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    written = "\n".join([settings["options"]["install_requires"], settings["options.extras_require"]["deepspeed"]])
+    extras = settings["options.extras_require"]
+    written = "\n".join([settings["options"]["install_requires"], extras["train"], extras["deepspeed"]])
     pinned = (ROOT / "constraints.txt").read_text()
     for package, (low, high) in _versions.TESTED.items():
         bounds = re.search(rf"^{package}(?:\[.*\])?>=([\d.]+),<([\d.]+)$", written, re.MULTILINE).groups()

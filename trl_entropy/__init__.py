@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trl_entropy._extras import what_to_install
 from trl_entropy._versions import warn_if_untested
 
 if TYPE_CHECKING:
+    from trl_entropy.analysis.run import load_run as load_run
+    from trl_entropy.analysis.views import view as view
     from trl_entropy.config.dr_grpo import DrGRPOConfig as DrGRPOConfig
     from trl_entropy.config.probed import ProbedConfig as ProbedConfig
     from trl_entropy.config.probed import ProbedRLOOConfig as ProbedRLOOConfig
@@ -37,7 +40,9 @@ _EXPORTS = {
     "ProbedRLOOTrainer": "trl_entropy.trainer.probed_rloo",
     "ProbedTrainer": "trl_entropy.trainer.probed",
     "StepRule": "trl_entropy.estimators.optimizer.step_rule",
+    "load_run": "trl_entropy.analysis.run",
     "register_step_rule": "trl_entropy.engine.step_rules",
+    "view": "trl_entropy.analysis.views",
     "watch_step": "trl_entropy.probes.watch_step",
 }
 __all__ = [
@@ -53,7 +58,9 @@ __all__ = [
     "ProbedTrainer",
     "StepRule",
     "__version__",
+    "load_run",
     "register_step_rule",
+    "view",
     "watch_step",
 ]
 
@@ -63,4 +70,9 @@ warn_if_untested()
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'trl_entropy' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    try:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    except ModuleNotFoundError as error:
+        if (remedy := what_to_install(error)) is None:
+            raise
+        raise ModuleNotFoundError(f"trl_entropy.{name}: {remedy}", name=error.name) from error

@@ -78,3 +78,10 @@ def test_notebook_has_no_outputs_and_no_logic(path):
         assert cell["outputs"] == [] and cell["execution_count"] is None
         source = "".join(line for line in cell["source"] if not line.startswith("%"))
         assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, LOGIC)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_ends_with_a_question_and_what_answers_it(path):
+    *_, question, answer = json.loads(path.read_text())["cells"]
+    assert question["source"][0].startswith("## ") and question["source"][0].strip().endswith("?")
+    assert answer["cell_type"] == "code"

@@ -42,7 +42,7 @@ class Report:
         return checks + [f"cost of {cost.name}: {cost.error[:160]}" for cost in self.costs if cost.error]
 
     def markdown(self) -> str:
-        """Both tables, to be put into docs/results.md as they are."""
+        """Both tables, to be put into docs/results/diary.md as they are."""
         from tests.devices.step_costs import table
 
         packages = ", ".join(f"{name} {version}" for name, version in self.environment["packages"].items() if version)

@@ -3,7 +3,7 @@ More than a hundred errors that a person could make, each of which some test mus
 
 `MUTANTS` has for each file of `trl_entropy/` the tests that must fail, and the errors: what stands there, and what
 would stand there instead. What stands there occurs once in the file, which `test_listed.py` checks, so that the list
-follows the code. `python -m mutants` tries them (see `__main__.py`); docs/results.md has the result.
+follows the code. `python -m mutants` tries them (see `__main__.py`); docs/results/diary.md has the result.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def test_bf16_without_gpu_says_how_to_go_on(diagnose):
     (found,) = problems(diagnose("--bf16", "true")[1])
     assert "set use_cpu=True and bf16=False" in found.text and "--hardware" in found.remedy
     (found,) = problems(diagnose("--bf16", "false")[1])
-    assert "No GPU is here" in found.text and "launch/cpu.yaml" in found.remedy
+    assert "No GPU is here" in found.text and "trl-entropy configs cpu" in found.remedy
 
 
 @pytest.mark.parametrize("settings", [{"distributed_type": "MULTI_CPU"}, {"distributed_type": "NO"}])

@@ -107,9 +107,9 @@ def test_watching_changes_nothing(model, rows):
     assert torch.equal(*trained)
 
 
-def test_the_readmes_loop_runs_as_it_stands(model, rows, capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(from trl_entropy import watch_step\n.*?)```", readme, re.DOTALL)
+def test_the_loop_of_the_documents_runs_as_it_stands(model, rows, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "use" / "loop.md").read_text()
+    (code,) = re.findall(r"```python\n(from trl_entropy import watch_step\n.*?)```", page, re.DOTALL)
     policy = copy.deepcopy(model)
     names = {"model": policy, "optimizer": torch.optim.AdamW(policy.parameters(), lr=1e-3)}
     learn(policy, names["optimizer"], rows[-1])

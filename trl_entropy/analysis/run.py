@@ -187,6 +187,14 @@ class Run:
         with reading(path), safe_open(path, "np") as file:
             return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
+    def probe_metadata(self, probe: str, step: int) -> dict[str, str]:
+        """What the file of `probe` at `step` says of itself: step, temperature, learning rate, sampler, ..."""
+        from safetensors import safe_open
+
+        path = probe_path(self.path, probe, step)
+        with reading(path), safe_open(path, "np") as file:
+            return dict(file.metadata())
+
     @functools.cached_property
     def tokens(self) -> pd.DataFrame:
         """

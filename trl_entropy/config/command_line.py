@@ -15,6 +15,7 @@ from trl_entropy.config.dr_grpo import DrGRPOConfig
 from trl_entropy.config.help import help_text
 from trl_entropy.config.number_checks import check_numbers
 from trl_entropy.config.settings_file import Settings, convert_setting, hints_of, one_line, read_settings, sentence
+from trl_entropy.config.shipped import config_path
 from trl_entropy.config.unread import check_given, readers_of, turned_off
 from trl_entropy.config.without_secrets import SFTArguments
 from trl_entropy.models.loading import EMBEDDED_MODEL, check_model
@@ -90,7 +91,7 @@ class _Parser(TrlParser):
             print(help_text(self, self.dataclass_types, everything=given_words[-1] == "all"))
             sys.exit(0)
         flags, path = _without_config(given_words)
-        file = Settings({}, {}) if path is None else read_settings(path, self._hints)
+        file = Settings({}, {}) if path is None else read_settings(config_path(path), self._hints)
         os.environ.update(file.environment)
         # The first option of a setting has its default; `--no_x`, which comes after `--x`, has another.
         defaults = {action.dest: action.default for action in reversed(self._actions)}

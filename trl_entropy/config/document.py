@@ -19,8 +19,8 @@ _INTRODUCTION = """\
 
 `DrGRPOConfig` has all fields of TRL's `GRPOConfig` and those below. Each can stand in a YAML file or on the command
 line (`--entropy_probe true`), or be given to `DrGRPOConfig(...)`. (T1), (T2), ... are equations of
-[theory.md](theory.md); the metric keys are explained in `trl_entropy/runs/metrics.py`. This page is written by
-`python -m trl_entropy.config.document`.
+[theory.md](theory.md); the metric keys are explained in [metrics.md](metrics.md), what was measured of each toggle in
+[the results](results/index.md). This page is written by `python -m trl_entropy.config.document`.
 """
 _TABLES = (
     (

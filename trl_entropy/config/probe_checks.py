@@ -25,12 +25,12 @@ class ProbeChecks(Requirements):
         if self.kl_every and self.beta == 0 and self.deepspeed_plugin and self.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
                 "kl_every puts the start policy's parameters into the model, which ZeRO-3 splits over processes. Set "
-                "kl_every=0, or train with zero_stage: 2 (launch/zero2.yaml)."
+                "kl_every=0, or train with zero_stage: 2 (trl-entropy configs zero2)."
             )
         if self.kl_every and self.beta == 0 and self.fsdp_version is not None:
             raise ValueError(
                 "kl_every puts the start policy's parameters into the model, which FSDP splits over processes. Set "
-                "kl_every=0, or train with DDP or zero_stage: 2 (launch/zero2.yaml)."
+                "kl_every=0, or train with DDP or zero_stage: 2 (trl-entropy configs zero2)."
             )
         if self.entropy_probe:
             self._check_entropy_probe()

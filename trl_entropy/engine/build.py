@@ -132,7 +132,7 @@ def _refuse_plain(accelerator: Accelerator, model: nn.Module) -> None:
         raise ValueError(
             f"{accelerator.num_processes} processes ({accelerator.distributed_type.value}) but the model is a "
             f"{type(model).__name__}, which averages no gradients; use distributed_type: MULTI_GPU, "
-            "with use_cpu: true on a CPU (launch/ddp-cpu.yaml)"
+            "with use_cpu: true on a CPU (trl-entropy configs ddp-cpu)"
         )
     if any(param.requires_grad and param.dtype == torch.float16 for param in model.parameters()):
         raise ValueError("the model has float16 parameters; load it with dtype='float32' or 'bfloat16'")

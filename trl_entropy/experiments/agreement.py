@@ -282,7 +282,7 @@ def _running(row: Numbers, name: str) -> Numbers | None:
 
 
 def markdown(results: list[Result]) -> str:
-    """The tables of docs/results.md; a table without rows is left out."""
+    """The tables of docs/results/diary.md; a table without rows is left out."""
     sections = {
         "run | steps | predictor | slope corrected for noise | correlation | R^2 | its ceiling | share of it": _across,
         "run | sum of changes | largest deviation, standard errors | steps within 2": _integral_rows,

@@ -3,7 +3,7 @@ Formulas for the memory of a pass over completions, in bytes: what the size of a
 `trl-entropy doctor` says.
 
 The coefficients are *estimates* for layers like Qwen2's and Llama's (RMSNorm, gated MLP), counted by torch's allocator
-on a CPU in float32 (docs/results.md has the measurement).
+on a CPU in float32 (docs/results/diary.md has the measurement).
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def processes(plan: Plan) -> Findings:
         yield Finding(
             f"{launch.source} asks for {launch.num_asked} processes and starts ONE: accelerate ignores num_processes, "
             "without a message, for distributed_type MULTI_CPU and NO and for --cpu.",
-            "Set distributed_type: MULTI_GPU, with use_cpu: true on a CPU (launch/ddp-cpu.yaml); or num_processes: 1.",
+            "Set distributed_type: MULTI_GPU, with use_cpu: true on a CPU (trl-entropy configs ddp-cpu); or "
+            "num_processes: 1.",
         )
     if hardware.has_gpu and not launch.use_cpu and launch.num_local_processes > hardware.num_devices:
         yield Finding(
@@ -55,7 +56,8 @@ def processes(plan: Plan) -> Findings:
         yield Finding(
             f"DeepSpeed is configured twice: {launch.source} names a deepspeed_config_file and also sets "
             f"{', '.join(launch.duplicates)}.",
-            "Remove these settings from the YAML file, or remove deepspeed_config_file, as launch/zero2.yaml does.",
+            "Remove these settings from the YAML file, or remove deepspeed_config_file, as the file of trl-entropy "
+            "configs zero2 does.",
         )
     if plan.args.deepspeed and launch.zero_stage is not None and launch.source != "the environment":
         yield Finding(
@@ -75,10 +77,14 @@ def devices(plan: Plan) -> Findings:
     elif not args.use_cpu:
         yield Finding(
             "No GPU is here, and use_cpu is not set.",
-            "Set use_cpu: true and bf16: false, and use launch/cpu.yaml; or name another machine with --hardware.",
+            "Set use_cpu: true and bf16: false, and use the file of trl-entropy configs cpu; or name another machine "
+            "with --hardware.",
         )
     elif not launch.use_cpu and launch.num_processes > 1:
-        yield Finding(f"{launch.source} starts processes on GPUs, but no GPU is here.", "Use launch/ddp-cpu.yaml.")
+        yield Finding(
+            f"{launch.source} starts processes on GPUs, but no GPU is here.",
+            "Use the file of trl-entropy configs ddp-cpu.",
+        )
 
 
 def packages(plan: Plan) -> Findings:
