@@ -62,7 +62,7 @@ class ProbedTrainer(_Trainer):
 
         class ProbedRLOOTrainer(ProbedTrainer, RLOOTrainer): ...
 
-    Its `args` are a [`ProbedConfig`](../config/probed.py) before the trainer's own. Probes are turned on by toggles of
+    Its `args` are a `ProbedConfig` before the trainer's own. Probes are turned on by toggles of
     it, or passed as instances in `callbacks`. Steps are logged as `DrGRPOTrainer` logs them, in `metrics.jsonl` too.
 
     With all toggles off, training differs from TRL's in one point: completions are shuffled by whole prompt groups.
