@@ -19,7 +19,7 @@ def routers_of(model: nn.Module) -> list[nn.Module]:
     tables = [getattr(type(module), "_can_record_outputs", None) or {} for module in model.modules()]
     listed = [table[ROUTER_OUTPUT] for table in tables if ROUTER_OUTPUT in table]
     specs = [one for spec in listed for one in (spec if isinstance(spec, list) else [spec])]
-    classes = tuple({getattr(spec, "target_class", spec) for spec in specs} - {None})
+    classes = tuple(dict.fromkeys(kind for spec in specs if (kind := getattr(spec, "target_class", spec)) is not None))
     return [module for module in model.modules() if isinstance(module, classes)]
 
 
