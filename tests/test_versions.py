@@ -34,9 +34,9 @@ def test_versions_outside_the_range_are_named(monkeypatch, installed, named):
         ("torch", "2.13.0+cpu", False),
         ("torch", "2.14.0", True),
         ("pandas", "2.3.3", True),
-        ("peft", "0.19.1", True),
-        ("accelerate", "1.16.0", True),
-        ("datasets", "5.0.0", True),
+        ("peft", "0.20.0", True),
+        ("accelerate", "1.14.0", True),
+        ("datasets", "5.3.0", True),
         ("deepspeed", "0.20.0", True),
     ],
 )

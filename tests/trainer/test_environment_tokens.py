@@ -95,7 +95,7 @@ def test_what_the_model_gives_environment_tokens_changes_nothing(make_trainer, n
 
 def test_the_garbage_is_seen_where_masks_are_wrong(make_trainer, monkeypatch):
     """The test above can fail: with the mask of attention in place of the loss's it does."""
-    monkeypatch.setattr("trl_entropy.trainer.dr_grpo.loss_mask_of", lambda batch: batch["completion_mask"])
+    monkeypatch.setattr("trl_entropy.trainer.probed.loss_mask_of", lambda batch: batch["completion_mask"])
     clean, garbage = (run_of(make_trainer, garbage, max_steps=1)[0] for garbage in (False, True))
     assert any(line.startswith("entropy/policy:") for line in differing(clean, garbage))
     assert clean.metrics()[0]["reward"] == garbage.metrics()[0]["reward"], "both drew the same completions"

@@ -112,6 +112,32 @@ def test_numbers_are_those_of_the_trainers_loss(run, name):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-10) and rows[2]["kl"] > 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_shares_add_up_with_a_kl_off_policy(make_trainer, name):
+    """GMPO's KL is a term of its loss, RLOO's a part of the reward; at the second iteration ratios are clipped."""
+    kind, config, *_ = KINDS[name]
+    probe = {"entropy_probe": True, "entropy_attribution": "token", "entropy_probe_completions": "held_out"}
+    trainer = make_trainer(
+        kind,
+        config,
+        beta=0.1,
+        num_iterations=2,
+        max_steps=4,
+        adam_epsilon=1e-4,
+        entropy_probe_num_completions=4,
+        **probe,
+    )
+    trainer.train()
+    rows = rows_of(trainer)
+    assert rows[3]["ratio/max"] > 1.001
+    for row in rows[2:]:  # in Adam's first steps coordinates move whose gradient is nothing but rounding
+        parts = ("delta_momentum", "delta_weight_decay", "delta_gradient")
+        whole = sum(row[f"entropy/{part}"] for part in parts) + row.get("entropy/delta_kl", 0.0)
+        assert whole == pytest.approx(row["entropy/delta_linear"], rel=2e-3, abs=1e-6)
+    assert ("entropy/delta_kl" in rows[3]) == (name == "gmpo")
+
+
 def run_once(make_trainer, kind, config, **more):
     trainer = make_trainer(
         kind,
@@ -240,7 +266,6 @@ class ProbedSupervised(ProbedTrainer, Trainer):
         (None, ProbedGMPOConfig, "GMPOTrainer has a loss of its own", {"noise_scale_within_prompt": True}),
         (None, ProbedRLOOConfig, "RLOOTrainer keeps no log-probabilities of vLLM", {"use_vllm": True}),
         (None, ProbedGMPOConfig, "not read by GMPOTrainer's loss, which has no", {"entropy_coef": 0.1}),
-        (None, ProbedGMPOConfig, "use_bias_correction_kl=True is not", {"use_bias_correction_kl": True, "beta": 0.1}),
     ],
 )
 def test_what_is_refused_by_name(make_trainer, kind, config, error, settings):

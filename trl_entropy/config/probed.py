@@ -77,7 +77,7 @@ class ProbedRLOOConfig(OwnLoss, ProbedConfig, RLOOConfig):
     trainer_loss = "RLOOTrainer"
     # What RLOO's loss has none of, in the words of GRPOConfig that checks ask for. Its KL is a part of the reward.
     loss_type = "rloo"
-    entropy_coef, use_adaptive_entropy, use_bias_correction_kl = 0.0, False, False
+    entropy_coef, use_adaptive_entropy = 0.0, False
     top_entropy_quantile, off_policy_mask_threshold = 1.0, None
     vllm_importance_sampling_correction = False
 
@@ -88,6 +88,9 @@ class ProbedRLOOConfig(OwnLoss, ProbedConfig, RLOOConfig):
 
     def _no_other_terms(self) -> bool:
         return True
+
+    def kl_correction(self) -> str | None:
+        return None
 
     def _check_terms(self) -> None:
         if self.use_vllm:

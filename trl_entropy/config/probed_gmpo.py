@@ -15,12 +15,10 @@ class ProbedGMPOConfig(OwnLoss, ProbedConfig, GMPOConfig):
 
     trainer_loss = "GMPOTrainer"
 
+    def kl_correction(self) -> str | None:
+        return None  # GMPO's loss does not read use_bias_correction_kl
+
     def _check_terms(self) -> None:
-        if self.use_bias_correction_kl and self.beta:
-            raise ValueError(
-                "use_bias_correction_kl=True is not read by GMPOTrainer's loss, and the split of the change by terms "
-                "of the loss (T9) would take it as read. Set use_bias_correction_kl=False."
-            )
         if self.entropy_coef or self.use_adaptive_entropy:
             raise ValueError(
                 "entropy_coef and use_adaptive_entropy are not read by GMPOTrainer's loss, which has no entropy "

@@ -96,6 +96,10 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, _TrlConfig)
         """Whether the loss has neither a KL term nor an entropy bonus."""
         return self.beta == 0 and self.entropy_coef == 0 and not self.use_adaptive_entropy
 
+    def kl_correction(self) -> str | None:
+        """The level of the ratio by which the loss weighs its KL term; None if it does not."""
+        return str(self.importance_sampling_level) if self.use_bias_correction_kl else None
+
     def weighs_tokens_alike(self) -> bool:
         """Whether on-policy all tokens of a completion have the same coefficient -dLoss/dS_ik, as far as is known."""
         by_token = self.use_vllm and self.vllm_importance_sampling_correction

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.estimators.attribution.shares import kl_coefficients
 from trl_entropy.rollouts.batch import TrainingBatch
 
@@ -121,7 +122,7 @@ class LossCoefficientRecorder:
         for parts in (self._by_logps, self._by_entropy, self._by_reference, self._log_ratios):
             parts.clear()
 
-    def of_step(self, mask: Int[Tensor, "B T"], args: Any, num_processes: int) -> LossCoefficients:
+    def of_step(self, mask: Int[Tensor, "B T"], args: ProbeChecks, num_processes: int) -> LossCoefficients:
         """
         The coefficients of the step's micro-batches, which are then discarded.
 
@@ -130,7 +131,7 @@ class LossCoefficientRecorder:
             args: of the loss.
             num_processes: over which the loss is averaged.
         """
-        correction = args.importance_sampling_level if args.use_bias_correction_kl else None
+        correction = args.kl_correction()
         total = _joined(self._by_logps, mask).double()
         kl = entropy = None
         if self._by_reference:
