@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from trl_entropy.estimators.statistics.estimate import Estimate
-from trl_entropy.estimators.statistics.moments import PairMoments, error_covariance
+from trl_entropy.estimators.statistics.moments import PairMoments, error_covariance, statistics_of_all
+from trl_entropy.probes.logged import with_stderr
 from trl_entropy.runs.state import StateDict
 
 _STATISTICS = ("slope", "corrected_slope", "correlation", "r_squared", "ceiling_r_squared")
@@ -24,41 +26,47 @@ class RunningAgreement:
     """
 
     def __init__(self, quantity: str = "entropy") -> None:
-        self._quantity = quantity
-        self._pairs: dict[str, PairMoments] = {}
-        self._integrals: dict[str, float] = {}
+        self.quantity = quantity
+        self.pairs: dict[str, PairMoments] = {}
+        self.integrals: dict[str, float] = {}
 
     def add_pair(self, kind: str, predicted: Estimate, measured: Estimate, difference: Estimate | None = None) -> None:
         """Add a step; `difference` is the estimate of predicted - measured if both use the same completions."""
         if not math.isfinite(predicted.value) or not math.isfinite(measured.value):
             return  # the step's own metrics show it; one such step must not make the statistics of all later ones nan
         covariance = error_covariance(predicted.stderr, measured.stderr, difference.stderr) if difference else 0.0
-        moments = self._pairs.get(kind, PairMoments.empty())
-        self._pairs[kind] = moments.update(
+        moments = self.pairs.get(kind, PairMoments.empty())
+        self.pairs[kind] = moments.update(
             predicted.value, measured.value, predicted.stderr, measured.stderr, covariance
         )
 
     def add_change(self, name: str, start: float, change: float) -> None:
         """Add a step's change to an integral, which begins at `start`, the quantity before the first step."""
-        self._integrals[name] = self._integrals.get(name, start) + change
+        self.integrals[name] = self.integrals.get(name, start) + change
 
     def metrics(self) -> dict[str, float]:
         """The integrals so far, and for each kind with at least three pairs its statistics with standard errors."""
-        logged = {f"{self._quantity}/integral_{name}": value for name, value in self._integrals.items()}
-        for kind, moments in self._pairs.items():
-            if moments.num_pairs < 3:
-                continue
-            for statistic in _STATISTICS:
-                estimate = getattr(moments, statistic)()
-                logged[f"{self._quantity}/{kind}_{statistic}"] = estimate.value
-                logged[f"{self._quantity}/{kind}_{statistic}_stderr"] = estimate.stderr
-        return logged
+        return metrics_of_all([self])
 
     def state_dict(self) -> StateDict:
         """The sums so far."""
-        return {"pairs": {kind: moments.sums for kind, moments in self._pairs.items()}, "integrals": self._integrals}
+        return {"pairs": {kind: moments.sums for kind, moments in self.pairs.items()}, "integrals": self.integrals}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Continue from the sums that `state_dict` returned."""
-        self._pairs = {kind: PairMoments(sums) for kind, sums in state["pairs"].items()}
-        self._integrals = dict(state["integrals"])
+        self.pairs = {kind: PairMoments(sums) for kind, sums in state["pairs"].items()}
+        self.integrals = dict(state["integrals"])
+
+
+def metrics_of_all(agreements: Iterable[RunningAgreement]) -> dict[str, float]:
+    """[`RunningAgreement.metrics`] of several quantities; the regressions of all are made together."""
+    logged, told = dict[str, float](), dict[str, PairMoments]()
+    for one in agreements:
+        logged |= {f"{one.quantity}/integral_{name}": value for name, value in one.integrals.items()}
+        told |= {f"{one.quantity}/{kind}": pairs for kind, pairs in one.pairs.items() if pairs.num_pairs >= 3}
+    if not told:
+        return logged
+    for kind, statistics in zip(told, statistics_of_all(list(told.values()), _STATISTICS), strict=True):
+        for name, estimate in statistics.items():
+            logged |= with_stderr(f"{kind}_{name}", estimate)
+    return logged

@@ -36,12 +36,13 @@ from trl_entropy.estimators.statistics.importance import effective_sample_size, 
 from trl_entropy.gradients.memory import rows_at_once
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
+from trl_entropy.probes.agreement import metrics_of_all
 from trl_entropy.probes.attribution import ProbeBatch, RewardSlope, StepAttribution
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.precision import DerivativePrecision, computes_below_float32
 from trl_entropy.probes.probe import Probe
-from trl_entropy.probes.step_changes import QuantityChanges, StepChanges
+from trl_entropy.probes.step_changes import QuantityChanges, StepChanges, gathered_on_host
 from trl_entropy.probes.step_record import ScoredCompletions, StepRecord
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.state import StateDict
@@ -213,7 +214,7 @@ class EntropyChangeProbe(Probe):
             metrics |= self._model_change(args, past, engine, drawn_after)
         if self.placebo:
             metrics |= self._placebo(ends, args, past, engine)
-        metrics |= self.entropy.agreement.metrics()
+        metrics |= metrics_of_all([self.entropy.agreement, *self.quantities.agreements])
         self._num_probed += 1
         self._write(args, files, record, ends, drawn_after, distribution)
         return metrics
@@ -290,20 +291,19 @@ class EntropyChangeProbe(Probe):
     def _quantity_changes(self, ends: Ends, accelerator: Accelerator) -> dict[str, float]:
         """The metrics of what the step did to numbers of E's completions (T21). Collective."""
         values, self._reward_coefficients = values_asked_for(self._completions.values, self.change_of), None
+        self.quantities.agreements = []
         if not values:
             return {}
         sampling, mask = self._sampling_logps(ends.drawn_by), self._completions.loss_mask
         sums = [log_weight_sums(scores.logps, sampling, mask) for scores in (ends.before, ends.after)]
-        columns = accelerator.gather(torch.cat([*sums, torch.stack(list(values.values()), dim=1)], dim=1))
-        # On the host: a few numbers of each completion, read dozens of times.
-        before, after, gathered = columns.cpu().split([*(part.shape[1] for part in sums), len(values)], dim=1)
+        *weights, columns = gathered_on_host(accelerator, *sums, torch.stack(list(values.values()), dim=1))
         prompts = accelerator.gather(self._completions.prompt_index).cpu()
-        named = dict(zip(values, gathered.unbind(1), strict=True))
+        named = dict(zip(values, columns.unbind(1), strict=True))
         if self.attribution is not None and self.attribution.with_reward and "reward" in named:
             first = accelerator.process_index * len(self._completions)
-            of_all = slope_coefficients(named["reward"], before, prompts)
+            of_all = slope_coefficients(named["reward"], weights[0], prompts)
             self._reward_coefficients = of_all[first : first + len(self._completions)].to(accelerator.device)
-        return self.quantities.add(named, (before, after), prompts)
+        return self.quantities.add(named, weights, prompts)
 
     def _points(self, ends: Ends, accelerator: Accelerator, form: Any = "decision") -> tuple[PointTerms, PointTerms]:
         """The entropy terms before and after the step. Collective."""

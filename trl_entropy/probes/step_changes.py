@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trl_entropy.estimators.entropy_change.delta_entropy import policy_entropy
 from trl_entropy.estimators.entropy_change.expectation import expectation_terms
-from trl_entropy.estimators.entropy_change.step_change import PointTerms, rows, step_changes
-from trl_entropy.estimators.statistics.estimate import Estimate, Linearization
+from trl_entropy.estimators.entropy_change.step_change import PointTerms
+from trl_entropy.estimators.entropy_change.step_estimates import StepEstimates, step_estimates
 from trl_entropy.estimators.statistics.importance import effective_sample_size
 from trl_entropy.probes.agreement import RunningAgreement
-from trl_entropy.probes.logged import changes_logged, with_stderr
+from trl_entropy.probes.logged import with_stderr
 from trl_entropy.runs.state import StateDict
 
 
@@ -39,60 +42,56 @@ class StepChanges:
             before, after, planned: of [`step_changes`], completions of all ranks.
             prompts: the prompt of each completion.
         """
-        changes = step_changes(before, after, planned)
-        start = policy_entropy(before.terms).estimate(prompts)
-        logged = changes_logged(self.name, changes, prompts) | with_stderr(f"{self.name}/probe_batch", start)
-        self.measured = changes["measured"].estimate(prompts)
-        self._add_to_agreement(changes, start.value, prompts)
-        return logged | self._halves(before, after, prompts, planned)
+        return self.add_estimates(*step_estimates(before, after, prompts, planned))
 
-    def _add_to_agreement(self, changes: dict[str, Linearization], start: float, prompts: Tensor) -> None:
-        """Add the pairs on the same completions, and the changes to the integrals."""
-        for name, change in changes.items():
-            if self.every_step:
-                self.agreement.add_change(name, start, change.value.item())
-            if name != "measured":
-                difference = (change - changes["measured"]).estimate(prompts)
-                self.agreement.add_pair(f"same_sample_{name}", change.estimate(prompts), self.measured, difference)
-
-    def _halves(
-        self, before: PointTerms, after: PointTerms, prompts: Tensor, planned: PointTerms | None
-    ) -> dict[str, float]:
-        """
-        Predict on every second prompt of E and measure on the others: unlike on the same completions, the two share no
-        sampling error, so that their agreement is a test of the prediction. Nothing with fewer than 4 prompts, of
-        which one half has no standard error.
-        """
-        halves: list[dict[str, Estimate]] = []
-        numbers = prompts.unique(return_inverse=True)[1]
-        if int(numbers.max()) < 3:
-            return {}
-        for parity in (0, 1):
-            part = numbers % 2 == parity
-            points = [None if point is None else rows(point, part) for point in (before, after, planned)]
-            assert points[0] is not None and points[1] is not None
-            changes = step_changes(points[0], points[1], points[2])
-            halves.append({name: change.estimate(prompts[part]) for name, change in changes.items()})
-        for name, predicted in halves[0].items():
-            self.agreement.add_pair(f"cross_{name}", predicted, halves[1]["measured"])
-        logged: dict[str, float] = {}
-        for label, half in zip("ab", halves, strict=True):
-            for name, estimate in half.items():
-                logged |= with_stderr(f"{self.name}/half_{label}_{name}", estimate)
+    def add_estimates(self, found: StepEstimates) -> dict[str, float]:
+        """The same, of what the step did to the quantity."""
+        self.measured = found.changes["measured"]
+        self._add_to_agreement(found)
+        logged = with_stderr(f"{self.name}/probe_batch", found.start)
+        for name, change in found.changes.items():
+            logged |= with_stderr(f"{self.name}/delta_{name}", change)
+        for name, error in found.errors.items():
+            logged |= with_stderr(f"{self.name}/error_{name}", error)
+        for label, half in zip("ab", found.halves, strict=False):
+            for name, change in half.items():
+                logged |= with_stderr(f"{self.name}/half_{label}_{name}", change)
             logged[f"{self.name}/half_{label}_num_prompts"] = half["measured"].dof + 1
         return logged
 
+    def _add_to_agreement(self, found: StepEstimates) -> None:
+        """
+        Add the changes to the integrals; the pairs on the same completions; and those that predict on every second
+        prompt of E and measure on the others: unlike on the same completions, the two share no sampling error, so that
+        their agreement is a test of the prediction.
+        """
+        for name, change in found.changes.items():
+            if self.every_step:
+                self.agreement.add_change(name, found.start.value, change.value)
+            if name != "measured":
+                self.agreement.add_pair(f"same_sample_{name}", change, self.measured, found.errors[name])
+        if found.halves:
+            predicting, measuring = found.halves
+            for name, change in predicting.items():
+                self.agreement.add_pair(f"cross_{name}", change, measuring["measured"])
+
 
 class QuantityChanges:
-    """The same of every number of the completions (T21): reward, length, metrics; one [`StepChanges`] for each."""
+    """
+    The same of every number of the completions (T21): reward, length, metrics; one [`StepChanges`] for each.
+
+    Attributes:
+        agreements: of the quantities of the step that was added last.
+    """
 
     def __init__(self, every_step: bool) -> None:
         self.every_step, self._changes = every_step, dict[str, StepChanges]()
+        self.agreements: list[RunningAgreement] = []
 
     def add(
         self,
         values: dict[str, Float[Tensor, " B"]],
-        log_weights: tuple[Float[Tensor, "B before"], Float[Tensor, "B after"]],
+        log_weights: Sequence[Float[Tensor, "B _"]],
         prompts: Int[Tensor, " B"],
     ) -> dict[str, float]:
         """
@@ -104,10 +103,11 @@ class QuantityChanges:
         """
         sizes = [effective_sample_size(weights[:, 0].exp()).item() for weights in log_weights]
         logged = {"entropy/importance_ess_sequence": min(sizes)}  # at the end whose policy drew E it is the largest
-        for key, column in values.items():
-            before, after = (expectation_terms(column, weights, prompts) for weights in log_weights)
-            one = self._changes.setdefault(key, StepChanges(key, self.every_step))
-            logged |= one.add(before, after, prompts) | one.agreement.metrics()
+        columns = torch.stack(list(values.values()), dim=1)
+        before, after = (expectation_terms(columns, weights, prompts) for weights in log_weights)
+        for key, found in zip(values, step_estimates(before, after, prompts), strict=True):
+            logged |= self._changes.setdefault(key, StepChanges(key, self.every_step)).add_estimates(found)
+        self.agreements = [self._changes[key].agreement for key in values]
         return logged
 
     def state_dict(self) -> StateDict:
@@ -117,3 +117,9 @@ class QuantityChanges:
         self._changes = {key: StepChanges(key, self.every_step) for key in state}
         for key, one in self._changes.items():
             one.agreement.load_state_dict(state[key])
+
+
+def gathered_on_host(accelerator: Accelerator, *parts: Float[Tensor, "B _"]) -> list[Float[Tensor, "N _"]]:
+    """The rows of all ranks, on the CPU: a few numbers of each completion, that are read often. Collective."""
+    columns = accelerator.gather(torch.cat(parts, dim=1)).cpu()
+    return list(columns.split([part.shape[1] for part in parts], dim=1))

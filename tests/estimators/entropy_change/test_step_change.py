@@ -9,7 +9,6 @@ from tiny_policy import TinyPolicy
 from trl_entropy.estimators.entropy_change.step_change import (
     importance_sample_size,
     point_terms,
-    rows,
     stacked,
     step_changes,
     unstacked,
@@ -92,16 +91,6 @@ def test_weights_are_one_where_the_completions_were_drawn():
     expected = sum(weights) ** 2 / sum(w * w for w in weights)
     assert importance_sample_size(before, after) == pytest.approx(expected)
     assert expected < len(SAMPLE)
-
-
-def test_rows_are_those_of_a_smaller_probe_batch():
-    before, after, planned = points("decision")
-    kept = torch.tensor([0, 4, 9])
-    for point, derivatives, share in ((before, 1, 0), (after, 1, 1), (planned, 2, 0)):
-        entropy, logps = ([score[kept] for score in scores] for scores in scores_at(share, derivatives))
-        sampling = scores_at(0, 0)[1][0][kept]
-        direct = point_terms(tuple(entropy), tuple(logps), sampling, MASK[kept])
-        torch.testing.assert_close(stacked(rows(point, kept)), stacked(direct))
 
 
 def test_columns_go_there_and_back():

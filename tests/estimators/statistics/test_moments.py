@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_entropy.estimators.statistics.moments import PairMoments, error_covariance, jackknife
+from trl_entropy.estimators.statistics.moments import PairMoments, error_covariance, jackknife, statistics_of_all
 
 STATISTICS = ["slope", "corrected_slope", "correlation", "r_squared", "ceiling_r_squared", "share_of_ceiling"]
 
@@ -45,6 +45,20 @@ def test_statistics_against_the_pairs_themselves():
     share = moments.r_squared().value / moments.ceiling_r_squared().value
     assert moments.share_of_ceiling().value == pytest.approx(share)
     assert (moments.num_pairs, moments.slope().num_samples, moments.slope().dof) == (30, 30, 28.0)
+
+
+def test_many_sets_at_once_are_as_each_by_itself():
+    """Of as many pairs as there are, down to one, which has neither a slope nor an error."""
+    sets = [
+        moments_of(random_pairs(count, noise)) for count, noise in ((30, 0.3), (3, 0.1), (12, 2.0), (2, 0.3), (1, 0.3))
+    ]
+    names = STATISTICS[:-1]
+    for moments, found in zip(sets, statistics_of_all(sets, names), strict=True):
+        for name in names:
+            expected = getattr(moments, name)()
+            assert found[name].value == pytest.approx(expected.value, nan_ok=True)
+            assert found[name].stderr == pytest.approx(expected.stderr, nan_ok=True)
+            assert (found[name].dof, found[name].num_samples) == (expected.dof, expected.num_samples)
 
 
 def test_slope_error_is_the_sandwich():

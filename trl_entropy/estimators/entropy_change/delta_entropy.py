@@ -28,11 +28,11 @@ from trl_entropy.estimators.statistics.importance import WeightForm, accumulate
 class RatioTerms(NamedTuple):
     """Per-completion numerator and denominator of the policy entropy (T6), or a derivative of both along the update.
 
-    The numerator in nats, the denominator in tokens (weighted).
+    The numerator in nats, the denominator in tokens (weighted). Of several quantities, a column for each.
     """
 
-    numerator: Float[Tensor, "B"]
-    denominator: Float[Tensor, "B"]
+    numerator: Float[Tensor, "B *K"]
+    denominator: Float[Tensor, "B *K"]
 
 
 def entropy_terms(
@@ -108,7 +108,7 @@ def delta_linear(terms: RatioTerms, tangents: RatioTerms) -> Linearization:
     Completions must be independent of the update, which is taken as given. Bias O(1/B). The influence includes that h
     and the mean length are estimated on these completions; it is the exact derivative of the influence of (T7).
     """
-    return delta_method(_slope, torch.stack([*terms, *tangents], 1))
+    return delta_method(ratio_slope, torch.stack([*terms, *tangents], 1))
 
 
 def delta_trapezoid(
@@ -119,13 +119,13 @@ def delta_trapezoid(
     All terms at theta + dtheta, tangents included, have the importance weights of that point. Otherwise as (T8).
     """
     columns = torch.stack([*before, *tangents_before, *after, *tangents_after], 1)
-    return delta_method(lambda m: (_slope(m[:4]) + _slope(m[4:])) / 2, columns)
+    return delta_method(lambda m: (ratio_slope(m[:4]) + ratio_slope(m[4:])) / 2, columns)
 
 
 def delta_second_order(terms: RatioTerms, tangents: RatioTerms, second_tangents: RatioTerms) -> Linearization:
     """(T10): grad h . dtheta + dtheta' (hess h) dtheta / 2, in nats, known before the step. Otherwise as (T8)."""
     columns = torch.stack([*terms, *tangents, *second_tangents], 1)
-    return delta_method(lambda m: _slope(m) + _curvature(m) / 2, columns)
+    return delta_method(lambda m: ratio_slope(m) + ratio_curvature(m) / 2, columns)
 
 
 def critical_step(delta_linear: Float[Tensor, ""], curvature: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -139,20 +139,20 @@ def critical_step(delta_linear: Float[Tensor, ""], curvature: Float[Tensor, ""])
 def critical_length(terms: RatioTerms, tangents: RatioTerms, second_tangents: RatioTerms) -> Linearization:
     """(T10): eta* of `critical_step` along the direction of the tangents, with its influence. Otherwise as (T8)."""
     columns = torch.stack([*terms, *tangents, *second_tangents], 1)
-    return delta_method(lambda m: critical_step(_slope(m), _curvature(m)), columns)
+    return delta_method(lambda m: critical_step(ratio_slope(m), ratio_curvature(m)), columns)
 
 
-def _slope(means: Float[Tensor, " columns"]) -> Float[Tensor, ""]:
+def ratio_slope(means: Float[Tensor, "K *R"]) -> Float[Tensor, "*R"]:
     """R' from the means of N, D, N', D'."""
     numerator, denominator, numerator_1, denominator_1 = means[:4]
     return (numerator_1 - numerator / denominator * denominator_1) / denominator
 
 
-def _curvature(means: Float[Tensor, " columns"]) -> Float[Tensor, ""]:
+def ratio_curvature(means: Float[Tensor, "K *R"]) -> Float[Tensor, "*R"]:
     """R'' from the means of N, D, N', D', N'', D''."""
     numerator, denominator, _, denominator_1, numerator_2, denominator_2 = means
     surrogate = (numerator_2 - numerator / denominator * denominator_2) / denominator
-    return surrogate - 2 * _slope(means) * denominator_1 / denominator
+    return surrogate - 2 * ratio_slope(means) * denominator_1 / denominator
 
 
 def _masked_sum(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B"]:

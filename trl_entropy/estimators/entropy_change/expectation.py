@@ -30,18 +30,19 @@ def log_weight_sums(
     return torch.stack([order.where(mask, 0.0).sum(1) for order in orders], dim=1)
 
 
-def baseline(values: Float[Tensor, "B"], prompt_index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+def baseline(values: Float[Tensor, "B *K"], prompt_index: Int[Tensor, "B"]) -> Float[Tensor, "B *K"]:
     """(T21): b_i, the mean of the *other* completions of the prompt, or where some prompt has one alone of all others.
 
     It does not depend on completion i, and E[1 - w] = 0 given the prompt, so that it adds no bias. 0 for a single
-    completion.
+    completion. A column for each of several quantities.
     """
     position = prompt_index.unique(return_inverse=True)[1]
     if int(position.bincount().min()) < 2:
         position = torch.zeros_like(position)
     values = values.double()
-    sums, counts = cluster_sums(values, position), cluster_sums(torch.ones_like(values), position)
-    return (sums[position] - values) / (counts[position] - 1).clamp(min=1)
+    counts, sums = position.bincount(), cluster_sums(values, position)
+    others = (counts[position] - 1).clamp(min=1)
+    return (sums[position] - values) / others.view(-1, *[1] * (values.dim() - 1))
 
 
 def slope_coefficients(
@@ -60,22 +61,24 @@ def slope_coefficients(
 
 
 def expectation_terms(
-    values: Float[Tensor, "B"], log_weights: Float[Tensor, "B orders"], prompt_index: Int[Tensor, "B"]
+    values: Float[Tensor, "B *K"], log_weights: Float[Tensor, "B orders"], prompt_index: Int[Tensor, "B"]
 ) -> PointTerms:
     """(T21): the terms of E[f] and of its derivative along the update, at the parameters that `log_weights` are of.
 
-    `values` are f_i of all completions of all ranks, nan where f has none: then the expectation is over those that
-    have one, and if no completion has, it is nan. `log_weights` are [`log_weight_sums`] at the same place.
+    `values` are f_i of all completions of all ranks, of several quantities in columns, nan where f has none: then the
+    expectation is over those that have one, and if no completion has, it is nan. `log_weights` are [`log_weight_sums`]
+    at the same place.
     """
-    weights, known = log_weights[:, 0].exp(), ~values.isnan()
-    if bool(known.all()):
-        level = baseline(values, prompt_index)
-        terms = RatioTerms(weights * (values.double() - level) + level, torch.ones_like(weights))
-        derivatives = weights * (values.double() - level), torch.zeros_like(weights)
-    else:
-        derivatives = weights * values.double().where(known, 0.0), weights * known
-        terms = RatioTerms(*derivatives)
+    wide = (-1, *[1] * (values.dim() - 1))
+    weights, known = log_weights[:, 0].exp().view(wide), ~values.isnan()
+    level = baseline(values, prompt_index)
+    of_all, weighted = weights * (values.double() - level), weights * values.double().where(known, 0.0)
+    complete = known.all(0)
+    terms = RatioTerms(
+        (of_all + level).where(complete, weighted), torch.ones_like(weighted).where(complete, weights * known)
+    )
     if log_weights.shape[1] == 1:
         return PointTerms(terms)
-    slope = log_weights[:, 1]
+    slope = log_weights[:, 1].view(wide)
+    derivatives = of_all.where(complete, weighted), torch.zeros_like(weighted).where(complete, weights * known)
     return PointTerms(terms, RatioTerms(*(slope * column for column in derivatives)))

@@ -79,12 +79,6 @@ def importance_sample_size(drawn: PointTerms, other: PointTerms) -> float:
     return effective_sample_size(other.terms.denominator / drawn.terms.denominator).item()
 
 
-def rows(terms: PointTerms, index: Bool[Tensor, "B"] | Int[Tensor, " n"]) -> PointTerms:
-    """The terms of some of the completions, for (T6) on a part of the probe batch."""
-    parts = [RatioTerms(*(column[index] for column in part)) for part in terms if part is not None]
-    return PointTerms(*parts)
-
-
 def stacked(terms: PointTerms) -> Float[Tensor, "B columns"]:
     """The terms as columns of one tensor, for gathering over ranks; [`unstacked`] takes them apart again."""
     return torch.stack([column for part in terms if part is not None for column in part], dim=1)

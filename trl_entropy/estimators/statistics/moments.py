@@ -15,12 +15,12 @@ _NUM_FEATURES = 9  # 1, x, y, x^2, x y, y^2, and the error's variance of x, cova
 
 
 class _Variances(NamedTuple):
-    xx: Float[Tensor, ""]
-    xy: Float[Tensor, ""]
-    yy: Float[Tensor, ""]
-    error_xx: Float[Tensor, ""]
-    error_xy: Float[Tensor, ""]
-    error_yy: Float[Tensor, ""]
+    xx: Float[Tensor, "*N"]
+    xy: Float[Tensor, "*N"]
+    yy: Float[Tensor, "*N"]
+    error_xx: Float[Tensor, "*N"]
+    error_xy: Float[Tensor, "*N"]
+    error_yy: Float[Tensor, "*N"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PairMoments:
 
         Noise in x biases it towards zero; see `corrected_slope`.
         """
-        return self._estimate(lambda v: v.xy / v.xx)
+        return self._estimate(STATISTICS["slope"])
 
     def corrected_slope(self) -> Estimate:
         """The slope corrected for noise: (Cov(x, y) - error covariance) / (Var(x) - error variance of x).
@@ -79,15 +79,15 @@ class PairMoments:
         variance, the denominator is near or below zero and the interval has no meaning. Source: W. A. Fuller,
         Measurement Error Models (1987), section 1.2 and, for errors that differ from pair to pair, 3.1.
         """
-        return self._estimate(lambda v: (v.xy - v.error_xy) / (v.xx - v.error_xx))
+        return self._estimate(STATISTICS["corrected_slope"])
 
     def correlation(self) -> Estimate:
         """Pearson's correlation of predicted and measured."""
-        return self._estimate(lambda v: v.xy / (v.xx * v.yy).sqrt())
+        return self._estimate(STATISTICS["correlation"])
 
     def r_squared(self) -> Estimate:
         """R^2 of the regression of measured on predicted with intercept: the squared correlation."""
-        return self._estimate(lambda v: v.xy.square() / (v.xx * v.yy))
+        return self._estimate(STATISTICS["r_squared"])
 
     def ceiling_r_squared(self) -> Estimate:
         """The R^2 that a perfect prediction would have with the stated errors of both values.
@@ -95,7 +95,7 @@ class PairMoments:
         A perfect prediction has corrected correlation 1, hence R^2 = (sqrt(Vx Vy) + c)^2 / (Var(x) Var(y)) with Vx, Vy
         the variances less the errors' and c the errors' covariance. nan where the errors exceed the variance.
         """
-        return self._estimate(_ceiling_r_squared)
+        return self._estimate(STATISTICS["ceiling_r_squared"])
 
     def share_of_ceiling(self) -> Estimate:
         """`r_squared` over `ceiling_r_squared`: 1 if the two differ only by scale, constant and the stated errors."""
@@ -105,7 +105,7 @@ class PairMoments:
         count = self.num_pairs
         second_moments = self.sums / self.sums[0, 0]
         means = second_moments[0].clone().requires_grad_()
-        value = function(_variances(means, count))
+        value = function(_variances(means, self.sums[0, 0]))
         (gradient,) = torch.autograd.grad(value, means)
         if count < 3:
             return Estimate(float(value.detach()), math.nan, float(count - 2), count)
@@ -129,18 +129,49 @@ def jackknife(pairs: Sequence[PairMoments], statistic: Callable[[PairMoments], E
     return Estimate(statistic(whole).value, float(stderr), float(count - 2), count)
 
 
+def statistics_of_all(sets: Sequence[PairMoments], names: Sequence[str]) -> list[dict[str, Estimate]]:
+    """What `PairMoments` says of each set of pairs, by names of its methods (those in `STATISTICS`), in one pass."""
+    sums = torch.stack([one.sums for one in sets])
+    counts = sums[:, 0, 0]
+    second_moments = sums / counts[:, None, None]
+    # Every statistic has a copy of the means, so that one backward pass gives the gradients of all.
+    means = second_moments[:, 0].expand(len(names), -1, -1).clone().requires_grad_()
+    each = zip(names, means, strict=True)
+    values = torch.stack([STATISTICS[name](_variances(its.T, counts)) for name, its in each])
+    (gradients,) = torch.autograd.grad(values.sum(), means)
+    spread = second_moments - second_moments[:, :1].mT * second_moments[:, :1]
+    variances = torch.einsum("skf,kfg,skg->sk", gradients, spread, gradients) / (counts - 2)
+    stderrs = variances.sqrt().where(counts > 2, math.nan)
+    found: list[dict[str, Estimate]] = []
+    for n, *its in zip(counts.tolist(), values.T.tolist(), stderrs.T.tolist(), strict=True):
+        found.append(
+            {name: Estimate(value, stderr, n - 2, int(n)) for name, value, stderr in zip(names, *its, strict=True)}
+        )
+    return found
+
+
 def error_covariance(predicted_stderr: float, measured_stderr: float, difference_stderr: float) -> float:
     """The covariance of two errors from their standard errors and that of their paired difference."""
     return (predicted_stderr**2 + measured_stderr**2 - difference_stderr**2) / 2
 
 
-def _variances(means: Float[Tensor, " features"], count: int) -> _Variances:
+def _variances(means: Float[Tensor, "K *N"], count: Float[Tensor, "*N"]) -> _Variances:
     """Unbiased sample variances and covariance of x and y, and the mean error variances and covariance."""
     _, x, y, xx, xy, yy, *errors = means
-    bessel = count / torch.tensor(count - 1, dtype=torch.float64)
+    bessel = count / (count - 1)
     return _Variances(bessel * (xx - x * x), bessel * (xy - x * y), bessel * (yy - y * y), *errors)
 
 
-def _ceiling_r_squared(v: _Variances) -> Float[Tensor, ""]:
+def _ceiling_r_squared(v: _Variances) -> Float[Tensor, "*N"]:
     signal = ((v.xx - v.error_xx) * (v.yy - v.error_yy)).sqrt()
     return (signal + v.error_xy).square() / (v.xx * v.yy)
+
+
+# The statistics of a regression of y on x, see the methods of these names.
+STATISTICS: dict[str, Callable[[_Variances], Float[Tensor, "*N"]]] = {
+    "slope": lambda v: v.xy / v.xx,
+    "corrected_slope": lambda v: (v.xy - v.error_xy) / (v.xx - v.error_xx),
+    "correlation": lambda v: v.xy / (v.xx * v.yy).sqrt(),
+    "r_squared": lambda v: v.xy.square() / (v.xx * v.yy),
+    "ceiling_r_squared": _ceiling_r_squared,
+}
