@@ -65,6 +65,8 @@ RUNS = {
         "num_prompts_per_step": 8,
         "noise_scale_within_prompt": True,
         "fisher_num_sequences": 32,  # all: fewer would be the first groups of each process
+        "mutual_information_probe": True,
+        "mutual_information_probe_every": 1,
         "entropy_attribution": "token",
     },
     "full, rollouts": GRADIENTS

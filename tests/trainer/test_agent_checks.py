@@ -7,6 +7,7 @@ from datasets import Dataset
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer
+from trl_entropy.probes import MutualInformationProbe
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.trainer.agent_checks import check_agents
@@ -95,6 +96,15 @@ def test_a_dataset_of_environments_without_prompts_trains_and_saves(build):
     path = RunDirectory(trainer.args.output_dir).path
     assert checkpoints.newest_complete(path).name == "checkpoint-1"
     assert RunDirectory(path).metrics()[0]["ess/loss_weights"] is not None
+
+
+def test_no_completion_is_scored_under_other_prompts_where_environments_answer():
+    probe = args(mutual_information_probe=True, mutual_information_num_prompts=4, per_device_train_batch_size=32)
+    with pytest.raises(ValueError, match="mutual_information_probe scores completions under other prompts"):
+        check_agents(probe, environment_factory=Counting)
+    with pytest.raises(ValueError, match="MutualInformationProbe scores completions under other prompts"):
+        check_agents(args(), environment_factory=Counting, callbacks=[MutualInformationProbe()])
+    check_agents(probe, environment_factory=None, has_episodes=True)
 
 
 def test_refused_when_the_trainer_is_built(build):

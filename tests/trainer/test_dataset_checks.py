@@ -128,6 +128,10 @@ TOGGLES = {
     ),
     "noise_scale_within_prompt": ({"noise_scale_probe": True, "noise_scale_within_prompt": True}, True, False),
     "fisher_probe": ({"fisher_probe": True, "fisher_num_sequences": 12}, True, False),
+    "mutual_information_probe": (
+        {"mutual_information_probe": True, "mutual_information_probe_every": 1, "mutual_information_num_prompts": 4},
+        True, False,
+    ),
     "optimizer_state_probe": ({"optimizer_state_probe": True}, True, True),
     "entropy_control": (CONTROL, False, True),
     "entropy_control ": ({"entropy_control": "report", "entropy_control_completions": "rollouts"}, True, True),

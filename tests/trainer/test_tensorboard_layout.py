@@ -8,7 +8,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from trl_entropy.runs.metrics import METRICS, unit
 from trl_entropy.runs.tensorboard import MARGIN, layout_of
 
-PROBES = {"entropy", "noise_scale", "fisher", "effective_sample_size"}
+PROBES = {"entropy", "noise_scale", "fisher", "effective_sample_size", "mutual_information"}
 
 
 def charts_of(layout):

@@ -8,7 +8,7 @@ from trl_entropy.runs.counted import counted
 
 # Probes whose equations need completions drawn from the policy's own, full distribution (theory.md, Notation), unless
 # they draw their own, which they do from it.
-FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe")
+FULL_SUPPORT_PROBES = ("entropy_probe", "fisher_probe", "mutual_information_probe")
 # Losses that are a sum over completions, the number of tokens by which some divide it taken as given (theory.md, T14).
 SUMMED_LOSSES = ("dr_grpo", "grpo", "sapo", "luspo", "dapo", "bnpo", "cispo", "vespo")
 
@@ -37,6 +37,8 @@ class ProbeChecks(Requirements):
             self._check_noise_scale()
         if self.fisher_probe:
             self.check_fisher_probe(self.fisher_num_sequences)
+        if self.mutual_information_probe:
+            self.check_mutual_information(self.mutual_information_num_prompts)
 
     def _probes_of_full_support(self) -> list[str]:
         names = [name for name in self.enabled_probes() if name in FULL_SUPPORT_PROBES]
@@ -259,4 +261,23 @@ class ProbeChecks(Requirements):
                 f"({counted(self.world_size, 'process')} x "
                 f"num_generations={self.num_generations}) of at least 3 prompt groups and at most the {largest} "
                 f"completions of a step. Try fisher_num_sequences={fitting}."
+            )
+
+    # ---- mutual information
+
+    def check_mutual_information(self, number: int) -> None:
+        """Raises `ValueError` unless a step has `number` whole prompt groups that are chosen by nothing (T23)."""
+        chosen_by_nothing = {"resample_uninformative_groups=False": not self.resample_uninformative_groups}
+        needs = "mutual_information_probe needs completions that are not chosen by their rewards"
+        self._check_settings(chosen_by_nothing, needs, "turn the probe off")
+        self._check_groups_of_a_step("mutual_information_probe", "turn the probe off")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        largest = self.world_size * (rows // self.num_generations)
+        if number % self.world_size or not 3 <= number <= largest:
+            least = -(-3 // self.world_size) * self.world_size
+            fitting = min(max(number // self.world_size * self.world_size, least), largest)
+            raise ValueError(
+                f"mutual_information_num_prompts is {number}: it must be a multiple of the "
+                f"{counted(self.world_size, 'process')}, at least 3 and at most the {largest} prompts of a step. Try "
+                f"mutual_information_num_prompts={fitting}."
             )

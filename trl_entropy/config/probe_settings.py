@@ -281,6 +281,35 @@ class ProbeSettings:
         changes_training=False,
     )
 
+    mutual_information_probe: bool = setting(
+        "Measure how much completions depend on their prompts: bounds on the mutual information of the two, from the "
+        "step's completions scored under one another's prompts. Where it falls and the entropy does not, the policy "
+        "says the same to every prompt.",
+        False,
+        unit="nats per completion",
+        probe="mutual_information_probe",
+        changes_training=False,
+        logs="`mutual_information/lower`, `/upper` and their `_stderr` (T23); the largest value that the lower bound "
+        "can have; the entropy of a whole completion given its prompt; how many completions are likeliest under their "
+        "own prompt",
+        cost="`mutual_information_num_prompts` forward passes over the completions of as many prompts",
+    )
+    mutual_information_probe_every: int = setting(
+        "The mutual information probe measures every this many steps.",
+        10,
+        unit="steps",
+        probe="mutual_information_probe",
+        changes_training=False,
+    )
+    mutual_information_num_prompts: int = setting(
+        "How many of the step's prompts have their completions scored under one another, over all processes. The "
+        "lower bound is at most the logarithm of this number.",
+        8,
+        unit="prompts",
+        probe="mutual_information_probe",
+        changes_training=False,
+    )
+
     optimizer_state_probe: bool = setting(
         "Log percentiles of the optimizer's moments, and for how many parameters the second moment is tiny.",
         False,

@@ -180,6 +180,8 @@ class _Counted:
             yield Item("noise_scale_probe", args.noise_scale_probe_every, self._noise_scale())
         if args.fisher_probe:
             yield Item("fisher_probe", args.fisher_probe_every, self._fisher())
+        if args.mutual_information_probe:
+            yield Item("mutual_information_probe", args.mutual_information_probe_every, self._mutual_information())
         if args.optimizer_state_probe:
             number = shape_of(self.plan).num_trainable
             yield Item(
@@ -253,6 +255,12 @@ class _Counted:
         gram = Work({"float32": 2 * rows * number * (args.fisher_sketch_dim or trainable)}, 3 * 4 * rows * trainable)
         gradients = self.differentiated(rows, weights=False) + self._sequence_gradients(rows)
         return gradients + gram + 2 * self.score(rows) + 3 * self._float32_copy()
+
+    def _mutual_information(self) -> Work:
+        """(T23): the completions of some prompts scored under all of these."""
+        number = self.plan.args.mutual_information_num_prompts
+        rows = number * self.plan.args.num_generations / self.plan.world_size
+        return number * self.score(rows) + self._float32_copy()
 
     def _sequence_gradients(self, rows: float, precision: str = "float32") -> Work:
         """The gradient of each completion by itself: the products that make a weight's gradient, not summed."""

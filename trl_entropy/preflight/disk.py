@@ -20,6 +20,7 @@ from trl_entropy.tasks.registry import load_task
 # Numbers that a step logs, by what logs them; counted in a run of every probe.
 _LOGGED = {"entropy": 92, "quantity": 79, "reward_attribution": 22, "second_order": 29, "attribution": 38,
            "noise_scale": 25, "fisher": 46, "control": 16, "effective_sample_size": 3, "optimizer_state": 12,
+           "mutual_information": 11,
            "training": 39}  # fmt: skip
 _LINE, _EVENT, _STATE = 52, 75, 63  # bytes of a logged number in metrics.jsonl, TensorBoard and trainer_state.json
 _HEADER, _TENSOR = 150, 70  # bytes of the header of a probe file, and what a tensor adds to it
@@ -230,7 +231,7 @@ def _num_logged(plan: Plan) -> int:
     )
     if args.entropy_probe and args.entropy_probe_completions != "rollouts":
         total += _LOGGED["quantity"] * len(quantities) // args.entropy_probe_every
-    for name in ("noise_scale", "fisher", "effective_sample_size", "optimizer_state"):
+    for name in ("noise_scale", "fisher", "mutual_information", "effective_sample_size", "optimizer_state"):
         if getattr(args, f"{name}_probe"):
             total += _LOGGED[name] // getattr(args, f"{name}_probe_every")
     return total

@@ -56,6 +56,7 @@ DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "noise_scale_probe": ("engine",),
     "noise_scale_probe (extra)": ("engine", "attention", "quantisation"),
     "fisher_probe": ("engine", "attention", "quantisation"),
+    "mutual_information_probe": ("engine", "attention", "quantisation"),
     "optimizer_state_probe": ("engine",),
     "effective_sample_size_probe": (),
     "kl_every": ("engine",),

@@ -3,6 +3,7 @@
 from trl_entropy.probes.effective_sample_size import EffectiveSampleSizeProbe
 from trl_entropy.probes.entropy import EntropyProbe
 from trl_entropy.probes.fisher import FisherProbe
+from trl_entropy.probes.mutual_information import MutualInformationProbe
 from trl_entropy.probes.next_rollouts import NextRolloutsProbe
 from trl_entropy.probes.noise_scale import NoiseScaleProbe
 from trl_entropy.probes.optimizer_state import OptimizerStateProbe
@@ -15,6 +16,7 @@ PROBES: dict[str, type[Probe]] = {
     "effective_sample_size_probe": EffectiveSampleSizeProbe,
     "noise_scale_probe": NoiseScaleProbe,
     "fisher_probe": FisherProbe,
+    "mutual_information_probe": MutualInformationProbe,
     "optimizer_state_probe": OptimizerStateProbe,
 }
 
@@ -23,6 +25,7 @@ __all__ = [
     "EffectiveSampleSizeProbe",
     "EntropyProbe",
     "FisherProbe",
+    "MutualInformationProbe",
     "NextRolloutsProbe",
     "NoiseScaleProbe",
     "OptimizerStateProbe",

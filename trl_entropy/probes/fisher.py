@@ -46,6 +46,7 @@ from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
+from trl_entropy.rollouts.groups import first_groups
 
 _NUM_PERMUTATIONS = 200
 _NUM_EIGENVALUES = 3
@@ -291,11 +292,6 @@ def check_memory(num_rows: int, model: nn.Module, budget: float) -> None:
             f"{num_bytes / GIB:.1f} GiB, the limit is {budget / GIB:.1f} GiB. Set fisher_sketch_dim=4096, a "
             "smaller fisher_num_sequences, a larger probe_rows_gib, or use LoRA."
         )
-
-
-def first_groups(prompt_index: Int[Tensor, " B"], num_rows: int) -> Int[Tensor, " N"]:
-    """The first `num_rows` rows, ordered by the number of their prompt group."""
-    return prompt_index.argsort(stable=True)[:num_rows]
 
 
 def _by_completion(values: Float[Tensor, "B *T"], mask: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:

@@ -82,3 +82,8 @@ def group_max_lengths(all_lengths: Int[Tensor, " N"], num_generations: int) -> I
     """
     longest = all_lengths.view(-1, num_generations).amax(dim=1).clamp(min=1)
     return longest.repeat_interleave(num_generations)
+
+
+def first_groups(prompt_index: Int[Tensor, " B"], num_rows: int) -> Int[Tensor, " N"]:
+    """The first `num_rows` rows, ordered by the number of their prompt group."""
+    return prompt_index.argsort(stable=True)[:num_rows]

@@ -141,6 +141,16 @@ _EFFECTIVE_SAMPLE_SIZE = _keys("sum", [
     ("num_completions", "completions", "completions with a non-zero advantage"),
 ], "ess/")
 
+_MUTUAL_INFORMATION = _keys("pairs", [
+    ("lower", "nats", "lower bound on the mutual information of prompt and completion, per completion (T23)"),
+    ("upper", "nats", "upper bound on the mutual information of prompt and completion, per completion (T23)"),
+    ("limit", "nats", "the largest value of the lower bound: the logarithm of the number of prompts"),
+    ("conditional_entropy", "nats", "entropy of a whole completion given its prompt, estimated by its surprisal"),
+    ("identified", "1", "fraction of completions that are likeliest under their own prompt"),
+    ("num_prompts", "prompts", "prompts whose completions were scored under one another"),
+    ("num_completions", "completions", "completions of these prompts"),
+], "mutual_information/")
+
 _OPTIMIZER_STATE = _keys("none", [
     *((f"{moment}_p{percent}", "1", f"percentile {percent} of |{moment}| over the trained parameters")
       for moment in ("exp_avg", "exp_avg_sq") for percent in (1, 10, 50, 90, 99)),
@@ -407,7 +417,7 @@ METRICS: dict[str, Metric] = {
     for metric in [
         *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_OPTIMIZER_STATE, *_ENTROPY,
         *_QUANTITIES, *_REWARD_ATTRIBUTION, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION,
-        *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
+        *_MUTUAL_INFORMATION, *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
     ]
 }
 

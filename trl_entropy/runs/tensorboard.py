@@ -64,6 +64,11 @@ _LINES: dict[str, tuple[str | None, Mapping[str, list[str]]]] = {
         "change of log-probability, nats": ["fisher/change_predicted_rms", "fisher/change_measured_rms"],
         "rank of the kernel": ["fisher/effective_rank", "fisher/participation_ratio"],
     }),
+    "Do completions depend on their prompts": ("mutual_information", {
+        "mutual information, nats per completion": [
+            f"mutual_information/{name}" for name in ("lower", "upper", "limit")
+        ],
+    }),
     "Effective sample size": ("effective_sample_size", {
         "completions": ["ess/loss_weights", "ess/importance_weights", "ess/num_completions"],
     }),

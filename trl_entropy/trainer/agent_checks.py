@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
-from trl_entropy.trainer.dataset_checks import draws_of
+from trl_entropy.trainer.dataset_checks import draws_of, under_other_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,13 @@ def check_agents(
         )
     if environment_factory is None:
         return
-    if names := [*(draw.name for draw in draws_of(args, list(callbacks))), *_selecting_prompts(args)]:
+    callbacks = list(callbacks)
+    if scoring := under_other_prompts(args, callbacks):
+        raise ValueError(
+            f"{' and '.join(scoring)} scores completions under other prompts, where an environment would have "
+            "answered otherwise. Turn it off, or train without environment_factory."
+        )
+    if names := [*(draw.name for draw in draws_of(args, callbacks)), *_selecting_prompts(args)]:
         raise ValueError(
             f"{' and '.join(names)} takes prompts from the dataset, but with environment_factory the policy sees what "
             "reset() of an environment makes of a prompt. Measure on the completions of the steps themselves "

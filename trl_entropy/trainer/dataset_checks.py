@@ -8,7 +8,7 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
-from trl_entropy.probes import FisherProbe, NoiseScaleProbe
+from trl_entropy.probes import FisherProbe, MutualInformationProbe, NoiseScaleProbe
 from trl_entropy.probes.entropy_change import EntropyChangeProbe
 from trl_entropy.rollouts.drawing import has_images
 from trl_entropy.runs.counted import counted
@@ -157,6 +157,11 @@ def _check_images(
             f"{' and '.join(names)} takes the gradient of each completion by the rows of the layers, which in the "
             f"layers that see are those of images ({where}). Turn it off, or use text alone."
         )
+    if names := under_other_prompts(args, callbacks):
+        raise ValueError(
+            f"{' and '.join(names)} scores completions under the prompts of other processes, whose images are not "
+            f"exchanged ({where}). Turn it off, or use text alone."
+        )
     if drawn_episodes:
         raise ValueError(
             f"{' and '.join(drawn_episodes)} draws episodes with tools or rollout_func, of which TRL does not hand "
@@ -174,6 +179,12 @@ def _images_of(dataset: object) -> set[str]:
 def _by_text_of_prompts(args: DrGRPOConfig) -> list[str]:
     names = ["resample_uninformative_groups=True"] if args.resample_uninformative_groups else []
     return [*names, f"curriculum={args.curriculum!r}"] if args.curriculum != "none" else names
+
+
+def under_other_prompts(args: DrGRPOConfig, callbacks: Iterable[object]) -> list[str]:
+    """What scores completions under other prompts, of the settings and of the caller's own callbacks."""
+    names = ["mutual_information_probe"] if args.mutual_information_probe else []
+    return [*names, *(type(one).__name__ for one in callbacks if isinstance(one, MutualInformationProbe))]
 
 
 def _by_sequence(args: DrGRPOConfig) -> Iterator[str]:
