@@ -2,6 +2,7 @@
 What does it cost in reward to keep entropy? Steps by several methods of entropy control from one fixed state.
 
     trl-entropy experiment exchange --checkpoint RUN/checkpoint-N
+    trl-entropy experiment exchange RUN [RUN...]    # of the steps that a run made, see `exchange_of_runs`
 
 For each redraw of the rollouts every method makes a step with the run's AdamW, from the same moments and rollouts: no
 control, a lower learning rate, TRL's entropy bonus, Clip-Cov, as many random tokens, and the entropy control (T19).
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -28,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trl_entropy.estimators.control.exchange import ExchangeRecord, mean_over_redraws, ratio_over_blocks
+from trl_entropy.experiments import exchange_of_runs
 from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.command import VECTORS_OF_STATE, Command
 from trl_entropy.experiments.exchange_changes import GROUP_SIZE, NUM_BLOCKS, LargeSet, true_changes
@@ -308,7 +311,8 @@ def draw(result: Result, left: Axes, right: Axes) -> None:
 
 COMMAND = Command(
     "exchange",
-    "What does it cost in reward to keep entropy? Steps by several methods of entropy control from one fixed state.",
+    "What does it cost in reward to keep entropy? Steps by several methods of entropy control from one fixed state. "
+    "With RUN [RUN...] in place of --checkpoint: what each kind of token paid and earned in the steps that were made.",
     {
         "num_redraws": (24, 4, "independent redraws of the rollouts"),
         "num_completions": (4096, 128, "held-out completions on which changes are measured; a multiple of 128"),
@@ -321,4 +325,12 @@ COMMAND = Command(
     check,
     lambda checkpoint, options: VECTORS_OF_STATE + 6 * NUM_BLOCKS + len(METHODS),
 )
-main = COMMAND.main
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The experiment at a checkpoint; of runs that come first, the exchange that their own steps made (T22)."""
+    given = sys.argv[1:] if argv is None else argv
+    if given and not given[0].startswith("-"):
+        exchange_of_runs.main(given)
+    else:
+        COMMAND.main(given)

@@ -163,7 +163,7 @@ class StepAttribution:
             logged |= _logged("reward", attribution) | self.prices.add(sums, of_categories, counts)
         if rollouts.has_tool_mask and contributions.scores is not None:
             kinds, entropy = kinds_of_rollouts(rollouts, files.tokenizer), contributions.scores.entropy[0]
-            logged |= self.episodes.add(contributions.policy, entropy, rollouts, kinds, accelerator)
+            logged |= self.episodes.add(contributions.policy, entropy, rollouts, kinds, accelerator, earned)
             for by in self.episodes.records.values():
                 logged |= _changes_and_shares(by, {name: (name,) for name in by.present})
         self._write(files, record, contributions, coefficients, kinds, earned)

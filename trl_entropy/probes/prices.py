@@ -21,10 +21,11 @@ class PriceRecord:
 
     Args:
         names: of the categories, which partition the tokens of the step's completions.
+        with_all: log all of them together too, as `all`, and those of which there was no token yet.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = tuple(names)
+    def __init__(self, names: Sequence[str], with_all: bool = True) -> None:
+        self._names, self._with_all = tuple(names), with_all
         self._record = CategoryRecord.empty([f"{what}_{name}" for what in ("paid", "earned") for name in names])
 
     def add(
@@ -39,7 +40,7 @@ class PriceRecord:
         """
         self._record = self._record.update(torch.cat([paid, earned], dim=1), torch.cat([counts, counts]))
         logged: dict[str, float] = {}
-        for name, members in {**{name: (name,) for name in self._names}, "all": self._names}.items():
+        for name, members in self._logged().items():
             gained = self._record.change(*(f"earned_{one}" for one in members))
             low, high = gained.interval()
             key = f"reward/mean_delta_{name}"
@@ -49,6 +50,12 @@ class PriceRecord:
             key = f"reward/price_{name}"
             logged |= {key: self._record.parts.ratio(*ratio).value, f"{key}_low": low, f"{key}_high": high}
         return logged
+
+    def _logged(self) -> dict[str, tuple[str, ...]]:
+        """The members of each category that is logged."""
+        if self._with_all:
+            return {**{name: (name,) for name in self._names}, "all": self._names}
+        return {name: (name,) for name in self._names if f"paid_{name}" in self._record.present}
 
     def _weights(self, what: str, members: Sequence[str], sign: float) -> Float[Tensor, " C"]:
         chosen = {f"{what}_{one}" for one in members}

@@ -19,6 +19,7 @@ from trl_entropy.analysis.attribution import (
     most_moving_tokens,
     outcome_text,
     own_rows,
+    prices,
     ranked_prompts,
     shares,
 )
@@ -32,6 +33,11 @@ _CAPTION = (
     "what each category adds to the change that the steps' own completions made, with 95 % intervals over prompts, "
     "beside what it would add if all tokens changed the entropy alike. A category's share of the change stands at its "
     f"bar where the sum of all is further from 0 than {SHARE_MARGIN:g} times the half width of its 95 % interval."
+)
+_PRICES = (
+    "what each category paid in entropy for what it earned in expected reward (T22), with 95 % intervals over "
+    "prompts; the price, in nats per token lost for a unit of reward, where it has bounds (Fieller). The line is the "
+    "price of all."
 )
 _COMPLETIONS, _PROMPTS, _TOKENS, _PROMPT_END = 3, 10, 15, 200
 _RAISED, _LOWERED, _CONTEXT = "213 94 0", "0 114 178", "128 128 128"  # orange, blue and grey
@@ -73,6 +79,7 @@ class AttributionSection:
     figure: Figure
     table: Table | None
     prices: Table | None
+    price_figure: Figure | None
     completions: list[ColouredCompletion]
     tokens: list[str]
     prompts: list[str]
@@ -101,6 +108,7 @@ def attribution_section(run: Run) -> AttributionSection | None:
         ),
         table=share_table(run, has_answers),
         prices=price_table(run, has_answers),
+        price_figure=_price_figure(run, table, steps_shown) if "attribution_reward" in table else None,
         completions=_completions(episodes) if by_token else [],
         tokens=_token_lines(episodes, has_answers) if by_token else [],
         prompts=[_prompt_line(row, _rate(has_answers)) for row in _rows(ranked_prompts(run, table, _PROMPTS))],
@@ -133,6 +141,16 @@ def _panels(table: pd.DataFrame, by_token: bool) -> list[Callable]:
         for by, title in _PANELS.items()
         if by in table or by == always
     ]
+
+
+def _price_figure(run: Run, table: pd.DataFrame, steps_shown: str) -> Figure:
+    always = "outcome_probability" if "token" in table else "outcome"
+    panels = [
+        lambda axes, by=by: plots.plot_prices(axes, prices(table, categories(table, by)), _PANELS[by])
+        for by in (always, "turn", "kind")
+        if by in table or by == always
+    ]
+    return draw(f"prices-{run.name}", f"{run.name}, {steps_shown}: {_PRICES}", panels)
 
 
 def _rate(has_answers: bool) -> str:

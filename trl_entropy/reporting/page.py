@@ -14,7 +14,12 @@ from typing import TypeVar
 from trl_entropy.analysis.contents import steps_text
 from trl_entropy.analysis.rewards import NOT_REWARDS
 from trl_entropy.analysis.run import Run
-from trl_entropy.reporting.attribution_section import ColouredCompletion, ColouredToken, attribution_section
+from trl_entropy.reporting.attribution_section import (
+    AttributionSection,
+    ColouredCompletion,
+    ColouredToken,
+    attribution_section,
+)
 from trl_entropy.reporting.figures import Figure, shade
 from trl_entropy.reporting.gaps import Gaps
 from trl_entropy.reporting.inline import script, script_hash, style
@@ -103,7 +108,12 @@ def _parts(runs: list[Run]) -> tuple[dict[str, object], list[Figure]]:
     }
     missing = [*gaps.sentences, *(sentence for run in runs for sentence in run.left_out)]
     figures = [figure for section in sections for figure in section.figures]
-    return parts | {"gaps": missing}, [*figures, *(attribution.figure for attribution in attributions)]
+    return parts | {"gaps": missing}, [*figures, *_figures_of(attributions)]
+
+
+def _figures_of(attributions: list[AttributionSection]) -> list[Figure]:
+    of_prices = [found.price_figure for found in attributions if found.price_figure is not None]
+    return [*(found.figure for found in attributions), *of_prices]
 
 
 def _blocks(runs: list[Run], configs: Mapping[str, Json], gaps: Gaps) -> list[dict[str, str]]:

@@ -149,11 +149,12 @@ def price_table(run: Run, has_answers: bool) -> Table | None:
     if whole is None:
         return None
     rows: list[tuple[str, list[Cell | None]]] = []
-    for name in (*_SHARES, "all"):
+    for name in (*_SHARES, "all", *TURNS, *KINDS):
         keys = (f"{_MEAN}{name}", f"reward/mean_delta_{name}", f"reward/price_{name}")
         cells = [_at(run, whole.step, key) for key in keys]
         if cells[1] is not None:
-            text = "all of these" if name == "all" else _outcome_named(name, has_answers)
+            outcome = outcome_text(name) if name in (*TURNS, *KINDS) else _outcome_named(name, has_answers)
+            text = "all of these" if name == "all" else outcome
             rows.append((text, [None if cell is None else _with_interval(run, cell) for cell in cells]))
     heads = [
         "over the run",

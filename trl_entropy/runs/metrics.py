@@ -308,11 +308,13 @@ _ATTRIBUTION = _keys("sum", [
 ], "entropy/", "max")
 
 _REWARD_ATTRIBUTION = _keys("sum", [
-    (f"delta_{name}", "reward", f"part of reward/delta_linear {text} (T22)") for name, text in PARTS.items()
+    *((f"delta_{name}", "reward", f"part of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
+    *((f"delta_{name}", "reward", f"part of reward/delta_gradient: {text} (T22)")
+      for name, text in _OF_EPISODES.items()),
 ], "reward/") + _keys("sum", [
     *((f"share_{name}", "1", f"fraction of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
     *((key.format(name), unit_, f"{text}: {what} (T22), over the run so far")
-      for name, text in (_CATEGORIES | {"all": "completions with an advantage other than 0"}).items()
+      for name, text in (_CATEGORIES | _OF_EPISODES | {"all": "completions with an advantage other than 0"}).items()
       for key, unit_, what in (
         ("mean_delta_{}", "reward", "mean change of the expected reward of a step made by them"),
         ("mean_delta_{}_low", "reward", "lower end of the 95 % interval of that change (Student's t)"),

@@ -18,6 +18,7 @@ from trl_entropy.analysis.plots.tokens import (
     plot_checkpoints,
     plot_high_entropy_tokens,
     plot_positions,
+    plot_prices,
     plot_shares,
     plot_tokens,
 )
@@ -34,6 +35,6 @@ from trl_entropy.analysis.plots.training import (
 __all__ = [
     "BLUE", "GREEN", "GREY", "ORANGE", "plot_change_slope", "plot_checkpoints", "plot_controlled_change",
     "plot_entropy", "plot_entropy_change", "plot_high_entropy_tokens", "plot_integral", "plot_kernel", "plot_key",
-    "plot_noise_scale", "plot_pass_at_1", "plot_positions", "plot_prediction", "plot_reward", "plot_runs",
-    "plot_set_point", "plot_shares", "plot_spectrum", "plot_tokens", "series",
+    "plot_noise_scale", "plot_pass_at_1", "plot_positions", "plot_prediction", "plot_prices", "plot_reward",
+    "plot_runs", "plot_set_point", "plot_shares", "plot_spectrum", "plot_tokens", "series",
 ]  # fmt: skip

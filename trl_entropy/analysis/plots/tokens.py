@@ -128,3 +128,34 @@ def plot_shares(axes: Axes, shares: pd.DataFrame, title: str = "") -> Axes:
     axes.set(xlabel="nats/token and step" if shares["share"].notna().any() else "nats/token and step (no shares)")
     finished(axes).legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
     return axes
+
+
+def plot_prices(axes: Axes, prices: pd.DataFrame, title: str = "") -> Axes:
+    """
+    What each category of tokens paid in entropy for what it earned in reward, with 95 % intervals. The line is the
+    price of all of them: above it entropy was dearer. Categories whose price has bounds have it at their point.
+
+    Args:
+        prices: from `analysis.attribution.prices`.
+        title: what the categories divide.
+    """
+    axes.set_title(title)
+    if prices.empty:
+        return nothing(axes, "No step attributed its change of reward. Train with reward_attribution: true.")
+    for place, (name, row) in enumerate(prices.iterrows()):
+        ends = [[[row[what] - row[f"{what}_low"]], [row[f"{what}_high"] - row[what]]] for what in ("earned", "lost")]
+        errors = [[[max(end, 0.0) if math.isfinite(end) else 0.0 for end in side] for side in one] for one in ends]
+        color, marker = SERIES[place % len(SERIES)]
+        bounded = math.isfinite(row["low"]) and math.isfinite(row["high"])
+        price = f"{row['price']:.2g} [{row['low']:.2g}, {row['high']:.2g}]" if bounded else "no price"
+        axes.errorbar(
+            row["earned"], row["lost"], xerr=errors[0], yerr=errors[1], fmt=marker, ms=5, lw=1, capsize=2, color=color,
+            label=f"{outcome_text(name)}: {price}",
+        )  # fmt: skip
+    if math.isfinite(prices.loc["all", "price"]):
+        axes.axline((0, 0), slope=prices.loc["all", "price"], color=GREY, lw=0.8, ls="--")
+    axes.axhline(0, color=GREY, lw=0.5)
+    axes.axvline(0, color=GREY, lw=0.5)
+    axes.set(xlabel="reward earned a step", ylabel="entropy lost, nats/token a step")
+    finished(axes).legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7)
+    return axes
