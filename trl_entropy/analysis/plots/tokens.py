@@ -156,6 +156,7 @@ def plot_prices(axes: Axes, prices: pd.DataFrame, title: str = "") -> Axes:
         axes.axline((0, 0), slope=prices.loc["all", "price"], color=GREY, lw=0.8, ls="--")
     axes.axhline(0, color=GREY, lw=0.5)
     axes.axvline(0, color=GREY, lw=0.5)
-    axes.set(xlabel="reward earned a step", ylabel="entropy lost, nats/token a step")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set(xlabel="reward earned a step", ylabel="nats/token lost a step")
     finished(axes).legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7)
     return axes
