@@ -252,3 +252,26 @@ def test_keys_and_colours(browser, pages):
     browser.press("ArrowLeft")
     assert browser.text("h2") == "Step 1" and not browser.messages
     browser.look(1280, 900)
+
+
+def test_prices_are_a_scatter_and_a_table_of_what_the_run_logged_last(real_run, tmp_path, browser):
+    """A category without bounds has no price, and its point is hollow; the line is the price of all."""
+    run = copied(real_run, tmp_path / "priced")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last, added = json.loads(lines[-1]), {}
+    parts = {"correct": (-0.002, 0.01, 0.2, (0.1, 0.4)), "turn_2": (0.001, 0.002, -0.5, (None, None)),
+             "all": (-0.001, 0.012, 0.0833, (0.05, 0.2))}  # fmt: skip
+    for name, (change, earned, price, (low, high)) in parts.items():
+        for key, value in ((f"entropy/mean_delta_{name}", change), (f"reward/mean_delta_{name}", earned)):
+            added |= {key: value, f"{key}_low": value - 0.001, f"{key}_high": value + 0.001}
+        key = f"reward/price_{name}"
+        added |= {key: price, f"{key}_low": low, f"{key}_high": high}
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last | added)]) + "\n")
+    browser.open(page_of([run], tmp_path / "priced.html"))
+    rows = {row.split("\t")[0]: row.split("\t")[1:] for row in browser.texts("[aria-label=Prices] tbody tr")}
+    assert rows["advantage above 0"] == ["0.002 [0.001, 0.003]", "0.01 [0.009, 0.011]", "0.2 [0.1, 0.4]"]
+    assert rows["turn 2"][2] == "none" and rows["all"][2] == "0.0833 [0.05, 0.2]"
+    fills = browser.run("[...document.querySelectorAll('[aria-label=Prices] circle')].map((one) => one.style.fill)")
+    assert len(fills) == 3 and ["paper" in fill for fill in fills].count(True) == 1
+    assert browser.run("document.querySelectorAll('[aria-label=Prices] path[style*=dasharray]').length") == 1
+    assert browser.messages == []

@@ -7,12 +7,13 @@ import { folded, h, plain } from "./dom.js";
 import { counted, number, signed, withError } from "./format.js";
 import { address, go, state } from "./state.js";
 import { sortable } from "./table.js";
+import { prices } from "./view_prices.js";
 
 /** @typedef {import("./data.js").Run} Run */
 
 /**
  * @param {Run} run
- * @returns {HTMLElement[]}
+ * @returns {(HTMLElement | null)[]}
  */
 export function viewOfRun(run) {
   return [
@@ -20,6 +21,7 @@ export function viewOfRun(run) {
     warnings(run),
     settings(run),
     charts([run]),
+    prices(run),
     h("h2", {}, "Steps"),
     h(
       "p",
