@@ -67,13 +67,14 @@ _STATISTICS = {
     "estimators/statistics/moments.py": (
         "estimators/statistics/test_moments.py",
         [
-            ("count / torch.tensor(count - 1,", "count / torch.tensor(count,"),
+            ("count / (count - 1)", "count / count"),
             ("(v.xy - v.error_xy) / (v.xx - v.error_xx)", "v.xy / (v.xx - v.error_xx)"),
             (
                 "predicted_stderr**2 + measured_stderr**2 - difference_stderr**2) / 2",
                 "predicted_stderr**2 + measured_stderr**2 - difference_stderr**2)",
             ),
             ("spread @ gradient / (count - 2)", "spread @ gradient / count"),
+            ("spread, gradients) / (counts - 2)", "spread, gradients) / counts"),
         ],
     ),
     "estimators/statistics/pooled.py": (
@@ -121,9 +122,18 @@ _ENTROPY = {
     ]),
     "estimators/entropy_change/delta_entropy.py": ("estimators/entropy_change/test_delta_entropy.py", [
         ("second + 2 * first * s + entropy * r", "second + first * s + entropy * r"),
-        ("surrogate - 2 * _slope(means)", "surrogate - _slope(means)"),
-        ("_slope(m[:4]) + _slope(m[4:])", "_slope(m[:4]) + _slope(m[:4])"),
+        ("surrogate - 2 * ratio_slope(means)", "surrogate - ratio_slope(means)"),
+        ("ratio_slope(m[:4]) + ratio_slope(m[4:])", "ratio_slope(m[:4]) + ratio_slope(m[:4])"),
         ("(numerator_1 - numerator / denominator * denominator_1)", "(numerator_1 - denominator_1)"),
+    ]),
+    "estimators/entropy_change/step_estimates.py": ("estimators/entropy_change/test_step_estimates.py", [
+        ("(total - sums) / (size - sizes)", "(total - sums) / size"),
+        ("sums[parity::2], sizes[parity::2]", "sums[parity::2], sizes[1 - parity :: 2]"),
+        ("(num_prompts - 1) / num_prompts * spread", "spread / num_prompts"),
+    ]),
+    "estimators/statistics/mutual_information.py": ("estimators/statistics/test_mutual_information.py", [
+        ("mine - others.logsumexp(1) + counts[1]", "mine - others.logsumexp(1) + counts[0]"),
+        ("rows = kept[own]", "rows = torch.ones_like(kept[own])"),
     ]),
     "estimators/entropy_change/step_change.py": ("estimators/entropy_change/test_step_change.py", [
         ("other.terms.denominator / drawn.terms.denominator", "other.terms.denominator"),
@@ -363,7 +373,7 @@ _TRAINER = {
          "test_equal_rewards_are_uninformative_and_unscored_ones_no_evidence"),
     ]),
     "probes/agreement.py": ("probes/test_running_agreement.py", [
-        ("self._integrals.get(name, start) + change", "self._integrals.get(name, 0.0) + change"),
+        ("self.integrals.get(name, start) + change", "self.integrals.get(name, 0.0) + change"),
         ("difference.stderr) if difference else 0.0", "difference.stderr) if not difference else 0.0"),
     ]),
     "probes/runner.py": ("trainer/test_probe_events.py", [

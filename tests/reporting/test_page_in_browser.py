@@ -268,7 +268,7 @@ def test_prices_are_a_scatter_and_a_table_of_what_the_run_logged_last(real_run, 
         added |= {key: price, f"{key}_low": low, f"{key}_high": high}
     (run / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last | added)]) + "\n")
     browser.open(page_of([run], tmp_path / "priced.html"))
-    rows = {row.split("\t")[0]: row.split("\t")[1:] for row in browser.texts("[aria-label=Prices] tbody tr")}
+    rows = {row.split("\t")[1]: row.split("\t")[2:] for row in browser.texts("[aria-label=Prices] tbody tr")}
     assert rows["advantage above 0"] == ["0.002 [0.001, 0.003]", "0.01 [0.009, 0.011]", "0.2 [0.1, 0.4]"]
     assert rows["turn 2"][2] == "none" and rows["all"][2] == "0.0833 [0.05, 0.2]"
     fills = browser.run("[...document.querySelectorAll('[aria-label=Prices] circle')].map((one) => one.style.fill)")

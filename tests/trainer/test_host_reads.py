@@ -33,13 +33,12 @@ SETTINGS = {
         "entropy_control_num_completions": 4,
     },
 }
-# Reads of a step by probe, at most: what was counted on 2026-11-30 and a tenth. Most are numbers for the log; about
+# Reads of a step by probe, at most: what was counted on 2026-12-01 and a tenth. Most are numbers for the log; about
 # half are of tensors that lie on the CPU wherever training computes.
 STATED = {
-    # Of the entropy's, 120 are of numbers that the host has already: the change of the reward (`change_of`).
-    "adapter": {"hooks": 32, "entropy": 379, "noise_scale": 112, "fisher": 100, "optimizer_state": 25,
+    "adapter": {"hooks": 32, "entropy": 195, "noise_scale": 112, "fisher": 100, "optimizer_state": 25,
                 "effective_sample_size": 4},
-    "head": {"hooks": 20, "entropy_control": 39, "entropy": 79, "noise_scale": 110},
+    "head": {"hooks": 20, "entropy_control": 39, "entropy": 101, "noise_scale": 110},
 }  # fmt: skip
 PER_MICRO_BATCH = 12  # of the hooks: which rows its sequences are
 

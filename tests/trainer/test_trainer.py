@@ -141,6 +141,7 @@ def test_every_step_logs_what_is_promised(make_trainer):
     of_other_probes = (
         *("entropy/", "answer_check/", "noise_scale/", "fisher/", "curriculum/", "resampling/"),
         *("entropy_control/", "token_control/", "sampling/", "reward/", "length/", "truncated/"),
+        "mutual_information/",
     )
     promised = {name for name in METRICS if not name.startswith(of_other_probes)} - not_here
     promised |= {"entropy/policy", "entropy/surprisal", "clip_ratio/region_mean", "reward_std"}

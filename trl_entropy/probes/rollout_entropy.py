@@ -28,6 +28,7 @@ from trl_entropy.estimators.entropy_change.delta_entropy import (
     policy_entropy,
 )
 from trl_entropy.estimators.entropy_change.expectation import expectation_terms, log_weight_sums
+from trl_entropy.estimators.entropy_change.step_estimates import step_estimates
 from trl_entropy.estimators.statistics.importance import effective_sample_size, importance_weights
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
 from trl_entropy.gradients.group_gradients import GroupRows, flat, gram_of_all_rows, group_rows
@@ -187,13 +188,14 @@ class RolloutEntropyProbe(Probe):
         values, mask = values_asked_for(self._completions.values, self.change_of), self._completions.loss_mask
         if not values:
             return {}
-        drawn, logged = self._completions.drawn_with(self._before.logps[0]), dict[str, float]()
+        drawn = self._completions.drawn_with(self._before.logps[0])
         sums = [log_weight_sums((scores.logps[0],), drawn, mask) for scores in (self._before, after)]
         columns = accelerator.gather(torch.cat([*sums, torch.stack(list(values.values()), dim=1)], dim=1))
         columns, prompts = columns[self._accepted.of_rows].cpu(), self._prompts.cpu()
-        for place, key in enumerate(values, start=2):
-            ends = [expectation_terms(columns[:, place], columns[:, [end]], prompts).terms for end in (0, 1)]
-            logged |= with_stderr(f"{key}/delta_in_sample", delta_measured(*ends).estimate(prompts))
+        start, end = (expectation_terms(columns[:, 2:], columns[:, [at]], prompts) for at in (0, 1))
+        logged: dict[str, float] = {}
+        for key, found in zip(values, step_estimates(start, end, prompts), strict=True):
+            logged |= with_stderr(f"{key}/delta_in_sample", found.changes["measured"])
         return logged
 
     def _predicted_changes(

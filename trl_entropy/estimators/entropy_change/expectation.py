@@ -13,7 +13,6 @@ from torch import Tensor
 
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms
 from trl_entropy.estimators.entropy_change.step_change import PointTerms
-from trl_entropy.estimators.statistics.estimate import cluster_sums
 
 
 def log_weight_sums(
@@ -37,10 +36,10 @@ def baseline(values: Float[Tensor, "B *K"], prompt_index: Int[Tensor, "B"]) -> F
     completion. A column for each of several quantities.
     """
     position = prompt_index.unique(return_inverse=True)[1]
-    if int(position.bincount().min()) < 2:
-        position = torch.zeros_like(position)
-    values = values.double()
-    counts, sums = position.bincount(), cluster_sums(values, position)
+    values, counts = values.double(), position.bincount()
+    if int(counts.min()) < 2:
+        position, counts = torch.zeros_like(position), counts.sum()[None]
+    sums = values.new_zeros(len(counts), *values.shape[1:]).index_add(0, position, values)
     others = (counts[position] - 1).clamp(min=1)
     return (sums[position] - values) / others.view(-1, *[1] * (values.dim() - 1))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trl_entropy.estimators.entropy_change.delta_entropy import ratio_curvature, ratio_slope
 from trl_entropy.estimators.entropy_change.step_change import PointTerms
-from trl_entropy.estimators.statistics.estimate import Estimate, cluster_sums
+from trl_entropy.estimators.statistics.estimate import Estimate
 
 _Key = tuple[str, str]  # a kind of number, and which change it is of
 
@@ -43,7 +43,8 @@ def step_estimates(
     columns = torch.stack([column for point in points for part in point if part is not None for column in part], dim=1)
     columns = columns.view(*columns.shape[:2], -1)
     position = prompt_index.unique(return_inverse=True)[1]
-    sums, sizes = cluster_sums(columns, position), position.bincount()
+    sizes = position.bincount()
+    sums = columns.new_zeros(len(sizes), *columns.shape[1:]).index_add(0, position, columns)
     parts = [(sums, sizes)]
     if len(sizes) >= 4:
         parts += [(sums[parity::2], sizes[parity::2]) for parity in (0, 1)]

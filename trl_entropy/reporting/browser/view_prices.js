@@ -79,11 +79,12 @@ export function prices(run) {
     h(
       "p",
       { class: "quiet" },
-      "Over the run, with 95 % intervals. The line is the price of all: above it entropy was dearer. A price is none where the change of reward is consistent with 0.",
+      "Over the run, with 95 % intervals; points are numbered as in the table, hollow without a price. The line is the price of all: above it entropy was dearer. A price is none where the change of reward is consistent with 0.",
     ),
     h("figure", { class: "chart", style: { "max-width": "40rem" } }, scatter(rows)),
     sortable(
       [
+        { head: "no.", value: (/** @type {Priced} */ row) => rows.indexOf(row) + 1 },
         { head: "tokens", text: true, value: (/** @type {Priced} */ row) => row.name },
         column("nats/token lost a step", "lost"),
         column("reward earned a step", "earned"),
@@ -174,7 +175,7 @@ function point(row, place, toX, toY) {
     { class: "series" },
     svg("path", { d: across + up, style: { stroke: colour, fill: "none", opacity: "0.7" } }),
     svg("circle", { cx: x, cy: y, r: 3.5, style: { fill: row.price === null ? "var(--paper)" : colour, stroke: colour } }),
-    svg("text", { x: x + 6, y: place % 2 ? y + 13 : y - 5 }, row.name),
+    svg("text", { x: x + 6, y: y - 5 }, place + 1),
     svg("title", {}, `${row.name}: ${row.price === null ? "no price" : number(row.price.value, 3)}`),
   );
 }
