@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_entropy.config.resume_contract import contract_settings
+from trl_entropy.evaluation.problems import distinct
 from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.models.embedded_agent import build_agent_tokenizer
 from trl_entropy.models.loading import EMBEDDED_AGENT, EMBEDDED_MODELS
-from trl_entropy.evaluation.problems import distinct
 from trl_entropy.preflight.finding import Finding, Findings
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.checkpoints import (
