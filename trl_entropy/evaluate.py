@@ -186,8 +186,8 @@ def evaluate(
         `low` and `high`, the ends of the 95 % interval over prompts, or None.
 
     Raises:
-        ValueError: for what cannot be evaluated: an option, a trainer of episodes, without an `eval_dataset`, or of
-            whose reward functions none says what passes.
+        ValueError: for what cannot be evaluated: an option, a trainer with a `rollout_func`, without an
+            `eval_dataset`, or of whose reward functions none says what passes.
     """
     name = hand_over(trainer_factory)
     run = Path(run or parts_of(name).output_dir)

@@ -106,3 +106,17 @@ def test_a_generation_can_be_made_in_rounds():
         "a round's rows are last"
     )
     assert "self._generate_and_score_completions(generation_batch)" in source(GRPOTrainer._prepare_inputs)
+
+
+def test_what_draws_episodes_is_kept_where_an_evaluation_and_a_named_failure_look_for_it():
+    text = source(GRPOTrainer.__init__)
+    assert "self._standalone_tools = tools" in text
+    assert "self.environment_factories = {None: environment_factory}" in text, "one that is for every row"
+    assert "self._environment_pool[name] = [instance]" in text
+    assert "self.eos_token_ids = eos_token_ids" in text
+    text = source(GRPOTrainer._generate_and_score_completions)
+    assert "environment.reset(**reset_kwargs)" in text and "self._generate(prompts)" in text
+    assert "self._calculate_rewards(" in text, "after the episode, while the environments still know it"
+    assert "reward_func(\n" in source(GRPOTrainer._calculate_rewards), "which are taken from self.reward_funcs"
+    assert "unwrapped_model.generate(" in source(GRPOTrainer._generate_single_turn)
+    assert "generation_config=self.generation_config" in source(GRPOTrainer._generate_single_turn)

@@ -1,13 +1,16 @@
 """Evaluation of agents: episodes with tools and environments, of policies whose every turn is known."""
 
+import argparse
 import json
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationMixin
 
+from trl_entropy.evaluate import _settings, parse
 from trl_entropy.evaluation import worker
 from trl_entropy.evaluation.plan import PROFILES, Job, Target, check_functions, settings_of
 from trl_entropy.evaluation.problems import held_out_problems
@@ -124,8 +127,9 @@ def evaluated(tokenizer, tmp_path, monkeypatch):
     config = {"task": "dataset", "dataset_name": str(tmp_path), "prompt_column": "question", "seed": 0,
               "max_completion_length": 48, "use_cpu": True, "reward_funcs": ["tag_pref"]}  # fmt: skip
 
-    def evaluate(turns, batch_size=4, output="step_000005", **more):
+    def evaluate(turns, batch_size=4, output="step_000005", adapter=None, **more):
         model = build_model(tokenizer, seed=0).eval()
+        model = model if adapter is None else get_peft_model(model, adapter)
         model.generate = Scripted(tokenizer, turns)
         monkeypatch.setattr(worker, "load_policy", lambda *which: (model, tokenizer))
         settings = settings_of(config | more, PROFILES["quick"], num_samples=2)
@@ -233,6 +237,29 @@ def test_scores_are_those_of_the_policys_own_tokens(evaluated, tokenizer):
     assert row["completion_ids"].tolist() == drawn.tolist()
     assert row["logps"] == pytest.approx(logps[places, drawn].numpy(), abs=1e-4)
     assert row["entropies"] == pytest.approx(-(logps.exp() * logps).sum(-1)[places].numpy(), abs=1e-4)
+
+
+def test_an_adapter_is_evaluated_as_it_is(evaluated):
+    adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    metrics, records, model = evaluated(right_turns, adapter=adapter, output="adapter", **TOOLS)
+    assert metrics["pass@1"]["value"] == 1.0 and not model.training
+    without = evaluated(right_turns, **TOOLS)[1]
+    assert records["length"].tolist() == without["length"].tolist()
+    assert records["logps"][0][0] != without["logps"][0][0]
+
+
+def test_options_that_episodes_do_not_have_are_refused(tmp_path, capsys):
+    config = {"task": "calculator", "seed": 0, "max_completion_length": 48, "model_name_or_path": "embedded-agent"}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    args = parse(["--run", str(tmp_path)])
+    for name, value, said in [
+        ("sampler", "vllm", "--sampler is vllm, but the run has tools or environments; TRL's trainer draws"),
+        ("device", "cuda:1", "takes the first GPU: use --device cuda, and CUDA_VISIBLE_DEVICES=1"),
+    ]:
+        asked = argparse.Namespace(**vars(args) | {name: value, "profile": "quick"})
+        with pytest.raises(ValueError, match=said):
+            _settings(asked, config)
+    assert _settings(argparse.Namespace(**vars(args) | {"profile": "quick"}), config).sampler == "transformers"
 
 
 def test_it_goes_on_where_it_was_cut_off(evaluated, monkeypatch):

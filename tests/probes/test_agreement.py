@@ -110,7 +110,7 @@ def test_command_prints_tables_and_draws(tmp_path, capsys):
 
 
 def test_too_few_steps_and_a_missing_checkpoint_are_said(tmp_path):
-    with pytest.raises(SystemExit, match="0 probed steps; 9 or more are needed"):
+    with pytest.raises(SystemExit, match="0 steps probed on completions other than its own; 9 or more are needed"):
         main(["agreement", str(tmp_path)])
     with pytest.raises(SystemExit, match="no checkpoint of its last step, 36; train with save_strategy=steps"):
         main(["agreement", str(a_run(tmp_path / "a")), "--fresh-completions", "8"])

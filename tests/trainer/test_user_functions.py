@@ -166,7 +166,7 @@ BROKEN = {
     "__init__": "environment Desk.__init__, {file}, line \\d+: KeyError: '__init__'$",
     "reset": "environment Desk.reset, {file}, line \\d+: KeyError: 'reset', called with level=3, prompt=",
     "ring": "environment Desk.ring, {file}, line \\d+: SystemExit: rung",
-    "get_reward": "reward function Desk, .*: KeyError: 'get_reward', for the completion",
+    "get_reward": "reward function Desk, {file}, line \\d+: KeyError: 'get_reward', for the completion",
     "factory": "environment_factory make_desk, {file}, line \\d+: KeyError: 'factory'",
 }
 

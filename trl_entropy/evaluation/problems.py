@@ -55,10 +55,10 @@ def distinct(problems: Dataset, task: TaskArguments) -> Dataset:
     if not others:
         _say_left_out(where, len(problems) - len(places))
         return problems.select(sorted(places.values()))
-    first = others[0]
+    asked = str(others[0].get("question", others[0]["prompt"]))[-200:]
     raise ValueError(
         f"{where} holds {counted(len({row['prompt_id'] for row in others}), 'held-out question')} more than once with "
-        f"other answers or columns, the first is {str(first.get('question', first['prompt']))[-200:]!r}. An evaluation "
+        f"other answers or columns, the first is {asked!r}. An evaluation "
         "counts correct answers by question: leave each in once."
     )
 

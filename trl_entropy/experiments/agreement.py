@@ -101,7 +101,8 @@ def probed_rows(path: Path) -> Rows:
     rows = [row for row in RunDirectory(path).metrics() if "entropy/half_a_measured" in row]
     if len(rows) < 9:
         raise ValueError(
-            f"{path} has {counted(len(rows), 'probed step')}; 9 or more are needed. Train with entropy_probe=True."
+            f"{path} has {counted(len(rows), 'step')} probed on completions other than its own; 9 or more are needed. "
+            "Train with entropy_probe=True, and entropy_probe_completions other than rollouts."
         )
     return rows
 

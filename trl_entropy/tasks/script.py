@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,10 +49,13 @@ class Parts(NamedTuple):
 
 
 def hand_over(factory: Callable[[], Any]) -> str:
-    """The name by which [`parts_of`] finds a function that no setting can name."""
-    return hand_over_as(
-        f"{factory.__module__}:{getattr(factory, '__qualname__', type(factory).__qualname__)}", factory
-    )
+    """
+    The name by which [`parts_of`] finds a function that no setting can name; for one of the script that runs, the name
+    by which a command finds it.
+    """
+    module, name = factory.__module__, getattr(factory, "__qualname__", type(factory).__qualname__)
+    file = getattr(sys.modules.get(module), "__file__", None) if module == "__main__" else None
+    return hand_over_as(absolute(f"{file or module}:{name}"), factory)
 
 
 def hand_over_as(name: str, factory: Callable[[], Any]) -> str:

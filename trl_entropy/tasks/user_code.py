@@ -7,10 +7,14 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 from trl_entropy.tasks.named import described
+
+# The files of TRL and of this package with a function that calls `get_reward` of environments.
+_ASKING_ENVIRONMENTS = (("trainer", "grpo_trainer.py"), ("tasks", "completion_functions.py"))
 
 
 def codes_of(function: Any) -> list[CodeType]:
@@ -26,9 +30,17 @@ def codes_of(function: Any) -> list[CodeType]:
 
 
 def line_of_function(error: BaseException, function: Any, name: str) -> str:
-    """The last line of the function's file that the error came from, `FILE, line N`; `name` where there is none."""
+    """
+    The last line of the function's file that the error came from, `FILE, line N`; `name` where there is none.
+
+    Of what asks environments for their reward it is the file of the environment.
+    """
     file = next((code.co_filename for code in reversed(codes_of(function))), None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    frames = traceback.extract_tb(error.__traceback__)
+    if file is not None and Path(file).parts[-2:] in _ASKING_ENVIRONMENTS:
+        last = max((place for place, frame in enumerate(frames) if frame.filename == file), default=-1)
+        file = frames[last + 1].filename if last + 1 < len(frames) else file
+    lines = [frame.lineno for frame in frames if frame.filename == file]
     return f"{file}, line {lines[-1]}" if lines else name
 
 
