@@ -108,7 +108,11 @@ function scatter(rows) {
   const slope = all && all.price ? all.price.value : null;
   return svg(
     "svg",
-    { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": "Entropy lost over reward earned, by kind of token" },
+    {
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      role: "img",
+      "aria-label": "Entropy lost over reward earned, by kind of token",
+    },
     axes([x0, x1], [y0, y1], toX, toY),
     slope !== null && svg("path", { d: through(slope, [x0, x1], [y0, y1], toX, toY), style: LINE }),
     rows.map((row, place) => point(row, place, toX, toY)),
@@ -168,13 +172,19 @@ function through(slope, xEnds, yEnds, toX, toY) {
 function point(row, place, toX, toY) {
   const [x, y] = [toX(row.earned.value), toY(row.lost.value)];
   const colour = `var(--series-${(place % 6) + 1})`;
-  const across = row.earned.low === null || row.earned.high === null ? "" : `M${toX(row.earned.low)} ${y}H${toX(row.earned.high)}`;
+  const across =
+    row.earned.low === null || row.earned.high === null ? "" : `M${toX(row.earned.low)} ${y}H${toX(row.earned.high)}`;
   const up = row.lost.low === null || row.lost.high === null ? "" : `M${x} ${toY(row.lost.low)}V${toY(row.lost.high)}`;
   return svg(
     "g",
     { class: "series" },
     svg("path", { d: across + up, style: { stroke: colour, fill: "none", opacity: "0.7" } }),
-    svg("circle", { cx: x, cy: y, r: 3.5, style: { fill: row.price === null ? "var(--paper)" : colour, stroke: colour } }),
+    svg("circle", {
+      cx: x,
+      cy: y,
+      r: 3.5,
+      style: { fill: row.price === null ? "var(--paper)" : colour, stroke: colour },
+    }),
     svg("text", { x: x + 6, y: y - 5 }, place + 1),
     svg("title", {}, `${row.name}: ${row.price === null ? "no price" : number(row.price.value, 3)}`),
   );
