@@ -18,7 +18,7 @@ from trl_entropy.analysis.attribution import (
     shares,
 )
 from trl_entropy.analysis.run import load_run
-from trl_entropy.runs.metrics import OUTCOMES_BY_PROBABILITY
+from trl_entropy.runs.change_metrics import OUTCOMES_BY_PROBABILITY
 
 
 @pytest.fixture(scope="module")

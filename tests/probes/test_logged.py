@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from trl_entropy.runs.change_metrics import OUTCOMES_BY_PROBABILITY
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.metrics import OUTCOMES_BY_PROBABILITY
 
 
 def test_the_number_of_prompts_behind_each_error_is_logged(real_run):

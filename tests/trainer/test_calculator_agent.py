@@ -10,8 +10,8 @@ from trl_entropy import DrGRPOConfig, DrGRPOTrainer
 from trl_entropy.models.embedded_agent import build_agent_tokenizer
 from trl_entropy.models.loading import EMBEDDED_AGENT
 from trl_entropy.models.warm_start import warm_start
+from trl_entropy.runs.change_metrics import KINDS
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.metrics import KINDS
 from trl_entropy.tasks.calculator import CalculatorEnvironment, calculate, load_calculator_problems
 from trl_entropy.tasks.rewards import tag_pref
 

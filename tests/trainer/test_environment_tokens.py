@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from trl_entropy.analysis.attribution import attribution_table, own_rows
 from trl_entropy.analysis.run import load_run
+from trl_entropy.runs.change_metrics import KINDS, TURNS
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.runs.metrics import KINDS, TURNS
 
 ALWAYS = {"weight_decay": 0.1, "effective_sample_size_probe": True, "probe_batch_size": 5}
 HELD_OUT = {"entropy_probe": True, "entropy_probe_completions": "held_out", "entropy_probe_num_completions": 4}

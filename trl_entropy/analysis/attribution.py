@@ -19,7 +19,7 @@ import pandas as pd
 from trl_entropy.analysis.comparison import student_t
 from trl_entropy.analysis.run import Run
 from trl_entropy.analysis.tokens import own_tokens, turns_of
-from trl_entropy.runs.metrics import KINDS, OUTCOMES, RARE, RELATIVE_OUTCOMES, TURNS
+from trl_entropy.runs.change_metrics import KINDS, OUTCOMES, RARE, RELATIVE_OUTCOMES, TURNS
 
 # Fixed edges of bins, so that steps and runs can be compared.
 _EDGES = {

@@ -10,7 +10,8 @@ import pandas as pd
 
 from trl_entropy.analysis.attribution import is_well_away
 from trl_entropy.analysis.run import Run
-from trl_entropy.runs.metrics import PARTS, PASS_AT_1
+from trl_entropy.runs.change_metrics import PARTS
+from trl_entropy.runs.metrics import PASS_AT_1
 
 _MOST_ENDS = 10  # steps at either end of the run that a mean is over, a fifth of the run at most
 

@@ -22,7 +22,7 @@ from trl_entropy.analysis.rewards import ROUND, reward_columns, reward_table
 from trl_entropy.analysis.run import Run
 from trl_entropy.analysis.tokens import own_tokens, token_table, turns_of
 from trl_entropy.analysis.view_columns import COLUMNS
-from trl_entropy.runs.metrics import KINDS, PARTS
+from trl_entropy.runs.change_metrics import KINDS, PARTS
 from trl_entropy.runs.reading import UnreadableFile
 from trl_entropy.runs.step_files import completions_steps
 from trl_entropy.runs.strict_json import Json, Row

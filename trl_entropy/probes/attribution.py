@@ -44,7 +44,7 @@ from trl_entropy.probes.prices import PriceRecord
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
-from trl_entropy.runs.metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
+from trl_entropy.runs.change_metrics import OUTCOMES, OUTCOMES_BY_PROBABILITY, RARE
 from trl_entropy.runs.state import StateDict
 
 # From the mode to the categories by which contributions are summed over the run.

@@ -15,7 +15,7 @@ from trl_entropy.estimators.statistics.pooled import PooledParts
 from trl_entropy.probes.prices import PriceRecord
 from trl_entropy.probes.step_statistics import means_logged
 from trl_entropy.rollouts.batch import RolloutBatch
-from trl_entropy.runs.metrics import KINDS, TURNS
+from trl_entropy.runs.change_metrics import KINDS, TURNS
 from trl_entropy.runs.state import StateDict
 from trl_entropy.tasks.tool_calls import calls_of, kinds_of_tokens
 

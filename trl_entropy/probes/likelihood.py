@@ -16,7 +16,7 @@ from trl_entropy.probes import model_checks
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.completions import Completions
-from trl_entropy.runs.metrics import RELATIVE_OUTCOMES
+from trl_entropy.runs.change_metrics import RELATIVE_OUTCOMES
 
 
 class LikelihoodProbe(Probe):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trl_entropy.estimators.attribution.turns import sums_by_category, turn_index
 from trl_entropy.estimators.statistics.histogram import LogRatioHistogram
-from trl_entropy.runs.metrics import TURNS
+from trl_entropy.runs.change_metrics import TURNS
 
 _QUANTILES = {"ratio/median": 0.5, "ratio/p90": 0.9, "ratio/p99": 0.99}
 

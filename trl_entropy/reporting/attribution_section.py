@@ -26,7 +26,7 @@ from trl_entropy.analysis.attribution import (
 from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.figures import Figure, draw, shade
 from trl_entropy.reporting.tables import Table, price_table, share_table
-from trl_entropy.runs.metrics import OUTCOMES, RELATIVE_OUTCOMES
+from trl_entropy.runs.change_metrics import OUTCOMES, RELATIVE_OUTCOMES
 from trl_entropy.runs.strict_json import Row
 
 _CAPTION = (

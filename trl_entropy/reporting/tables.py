@@ -9,15 +9,8 @@ import pandas as pd
 
 from trl_entropy.analysis.attribution import SHARE_MARGIN, is_well_away, outcome_text
 from trl_entropy.analysis.run import Run
-from trl_entropy.runs.metrics import (
-    KINDS,
-    OUTCOMES,
-    OUTCOMES_BY_PROBABILITY,
-    PASS_AT_1,
-    RELATIVE_OUTCOMES,
-    TURNS,
-    unit,
-)
+from trl_entropy.runs.change_metrics import KINDS, OUTCOMES, OUTCOMES_BY_PROBABILITY, RELATIVE_OUTCOMES, TURNS
+from trl_entropy.runs.metrics import PASS_AT_1, unit
 from trl_entropy.runs.strict_json import Row
 
 _SHARES = (*OUTCOMES, *OUTCOMES_BY_PROBABILITY)

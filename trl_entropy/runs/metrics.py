@@ -8,72 +8,13 @@ and the figures show are listed too. This module imports no torch, so that a run
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-
-@dataclass(frozen=True)
-class Metric:
-    """
-    One key of `metrics.jsonl`.
-
-    A key of the probe batch E is about all training prompts (those that `curriculum` chose, where E is the next step's
-    completions), or about those of `eval_dataset`. A key of the step's own
-    completions is about the prompts that were drawn; with `curriculum`, that is how the curriculum draws them. With
-    `resample_uninformative_groups`, `"U"` and `"groups"` are about the groups whose rewards differ only, and
-    `entropy/policy` and the other keys of the step's completions include groups that could not be replaced. TRL's keys
-    on rewards and completions are about the prompts as first drawn. A probe file says which it is, in the entry
-    `distribution` of its metadata.
-
-    Attributes:
-        reduce: what is summed over ranks and micro-batches before the one division: `"sum"`; `"max"`; `"histogram"`;
-            `"E"`, sums over each completion of the probe batch; `"U"`, products between the prompt groups of the
-            step's own completions (`entropy_probe_completions="rollouts"`); `"groups"`, the products of each prompt
-            group's gradient with the whole gradient and with itself; `"pairs"`, products between all pairs of
-            completions; `"none"`, all ranks have the same number; `"TRL"`, as TRL does it.
-        over_steps: what trackers get of the values of several steps, with `logging_steps` above 1: `"mean"`, over the
-            steps that have the key; `"last"`, of a total, of a state, of what is pooled over the run so far, and of
-            shares of a single step, whose mean is the share of nothing; `"max"`; `"min"`. The standard error of a mean
-            is that of a mean of independent values, that of a last value is the last one.
-    """
-
-    name: str
-    unit: str
-    help: str
-    reduce: str = "sum"
-    over_steps: str = "mean"
-
-    @property
-    def is_self_check(self) -> bool:
-        """
-        Whether this is the relative difference between two ways to the same number, and so rounding alone.
-
-        Such a key has the unit 1 and a name that ends in `_error` or `_rounding`.
-        """
-        return self.unit == "1" and self.name.endswith(("_error", "_rounding"))
-
-    @property
-    def can_be_undefined(self) -> bool:
-        """
-        Whether nan and infinities are ordinary values of this key.
-
-        So it is with ratios and statistics (unit 1), which have no value where the denominator is 0 or the steps so
-        far are too few, with numbers of prompts and completions that are ratios, with ends of intervals, and with
-        means over completions of a kind that a step may lack.
-        """
-        of_a_ratio = self.reduce != "TRL" and (self.unit in ("1", "prompts", "completions") or " per " in self.unit)
-        return of_a_ratio or self.name.endswith(("_low", "_high", "_lower", "_upper", "/think_length"))
-
-
-def _keys(
-    reduce: str, rows: Iterable[tuple[str, str, str]], prefix: str = "", over_steps: str = "mean"
-) -> list[Metric]:
-    """Metrics of rows of name, unit and meaning."""
-    return [Metric(prefix + name, unit_, text, reduce, over_steps) for name, unit_, text in rows]
-
+from trl_entropy.runs.change_metrics import CHANGES, OF_TURNS
+from trl_entropy.runs.metric import Metric, keys
 
 # fmt: off
-_TRL = _keys("TRL", [
+_TRL = keys("TRL", [
     ("reward", "reward", "mean reward of the completions of the generation batch"),
     ("loss", "reward", "loss of the step, mean over micro-batches and ranks"),
     ("step_time", "s", "seconds of the optimizer step, generation included"),
@@ -83,17 +24,17 @@ _TRL = _keys("TRL", [
     ("answer_check/rejected_fraction", "1", "completions whose answer is beyond the checker's limits: reward 0"),
     ("answer_check/timeout_fraction", "1", "completions whose check ran out of time: reward 0"),
     ("answer_check/failed_fraction", "1", "completions whose check failed: reward 0"),
-]) + _keys("TRL", [
+]) + keys("TRL", [
     ("grad_norm", "1", "norm of the accumulated gradient before clipping"),
     ("learning_rate", "1", "learning rate that this step used"),
     ("num_tokens", "tokens", "tokens of prompts and completions of the run so far"),
-], over_steps="last") + _keys("TRL", [
+], over_steps="last") + keys("TRL", [
     ("completions/max_length", "tokens", "length of the longest completion"),
     ("completions/max_terminated_length", "tokens", "length of the longest completion that ended by itself"),
     ("clip_ratio/high_max", "1", "largest fraction of a completion's tokens whose ratio is clipped from above"),
     ("sampling/sampling_logp_difference/max", "nats", "largest difference of a token's log pi and vLLM's"),
     ("sampling/importance_sampling_ratio/max", "1", "largest importance ratio of the policy and vLLM"),
-], over_steps="max") + _keys("TRL", [
+], over_steps="max") + keys("TRL", [
     ("completions/min_length", "tokens", "length of the shortest completion"),
     ("completions/min_terminated_length", "tokens", "length of the shortest completion that ended by itself"),
     ("clip_ratio/low_min", "1", "smallest fraction of a completion's tokens whose ratio is clipped from below"),
@@ -103,51 +44,36 @@ _TRL = _keys("TRL", [
 # The reward for a correct answer; its mean over sampled completions is pass@1.
 PASS_AT_1 = "rewards/tag_pref/mean"
 
-# The policy's turns in an episode with tools or an environment, and what its tokens are part of.
-TURNS = ("turn_1", "turn_2", "turn_3", "turn_later")
-KINDS = ("kind_prose", "kind_call", "kind_arguments")
-_OF_TURNS = {
-    "turn_1": "tokens before the first result of a tool or an environment",
-    "turn_2": "tokens of the policy's second turn",
-    "turn_3": "tokens of the policy's third turn",
-    "turn_later": "tokens of the policy's later turns",
-}
-_OF_EPISODES = _OF_TURNS | {
-    "kind_prose": "tokens outside calls of tools",
-    "kind_call": "tokens of calls of tools, but for their arguments",
-    "kind_arguments": "tokens of the arguments of calls of tools",
-}
-
-_STEP = _keys("sum", [
+_STEP = keys("sum", [
     ("kl", "nats/token", "KL to the start policy (k3 estimator): TRL's if beta > 0, else every kl_every steps"),
     ("entropy/policy", "nats/token", "mean entropy of the policy over all tokens of the step's completions"),
     *((f"entropy/{name}", "nats/token", f"mean entropy of the policy: {text}")
-      for name, text in _OF_TURNS.items()),
+      for name, text in OF_TURNS.items()),
     ("entropy/surprisal", "nats/token", "mean of -log pi(token) over all tokens of the step's completions"),
     ("ratio/mean", "1", "importance ratio pi/pi_old, mean over tokens"),
     ("completions/think_length", "tokens", "mean number of tokens before </think>, over completions that have it"),
     ("completions/answered", "1", "fraction of completions that ended at the closing answer tag (stop_at_answer)"),
-]) + _keys("max", [
+]) + keys("max", [
     ("ratio/max", "1", "largest importance ratio of a token"),
-], over_steps="max") + _keys("histogram", [
+], over_steps="max") + keys("histogram", [
     ("ratio/median", "1", "median importance ratio, accurate to one histogram bin"),
     ("ratio/p90", "1", "90th percentile of the importance ratio, accurate to one histogram bin"),
     ("ratio/p99", "1", "99th percentile of the importance ratio, accurate to one histogram bin"),
 ])
 
-_EFFECTIVE_SAMPLE_SIZE = _keys("sum", [
+_EFFECTIVE_SAMPLE_SIZE = keys("sum", [
     ("loss_weights", "completions", "effective sample size of the weights of completions in the loss (T3)"),
     ("importance_weights", "completions", "effective sample size of the importance ratios of whole completions (T3)"),
     ("num_completions", "completions", "completions with a non-zero advantage"),
 ], "ess/")
 
-_LIKELIHOOD = _keys("sum", [
+_LIKELIHOOD = keys("sum", [
     ("delta_above_mean", "nats/token", "mean change of log pi(token) by the step, in its own completions of an "
      "advantage above 0"),
     ("delta_below_mean", "nats/token", "the same in its completions of an advantage below 0"),
     ("falling_above_mean", "1", "share of its completions of an advantage above 0 that became less likely"),
 ], prefix="likelihood/")
-_MUTUAL_INFORMATION = _keys("pairs", [
+_MUTUAL_INFORMATION = keys("pairs", [
     ("lower", "nats", "lower bound on the mutual information of prompt and completion, per completion (T23)"),
     ("upper", "nats", "upper bound on the mutual information of prompt and completion, per completion (T23)"),
     ("limit", "nats", "the largest value of the lower bound: the logarithm of the number of prompts"),
@@ -157,20 +83,20 @@ _MUTUAL_INFORMATION = _keys("pairs", [
     ("num_completions", "completions", "completions of these prompts"),
 ], "mutual_information/")
 
-_OPTIMIZER_STATE = _keys("none", [
+_OPTIMIZER_STATE = keys("none", [
     *((f"{moment}_p{percent}", "1", f"percentile {percent} of |{moment}| over the trained parameters")
       for moment in ("exp_avg", "exp_avg_sq") for percent in (1, 10, 50, 90, 99)),
     ("exp_avg_sq_num_zero", "parameters", "parameters that never had a gradient (exp_avg_sq = 0)"),
     ("exp_avg_sq_num_below_eps_sq", "parameters", "parameters with sqrt(exp_avg_sq) below Adam's epsilon"),
 ], "optimizer_state/", "last")
 
-_CURRICULUM = _keys("none", [
+_CURRICULUM = keys("none", [
     ("num_hard", "prompts", "training prompts whose estimated pass rate is below curriculum_hard_below"),
     ("num_normal", "prompts", "training prompts whose estimated pass rate is between the two bounds"),
     ("num_easy", "prompts", "training prompts whose estimated pass rate is above curriculum_easy_above"),
 ], "curriculum/", "last")
 
-_RESAMPLING = _keys("none", [
+_RESAMPLING = keys("none", [
     ("num_rounds", "rounds", "rounds of generation after the first"),
     ("num_uninformative", "groups", "groups of the first round whose rewards were all equal"),
     ("num_kept_uninformative", "groups", "trained groups whose rewards were all equal"),
@@ -178,166 +104,13 @@ _RESAMPLING = _keys("none", [
     ("num_completions", "completions", "completions generated in all rounds"),
     ("informative_share", "1", "fraction of the groups of all rounds whose rewards differ"),
     ("completions_per_accepted_group", "completions", "generated completions per trained group whose rewards differ"),
-], "resampling/") + _keys("sum", [
+], "resampling/") + keys("sum", [
     ("tokens_per_accepted_group", "tokens", "generated tokens per trained group whose rewards differ"),
 ], "resampling/")
 
-_CHANGES = {
-    "measured": "measured change (T7), weighted token by token",
-    "linear": "first-order prediction (T8)",
-    "second_order": "second-order prediction (T10)",
-    "trapezoid": "trapezoid rule with the gradients before and after the step (T10)",
-}
-_PREDICTIONS = [name for name in _CHANGES if name != "measured"]
-_STATISTICS = {
-    "slope": "regression slope",
-    "corrected_slope": "regression slope corrected for the noise of the prediction",
-    "correlation": "correlation",
-    "r_squared": "squared correlation",
-    "ceiling_r_squared": "largest squared correlation that the noise allows",
-}
-_COMPARED = [*(f"same_sample_{name}" for name in _PREDICTIONS), *(f"cross_{name}" for name in _CHANGES), "placebo"]
-
-
-def _changes_of(quantity: str, unit_: str, what: str, changes: dict[str, str], compared: list[str]) -> list[Metric]:
-    """The change of a quantity by a step, its predictions, their sums over the run, and how well they agree."""
-    return _keys("E", [
-        ("probe_batch", unit_, f"{what} under the policy before the step, estimated on the probe batch E"),
-        *((f"half_{half}_num_prompts", "prompts", f"prompts in half {half} of E") for half in "ab"),
-        *((f"delta_{name}", unit_, text) for name, text in changes.items()),
-        *((f"half_{half}_{name}", unit_, f"{text}, from half {half} of the prompts of E")
-          for half in "ab" for name, text in changes.items()),
-        *((f"error_{name}", unit_, f"{text} minus measured change, on the same completions")
-          for name, text in changes.items() if name != "measured"),
-    ], f"{quantity}/") + _keys("E", [
-        *((f"integral_{name}", unit_, f"{what} at the first probed step plus the sum of each {text} since")
-          for name, text in changes.items()),
-        *((f"{kind}_{name}", "1", f"{text}, measured change on prediction, over the steps so far")
-          for kind in compared for name, text in _STATISTICS.items()),
-    ], f"{quantity}/", "last")
-
-
-_ENTROPY = _changes_of("entropy", "nats/token", "entropy", _CHANGES, _COMPARED) + _keys("E", [
-    ("num_completions", "completions", "completions in E"),
-    ("num_prompts", "prompts", "prompts in E, over which standard errors are clustered"),
-    ("importance_ess", "completions", "effective sample size of E under the policy after the step (T3)"),
-    ("importance_ess_sequence", "completions", "the same by the weights of whole completions, as (T21) takes them"),
-    ("sampler_ess", "completions", "effective sample size of E if vLLM drew it, by the ratio of policy to sampler"),
-    ("router_flip_share", "1", "share of (token, layer) of E that the step sends to other experts of a mixture"),
-    ("noise_floor", "nats/token", "apparent change when E is scored again in other batches: rounding alone"),
-    ("precision_noise", "1", "noise of TF32 in the first-order prediction, over its standard error; once"),
-    ("delta_measured_model", "nats/token", "measured change of the model in the precision of training"),
-    ("delta_measured_sequence", "nats/token", "measured change, weighted by whole completions (T6)"),
-    ("delta_linear_sequence", "nats/token", "first-order prediction, weighted by whole completions (T8)"),
-    ("delta_placebo", "nats/token", "control: first-order prediction from an earlier step's update instead"),
-    ("delta_cov_natural", "nats/token", "published predictor -Cov(log pi, A) over the step's tokens (T11)"),
-    ("delta_cov_policy_gradient", "nats/token", "published predictor -Cov(log pi, pi A) over the step's tokens (T11)"),
-], "entropy/")
-
-# The change of a number of the completions (T21), as that of the entropy.
-_CHANGES_OF_NUMBERS = {
-    "measured": "measured change (T21), weighted by whole completions",
-    "linear": "first-order prediction (T21)",
-    "trapezoid": "trapezoid rule with the gradients before and after the step (T21)",
-}
-_COMPARED_NUMBERS = [
-    *(f"same_sample_{name}" for name in _CHANGES_OF_NUMBERS if name != "measured"),
-    *(f"cross_{name}" for name in _CHANGES_OF_NUMBERS),
-]
-_QUANTITIES = [metric for quantity, (unit_, what) in {
-    "reward": ("reward", "expected reward"),
-    "length": ("tokens", "expected length"),
-    "truncated": ("1", "share of truncated completions"),
-}.items() for metric in [
-    *_changes_of(quantity, unit_, what, _CHANGES_OF_NUMBERS, _COMPARED_NUMBERS),
-    Metric(f"{quantity}/delta_in_sample", unit_, f"measured change of the {what} on the step's own completions", "U"),
-]]
-_OF_FUNCTION = re.compile(r"((rewards|metrics)/(.+))/([a-z_]+)")
-
-_ENTROPY_OF_ROLLOUTS = _keys("U", [
-    ("delta_in_sample", "nats/token", "measured change (T7) on the completions that the step was trained on"),
-    ("delta_cross_prompt", "nats/token", "first-order effect of this step's gradient across different prompts (T17)"),
-    ("delta_cross_prompt_stderr_unbiased", "nats/token", "error by the unbiased variance, nan where negative"),
-    ("delta_cross_prompt_num_prompts", "prompts", "prompts whose pairs make delta_cross_prompt"),
-    ("delta_same_sample", "nats/token", "as delta_cross_prompt, with each prompt's effect on itself, hence biased"),
-    ("rollouts_gradient_error", "1", "relative difference between the sum of the groups' gradients and the gradient"),
-], "entropy/") + _keys("none", [
-    ("num_coordinates_without_metric", "parameters", "parameters left out because exp_avg_sq = 0"),
-], "entropy/")
-
-PARTS = {  # of the first-order change (T9)
-    "momentum": "due to the momentum of earlier steps",
-    "weight_decay": "due to weight decay",
-    "gradient": "due to the policy loss on this step's completions",
-    "kl": "due to the KL term (beta)",
-    "entropy_bonus": "due to TRL's entropy bonus (entropy_coef)",
-    "router_aux_loss": "due to the loss that balances the experts of a mixture (router_aux_loss_coef)",
-    "entropy_control": "due to the correction by entropy_control",
-}
-RARE = 0.1  # a token is rare below this probability
-OUTCOMES = ("correct", "incorrect")
-OUTCOMES_BY_PROBABILITY = ("correct_rare", "correct_common", "incorrect_rare", "incorrect_common")
-# What readers call the two outcomes where rewards are not just 0 and 1, so that none says which answers are right.
-RELATIVE_OUTCOMES = ("above_mean", "below_mean")
-_CATEGORIES = {
-    "correct": "completions with an advantage above 0",
-    "incorrect": "completions with an advantage below 0",
-    "correct_rare": "tokens below probability 0.1 in completions with an advantage above 0",
-    "correct_common": "the other tokens of completions with an advantage above 0",
-    "incorrect_rare": "tokens below probability 0.1 in completions with an advantage below 0",
-    "incorrect_common": "the other tokens of completions with an advantage below 0",
-}
-_MEAN_OF_CATEGORY = {
-    "mean_delta_{}": "entropy change of a step made by them",
-    "mean_delta_{}_low": "lower end of the 95 % interval of that change (Student's t)",
-    "mean_delta_{}_high": "upper end of the 95 % interval of that change (Student's t)",
-}
-_OF_CATEGORY = {
-    "share_{}": "share of entropy/delta_gradient (T9)",
-    "share_{}_low": "lower end of the 95 % interval of that share (Fieller)",
-    "share_{}_high": "upper end of the 95 % interval of that share (Fieller)",
-    "token_share_{}": "share of the tokens (of the completions if attributed by sequence)",
-}
-_ATTRIBUTION = _keys("sum", [
-    *((f"delta_{name}", "nats/token", f"part of entropy/delta_linear {text} (T9)") for name, text in PARTS.items()),
-    *((f"delta_{name}", "nats/token", f"part of entropy/delta_gradient: {text} (T9)")
-      for name, text in _OF_EPISODES.items()),
-    *((name, "nats/token", f"mean entropy of the policy: {text}, before the step")
-      for name, text in _OF_EPISODES.items() if name in KINDS),
-], "entropy/") + _keys("sum", [
-    *((f"share_{name}", "1", f"fraction of entropy/delta_linear {text} (T9)") for name, text in PARTS.items()),
-    *((key.format(name), "1", f"{text}: {what}, over the run so far")
-      for name, text in (_CATEGORIES | _OF_EPISODES).items() for key, what in _OF_CATEGORY.items()),
-    *((key.format(name), "nats/token", f"{text}: {what} (T9), mean over the run so far")
-      for name, text in (_CATEGORIES | _OF_EPISODES | {"all": "completions with an advantage other than 0"}).items()
-      for key, what in _MEAN_OF_CATEGORY.items()),
-], "entropy/", "last") + _keys("sum", [
-    ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T9)"),
-], "entropy/", "max")
-
-_REWARD_ATTRIBUTION = _keys("sum", [
-    *((f"delta_{name}", "reward", f"part of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
-    *((f"delta_{name}", "reward", f"part of reward/delta_gradient: {text} (T22)")
-      for name, text in _OF_EPISODES.items()),
-], "reward/") + _keys("sum", [
-    *((f"share_{name}", "1", f"fraction of reward/delta_linear {text} (T22)") for name, text in PARTS.items()),
-    *((key.format(name), unit_, f"{text}: {what} (T22), over the run so far")
-      for name, text in (_CATEGORIES | _OF_EPISODES | {"all": "completions with an advantage other than 0"}).items()
-      for key, unit_, what in (
-        ("mean_delta_{}", "reward", "mean change of the expected reward of a step made by them"),
-        ("mean_delta_{}_low", "reward", "lower end of the 95 % interval of that change (Student's t)"),
-        ("mean_delta_{}_high", "reward", "upper end of the 95 % interval of that change (Student's t)"),
-        ("price_{}", "nats/token per reward", "entropy lost for a unit of expected reward gained"),
-        ("price_{}_low", "nats/token per reward", "lower end of the 95 % interval of that price (Fieller)"),
-        ("price_{}_high", "nats/token per reward", "upper end of the 95 % interval of that price (Fieller)"),
-    )),
-], "reward/", "last") + _keys("sum", [
-    ("attribution_rounding", "1", "rest that no part explains, over the sum of the parts' absolute values (T22)"),
-], "reward/", "max")
-
 # (name of the noise scale, prefix of the other keys) -> where it is measured.
 _METRICS_OF_NOISE = {("simple", ""): "", ("adam", "adam_"): ", in the optimizer's metric before the step (T16)"}
-_NOISE_SCALE = _keys("groups", [
+_NOISE_SCALE = keys("groups", [
     ("num_prompts", "prompts", "prompt groups of the step that the estimate uses"),
     ("gradient_error", "1", "|mean Y_n - g| / |g|: do the groups' gradients Y_n add up to the gradient g"),
     *((name.format(*names), unit_, text + where)
@@ -345,7 +118,7 @@ _NOISE_SCALE = _keys("groups", [
         ("{1}grad_sq_norm", "1", "|G|^2 of the expected gradient, unbiased, may be negative (T14), (T15)"),
         ("{1}grad_variance_trace", "1", "tr(Sigma) of one prompt group's gradient, unbiased (T14), (T15)"),
     )),
-], "noise_scale/") + _keys("groups", [
+], "noise_scale/") + keys("groups", [
     ("between_prompt_trace", "1", "part of tr(Sigma) that stays with any number of completions per prompt, pooled"),
     ("within_prompt_trace", "1", "part of tr(Sigma) that falls as 1/G with G completions per prompt, pooled"),
     ("between_prompt_share", "1", "fraction of tr(Sigma) that lies between prompts, pooled"),
@@ -358,7 +131,7 @@ _NOISE_SCALE = _keys("groups", [
         ("{1}suggested_prompts_lower", "prompts", "prompts per step for half of a noise-free step's progress"),
         ("{1}suggested_prompts_upper", "prompts", "the same from the upper end of the noise scale's interval"),
     )),
-], "noise_scale/", "last") + _keys("none", [
+], "noise_scale/", "last") + keys("none", [
     ("num_coordinates_without_metric", "parameters", "parameters left out of (T16) because exp_avg_sq = 0"),
 ], "noise_scale/")
 
@@ -374,7 +147,7 @@ _SOURCES = {
     "momentum": "the momentum of earlier steps",
     "weight_decay": "weight decay",
 }
-_FISHER = _keys("pairs", [
+_FISHER = keys("pairs", [
     ("num_completions", "completions", "completions in the kernel (T12)"),
     ("num_prompts", "prompts", "prompts of these completions, over which the errors of the changes are clustered"),
     ("diagonal", "nats^2", "mean of K_ii, the squared norms of the completions' scores"),
@@ -393,13 +166,13 @@ _FISHER = _keys("pairs", [
     *((f"cosine_{name}", "1", f"mean cosine, {text}") for name, text in _PAIRS_BY_REWARD.items()),
     *((f"change_share_{name}", "1", f"fraction of the predicted change due to {text}")
       for name, text in _SOURCES.items()),
-], "fisher/") + _keys("none", [
+], "fisher/") + keys("none", [
     ("num_coordinates_without_metric", "parameters", "parameters left out of the metric M because exp_avg_sq = 0"),
-], "fisher/") + _keys("sum", [
+], "fisher/") + keys("sum", [
     (f"trace_share_lora_{letter}", "1", f"fraction of the trace of K in LoRA's {letter} matrices") for letter in "AB"
 ], "fisher/")
 
-_ENTROPY_CONTROL = _keys("E", [
+_ENTROPY_CONTROL = keys("E", [
     ("entropy", "nats/token", "entropy before the step, from the control's own completions and the step's"),
     ("num_prompts", "prompts", "prompts of these completions, over which the error of that entropy is clustered"),
     ("target_change", "nats/token", "change that the step is meant to make (T19)"),
@@ -413,11 +186,11 @@ _ENTROPY_CONTROL = _keys("E", [
     ("noise_share", "1", "fraction of <g, g> that is noise in the estimated entropy gradient g"),
     ("price", "loss per nat/token", "first-order increase of the loss per nat per token of entropy"),
     ("active", "1", "1 if the step is corrected, 0 if the correction is only reported"),
-], "entropy_control/") + _keys("E", [
+], "entropy_control/") + keys("E", [
     ("slope", "1", "regression slope of measured on predicted change, over the last 20 steps"),
 ], "entropy_control/", "last")
 
-_TOKEN_CONTROL = _keys("sum", [
+_TOKEN_CONTROL = keys("sum", [
     ("num_tokens", "tokens", "tokens of the step whose contribution token_control changes"),
     ("mean_covariance", "nats x advantage", "mean covariance of log-probability and advantage over these tokens"),
 ], "token_control/")
@@ -426,13 +199,13 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in [
         *_TRL, *_CURRICULUM, *_RESAMPLING, *_STEP, *_EFFECTIVE_SAMPLE_SIZE, *_LIKELIHOOD, *_OPTIMIZER_STATE,
-        *_ENTROPY, *_QUANTITIES, *_REWARD_ATTRIBUTION, *_ENTROPY_OF_ROLLOUTS, *_NOISE_SCALE, *_FISHER, *_ATTRIBUTION,
+        *CHANGES, *_NOISE_SCALE, *_FISHER,
         *_MUTUAL_INFORMATION, *_ENTROPY_CONTROL, *_TOKEN_CONTROL,
     ]
 }
 
 # What `trl-entropy evaluate` measures, with `_low` and `_high` where there is an interval; pass@k for k = 1, 2, 4, ...
-EVALUATION: dict[str, Metric] = {metric.name: metric for metric in _keys("sum", [
+EVALUATION: dict[str, Metric] = {metric.name: metric for metric in keys("sum", [
     ("pass@1", "1", "probability that a sample is correct; pass@k: that at least one of k samples is (unbiased)"),
     ("greedy_accuracy", "1", "fraction of prompts whose greedy completion is correct"),
     ("answer_tags", "1", "fraction of samples with exactly one closed answer tag"),
@@ -453,6 +226,9 @@ EVALUATION: dict[str, Metric] = {metric.name: metric for metric in _keys("sum", 
     ("distinct_answers", "answers", "number of different answers among a prompt's samples, mean over prompts"),
 ])}
 # fmt: on
+
+
+_OF_FUNCTION = re.compile(r"((rewards|metrics)/(.+))/([a-z_]+)")
 
 
 def metric_of(key: str) -> Metric | None:
