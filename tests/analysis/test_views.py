@@ -204,9 +204,13 @@ def test_groups_that_were_dropped(copy):
 
 def test_changes_that_were_measured_on_the_steps_own_completions(run, copy, arrays):
     fisher = load_file(copy / "probes" / "fisher" / f"step_{STEP:06d}.safetensors")
-    found = view(run, "completions", STEP)["logp_change"]
+    of_all = view(run, "completions", STEP)["logp_change"]  # by the likelihood probe
+    assert of_all.notna().all()
+    shutil.rmtree(copy / "probes" / "likelihood")
+    found = view(load_run(copy), "completions", STEP)["logp_change"]
     assert found[fisher["rows"]].tolist() == fisher["logps_change_measured"].astype(float).tolist()
     assert found.notna().sum() == len(fisher["rows"])
+    assert found[fisher["rows"]].tolist() == pytest.approx(of_all[fisher["rows"]].tolist(), abs=1e-6)
     given = arrays["rollouts"]
     scores = {
         f"{name}_{end}": value * given["completion_mask"].astype(np.float32)
