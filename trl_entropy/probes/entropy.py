@@ -103,5 +103,5 @@ class EntropyProbe(EntropyChangeProbe):
         past = PastUpdate.of(update, self._kept, engine)
         self._kept = None
         metrics |= self.measure(args, past, record, self._drawn, engine, files)
-        metrics |= self._rival_changes(engine.accelerator)
+        metrics |= self._covariances.logged(engine.accelerator)
         files.write_rollouts(record.step, record.rollouts)

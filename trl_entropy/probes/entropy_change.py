@@ -17,12 +17,6 @@ from trl_entropy.config.quantities import values_asked_for
 from trl_entropy.engine import Engine, PastUpdate, rank_symmetric
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, delta_linear, entropy_terms, policy_entropy
 from trl_entropy.estimators.entropy_change.expectation import log_weight_sums, slope_coefficients
-from trl_entropy.estimators.entropy_change.rivals import (
-    CovarianceTerms,
-    delta_covariance,
-    natural_gradient_terms,
-    policy_gradient_terms,
-)
 from trl_entropy.estimators.entropy_change.step_change import (
     PointTerms,
     importance_sample_size,
@@ -38,6 +32,7 @@ from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.agreement import metrics_of_all
 from trl_entropy.probes.attribution import ProbeBatch, RewardSlope, StepAttribution
+from trl_entropy.probes.covariances import Covariances
 from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.precision import DerivativePrecision, computes_below_float32
@@ -49,7 +44,6 @@ from trl_entropy.rollouts.completions import Completions
 from trl_entropy.runs.state import StateDict
 
 _NOISE_FLOOR_EVERY = 10  # the rounding noise hardly changes, so it is measured on every tenth probed step
-_RIVALS = {"cov_natural": natural_gradient_terms, "cov_policy_gradient": policy_gradient_terms}
 # Derivatives along the update that each prediction takes: before the step, and after it.
 _ORDERS = {"none": (0, 0), "linear": (1, 0), "trapezoid": (1, 1)}
 
@@ -108,7 +102,7 @@ class EntropyChangeProbe(Probe):
         self.change_of = change_of
         self.entropy, self.quantities = StepChanges("entropy", every == 1), QuantityChanges(every == 1)
         self._num_probed = 0
-        self._rivals: dict[str, list[Tensor]] = {name: [] for name in _RIVALS}
+        self._covariances = Covariances()
         self._earlier_update: dict[str, Tensor] | None = None
         self._second_order: PointTerms | None = None
         self._reward_coefficients: Tensor | None = None
@@ -144,14 +138,12 @@ class EntropyChangeProbe(Probe):
             self.attribution.check(args, model)
 
     def reset(self) -> None:
-        for parts in self._rivals.values():
-            parts.clear()
+        self._covariances.clear()
 
     # ---- events
 
     def on_micro_batch(self, args, state, control, *, metrics, inputs, per_token_logps, mask, **kwargs: Any) -> None:
-        for name, terms in _RIVALS.items():
-            self._rivals[name].append(torch.stack(terms(per_token_logps, inputs["advantages"], mask), dim=1))
+        self._covariances.add(per_token_logps, inputs["advantages"], mask)
 
     # ---- resuming
 
@@ -313,14 +305,6 @@ class EntropyChangeProbe(Probe):
         """The entropy terms before and after the step. Collective."""
         before, after = (self._terms(scores, ends.drawn_by, accelerator, form) for scores in (ends.before, ends.after))
         return before, after
-
-    def _rival_changes(self, accelerator: Accelerator) -> dict[str, float]:
-        logged = {}
-        for name, parts in self._rivals.items():
-            columns = accelerator.gather(torch.cat(parts)).unbind(1)
-            logged[f"entropy/delta_{name}"] = delta_covariance(CovarianceTerms(*columns)).value.item()
-            parts.clear()
-        return logged
 
     def _weights(self, ends: Ends) -> tuple[Tensor, Tensor]:
         """Importance weights (T6) of the policies before and after the step, (B, T)."""

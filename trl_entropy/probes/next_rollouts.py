@@ -78,7 +78,7 @@ class NextRolloutsProbe(EntropyChangeProbe):
         record.keep_update(update, parts=self.attribution is not None)
 
     def on_after_update(self, args, state, control, *, metrics, engine, record, files, **kwargs: Any) -> None:
-        metrics |= self._rival_changes(engine.accelerator)
+        metrics |= self._covariances.logged(engine.accelerator)
         files.write_rollouts(record.step, record.rollouts)
 
     def on_rollouts_drawn(
