@@ -91,7 +91,7 @@ def test_no_tensor_has_all_logits(name, model, completions, monkeypatch):
 SIZES = LayerSizes(num_layers=2, hidden_size=64, intermediate_size=128, num_heads=4, kv_size=32, vocab_size=1000)
 
 
-@pytest.mark.parametrize("order, backward", [(0, ""), (1, ""), (2, ""), (0, "logps"), (0, "entropies")])
+@pytest.mark.parametrize("order, backward", [(0, ""), (1, ""), (2, ""), (0, "logps"), (0, "entropies"), (0, "twice")])
 def test_as_many_rows_as_the_budget_allows(order, backward):
     one = Pass(SIZES, length=40, completion_length=30, order=order, backward=backward)
     assert one.num_bytes(8) < one.num_bytes(16)

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from trl_entropy.gradients.head_chunks import logits_at_once
 
-# What a backward pass differentiates: nothing, log-probabilities of tokens alone, or entropies (and those) as well.
-Differentiated = Literal["", "logps", "entropies"]
+# What a backward pass differentiates: nothing, log-probabilities of tokens alone, entropies (and those) as well, or
+# both in two passes over one graph.
+Differentiated = Literal["", "logps", "entropies", "twice"]
 # Tensors of the size of a chunk's logits that are alive together, by order of the derivative; and in a backward pass.
 _LOGITS = (4, 10, 20)
-_LOGITS_BACKWARD = {"logps": 4, "entropies": 5}
+_LOGITS_BACKWARD = {"logps": 4, "entropies": 5, "twice": 6}
 # Numbers per token in a layer's MLP, as multiples of its inner and outer size, without and with derivatives.
 _MLP, _MLP_DERIVED = (4, 4.5), (4, 6)
 # The same of attention on torch's math backend, which alone has derivatives: heads x length, and the outer size.

@@ -93,7 +93,7 @@ def group_rows(
         return GroupRows(entropy, loss, total + loss.sum(0))
 
     with torch.enable_grad():
-        return in_batches(all_rows, model, completions, batch_size, backward="entropies")
+        return in_batches(all_rows, model, completions, batch_size, backward="twice")
 
 
 def flat(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Float[Tensor, " D"]:

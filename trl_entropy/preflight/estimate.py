@@ -278,7 +278,7 @@ def _rollouts_probe(plan: Plan, copy: int) -> dict[str, int]:
     return {
         "entropy_probe: parameters": 5 * copy,
         "entropy_probe: group gradients (T17)": kept * each,
-        "entropy_probe: pass (estimate)": _pass(plan, plan.args.num_generations, backward="entropies"),
+        "entropy_probe: pass (estimate)": _pass(plan, plan.args.num_generations, backward="twice"),
         **_waiting_rows(plan),
     }
 
