@@ -32,6 +32,9 @@ FISHER: Settings = {"fisher_probe": True, "fisher_num_sequences": 16}
 STATE: Settings = {
     "effective_sample_size_probe": True, "likelihood_probe": True, "optimizer_state_probe": True, "kl_every": 1,
 }  # fmt: skip
+INFORMATION: Settings = {
+    "mutual_information_probe": True, "mutual_information_probe_every": 1, "mutual_information_num_prompts": 4,
+}  # fmt: skip
 HOLD: Settings = {"entropy_control": "hold", "entropy_control_target": 3.0}
 CLIP_COV: Settings = {"token_control": "clip_cov", "token_control_fraction": 0.05, "token_control_bounds": [0.0, 5.0]}
 KL_COV: Settings = {"token_control": "kl_cov", "token_control_fraction": 0.05, "num_iterations": 2}
@@ -48,7 +51,7 @@ CASES: dict[str, Settings] = {
     "noise scale, micro-batches": {"noise_scale_probe": True, "noise_scale_from": "micro_batches"},
     "fisher": FISHER | {"probe_batch_size": 4},
     "fisher, sketch": FISHER | {"fisher_sketch_dim": 256},
-    "sample size, optimizer state, KL": STATE,
+    "sample size, optimizer state, KL": STATE | INFORMATION,
     "entropy control, probe": HOLD | {"entropy_control_num_completions": 8},
     "entropy control, rollouts": HOLD | {"entropy_control_completions": "rollouts"},
     "clip_cov": CLIP_COV,
@@ -59,7 +62,7 @@ CASES: dict[str, Settings] = {
 # The same joined where they go together: fewer runs where a run is slow.
 JOINED: dict[str, Settings] = {
     "held-out completions": {
-        **(SECOND_ORDER | FISHER | STATE),
+        **(SECOND_ORDER | FISHER | STATE | INFORMATION),
         **{"entropy_attribution": "token", "noise_scale_probe": True, "noise_scale_within_prompt": True},
         **{"entropy_control": "report", "entropy_control_num_completions": 8},
     },

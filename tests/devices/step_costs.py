@@ -38,6 +38,7 @@ from tests.devices.replayed import (
     CLIP_COV,
     FISHER,
     HOLD,
+    INFORMATION,
     ReplayTrainer,
     Settings,
     adapter,
@@ -66,6 +67,7 @@ COSTS: dict[str, Settings] = {
     "`noise_scale_from: micro_batches`": {"noise_scale_probe": True, "noise_scale_from": "micro_batches"},
     "`fisher_probe`, 32 completions": FISHER | {"fisher_num_sequences": 32, "fisher_sketch_dim": 4096},
     "`likelihood_probe`": {"likelihood_probe": True},
+    "`mutual_information_probe`": INFORMATION,
     "`kl_every`": {"kl_every": 1},
     "`effective_sample_size_probe`, `optimizer_state_probe`": {
         "effective_sample_size_probe": True,

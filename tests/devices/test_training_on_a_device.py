@@ -125,7 +125,7 @@ PLANTED = {
         ("where", "trl_entropy/estimators/control/token_control.py"),
     ),
     "a mask": (
-        (scores._join, "completions.loss_mask.bool()", "completions.loss_mask.bool().cpu()"),
+        (scores._join, ".where(mask, 0.0)", ".where(mask.cpu(), 0.0)"),
         ("where", "trl_entropy/gradients/scores.py"),
     ),
     "a resumed state": (

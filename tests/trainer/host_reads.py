@@ -16,6 +16,7 @@ PACKAGE = str(Path(trl_entropy.__file__).parent)
 READING = {"_local_scalar_dense", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "nonzero_static"}
 READING |= {"_unique2", "unique_dim", "unique_consecutive"}
 METHODS = ("cpu", "tolist", "numpy")
+AROUND_TRL = "rollouts/user_functions.py"  # calls what TRL does in a step, and reads nothing itself
 
 
 class HostReads(TorchDispatchMode):
@@ -80,7 +81,8 @@ class HostReads(TorchDispatchMode):
         if frame is None:
             return "trainer", ""
         path = Path(frame.f_code.co_filename).relative_to(PACKAGE)
-        return "trainer" if path.parts[0] == "trainer" else self.probe or "hooks", f"{path}:{frame.f_lineno}"
+        of_trl = path.parts[0] == "trainer" or path.as_posix() == AROUND_TRL
+        return "trainer" if of_trl else self.probe or "hooks", f"{path}:{frame.f_lineno}"
 
 
 def _by_mask(arguments: object) -> bool:

@@ -134,8 +134,9 @@ def test_every_step_logs_what_is_promised(make_trainer):
     from trl_entropy.runs.metrics import METRICS
 
     trainer = make_trainer(
-        kl_every=1, effective_sample_size_probe=True, optimizer_state_probe=True, stop_at_answer=True, max_steps=2
-    )
+        kl_every=1, effective_sample_size_probe=True, optimizer_state_probe=True, stop_at_answer=True, max_steps=2,
+        likelihood_probe=True,
+    )  # fmt: skip
     trainer.train()
     not_here = {"completions/think_length"}  # a random policy may close no think tag
     of_other_probes = (

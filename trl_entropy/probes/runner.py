@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -182,8 +181,9 @@ class ProbeRunner(TrainerCallback):
         self.named_probes()  # raises if two share a name
         for probe in self.probes():
             probe.check_model(host.args, model)
-        if isinstance(host.optimizer, torch.optim.Optimizer):  # one that the user has made
-            self._check_optimizer(functools.partial(step_rule, torch_optimizer(host.optimizer)))
+        with contextlib.suppress(TypeError):  # none yet, or DeepSpeed's, which the engine asks
+            optimizer = torch_optimizer(host.optimizer)
+            self._check_optimizer(functools.partial(step_rule, optimizer))
 
     def _check_optimizer(self, rule: Callable[[], object]) -> None:
         """Raises `ValueError` if a probe needs the rule of the optimizer's steps and `rule` raises one."""

@@ -55,7 +55,7 @@ def parts_of_episodes(tools: Iterable[Any], factories: Iterable[Any], kinds: Ite
     factories = list(factories)
     found = {f"tool {_name_of(tool)}": tool for tool in tools}
     found |= {f"environment_factory {_name_of(made)}": made for made in factories if not inspect.isclass(made)}
-    for kind in {*kinds, *filter(inspect.isclass, factories)}:
+    for kind in dict.fromkeys([*kinds, *filter(inspect.isclass, factories)]):
         methods = inspect.getmembers(kind, inspect.isfunction)
         found |= {f"environment {kind.__name__}.{name}": method for name, method in methods}
     return found
