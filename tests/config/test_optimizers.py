@@ -21,9 +21,13 @@ def config(tmp_path, **settings):
 
 @pytest.mark.parametrize("probe", SPLITTING)
 def test_what_splits_a_step_needs_an_optimizer_with_a_rule(tmp_path, monkeypatch, probe):
-    for optim in ("adamw_torch", "sgd", "rmsprop", "adagrad", "adafactor"):
+    for optim in ("adamw_torch", "sgd", "rmsprop", "adagrad", "adafactor", "adamw_bnb_8bit"):
         config(tmp_path, optim=optim, **SPLITTING[probe])
-    for optim, reason in (("lion_8bit", "sign of momentum"), ("adamw_8bit", "quantised"), ("apollo_adamw", "project")):
+    for optim, reason in (
+        ("lion_8bit", "sign of momentum"),
+        ("rmsprop_bnb_8bit", "quantised"),
+        ("apollo_adamw", "project"),
+    ):
         with pytest.raises(ValueError, match=rf"(?i)optim='adamw_torch_fused' \(of {optim}: .*{reason}"):
             config(tmp_path, optim=optim, **SPLITTING[probe])
     monkeypatch.setattr(DrGRPOConfig, "fsdp_version", property(lambda self: 2))

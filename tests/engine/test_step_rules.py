@@ -144,7 +144,7 @@ def test_others_are_refused_by_name():
 
 def test_why_none_says_what_each_kind_lacks():
     reasons = {
-        "lion_8bit": "sign", "adamw_bnb_8bit": "quantised", "paged_adamw_32bit": "paged", "galore_adamw": "projection",
+        "lion_8bit": "sign", "ademamix_8bit": "quantised", "paged_adamw_32bit": "paged", "galore_adamw": "projection",
         "schedule_free_adamw": "average", "muon": "orthogonalised", "ademamix": "no rule",
     }  # fmt: skip
     assert all(word in why_none(name) for name, word in reasons.items())

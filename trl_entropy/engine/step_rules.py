@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trl_entropy.estimators.optimizer.known import why_none
+from trl_entropy.estimators.optimizer.quantised import QuantisedAdamWRule
 from trl_entropy.estimators.optimizer.rules import (
     AdafactorRule,
     AdagradRule,
@@ -23,6 +24,8 @@ _RULES: dict[str, tuple[StepRule, ...]] = {
     "torch.optim.adagrad.Adagrad": (AdagradRule(),),
     "torch.optim.sgd.SGD": (SGDRule(),),
     "transformers.optimization.Adafactor": (AdafactorRule(),),
+    "bitsandbytes.optim.adamw.AdamW": (QuantisedAdamWRule(),),
+    "bitsandbytes.optim.adamw.AdamW8bit": (QuantisedAdamWRule(),),
 }
 _USE = "use optim='adamw_torch_fused', or describe its step by a StepRule and register_step_rule"
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from blockwise_adamw import BlockwiseAdamW
 from transformers.optimization import Adafactor
 
+from trl_entropy.estimators.optimizer.quantised import QuantisedAdamWRule
 from trl_entropy.estimators.optimizer.rules import (
     AdafactorRule,
     AdagradRule,
@@ -14,6 +16,7 @@ from trl_entropy.estimators.optimizer.rules import (
 )
 
 CASES = {
+    "adamw in 8 bits": (QuantisedAdamWRule(), BlockwiseAdamW, {"weight_decay": 0.1}),
     "adamw": (AdamWRule(), torch.optim.AdamW, {"weight_decay": 0.1}),
     "adam": (AdamRule(), torch.optim.Adam, {"weight_decay": 0.1}),
     "rmsprop": (RMSpropRule(), torch.optim.RMSprop, {"weight_decay": 0.1}),
@@ -100,7 +103,7 @@ def test_the_state_that_the_metric_reads_is_what_the_optimizer_holds_after_the_s
             torch.testing.assert_close(known[key], held[key], rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "rmsprop", "adagrad", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw in 8 bits", "adam", "rmsprop", "adagrad", "adafactor"])
 def test_where_no_gradient_has_been_the_metric_is_zero(name):
     rule, optimizer_class, settings = CASES[name]
     param = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
@@ -125,3 +128,12 @@ def test_settings_that_break_a_rule_are_named():
     }
     for text, (rule, optimizer) in broken.items():
         assert text in rule.why_not(optimizer.param_groups[0])
+
+
+def test_blocks_of_256_numbers_have_their_own_scales():
+    case = (QuantisedAdamWRule(), BlockwiseAdamW, {"weight_decay": 0.1})
+    for rule, state, gradient, theta, step, group, made in steps_of(case, shapes=((20, 30),)):
+        torch.testing.assert_close(
+            sum(rule.parts(state, gradient, theta, step, group, CLIP)), made, rtol=1e-6, atol=1e-12
+        )
+        assert step == 1 or (len(state["absmax1"]) == 3 and state["state1"].dtype == torch.uint8)

@@ -1,7 +1,9 @@
 """Of which optimizers of transformers, by the setting `optim`, the steps can be split (T5)."""
 
 # transformers' names of optimizers with a rule in `trl_entropy.engine.step_rules`.
-SPLIT = ("adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd")
+SPLIT = (
+    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd",
+)  # fmt: skip
 # Those that keep torch's Adam moments, `exp_avg` and `exp_avg_sq`.
 WITH_MOMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision")
 
