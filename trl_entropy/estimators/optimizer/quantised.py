@@ -50,16 +50,13 @@ def _moments(state: State, like: Float[Tensor, "*shape"]) -> State:
     found = {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
     for number, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
         if f"state{number}" in state:
-            given = (state.get(name) for name in (f"state{number}", f"qmap{number}", f"absmax{number}"))
-            found[key] = _dequantised(*given, like)
+            found[key] = _dequantised(state, number, like)
     return found
 
 
-def _dequantised(
-    codes: Tensor | None, table: Tensor | None, scales: Tensor | None, like: Float[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
-    assert codes is not None
-    if table is None or scales is None:
+def _dequantised(state: State, number: int, like: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    codes = state[f"state{number}"]
+    if f"qmap{number}" not in state:
         return codes.to(like.dtype).reshape(like.shape)
-    scale = scales.to(like.dtype).repeat_interleave(_BLOCK)[: codes.numel()]
-    return (table.to(like.dtype)[codes.flatten().long()] * scale).reshape(like.shape)
+    table, scales = state[f"qmap{number}"].to(like.dtype), state[f"absmax{number}"].to(like.dtype)
+    return (table[codes.flatten().long()] * scales.repeat_interleave(_BLOCK)[: codes.numel()]).reshape(like.shape)

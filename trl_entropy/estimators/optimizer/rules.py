@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ from trl_entropy.estimators.optimizer.step_rule import Group, State, StepRule, s
 class AdamWRule(StepRule):
     """(T4): `torch.optim.AdamW`, and `Adam` without weight decay."""
 
-    keys = ("exp_avg", "exp_avg_sq")
-    metric_keys = ("exp_avg_sq",)
+    keys: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    metric_keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
     def why_not(self, group: Group) -> str:
         flags = [f"{flag}=True" for flag in ("amsgrad", "maximize") if group.get(flag)]
