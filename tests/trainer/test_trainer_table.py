@@ -17,6 +17,7 @@ from trl_entropy import (
     ProbedRLOOConfig,
     ProbedRLOOTrainer,
 )
+from trl_entropy.probes import PROBES as TOGGLES
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = {
@@ -43,6 +44,11 @@ PROBES = {
     ),
     "fisher_probe (T12)": ({"fisher_probe": True, "fisher_num_sequences": 16}, "fisher/effective_rank"),
     "effective_sample_size_probe": ({"effective_sample_size_probe": True}, "ess/loss_weights"),
+    "likelihood_probe": ({"likelihood_probe": True}, "likelihood/delta_above_mean"),
+    "mutual_information_probe (T23)": (
+        {"mutual_information_probe": True, "mutual_information_probe_every": 1, "mutual_information_num_prompts": 4},
+        "mutual_information/lower",
+    ),
     "optimizer_state_probe": ({"optimizer_state_probe": True}, "optimizer_state/exp_avg_sq_p50"),
     "kl_every": ({"kl_every": 1}, "kl"),
     "entropy_control": (
@@ -78,6 +84,7 @@ def make(make_trainer, row: str, column: str, **more):
 
 
 def test_the_table_has_every_row_and_column():
+    assert TOGGLES.keys() <= {name for settings, _ in PROBES.values() for name in settings}
     assert {row for row, _ in CELLS} == {*PROBES} and {name for _, name in CELLS} == {*TRAINERS, "EntropyChange"}
     assert set(CELLS.values()) == {"yes", "no"}
 
