@@ -10,9 +10,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from trl_entropy import DrGRPOConfig
+from trl_entropy.config.command_line import parse
 from trl_entropy.engine import snapshot_parameters, swapped_parameters
 from trl_entropy.engine.build import _refuse_common, _refuse_deepspeed, _refuse_fsdp
 from trl_entropy.preflight import support
+from trl_entropy.preflight.hardware import this_machine
+from trl_entropy.preflight.launch import launch_from_options
+from trl_entropy.preflight.plan import Plan
+from trl_entropy.preflight.report import _support, fold
+from trl_entropy.preflight.shapes import model_shape
 from trl_entropy.probes import PROBES
 from trl_entropy.probes.probe import Probe
 from trl_entropy.probes.rollout_entropy import RolloutEntropyProbe
@@ -84,3 +90,12 @@ def test_a_cell_names_everything_that_must_change():
     assert support.cell("entropy_probe", "zero2", "kernels-community/flash-attn", "none") == "supported"
     assert support.cell("entropy_probe", "zero2", "sdpa", "none") == "supported"
     assert support.cell("a_new_probe", "zero0", "sdpa", "none").startswith("refused")  # unknown: the strictest row
+
+
+def test_the_table_fits_into_the_width_of_the_report(tmp_path):
+    task, args, model = parse(
+        ["--config", str(Path(__file__).parents[2] / "configs/quickstart.yaml"), "--output_dir", str(tmp_path)]
+    )
+    plan = Plan(task, args, model, launch_from_options(1, None, True), this_machine(use_cpu=True), model_shape(model))
+    lines = _support(plan)
+    assert len(lines) == len(support.DEPENDS_ON) + 2 and all(fold(line) == [f"  {line}"] for line in lines)

@@ -259,10 +259,10 @@ def _support(plan: Plan) -> list[str]:
     short = {"flash_attention_2": "flash", "flex_attention": "flex"}
     enabled = support.probe_names(plan)
     headers = [f"{'*' if value in ours else ''}{short.get(value, value)}" for _, value in values]
-    lines = [" " * 28 + "".join(f"{header:>7}" for header in headers)]
+    lines = [" " * 28 + "".join(f"{header:>6}" for header in headers)]
     for probe in dict.fromkeys([*support.DEPENDS_ON, *enabled]):
         cells = ["no" if support.remedy(probe, axis, value) else "yes" for axis, value in values]
-        lines.append(f"{'*' if probe in enabled else ' '}{probe:<27}" + "".join(f"{cell:>7}" for cell in cells))
+        lines.append(f"{'*' if probe in enabled else ' '}{probe:<27}" + "".join(f"{cell:>6}" for cell in cells))
     return [
         *lines,
         "* is used in this run. A probe needs a yes for the engine, the attention and the quantisation.",
