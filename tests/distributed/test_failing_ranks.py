@@ -1,6 +1,7 @@
 """An exception on one rank ends all ranks soon, each saying the same: in every event, under every engine."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def test_one_rank_fails_in_any_event_and_all_end(tmp_path, model_path, engine):
         other, own = (last_line((tmp_path / f"{event}.rank{rank}.txt").read_text()) for rank in range(2))
         if event == "rank_symmetric":
             assert other == own == "RuntimeError: rank 1 failed while testing: ValueError: injected on rank 1"
+        elif event == "reward":  # a user's function is named, with the completion
+            said = (
+                r"ValueError: reward function failing_reward, .*: ValueError: injected on rank 1, for the completion"
+            )
+            assert re.match(said, own) and re.search(f"OtherRankFailed: rank 1 failed: {said}", other)
         else:
             assert own == "ValueError: injected on rank 1", event
             assert other.endswith("OtherRankFailed: rank 1 failed: ValueError: injected on rank 1"), event

@@ -21,8 +21,9 @@ from trl_entropy.rollouts.completions import Completions
 
 # Relative difference of a parameter's rows from the oracle: by rounding, and where parameters are narrower.
 _ROUNDING, _ROUNDING_NARROW = 1e-3, 0.15
-# A gradient this small beside that of all parameters together is zero but for rounding.
-_ZERO = 1e-5
+# A gradient below this share of that of all parameters together is compared on that scale: that of a key's bias is
+# rounding alone, of sums over all tokens.
+_SMALL = 1e-3
 _MOST_UNITS = 12
 Sketch = dict[str, Float[Tensor, "2 R"]]
 
@@ -104,7 +105,7 @@ def _errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dic
     errors = {}
     for name, wanted in expected.items():
         found = actual.get(name, torch.zeros_like(wanted))
-        scale = torch.maximum(wanted[1].max(), _ZERO * whole)
+        scale = torch.maximum(wanted[1].max(), _SMALL * whole)
         errors[name] = float(((found - wanted).abs().max() / scale).nan_to_num(0.0))
     return errors
 
