@@ -71,3 +71,7 @@ def no_rows(split):
 
 
 number = math.pi
+
+
+def another_name(completions, solution, **kwargs):
+    return [0.0] * len(completions)

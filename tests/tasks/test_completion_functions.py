@@ -74,6 +74,12 @@ def test_a_function_that_does_not_work_is_named_in_one_line(name, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_function_that_asks_for_another_name_is_told_what_it_is_given():
+    with pytest.raises(ValueError, match=r"argument: 'solution'\. It is given answer, ") as refused:
+        tried(reward_functions(of(":another_name")), ROWS)
+    assert "for the completion" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "said"),
     [

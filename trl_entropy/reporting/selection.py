@@ -16,7 +16,7 @@ from trl_entropy.analysis import views
 from trl_entropy.analysis.run import Run
 from trl_entropy.reporting.gaps import Gaps
 
-MOST_BYTES = 11_000_000  # of all runs' completions and tokens on one page
+MOST_BYTES = 10_000_000  # of all runs' completions and tokens on one page
 _TABLES_SHARE = 0.45  # of the room is for tables of groups and completions, if tokens need the rest
 _WITH_MEASURED = 1.5  # a step shows half as many completions of its probe batch as of its own
 _BYTES_OF_TOKEN, _BYTES_OF_COMPLETION = 34, 60

@@ -150,6 +150,8 @@ class CompletionFunction(NamedTuple):
 
     def _failure(self, error: BaseException, keywords: Mapping[str, Any]) -> ValueError:
         """What is said of an exception, with the first completion on which the function fails alone."""
+        if isinstance(error, TypeError) and "argument" in str(error):  # of its signature, not of a completion
+            return ValueError(f"{self._named(error)}. It is given {', '.join(sorted(keywords))}")
         for completion, one in _one_by_one(keywords):
             try:
                 self._given(one)
