@@ -32,8 +32,9 @@ def test_what_splits_a_step_needs_an_optimizer_with_a_rule(tmp_path, monkeypatch
             config(tmp_path, optim=optim, **SPLITTING[probe])
     monkeypatch.setattr(DrGRPOConfig, "fsdp_version", property(lambda self: 2))
     config(tmp_path, **SPLITTING[probe])
-    with pytest.raises(ValueError, match="FSDP spread the state of sgd over processes"):
-        config(tmp_path, optim="sgd", **SPLITTING[probe])
+    for optim in ("sgd", "adamw_bnb_8bit"):
+        with pytest.raises(ValueError, match=f"FSDP spread the state of {optim} over processes"):
+            config(tmp_path, optim=optim, **SPLITTING[probe])
 
 
 def test_measuring_alone_takes_any(tmp_path):

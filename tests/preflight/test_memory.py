@@ -11,10 +11,15 @@ from trl import ModelConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
+from trl_entropy.config.command_line import parse
 from trl_entropy.gradients.footprint import Pass, activations
 from trl_entropy.gradients.scores import score
 from trl_entropy.models.embedded import build_model, build_tokenizer
 from trl_entropy.preflight import memory, shapes
+from trl_entropy.preflight.estimate import kept_update
+from trl_entropy.preflight.hardware import this_machine
+from trl_entropy.preflight.launch import launch_from_options
+from trl_entropy.preflight.plan import Plan
 from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
 from trl_entropy.rollouts.completions import Completions
 
@@ -210,3 +215,16 @@ def test_scoring_is_within_the_stated_factor(shape_of, changes, rows, prompt, co
         score(model, completions, 1.0, rows, None, direction, order)
     formula = Pass(shape_of(config), prompt + completion, completion, order).num_bytes(rows)
     assert 1 / 1.35 < formula / live.peak < 1.35
+
+
+@pytest.mark.parametrize(("optim", "attribution", "copies"), [
+    ("adamw_torch", "none", 1), ("adamw_torch", "token", 2), ("sgd", "none", 1), ("sgd", "token", 4),
+])  # fmt: skip
+def test_what_is_kept_of_a_step_until_it_is_measured(tmp_path, optim, attribution, copies):
+    given = ["--model_name_or_path", "embedded", "--output_dir", str(tmp_path), "--optim", optim, "--use_cpu", "True"]
+    given += ["--entropy_probe", "True", "--entropy_attribution", attribution, "--bf16", "False"]
+    given += ["--num_prompts_per_step", "2", "--num_generations", "4", "--per_device_train_batch_size", "8"]
+    task, args, model = parse(given)
+    launch = launch_from_options(1, None, True)
+    plan = Plan(task, args, model, launch, this_machine(use_cpu=True), model_shape(model))
+    assert kept_update(plan) == copies * 4 * 459_904

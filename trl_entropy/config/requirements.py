@@ -11,7 +11,7 @@ from trl_entropy.config.probe_settings import ProbeSettings
 from trl_entropy.config.sampling import merged, narrowing, narrowing_arguments
 from trl_entropy.config.setting import own_settings
 from trl_entropy.config.training_settings import TrainingSettings
-from trl_entropy.estimators.optimizer.known import SPLIT, why_none
+from trl_entropy.estimators.optimizer.known import SPLIT, SPLIT_IN_SLICES, why_none
 from trl_entropy.runs.counted import counted
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Requirements(ControlSettings, ProbeSettings, TrainingSettings, _TrlConfig)
         if name not in SPLIT:
             return {f"{setting} (of {name}: {why_none(name)})": False}
         sliced = self.deepspeed_plugin is not None or self.fsdp_version is not None
-        if sliced and not name.startswith("adamw"):
+        if sliced and name not in SPLIT_IN_SLICES:
             return {f"{setting} (DeepSpeed and FSDP spread the state of {name} over processes)": False}
         return {setting: True}
 

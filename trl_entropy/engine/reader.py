@@ -193,14 +193,20 @@ class EngineReader(abc.ABC):
             )
 
 
+def unwrapped_optimizer(optimizer: object) -> object:
+    """What is inside accelerate's wrappers: torch's optimizer or DeepSpeed's; None before there is one."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def torch_optimizer(optimizer: object) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrappers.
 
     Raises:
         TypeError: if there is none.
     """
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped_optimizer(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"the optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
     return optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trl_entropy.estimators.optimizer.known import SPLIT_IN_SLICES
 from trl_entropy.gradients.footprint import Differentiated, Pass, activations, rows_that_fit
 from trl_entropy.gradients.memory import GIB, MOST_ROWS, pass_budget, resident, rows_budget
 from trl_entropy.preflight import memory
@@ -113,7 +114,9 @@ def kept_update(plan: Plan) -> int:
     """Bytes, over all processes, of what is kept of a step until the next completions have been drawn, and saved."""
     if not plan.args.entropy_probe or plan.args.entropy_probe_completions != "next_rollouts":
         return 0
-    return 4 * shape_of(plan).num_trainable * (1 if plan.args.entropy_attribution == "none" else 2)
+    # Of AdamW's step a moment, of another's its metric and two parts
+    of_rule = 1 if plan.args._optimizer_name() in SPLIT_IN_SLICES else 3
+    return 4 * shape_of(plan).num_trainable * (1 + of_rule * (plan.args.entropy_attribution != "none"))
 
 
 def _gradients(plan: Plan) -> dict[str, int]:

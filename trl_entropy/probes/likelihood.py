@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
+from trl_entropy.estimators.attribution.likelihood import outcome_sums
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.probe import Probe
@@ -58,8 +58,8 @@ class LikelihoodProbe(Probe):
             self._score(args, engine, completions, params) for params in (update.params_before, update.params_after)
         )
         changes = (after.logps[0].double() - before.logps[0].double()).where(completions.loss_mask.bool(), 0.0).sum(1)
-        tokens = completions.loss_mask.sum(1)
-        metrics |= _by_outcome(changes, tokens.double(), record.rollouts.raw_advantages, engine.accelerator)
+        sums = outcome_sums(changes, completions.loss_mask.sum(1).double(), record.rollouts.raw_advantages)
+        metrics |= _by_outcome(sums, engine.accelerator)
         files.write_rollouts(record.step, record.rollouts)
         scores = {
             f"{name}_{when}": getattr(end, name)[0]
@@ -77,16 +77,8 @@ class LikelihoodProbe(Probe):
             return score(model, completions, args.temperature, self.batch_size, params)
 
 
-def _by_outcome(
-    changes: Float[Tensor, " B"],
-    tokens: Float[Tensor, " B"],
-    advantages: Float[Tensor, " B"],
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """The metrics, from each completion's change and number of tokens; none of what no completion is. Collective."""
-    above, below = advantages > 0, advantages < 0
-    sums = [torch.stack([chosen.double() @ changes, chosen.double() @ tokens]) for chosen in (above, below)]
-    fell = torch.stack([(above & (changes < 0)).sum(), above.sum()]).double()
-    reduced = accelerator.reduce(torch.stack([*sums, fell]), reduction="sum").tolist()
+def _by_outcome(sums: Float[Tensor, "3 2"], accelerator: Accelerator) -> dict[str, float]:
+    """The metrics, from this rank's sums; none of what no completion is. Collective."""
     names = [f"likelihood/delta_{outcome}" for outcome in RELATIVE_OUTCOMES] + ["likelihood/falling_above_mean"]
+    reduced = accelerator.reduce(sums, reduction="sum").tolist()
     return {name: part / whole for name, (part, whole) in zip(names, reduced, strict=True) if whole}

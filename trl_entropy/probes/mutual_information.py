@@ -52,6 +52,7 @@ class MutualInformationProbe(Probe):
     def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         args.check_mutual_information(self.num_prompts)
         model_checks.check_full_distribution(args, model, "mutual_information_probe")
+        model_checks.check_drawn_without_dropout(model, "mutual_information_probe")
         model_checks.check_scoring(model, "mutual_information_probe")
 
     def on_before_update(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, UpdateContext, build_engine
-from trl_entropy.engine.reader import torch_optimizer
+from trl_entropy.engine.reader import unwrapped_optimizer
 from trl_entropy.engine.step_rules import step_rule
 from trl_entropy.gradients.loss_coefficients import LossCoefficientRecorder
 from trl_entropy.probes.clock import seconds
@@ -181,8 +182,8 @@ class ProbeRunner(TrainerCallback):
         self.named_probes()  # raises if two share a name
         for probe in self.probes():
             probe.check_model(host.args, model)
-        with contextlib.suppress(TypeError):  # none yet, or DeepSpeed's, which the engine asks
-            optimizer = torch_optimizer(host.optimizer)
+        optimizer = unwrapped_optimizer(host.optimizer)
+        if isinstance(optimizer, torch.optim.Optimizer):  # there may be none yet; DeepSpeed's is asked by the engine
             self._check_optimizer(functools.partial(step_rule, optimizer))
 
     def _check_optimizer(self, rule: Callable[[], object]) -> None:

@@ -1,8 +1,14 @@
-"""Published predictors of a step's entropy change, from what is known of each token before the step."""
+"""All published predictors of a step's entropy change together, from what is known of each token before the step."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from trl_entropy.estimators.entropy_change.rivals import (
+    delta_covariance,
+    natural_gradient_terms,
+    policy_gradient_terms,
+)
 
 
 def published_predictions(
@@ -36,13 +42,14 @@ def published_predictions(
     advantage = advantages.double()[:, None].expand_as(loss_mask)[chosen]
     p, centred = logp.exp(), logp + entropy
     s = p * centred
-    drawn = chosen.any(1)
-    means = torch.where(chosen, per_token_logps.double(), 0.0).sum(1)[drawn] / chosen.sum(1)[drawn]
-    high = entropy >= entropy.quantile(0.8)
+    tokens, drawn = (per_token_logps, advantages, chosen), chosen.any(1)
+    means = torch.where(chosen, per_token_logps.double(), 0.0).sum(1) / chosen.sum(1).clamp(min=1)
+    most = max(1, len(entropy) // 5)
+    high = entropy >= entropy.kthvalue(len(entropy) - most + 1).values
     found = {
-        "cov_natural": -_covariance(logp, advantage),
-        "cov_policy_gradient": -_covariance(logp, p * advantage),
-        "cov_sequence": -_covariance(means, advantages.double()[drawn]),
+        "cov_natural": delta_covariance(natural_gradient_terms(*tokens)).value,
+        "cov_policy_gradient": delta_covariance(policy_gradient_terms(*tokens)).value,
+        "cov_sequence": delta_covariance(natural_gradient_terms(means[:, None], advantages, drawn[:, None])).value,
         "centred": -(advantage * centred).mean(),
         "surprisal": -(advantage * logp).mean(),
         "discriminator": -(advantage * s).mean(),
@@ -52,7 +59,3 @@ def published_predictions(
         "high_entropy": -(advantage * centred)[high].sum() / len(logp),
     }
     return {name: float(value) for name, value in found.items()}
-
-
-def _covariance(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    return (x * y).mean() - x.mean() * y.mean()

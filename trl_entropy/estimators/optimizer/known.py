@@ -4,6 +4,8 @@
 SPLIT = (
     "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd",
 )  # fmt: skip
+# Those of them whose state the engines read where DeepSpeed or FSDP spread it over processes.
+SPLIT_IN_SLICES = ("adamw_torch", "adamw_torch_fused")
 # Those that keep torch's Adam moments, `exp_avg` and `exp_avg_sq`.
 WITH_MOMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision")
 
