@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from environment_rollouts import two_turns
 from probe_worker import replayed_on_all_ranks
 from rank_script import leave, prepare_rank
 from replay_module import completion
@@ -44,7 +45,8 @@ PROBES = {
     "optimizer_state_probe": True,
     "effective_sample_size_probe": True,
 }
-KINDS = ("rloo", "gmpo", "callback")
+AGENT = {"entropy_probe_completions": "next_rollouts", "entropy_attribution": "token", "likelihood_probe": True}
+KINDS = ("rloo", "gmpo", "agent", "callback")
 
 
 def reward(completion_ids, **kwargs) -> list[float]:
@@ -55,13 +57,22 @@ def trainer_of(kind: str, model_path: str, directory: Path, with_kl: bool):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
-    from trl_entropy import EntropyChange, ProbedGMPOConfig, ProbedGMPOTrainer, ProbedRLOOConfig, ProbedRLOOTrainer
+    from trl_entropy import (
+        DrGRPOConfig,
+        DrGRPOTrainer,
+        EntropyChange,
+        ProbedGMPOConfig,
+        ProbedGMPOTrainer,
+        ProbedRLOOConfig,
+        ProbedRLOOTrainer,
+    )
 
     GRPOTrainer._generate_single_turn = lambda trainer, ids, *args, **kwargs: (replayed(trainer, ids), None)
     RLOOTrainer._generate_single_turn = lambda trainer, ids, *args, **kwargs: replayed(trainer, ids)
     kinds = {
         "rloo": (ProbedRLOOTrainer, ProbedRLOOConfig, PROBES),
         "gmpo": (ProbedGMPOTrainer, ProbedGMPOConfig, PROBES | {"scale_rewards": "none"}),
+        "agent": (DrGRPOTrainer, DrGRPOConfig, PROBES | AGENT | {"max_steps": 3}),
         "callback": (GRPOTrainer, GRPOConfig, {"loss_type": "dr_grpo", "scale_rewards": "none", "max_steps": 3}),
     }
     trainer_class, config_class, more = kinds[kind]
@@ -75,6 +86,7 @@ def trainer_of(kind: str, model_path: str, directory: Path, with_kl: bool):
         args=args,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         callbacks=[EntropyChange()] if kind == "callback" else [],
+        **({"rollout_func": two_turns} if kind == "agent" else {}),
     )
 
 

@@ -13,6 +13,8 @@ from trl_entropy.probes import EntropyProbe
 from trl_entropy.probes.probe import Probe
 from trl_entropy.runs.directory import RunDirectory
 
+STEP = 10
+
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory, tokenizer) -> str:
@@ -59,16 +61,16 @@ class LeavingOut(Probe):
 
 
 def test_an_episode_left_out_changes_the_entropy_as_attributed(make_trainer, tmp_path_factory):
-    entropy = EntropyProbe(every=2, num_prompts=4, attribution="token")
+    entropy = EntropyProbe(every=STEP, num_prompts=4, attribution="token")
     probe = LeavingOut(entropy, tmp_path_factory.mktemp("left_out"))
-    trainer = make_trainer(rollout_func=two_turns, max_steps=2, callbacks=[entropy, probe], weight_decay=0.1)
+    trainer = make_trainer(rollout_func=two_turns, max_steps=STEP, callbacks=[entropy, probe], weight_decay=0.1)
     trainer.train()
     run = RunDirectory(trainer.args.output_dir)
-    file = load_file(run.path / "probes/attribution/step_000002.safetensors")
+    file = load_file(run.path / f"probes/attribution/step_{STEP:06d}.safetensors")
     assert not torch.equal(file["loss_mask"], file["completion_mask"])
     attributed = file["attribution"].double().sum(1)[probe.rows]
     held, free = (torch.tensor(probe.check[made]["true"], dtype=torch.float64) / SCALE for made in ("held", "free"))
     assert torch.corrcoef(torch.stack([attributed, held]))[0, 1] > 0.999
     assert float((attributed @ held) / (attributed @ attributed)) == pytest.approx(1, abs=0.01)
-    # AdamW's metric without the episode is another one, most of all in the second step of 16 episodes.
-    assert torch.corrcoef(torch.stack([attributed, free]))[0, 1] > 0.9
+    # AdamW's metric without the episode is another one, the more so the younger its moments: 0.96 at the second step.
+    assert torch.corrcoef(torch.stack([attributed, free]))[0, 1] > 0.99
