@@ -124,9 +124,12 @@ def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[s
     Median seconds per step of both sides in each round; the sides take turns, each starting every other round.
 
     Returns:
-        `"wall"` and `"cpu"`: of whole steps; for each name in `subtract`: without the first side's logged time of it.
+        `"wall"` and `"cpu"`: of whole steps; for each name in `subtract`: without the first side's logged time of it,
+        and `"NAME, same steps"`: the first side with it and without.
     """
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ("wall", "cpu", *subtract)}
+    results: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in ("wall", "cpu", *subtract, *map(_own, subtract))
+    }
     for number in range(rounds):
         order = [first, second] if number % 2 == 0 else [second, first]
         for trainer, watch in order:
@@ -135,9 +138,15 @@ def paired(first, second, rounds: int, subtract: tuple[str, ...] = ()) -> dict[s
             folder = Path(trainer.args.output_dir)
             trainer.args.output_dir = str(folder.with_name(f"{folder.name.split('-')[0]}-{number}"))  # each is a run
             trainer.train()
-        for name, rows in results.items():
-            rows.append((first[1].median(name), second[1].median("cpu" if name == "cpu" else "wall")))
+        for name in ("wall", "cpu", *subtract):
+            results[name].append((first[1].median(name), second[1].median("cpu" if name == "cpu" else "wall")))
+        for name in subtract:
+            results[_own(name)].append((first[1].median("wall"), first[1].median(name)))
     return results
+
+
+def _own(name: str) -> str:
+    return f"{name}, same steps"
 
 
 def report(name: str, results: list[tuple[float, float]], num_completions: str) -> None:
@@ -211,6 +220,7 @@ def main() -> None:
         if options.source == "held_out":
             report("the same without drawing E", results[draw], sizes)
         report("the same without all of the probe's events (about 1)", results["time/entropy"], sizes)
+        report("steps with the probe's events / the same steps without", results["time/entropy, same steps"], sizes)
 
 
 if __name__ == "__main__":
