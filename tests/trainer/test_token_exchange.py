@@ -25,7 +25,7 @@ class Kept(Probe):
 
     def on_step_end(self, args, state, control, *, optimizer, model, **kwargs):
         names = {id(p): name for name, p in model.named_parameters()}
-        self.metrics.append({})
+        self.metrics.append(dict.fromkeys(names.values()))  # in the model's order, not the optimizer's
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 kept = optimizer.state[parameter]
