@@ -102,7 +102,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     (tmp_path / "broken.py").write_text("def right(:\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_say_preflight", lambda *_: None)
+    monkeypatch.setattr(train, "_preflight", lambda *_: None)
     monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was about to be loaded"))
     return tmp_path
 

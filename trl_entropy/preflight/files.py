@@ -44,11 +44,13 @@ def model_files(plan: Plan) -> Findings:
         yield from _local_tokenizer(Path(name), plan.shape.vocab_size)
     elif plan.shape.source.startswith("built-in"):
         offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
+        stops = here and offline
         yield Finding(
             f"The weights of {name} are not on this machine"
             + (", and HF_HUB_OFFLINE=1 forbids a download." if offline else "; they will be downloaded."),
             "Download the model first, or name a folder that holds it." if offline else "",
-            is_problem=here and offline,
+            is_problem=stops,
+            stops=stops,
         )
 
 
@@ -67,7 +69,8 @@ def _local_tokenizer(folder: Path, vocab_size: int) -> Findings:
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in _OF_TOKENIZERS):
-        yield Finding(f"{folder} holds no tokenizer.", "Save it there: tokenizer.save_pretrained(folder).")
+        text = f"{folder} holds no tokenizer."
+        yield Finding(text, "Save it there: tokenizer.save_pretrained(folder).", stops=True)
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
