@@ -50,5 +50,5 @@ def test_every_file_compiles_without_a_warning(version):
 
 def test_a_file_with_a_warning_is_noticed(tmp_path):
     (tmp_path / "escape.py").write_text('text = "\\d"\n')
-    (tmp_path / "comparison.py").write_text('same = 1 is 1\n')
+    (tmp_path / "comparison.py").write_text("same = 1 is 1\n")
     assert len(compiled("3.12", [*tmp_path.glob("*.py")])) == 2

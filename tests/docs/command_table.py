@@ -6,8 +6,6 @@ or a sentence says why nothing does. Patterns match a whole command as `normal` 
 import re
 from typing import NamedTuple
 
-from documented import words_of
-
 _HEAD = "--num_prompts_per_step 4 --num_generations 4 --per_device_train_batch_size 16 --num_train_problems 64 "
 _SHORT = (
     f"--max_steps 1 {_HEAD}--num_eval_problems 8 --per_device_eval_batch_size 8 --num_generations_eval 1 "
@@ -23,7 +21,7 @@ HERE = {
     rf"{_TRAIN}(?:quickstart(?:\.yaml)?|CONFIG|FILE)(?: .*)?": _PROBED,
     rf"{_TRAIN}entropy-study\.yaml.*": _PROBED,
     rf"{_TRAIN}gsm8k-embedded\.yaml": _PROBED,
-    rf"{_TRAIN}calculator-agent\.yaml.*": "--max_steps 1 --num_train_problems 64 --num_eval_problems 4 --report_to none",
+    rf"{_TRAIN}calculator-agent\.yaml.*": "--max_steps 1 --num_train_problems 64 --num_eval_problems 4",
     r"trl-entropy train --help": "",
     r"trl-entropy doctor .*--config .*": "",
     r"trl-entropy report [\w/.][\w/.-]*(?: RUN2)?": "",
@@ -78,7 +76,8 @@ TESTS = {
     r"trl-entropy config\.document": "config/test_settings.py::",
     r"python docs/make/tables\.py": "docs/test_site.py::test_pages_from_tables_are_up_to_date",
     r"python docs/make/two_tokens\.py": "docs/test_two_tokens.py::test_the_page_is_up_to_date",
-    r"python docs/make/one_step\.py .*": "docs/test_site.py::test_the_step_is_walked_through_with_the_runs_own_numbers",
+    r"python docs/make/one_step\.py .*":
+        "docs/test_site.py::test_the_step_is_walked_through_with_the_runs_own_numbers",
     r"python tests/preflight/family_table\.py":
         "preflight/test_conformance.py::test_the_table_of_families_is_what_is_found",
     r"python tests/preflight/optimizer_table\.py": "preflight/test_optimizer_table.py::",
@@ -117,7 +116,7 @@ REASONS = {
         "test_sigterm_ends_a_launched_run_with_a_checkpoint_from_which_it_goes_on.",
     r"sky down .*": "Gives a rented machine back.",
     r"tensorboard --logdir .*": "A command of TensorBoard that serves until it is stopped.",
-    r"accelerate launch": "The name of accelerate's command, which is run with every engine.",
+    r"accelerate launch(?: \.\.\. .*)?": "The name of accelerate's command, which is run with every engine.",
     r"python -m pytest .*|bash launch/test\.sh|ruff check .*": "This suite and its static checks.",
     r"bash launch/test-versions\.sh .*": "Installs other versions, three minutes each: by hand, with its date there.",
     r"bash launch/docs\.sh": "Installs the site's tools at its first start, and is a step of the checks itself.",

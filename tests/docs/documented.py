@@ -15,8 +15,10 @@ PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 NOTEBOOKS = sorted(REPOSITORY.glob("notebooks/*.ipynb"))
 SETTINGS = [*sorted(REPOSITORY.glob("configs/*.yaml")), *sorted(REPOSITORY.glob("launch/*.yaml"))]
 
-_PROGRAMS = """trl-entropy python python3 bash pip accelerate git trl tensorboard kill ssh cd export nohup tail sbatch sky
-ruff nvidia-smi tmux column ls codespell mkdocs uv .""".split()
+_PROGRAMS = {
+    *("trl-entropy", "python", "python3", "bash", "pip", "accelerate", "git", "trl", "tensorboard", "kill", "ssh"),
+    *("cd", "export", "nohup", "tail", "sbatch", "sky", "ruff", "nvidia-smi", "tmux", "column", "ls", "uv", "."),
+}
 _BLOCK = re.compile(r"^( *)```(?:bash|sh|shell|console)?\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 _ANY_BLOCK = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
 _ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=\S+ )+")

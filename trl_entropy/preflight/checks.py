@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from trl_entropy._versions import untested_versions
 from trl_entropy.preflight import disk as files_of_run
 from trl_entropy.preflight import estimate, support
@@ -110,6 +112,11 @@ def packages(plan: Plan) -> Findings:
             text = f"The settings need the package {package}, which is not installed here."
             here = plan.hardware.is_this_machine
             yield Finding(text, f"Do: {remedy}.", is_problem=here, stops=here)
+    known = {*INTEGRATION_TO_CALLBACK, "all", "none", "None"}
+    for name in [str(one) for one in report_to if one not in known]:
+        names = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        text = f"report_to has {name}, which transformers does not know."
+        yield Finding(text, f"Use none, all, or some of {names}.", stops=True)
     if plan.launch.zero_stage is not None and not plan.hardware.has_gpu and shutil.which("c++") is None:
         yield Finding("On a CPU DeepSpeed compiles its communication, and there is no c++.", "Install a C++ compiler.")
     for message in untested_versions():

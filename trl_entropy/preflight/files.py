@@ -22,6 +22,7 @@ from trl_entropy.runs.checkpoints import (
     describe_finished,
     is_finished,
 )
+from trl_entropy.runs.file_errors import describe
 from trl_entropy.tasks.arguments import TaskArguments
 from trl_entropy.tasks.completion_functions import metric_functions, planned_functions, reward_functions, tried
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
@@ -143,7 +144,7 @@ def _readable(plan: Plan, of: TaskArguments, read: Callable[[], object]) -> Find
         with _quiet("trl_entropy.tasks"):  # training says it
             read()
     except OSError as error:
-        yield Finding(f"dataset_name: {str(error).removeprefix('dataset_name: ')}.", "Correct the path.", here)
+        yield Finding(f"{describe(error)}.", is_problem=here)
     except ValueError as error:
         yield Finding(str(error), is_problem=here or not task.reads_files())
 

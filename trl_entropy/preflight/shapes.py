@@ -208,6 +208,8 @@ def read_config(name: str) -> tuple[PretrainedConfig, str]:
     from transformers import AutoConfig
 
     if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise UnknownShape(f"model_name_or_path={name} is a folder without config.json.")
         return AutoConfig.from_pretrained(name), f"config.json of {name}"
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True), "config.json in the hub's local cache"
