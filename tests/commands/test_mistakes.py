@@ -168,7 +168,7 @@ def test_train_gives_doctors_remedy(folder, name, monkeypatch):
     monkeypatch.setattr(train, "_preflight", preflight)
     change, said = OF_THE_RUN[name]
     if name == "an engine":
-        fsdp1 = Launch("the environment", num_processes=1, num_asked=1, engine="fsdp1")
+        fsdp1 = Launch("fsdp1", num_processes=1, num_asked=1, source="the environment")
         monkeypatch.setattr(report, "launch_from_environment", lambda *_: fsdp1)
         monkeypatch.setattr(doctor, "_launch", lambda *_: fsdp1)
     (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | change))

@@ -16,7 +16,7 @@ _TRAIN = r"trl-entropy train --config (?:configs/)?"
 
 # Run by test_commands_run.py in a folder where RUN, runs/first and the like are a real run of three steps.
 HERE = {
-    rf"{_TRAIN}quickstart\.yaml --fisher_probe .*": f"{_SHORT} --fisher_num_sequences 8",
+    rf"{_TRAIN}quickstart\.yaml --fisher_probe .*": f"{_SHORT} --fisher_num_sequences 12",
     rf"{_TRAIN}quickstart\.yaml .*--entropy_probe false.*": _SHORT,
     rf"{_TRAIN}(?:quickstart(?:\.yaml)?|CONFIG|FILE)(?: .*)?": _PROBED,
     rf"{_TRAIN}entropy-study\.yaml.*": _PROBED,
@@ -32,14 +32,14 @@ HERE = {
     r"trl-entropy configs": "",
     r"trl-entropy experiment kernel runs/quickstart-kernel .*": "--steps 2 3",
     r"python -m tests\.benchmarks\.interval_coverage .*": "--repeats 4 --sizes 4",
-    r"python -m tests\.benchmarks\.quantity_cost.*": "--steps 1 --completions 8",
-    r"python tests/benchmarks/score_cost\.py": "--rounds 1",
+    r"python -m tests\.benchmarks\.quantity_cost.*": "--steps 1 --completions 16",
+    r"python tests/benchmarks/score_cost\.py": "--rounds 3",
     r"python tests/benchmarks/shared_prompts\.py .*": "--rounds 1",
-    r"python tests/benchmarks/fisher_kernel\.py": "--hidden 32 --num-sequences 4 --rounds 2",
-    r"python tests/benchmarks/step_time\.py noise_scale": "--hidden 32 --rounds 2 --steps 1",
+    r"python tests/benchmarks/fisher_kernel\.py": "--hidden 128 --num-sequences 4 --rounds 2",
+    r"python tests/benchmarks/step_time\.py noise_scale": "--hidden 128 --rounds 2 --steps 1",
     r"python tests/benchmarks/generate_modes\.py .*": "--problems 2 --samples 2 --batch-sizes 2 --rounds 1",
     r"python tests/benchmarks/computed_cost\.py .*": "--hidden 32 --layers 1 --vocab 64 --rounds 1",
-    r"python tests/benchmarks/run_size\.py .*": "--steps 4 --completions 16 --tokens 8",
+    r"python tests/benchmarks/run_size\.py .*": "--steps 4 --completions 32 --tokens 8",
     r"python -m benchmarks\.page_of_a_long_run": "--steps 4 --completions 16 --files 2 --tokens 8",
     r"python tests/benchmarks/next_rollouts\.py .*": "--seeds 0 --steps 2 --held-out 8",
 }

@@ -17,11 +17,26 @@ from command_table import HELP, HERE, REASONS, TESTS, decided, normal
 from documented import REPOSITORY, documented
 
 COMMANDS = documented()
-TYPED = {command: found.what for command in COMMANDS if (found := decided(command)) and found.kind in ("here", "help")}
 # A placeholder of the documents -> what is typed in its place
 PLACEHOLDERS = {"CONFIG": "quickstart", "FILE": "configs/quickstart.yaml", "FOLDER": "a-folder", "S": "0"}
 RUNS = ("first", "seed0", "calculator-agent", "quickstart-kernel", "qwen2.5-1.5b-gsm8k")
 RECORD = json.dumps({"question": "What is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}) + "\n"
+
+
+def once(command: str) -> str:
+    """What is left of a command without the names of runs and configs, and what is set otherwise to make it short."""
+    text = re.sub(r" --(?:output_dir|max_steps|seed|steps) \S+", "", normal(command))
+    text = re.sub(r"\bRUN1 RUN2\b", "RUNS", re.sub(rf"\bruns/(?:{'|'.join(RUNS)})\b", "RUN", text))
+    text = re.sub(r"\b(?:CONFIG|FILE|configs/quickstart\.yaml)(?= |$)", "quickstart", text)
+    return re.sub(r"s3://\S+", "URL", text).replace("my-task", "FOLDER")
+
+
+# Of commands that would do the same, the first
+FIRST = {once(command): command for command in reversed(COMMANDS)}
+TYPED = {
+    command: found.what for command in FIRST.values()
+    if (found := decided(command)) is not None and found.kind in ("here", "help")
+}  # fmt: skip
 
 
 def test_every_command_has_a_test_or_a_reason():
