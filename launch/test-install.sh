@@ -27,15 +27,30 @@ wheel() {
     "$python" -m pip wheel --quiet --no-deps --wheel-dir "$folder/wheel" "$folder/source"
     ls "$folder"/wheel/*.whl
 }
+# requirements EXTRA: what the wheel asks for, with this extra, a line each
+requirements() {
+    "$python" - "$built" "$1" <<'PYTHON'
+import email, sys, zipfile
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    asked = email.message_from_bytes(wheel.read(name)).get_all("Requires-Dist")
+for line in asked:
+    what, _, when = line.partition(";")
+    if not when or f'extra == "{sys.argv[2]}"' in when:
+        print(what.strip())
+PYTHON
+}
 # environment NAME EXTRA: an environment with the wheel and this extra
 environment() {
     "$python" -m venv "$folder/$1"
     local install=("$folder/$1/bin/python" -m pip install --quiet)
     if [ -n "$lowest" ]; then
         "${install[@]}" uv
-        # Also torch's own index, or a folder with its wheels, as pip is set up
-        install=("$folder/$1/bin/uv" pip install --quiet --python "$folder/$1/bin/python" --resolution lowest-direct ${UV_MORE:-})
-        "${install[@]}" "trl_entropy[$2] @ file://$built"
+        # What setup.cfg names is direct only if it is asked for by itself. UV_MORE: options of uv, as --find-links
+        requirements "$2" > "$folder/$1.in"
+        "$folder/$1/bin/uv" pip install --quiet --python "$folder/$1/bin/python" --resolution lowest-direct \
+            ${UV_MORE:-} -r "$folder/$1.in"
+        "${install[@]}" --no-deps "$built"
     else
         [ "$2" != train ] || "${install[@]}" -c "$clone/constraints.txt" torch
         "${install[@]}" -c "$clone/constraints.txt" "trl_entropy[$2] @ file://$built"

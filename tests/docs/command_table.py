@@ -39,12 +39,13 @@ HERE = {
     r"python tests/benchmarks/step_time\.py noise_scale": "--hidden 128 --rounds 2 --steps 1",
     r"python tests/benchmarks/generate_modes\.py .*": "--problems 2 --samples 2 --batch-sizes 2 --rounds 1",
     r"python tests/benchmarks/computed_cost\.py .*": "--hidden 32 --layers 1 --vocab 64 --rounds 1",
-    r"python tests/benchmarks/run_size\.py .*": "--steps 4 --completions 32 --tokens 8",
     r"python -m benchmarks\.page_of_a_long_run": "--steps 4 --completions 16 --files 2 --tokens 8",
     r"python tests/benchmarks/next_rollouts\.py .*": "--seeds 0 --steps 2 --held-out 8",
 }
-_REST_OF_BENCHMARKS = r"prompt_selection|entropy_control|entropy_control_cell|step_time|fisher_rows|pass_memory"
-HELP = {  # minutes to hours: their options are read, and their modules imported
+_REST_OF_BENCHMARKS = (
+    r"prompt_selection|entropy_control|entropy_control_cell|step_time|fisher_rows|pass_memory|run_size"
+)
+HELP = {  # half a minute to hours: their options are read, and their modules imported
     rf"python tests/benchmarks/(?:{_REST_OF_BENCHMARKS}|peak_memory)\.py(?: .*)?",
     r"python -m (?:tests\.)?benchmarks\.(?:probe_memory|reward_sum) .*",
 }
