@@ -70,8 +70,7 @@ def _local_tokenizer(folder: Path, vocab_size: int) -> Findings:
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in _OF_TOKENIZERS):
-        text = f"{folder} holds no tokenizer."
-        yield Finding(text, "Save it there: tokenizer.save_pretrained(folder).", stops=True)
+        yield Finding(f"{folder} holds no tokenizer.", "Save it there: tokenizer.save_pretrained(folder).")
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:

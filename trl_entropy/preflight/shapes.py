@@ -84,7 +84,8 @@ def found_shape(shape: Callable[[], ModelShape], found: list[Finding], here: boo
     except UnknownShape as error:
         found.append(Finding(str(error), _WITHOUT_THE_MODEL, is_problem=here, stops=here))
     except (ValueError, OSError) as error:
-        found.append(Finding(f"The model cannot be built with these settings: {sentence(error)}", stops=True))
+        text = f"The model cannot be built with these settings: {sentence(error)}"
+        found.append(Finding(text, stops="trust_remote_code" not in str(error)))  # which training may allow
     return None
 
 
