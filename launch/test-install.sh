@@ -5,7 +5,7 @@
 #   [train]     torch first, then the versions of constraints.txt; the demo, train, doctor, evaluate, report
 # --lowest takes the lowest versions that setup.cfg allows of what it names, as uv resolves them, instead.
 # PYTHON chooses the interpreter, with ONLY=analysis the base alone: for interpreters for which there is no torch here.
-# Needs a package index. Takes 12 minutes on two idle cores, 2 with ONLY=analysis. Run by hand; docs/use/commands.md has the date.
+# Needs a package index. Run by hand; docs/use/commands.md has the date and what was seen.
 set -euo pipefail
 clone="$(cd "$(dirname "$0")/.." && pwd)"
 python="${PYTHON:-python3}" lowest='' folder=''
