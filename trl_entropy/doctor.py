@@ -32,7 +32,7 @@ from trl_entropy.preflight.fine_tuning import fine_tuning_findings, fine_tuning_
 from trl_entropy.preflight.hardware import Hardware, named_hardware, this_machine
 from trl_entropy.preflight.launch import Launch, launch_from_options, read_accelerate_config
 from trl_entropy.preflight.report import problem_lines, section, versions
-from trl_entropy.preflight.shapes import ModelShape, UnknownShape, model_shape
+from trl_entropy.preflight.shapes import ModelShape, found_shape, model_shape
 from trl_entropy.runs import checkpoints
 from trl_entropy.runs.console import quiet_libraries, saying_once
 from trl_entropy.runs.counted import counted
@@ -105,7 +105,7 @@ def diagnose(options: argparse.Namespace, settings: list[str]) -> tuple[list[str
     (task, args, model), shape = planned_run
     if args.use_cpu and hardware.is_this_machine:
         hardware = this_machine(use_cpu=True)
-    plan = Plan(task, args, model, launch, hardware, _shape(shape, hardware, found))
+    plan = Plan(task, args, model, launch, hardware, found_shape(shape, found, hardware.is_this_machine))
     if options.sft:
         return fine_tuning_report(plan), found + fine_tuning_findings(plan)
     sizes = section("Other sizes on this hardware", size_lines(plan)) if options.machines else []
@@ -189,20 +189,6 @@ def _of_script(
             return None
     found += script.findings()
     return (script.task, script.args, script.model), script.shape
-
-
-def _shape(shape: Callable[[], ModelShape], hardware: Hardware, found: list[Finding]) -> ModelShape | None:
-    try:
-        return shape()
-    except UnknownShape as error:
-        advice = (
-            "To get an estimate, name the base model, such as --model_name_or_path Qwen/Qwen2.5-1.5B (with --use_peft "
-            "if the missing model is an adapter)."
-        )
-        found.append(Finding(str(error), advice, is_problem=hardware.is_this_machine))
-    except ValueError as error:
-        found.append(Finding(f"The model cannot be built with these settings: {error}"))
-    return None
 
 
 @contextlib.contextmanager

@@ -143,15 +143,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger("trl_entropy").setLevel(logging.WARNING)
-    else:
-        _say_preflight(task, args, model)
+    _preflight(task, args, model)
     try:
         check_writable(Path(args.output_dir))
         trainer = build_trainer(task, args, model)
     except OSError as error:
         sys.exit(f"Error: {sentence(describe(error))}")
     except (ValueError, ImportError, RuntimeError) as error:
-        _exit(error)
+        _exit(_out_of_memory(error, task, args, model) or error)
     from trl_entropy.engine import OtherRankFailed
 
     _say_start(trainer)
@@ -159,20 +158,33 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except OSError as error:  # while saving that is a CheckpointError
         sys.exit(_advice_on(error, Path(args.output_dir)))
-    except (
-        ValueError,
-        OtherRankFailed,
-    ) as error:  # a CheckpointError; what a probe refuses in a model
+    # A CheckpointError; what a probe refuses in a model; what no engine reads
+    except (ValueError, OtherRankFailed, NotImplementedError) as error:
         _exit(error)
+    except RuntimeError as error:
+        if (said := _out_of_memory(error, task, args, model)) is None:
+            raise
+        _exit(said)
     if trainer.is_world_process_zero():
         with ending_in_one_line():
             _say_end(trainer)
 
 
-def _exit(error: Exception) -> NoReturn:
-    """End with one line; the traceback goes to the log at level DEBUG."""
-    logging.getLogger("trl_entropy").debug("%s", error, exc_info=True)
-    sys.exit(f"Error: {sentence(error)}")
+def _exit(said: object) -> NoReturn:
+    """End with one line, an error or what is said about it; the traceback goes to the log at level DEBUG."""
+    logging.getLogger("trl_entropy").debug("%s", said, exc_info=True)
+    sys.exit(f"Error: {sentence(said)}")
+
+
+def _out_of_memory(error: Exception, task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> str | None:
+    """One line that says what to do, in doctor's words, if memory has run out; None of any other error."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    from trl_entropy.preflight import memory_remedy
+
+    if not should_reduce_batch_size(error):
+        return None
+    return f"memory ran out: {one_line(error)[:200]}. {memory_remedy(task, args, model)}"
 
 
 def _advice_on(error: OSError, run: Path) -> str:
@@ -184,14 +196,22 @@ def _advice_on(error: OSError, run: Path) -> str:
     return f"Error: {one_line(error)}. Training stopped; {go_on}."
 
 
-def _say_preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> None:
-    """Log the short report of `trl-entropy doctor`: batch plan, memory and disk, problems; training starts anyway."""
+def _preflight(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> None:
+    """
+    Log the short report of `trl-entropy doctor`: batch plan, memory and disk, problems. What training would end with
+    for certain ends it here, in doctor's words; of an estimate it is told, and starts.
+    """
     from trl_entropy.preflight import short_report
 
     for name in task.own_functions():
         logging.getLogger("trl_entropy").info("imported %s", name)
-    for line in short_report(task, args, model):
+    lines, found = short_report(task, args, model)
+    stopping = next((finding for finding in found if finding.stops), None)
+    lines += [f"{'problem' if one.is_problem else 'note'}: {one}" for one in found if one is not stopping]
+    for line in lines:
         logging.getLogger("trl_entropy").info(line)
+    if stopping is not None:
+        sys.exit(f"Error: {sentence(stopping)}")
 
 
 def _say_start(trainer: DrGRPOTrainer) -> None:

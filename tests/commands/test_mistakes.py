@@ -1,11 +1,17 @@
 """Mistakes that a new user makes in names, columns and functions: each is one line, before a model is loaded."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from trl_entropy import doctor, train
+from trl_entropy.preflight import report
+from trl_entropy.preflight.launch import Launch
+from trl_entropy.train import _preflight as preflight
 
 ROWS = [{"question": f"What is {i} + 1?", "solution": str(i + 1), "level": i % 2} for i in range(40)]
 TALKS = [{"question": [{"role": "user", "content": row["question"]}]} for row in ROWS]
@@ -102,7 +108,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     (tmp_path / "broken.py").write_text("def right(:\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_say_preflight", lambda *_: None)
+    monkeypatch.setattr(train, "_preflight", lambda *_: None)
     monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("a model was about to be loaded"))
     return tmp_path
 
@@ -116,12 +122,88 @@ def test_a_mistake_is_one_line_of_train(folder, change, said):
     assert said in line and line.startswith("Error") and "\n" not in line
 
 
-@pytest.mark.parametrize("name", ["no file", "conversations", "an error in it", "a metric that is a reward", "a tool"])
-def test_it_is_a_problem_of_doctor(folder, name):
-    change, said = MISTAKES[name]
+def said_by_both(arguments):
+    """What train ends with, and the problems that doctor finds, each with its remedy."""
+    with pytest.raises(SystemExit) as ended:
+        train.main(arguments)
+    _, found = doctor.diagnose(*doctor._options().parse_known_args(arguments))
+    problems = [" ".join(str(finding).split()).removesuffix(".") for finding in found if finding.is_problem]
+    return str(ended.value).removeprefix("Error in the settings: ").removeprefix("Error: ").removesuffix("."), problems
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_doctor_says_it_in_the_same_words(folder, name):
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | MISTAKES[name][0]))
+    line, problems = said_by_both(["--config", "mine.yaml"])
+    assert line in problems
+
+
+# Of the run and its machine: what only training itself would say in other words, if it came to that.
+OF_THE_RUN = {
+    "a package": ({"use_vllm": True}, "need the package vllm, which is not installed here. Do: pip"),
+    "a tracker's package": ({"report_to": ["wandb"]}, "pip install wandb, or set report_to: tensorboard"),
+    "a tracker": ({"report_to": ["tensorbord"]}, "report_to has tensorbord, which transformers does not know. Use"),
+    "a kernel": ({"attn_implementation": "flash_attention_2"}, "or attn_implementation: sdpa"),
+    "no model": ({"model_name_or_path": "nobody/nothing"}, "is no folder here .* Give a folder with the model, or"),
+    "a folder without a model": ({"model_name_or_path": "."}, "is a folder without config.json. Give a folder with"),
+    "offline": ({"model_name_or_path": "Qwen/Qwen2.5-0.5B"}, "HF_HUB_OFFLINE=1 forbids a download. Download the"),
+    "layers": (
+        {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": ["nothing"]}, "cannot be built .*nothing"
+    ),
+    "a quantised model": ({"load_in_8bit": True, "entropy_probe": True}, "bitsandbytes, which is not installed here"),
+    "half precision": ({"fp16": True, "entropy_probe": True}, "loss scaling changes .* Set bf16: true, fp16: false"),
+    "kept gradients": (
+        {"fisher_probe": True, "fisher_num_sequences": 16, "probe_rows_gib": 1e-4}, "Set fisher_sketch_dim=4096"
+    ),
+    "a file in the way": ({"output_dir": "rows.jsonl/run"}, "rows.jsonl is a file. Choose another output_dir"),
+    "a checkpoint": ({"resume_from_checkpoint": "missing"}, "missing is no checkpoint"),
+    "an optimizer": ({"optim": "sgd", "optimizer_state_probe": True}, "reads Adam's moments, but optim is sgd. Set"),
+    "a batch": ({"per_device_train_batch_size": 7}, "do not divide into 1 process .* Try per_device_train_batch_size"),
+    "an engine": ({"entropy_probe": True}, "entropy_probe does not work with engine fsdp1. .* set fsdp_version: 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_RUN)
+def test_train_gives_doctors_remedy(folder, name, monkeypatch):
+    monkeypatch.setattr(train, "_preflight", preflight)
+    change, said = OF_THE_RUN[name]
+    if name == "an engine":
+        fsdp1 = Launch("fsdp1", num_processes=1, num_asked=1, source="the environment")
+        monkeypatch.setattr(report, "launch_from_environment", lambda *_: fsdp1)
+        monkeypatch.setattr(doctor, "_launch", lambda *_: fsdp1)
     (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS | change))
+    line, problems = said_by_both(["--config", "mine.yaml"])
+    assert line in problems and re.search(said, line), line
+
+
+def test_an_estimate_is_told_and_stops_nothing(folder, monkeypatch, caplog):
+    caplog.set_level("INFO", "trl_entropy")
+    monkeypatch.setattr(train, "_preflight", preflight)
+    monkeypatch.setattr("trl_entropy.preflight.checks.free_bytes", lambda *_: 2**21)
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS))
+    with pytest.raises(pytest.fail.Exception, match="about to be loaded"):
+        train.main(["--config", "mine.yaml"])
     _, found = doctor.diagnose(*doctor._options().parse_known_args(["--config", "mine.yaml"]))
-    assert any(said in finding.text for finding in found if finding.is_problem), found
+    (problem,) = [finding for finding in found if finding.is_problem]
+    assert f"problem: {problem}" in caplog.messages and "Set save_total_limit" in str(problem)
+
+
+@pytest.mark.parametrize("raised, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "memory ran out: CUDA out of memory. .*"
+     "(Lower|use LoRA)"),
+    (NotImplementedError("training with XLA is not supported; use DDP"), "training with XLA .* use DDP."),
+])  # fmt: skip
+def test_what_training_itself_ends_with(folder, raised, said, monkeypatch):
+    def failing(*_, **__):
+        raise raised
+
+    trainer = SimpleNamespace(train=failing)
+    monkeypatch.setattr(train, "build_trainer", lambda *_: trainer)
+    monkeypatch.setattr(train, "_say_start", lambda *_: None)
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SETTINGS))
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--config", "mine.yaml"])
+    assert re.fullmatch(f"Error: {said}.*", str(ended.value)), ended.value
 
 
 def test_without_a_mistake_a_model_would_be_loaded(folder):

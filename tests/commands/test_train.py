@@ -118,7 +118,7 @@ LINE = json.dumps({"question": "How many?", "answer": "#### %s"}) + "\n"
     (["--task", "gsm8k", "--dataset_name", "d.jsonl"], {"d.jsonl": LINE % 5}, r"train_dataset has 1 prompt[,;. ]"),
     (["--task", "gsm8k", "--dataset_name", "d.jsonl", "--max_prompt_length", "9"], {"d.jsonl": (LINE % 5) * 4},
      "no prompt of 4 fits into max_prompt_length=9"),
-    (["--output_dir", "d.jsonl/run"], {"d.jsonl": ""}, "Not a directory: 'd.jsonl/run'"),
+    (["--output_dir", "d.jsonl/run"], {"d.jsonl": ""}, "output_dir is d.jsonl/run, but .*d.jsonl is a file. Choose"),
     (["--model_name_or_path", "nobody/nothing"], {}, "nobody/nothing"),
     (["--max_steps", "0"], {}, "max_steps is 0.*use 1 or more, or -1 for epochs"),
     (["--reward_weights", "1", "2"], {}, r"reward_weights has 2 numbers, reward_funcs 1"),

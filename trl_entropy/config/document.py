@@ -15,12 +15,13 @@ from trl_entropy.config.training_settings import TrainingSettings
 from trl_entropy.tasks.arguments import TaskArguments
 
 _INTRODUCTION = """\
-# Settings
+# Every toggle, and every setting
 
 `DrGRPOConfig` has all fields of TRL's `GRPOConfig` and those below. Each can stand in a YAML file or on the command
 line (`--entropy_probe true`), or be given to `DrGRPOConfig(...)`. (T1), (T2), ... are equations of
-[theory.md](theory.md); the metric keys are explained in [metrics.md](metrics.md), what was measured of each toggle in
-[the results](results/index.md). This page is written by `python -m trl_entropy.config.document`.
+[theory](theory.md); [every metric key](metrics.md) says what is logged under each name, and
+[the results](results/index.md) what was measured with the toggles. This page is written by
+`python -m trl_entropy.config.document`.
 """
 _TABLES = (
     (
@@ -40,6 +41,7 @@ _OF_TASK = (
     "resume_allow_changes names `function_files`; `trl-entropy evaluate` and `experiment` import it with "
     "`--import_functions` alone."
 )
+_HEADER = ("setting", "default", "what it does")
 _COST = (
     "Costs are in passes through the model. `trl-entropy doctor --config CONFIG --hardware 2xH100-80GB` computes the "
     "seconds of a step, and of each probe and control that is on, in float32 and in TF32, for a GPU that it knows."
@@ -57,9 +59,8 @@ def document() -> str:
     parts += [_table(("toggle", "logs", "cost"), _toggle_rows())]
     parts += ["\n## All settings\n", f"{_CHANGES_TRAINING}\n"]
     for title, config, text in _TABLES:
-        header = ("setting", "default", "choices", "unit", "changes training", "read with", "what it does")
-        parts += [f"### {title}\n", f"{text}\n", _table(header, _setting_rows(config)), ""]
-    parts += ["### Task\n", f"{_OF_TASK}\n", _table(("setting", "default", "what it does"), _task_rows()), ""]
+        parts += [f"### {title}\n", f"{text}\n", _table(_HEADER, _setting_rows(config)), ""]
+    parts += ["### Task\n", f"{_OF_TASK}\n", _table(_HEADER, _task_rows()), ""]
     parts += ["## TRL's fields with another default\n", _table(("field", "TRL", "here"), _changed_defaults())]
     return "\n".join(parts)
 
@@ -82,16 +83,21 @@ def _toggle_rows() -> Iterable[tuple[str, ...]]:
 
 def _setting_rows(config: type) -> Iterable[tuple[str, ...]]:
     for name, setting in own_settings(config).items():
-        choices = ", ".join(f"`{choice}`" for choice in setting.choices)
-        default = _shown(default_of(config, name))
-        changes, read_with = _changes_training(setting), _read_with(setting)
-        yield f"`{name}`", default, choices, setting.unit, changes, read_with, setting.help
+        yield f"`{name}`", _shown(default_of(config, name)), f"{setting.help} {' '.join(_notes(setting))}".strip()
 
 
-def _changes_training(setting: Setting) -> str:
+def _notes(setting: Setting) -> Iterable[str]:
+    """What else belongs to a setting, each in a short sentence."""
+    if setting.choices:
+        yield f"*Choices:* {', '.join(f'`{choice}`' for choice in setting.choices)}."
+    if setting.unit:
+        yield f"*Unit:* {setting.unit}."
+    if read_with := _read_with(setting):
+        yield f"*Read with* {read_with}."
     if isinstance(setting.changes_training, tuple):
-        return ", ".join(f"`{choice}`" for choice in setting.changes_training)
-    return "yes" if setting.changes_training else "no"
+        yield f"*Changes training* with {', '.join(f'`{choice}`' for choice in setting.changes_training)}."
+    elif setting.changes_training:
+        yield "*Changes training.*"
 
 
 def _read_with(setting: Setting) -> str:

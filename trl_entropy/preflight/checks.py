@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from trl_entropy._versions import untested_versions
 from trl_entropy.preflight import disk as files_of_run
 from trl_entropy.preflight import estimate, support
@@ -108,7 +110,13 @@ def packages(plan: Plan) -> Findings:
     for package, (is_needed, remedy) in needed.items():
         if is_needed and importlib.util.find_spec(package) is None:
             text = f"The settings need the package {package}, which is not installed here."
-            yield Finding(text, f"Do: {remedy}.", plan.hardware.is_this_machine)
+            here = plan.hardware.is_this_machine
+            yield Finding(text, f"Do: {remedy}.", is_problem=here, stops=here)
+    known = {*INTEGRATION_TO_CALLBACK, "all", "none", "None"}
+    for name in [str(one) for one in report_to if one not in known]:
+        names = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+        text = f"report_to has {name}, which transformers does not know."
+        yield Finding(text, f"Use none, all, or some of {names}.", stops=True)
     if plan.launch.zero_stage is not None and not plan.hardware.has_gpu and shutil.which("c++") is None:
         yield Finding("On a CPU DeepSpeed compiles its communication, and there is no c++.", "Install a C++ compiler.")
     for message in untested_versions():
@@ -123,14 +131,15 @@ def refusals(plan: Plan) -> Findings:
     for probe in support.probe_names(plan):
         for axis, value in values.items():
             if remedy := support.remedy(probe, axis, value):
-                yield Finding(f"{probe} does not work with {axis} {value}.", f"Turn the probe off, or {remedy}.")
+                text = f"{probe} does not work with {axis} {value}."
+                yield Finding(text, f"Turn the probe off, or {remedy}.", stops=True)
     readers = ", ".join(support.reads_updates(plan))
     if readers and (plan.args.fp16 or plan.launch.mixed_precision in ("fp16", "fp8")):
         text = f"{readers}: loss scaling changes gradients and skips steps."
-        yield Finding(text, "Set bf16: true, fp16: false.")
+        yield Finding(text, "Set bf16: true, fp16: false.", stops=True)
     if readers and plan.launch.offloads_optimizer:
         text = f"{readers}: the state of an offloaded optimizer cannot be read."
-        yield Finding(text, "Set offload_optimizer_device: none.")
+        yield Finding(text, "Set offload_optimizer_device: none.", stops=True)
 
 
 def float32_values(plan: Plan) -> Findings:
@@ -155,12 +164,12 @@ def rows_of_groups(plan: Plan) -> Findings:
                 text = f"entropy_probe_completions='rollouts' measures {kept} of a process's {groups} prompt groups."
                 yield Finding(text, "A larger probe_rows_gib measures more of them.", is_problem=False)
     except ValueError as error:
-        yield Finding(str(error))
+        yield Finding(str(error), stops=True)
     try:
         if args.fisher_probe and not args.fisher_sketch_dim:
             check_memory(num_rows(args.fisher_num_sequences, args, plan.world_size), plan.shape.module, limit)
     except ValueError as error:
-        yield Finding(str(error))
+        yield Finding(str(error), stops=True)
 
 
 def reentrant_checkpointing(plan: Plan) -> Findings:
@@ -187,12 +196,13 @@ def memory(plan: Plan) -> Findings:
         f"{available / GIB:.1f} GiB."
     )
     if needed.peak > available:
-        yield Finding(text, f"{_memory_remedy(plan, needed.peak_phase)}")
+        yield Finding(text, remedy_for_memory(needed.peak_phase))
     elif needed.peak > 0.8 * available:
-        yield Finding(text, f"It may not fit: {_memory_remedy(plan, needed.peak_phase)}", is_problem=False)
+        yield Finding(text, f"It may not fit: {remedy_for_memory(needed.peak_phase)}", is_problem=False)
 
 
-def _memory_remedy(plan: Plan, phase: str) -> str:
+def remedy_for_memory(phase: str) -> str:
+    """What to do where `phase` needs more memory than there is."""
     smaller_model = "use LoRA (use_peft) or ZeRO-2"
     return {
         "generation": "Lower steps_per_generation (1 is the least) or max_completion_length, or set use_vllm.",
@@ -227,11 +237,14 @@ def output_dir(plan: Plan) -> Findings:
         return
     there = existing_parent(Path(plan.args.output_dir))
     if not there.is_dir():
-        yield Finding(f"output_dir is {plan.args.output_dir}, but {there} is a file.", "Choose another output_dir.")
+        text = f"output_dir is {plan.args.output_dir}, but {there} is a file."
+        yield Finding(text, "Choose another output_dir.", stops=True)
     elif not os.access(there, os.W_OK | os.X_OK):
-        yield Finding(f"Nothing can be written to {there}, for output_dir.", "Choose another output_dir.")
+        text = f"Nothing can be written to {there}, for output_dir."
+        yield Finding(text, "Choose another output_dir, or allow writing to this one.", stops=True)
     elif (free := free_bytes(there)) < LEAST_FREE:
-        yield Finding(f"The disk of output_dir is full: {_size(free)} are left at {there}.", "Make room.")
+        text = f"The disk of output_dir is full: {_size(free)} are left at {there}."
+        yield Finding(text, "Make room on the disk.", stops=True)
 
 
 def learning_rate(plan: Plan) -> Findings:

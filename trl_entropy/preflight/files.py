@@ -22,6 +22,7 @@ from trl_entropy.runs.checkpoints import (
     describe_finished,
     is_finished,
 )
+from trl_entropy.runs.file_errors import describe
 from trl_entropy.tasks.arguments import TaskArguments
 from trl_entropy.tasks.completion_functions import metric_functions, planned_functions, reward_functions, tried
 from trl_entropy.tasks.demonstrations import DemonstrationArguments, load_demonstrations
@@ -44,11 +45,13 @@ def model_files(plan: Plan) -> Findings:
         yield from _local_tokenizer(Path(name), plan.shape.vocab_size)
     elif plan.shape.source.startswith("built-in"):
         offline = os.environ.get("HF_HUB_OFFLINE", "0") == "1"
+        stops = here and offline
         yield Finding(
             f"The weights of {name} are not on this machine"
             + (", and HF_HUB_OFFLINE=1 forbids a download." if offline else "; they will be downloaded."),
             "Download the model first, or name a folder that holds it." if offline else "",
-            is_problem=here and offline,
+            is_problem=stops,
+            stops=stops,
         )
 
 
@@ -140,7 +143,7 @@ def _readable(plan: Plan, of: TaskArguments, read: Callable[[], object]) -> Find
         with _quiet("trl_entropy.tasks"):  # training says it
             read()
     except OSError as error:
-        yield Finding(f"dataset_name: {str(error).removeprefix('dataset_name: ')}.", "Correct the path.", here)
+        yield Finding(f"{describe(error)}.", is_problem=here)
     except ValueError as error:
         yield Finding(str(error), is_problem=here or not task.reads_files())
 

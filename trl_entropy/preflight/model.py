@@ -57,7 +57,7 @@ def _tried(plan: Plan, config: PretrainedConfig, checks: list[Check]) -> Finding
         try:
             check(model)
         except ValueError as error:
-            yield Finding(one_line(error))
+            yield Finding(one_line(error))  # which training says of the whole model, in the same words
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             text = f"A small model of this architecture could not be tried ({one_line(error)[:200]})."
             yield Finding(text, "See trl-entropy check-model.", is_problem=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trl_entropy.preflight import estimate, support
-from trl_entropy.preflight.checks import findings
+from trl_entropy.preflight.checks import findings, remedy_for_memory
 from trl_entropy.preflight.cost_report import cost_lines
 from trl_entropy.preflight.disk import disk, waits_for_evaluation
 from trl_entropy.preflight.files import first_rows, resumed_checkpoint
@@ -18,7 +19,7 @@ from trl_entropy.preflight.finding import Finding
 from trl_entropy.preflight.hardware import GIB, this_machine
 from trl_entropy.preflight.launch import launch_from_environment
 from trl_entropy.preflight.plan import Plan
-from trl_entropy.preflight.shapes import UnknownShape, model_shape
+from trl_entropy.preflight.shapes import found_shape, model_shape
 from trl_entropy.runs.checkpoints import CheckpointError, checkpoints_of
 from trl_entropy.runs.counted import counted
 from trl_entropy.runs.directory import RunDirectory
@@ -36,20 +37,28 @@ WIDTH = 100
 _PACKAGES = ("trl_entropy", "torch", "trl", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "vllm")
 
 
-def short_report(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> list[str]:
+def short_report(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> tuple[list[str], list[Finding]]:
     """
-    A summary of the run that is about to start, for the main process: batches, memory, problems and notes.
+    A summary of the run that is about to start, batches and memory, and what doctor finds in it.
 
     It stops nothing. Call it with what `parse` returned, before the model is loaded.
     """
-    try:
-        shape = model_shape(model)
-    except UnknownShape:
-        shape = None  # training will say what is wrong with the model
-    plan = Plan(task, args, model, launch_from_environment(args.world_size), this_machine(args.use_cpu), shape)
-    lines = [_batch_line(plan)] + ([_memory_line(plan)] if shape is not None else [])
-    found = findings(plan, reads_data=False)
-    return lines + [f"{'problem' if finding.is_problem else 'note'}: {finding}" for finding in found]
+    found: list[Finding] = []
+    plan = _plan_here(task, args, model, found)
+    lines = [_batch_line(plan)] + ([_memory_line(plan)] if plan.shape is not None else [])
+    return lines, found + findings(plan, reads_data=False)
+
+
+def memory_remedy(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig) -> str:
+    """What to do where memory ran out, as doctor says it of a run that needs more than there is."""
+    plan = _plan_here(task, args, model, [])
+    return remedy_for_memory("loss and backward" if plan.shape is None else estimate.estimate(plan).peak_phase)
+
+
+def _plan_here(task: TaskArguments, args: DrGRPOConfig, model: ModelConfig, found: list[Finding]) -> Plan:
+    """The run as it starts in this process; what is wrong with its model is added to `found`."""
+    shape = found_shape(functools.partial(model_shape, model), found)
+    return Plan(task, args, model, launch_from_environment(args.world_size), this_machine(args.use_cpu), shape)
 
 
 def full_report(plan: Plan) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from trl_entropy.config.settings_file import sentence
 from trl_entropy.gradients.footprint import LayerSizes
 from trl_entropy.models.loading import EMBEDDED_MODELS, base_model_of, is_adapter
+from trl_entropy.preflight.finding import Finding
 from trl_entropy.runs.strict_json import Json
 
 if TYPE_CHECKING:
@@ -62,6 +64,29 @@ KNOWN_SHAPES: dict[str, Json] = {
 
 class UnknownShape(ValueError):
     """There is no `config.json` of the model, and its shape is not in `KNOWN_SHAPES`."""
+
+
+_WITHOUT_THE_MODEL = (
+    "Give a folder with the model, or download it first. For an estimate by trl-entropy doctor the name of its base "
+    f"model is enough (with --use_peft for an adapter), if it is one of {', '.join(KNOWN_SHAPES)}."
+)
+
+
+def found_shape(shape: Callable[[], ModelShape], found: list[Finding], here: bool = True) -> ModelShape | None:
+    """
+    What `shape` returns, or None; what is wrong with the model is then added to `found`.
+
+    Args:
+        here: whether the run is to start on this machine.
+    """
+    try:
+        return shape()
+    except UnknownShape as error:
+        found.append(Finding(str(error), _WITHOUT_THE_MODEL, is_problem=here, stops=here))
+    except (ValueError, OSError) as error:
+        text = f"The model cannot be built with these settings: {sentence(error)}"
+        found.append(Finding(text, stops="trust_remote_code" not in str(error)))  # which training may allow
+    return None
 
 
 @dataclass(frozen=True)
@@ -184,6 +209,8 @@ def read_config(name: str) -> tuple[PretrainedConfig, str]:
     from transformers import AutoConfig
 
     if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise UnknownShape(f"model_name_or_path={name} is a folder without config.json.")
         return AutoConfig.from_pretrained(name), f"config.json of {name}"
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True), "config.json in the hub's local cache"
@@ -195,7 +222,5 @@ def read_config(name: str) -> tuple[PretrainedConfig, str]:
         return AutoConfig.from_pretrained(name), "config.json from the hub"
     except OSError as error:
         raise UnknownShape(
-            f"model_name_or_path={name} is no folder here and not in the hub's cache, and the hub cannot be reached. "
-            "Give a folder with the model, or download it first. "
-            f"The shapes of these models are built in: {', '.join(KNOWN_SHAPES)}."
+            f"model_name_or_path={name} is no folder here and not in the hub's cache, and the hub cannot be reached."
         ) from error

@@ -121,8 +121,8 @@ def local_path(path_or_name: str | os.PathLike, split: str) -> Path | None:
     if name == HUB_NAME or name.startswith(HUB_PREFIX):
         return None
     raise FileNotFoundError(
-        f"there is no file or folder {path} (seen from {Path.cwd()}); name a folder with train.jsonl and test.jsonl, "
-        f"a JSON lines file, {HUB_NAME}, or another dataset of the hub as {HUB_PREFIX}OWNER/NAME"
+        f"dataset_name: there is no file or folder {path} (seen from {Path.cwd()}); name a folder with train.jsonl "
+        f"and test.jsonl, a JSON lines file, {HUB_NAME}, or another dataset of the hub as {HUB_PREFIX}OWNER/NAME"
     )
 
 
