@@ -84,7 +84,8 @@ def branches(checkpoint, tmp_path_factory):
 
 
 def test_a_branch_makes_the_step_of_the_checkpoints_moments(branches, checkpoint):
-    """AdamW's update from exp_avg and exp_avg_sq of the checkpoint and the step's own gradient, by hand."""
+    """AdamW's update from the checkpoint's moments and the step's own gradient, by hand; also after another branch."""
+    branches.trained(Branch(2, 0.0, 0))
     seen = {}
 
     class Look(branch_training.TrainerCallback):
@@ -120,6 +121,20 @@ def test_the_start_is_the_checkpoint_on_the_same_problems_with_the_same_random_n
     """A branch of learning rate 0 gains nothing, with no scatter at all."""
     assert branches.trained(Branch(2, 0.0, 0))["rewards"] == branches.rewards_at_start(0)
     assert branches.rewards_at_start(1) != branches.rewards_at_start(0)
+
+
+def test_a_branch_that_a_signal_stops_is_not_kept(branches, monkeypatch):
+    """SIGTERM and one Ctrl-C end training after the step, as if it were over."""
+    branch, real = Branch(2, 1e-4, 7), DrGRPOTrainer.train
+
+    def stopped(trainer):
+        real(trainer)
+        trainer.state.global_step -= 1
+
+    monkeypatch.setattr(DrGRPOTrainer, "train", stopped)
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        branches.trained(branch)
+    assert not branches._path(branches.name_of(branch)).exists()
 
 
 def test_micro_batches_hold_whole_groups_and_are_not_larger_than_the_runs(checkpoint):

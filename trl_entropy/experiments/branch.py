@@ -211,11 +211,11 @@ def compute(branches: Branches, rules: Sequence[str]) -> Result:
             training = [value for cell in cells for value in made[cell]["training"]]
             rows.append(_row(rule, cells[0], [gains[cell] for cell in cells], group, training))
         table = _table_of(gains, list(zip(prompts, rates, strict=True)), plan.seeds)
-        fits.append(_fit(rule, fit_critical_batch(table, torch.tensor(prompts))))
+        fits.append(_fit(rule, fit_critical_batch(table, torch.tensor(prompts, dtype=torch.float64))))
     if len(rules) > 1:
-        cells = sorted({(branch.num_prompts, branch.learning_rate) for branch in plan.branches})
-        numbers, rates = (torch.tensor(column, dtype=torch.float64) for column in zip(*cells, strict=True))
-        fits.append(_fit("best", fit_at_best_rate(_table_of(gains, cells, plan.seeds), numbers, rates / base)))
+        pairs = sorted({(branch.num_prompts, branch.learning_rate) for branch in plan.branches})
+        numbers, rates = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
+        fits.append(_fit("best", fit_at_best_rate(_table_of(gains, pairs, plan.seeds), numbers, rates / base)))
     return {
         "learning_rate": base,
         "num_prompts_of_run": checkpoint.num_prompts_per_step,
@@ -293,10 +293,8 @@ def table(result: Result) -> str:
     for row in result["rows"]:
         cells = (with_interval(row[name], 1e3, ".3g") for name in ("gain", "gain_per_1000_completions"))
         lines.append(f"| {row['rule']} | {row['num_prompts']} | {row['learning_rate']:.3g} | {' | '.join(cells)} |")
-    seeds = counted(result["num_seeds"], "seed")
-    lines.append(
-        f"\n{counted(result['num_steps'], 'step')} of each of {seeds}; 95 % intervals over seeds (Student's t)"
-    )
+    steps, seeds = counted(result["num_steps"], "step"), counted(result["num_seeds"], "seed")
+    lines.append(f"\n{steps} of each of {seeds}; 95 % intervals over seeds (Student's t)")
     for fit in result["fits"]:
         rule = "at the best learning rate of each" if fit["rule"] == "best" else f"by the rule {fit['rule']}"
         lines.append(f"critical batch {rule}: {_prompts(fit['critical_batch'])}")
@@ -307,13 +305,9 @@ def table(result: Result) -> str:
 
 def _prompts(found: Numbers) -> str:
     if math.isnan(found["value"]):
-        return (
-            "none can be fitted, since the reward did not rise, or did at one number of prompts or learning rate alone"
-        )
+        return "none can be fitted: the reward did not rise, or there are too few learning rates"
     if math.isnan(found["low"]):
-        return (
-            f"{found['value']:.3g} prompts fit best, and no interval: a single seed, or the form does not hold at all"
-        )
+        return f"{found['value']:.3g} prompts fit best, without an interval: a single seed, or the form does not hold"
     return f"{with_interval(found, form='.3g')} prompts"
 
 
@@ -331,7 +325,7 @@ def draw(result: Result, left: Axes, right: Axes) -> None:
             values = [1e3 * row[name]["value"] for row in rows]  # type: ignore[literal-required]
             ends = [1e3 * (row[name]["high"] - row[name]["value"]) for row in rows]  # type: ignore[literal-required]
             axes.errorbar(prompts, values, ends, fmt="o", ms=4, color=color, capsize=2, label=fit["rule"])
-        batch = CriticalBatch(*(fit["critical_batch"][end] for end in ("value", "low", "high")), fit["largest_gain"])
+        batch = CriticalBatch(**fit["critical_batch"], largest_gain=fit["largest_gain"])
         if math.isfinite(batch.value):
             left.plot(prompts, [1e3 * batch.gain(number) for number in prompts], color=color, lw=1)
     simple = result["noise_scale"].get("simple")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,7 +107,7 @@ class Branches:
         def measure() -> Row:
             branch = Branch(self.checkpoint.num_prompts_per_step, 0.0, _NOISE_SEED)
             with self._trainer(branch, plan.noise_steps, noise_scale_probe=True) as (trainer, folder):
-                trainer.train()
+                _train_to_the_end(trainer)
                 last = RunDirectory(folder).metrics()[-1]
             return {key: value for key, value in last.items() if key.startswith("noise_scale/")}
 
@@ -123,7 +125,7 @@ class Branches:
 
     def _train(self, branch: Branch) -> Row:
         with self._trainer(branch, self.plan.num_steps) as (trainer, folder):
-            trainer.train()
+            _train_to_the_end(trainer)
             training = [row["reward"] for row in RunDirectory(folder).metrics() if "reward" in row]
             after = Policy(self.checkpoint, folder, held_out=True, trainer=trainer)
             return {"training": training, "rewards": self._rewards(after, branch.seed)}
@@ -179,6 +181,13 @@ class _ScratchTrainer:
         self._folder.cleanup()
 
 
+def _train_to_the_end(trainer: DrGRPOTrainer) -> None:
+    """Train; ends the command if a signal stopped it before the last step, so that no part of a branch is kept."""
+    trainer.train()
+    if trainer.state.global_step < trainer.args.max_steps:
+        sys.exit("Stopped inside a branch. Those that were finished stay on disk, and the same command goes on.")
+
+
 class _FromMoments(TrainerCallback):
     """Gives the optimizer the checkpoint's moments before the first step, and the branch's learning rate."""
 
@@ -186,7 +195,7 @@ class _FromMoments(TrainerCallback):
         self.moments, self.learning_rate = moments, learning_rate
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs: Any) -> None:
-        optimizer.load_state_dict(self.moments)
+        optimizer.load_state_dict(deepcopy(self.moments))  # it takes the tensors as its own, and steps change them
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] = self.learning_rate
 

@@ -171,7 +171,7 @@ def build_trainer(checkpoint: Checkpoint, output_dir: Path, **changes: Any) -> D
         "report_to": "none", "disable_tqdm": True, "disable_dropout": True, "model_init_kwargs": {"dtype": "float32"},
     }  # fmt: skip
     args = DrGRPOConfig(output_dir=str(output_dir), **fixed | settings | changes)
-    data_seed = settings.get("seed", args.seed)
+    data_seed: int = settings["seed"] if "seed" in settings else args.seed
     if narrowed := args.truncated_sampling():
         raise ValueError(
             f"{checkpoint.path.parent} sampled with {narrowed}, but the estimators need the full distribution"

@@ -101,4 +101,5 @@ def fit_at_best_rate(
         bounds = PooledParts.of_step(sum_over_prompts(found)).ratio_interval(unit[2], unit[1], confidence)
     value = max(noise, 0.0) / curvature if curvature > 0 else math.inf
     largest = linear**2 / (4 * curvature) if curvature > 0 else math.inf
-    return CriticalBatch(value, *(max(bound, 0.0) if bound == bound else bound for bound in bounds), largest)
+    low, high = (bound if math.isnan(bound) else max(bound, 0.0) for bound in bounds)
+    return CriticalBatch(value, low, high, largest)
