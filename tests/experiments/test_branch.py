@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import yaml
 
 from trl_entropy.config.command_line import parse
 from trl_entropy.experiment import main
-from trl_entropy.experiments import branch_training
+from trl_entropy.experiments import branch, branch_training
 from trl_entropy.experiments.branch_training import Branch, Branches, Plan, division, moments_of
 from trl_entropy.experiments.checkpoint import Checkpoint
+from trl_entropy.experiments.output import saved_figure
 from trl_entropy.train import build_trainer
 from trl_entropy.trainer.dr_grpo import DrGRPOTrainer
 
@@ -77,6 +79,56 @@ def test_a_small_one_from_end_to_end(checkpoint, tmp_path, capsys, monkeypatch):
     assert [row for row in more["rows"] if row["rule"] == "sqrt"] == result["rows"]
 
 
+RATES = {4: 1.5e-4, 16: 3e-4, 64: 6e-4}
+
+
+def planted(rules=("sqrt",), num_seeds=3):
+    """Branches that were trained already: a step gains 0.08 / (1 + 20/B) by sqrt, and 0.01 at a constant rate."""
+    checkpoint = Mock(spec=Checkpoint, num_prompts_per_step=16, config={"num_generations": 8}, path=Path("run/c-1"))
+    made = {}
+    for seed in range(num_seeds):
+        for prompts, rate in RATES.items():
+            for rule, gain in (("sqrt", 0.08 / (1 + 20 / prompts)), ("constant", 0.01)):
+                if rule in rules and not (rule == "constant" and prompts == 16):
+                    share = round(1000 * (0.2 + 5 * gain * (0.9 + 0.1 * seed)))
+                    rewards = [1.0] * share + [0.0] * (1000 - share) + [None]
+                    made[Branch(prompts, rate if rule == "sqrt" else 3e-4, seed)] = {
+                        "training": [0.5],
+                        "rewards": rewards,
+                    }
+    plan = Plan(tuple(made), num_steps=5, num_completions=1001, noise_steps=0, seed=0)
+    noise = {f"noise_scale/simple{end}": value for end, value in (("", 30.0), ("_lower", 10.0), ("_upper", math.inf))}
+    found = Mock(spec=Branches, plan=plan, checkpoint=checkpoint, moments={"param_groups": [{"lr": 3e-4}]})
+    found.rewards_at_start.return_value = [1.0] * 200 + [0.0] * 801
+    found.trained.side_effect, found.noise.return_value, found.left.return_value = made.__getitem__, noise, []
+    return found
+
+
+def test_a_planted_critical_batch_is_in_table_and_figure(tmp_path):
+    result = branch.compute(planted(), ["sqrt"])
+    (fit,) = result["fits"]
+    assert fit["critical_batch"]["value"] == pytest.approx(20, rel=0.02)
+    assert fit["critical_batch"]["low"] < 20 < fit["critical_batch"]["high"] < 25
+    assert fit["largest_gain"] == pytest.approx(0.08, rel=0.02)
+    rows = {row["num_prompts"]: row for row in result["rows"]}
+    assert rows[16]["gain"]["value"] == pytest.approx(0.08 / (1 + 20 / 16), rel=0.02)
+    assert rows[64]["gain_per_1000_completions"]["value"] == pytest.approx(rows[64]["gain"]["value"] / 0.512)
+    text = branch.table(result)
+    assert "critical batch by the rule sqrt: 20" in text and "noise scale (T14): 30 [10, inf] prompts" in text
+    with saved_figure(tmp_path / "branch.png", (10, 4)) as figure:
+        branch.draw(result, *figure.subplots(1, 2))
+    assert (tmp_path / "branch.png").stat().st_size > 10_000
+
+
+def test_several_rules_are_fitted_together_and_a_single_seed_has_no_interval():
+    result = branch.compute(planted(("sqrt", "constant")), ["sqrt", "constant"])
+    assert [fit["rule"] for fit in result["fits"]] == ["sqrt", "constant", "best"]
+    assert [row["learning_rate"] for row in result["rows"][3:]] == [3e-4] * 3
+    assert "critical batch at the best learning rate of each" in branch.table(result)
+    alone = branch.table(branch.compute(planted(num_seeds=1), ["sqrt"]))
+    assert "prompts fit best, without an interval: a single seed" in alone
+
+
 @pytest.fixture(scope="module")
 def branches(checkpoint, tmp_path_factory):
     plan = Plan((), num_steps=1, num_completions=64, noise_steps=0, seed=0)
@@ -125,7 +177,7 @@ def test_the_start_is_the_checkpoint_on_the_same_problems_with_the_same_random_n
 
 def test_a_branch_that_a_signal_stops_is_not_kept(branches, monkeypatch):
     """SIGTERM and one Ctrl-C end training after the step, as if it were over."""
-    branch, real = Branch(2, 1e-4, 7), DrGRPOTrainer.train
+    one, real = Branch(2, 1e-4, 7), DrGRPOTrainer.train
 
     def stopped(trainer):
         real(trainer)
@@ -133,8 +185,8 @@ def test_a_branch_that_a_signal_stops_is_not_kept(branches, monkeypatch):
 
     monkeypatch.setattr(DrGRPOTrainer, "train", stopped)
     with pytest.raises(SystemExit, match="the same command goes on"):
-        branches.trained(branch)
-    assert not branches._path(branches.name_of(branch)).exists()
+        branches.trained(one)
+    assert not branches._path(branches.name_of(one)).exists()
 
 
 def test_micro_batches_hold_whole_groups_and_are_not_larger_than_the_runs(checkpoint):

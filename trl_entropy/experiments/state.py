@@ -171,13 +171,13 @@ def build_trainer(checkpoint: Checkpoint, output_dir: Path, **changes: Any) -> D
         "report_to": "none", "disable_tqdm": True, "disable_dropout": True, "model_init_kwargs": {"dtype": "float32"},
     }  # fmt: skip
     args = DrGRPOConfig(output_dir=str(output_dir), **fixed | settings | changes)
-    data_seed: int = settings["seed"] if "seed" in settings else args.seed
+    of_run: dict[str, Any] = {"seed": args.seed} | settings
     if narrowed := args.truncated_sampling():
         raise ValueError(
             f"{checkpoint.path.parent} sampled with {narrowed}, but the estimators need the full distribution"
         )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
-    train_dataset, _ = load_task(checkpoint.task, tokenizer, data_seed)
+    train_dataset, _ = load_task(checkpoint.task, tokenizer, of_run["seed"])
     eval_dataset = task_of(checkpoint.task).load(checkpoint.task, Wanted("test", None, tokenizer))
     functions, episodes = reward_functions(checkpoint.task), task_of(checkpoint.task).episodes(checkpoint.task)
     tried(functions, list(train_dataset.select(range(min(3, len(train_dataset))))))
