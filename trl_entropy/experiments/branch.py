@@ -5,7 +5,7 @@ How many prompts should a step have? Short trainings from one checkpoint at seve
 
 Each branch goes on from the checkpoint, its optimizer's moments included, for some steps with another number of
 prompts and a learning rate by the rule. What it gained in expected reward is measured by fresh completions of held-out
-problems at both ends. The critical batch (T24) is fitted to the gains of a step, and stands beside the noise scale
+problems at both ends. The critical batch (T25) is fitted to the gains of a step, and stands beside the noise scale
 that the `noise_scale_probe` finds at the same checkpoint (T14), (T16). Branches that are done stay on disk: a command
 that was interrupted goes on, and one with more batch sizes, seeds or rules makes only those.
 

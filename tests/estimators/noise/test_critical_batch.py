@@ -1,4 +1,4 @@
-"""The critical batch (T24): planted ones are found, and the interval covers, where a bootstrap does not."""
+"""The critical batch (T25): planted ones are found, and the interval covers, where a bootstrap does not."""
 
 import itertools
 import math

@@ -17,7 +17,7 @@ _WIDTH, _POINTS = 8.0, 4001
 
 class CriticalBatch(NamedTuple):
     """
-    B_crit of (T24) in prompts with its 95 % interval; `largest_gain` is dR_max, the gain of a step without noise.
+    B_crit of (T25) in prompts with its 95 % interval; `largest_gain` is dR_max, the gain of a step without noise.
 
     0: the gain does not depend on the number of prompts; infinite: it is proportional to it at these numbers. nan
     where there is no gain; an interval of nan: no B_crit at all agrees with the gains, or one seed tells no errors.
@@ -37,7 +37,7 @@ def fit_critical_batch(
     gains: Float[Tensor, "S P"], num_prompts: Float[Tensor, "P"], confidence: float = 0.95
 ) -> CriticalBatch:
     """
-    (T24): dR(B) = dR_max / (1 + B_crit/B) fitted to the gains of a step at P numbers of prompts B, by least squares.
+    (T25): dR(B) = dR_max / (1 + B_crit/B) fitted to the gains of a step at P numbers of prompts B, by least squares.
 
     `gains` are those of S seeds, which are independent; gains of one seed need not be. The interval holds the B_crit
     that a t-test does not reject. With f the form at that B_crit, its test takes the contrast c of the P gains that is
@@ -81,7 +81,7 @@ def fit_at_best_rate(
     gains: Float[Tensor, "S C"], num_prompts: Float[Tensor, "C"], rates: Float[Tensor, "C"], confidence: float = 0.95
 ) -> CriticalBatch:
     """
-    (T24): B_crit of steps at the best learning rate of each B, from gains at several learning rates of several B.
+    (T25): B_crit of steps at the best learning rate of each B, from gains at several learning rates of several B.
 
     Each seed's gains of C pairs of B and rate eta are fitted by a eta - (b + c/B) eta^2, to second order what a step
     of a fixed preconditioner gains; at its best eta that is (a^2 / 4b) / (1 + B_crit/B) with B_crit = c/b, the ratio
