@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "linearity": "up to which step size does the first-order prediction hold? AdamW's next step, scaled",
     "conditioning": "what does the preconditioner do to the entropy? Compares steps of SGD, RMSprop and AdamW",
     "exchange": "how much reward does keeping the entropy cost? Steps of several controls; or RUN: by kind of token",
+    "branch": "how many prompts should a step have? Short trainings from a checkpoint at several numbers of prompts",
     "influence": "how much does each completion of the step change each completion of a probe batch?",
     "calibration": "are the standard errors right? Coverage of their intervals over many draws at one checkpoint",
 }

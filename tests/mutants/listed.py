@@ -135,6 +135,14 @@ _ENTROPY = {
         ("mine - others.logsumexp(1) + counts[1]", "mine - others.logsumexp(1) + counts[0]"),
         ("rows = kept[own]", "rows = torch.ones_like(kept[own])"),
     ]),
+    "estimators/noise/critical_batch.py": ("estimators/noise/test_critical_batch.py", [
+        ("slope - scale * ((scale * slope)", "slope + scale * ((scale * slope)"),
+        ("scale.square() * (num_prompts - middle) / num_prompts", "scale * (num_prompts - middle) / num_prompts"),
+        ("values.std(1) / math.sqrt(num_seeds)", "values.std(1) / num_seeds"),
+        ("num_seeds - 1) * errors", "num_seeds) * errors"),
+        ("ratio_interval(unit[2], unit[1]", "ratio_interval(unit[1], unit[2]"),
+        ("linear**2 / (4 * curvature)", "linear**2 / (2 * curvature)"),
+    ]),
     "estimators/entropy_change/step_change.py": ("estimators/entropy_change/test_step_change.py", [
         ("other.terms.denominator / drawn.terms.denominator", "other.terms.denominator"),
     ]),

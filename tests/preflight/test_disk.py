@@ -84,6 +84,8 @@ def test_kept_steps(keep, at_most, at_end):
     ({"probe_files_keep": 0}, set()),
     ({"entropy_probe": False}, set()),
     ({"entropy_probe": False, "fisher_probe": True}, {"fisher", "rollouts"}),
+    ({"entropy_probe": False, "mutual_information_probe": True, "mutual_information_num_prompts": 4},
+     {"mutual_information", "rollouts"}),
     ({"entropy_probe_completions": "rollouts"}, {"entropy", "rollouts"}),
 ])  # fmt: skip
 def test_only_what_is_written_is_counted(tmp_path, settings, probes):

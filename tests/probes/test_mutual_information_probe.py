@@ -16,6 +16,8 @@ from trl_entropy.gradients.scores import score
 from trl_entropy.models.embedded import build_model, build_tokenizer
 from trl_entropy.probes import MutualInformationProbe
 from trl_entropy.probes import mutual_information as probe_module
+from trl_entropy.probes.files import ProbeFiles
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 
@@ -65,7 +67,16 @@ def measured(model, num_ranks, sampled):
         engine, rollouts = Mock(spec=Engine, accelerator=accelerator), batch(shares[rank], sampled)
         engine.scoring_model.side_effect = lambda params: one_at_a_time_in(model)
 
-        probe.on_before_update(args, None, None, metrics=metrics, update=update, engine=engine, rollouts=rollouts)
+        files, record = Mock(spec=ProbeFiles), Mock(spec=StepRecord, step=3, rollouts=rollouts)
+        probe.on_before_update(
+            args, None, None,
+            metrics=metrics, update=update, engine=engine, rollouts=rollouts, record=record, files=files,
+        )  # fmt: skip
+        (name, step, table), _ = files.write_gathered.call_args
+        assert (name, step) == ("mutual_information", 3) and files.write_rollouts.call_args[0] == (3, rollouts)
+        again = mutual_information(table["logps"], table["own"], table.get("log_weights"))
+        assert again.lower.value == metrics["mutual_information/lower"] and ("log_weights" in table) == sampled
+        assert (table["prompt_index"] - 100).tolist() == table["own"].tolist() and table["logps"].shape == (8, 4)
         return metrics
 
     return on_ranks(num_ranks, work)

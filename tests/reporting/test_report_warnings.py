@@ -96,3 +96,29 @@ def test_a_learning_rate_of_0_is_a_note_unless_it_is_the_warm_up():
     still = GOOD | {"learning_rate": 0.0}
     assert warned(still, still)["The learning rate is 0"].is_note
     assert warned(still) == {} and warned(still, GOOD) == {}
+
+
+INFORMATION = {
+    "mutual_information/lower": 1.9, "mutual_information/lower_stderr": 0.05, "mutual_information/limit": 2.08,
+    "mutual_information/conditional_entropy": 10.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed, is_template", [
+    ({"mutual_information/lower": 0.3}, True),
+    ({"mutual_information/lower": 0.45, "mutual_information/lower_stderr": 0.01}, True),
+    ({"mutual_information/lower": 0.45}, False),  # not by two standard errors
+    ({"mutual_information/lower": 0.6, "mutual_information/lower_stderr": 0.0}, False),
+    ({"mutual_information/lower": 0.3, "mutual_information/conditional_entropy": 4.9}, False),  # the entropy fell too
+])  # fmt: skip
+def test_a_template_is_less_information_at_the_same_entropy(changed, is_template):
+    found = warned(GOOD | INFORMATION, GOOD, GOOD | INFORMATION | changed)
+    assert list(found) == (["Completions do not depend on their prompts"] if is_template else [])
+    if is_template:
+        (warning,) = found.values()
+        assert warning.steps == (3,) and not warning.is_note and "at step 1" in warning.text
+
+
+def test_long_completions_that_keep_their_prompts_apart_are_no_template():
+    """The bound is at its limit, and its share of their entropy is small."""
+    assert warned(GOOD | INFORMATION | {"mutual_information/conditional_entropy": 300.0}) == {}

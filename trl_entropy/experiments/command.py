@@ -75,7 +75,7 @@ class Command(Generic[Result]):
         result = self.compute(state, Cache.of(output, state, options.seed), options)
         seconds = time.perf_counter() - start
         numbers, picture = output / f"{self.name}.json", output / f"{self.name}.png"
-        write_numbers(numbers, _described(options, checkpoint, result, seconds))
+        write_numbers(numbers, described(options, checkpoint, result, seconds))
         with saved_figure(picture, (10, 4)) as figure:
             self.draw(result, *figure.subplots(1, 2))
         print(self.table(result))
@@ -120,7 +120,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _described(
+def described(
     options: argparse.Namespace, checkpoint: Checkpoint, result: Mapping[str, object], seconds: float
 ) -> dict[str, object]:
     """The result with the settings and the environment that it was made with."""

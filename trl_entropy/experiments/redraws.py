@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from trl_entropy.engine.optimizer_step import metric_before
 from trl_entropy.estimators.entropy_change.step_change import point_terms, stacked
 from trl_entropy.estimators.statistics.importance import WeightForm
 from trl_entropy.estimators.statistics.u_statistic import cross_gram
+from trl_entropy.experiments.checkpoint import Checkpoint
 from trl_entropy.experiments.state import FixedState, Policy
 from trl_entropy.gradients.group_gradients import GroupRows, flat, group_rows
 from trl_entropy.gradients.loss_coefficients import LossCoefficients
@@ -45,14 +46,7 @@ class Cache:
     @classmethod
     def of(cls, output: Path, state: FixedState, seed: int) -> Cache:
         """The cache below `output` for one checkpoint and its problems and functions (by content) and seed."""
-        checkpoint = state.checkpoint
-        digest = hashlib.sha256(str(seed).encode())
-        for path in (checkpoint.path / "model.safetensors", checkpoint.path / "optimizer.pt"):
-            digest.update(path.read_bytes())
-        digest.update(repr(sorted(checkpoint.config.items(), key=lambda item: item[0])).encode())
-        digest.update(repr(checkpoint.task).encode())
-        digest.update(repr((sorted(checkpoint.function_files.values()), state.data_fingerprints)).encode())
-        return cls(output / f"chunks-{digest.hexdigest()[:12]}")
+        return cls(output / f"chunks-{digest_of(state.checkpoint, state.data_fingerprints, seed)}")
 
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """The tensor stored under `name`; if there is none it is computed and stored."""
@@ -63,6 +57,17 @@ class Cache:
         with as_os_error(path), replacing(path) as temporary:
             torch.save(value, temporary)
         return value
+
+
+def digest_of(checkpoint: Checkpoint, data_fingerprints: Sequence[str | None], seed: int) -> str:
+    """A name of everything that determines what is drawn at a checkpoint, by content."""
+    digest = hashlib.sha256(str(seed).encode())
+    for path in (checkpoint.path / "model.safetensors", checkpoint.path / "optimizer.pt"):
+        digest.update(path.read_bytes())
+    digest.update(repr(sorted(checkpoint.config.items(), key=lambda item: item[0])).encode())
+    digest.update(repr(checkpoint.task).encode())
+    digest.update(repr((sorted(checkpoint.function_files.values()), tuple(data_fingerprints))).encode())
+    return digest.hexdigest()[:12]
 
 
 def pool_completions(policy: Policy, size: int, seed: int, index: int) -> Completions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from trl_entropy.trainer.fingerprints import data_fingerprint
 
 # Settings of the run that decide how it samples and how it steps. Logging, saving and probes are left out.
 # fmt: off
-_KEPT_SETTINGS = (
+KEPT_SETTINGS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "chat_template_kwargs", "generation_kwargs", "learning_rate",
     "length_normalizer", "loss_type", "max_completion_length", "max_grad_norm", "max_tool_calling_iterations", "min_p",
     "multi_objective_aggregation", "num_generations", "optim", "optim_args", "repetition_penalty", "reward_weights",
@@ -47,11 +48,14 @@ class Policy:
         checkpoint: what to load.
         output_dir: where the trainer may write. Nothing is written into the run's own directory.
         held_out: draw from held-out problems, which no run trains on, in place of the training problems.
+        trainer: of [`build_trainer`], whose policy it is then; None: one with the checkpoint's policy is made.
     """
 
-    def __init__(self, checkpoint: Checkpoint, output_dir: Path, held_out: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, output_dir: Path, held_out: bool = False, trainer: DrGRPOTrainer | None = None
+    ) -> None:
         self.checkpoint = checkpoint
-        self.trainer = _build_trainer(checkpoint, output_dir)
+        self.trainer = trainer or build_trainer(checkpoint, output_dir)
         self.args, self.model = self.trainer.args, self.trainer.model
         self.problems = self.trainer.eval_dataset if held_out else self.trainer.train_dataset
         self.num_problems = len(self.problems)
@@ -154,26 +158,26 @@ class FixedState(Policy):
             self.trainer.compute_loss(self.model, group).backward()
 
 
-def _build_trainer(checkpoint: Checkpoint, output_dir: Path) -> DrGRPOTrainer:
-    """A trainer with the checkpoint's weights in float32 and the run's data, rewards and sampler. It never trains."""
-    settings = {name: checkpoint.config[name] for name in _KEPT_SETTINGS if name in checkpoint.config}
-    args = DrGRPOConfig(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=settings["num_generations"],
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        disable_dropout=True,
-        model_init_kwargs={"dtype": "float32"},
-        **settings,
-    )
+def build_trainer(checkpoint: Checkpoint, output_dir: Path, **changes: Any) -> DrGRPOTrainer:
+    """
+    A trainer with the checkpoint's weights in float32 and the run's data, rewards and sampler; nothing is trained yet.
+
+    Args:
+        changes: settings other than the run's. A seed does not change which problems there are.
+    """
+    settings = {name: checkpoint.config[name] for name in KEPT_SETTINGS if name in checkpoint.config}
+    fixed = {
+        "per_device_train_batch_size": settings["num_generations"], "bf16": False, "gradient_checkpointing": False,
+        "report_to": "none", "disable_tqdm": True, "disable_dropout": True, "model_init_kwargs": {"dtype": "float32"},
+    }  # fmt: skip
+    args = DrGRPOConfig(output_dir=str(output_dir), **fixed | settings | changes)
+    of_run: dict[str, Any] = {"seed": args.seed} | settings
     if narrowed := args.truncated_sampling():
         raise ValueError(
             f"{checkpoint.path.parent} sampled with {narrowed}, but the estimators need the full distribution"
         )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", truncation_side="left")
-    train_dataset, _ = load_task(checkpoint.task, tokenizer, args.seed)
+    train_dataset, _ = load_task(checkpoint.task, tokenizer, of_run["seed"])
     eval_dataset = task_of(checkpoint.task).load(checkpoint.task, Wanted("test", None, tokenizer))
     functions, episodes = reward_functions(checkpoint.task), task_of(checkpoint.task).episodes(checkpoint.task)
     tried(functions, list(train_dataset.select(range(min(3, len(train_dataset))))))

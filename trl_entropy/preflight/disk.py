@@ -170,6 +170,10 @@ def _probe_files(plan: Plan) -> dict[str, StepFiles]:
         found["fisher"] = (_fisher_file(plan), args.fisher_probe_every)
     if args.likelihood_probe:
         found["likelihood"] = (_file(6, rows * (17 * tokens + 8)), args.likelihood_probe_every)
+    if args.mutual_information_probe:
+        prompts = args.mutual_information_num_prompts
+        scored = _file(3, prompts * args.num_generations * 8 * (prompts + 2))
+        found["mutual_information"] = (scored, args.mutual_information_probe_every)
     if found:
         advantages = 4 * (tokens if args.token_control != "none" else 1)
         of_rollouts = _file(6, rows * (5 * length + tokens + advantages + 12))

@@ -209,6 +209,13 @@ def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple
             "likelihood_probe: pass (estimate)": _pass(plan, rows),
         }
         read["likelihood_probe"] = ("params_before", "params_after")
+    if args.mutual_information_probe:
+        rows = args.mutual_information_num_prompts // plan.world_size * args.num_generations
+        phases["mutual_information_probe"] = {
+            "mutual_information_probe: parameters": copy,
+            "mutual_information_probe: pass (estimate)": _pass(plan, rows),
+        }
+        read["mutual_information_probe"] = ("params_before",)
     if args.optimizer_state_probe:
         phases["optimizer_state_probe"] = {"optimizer_state_probe": copy}
         read["optimizer_state_probe"] = ("exp_avg_sq",)

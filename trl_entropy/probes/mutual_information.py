@@ -16,8 +16,10 @@ from trl_entropy.engine import Engine, rank_symmetric
 from trl_entropy.estimators.statistics.mutual_information import mutual_information
 from trl_entropy.gradients.scores import Params, score
 from trl_entropy.probes import model_checks
+from trl_entropy.probes.files import ProbeFiles
 from trl_entropy.probes.logged import with_stderr
 from trl_entropy.probes.probe import Probe
+from trl_entropy.probes.step_record import StepRecord
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
 from trl_entropy.rollouts.groups import first_groups
@@ -56,7 +58,18 @@ class MutualInformationProbe(Probe):
         model_checks.check_scoring(model, "mutual_information_probe")
 
     def on_before_update(
-        self, args, state, control, *, metrics, update, engine, rollouts: RolloutBatch, **kwargs: Any
+        self,
+        args,
+        state,
+        control,
+        *,
+        metrics,
+        update,
+        engine,
+        rollouts: RolloutBatch,
+        record: StepRecord,
+        files: ProbeFiles,
+        **kwargs: Any,
     ) -> None:
         num_rows = self.num_prompts // args.world_size * args.num_generations
         completions = Completions.of(rollouts).rows(first_groups(rollouts.prompt_index, num_rows))
@@ -65,12 +78,11 @@ class MutualInformationProbe(Probe):
         own = owner + accelerator.process_index * len(prompts[0])
         everyones = tuple(gathered_on_the_right(part, accelerator) for part in prompts)
         logps, log_weights = self._score(engine, args.temperature, update.params_before, completions, everyones, own)
-        drawn_otherwise = completions.sampling_logps is not None
-        bounds = mutual_information(
-            accelerator.gather(logps),
-            accelerator.gather(own),
-            accelerator.gather(log_weights) if drawn_otherwise else None,
-        )
+        everyone = {"logps": logps, "own": own, "prompt_index": completions.prompt_index}
+        if completions.sampling_logps is not None:  # drawn by another than the policy
+            everyone["log_weights"] = log_weights
+        table = {name: accelerator.gather(rows) for name, rows in everyone.items()}
+        bounds = mutual_information(table["logps"], table["own"], table.get("log_weights"))
         for name, estimate in bounds._asdict().items():
             metrics |= with_stderr(f"mutual_information/{name}", estimate)
         metrics |= {
@@ -78,6 +90,8 @@ class MutualInformationProbe(Probe):
             "mutual_information/num_prompts": self.num_prompts,
             "mutual_information/num_completions": bounds.lower.num_samples,
         }
+        files.write_gathered(self.name, record.step, table)
+        files.write_rollouts(record.step, record.rollouts)
 
     def _score(
         self,

@@ -17,6 +17,10 @@ Rows = Sequence[Row]
 
 LOW_ESS_SHARE = 0.5
 LOW_ENTROPY_SHARE = 0.25
+# Completions tell too little of their prompts below this share of the most that the lower bound can be ...
+LOW_INFORMATION_SHARE = 0.25
+# ... and it is a template, not a fall of the entropy, while that of a completion is above this share of its first.
+KEPT_ENTROPY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,33 @@ def _collapse(metrics: Rows) -> Iterator[RunWarning]:
         yield RunWarning(
             "Entropy has collapsed",
             f"entropy/policy is below {LOW_ENTROPY_SHARE:g} of its value at step {rows[0]['step']}.",
+            tuple(low),
+        )
+
+
+def _template(metrics: Rows) -> Iterator[RunWarning]:
+    """
+    Completions no longer tell of their prompts, by more than two standard errors, and vary as they did.
+
+    The share is of the logarithm of the number of prompts, not of the entropy: the bound cannot exceed the former, so
+    that its share of the entropy of a long completion is small whatever the policy does.
+    """
+    lower, entropy = "mutual_information/lower", "mutual_information/conditional_entropy"
+    rows = _having(metrics, lower, f"{lower}_stderr", entropy, "mutual_information/limit")
+    low = [
+        row["step"]
+        for row in rows
+        if row[lower] + 2 * row[f"{lower}_stderr"] < LOW_INFORMATION_SHARE * row["mutual_information/limit"]
+        and row[entropy] > KEPT_ENTROPY_SHARE * rows[0][entropy]
+    ]
+    if low:
+        yield RunWarning(
+            "Completions do not depend on their prompts",
+            f"mutual_information/lower and two of its standard errors are below {LOW_INFORMATION_SHARE:g} of "
+            "mutual_information/limit, the most that it can be, while the entropy of a completion is above "
+            f"{KEPT_ENTROPY_SHARE:g} of what it was at step {rows[0]['step']}: the policy answers different prompts "
+            "alike, which its entropy does not show. Read completions of several prompts side by side, and look at "
+            "what the reward pays that no prompt is needed for.",
             tuple(low),
         )
 
@@ -213,6 +244,7 @@ _CHECKS: tuple[Callable[[Rows], Iterator[RunWarning]], ...] = (
     _noise_floor,
     _prediction_fails,
     _collapse,
+    _template,
     _no_signal,
     _not_finite,
     _learning_rate_0,

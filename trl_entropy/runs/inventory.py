@@ -265,6 +265,22 @@ RUN_FILES = [
         },
     ),
     RunFile(
+        "probes/mutual_information/step_{step}.safetensors",
+        _PROBE,
+        "Completions of some prompts of the step, each scored under all of these prompts (T23), with the parameters "
+        "before it.",
+        "`run.probe_file`: which prompts are told apart",
+        "run.probe_file('mutual_information', 10)['logps']",
+        {
+            "logps": Part("log-probability of the whole completion as an answer to each prompt", "nats", "N P"),
+            "own": Part("the column of the completion's own prompt", shape="N"),
+            "prompt_index": Part("number of each completion's prompt, as in the step's file of rollouts", shape="N"),
+            "log_weights": Part(
+                "log-probability less that of what drew the completion, where that is not the policy", "nats", "N"
+            ),
+        },
+    ),
+    RunFile(
         "evaluation/metrics.csv",
         "CSV",
         "What training measured on held-out prompts, a row for each evaluation.",

@@ -134,17 +134,6 @@ export const PLANS = [
       { key: "mutual_information/limit", name: "most that the lower bound can be" },
     ],
   },
-  {
-    title: "Do completions depend on their prompts?",
-    unit: "nats",
-    zero: true,
-    hint: "Mutual information of prompt and completion, between its two bounds. Where it falls and the entropy does not, the policy says the same to every prompt. Bars are standard errors.",
-    lines: [
-      { key: "mutual_information/lower", name: "lower bound", points: true },
-      { key: "mutual_information/upper", name: "upper bound", points: true },
-      { key: "mutual_information/limit", name: "most that the lower bound can be" },
-    ],
-  },
   { title: "KL to the start policy", unit: "nats/token", zero: true, lines: [{ key: "kl", name: "k3 estimator" }] },
   {
     title: "Length of completions",
