@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from vllm_runs import NEEDS_VLLM, REPOSITORY
 
-from trl_entropy.trainer.colocated_vllm import built_for_training, choose_port
+from trl_entropy.trainer.colocated_vllm import built_for_training
 
 pytestmark = NEEDS_VLLM
 
