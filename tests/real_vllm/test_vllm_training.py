@@ -1,4 +1,4 @@
-"""Training with a real vLLM inside the process: it draws with the step's weights, and the probes weigh by its numbers."""
+"""Training with a real vLLM in the process: it draws with the step's weights, and the probes weigh by its numbers."""
 
 import math
 import shutil
@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from run_rows import without_clocks
+from safetensors.torch import load_file
 from vllm_runs import (
     LORA,
     NEEDS_VLLM,
@@ -90,8 +91,6 @@ def test_e_of_the_next_rollouts_is_what_training_drew(runs):
     rows, metadata = probe_file(run, 1)
     assert metadata["drawn"] == "after the step"
     path = run.path / "probes" / "rollouts" / "step_000002.safetensors"
-    from safetensors.torch import load_file
-
     following = {tuple(ids) for ids in load_file(path)["input_ids"].tolist()}
     assert {tuple(ids) for ids in rows["input_ids"].tolist()} <= following
 

@@ -48,10 +48,8 @@ SETTINGS = {
     "kl_every": 0,
 }
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear", "lora_dropout": 0}
-NO_PROBES = {
-    name: False
-    for name in ("entropy_probe", "effective_sample_size_probe", "likelihood_probe", "optimizer_state_probe")
-}
+PROBES = ("entropy_probe", "effective_sample_size_probe", "likelihood_probe", "optimizer_state_probe")
+NO_PROBES = dict.fromkeys(PROBES, False)
 
 
 def words_of(path, **settings) -> list[str]:

@@ -169,8 +169,8 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
             )
         if self.use_vllm and self.vllm_mode == "server" and self.use_cpu:
             raise ValueError(
-                "vllm_mode='server' with use_cpu=True: TRL sends the weights of each step to the server over NCCL, which "
-                "needs a GPU. Set vllm_mode='colocate', or use_vllm=False."
+                "vllm_mode='server' with use_cpu=True: TRL sends the weights of each step to the server over NCCL, "
+                "which needs a GPU. Set vllm_mode='colocate', or use_vllm=False."
             )
         if self.stop_at_answer and self.mask_truncated_completions:
             raise ValueError(

@@ -70,5 +70,5 @@ def _computes_on_a_cpu() -> bool:
 
 
 def _unpacked(layer: Any, remove_weight: bool) -> None:
-    """In the place of `dispatch_cpu_unquantized_gemm`: `layer.cpu_linear` computes with the weight that it is given."""
+    """For `dispatch_cpu_unquantized_gemm`: `layer.cpu_linear` computes with the weight that it is given."""
     layer.cpu_linear = torch.nn.functional.linear
