@@ -32,7 +32,7 @@ END
 fi
 # One thread; no usage statistics; 1 GiB for the cache of each engine; nothing is compiled.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
-export VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1
+export VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_CI_ENV=1
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}"
 echo "== pytest, with vLLM"
 "$python" -m pytest -m vllm tests/real_vllm "$@"

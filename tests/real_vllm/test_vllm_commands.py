@@ -1,6 +1,8 @@
 """What is typed, with a real vLLM: two runs that begin at the same moment, and the evaluation of one of them."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ from vllm_runs import NEEDS_VLLM, NO_PROBES, REPOSITORY, words_of
 
 from trl_entropy.runs.directory import RunDirectory
 
-pytestmark = NEEDS_VLLM
+pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(1500)]  # a busy machine is no failure
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
 
 
@@ -29,11 +31,13 @@ def start(*words: str) -> subprocess.Popen:
     )
 
 
-def ended(process: subprocess.Popen, timeout: float = 240) -> str:
+def ended(process: subprocess.Popen, timeout: float = 600) -> str:
+    """What it has printed; at the deadline, or if the test is stopped, all that it started ends with it."""
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output[-6000:]
     return output
 

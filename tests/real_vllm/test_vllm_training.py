@@ -77,11 +77,11 @@ def test_the_change_is_weighted_by_vllms_log_probabilities(runs, warm_start_dir,
         for point in (step - 1, step):
             entropy, logps = scores(policy(run, point, str(warm_start_dir)), rows)
             ends.append([weighted_entropy(entropy, logps, rows, with_) for with_ in (rows["sampling_logps"], logps)])
-        (before, plain_before), (after, plain_after) = ends
+        (before, plain_before), (after, _) = ends
         row, count = run.metrics()[step - 1], len(rows["input_ids"])
         assert row["entropy/probe_batch"] == pytest.approx(before, rel=1e-5)
         assert row["entropy/delta_measured"] == pytest.approx(after - before, rel=1e-3)
-        assert abs(plain_after - plain_before - (after - before)) > 1e-2 * abs(after - before)
+        assert abs(plain_before - before) > 1e-4 * before, "weights that are all 1 would be noticed"
         assert 0.9 * count < row["entropy/sampler_ess"] < count
 
 
