@@ -30,7 +30,7 @@ SETTINGS = {
     "use_vllm": True,
     "vllm_max_model_length": 128,
     "max_steps": 4,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
     "num_prompts_per_step": 8,
@@ -47,7 +47,8 @@ SETTINGS = {
     "likelihood_probe_every": 1,
     "kl_every": 0,
 }
-LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear", "lora_dropout": 0}
+LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear", "lora_dropout": 0,
+        "learning_rate": 3e-3}  # fmt: skip
 PROBES = ("entropy_probe", "effective_sample_size_probe", "likelihood_probe", "optimizer_state_probe")
 NO_PROBES = dict.fromkeys(PROBES, False)
 
