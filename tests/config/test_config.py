@@ -136,6 +136,12 @@ def test_vllm_stops_at_the_answer_and_its_sampler_needs_it():
         config(entropy_probe_sampler="vlm", **probe)
 
 
+def test_a_server_of_vllm_is_refused_on_a_cpu():
+    """TRL refuses it too, but only after it has waited for the server and built the model."""
+    with pytest.raises(ValueError, match=r"over NCCL, which needs a GPU\. Set vllm_mode='colocate'"):
+        config(use_vllm=True, vllm_mode="server", use_cpu=True)
+
+
 def test_help_of_every_field_prints():
     """argparse takes `%` in a help text for a format."""
     text = HfArgumentParser(DrGRPOConfig).format_help()

@@ -64,6 +64,7 @@ def test_what_it_draws_is_scored_by_the_model(vllm, policy, tokenizer, settings)
         assert row["logps"] == own[place]["logps"] and row["entropies"] == own[place]["entropies"]
     (llm,) = vllm.LLM.made
     assert llm.how["dtype"] == "float32" and llm.how["gpu_memory_utilization"] < 1
+    assert llm.how["kv_cache_memory_bytes"] < 2**32, "on a CPU not half of the machine"
     assert [asked.temperature for asked in llm.asked] == [0.0] * 4
 
 

@@ -168,6 +168,11 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
                 "bfloat16 in place at the first rollout; at small learning rates almost none of them moves after "
                 "that. Set use_transformers_continuous_batching=False or bf16=False."
             )
+        if self.use_vllm and self.vllm_mode == "server" and self.use_cpu:
+            raise ValueError(
+                "vllm_mode='server' with use_cpu=True: TRL sends the weights of each step to the server over NCCL, "
+                "which needs a GPU. Set vllm_mode='colocate', or use_vllm=False."
+            )
         if self.stop_at_answer and self.mask_truncated_completions:
             raise ValueError(
                 "stop_at_answer=True ends completions without an end token, and mask_truncated_completions=True would "

@@ -59,8 +59,8 @@ class ProbeSettings:
     )
     entropy_probe_sampler: str = setting(
         "What draws the entropy probe's completions. model: the model's own generate. vllm: vLLM, which is faster; "
-        "completions are then weighted by the ratio of the policy's probabilities to vLLM's, and vLLM's random state "
-        "moves on.",
+        "completions are then weighted by the ratio of the policy's probabilities to vLLM's, and a server's random "
+        "state moves on.",
         "model",
         choices=("model", "vllm"),
         probe="entropy_probe",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Half of the memory is for vLLM's weights and cache, half for the model that scores.
 _GPU_MEMORY_UTILIZATION = 0.5
+# On a CPU vLLM would take that share of the machine's memory for its cache, and refuse to start where less is free.
+_CACHE_ON_A_CPU = 2 * 2**30
 
 
 class VllmEngine:
@@ -40,6 +42,7 @@ class VllmEngine:
                 dtype=settings.dtype,
                 seed=settings.seed,
                 gpu_memory_utilization=_GPU_MEMORY_UTILIZATION,
+                **({"kv_cache_memory_bytes": _CACHE_ON_A_CPU} if model.device.type == "cpu" else {}),
             )
 
     def draw(self, prompt_ids: dict[int, list[int]], greedy: bool, ends: set[int]) -> dict[int, list[int]]:

@@ -35,7 +35,7 @@ class ProbeBatchSampler(Protocol):
             source: `"held_out"`: training prompts that are not among this step's; `"eval"`: `eval_dataset`.
             step: seeds the draw, together with the run's seed.
             sampler: `"model"`: the model's own `generate`; `"vllm"`: the vLLM that generates the rollouts, with its
-                log-probabilities. vLLM's own random state does advance.
+                log-probabilities. The random state of a vLLM server does advance.
             with_values: score them too, for what probes measure the change of: `Completions.values`. Collective.
         """
 
@@ -142,7 +142,17 @@ def pack_completions(
 
 @contextlib.contextmanager
 def own_randomness(seed: tuple[int, ...], device: torch.device) -> Iterator[None]:
-    """Seed torch inside the context and restore its random state after it: training's draws do not change."""
+    """
+    Seed torch and numpy inside the context and restore their random states after it: training's draws do not change.
+
+    The model's own `generate` draws with torch. vLLM inside this process does too, or takes each completion's seed
+    from numpy (its second model runner, which it uses on a GPU).
+    """
+    sequence, state = np.random.SeedSequence(seed), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
-        yield
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        np.random.seed(sequence.generate_state(4))
+        try:
+            yield
+        finally:
+            np.random.set_state(state)

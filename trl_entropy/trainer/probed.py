@@ -42,6 +42,7 @@ from trl_entropy.runs.evaluations import evaluation_of
 from trl_entropy.runs.set_aside import set_aside_after
 from trl_entropy.trainer.bases import check_base, loss_of, own_tokens_of, weighted_rewards, with_old_logps
 from trl_entropy.trainer.callbacks import RunLogCallback
+from trl_entropy.trainer.colocated_vllm import built_for_training
 from trl_entropy.trainer.completion_values import CompletionValues, have_ended
 from trl_entropy.trainer.dataset_checks import check_given
 from trl_entropy.trainer.probe_batches import ProbeBatches
@@ -96,7 +97,8 @@ class ProbedTrainer(_Trainer):
         args.trainer_loss = loss_of(type(self), ProbedTrainer)
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
         own = [*self._first_callbacks(), self.probe_runner, self._step_log, *_toggled(args)]
-        super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
+        with built_for_training(args):
+            super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
         self.step_prompts = StepPrompts(
             most_generations(args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations)
