@@ -7,6 +7,7 @@ each with a contract test: `param.ds_tensor` is this rank's slice of what the mo
 numbers on every rank, padded behind the parameter's end (`ds_numel`, `ds_shape`); `fp16_groups` are the parameters of
 each flat partition of `fp32_partitioned_groups_flat`, `sub_group_to_group_id` its parameter group; module hooks fetch
 and release parameters around every layer (`parameter_offload`'s `forward_hooks`, `backward_hooks`, `fwd_pre_hook`);
+the engine's `module_forward_pre_hook` and `module_forward_post_hook` put tables of its own in place of every module's;
 `torch.nn.functional.linear` is replaced by a function that has no forward mode and rounds before it adds the bias.
 """
 
@@ -83,8 +84,9 @@ class Zero3Engine(SlicedParameters, DeepSpeedEngine):
 
     @contextmanager
     def _as_one_process(self, dtype: torch.dtype | None) -> Iterator[None]:
-        offload = self._zero.parameter_offload
-        hooks = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+        offload, engine = self._zero.parameter_offload, self._deepspeed
+        hooks = [engine.module_forward_pre_hook, engine.module_forward_post_hook]
+        hooks += [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
         # In its own dtype the model is the one that training runs, with DeepSpeed's linear.
         linear = nullcontext() if dtype is None else _torch_linear()
         # Not by TRL's `remove_hooks` and `add_hooks`: they throw away DeepSpeed's trace of the order in which
