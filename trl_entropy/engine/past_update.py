@@ -84,8 +84,9 @@ class PastUpdate:
         before, after = send_to_device(kept.theta_before, device), engine.theta()
         change = {name: wide(share) - wide(before[name]) for name, share in after.items()}
         correction = send_to_device(kept.correction, device)
-        whole = [engine.assemble(shares) for shares in (before, after, change)]
-        return cls(*whole, correction, None if kept.before is None else kept.before.made(engine))
+        ends = engine.assemble(before), engine.assemble(after)
+        made = None if kept.before is None else kept.before.made(engine)
+        return cls(*ends, engine.assemble(change), correction, made)
 
     def parts(self) -> Iterator[tuple[str, UpdateParts]]:
         """The parts of the step (T5), by parameter, without those that it does not change."""

@@ -24,7 +24,8 @@ class _Table(dict[str, Any]):
 
     def __init__(self, table: Mapping[str, Any], readers: Mapping[int, Reader]) -> None:
         super().__init__(table)
-        self._readers = {**table._readers, **readers} if isinstance(table, _Table) else readers
+        before: Mapping[int, Reader] = table._readers if isinstance(table, _Table) else {}
+        self._readers = {**before, **readers}
 
     def __getitem__(self, key: str) -> Any:
         found = super().__getitem__(key)
@@ -64,7 +65,8 @@ class Remade:
 
         def remembered() -> Tensor:
             made = read()
-            if made.untyped_storage().nbytes() == made.nbytes:  # else it is part of a memory that stays
+            # Part of a larger memory is no copy
+            if not _in_torch_func() and made.untyped_storage().nbytes() == made.nbytes:
                 self._alive[made.data_ptr()], self._readers[made.data_ptr()] = made, read
             return made
 
@@ -80,7 +82,7 @@ class Remade:
 
         def begin(*_: object) -> None:
             hooks = saved_tensors_hooks(self._pack, self._unpack)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not _in_torch_func():
                 hooks.__enter__()
                 entered.append(hooks)
 
@@ -106,3 +108,12 @@ class Remade:
             return packed
         read, *view = packed
         return read().as_strided(*view)
+
+
+def _in_torch_func() -> bool:
+    """Whether tensors are wrappers now, which have no storage; they keep nothing for a backward pass here."""
+    try:
+        torch.empty(0).untyped_storage()
+    except NotImplementedError:
+        return True
+    return False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
@@ -80,14 +79,13 @@ class SlicedParameters(ShardedEngine):
         *Entering is collective* where parameters are frozen (LoRA's base); everything after is local. Inside
         `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
         """
-        frozen = self._frozen_tensors()
-        read: Mapping[str, Tensor] = frozen
+        read = [self._frozen_tensors()]
         stand_ins = {id(param): self._stand_in(param, dtype) for param in self.module.parameters()}
         with ExitStack() as undo:
             undo.enter_context(self._as_one_process(dtype))
             undo.enter_context(replaced_tensors(self.module, stand_ins))
             if not differentiated and isinstance(params, MachineTensors):
-                read, params = ChainMap(frozen, params), trainable_parameters(self.module)
+                read, params = [*read, params], trainable_parameters(self.module)
             model = undo.enter_context(super().scoring_model(params, dtype))
             remade = Remade()
             undo.enter_context(read_when_used(model, _readers(model, read, remade)))
@@ -102,10 +100,11 @@ class SlicedParameters(ShardedEngine):
         return nn.Parameter(value.expand(parameter_shape(param)), requires_grad=param.requires_grad)
 
 
-def _readers(model: nn.Module, values: Mapping[str, Tensor], remade: Remade) -> dict[int, Reader]:
+def _readers(model: nn.Module, read: Iterable[Mapping[str, Tensor]], remade: Remade) -> dict[int, Reader]:
     """By `id` of a parameter of the model as it is now, in that parameter's dtype."""
 
-    def reader(name: str, dtype: torch.dtype) -> Reader:
+    def reader(values: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Reader:
         return remade.reader(lambda: values[name].to(dtype))
 
-    return {id(param): reader(name, param.dtype) for name, param in model.named_parameters() if name in values}
+    placed = dict(model.named_parameters())
+    return {id(placed[name]): reader(values, name, placed[name].dtype) for values in read for name in values}

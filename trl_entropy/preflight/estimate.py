@@ -187,9 +187,21 @@ def probe_phases(plan: Plan) -> dict[str, dict[str, int]]:
             items["copies that others read"] = others * copy
         if is_sharded(plan) or "params_before" not in read[probe]:  # otherwise it is one of the copies
             items["own share of the parameters"] = copy // memory.shards(plan.engine, "optimizer", plan.world_size)
+        if is_sliced(plan):
+            items[next(iter(items))] = _num_made(plan, probe) * copy
         if is_sliced(plan) and not plan.hardware.has_gpu:
             items["of the machine's, shared"] = on_machine(plan) // plan.launch.num_local_processes
     return phases
+
+
+def _num_made(plan: Plan, probe: str) -> int:
+    """Copies that a probe makes of what it reads, which alone are whole on a device where parameters are sliced."""
+    args = plan.args
+    if probe == "entropy_probe" and args.entropy_probe_completions != "rollouts":
+        return 3 if args.entropy_second_order or args.entropy_attribution != "none" else 0
+    averages = 4 * (args.entropy_control_completions == "probe" and bool(args.entropy_control_gradient_ema))
+    made = {"entropy_probe": 3, "noise_scale_probe": 4, "fisher_probe": 4, "entropy_control": 6 + averages}
+    return made.get(probe, 0)
 
 
 def is_sharded(plan: Plan) -> bool:

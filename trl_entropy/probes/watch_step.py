@@ -155,8 +155,9 @@ def measure_step(
 ) -> None:
     """Fills `watched`; `shares` are this process's of theta before and after the step. Collective."""
     before, after = (engine.assemble(one, copy=True) for one in shares)
-    change = {name: wide(share) - wide(shares[0][name]) for name, share in shares[1].items()} if derivatives else None
-    direction = None if change is None else engine.assemble(change)
+    direction = None
+    if derivatives:
+        direction = engine.assemble({name: wide(now) - wide(shares[0][name]) for name, now in shares[1].items()})
     ends = []
     for params in (before, after):
         with (
