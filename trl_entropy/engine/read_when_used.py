@@ -24,8 +24,7 @@ class _Table(dict[str, Any]):
 
     def __init__(self, table: Mapping[str, Any], readers: Mapping[int, Reader]) -> None:
         super().__init__(table)
-        before: Mapping[int, Reader] = table._readers if isinstance(table, _Table) else {}
-        self._readers = {**before, **readers}
+        self._readers: dict[int, Reader] = {**getattr(table, "_readers", {}), **readers}
 
     def __getitem__(self, key: str) -> Any:
         found = super().__getitem__(key)
