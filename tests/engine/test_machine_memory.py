@@ -2,10 +2,12 @@
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
 from engine_toy import IDS, Tied, loss_of
+from live_bytes import LiveBytes
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -113,8 +115,8 @@ SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidd
          "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}  # fmt: skip
 
 
-def policy(lora: bool) -> nn.Module:
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).eval()
+def policy(lora: bool, **sizes: int) -> nn.Module:
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES | sizes, tie_word_embeddings=True)).eval()
     adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     return get_peft_model(model, adapter) if lora else model
 
@@ -123,8 +125,7 @@ def policy(lora: bool) -> nn.Module:
 @pytest.mark.parametrize("lora", [False, True])
 def test_scores_and_derivatives_are_those_of_parameters_that_are_given_whole(lora, order, accelerate_to):
     model = policy(lora)
-    ids, ones = torch.randint(0, 40, (3, 9)), torch.ones(3, 9, dtype=torch.long)
-    completions = Completions(ids, ones, ones[:, :5], torch.arange(3), loss_mask=ones[:, :5])
+    completions = completions_of(3)
     params = {name: param + 0.1 for name, param in trainable_parameters(model).items()}
     direction = {name: torch.randn_like(param) for name, param in params.items()}
     accelerator = accelerate_to()
@@ -136,3 +137,41 @@ def test_scores_and_derivatives_are_those_of_parameters_that_are_given_whole(lor
         found = score(model, completions, 1.0, 2, *given, order)
     for one, other in zip(expected.entropy + expected.logps, found.entropy + found.logps, strict=True):
         assert torch.equal(one, other) if order < 2 else torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def completions_of(rows: int) -> Completions:
+    ids, ones = torch.randint(0, 40, (rows, 9)), torch.ones(rows, 9, dtype=torch.long)
+    return Completions(ids, ones, ones[:, :5], torch.arange(rows), loss_mask=ones[:, :5])
+
+
+LARGE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+
+
+def layer_bytes(model: nn.Module) -> int:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return sum(param.nbytes for param in base.model.layers[0].parameters())
+
+
+@pytest.mark.parametrize(("order", "most"), [(0, 0.5), (1, 1.0)])
+def test_less_than_a_layer_is_on_the_device_while_trained_parameters_move(order, most, accelerate_to):
+    """As an accelerator has it, where each reading is a copy; whole, parameters and direction are twelve layers."""
+    model, accelerator = policy(lora=False, **LARGE), accelerate_to()
+    values = {name: param.detach() for name, param in model.named_parameters()}
+    given, read = [on_machine(values, accelerator) for _ in range(2)], MachineTensors.__getitem__
+    with (
+        mock.patch.object(MachineTensors, "__getitem__", lambda self, name: read(self, name).clone()),
+        LiveBytes() as live,
+    ):
+        score(model, completions_of(2), 1.0, 2, *given, order)
+    assert 0.1 < live.peak / layer_bytes(model) < most
+
+
+def test_less_than_a_layer_is_on_the_device_while_a_frozen_base_is_differentiated_through():
+    model = policy(lora=True, **LARGE)
+    remade, trained = Remade(), list(trainable_parameters(model).values())
+    copies = {id(p): remade.reader(p.detach().clone) for p in model.parameters() if not p.requires_grad}
+    ids = completions_of(2).input_ids
+    with read_when_used(model, copies), remade.in_forward_of(model), LiveBytes() as live:
+        loss = model(input_ids=ids, labels=ids).loss
+        torch.autograd.grad(loss, trained)
+    assert 0.1 < live.peak / layer_bytes(model) < 2  # with the activations; all six, if the graph kept them
