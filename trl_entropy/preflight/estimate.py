@@ -165,8 +165,6 @@ def _loss(plan: Plan) -> dict[str, int]:
 
 # ---- probes
 
-# Where parameters are sliced: tensors of a trained one's size while it is used, by order of the derivative.
-_OF_A_PARAMETER = (1, 2, 6)
 # What each probe reads of the step (`UpdateContext`), which is kept from the first reading until the step is over.
 _ENTROPY = ("params_before", "params_after", "update")
 _ADAMW = ("gradient", "exp_avg", "exp_avg_sq")
@@ -304,13 +302,15 @@ def rows_at_once(plan: Plan, most: int, order: int = 0, backward: Differentiated
 def _pass(plan: Plan, most: int, order: int = 0, backward: Differentiated = "") -> int:
     """
     Bytes of a pass, with a float32 copy of narrower frozen parameters. Of sliced ones the largest alone, and of the
-    trained ones too, with its direction; but a backward pass has all that it differentiates by.
+    trained ones too, with its direction; but a backward pass has all that it differentiates by, and the second order
+    was seen to hold two thirds of them.
     """
     shape, one_pass = shape_of(plan), rows_at_once(plan, most, order, backward)[1]
     if not is_sliced(plan):
         return one_pass + memory.float32_base(shape, base_bytes(plan))
     frozen = memory.largest(shape, trained=False) * (4 + (base_bytes(plan) if base_bytes(plan) < 4 else 0))
-    trained = shape.num_trainable if backward else memory.largest(shape, trained=True) * _OF_A_PARAMETER[order]
+    one_at_a_time = not backward and order < 2
+    trained = memory.largest(shape, trained=True) * (1 + order) if one_at_a_time else shape.num_trainable
     return one_pass + max(frozen, 4 * trained) + (frozen if backward else 0)
 
 
