@@ -41,6 +41,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "held_out": HELD_OUT,
     "held_out, second order": HELD_OUT | {"entropy_second_order": True},
     "held_out, attribution": HELD_OUT | {"entropy_attribution": "sequence"},
+    "held_out, 64 completions": HELD_OUT | {"entropy_probe_num_completions": 64},
     "next_rollouts": {"entropy_probe": True},
     "rollouts": {"entropy_probe": True, "entropy_probe_completions": "rollouts"},
     "noise_scale_probe": {"noise_scale_probe": True},

@@ -294,6 +294,7 @@ def test_zero3_cuts_every_parameter_into_equal_slices(deepspeed) -> None:
 
 
 def test_zero3_optimizer_has_what_is_read(deepspeed) -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
@@ -306,6 +307,8 @@ def test_zero3_optimizer_has_what_is_read(deepspeed) -> None:
         "ZeRO-3 no longer steps each flat partition in the parameter group of `sub_group_to_group_id`"
     )
     source = inspect.getsource(DeepSpeedZeRoOffload)
+    for line in ("self.module_forward_pre_hook = ", "self.module_forward_post_hook = "):
+        assert line in inspect.getsource(DeepSpeedEngine), f"DeepSpeedEngine no longer says `{line}`"
     for line in ("self.forward_hooks.append(", "self.backward_hooks.append(", "self.fwd_pre_hook = "):
         assert line in source, f"DeepSpeedZeRoOffload no longer says `{line}`: scoring takes its hooks out by it"
 

@@ -128,7 +128,7 @@ def engine_trainer_class() -> type:
             keys = ["gradient", "grad_norm", "clip_factor", "params_before", "has_float32_master"]
             keys += ["learning_rate", "weight_decay", "without_gradient"]
             keys += ["exp_avg", "exp_avg_sq", "betas", "eps", "optimizer_step"] if "adamw" in self.case.optim else []
-            record = {key: getattr(context, key) for key in keys}
+            record = {key: read_whole(getattr(context, key)) for key in keys}
             record["model_before"] = snapshot(self)
             with self.engine.scoring_model(context.params_before) as model:
                 record["probe"] = probe_score(model)
@@ -137,7 +137,8 @@ def engine_trainer_class() -> type:
             self.steps.append(record)
 
         def after_update(self, context):
-            self.steps[-1] |= {key: getattr(context, key) for key in ("params_after", "update", "step_skipped")}
+            keys = ("params_after", "update", "step_skipped")
+            self.steps[-1] |= {key: read_whole(getattr(context, key)) for key in keys}
             self.steps[-1]["model_after"] = snapshot(self)
 
     class Events(TrainerCallback):
@@ -165,6 +166,13 @@ def engine_trainer_class() -> type:
             self.trainer.engine.close()
 
     return EngineTrainer
+
+
+def read_whole(value: object) -> object:
+    """Copies of tensors that processes share, which the next step may overwrite or give back."""
+    from trl_entropy.engine.machine_memory import MachineTensors
+
+    return {name: one.clone() for name, one in value.items()} if isinstance(value, MachineTensors) else value
 
 
 def snapshot(trainer) -> dict[str, torch.Tensor]:

@@ -99,6 +99,7 @@ def run_all(engine: str, cases: list[Case], output_dir: Path) -> None:
     settings = json.dumps([dataclasses.asdict(case) for case in cases])
     run = launch(config, WORKER, str(output_dir), settings, scratch=output_dir / "ops", timeout=280)
     assert run.returncode == 0, run.stdout[-8000:]
+    assert "cannot be shared" not in run.stdout
 
 
 def zero_config(engine: str, directory: Path) -> str:

@@ -349,7 +349,7 @@ def score_prompt_halves(
     accelerator = engine.accelerator
     with (
         rank_symmetric(accelerator, "scoring the completions of the entropy control"),
-        engine.scoring_model(params) as model,
+        engine.scoring_model(params, differentiated=False) as model,
     ):
         scores = score(model, batch, temperature, batch_size, params)
     local = entropy_terms(scores.entropy[0], batch.loss_mask.double(), batch.loss_mask)

@@ -80,12 +80,15 @@ class Engine(EngineReader):
 
     @contextmanager
     def scoring_model(
-        self, params: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = torch.float32
+        self,
+        params: Mapping[str, Float[Tensor, "..."]],
+        dtype: torch.dtype | None = torch.float32,
+        differentiated: bool = True,
     ) -> Iterator[nn.Module]:
         """The unwrapped model with `params` in it and in evaluation mode, for scoring; afterwards all is as it was.
 
-        Local, except that under ZeRO-3 *entering* is collective, because frozen parameters are gathered: inside
-        `rank_symmetric` enter it before anything else, and equally often on every rank.
+        Local, except that under ZeRO-3 and FSDP2 *entering* is collective, because frozen parameters are gathered:
+        inside `rank_symmetric` enter it before anything else, and equally often on every rank.
 
         Differentiate with `torch.autograd.grad`, by `trainable_parameters(model)` looked up inside: `backward` would
         leave its gradients on parameters that no longer exist afterwards.
@@ -96,6 +99,9 @@ class Engine(EngineReader):
                 with an attention that takes it (`scored_attention`). `None` rounds the values to each parameter's own
                 dtype and leaves autocast and attention as training has them, which gives the bf16 model that training
                 runs.
+            differentiated: whether a backward pass differentiates by the parameters inside. If not, as where only
+                `score` is called, with these `params`, an engine that slices parameters lets the device hold one of
+                them at a time.
         """
         with contextlib.ExitStack() as undo:
             undo.enter_context(evaluation_mode(self.module))

@@ -40,7 +40,8 @@ class UpdateContext:
     theta is what the optimizer updates: the float32 parameters, or under ZeRO with bf16 their float32 master
     (`has_float32_master`). Dictionaries are by the names of `accelerator.unwrap_model(model).named_parameters()`, the
     trainable ones only, and hold whole tensors of the parameter's shape, equal on all ranks, float32 (float64 for a
-    float64 model). All probes get the same tensors: do not write into them.
+    float64 model). All probes get the same tensors: do not write into them. Under ZeRO-3 and FSDP2 they lie in the
+    machine's main memory, and one comes to the device when it is read by name.
 
     *Collective* (every rank must read it, in the same order, and never inside `rank_symmetric`): `gradient`,
     `grad_norm`, `clip_factor`, `exp_avg`, `exp_avg_sq`, `params_before`, `params_after`, `update`. Everything else
@@ -66,7 +67,7 @@ class UpdateContext:
     # ---- before the step
 
     @_read_once("before")
-    def gradient(self) -> dict[str, Float[Tensor, "..."]]:
+    def gradient(self) -> Mapping[str, Float[Tensor, "..."]]:
         """g of (T4): averaged over ranks, summed over accumulation, before clipping. Collective.
 
         Zeros for the parameters in `without_gradient`.
@@ -98,12 +99,12 @@ class UpdateContext:
         return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0)) if max_norm > 0 else 1.0
 
     @_read_once("before")
-    def exp_avg(self) -> dict[str, Float[Tensor, "..."]]:
+    def exp_avg(self) -> Mapping[str, Float[Tensor, "..."]]:
         """m of (T4) before the step; zeros before the first, which is what Adam starts from. Collective."""
         return self._engine.moments("exp_avg")
 
     @_read_once("before")
-    def exp_avg_sq(self) -> dict[str, Float[Tensor, "..."]]:
+    def exp_avg_sq(self) -> Mapping[str, Float[Tensor, "..."]]:
         """v of (T4) before the step; zeros before the first: (T4) holds, but M of (T16) is undefined. Collective."""
         return self._engine.moments("exp_avg_sq")
 
@@ -181,24 +182,24 @@ class UpdateContext:
     # ---- before and after
 
     @_read_once("before", "after")
-    def params_before(self) -> dict[str, Float[Tensor, "..."]]:
+    def params_before(self) -> Mapping[str, Float[Tensor, "..."]]:
         """theta before the step. Collective."""
         return self._engine.assemble(self._theta_before)
 
     @_read_once("after")
-    def params_after(self) -> dict[str, Float[Tensor, "..."]]:
+    def params_after(self) -> Mapping[str, Float[Tensor, "..."]]:
         """theta after the step. Collective."""
         return self._engine.assemble(self._engine.theta(), copy=True)
 
     @_read_once("after")
-    def update(self) -> dict[str, Float[Tensor, "..."]]:
+    def update(self) -> Mapping[str, Float[Tensor, "..."]]:
         """dtheta, the true change: `params_after - params_before` in float32, whatever the optimizer. Collective.
 
         float32 itself rounds theta + dtheta: an equation for dtheta agrees within a unit in the last place of theta.
         """
         return self._engine.assemble(
             {
-                name: _wide(theta.detach()) - _wide(self._theta_before[name])
+                name: wide(theta.detach()) - wide(self._theta_before[name])
                 for name, theta in self._engine.theta().items()
             }
         )
@@ -278,6 +279,6 @@ class UpdateContext:
         self._theta_before, self._correction = {}, {}
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32, or wider if it is."""
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or wider if it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,7 +8,7 @@ attributes.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from trl_entropy.engine.parameters import original_class, replaced_tensors
+from trl_entropy.engine.parameters import original_class
 from trl_entropy.engine.plain import PlainEngine
-from trl_entropy.engine.shards import ShardedEngine, without_hooks
+from trl_entropy.engine.shards import without_hooks
+from trl_entropy.engine.sliced_parameters import SlicedParameters
 
 
-class Fsdp2Engine(ShardedEngine, PlainEngine):
+class Fsdp2Engine(SlicedParameters, PlainEngine):
     """
     FSDP2. theta is the sharded parameters themselves, float32 where `bf16=True`; the layers compute in bf16 then.
 
@@ -68,31 +69,26 @@ class Fsdp2Engine(ShardedEngine, PlainEngine):
 
     # ---- scoring
 
-    @contextmanager
     def scoring_model(
-        self, params: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = torch.float32
-    ) -> Iterator[nn.Module]:
-        """
-        As [`Engine.scoring_model`]; meanwhile every rank holds the whole model, without FSDP's hooks.
-
-        *Entering is collective* where parameters are frozen (LoRA's base), which are gathered; everything after is
-        local. Inside `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
-        """
+        self,
+        params: Mapping[str, Float[Tensor, "..."]],
+        dtype: torch.dtype | None = torch.float32,
+        differentiated: bool = True,
+    ) -> AbstractContextManager[nn.Module]:
+        """As [`SlicedParameters.scoring_model`]."""
         reshard(self.module)
-        # In its own dtype the model is the one that training runs, which gathers parameters in the policy's dtype.
-        whole = self._whole_parameters(self._computing_dtype if dtype is None else lambda param: param.dtype)
-        with (
-            without_hooks(_gathering_hooks(self.module)),
-            _as_written(self.module),
-            replaced_tensors(self.module, whole),
-            super().scoring_model(params, dtype) as model,
-        ):
-            yield model
+        return super().scoring_model(params, dtype, differentiated)
+
+    @contextmanager
+    def _as_one_process(self, dtype: torch.dtype | None) -> Iterator[None]:
+        with without_hooks(_gathering_hooks(self.module)), _as_written(self.module):
+            yield
 
     def _frozen_slice(self, param: nn.Parameter) -> Tensor:
         return _slice(param)
 
     def _computing_dtype(self, param: nn.Parameter) -> torch.dtype:
+        # In its own dtype the model is the one that training runs, which gathers parameters in the policy's dtype.
         return _states(self.module)[0]._mp_policy.param_dtype or param.dtype
 
 

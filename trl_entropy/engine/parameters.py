@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -17,6 +19,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_shape(param: nn.Parameter) -> torch.Size:
     """Shape of a parameter, also of one that ZeRO-3 has partitioned, whose own shape is empty."""
     return torch.Size(getattr(param, "ds_shape", param.shape))
+
+
+def num_slices(param: nn.Parameter) -> int:
+    """
+    Among how many processes a parameter is sliced (ZeRO-3, FSDP2); also of what stands in its place, all numbers in
+    the memory of one, while a probe scores.
+    """
+    stands_in = param.numel() > 1 and not any(param.stride())
+    return dist.get_world_size() if isinstance(param, DTensor) or hasattr(param, "ds_id") or stands_in else 1
 
 
 def original_class(module: nn.Module) -> type:

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trl_entropy.engine.base import Engine
-from trl_entropy.engine.context import UpdateContext
+from trl_entropy.engine.context import UpdateContext, wide
 from trl_entropy.engine.step_parts import MadeStep, StepBefore, step_before, step_before_from
 from trl_entropy.estimators.optimizer.adamw import UpdateParts
 
-ByName = dict[str, Float[Tensor, "..."]]
+ByName = Mapping[str, Float[Tensor, "..."]]
 
 
 @dataclass
@@ -81,11 +81,12 @@ class PastUpdate:
     def rebuilt(cls, kept: KeptUpdate, engine: Engine) -> PastUpdate:
         """The last step that the optimizer has made, from what was kept of it. Collective."""
         device = engine.accelerator.device
-        before = engine.assemble(send_to_device(kept.theta_before, device))
-        after = engine.assemble(engine.theta())
-        update = {name: after[name] - before[name] for name in after}
+        before, after = send_to_device(kept.theta_before, device), engine.theta()
+        change = {name: wide(share) - wide(before[name]) for name, share in after.items()}
         correction = send_to_device(kept.correction, device)
-        return cls(before, after, update, correction, None if kept.before is None else kept.before.made(engine))
+        ends = engine.assemble(before), engine.assemble(after)
+        made = None if kept.before is None else kept.before.made(engine)
+        return cls(*ends, engine.assemble(change), correction, made)
 
     def parts(self) -> Iterator[tuple[str, UpdateParts]]:
         """The parts of the step (T5), by parameter, without those that it does not change."""

@@ -56,7 +56,7 @@ class PlainEngine(Engine):
             }
         return copies
 
-    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
+    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> Mapping[str, Float[Tensor, "..."]]:
         whole = {}
         for name, param in self.parameters.items():
             dtype = torch.promote_types(param.dtype, torch.float32)

@@ -56,8 +56,11 @@ class EngineReader(abc.ABC):
         """This rank's share of a tensor in the optimizer's state, live; empty before the first step."""
 
     @abc.abstractmethod
-    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
+    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> Mapping[str, Float[Tensor, "..."]]:
         """Whole float32 tensors from every rank's shares; zeros where no rank has a share. Collective.
+
+        Where parameters are sliced (ZeRO-3, FSDP2) the tensors lie in main memory, once on each machine, and come to
+        the device when they are read.
 
         Args:
             shares: by parameter name.
@@ -117,7 +120,7 @@ class EngineReader(abc.ABC):
         """Class of the optimizer that steps."""
         return type(self.optimizer).__name__
 
-    def moments(self, key: str) -> dict[str, Float[Tensor, "..."]]:
+    def moments(self, key: str) -> Mapping[str, Float[Tensor, "..."]]:
         """A tensor of the optimizer's state as it is now: `exp_avg`, `exp_avg_sq`. Collective.
 
         Before the first step it is zeros, from which Adam starts.

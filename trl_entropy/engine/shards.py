@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,7 +37,7 @@ class ShardedEngine(Engine):
 
     # ---- whole tensors
 
-    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> dict[str, Float[Tensor, "..."]]:
+    def assemble(self, shares: Mapping[str, Tensor], copy: bool = False) -> Mapping[str, Float[Tensor, "..."]]:
         return self._assembled(self.parameters, shares)
 
     def _assembled(self, parameters: Mapping[str, nn.Parameter], shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,30 +85,6 @@ class ShardedEngine(Engine):
         dist.all_reduce(total, group=self._group)
         return math.sqrt(float(total))
 
-    # ---- scoring where the frozen parameters are sliced too
-
-    def _frozen_slice(self, param: nn.Parameter) -> Tensor:
-        """This rank's slice of a parameter that is not trained, flat."""
-        raise NotImplementedError
-
-    def _whole_parameters(self, computing_dtype: Callable[[nn.Parameter], torch.dtype]) -> dict[int, nn.Parameter]:
-        """
-        Plain parameters to put into the model in place of the sliced ones, by `id` of these. Collective.
-
-        Trainable ones are stand-ins without memory, whose values `scoring_model` sets.
-        """
-        whole: dict[int, nn.Parameter] = {}
-        for param in self.parameters.values():
-            zero = torch.zeros((), dtype=computing_dtype(param), device=self.accelerator.device)
-            whole[id(param)] = nn.Parameter(zero.expand(parameter_shape(param)))
-        frozen = {name: param for name, param in self.module.named_parameters() if not param.requires_grad}
-        for bucket in buckets_of(frozen):  # one at a time: gathered in float32, kept in its own dtype
-            values = self._assembled(bucket, {name: self._frozen_slice(param) for name, param in bucket.items()})
-            with rank_symmetric(self.accelerator, "gathering the frozen parameters"):
-                for name, param in bucket.items():
-                    whole[id(param)] = nn.Parameter(values[name].to(computing_dtype(param)), requires_grad=False)
-        return whole
-
 
 @contextmanager
 def without_hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
@@ -126,13 +102,15 @@ def without_hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
                 hooks[key] = hooks.pop(key)
 
 
-def buckets_of(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
-    """`parameters` in their order, in parts that one `all_reduce` takes."""
+def buckets_of(
+    parameters: Mapping[str, nn.Parameter], most_numel: int = _BUCKET_NUMEL
+) -> Iterator[dict[str, nn.Parameter]]:
+    """`parameters` in their order, in parts of so many elements, or of one parameter, that one `all_reduce` takes."""
     bucket: dict[str, nn.Parameter] = {}
     numel = 0
     for name, param in parameters.items():
         size = parameter_shape(param).numel()
-        if bucket and numel + size > _BUCKET_NUMEL:
+        if bucket and numel + size > most_numel:
             yield bucket
             bucket, numel = {}, 0
         bucket[name] = param

@@ -23,7 +23,7 @@ from trl_entropy.estimators.optimizer.adamw import (
 )
 from trl_entropy.estimators.optimizer.rules import AdamWRule
 
-ByName = dict[str, Float[Tensor, "..."]]
+ByName = Mapping[str, Float[Tensor, "..."]]
 
 
 @dataclass(frozen=True)

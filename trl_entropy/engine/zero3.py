@@ -7,10 +7,11 @@ each with a contract test: `param.ds_tensor` is this rank's slice of what the mo
 numbers on every rank, padded behind the parameter's end (`ds_numel`, `ds_shape`); `fp16_groups` are the parameters of
 each flat partition of `fp32_partitioned_groups_flat`, `sub_group_to_group_id` its parameter group; module hooks fetch
 and release parameters around every layer (`parameter_offload`'s `forward_hooks`, `backward_hooks`, `fwd_pre_hook`);
+the engine's `module_forward_pre_hook` and `module_forward_post_hook` put tables of its own in place of every module's;
 `torch.nn.functional.linear` is replaced by a function that has no forward mode and rounds before it adds the bias.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -22,15 +23,14 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
 )
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from trl_entropy.engine.deepspeed import DeepSpeedEngine
-from trl_entropy.engine.parameters import replaced_tensors
 from trl_entropy.engine.shards import without_hooks
+from trl_entropy.engine.sliced_parameters import SlicedParameters
 
 
-class Zero3Engine(DeepSpeedEngine):
+class Zero3Engine(SlicedParameters, DeepSpeedEngine):
     """ZeRO-3. Outside `scoring_model` the model's own parameters are empty; `parameter_shape` has their shapes."""
 
     # ---- this rank's slices
@@ -83,28 +83,19 @@ class Zero3Engine(DeepSpeedEngine):
     # ---- scoring
 
     @contextmanager
-    def scoring_model(
-        self, params: Mapping[str, Float[Tensor, "..."]], dtype: torch.dtype | None = torch.float32
-    ) -> Iterator[nn.Module]:
-        """As [`Engine.scoring_model`]; meanwhile every rank holds the whole model, without DeepSpeed's hooks.
-
-        *Entering is collective* where parameters are frozen (LoRA's base), which are gathered; everything after is
-        local. Inside `rank_symmetric` enter it first: the gathering fails on all ranks or on none.
-        """
-        whole = self._whole_parameters(lambda param: param.dtype)
-        offload = self._zero.parameter_offload
-        hooks = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    def _as_one_process(self, dtype: torch.dtype | None) -> Iterator[None]:
+        offload, engine = self._zero.parameter_offload, self._deepspeed
+        hooks = [engine.module_forward_pre_hook, engine.module_forward_post_hook]
+        hooks += [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
         # In its own dtype the model is the one that training runs, with DeepSpeed's linear.
         linear = nullcontext() if dtype is None else _torch_linear()
-        with (
-            # Not by TRL's `remove_hooks` and `add_hooks`: they throw away DeepSpeed's trace of the order in which
-            # layers fetch their parameters, and leave the hook at the root, in which the ranks wait for one another.
-            without_hooks(hooks),
-            linear,
-            replaced_tensors(self.module, whole),
-            super().scoring_model(params, dtype) as model,
-        ):
-            yield model
+        # Not by TRL's `remove_hooks` and `add_hooks`: they throw away DeepSpeed's trace of the order in which
+        # layers fetch their parameters, and leave the hook at the root, in which the ranks wait for one another.
+        with without_hooks(hooks), linear:
+            yield
+
+    def _computing_dtype(self, param: nn.Parameter) -> torch.dtype:
+        return param.dtype
 
     def _frozen_slice(self, param: nn.Parameter) -> Tensor:
         return self._own(param, param.ds_tensor)

@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from trl_entropy.config.probe_checks import ProbeChecks
-from trl_entropy.engine.parameters import parameter_shape
+from trl_entropy.engine.parameters import num_slices, parameter_shape
 from trl_entropy.gradients.footprint import Differentiated, LayerSizes, Pass, rows_that_fit
 from trl_entropy.gradients.head_chunks import can_split
 from trl_entropy.gradients.inputs import base_model
@@ -157,11 +157,11 @@ def rows_budget(total: float, resident: float, asked_gib: float | None) -> float
 
 def resident(model: nn.Module) -> int:
     """
-    Bytes of the whole model in float32, as probes score it, and for each number that is trained those of its gradient,
-    two moments and a copy; under DeepSpeed less.
+    Bytes of the model in float32, as probes score it, and for each number that is trained those of its gradient,
+    two moments and a copy: this process's slices where parameters are sliced. Under ZeRO-1 and ZeRO-2 less.
     """
-    params = [(parameter_shape(param).numel(), param.requires_grad) for param in model.parameters()]
-    return sum(4 * number + _TRAINED_BYTES * number * is_trained for number, is_trained in params)
+    params = [(parameter_shape(param).numel(), param.requires_grad, num_slices(param)) for param in model.parameters()]
+    return sum((4 + _TRAINED_BYTES * is_trained) * number // slices for number, is_trained, slices in params)
 
 
 def rows_budget_of(args: ProbeChecks, model: nn.Module) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from trl_entropy.gradients.frozen_layers import frozen_layers
 from trl_entropy.gradients.head_chunks import chunked_scores
 from trl_entropy.gradients.inputs import eager_experts
 from trl_entropy.gradients.memory import in_batches
+from trl_entropy.gradients.moving_parameters import MovingParameters
 from trl_entropy.gradients.router_choices import RouterChoices
 from trl_entropy.gradients.shared_prompts import SharedPrompts
 from trl_entropy.rollouts.completions import Completions
@@ -71,8 +72,7 @@ def score(
     """
     if order and direction is None:
         raise ValueError(f"order is {order}; derivatives need a direction")
-    params = dict(params) if params is not None else {n: p for n, p in model.named_parameters() if p.requires_grad}
-    params = {name: value.detach() for name, value in params.items()}
+    moving = MovingParameters.of(model, params, direction, order)
     longest_first = completions.widths.argsort(descending=True, stable=True)
 
     choices = RouterChoices(model)
@@ -81,7 +81,7 @@ def score(
         parts, experts = [], []
         for rows in longest_first.split(rows_at_once):
             chunk = completions.rows(rows).trimmed()
-            parts.append(_derivatives(_scorer(model, chunk, temperature), params, direction, order))
+            parts.append(moving.derivatives(_scorer(model, chunk, temperature)))
             experts.append(choices.take(len(chunk), chunk.completion_mask.shape[1]))
         mask, number = completions.loss_mask.bool(), 2 * (order + 1)
         known = [one for one in experts if one is not None]
@@ -91,7 +91,8 @@ def score(
     with (
         evaluation_mode(model),
         without_input_grad_hooks(model),
-        differentiable_kernels(model, order, params),
+        differentiable_kernels(model, order, moving.names),
+        moving.in_model(),
         choices.watch(),
     ):
         results, chosen = in_batches(score_all, model, completions, batch_size, order)
@@ -113,23 +114,6 @@ def _scorer(model: nn.Module, chunk: Completions, temperature: float) -> Callabl
     return scores
 
 
-def _derivatives(function: Callable, params: dict, direction: Params | None, order: int) -> tuple[Tensor, ...]:
-    """Values of `function` and its first `order` derivatives along `direction`, flat: (f, g, f', g', ...)."""
-    if direction is None or order == 0:
-        return function(params)
-    tangents = {name: direction[name] for name in params}
-    if order == 1:
-        values, slopes = torch.func.jvp(function, (params,), (tangents,))
-        return (*values, *slopes)
-
-    def with_slopes(point: dict) -> tuple[Tensor, ...]:
-        values, slopes = torch.func.jvp(function, (point,), (tangents,))
-        return (*values, *slopes)
-
-    first, second = torch.func.jvp(with_slopes, (params,), (tangents,))
-    return (*first, *second[2:])
-
-
 def _join(parts: list[Float[Tensor, "..."]], mask: Bool[Tensor, "B T"], order: Int[Tensor, " B"]) -> Tensor:
     """Rows of all chunks back in their own order, as wide as the mask, zero where the policy drew no token."""
     return _in_order(parts, mask, order).where(mask, 0.0)
@@ -148,7 +132,7 @@ def _in_order(parts: list[Tensor], mask: Bool[Tensor, "B T"], order: Int[Tensor,
 
 
 @contextlib.contextmanager
-def differentiable_kernels(model: nn.Module, order: int, params: Params) -> Iterator[None]:
+def differentiable_kernels(model: nn.Module, order: int, params: Collection[str]) -> Iterator[None]:
     """
     Kernels that have the derivatives asked for: fused attention and fused experts have no forward mode, and with grad
     mode off some forward derivatives (SiLU's) are kernels without a derivative of their own. No parameter requires a

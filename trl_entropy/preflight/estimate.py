@@ -19,10 +19,14 @@ class Estimate:
     """
     The bytes of one process by item: what is always there, and what each phase of a step adds. The phases follow one
     another, so the largest of them counts.
+
+    Attributes:
+        on_machine: bytes of each machine's main memory that its processes share while probes work.
     """
 
     always: dict[str, int]
     phases: dict[str, dict[str, int]]
+    on_machine: int = 0
 
     @property
     def peak_phase(self) -> str:
@@ -43,6 +47,7 @@ def estimate(plan: Plan) -> Estimate:
             "loss and backward": gradients | _loss(plan) | _waiting_rows(plan),
             **{probe: gradients | items for probe, items in probe_phases(plan).items()},
         },
+        on_machine=on_machine(plan),
     )
 
 
@@ -169,16 +174,56 @@ def probe_phases(plan: Plan) -> dict[str, dict[str, int]]:
     """
     What each probe and the control need while they work, one after the other: float32 copies of all trained parameters
     on every process, of which some stay from those before; gradients that are kept; and a pass over completions.
+
+    Where parameters are sliced, what is read of the step lies in the machine's memory instead (`on_machine`).
     """
     phases, read = _probe_items(plan)
     copy = 4 * shape_of(plan).num_trainable
     everything = {name for names in read.values() for name in names}
     for probe, items in phases.items():
-        if others := len(everything - set(read[probe])):
+        if (others := len(everything - set(read[probe]))) and not is_sliced(plan):
             items["copies that others read"] = others * copy
-        if plan.engine.startswith("zero") or "params_before" not in read[probe]:  # otherwise it is one of the copies
+        if is_sharded(plan) or "params_before" not in read[probe]:  # otherwise it is one of the copies
             items["own share of the parameters"] = copy // memory.shards(plan.engine, "optimizer", plan.world_size)
+        if is_sliced(plan):
+            items[next(iter(items))] = _num_made(plan, probe) * copy
+        if is_sliced(plan) and not plan.hardware.has_gpu:
+            items["of the machine's, shared"] = on_machine(plan) // plan.launch.num_local_processes
     return phases
+
+
+def _num_made(plan: Plan, probe: str) -> int:
+    """Copies that a probe makes of what it reads, which alone are whole on a device where parameters are sliced."""
+    args = plan.args
+    if probe == "entropy_probe" and args.entropy_probe_completions != "rollouts":
+        return 3 if args.entropy_second_order or args.entropy_attribution != "none" else 0
+    averages = 4 * (args.entropy_control_completions == "probe" and bool(args.entropy_control_gradient_ema))
+    made = {"entropy_probe": 3, "noise_scale_probe": 4, "fisher_probe": 4, "entropy_control": 6 + averages}
+    return made.get(probe, 0)
+
+
+def is_sharded(plan: Plan) -> bool:
+    """Whether the optimizer's state is spread over processes."""
+    return plan.engine.startswith(("zero", "fsdp"))
+
+
+def is_sliced(plan: Plan) -> bool:
+    """Whether parameters are spread over processes too: ZeRO-3, FSDP2."""
+    return memory.shards(plan.engine, "weights", plan.world_size) > 1
+
+
+def on_machine(plan: Plan) -> int:
+    """
+    Bytes of main memory that the processes of a machine share while probes work: where parameters are sliced the
+    frozen ones in their own dtype, and in float32 the vectors over the trained ones that probes read of the step.
+    """
+    phases, read = _probe_items(plan)
+    if not phases or not is_sliced(plan):
+        return 0
+    vectors = len({name for names in read.values() for name in names})
+    vectors += 3 if plan.args.entropy_probe and plan.args.entropy_attribution != "none" else 0  # its own moments
+    shape = shape_of(plan)
+    return memory.num_frozen(shape) * base_bytes(plan) + 4 * shape.num_trainable * vectors
 
 
 def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple[str, ...]]]:
@@ -223,7 +268,7 @@ def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple
 
 
 def _resident(plan: Plan) -> int:
-    return resident(shape_of(plan).module)
+    return resident(shape_of(plan).module) // memory.shards(plan.engine, "weights", plan.world_size)
 
 
 def rows_limit(plan: Plan) -> float:
@@ -265,11 +310,18 @@ def rows_at_once(plan: Plan, most: int, order: int = 0, backward: Differentiated
 
 
 def _pass(plan: Plan, most: int, order: int = 0, backward: Differentiated = "") -> int:
-    """Bytes of a pass, with the frozen parameters: a float32 copy of narrower ones, all of sharded ones gathered."""
-    base = memory.float32_base(shape_of(plan), base_bytes(plan))
-    if memory.shards(plan.engine, "weights", plan.world_size) > 1:  # ZeRO-3, FSDP2
-        base += memory.num_frozen(shape_of(plan)) * base_bytes(plan)
-    return rows_at_once(plan, most, order, backward)[1] + base
+    """
+    Bytes of a pass, with a float32 copy of narrower frozen parameters. Of sliced ones the largest alone, and of the
+    trained ones too, with its direction; but a backward pass has all that it differentiates by, and the second order
+    was seen to hold two thirds of them.
+    """
+    shape, one_pass = shape_of(plan), rows_at_once(plan, most, order, backward)[1]
+    if not is_sliced(plan):
+        return one_pass + memory.float32_base(shape, base_bytes(plan))
+    frozen = memory.largest(shape, trained=False) * (4 + (base_bytes(plan) if base_bytes(plan) < 4 else 0))
+    one_at_a_time = not backward and order < 2
+    trained = memory.largest(shape, trained=True) * (1 + order) if one_at_a_time else shape.num_trainable
+    return one_pass + max(frozen, 4 * trained) + (frozen if backward else 0)
 
 
 def _entropy_probe(plan: Plan, copy: int) -> dict[str, int]:

@@ -97,6 +97,12 @@ def float32_base(shape: ModelShape, bytes_each: int) -> int:
     return 4 * num_frozen(shape) if bytes_each < 4 else 0
 
 
+def largest(shape: ModelShape, trained: bool) -> int:
+    """Numbers of the largest parameter that is trained, or that is not; 0 without any."""
+    numbers = (param.numel() for param in shape.module.parameters() if param.requires_grad == trained)
+    return max(numbers, default=0)
+
+
 def num_frozen(shape: ModelShape) -> int:
     """Parameters that are not trained."""
     return shape.num_parameters + shape.num_adapter - shape.num_trainable

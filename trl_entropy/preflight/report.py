@@ -203,6 +203,8 @@ def _memory(plan: Plan) -> list[str]:
     for phase in columns[0].phases:
         lines += _rows(phase, [column.phases[phase] for column in columns])
     lines.append(_row("PEAK: always + the largest phase", [column.peak for column in columns]))
+    if any(column.on_machine for column in columns):
+        lines.append(_row("main memory that a machine shares", [column.on_machine for column in columns]))
     return [
         *lines,
         f"* is this run. plain has 1 process, the others {world_size}. Phases follow one another: the largest counts.",

@@ -265,7 +265,7 @@ class StepAttribution:
         args: ProbeChecks,
         model: nn.Module,
         completions: Completions,
-        params: dict[str, Tensor],
+        params: Mapping[str, Tensor],
         direction: dict[str, Tensor],
     ) -> dict[str, Float[Tensor, " 1"]]:
         """This rank's contribution of the loss that balances a mixture's experts; none without it. Local."""

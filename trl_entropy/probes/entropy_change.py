@@ -228,7 +228,7 @@ class EntropyChangeProbe(Probe):
         """Score E in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring the entropy probe's completions"),
-            engine.scoring_model(params) as model,
+            engine.scoring_model(params, differentiated=False) as model,
         ):
             size, precision = self.batch_size, precision or self.precision
             if in_other_batches:
@@ -340,7 +340,7 @@ class EntropyChangeProbe(Probe):
         for params in (past.params_before, past.params_after):
             with (
                 rank_symmetric(engine.accelerator, "scoring with the training precision"),
-                engine.scoring_model(params, dtype=None) as model,
+                engine.scoring_model(params, dtype=None, differentiated=False) as model,
             ):
                 ends.append(score(model, self._completions, args.temperature, self.batch_size))
         values = [self._entropy(scores, ends[drawn_after], engine.accelerator) for scores in ends]

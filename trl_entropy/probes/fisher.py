@@ -240,7 +240,7 @@ class FisherProbe(Probe):
         """S_i of this rank's completions in float32, with `params` in the model; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring completions for the Fisher probe"),
-            engine.scoring_model(params) as model,
+            engine.scoring_model(params, differentiated=False) as model,
         ):
             scores = score(model, self._completions, args.temperature, self.batch_size, params)
         return scores.logps[0].double().sum(1)

@@ -72,7 +72,7 @@ class LikelihoodProbe(Probe):
     def _score(self, args: ProbeChecks, engine: Engine, completions: Completions, params: Params) -> TokenScores:
         with (
             rank_symmetric(engine.accelerator, "scoring the likelihood probe's completions"),
-            engine.scoring_model(params) as model,
+            engine.scoring_model(params, differentiated=False) as model,
         ):
             return score(model, completions, args.temperature, self.batch_size, params)
 

@@ -109,7 +109,7 @@ class MutualInformationProbe(Probe):
         columns, log_weights = [], torch.zeros(len(own), dtype=torch.float64, device=own.device)
         with (
             rank_symmetric(engine.accelerator, "scoring completions under other prompts"),
-            engine.scoring_model(params) as model,
+            engine.scoring_model(params, differentiated=False) as model,
         ):
             for place, prompt in enumerate(zip(*prompts, strict=True)):
                 given = under_prompt(completions, *prompt)

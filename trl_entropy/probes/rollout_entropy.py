@@ -167,7 +167,7 @@ class RolloutEntropyProbe(Probe):
         """Score U in float32 with `params` in the model: each rank its own rows; if one rank fails, all do."""
         with (
             rank_symmetric(engine.accelerator, "scoring the step's completions"),
-            engine.scoring_model(params) as model,
+            engine.scoring_model(params, differentiated=False) as model,
         ):
             return score(model, self._completions, args.temperature, self.batch_size, params)
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trl_entropy.engine import Engine, build_engine, rank_symmetric
 from trl_entropy.engine.build import sharded_engine
+from trl_entropy.engine.context import wide
 from trl_entropy.estimators.entropy_change.delta_entropy import policy_entropy
 from trl_entropy.estimators.entropy_change.step_change import (
     importance_sample_size,
@@ -154,10 +155,15 @@ def measure_step(
 ) -> None:
     """Fills `watched`; `shares` are this process's of theta before and after the step. Collective."""
     before, after = (engine.assemble(one, copy=True) for one in shares)
-    direction = {name: after[name] - before[name] for name in after} if derivatives else None
+    direction = None
+    if derivatives:
+        direction = engine.assemble({name: wide(now) - wide(shares[0][name]) for name, now in shares[1].items()})
     ends = []
     for params in (before, after):
-        with rank_symmetric(engine.accelerator, "scoring the completions"), engine.scoring_model(params) as scored:
+        with (
+            rank_symmetric(engine.accelerator, "scoring the completions"),
+            engine.scoring_model(params, differentiated=False) as scored,
+        ):
             ends.append(score(scored, completions, temperature, batch_size, params, direction, int(derivatives)))
     drawn_with = completions.drawn_with(ends[drawn_after].logps[0])
     points = []
