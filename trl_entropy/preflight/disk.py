@@ -162,7 +162,8 @@ def _probe_files(plan: Plan) -> dict[str, StepFiles]:
     if args.fisher_probe:
         found["fisher"] = (_fisher_file(plan), args.fisher_probe_every)
     if args.likelihood_probe:
-        found["likelihood"] = (_file(6, rows * (17 * tokens + 8)), args.likelihood_probe_every)
+        more = 2 if args.likelihood_probe_distribution else 0
+        found["likelihood"] = (_file(6 + more, rows * ((17 + 4 * more) * tokens + 8)), args.likelihood_probe_every)
     if found:
         advantages = 4 * (tokens if args.token_control != "none" else 1)
         of_rollouts = _file(6, rows * (5 * length + tokens + advantages + 12))
