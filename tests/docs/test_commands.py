@@ -69,7 +69,9 @@ def test_every_named_option_exists(command, capsys):
     assert not missing
 
 
-EXPERIMENTS = ("agreement", "calibration", "conditioning", "exchange", "influence", "kernel", "linearity")
+EXPERIMENTS = (
+    "agreement", "calibration", "claims", "conditioning", "exchange", "influence", "kernel", "linearity", "predictors",
+)  # fmt: skip
 
 
 def test_every_named_script_exists():

@@ -24,12 +24,13 @@ def test_both_sums_are_those_of_the_distribution_whatever_token_was_drawn():
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2, 4, 7, dtype=torch.float64, generator=generator)
     for temperature in (1.0, 0.7):
-        expected = torch.tensor([[slowly((row / temperature).tolist()) for row in rows] for rows in logits])
+        expected = torch.tensor([[slowly((row / temperature).tolist()) for row in rows] for rows in logits],
+                                dtype=torch.float64)  # fmt: skip
         for token in range(7):
             tokens = torch.full((2, 4), token)
             found = distribution_sums(*scores(logits, tokens, temperature), *scores(logits, tokens, temperature / 2))
-            torch.testing.assert_close(found.sum_squared, expected[..., 0].double(), rtol=1e-9, atol=0)
-            torch.testing.assert_close(found.mean_discriminator, expected[..., 1].double(), rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(found.sum_squared, expected[..., 0], rtol=1e-9, atol=0)
+            torch.testing.assert_close(found.mean_discriminator, expected[..., 1], rtol=1e-8, atol=1e-12)
 
 
 def test_the_mean_is_zero_where_all_tokens_are_equally_likely_or_one_is_certain():
