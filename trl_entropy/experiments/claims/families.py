@@ -18,8 +18,9 @@ _NO_EXTRAS = {
 _NO_PROBES = {"entropy_probe": "false", "likelihood_probe": "false"}
 _EVERY_STEP = {
     "entropy_probe_every": "1", "entropy_probe_num_completions": "128", "entropy_attribution": "token",
-    "likelihood_probe_every": "1", "likelihood_probe_distribution": "true", "noise_scale_probe": "true",
-    "noise_scale_within_prompt": "true", "fisher_probe": "true", "fisher_probe_every": "4", "fisher_num_sequences": "64", "probe_files_keep": "60",
+    "likelihood_probe_every": "1", "likelihood_probe_distribution": "true", "probe_files_keep": "60",
+    "noise_scale_probe": "true", "noise_scale_within_prompt": "true",
+    "fisher_probe": "true", "fisher_probe_every": "4", "fisher_num_sequences": "64",
 }  # fmt: skip
 _INFORMATION = {
     "mutual_information_probe": "true", "mutual_information_probe_every": "2", "mutual_information_num_prompts": "16",
