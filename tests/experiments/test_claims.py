@@ -285,6 +285,9 @@ def test_training_goes_on_with_what_is_missing_and_an_unfinished_run_is_begun_ag
     assert family.run(3, tmp_path) is not None and not (tmp_path / "plain-seed3" / "old").exists()
     with pytest.raises(ValueError, match="exists and is not a finished run"):
         family.train(3, tmp_path)
+    monkeypatch.setattr(families, "_num_steps", lambda path: 3)
+    with pytest.raises(ValueError, match=r"was stopped after 3 of 4 steps"):
+        families.Family("plain", "", {}, (4,), 4, 1.0).train(4, tmp_path)
     Done.returncode = 1
     with pytest.raises(ValueError, match="ended with exit code 1"):
         families.Family("plain", "", {}, (4,), 4, 1.0).train(4, tmp_path)

@@ -77,11 +77,7 @@ class Family:
     def run(self, seed: int, folder: Path) -> Run | None:
         """The finished run of a seed in `folder`; None if there is none."""
         path = self.path(seed, folder)
-        if not path.is_dir():
-            return None
-        run = load_run(path)
-        last = max((int(row["step"]) for row in run.rows()), default=0)
-        return run if last >= self.num_steps else None
+        return load_run(path) if path.is_dir() and _num_steps(path) >= self.num_steps else None
 
     def train(self, seed: int, folder: Path) -> None:
         """
@@ -89,7 +85,7 @@ class Family:
         begun again.
 
         Raises:
-            ValueError: if training ends with an error; its messages stand above.
+            ValueError: if training ends with an error, whose messages stand above, or is stopped before its end.
         """
         path = self.path(seed, folder)
         unfinished = path.with_name(f"{path.name}.unfinished")
@@ -102,7 +98,13 @@ class Family:
                 raise ValueError(
                     f"training {path.name} ended with exit code {done.returncode}; its messages stand above"
                 )
+        if (num_steps := _num_steps(unfinished)) < self.num_steps:
+            raise ValueError(f"training {path.name} was stopped after {num_steps} of {self.num_steps} steps")
         unfinished.rename(path)
+
+
+def _num_steps(run: Path) -> int:
+    return max((int(row["step"]) for row in load_run(run).rows()), default=0)
 
 
 def _words(name: str, value: str) -> list[str]:
