@@ -28,11 +28,11 @@ def lead(run: Run) -> float:
     was measured, at which the entropy was; if that never was, to the last. nan if the information never was.
     """
     rows = run.rows(_INFORMATION)
-    fell = {key: halved([row[key] for row in rows]) for key in (_INFORMATION, _ENTROPY)}
-    if fell[_INFORMATION] is None:
+    information, entropy = (halved([row[key] for row in rows]) for key in (_INFORMATION, _ENTROPY))
+    if information is None:
         return math.nan
-    end = len(rows) - 1 if fell[_ENTROPY] is None else fell[_ENTROPY]
-    return float(rows[end]["step"] - rows[fell[_INFORMATION]]["step"])
+    end = len(rows) - 1 if entropy is None else entropy
+    return float(rows[end]["step"] - rows[information]["step"])
 
 
 def halved(values: Sequence[float]) -> int | None:

@@ -25,7 +25,7 @@ def _means(run: Run) -> dict[str, float]:
 def of_step(run: Run, step: int) -> dict[str, float]:
     """Correlations over tokens of an advantage other than 0, of STEER's estimate and of -A (S - E[S])."""
     scores = run.probe_file("likelihood", step)
-    advantages = run.probe_file("rollouts", step, ["advantages"])["advantages"].astype(float)
+    advantages: np.ndarray = run.probe_file("rollouts", step, ["advantages"])["advantages"].astype(float)
     by_token = np.broadcast_to(advantages[:, None], scores["logps_before"].shape)
     chosen = own_tokens(scores) & (by_token != 0)
     logps, entropy, after = (

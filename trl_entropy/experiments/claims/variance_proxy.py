@@ -37,7 +37,7 @@ def proxy(run: Run, step: int) -> dict[str, float]:
         return {"proxy": math.nan, "squared_advantage": math.nan}
     weights = 1.0 - 2.0 * np.exp(scores["logps_before"].astype(float)) + scores["sum_squared_before"].astype(float)
     of_rows = np.where(own_tokens(scores), weights, 0.0).sum(1)
-    squares = rollouts["advantages"].astype(float) ** 2
+    squares: np.ndarray = rollouts["advantages"].astype(float) ** 2
     return {"proxy": float((squares * of_rows).mean()), "squared_advantage": float(squares.mean())}
 
 
