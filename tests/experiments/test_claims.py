@@ -236,6 +236,11 @@ def test_the_list_shows_everything_without_a_run(capsys):
     assert "trl-entropy train --config quickstart" in printed
     claims.main(["--list", "--claim", "reward_law"])
     assert "variance_proxy" not in capsys.readouterr().out
+    claims.main(["--list", "--claim", "bonus_bias", "--steps", "20"])
+    printed = capsys.readouterr().out
+    assert "--max_steps 20" in printed and "--save_steps 10" in printed and "--max_steps 80" not in printed
+    with pytest.raises(SystemExit):
+        claims.main(["--list", "--steps", "3"])
     with pytest.raises(SystemExit, match="--runs FOLDER"):
         claims.main([])
 

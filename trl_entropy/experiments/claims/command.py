@@ -19,7 +19,7 @@ from typing import TypedDict
 
 from trl_entropy.analysis.run import Run
 from trl_entropy.experiments.claims.claim import Claim, Expected, Finding
-from trl_entropy.experiments.claims.families import FAMILIES
+from trl_entropy.experiments.claims.families import FAMILIES, Family, shortened
 from trl_entropy.experiments.claims.listed import CLAIMS
 from trl_entropy.experiments.output import Numbers, saved_figure, with_interval, write_numbers
 from trl_entropy.runs.console import quiet_libraries
@@ -58,8 +58,9 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     quiet_libraries()
     chosen = [CLAIMS[name] for name in options.claim or CLAIMS]
+    families = FAMILIES if options.steps is None else shortened(FAMILIES, options.steps)
     if options.list:
-        print("\n\n".join(described(claim) for claim in chosen))
+        print("\n\n".join(described(claim, families) for claim in chosen))
         return
     if options.runs is None:
         sys.exit("Error: name the folder of the runs, --runs FOLDER; --list needs none.")
@@ -67,15 +68,15 @@ def main(argv: list[str]) -> None:
         output = options.output or options.runs
         check_writable(output)
         if options.train:
-            train_missing(chosen, options.runs)
-        result = {claim.name: judged(claim, options.runs) for claim in chosen}
+            train_missing(chosen, families, options.runs)
+        result = {claim.name: judged(claim, families, options.runs) for claim in chosen}
     except ValueError as error:
         sys.exit(f"Error: {describe(error)}.")
     write_numbers(output / "claims.json", result)
     draw(result, output / "claims.png")
     print(markdown(result))
-    if missing := missing_runs(chosen, options.runs):
-        minutes = sum(FAMILIES[family].minutes for family, _ in missing)
+    if missing := missing_runs(chosen, families, options.runs):
+        minutes = sum(families[family].minutes for family, _ in missing)
         print(f"\n{counted(len(missing), 'run')} of these claims not trained yet, about {minutes:.0f} CPU minutes:")
         print(f"  trl-entropy experiment claims --runs {shlex.quote(str(options.runs))} --train")
     print(f"\n{output / 'claims.json'}\n{output / 'claims.png'}")
@@ -90,12 +91,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="say what is claimed and what would refute it, and end")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where the runs are, or are to be trained")
     parser.add_argument("--train", action="store_true", help="train the runs that are missing first")
+    parser.add_argument(
+        "--steps", type=_steps, metavar="N", help="runs of N steps, where a family has more: a first look"
+    )
     parser.add_argument("--claim", nargs="+", choices=list(CLAIMS), metavar="NAME", help="these claims only")
     parser.add_argument("--output", type=Path, help="folder to write to (default: that of the runs)")
     return parser
 
 
-def described(claim: Claim) -> str:
+def _steps(word: str) -> int:
+    """Raises `ArgumentTypeError` below 12 steps, of which each third has a kernel."""
+    if not word.isdecimal() or int(word) < 12:
+        raise argparse.ArgumentTypeError(f"{word} is not a number of steps from 12 on")
+    return int(word)
+
+
+def described(claim: Claim, families: Mapping[str, Family]) -> str:
     """A claim in full, with the commands that train its runs."""
     lines = [
         f"{claim.name}  ({claim.source})",
@@ -105,7 +116,7 @@ def described(claim: Claim) -> str:
     lines += [f"  measured:    {one.what}{_where(one)}" for one in claim.expected.values()]
     lines += [f"  cannot show: {claim.caveat}"] if claim.caveat else []
     for name in claim.families:
-        family = FAMILIES[name]
+        family = families[name]
         seeds = ", ".join(map(str, family.seeds))
         lines.append(
             f"  runs:        {name}: {family.purpose}; seeds {seeds}, about {family.minutes:g} CPU minutes each"
@@ -122,32 +133,32 @@ def _where(expected: Expected) -> str:
     return f", {' and '.join(words)}" if words else ""
 
 
-def missing_runs(claims: Sequence[Claim], folder: Path) -> list[tuple[str, int]]:
+def missing_runs(claims: Sequence[Claim], families: Mapping[str, Family], folder: Path) -> list[tuple[str, int]]:
     """The families and seeds that these claims need and `folder` lacks."""
     needed = dict.fromkeys(
-        (name, seed) for claim in claims for name in claim.families for seed in FAMILIES[name].seeds
+        (name, seed) for claim in claims for name in claim.families for seed in families[name].seeds
     )
-    return [(name, seed) for name, seed in needed if FAMILIES[name].run(seed, folder) is None]
+    return [(name, seed) for name, seed in needed if families[name].run(seed, folder) is None]
 
 
-def train_missing(claims: Sequence[Claim], folder: Path) -> None:
+def train_missing(claims: Sequence[Claim], families: Mapping[str, Family], folder: Path) -> None:
     """Train them, one after the other."""
-    missing = missing_runs(claims, folder)
+    missing = missing_runs(claims, families, folder)
     for number, (name, seed) in enumerate(missing, start=1):
         print(f"run {number} of {len(missing)}: {name}, seed {seed}", flush=True)
-        FAMILIES[name].train(seed, folder)
+        families[name].train(seed, folder)
 
 
-def runs_of(claim: Claim, folder: Path) -> dict[str, list[Run]]:
+def runs_of(claim: Claim, families: Mapping[str, Family], folder: Path) -> dict[str, list[Run]]:
     """The finished runs that a claim reads, by family, each family in the order of the seeds."""
-    found = {name: [FAMILIES[name].run(seed, folder) for seed in FAMILIES[name].seeds] for name in claim.families}
+    found = {name: [families[name].run(seed, folder) for seed in families[name].seeds] for name in claim.families}
     return {name: [run for run in runs if run is not None] for name, runs in found.items()}
 
 
-def judged(claim: Claim, folder: Path) -> Judged:
+def judged(claim: Claim, families: Mapping[str, Family], folder: Path) -> Judged:
     """The claim's verdict on the runs that `folder` has; not measured unless it has all of them."""
-    runs = runs_of(claim, folder)
-    complete = all(len(runs[name]) == len(FAMILIES[name].seeds) for name in claim.families)
+    runs = runs_of(claim, families, folder)
+    complete = all(len(runs[name]) == len(families[name].seeds) for name in claim.families)
     finding = claim.judge(runs) if complete else None
     return {
         "source": claim.source,

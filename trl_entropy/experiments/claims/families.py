@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trl_entropy.analysis.run import Run, load_run
@@ -167,3 +167,15 @@ FAMILIES = {
         ),
     )
 }
+
+
+def shortened(families: Mapping[str, Family], num_steps: int) -> dict[str, Family]:
+    """The families with runs of `num_steps` where they have more; what changes on the way changes earlier too."""
+    found = {}
+    for name, family in families.items():
+        share = min(1.0, num_steps / family.num_steps)
+        until = None if family.until is None else round(share * family.until)
+        found[name] = replace(
+            family, num_steps=min(num_steps, family.num_steps), minutes=share * family.minutes, until=until
+        )
+    return found
