@@ -9,6 +9,8 @@ import pytest
 from planted_runs import drawn, right_answers, write_metrics, write_step
 
 from trl_entropy.analysis.run import load_run
+from trl_entropy.config.command_line import parse
+from trl_entropy.config.shipped import config_path
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.experiments import claims
 from trl_entropy.experiments.claims import command, families
@@ -243,6 +245,18 @@ def test_the_list_shows_everything_without_a_run(capsys):
         claims.main(["--list", "--steps", "3"])
     with pytest.raises(SystemExit, match="--runs FOLDER"):
         claims.main([])
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_training_takes_every_command(name, tmp_path):
+    """Settings that nothing reads, or that do not go together, are refused before anything is trained."""
+    family = families.FAMILIES[name]
+    commands = family.commands(10, tmp_path / "run")
+    assert len(commands) == (1 if family.until is None else 2)
+    for words in commands:
+        _, args, _ = parse([config_path(word) if word == "quickstart" else word for word in words[1:]])
+        assert args.seed == 10
+    assert args.max_steps == family.num_steps
 
 
 def test_the_command_judges_what_the_folder_has(tmp_path, capsys, monkeypatch):

@@ -45,8 +45,9 @@ class Family:
         seeds: of its runs; none of them was looked at before the claims were written down.
         num_steps: of each run.
         minutes: CPU minutes of a run on one core, as measured.
-        until: how long these settings hold; the run goes on with `later` instead of those that `later` names.
-        later: see `until`.
+        until: how many steps these settings hold; then the run goes on with those of `later`.
+        later: settings that change then.
+        without: settings that are left out then, since nothing would read them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Family:
     minutes: float
     until: int | None = None
     later: dict[str, str] = field(default_factory=dict)
+    without: Sequence[str] = ()
 
     def commands(self, seed: int, output: Path) -> list[list[str]]:
         """The training commands of one seed: one, or a second one that goes on with other settings."""
@@ -64,7 +66,8 @@ class Family:
         stages[0]["max_steps"] = str(self.until or self.num_steps)
         if self.until is not None:
             stages[0] |= {"save_strategy": "steps", "save_steps": str(self.until)}
-            stages.append({**stages[0], **self.later, "max_steps": str(self.num_steps)})
+            kept = {name: value for name, value in stages[0].items() if name not in self.without}
+            stages.append({**kept, **self.later, "max_steps": str(self.num_steps)})
             stages[1]["resume_from_checkpoint"] = "latest"
             stages[1]["resume_allow_changes"] = " ".join(self.later)
         start = ["train", "--config", "quickstart", "--output_dir", str(output)]
@@ -164,6 +167,7 @@ FAMILIES = {
             1.0,
             until=40,
             later={"token_control": "none"},
+            without=("token_control_quantiles", "token_control_bounds", "token_control_fraction"),
         ),
     )
 }
