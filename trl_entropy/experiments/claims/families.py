@@ -44,7 +44,7 @@ class Family:
         settings: those that differ from the quickstart's.
         seeds: of its runs; none of them was looked at before the claims were written down.
         num_steps: of each run.
-        minutes: CPU minutes of a run on one core, as measured.
+        minutes: CPU minutes of a run, about, from steps on one core of a busy machine.
         until: how many steps these settings hold; then the run goes on with those of `later`.
         later: settings that change then.
         without: settings that are left out then, since nothing would read them.
@@ -131,7 +131,7 @@ FAMILIES = {
             _NO_PROBES | {"learning_rate": "1.0e-4"},
             (10, 11, 12),
             120,
-            2.0,
+            3.0,
         ),
         Family(
             "brief",
@@ -139,7 +139,7 @@ FAMILIES = {
             _NO_PROBES | _INFORMATION | {"reward_funcs": f"{_REWARDS}:brevity", "learning_rate": "1.0e-3"},
             (10, 11, 12),
             60,
-            1.5,
+            2.0,
         ),
         Family(
             "fast",
@@ -147,16 +147,16 @@ FAMILIES = {
             _NO_PROBES | _INFORMATION | {"learning_rate": "3.0e-3"},
             (10, 11, 12),
             60,
-            1.5,
+            2.0,
         ),
-        Family("plain", "the quickstart without probes, for longer", _NO_PROBES, (10, 11, 12), 80, 1.0),
+        Family("plain", "the quickstart without probes, for longer", _NO_PROBES, (10, 11, 12), 80, 2.0),
         Family(
             "bonus",
             "the same with a constant entropy bonus",
             _NO_PROBES | {"entropy_coef": "0.03"},
             (10, 11, 12),
             80,
-            1.0,
+            2.0,
         ),
         Family(
             "covariance",
@@ -164,7 +164,7 @@ FAMILIES = {
             _NO_PROBES | _CLIP_COV,
             (10, 11, 12),
             80,
-            1.0,
+            2.0,
             until=40,
             later={"token_control": "none"},
             without=("token_control_quantiles", "token_control_bounds", "token_control_fraction"),
