@@ -35,7 +35,7 @@ class Part(TypedDict):
 
     what: str
     estimate: Numbers
-    num_runs: int
+    num_samples: int
     above: float
     below: float
     verdict: str | None
@@ -78,7 +78,8 @@ def main(argv: list[str]) -> None:
     if missing := missing_runs(chosen, families, options.runs):
         minutes = sum(families[family].minutes for family, _ in missing)
         print(f"\n{counted(len(missing), 'run')} of these claims not trained yet, about {minutes:.0f} CPU minutes:")
-        print(f"  trl-entropy experiment claims --runs {shlex.quote(str(options.runs))} --train")
+        short = "" if options.steps is None else f" --steps {options.steps}"
+        print(f"  trl-entropy experiment claims --runs {shlex.quote(str(options.runs))}{short} --train")
     print(f"\n{output / 'claims.json'}\n{output / 'claims.png'}")
 
 
@@ -180,7 +181,7 @@ def _parts(finding: Finding) -> dict[str, Part]:
         parts[name] = {
             "what": expected.what,
             "estimate": estimate.as_dict(),
-            "num_runs": estimate.num_samples,
+            "num_samples": estimate.num_samples,
             "above": expected.above,
             "below": expected.below,
             "verdict": expected.verdict(*estimate.interval()) if expected.decides else None,
