@@ -98,6 +98,7 @@ def test_runs_are_taken_together_if_they_differ_in_the_seed_alone(tmp_path):
     for run, rate in zip(runs, (1, 2, 1), strict=True):
         (run.path / "config.yaml").write_text(
             f"learning_rate: {rate}\nseed: {run.path.name}\noutput_dir: {run.path}\n"
+            f"model_config: {{_name_or_path: warm_start-seed{run.path.name}}}\n"
         )
     assert [[run.path.name for run in same] for same in predictors.alike(runs)] == [["0", "2"], ["1"]]
     found = predictors.over_seeds([0.5, 0.7])

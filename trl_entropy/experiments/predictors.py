@@ -63,8 +63,8 @@ _LABELS = {
 }
 _JOINT = " + "  # between the names of runs that are taken together
 _FROM_THE_PAST, _AFTER = ("last_step", "line"), ("trapezoid", "measured")
-# What two runs of one setup may differ in.
-_OF_A_RUN = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "hub_model_id")
+# What two runs of one setup may differ in; `model_config` names the folder of the seed's warm start.
+_OF_A_RUN = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "hub_model_id", "model_config")
 
 
 class Step(NamedTuple):
