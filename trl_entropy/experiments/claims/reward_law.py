@@ -20,7 +20,7 @@ def measure(runs: Runs) -> dict[str, Estimate]:
     """The fit on each run, and what it leaves of the run of the same seed at a third of the learning rate."""
     found = {
         "fit": over_runs([fit(run) for run in runs["probed"]]),
-        "line": over_runs([fit(run, math.log) for run in runs["probed"]]),
+        "line": over_runs([fit(run, of_entropy=True) for run in runs["probed"]]),
     }
     if runs.get("slow"):
         pairs = zip(runs["probed"], runs["slow"], strict=False)
@@ -34,10 +34,10 @@ def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return np.exp([row[_ENTROPY] for row in rows]), np.array([row["reward"] for row in rows])
 
 
-def fit(run: Run, form: object = None) -> float:
-    """R^2 over the largest that the noise of the rewards allows; with `math.log` of R = -a H + b."""
+def fit(run: Run, of_entropy: bool = False) -> float:
+    """R^2 over the largest that the noise of the rewards allows; with `of_entropy` that of R = -a H + b."""
     x, y = curve(run)
-    if form is not None:
+    if of_entropy:
         x = np.log(x)
     groups = run.groups
     if groups.empty:

@@ -12,7 +12,7 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.experiments.claims.claim import Claim, Expected, Runs, of_each_run
 
 _HARD = 0.5  # pass rate up to which a prompt is hard: 1 - K with K the median
-_NANO = 1e-6
+_MICRO = 1e-6
 
 
 def measure(runs: Runs) -> dict[str, Estimate]:
@@ -28,7 +28,7 @@ def _differences(run: Run) -> dict[str, float]:
     hard, num_steps = groups["pass_rate"] <= _HARD, tokens["step"].nunique()
     of_zero = (groups["pass_rate"] * groups["slope"])[hard]  # baseline 0 less baseline p
     of_one = ((groups["pass_rate"] - 1) * groups["slope"])[~hard]  # baseline 1 less baseline p
-    return {"hard": float(of_zero.sum()) / num_steps / _NANO, "easy": float(of_one.sum()) / num_steps / _NANO}
+    return {"hard": float(of_zero.sum()) / num_steps / _MICRO, "easy": float(of_one.sum()) / num_steps / _MICRO}
 
 
 def slopes(tokens: pd.DataFrame) -> pd.DataFrame:
