@@ -61,7 +61,7 @@ def scored(model, policy, file):
             logs = (model(row[None]).logits[0, -number - 1 : -1] / 0.8).log_softmax(-1)
         ends = torch.zeros(2, width, dtype=torch.float64)
         ends[0, :number], ends[1, :number] = logs.gather(1, row[-number:, None])[:, 0], -(logs.exp() * logs).sum(-1)
-        for name, values in zip(found, ends, strict=True):
+        for name, values in zip(("logps", "entropy"), ends, strict=True):
             found[name].append(values)
         whole = torch.zeros(2, width, dtype=torch.float64)
         whole[0, :number] = logs.exp().square().sum(-1)
