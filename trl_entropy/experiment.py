@@ -10,6 +10,7 @@ from trl_entropy.runs.file_errors import ending_in_one_line
 EXPERIMENTS = {
     "agreement": "how well do predicted entropy changes agree with measured ones? Reads the metrics of whole runs",
     "predictors": "which formula predicts a step's entropy change? Published ones, the past and ours. Reads files",
+    "claims": "do published claims hold here? Twelve of them, each with what would refute it. Trains small runs",
     "kernel": "Fisher kernels of single steps, their eigenvalues, and how well they predict the step. Reads files",
     "linearity": "up to which step size does the first-order prediction hold? AdamW's next step, scaled",
     "conditioning": "what does the preconditioner do to the entropy? Compares steps of SGD, RMSprop and AdamW",

@@ -53,7 +53,7 @@ def test_the_predictor_that_made_the_changes_is_found(tmp_path, capsys):
     predictors.main([*map(str, runs), "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     table = json.loads((tmp_path / "out" / "predictors.json").read_text())
-    assert list(table) == ["one", "two", "all runs"]
+    assert list(table) == ["one", "two", "one + two"] and list(table["one + two"]) == list(table["one"])
     for parts in table.values():
         found = parts["all"]
         assert found["centred"]["correlation"]["value"] > 0.98
@@ -62,11 +62,49 @@ def test_the_predictor_that_made_the_changes_is_found(tmp_path, capsys):
         assert found["linear"]["sign"]["value"] > 0.9 and found["centred"]["slope"] is None
         # Draws are independent over steps, so that the past says nothing.
         assert abs(found["last_step"]["correlation"]["value"]) < 0.5
+        known = {name: found[name]["known"] for name in ("last_step", "centred", "linear")}
+        assert known == {"last_step": "past", "centred": "before", "linear": "after"}  # E is the next step's rollouts
+        assert "discriminator_exact" not in found  # nothing of the whole distribution was written
+    seeds = table["one + two"]["all"]["centred"]["over_seeds"]
+    assert seeds["low"] < table["one"]["all"]["centred"]["correlation"]["value"] < seeds["high"]
     assert table["one"]["all"]["last_step"]["num_steps"] == STEPS - 1
     assert table["one"]["all"]["line"]["num_steps"] == STEPS - 3
     assert "trapezoid" not in table["one"]["all"]  # it was not logged
     assert printed.index("-A (log p + H) |") < printed.index("the step before")
     assert (tmp_path / "out" / "predictors.png").stat().st_size > 10_000
+
+
+def test_whole_distributions_have_formulas_of_their_own(tmp_path):
+    path = write_run(tmp_path / "run", num_steps=9)
+    (path / "config.yaml").write_text("entropy_probe_completions: held_out\n")
+    run, means = load_run(path), 0.2 * torch.rand(8, 5, generator=torch.Generator().manual_seed(1))
+    for step in run.probe_steps("likelihood"):
+        arrays = {name: torch.from_numpy(values.copy()) for name, values in run.probe_file("likelihood", step).items()}
+        write_probe_file(path, "likelihood", step, arrays | {"mean_discriminator_before": means}, {}, None)
+    steps = predictors.steps_of(run)
+    rollouts, scores = run.probe_file("rollouts", 4), run.probe_file("likelihood", 4)
+    own = scores["completion_mask"]
+    s = np.exp(scores["logps_before"]) * (scores["logps_before"] + scores["entropy_before"])
+    terms = (-rollouts["advantages"][:, None] * (s - means.numpy()))[own]
+    found = steps[3].predictions
+    assert found["discriminator_exact"][0] == pytest.approx(terms.mean(), rel=1e-5)
+    assert found["raising"][0] == pytest.approx(terms[terms > 0].sum() / len(terms), rel=1e-5)
+    assert found["lowering"][0] == pytest.approx(terms[terms < 0].sum() / len(terms), rel=1e-5)
+    assert steps[3].known["linear"] == "before" and steps[3].known["discriminator_exact"] == "before"
+
+
+def test_runs_are_taken_together_if_they_differ_in_the_seed_alone(tmp_path):
+    runs = [load_run(write_run(tmp_path / str(seed), seed, 9)) for seed in range(3)]
+    for run, rate in zip(runs, (1, 2, 1), strict=True):
+        (run.path / "config.yaml").write_text(
+            f"learning_rate: {rate}\nseed: {run.path.name}\noutput_dir: {run.path}\n"
+            f"model_config: {{_name_or_path: warm_start-seed{run.path.name}}}\n"
+        )
+    assert [[run.path.name for run in same] for same in predictors.alike(runs)] == [["0", "2"], ["1"]]
+    found = predictors.over_seeds([0.5, 0.7])
+    z = np.arctanh([0.5, 0.7])
+    assert found["value"] == pytest.approx(np.tanh(z.mean()))
+    assert np.arctanh(found["high"]) - z.mean() == pytest.approx(12.7062 * z.std(ddof=1) / np.sqrt(2), rel=1e-4)
 
 
 def test_the_line_through_the_past_goes_on_straight():

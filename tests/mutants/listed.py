@@ -150,6 +150,14 @@ _ENTROPY = {
         ("centred = token_entropy.detach().double()", "centred = token_entropy.double()"),
         ("weights.detach() * token_entropy.double()", "weights * token_entropy.double()"),
     ]),
+    "estimators/entropy_change/whole_distribution.py": ("estimators/entropy_change/test_whole_distribution.py", [
+        ("2 * logps.double() - logps_at_half.double()", "logps.double() - logps_at_half.double()"),
+        ("(log_c - entropy_at_half.double()) / 2", "(log_c + entropy_at_half.double()) / 2"),
+    ]),
+    "estimators/entropy_change/published.py": ("estimators/entropy_change/test_published.py", [
+        ("(entropy + logps) - mean_discriminator)", "(entropy + logps))"),
+        ("exact.clamp(min=0).mean()", "exact.clamp(max=0).mean()"),
+    ]),
     "estimators/entropy_change/rivals.py": ("estimators/entropy_change/test_rivals.py", [
         ("m[1] / m[0] * m[2] / m[0] - m[3] / m[0]", "m[3] / m[0] - m[1] / m[0] * m[2] / m[0]"),
     ]),

@@ -61,14 +61,19 @@ def scored(model, policy, file):
             logs = (model(row[None]).logits[0, -number - 1 : -1] / 0.8).log_softmax(-1)
         ends = torch.zeros(2, width, dtype=torch.float64)
         ends[0, :number], ends[1, :number] = logs.gather(1, row[-number:, None])[:, 0], -(logs.exp() * logs).sum(-1)
-        for name, values in zip(found, ends, strict=True):
+        for name, values in zip(("logps", "entropy"), ends, strict=True):
             found[name].append(values)
+        whole = torch.zeros(2, width, dtype=torch.float64)
+        whole[0, :number] = logs.exp().square().sum(-1)
+        whole[1, :number] = (logs.exp().square() * (logs + ends[1, :number, None])).sum(-1)
+        for name, values in zip(("sum_squared", "mean_discriminator"), whole, strict=True):
+            found.setdefault(name, []).append(values)
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0)])
 def test_files_and_metrics_are_those_of_plain_forward_passes(tmp_path, adapter):
-    trainer, policies = train(tmp_path, odd_share, adapter)
+    trainer, policies = train(tmp_path, odd_share, adapter, likelihood_probe_distribution=adapter is None)
     run = load_run(trainer.args.output_dir)
     model = trainer.model.double().eval()
     for step, row in enumerate(RunDirectory(run.path).metrics(), start=1):
@@ -80,6 +85,12 @@ def test_files_and_metrics_are_those_of_plain_forward_passes(tmp_path, adapter):
                 torch.testing.assert_close(
                     torch.tensor(file[f"{name}_{when}"]).double()[mask], end[name][mask], rtol=1e-5, atol=1e-5
                 )
+        of_distribution = [name for name in ("sum_squared", "mean_discriminator") if f"{name}_before" in file]
+        assert len(of_distribution) == (2 if adapter is None else 0)
+        for name in of_distribution:
+            torch.testing.assert_close(
+                torch.tensor(file[f"{name}_before"]).double(), ends[0][name].where(mask, 0.0), rtol=1e-5, atol=1e-5
+            )
         changes = [float((after - before)[kept].sum()) for before, after, kept in zip(
             ends[0]["logps"], ends[1]["logps"], mask, strict=True)]  # fmt: skip
         signs = [("above_mean", 1), ("below_mean", -1)]

@@ -129,6 +129,9 @@ TOGGLES = {
     "noise_scale_within_prompt": ({"noise_scale_probe": True, "noise_scale_within_prompt": True}, True, False),
     "fisher_probe": ({"fisher_probe": True, "fisher_num_sequences": 12}, True, False),
     "likelihood_probe": ({"likelihood_probe": True}, True, True),
+    "likelihood_probe_distribution": (
+        {"likelihood_probe": True, "likelihood_probe_distribution": True}, True, True,
+    ),
     "mutual_information_probe": (
         {"mutual_information_probe": True, "mutual_information_probe_every": 1, "mutual_information_num_prompts": 4},
         True, False,

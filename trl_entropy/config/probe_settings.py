@@ -205,6 +205,16 @@ class ProbeSettings:
         probe="likelihood_probe",
         changes_training=False,
     )
+    likelihood_probe_distribution: bool = setting(
+        "Also write what published formulas need of the whole distribution at each token before the step: the sum of "
+        "its squared probabilities, and the mean of the discriminator of arXiv:2602.03392. `trl-entropy experiment "
+        "predictors` and `claims` read them.",
+        False,
+        probe="likelihood_probe",
+        changes_training=False,
+        logs="no number; `sum_squared_before` and `mean_discriminator_before` in the step's file",
+        cost="a third forward pass over the step's completions, and 8 bytes for each of their tokens",
+    )
     effective_sample_size_probe: bool = setting(
         "Log the effective sample size of the loss weights: the number of equally weighted completions that they are "
         "worth.",

@@ -5,20 +5,24 @@ Compares what published formulas, the past of the run and this package say of ea
 measured on half b of its probe batch, which none of them saw. Reads a run whose steps were probed, and trains nothing:
 
     entropy_probe: true
-    likelihood_probe: true             # log-probabilities and entropies of the step's own tokens
+    likelihood_probe: true                # log-probabilities and entropies of the step's own tokens
+    likelihood_probe_distribution: true   # for the formulas that need each token's whole distribution
     probe_files_keep: STEPS OF THE RUN
     entropy_probe_completions: next_rollouts, held_out or eval
+
+Runs that differ in the seed alone are taken together too: with errors over all their steps, and over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 
@@ -29,10 +33,12 @@ from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.estimators.statistics.moments import PairMoments, jackknife
 from trl_entropy.experiments.output import Numbers, saved_figure, thirds, with_interval, write_numbers
 from trl_entropy.runs.console import quiet_libraries
+from trl_entropy.runs.counted import counted
 from trl_entropy.runs.file_errors import describe
 
 # Predictors in nats per token, whose slope has a meaning; the others are known up to a factor.
 OWN = ("linear", "second_order", "trapezoid", "measured")
+_MEAN = "mean_discriminator_before"
 _PAST = 10  # steps that the line through the past takes, at most
 _LABELS = {
     "cov_natural": "-Cov(log p, A), Cui et al. Theorem 2",
@@ -44,6 +50,9 @@ _LABELS = {
     "discriminator_centred": "the same, batch-centred",
     "steer": "STEER, paper",
     "steer_code": "STEER, code",
+    "discriminator_exact": "-A (S - E[S])",
+    "raising": "its rising part (OPEFO)",
+    "lowering": "its falling part (OPEFO)",
     "high_entropy": "-A (log p + H), top fifth of H",
     "last_step": "the step before",
     "line": f"line through the last {_PAST}",
@@ -52,6 +61,10 @@ _LABELS = {
     "trapezoid": "trapezoid",
     "measured": "measured on half a",
 }
+_JOINT = " + "  # between the names of runs that are taken together
+_FROM_THE_PAST, _AFTER = ("last_step", "line"), ("trapezoid", "measured")
+# What two runs of one setup may differ in; `model_config` names the folder of the seed's warm start.
+_OF_A_RUN = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "hub_model_id", "model_config")
 
 
 class Step(NamedTuple):
@@ -60,16 +73,22 @@ class Step(NamedTuple):
     measured: float
     stderr: float
     predictions: dict[str, tuple[float, float]]
+    known: dict[str, str]
 
 
 class Score(TypedDict):
-    """How well a predictor did: `r_squared` over its ceiling, and the share of steps whose sign it told."""
+    """
+    How well a predictor did: `r_squared` over its ceiling, the share of steps whose sign it told, and when it is
+    `known`: from the `past`, from the step's completions and its gradient `before` it is made, or `after`.
+    """
 
+    known: str
     correlation: Numbers
     share_of_ceiling: Numbers
     slope: Numbers | None
     sign: Numbers
     num_steps: int
+    over_seeds: NotRequired[Numbers]  # the correlation, with an interval over runs instead of steps
 
 
 def steps_of(run: Run) -> list[Step]:
@@ -105,12 +124,19 @@ def _step(run: Run, row: dict[str, float], past: Sequence[tuple[float, float]]) 
     if advantages.ndim > 1:
         raise ValueError(f"{run.path}: token_control changes the advantages of tokens, which no formula here covers")
     logps, entropies = (torch.from_numpy(arrays[name]) for name in ("logps_before", "entropy_before"))
-    published = published_predictions(logps, entropies, torch.from_numpy(advantages), torch.from_numpy(mask))
+    means = torch.from_numpy(arrays[_MEAN]) if _MEAN in arrays else None
+    published = published_predictions(logps, entropies, torch.from_numpy(advantages), torch.from_numpy(mask), means)
     found = {name: (value, 0.0) for name, value in (published | _from_the_past(step, past)).items()}
     for name in OWN:
         if (key := f"entropy/half_a_{name}") in row:
             found[name] = row[key], row[f"{key}_stderr"]
-    return Step(row["entropy/half_b_measured"], row["entropy/half_b_measured_stderr"], found)
+    return Step(row["entropy/half_b_measured"], row["entropy/half_b_measured_stderr"], found, _known(run, found))
+
+
+def _known(run: Run, names: Iterable[str]) -> dict[str, str]:
+    """When each prediction is known; the completions of the next step are drawn after this one."""
+    late = OWN if run.config.get("entropy_probe_completions", "next_rollouts") == "next_rollouts" else _AFTER
+    return {name: "past" if name in _FROM_THE_PAST else "after" if name in late else "before" for name in names}
 
 
 def _from_the_past(step: int, past: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -142,8 +168,9 @@ def _score(name: str, steps: Sequence[Step]) -> Score:
 
     told = sum(step.predictions[name][0] * step.measured > 0 for step in steps)
     low, high = wilson_interval(told, len(steps))
-    has_slope = name in (*OWN, "last_step", "line")
+    has_slope = name in (*OWN, *_FROM_THE_PAST)
     return {
+        "known": steps[0].known[name],
         "correlation": _correlation(pairs),
         "share_of_ceiling": jackknife(pairs, PairMoments.share_of_ceiling).as_dict(),
         "slope": jackknife(pairs, PairMoments.corrected_slope).as_dict() if has_slope else None,
@@ -165,15 +192,43 @@ def _correlation(pairs: Sequence[PairMoments]) -> Numbers:
 
 
 def analyse(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Score]]]:
-    """Scores by run, part of the run and predictor; of several runs also of all their steps, as `all runs`."""
-    found, everything = {}, []
-    for run in runs:
-        steps = steps_of(run)
-        everything += steps
-        found[run.path.name] = {part: scores(some) for part, some in thirds(steps).items()}
-    if len(runs) > 1:
-        found["all runs"] = {"all": scores(everything)}
+    """Scores by run, part of the run and predictor; of runs that differ in the seed alone also of all their steps."""
+    steps = {run: steps_of(run) for run in runs}
+    found = {run.path.name: {part: scores(some) for part, some in thirds(steps[run]).items()} for run in runs}
+    for same in alike(runs):
+        if len(same) > 1:
+            names = [run.path.name for run in same]
+            parts = [thirds(steps[run]) for run in same]
+            found[_JOINT.join(names)] = {
+                part: _of_seeds([step for some in parts for step in some[part]], [found[name][part] for name in names])
+                for part in parts[0]
+            }
     return found
+
+
+def _of_seeds(steps: Sequence[Step], each: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
+    """The scores on the steps of all runs, with the interval over the runs, whose own scores `each` has."""
+    pooled = scores(steps)
+    for name, score in pooled.items():
+        score["over_seeds"] = over_seeds([table[name]["correlation"]["value"] for table in each if name in table])
+    return pooled
+
+
+def alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups whose settings differ in the seed and in names alone."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {name: value for name, value in run.config.items() if name not in _OF_A_RUN}
+        groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def over_seeds(correlations: Sequence[float]) -> Numbers:
+    """Mean of Fisher's z = atanh r over runs, with Student's t interval over them, as correlations."""
+    z = torch.tensor([math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))) for r in correlations], dtype=torch.float64)
+    stderr = float(z.std() / math.sqrt(len(z))) if len(z) > 1 else math.nan
+    low, high = Estimate(float(z.mean()), stderr, len(z) - 1.0, len(z)).interval()
+    return {"value": math.tanh(float(z.mean())), "low": math.tanh(low), "high": math.tanh(high)}
 
 
 def markdown(result: dict[str, dict[str, dict[str, Score]]]) -> str:
@@ -182,20 +237,25 @@ def markdown(result: dict[str, dict[str, dict[str, Score]]]) -> str:
     for name, parts in result.items():
         ordered = sorted(parts["all"].items(), key=lambda item: -_finite(item[1]["correlation"]["value"]))
         columns = [part for part in parts if part != "all"]
-        header = ["predictor", "steps", "correlation", "R^2 over its ceiling", "sign", "slope", *columns]
-        lines = [f"| {name}: {' | '.join(header)} |", "|---" * len(header) + "|"]
+        seeds = ["over seeds"] if any("over_seeds" in score for score in parts["all"].values()) else []
+        header = ["predictor", "known", "steps", "correlation", *seeds, "R^2 over its ceiling", "sign", "slope"]
+        header += columns
+        lines = [f"{name}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         lines += [f"| {' | '.join(_cells(key, score, parts, columns))} |" for key, score in ordered]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
 def _cells(name: str, score: Score, parts: dict[str, dict[str, Score]], columns: Sequence[str]) -> Iterator[str]:
-    yield from (_LABELS[name], str(score["num_steps"]), with_interval(score["correlation"], form=".2f"))
+    yield from (_LABELS[name], score["known"], str(score["num_steps"]))
+    yield with_interval(score["correlation"], form=".2f")
+    if "over_seeds" in score:
+        yield with_interval(score["over_seeds"], form=".2f")
     yield f"{score['share_of_ceiling']['value']:.2f}"
     yield with_interval(score["sign"], form=".2f")
     yield "" if score["slope"] is None else with_interval(score["slope"], form=".2f")
     for part in columns:
-        yield f"{parts[part][name]['correlation']['value']:.2f}" if name in parts[part] else "-"
+        yield with_interval(parts[part][name]["correlation"], form=".2f") if name in parts[part] else "-"
 
 
 def _finite(value: float) -> float:
@@ -203,7 +263,9 @@ def _finite(value: float) -> float:
 
 
 def draw(result: dict[str, dict[str, dict[str, Score]]], target: Path) -> None:
-    """The correlations with their intervals, a panel for each run."""
+    """The correlations with their intervals, a panel for each run, and for runs of one setup one for all of them."""
+    taken = {one for name in result if _JOINT in name for one in name.split(_JOINT)}
+    result = {name: parts for name, parts in result.items() if name not in taken}
     shown = [key for key in reversed(_LABELS) if any(key in parts["all"] for parts in result.values())]
     with saved_figure(target, (4.2 * len(result) + 2.4, 4.6)) as figure:
         for axes, (name, parts) in zip(figure.subplots(1, len(result), sharey=True, squeeze=False)[0], result.items(),
@@ -216,8 +278,14 @@ def draw(result: dict[str, dict[str, dict[str, Score]]], target: Path) -> None:
                     axes.plot([entry["low"], entry["high"]], [place, place], color=colour)
                     axes.plot(entry["value"], place, "o", color=colour)
             axes.axvline(0, color="0.8", zorder=0)
-            axes.set(title=name, xlim=(-1.05, 1.05), xlabel="correlation with the measured change, 95 % intervals")
+            axes.set(title=_title(name), xlim=(-1.05, 1.05))
+            axes.set_xlabel("correlation with the measured change, 95 % intervals")
             axes.set_yticks(range(len(shown)), [_LABELS[key] for key in shown])
+
+
+def _title(name: str) -> str:
+    names = name.split(_JOINT)
+    return name if len(names) == 1 else f"{names[0]} and {counted(len(names) - 1, 'other seed')}"
 
 
 def main(argv: list[str]) -> None:
@@ -227,7 +295,7 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; runs may differ in the seed")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--output", type=Path, help="folder to write to (default: RUN/report of the first run)")
     options = parser.parse_args(argv)
     quiet_libraries()

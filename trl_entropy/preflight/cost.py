@@ -181,7 +181,8 @@ class _Counted:
         if args.fisher_probe:
             yield Item("fisher_probe", args.fisher_probe_every, self._fisher())
         if args.likelihood_probe:
-            work = 2 * self.score(self.rows) + 2 * self._float32_copy()
+            passes = 3 if args.likelihood_probe_distribution else 2
+            work = passes * (self.score(self.rows) + self._float32_copy())
             yield Item("likelihood_probe", args.likelihood_probe_every, work)
         if args.mutual_information_probe:
             yield Item("mutual_information_probe", args.mutual_information_probe_every, self._mutual_information())

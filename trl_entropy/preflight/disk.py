@@ -169,7 +169,8 @@ def _probe_files(plan: Plan) -> dict[str, StepFiles]:
     if args.fisher_probe:
         found["fisher"] = (_fisher_file(plan), args.fisher_probe_every)
     if args.likelihood_probe:
-        found["likelihood"] = (_file(6, rows * (17 * tokens + 8)), args.likelihood_probe_every)
+        more = 2 if args.likelihood_probe_distribution else 0
+        found["likelihood"] = (_file(6 + more, rows * ((17 + 4 * more) * tokens + 8)), args.likelihood_probe_every)
     if args.mutual_information_probe:
         prompts = args.mutual_information_num_prompts
         scored = _file(3, prompts * args.num_generations * 8 * (prompts + 2))

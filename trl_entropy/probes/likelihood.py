@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trl_entropy.config.probe_checks import ProbeChecks
 from trl_entropy.engine import Engine, UpdateContext, rank_symmetric
 from trl_entropy.estimators.attribution.likelihood import outcome_sums
+from trl_entropy.estimators.entropy_change.whole_distribution import distribution_sums
 from trl_entropy.gradients.scores import Params, TokenScores, score
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.probe import Probe
@@ -35,17 +36,19 @@ class LikelihoodProbe(Probe):
     Args:
         every: cadence in steps.
         batch_size: completions scored at a time, at most; None: as many as memory allows.
+        distribution: also write what published formulas need of each token's whole distribution before the step
+            (`distribution_sums`), from a third forward pass at half the temperature.
     """
 
     name = "likelihood"
 
-    def __init__(self, every: int = 1, batch_size: int | None = None) -> None:
+    def __init__(self, every: int = 1, batch_size: int | None = None, distribution: bool = False) -> None:
         super().__init__(every)
-        self.batch_size = batch_size
+        self.batch_size, self.distribution = batch_size, distribution
 
     @classmethod
     def from_config(cls, args: ProbeChecks) -> LikelihoodProbe:
-        return cls(args.likelihood_probe_every, args.probe_batch_size)
+        return cls(args.likelihood_probe_every, args.probe_batch_size, args.likelihood_probe_distribution)
 
     def check_model(self, args: ProbeChecks, model: nn.Module) -> None:
         model_checks.check_scoring(model, "likelihood_probe", derivatives=False)
@@ -55,26 +58,32 @@ class LikelihoodProbe(Probe):
     ) -> None:
         completions = Completions.of(record.rollouts)
         before, after = (
-            self._score(args, engine, completions, params) for params in (update.params_before, update.params_after)
+            self._score(engine, completions, args.temperature, params)
+            for params in (update.params_before, update.params_after)
         )
         changes = (after.logps[0].double() - before.logps[0].double()).where(completions.loss_mask.bool(), 0.0).sum(1)
-        sums = outcome_sums(changes, completions.loss_mask.sum(1).double(), record.rollouts.raw_advantages)
-        metrics |= _by_outcome(sums, engine.accelerator)
+        of_outcomes = outcome_sums(changes, completions.loss_mask.sum(1).double(), record.rollouts.raw_advantages)
+        metrics |= _by_outcome(of_outcomes, engine.accelerator)
         files.write_rollouts(record.step, record.rollouts)
         scores = {
             f"{name}_{when}": getattr(end, name)[0]
             for name in ("logps", "entropy")
             for when, end in (("before", before), ("after", after))
         }
+        if self.distribution:
+            at_half = self._score(engine, completions, args.temperature / 2, update.params_before)
+            sums = distribution_sums(before.logps[0], before.entropy[0], at_half.logps[0], at_half.entropy[0])
+            own = completions.loss_mask.bool()
+            scores |= {f"{name}_before": values.where(own, 0.0) for name, values in sums._asdict().items()}
         masks = {name: getattr(completions, name) for name in ("completion_mask", "loss_mask", "prompt_index")}
         files.write(self.name, record.step, masks | scores)
 
-    def _score(self, args: ProbeChecks, engine: Engine, completions: Completions, params: Params) -> TokenScores:
+    def _score(self, engine: Engine, completions: Completions, temperature: float, params: Params) -> TokenScores:
         with (
             rank_symmetric(engine.accelerator, "scoring the likelihood probe's completions"),
             engine.scoring_model(params, differentiated=False) as model,
         ):
-            return score(model, completions, args.temperature, self.batch_size, params)
+            return score(model, completions, temperature, self.batch_size, params)
 
 
 def _by_outcome(sums: Float[Tensor, "3 2"], accelerator: Accelerator) -> dict[str, float]:

@@ -262,6 +262,12 @@ RUN_FILES = [
             "logps_after": Part("the same with the parameters after it", "nats", "B T"),
             "entropy_before": Part("entropy of the distribution at each token, before the step", "nats", "B T"),
             "entropy_after": Part("the same after it", "nats", "B T"),
+            "sum_squared_before": Part(
+                "sum of the squared probabilities of the distribution there, with `likelihood_probe_distribution`",
+                "",
+                "B T",
+            ),
+            "mean_discriminator_before": Part("mean of p (H + log p) over that distribution, likewise", "nats", "B T"),
         },
     ),
     RunFile(

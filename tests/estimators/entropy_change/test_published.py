@@ -71,6 +71,29 @@ def test_each_is_the_entropy_change_of_the_update_that_it_is_derived_for():
         assert found[name] == pytest.approx(float(gradient), rel=1e-12), name
 
 
+def test_the_exact_form_is_the_change_by_a_step_of_every_single_token():
+    """In a state with a logit for each action, whatever the advantages sum to."""
+    p = torch.tensor([0.1, 0.25, 0.65], dtype=torch.float64)
+    drawn, advantages = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([1.0, 0.5, -2.0, 0.7, -0.1], dtype=torch.float64)
+
+    def entropy(logits):
+        return torch.distributions.Categorical(logits=logits).entropy()
+
+    changes = []
+    for token, advantage in zip(drawn.tolist(), advantages, strict=True):
+        direction = advantage * (torch.eye(3, dtype=torch.float64)[token] - p)
+        changes.append(float(torch.func.jvp(entropy, (p.log(),), (direction,))[1]))
+    entropies = entropy(p.log()).expand(5, 1)
+    mean = (p * p * (p.log() + entropies[0])).sum().expand(5, 1)
+    found = published_predictions(
+        p.log()[drawn, None], entropies, advantages, torch.ones(5, 1, dtype=torch.bool), mean
+    )
+    assert min(changes) < -0.01 and max(changes) > 0.01
+    assert found["discriminator_exact"] == pytest.approx(statistics.mean(changes), rel=1e-12)
+    assert found["raising"] == pytest.approx(sum(one for one in changes if one > 0) / 5, rel=1e-12)
+    assert found["lowering"] == pytest.approx(sum(one for one in changes if one < 0) / 5, rel=1e-12)
+
+
 def test_padding_changes_nothing():
     logps, entropies, advantages, mask = random_batch(1)
     padded = [torch.nn.functional.pad(tensor, (0, 3), value=7.0) for tensor in (logps, entropies)]

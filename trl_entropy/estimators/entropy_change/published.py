@@ -16,6 +16,7 @@ def published_predictions(
     token_entropy: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    mean_discriminator: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
     """
     What formulas in print say of the step that is made from these completions, each up to a positive factor that no
@@ -34,6 +35,13 @@ def published_predictions(
     - `steer`: mean of -A (1 - p) S, STEER's estimate on policy (arXiv:2510.10150); `steer_code`: the same over p, as
       its released code divides by the old probability.
     - `high_entropy`: `centred` on the fifth of the tokens with the largest H (arXiv:2506.01939).
+
+    With `mean_discriminator`, E[S] over each token's own distribution, also:
+
+    - `discriminator_exact`: mean of -A (S - E[S]), which for one state with a logit for each action is the change by
+      Delta z = A (e_token - p), exactly to first order (arXiv:2602.03392, arXiv:2602.09782).
+    - `raising`, `lowering`: the sums of its positive and of its negative terms over the number of tokens, the two
+      flows that OPEFO weighs against each other (arXiv:2605.11491).
 
     All in nats times advantage; inputs in nats at the sampling temperature.
     """
@@ -58,4 +66,18 @@ def published_predictions(
         "steer_code": -(advantage * (1 - p) * centred).mean(),
         "high_entropy": -(advantage * centred)[high].sum() / len(logp),
     }
+    if mean_discriminator is not None:
+        exact = token_changes(logp, entropy, advantage, mean_discriminator.double()[chosen])
+        found["discriminator_exact"] = exact.mean()
+        found["raising"], found["lowering"] = exact.clamp(min=0).mean(), exact.clamp(max=0).mean()
     return {name: float(value) for name, value in found.items()}
+
+
+def token_changes(
+    logps: Float[Tensor, "*N"],
+    entropy: Float[Tensor, "*N"],
+    advantages: Float[Tensor, "*N"],
+    mean_discriminator: Float[Tensor, "*N"],
+) -> Float[Tensor, "*N"]:
+    """-A (S - E[S]) of each token, see [`published_predictions`]; nats times advantage."""
+    return -advantages * (logps.exp() * (entropy + logps) - mean_discriminator)
