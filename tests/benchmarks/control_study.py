@@ -58,7 +58,8 @@ METHODS: dict[str, list[Settings]] = {
 }
 # Within a group the seeds are made in turn, so that methods that are compared have equally many.
 GROUPS = (
-    ("none", "lower learning rate"),
+    ("none",),
+    ("lower learning rate",),
     ("clip_cov, largest",),
     ("floor",),
     ("learning rate with a schedule",),
