@@ -1,11 +1,11 @@
 """
 Does a control of the entropy beat a tuned learning rate where entropy pays? The task `trap`, as pre-registered.
 
-    python tests/benchmarks/control_study.py [--minutes 60] [--report]
+    python tests/benchmarks/control_study.py [--jobs 2] [--minutes 60] [--report]
 
 docs/results/trap.md says what was decided before the first run: hypotheses, methods, seeds, tuning, analysis. Every
 finished run is one line of docs/results/study/trap.jsonl, which is the cache: the command makes the runs that are
-missing there, one after the other, in an order in which all methods of a group have equally many seeds; then it writes
+missing there, in an order in which all methods of a group have equally many seeds; then it writes
 docs/results/study/trap.md (tables) and docs/figures/control-study-trap.png. `--report` makes no run. To make all runs
 anew, name another file with `--results`.
 """
@@ -18,7 +18,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +105,19 @@ def chosen(method: str, runs: dict[str, Run]) -> Settings | None:
 
 
 def missing(runs: dict[str, Run], methods: Iterable[str]) -> Iterator[tuple[str, Settings, int]]:
-    """The runs that are not in `runs`, in the order in which they are made; those of `methods` alone."""
-    wanted = set(methods)
+    """Method, settings and seed of the runs that can be made next, in order: fresh seeds once a method is tuned."""
     for group in GROUPS:
-        own = [method for method in group if method in wanted]
-        for method in own:
-            if len(METHODS[method]) > 1:
-                for seed in TUNING_SEEDS:
-                    yield from ((method, settings, seed) for settings in METHODS[method])
-        for seed in SEEDS:
-            for method in own:
-                settings = chosen(method, runs)
-                assert settings is not None, "the runs of tuning come first"
-                yield method, settings, seed
-
-
-def next_run(runs: dict[str, Run], methods: Iterable[str]) -> tuple[str, Settings, int] | None:
-    """The first run that is missing."""
-    return next((one for one in missing(runs, methods) if key_of(*one[1:]) not in runs), None)
+        own = [method for method in group if method in methods]
+        planned = [
+            (method, settings, seed)
+            for method in own
+            if len(METHODS[method]) > 1
+            for seed in TUNING_SEEDS
+            for settings in METHODS[method]
+        ]
+        tuned = {method: settings for method in own if (settings := chosen(method, runs)) is not None}
+        planned += [(method, settings, seed) for seed in SEEDS for method, settings in tuned.items()]
+        yield from (one for one in planned if key_of(*one[1:]) not in runs)
 
 
 def make_run(settings: Settings, seed: int) -> Run:
@@ -176,23 +173,27 @@ def append(path: Path, run: Run) -> None:
         file.write("\n" * (not before.endswith("\n") and bool(before)) + json.dumps(run) + "\n")
 
 
-def study(path: Path, methods: list[str], minutes: float) -> dict[str, Run]:
-    """Make the runs that are missing in the file, beginning none after so many minutes; returns all runs."""
+def study(path: Path, methods: list[str], minutes: float, pool: Executor, jobs: int) -> dict[str, Run]:
+    """Make the runs that are missing in the file, `jobs` at a time and none after so many minutes; returns all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     start, runs = time.monotonic(), read_runs(path)
-    while (found := next_run(runs, methods)) is not None and time.monotonic() - start < 60 * minutes:
-        method, settings, seed = found
-        began = time.monotonic()
-        run = make_run(settings, seed)
-        append(path, run)
-        runs[key_of(settings, seed)] = run
-        last = run["evaluations"][-1]
-        print(
-            f"{method}, {settings}, seed {seed}: reward {last['reward']:.3f}, pass@1 {last['pass@1']:.3f}, "
-            f"{last['seconds']:.0f} s of CPU, {time.monotonic() - began:.0f} s",
-            flush=True,
-        )
-    return runs
+    busy: dict[Future[Run], tuple[str, Settings, int]] = {}
+    while True:
+        free = [one for one in missing(runs, methods) if one not in busy.values()]
+        if time.monotonic() - start < 60 * minutes:
+            busy |= {pool.submit(make_run, *one[1:]): one for one in free[: jobs - len(busy)]}
+        if not busy:
+            return runs
+        for done in wait(busy, return_when=FIRST_COMPLETED).done:
+            method, settings, seed = busy.pop(done)
+            run = runs[key_of(settings, seed)] = done.result()
+            append(path, run)
+            last = run["evaluations"][-1]
+            print(
+                f"{method}, {settings}, seed {seed}: reward {last['reward']:.3f}, pass@1 {last['pass@1']:.3f}, "
+                f"{last['seconds']:.0f} s of CPU, {(time.monotonic() - start) / 60:.0f} minutes so far",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -201,8 +202,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     parser.add_argument("--report", action="store_true", help="make no run: tables and figure from those that exist")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with one thread each")
     options = parser.parse_args()
-    runs = study(options.results, options.methods, 0 if options.report else options.minutes)
+    minutes = 0 if options.report else options.minutes
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        runs = study(options.results, options.methods, minutes, pool, options.jobs)
     from control_study_tables import draw, report
 
     text = report(runs)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ sys.path.append(str(REPOSITORY / "tests" / "benchmarks"))
 
 import control_study as study  # noqa: E402
 import control_study_tables as tables  # noqa: E402
+import entropy_control_cell  # noqa: E402
 
 
 def run(settings, seed, pass_at_1, seconds=100.0):
@@ -32,7 +34,13 @@ def test_tables_of_the_site_are_those_of_the_results():
     assert tables.report(study.read_runs(study.RESULTS)) == written, f"run `{command}`"
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def studied(path, methods, jobs=1, minutes=float("inf")):
+    with ThreadPoolExecutor(jobs) as pool:
+        return study.study(path, methods, minutes, pool, jobs)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, jobs):
     """Each run is made once; one whose line was cut off, again. The better setting goes to the fresh seeds."""
     made = []
 
@@ -41,22 +49,38 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         return run(settings, seed, settings.get("learning_rate", 0.0) * 1000)
 
     monkeypatch.setattr(study, "make_run", make)
+    monkeypatch.setattr(study, "GROUPS", (("none", "lower learning rate"), ("floor",)))
     path, methods = tmp_path / "trap.jsonl", ["none", "lower learning rate"]
-    runs = study.study(path, methods, float("inf"))
-    tuning, fresh = made[:6], made[6:]
-    assert {seed for _, seed in tuning} == set(study.TUNING_SEEDS) and len(set(made)) == len(made) == 26
-    assert [seed for _, seed in fresh] == [seed for seed in study.SEEDS for _ in methods]  # seed by seed
-    assert {settings for settings, _ in fresh} == {"{}", '{"learning_rate": 0.0002}'}
+    runs = studied(path, methods, jobs)
+    tuned = {"{}", '{"learning_rate": 0.0002}'}
+    fresh = [(settings, seed) for settings, seed in made if seed in study.SEEDS]
+    assert len(set(made)) == len(made) == 26 and {settings for settings, _ in fresh} == tuned
     assert study.chosen("lower learning rate", runs) == {"learning_rate": 2e-4}
+    if jobs == 1:
+        assert made[6:] == fresh and [seed for _, seed in fresh] == [seed for seed in study.SEEDS for _ in methods]
 
-    whole = path.read_text(encoding="utf-8")
-    path.write_text(whole[:-40], encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8")[:-40], encoding="utf-8")
     made.clear()
-    again = study.study(path, methods, float("inf"))
+    again = studied(path, methods, jobs)
     assert len(made) == 1 and again == runs == study.read_runs(path)
     made.clear()
-    assert study.study(path, methods, float("inf")) == runs and not made
-    assert study.study(tmp_path / "none.jsonl", methods, 0) == {} and not made
+    assert studied(path, methods, jobs) == runs and studied(tmp_path / "none.jsonl", methods, jobs, 0) == {}
+    assert not made
+
+
+def test_a_line_holds_what_a_run_gave(monkeypatch):
+    """Of a run that draws more for a step: completions are counted as drawn, and read at those of all methods."""
+    entries = [{"step": step, "reward": step / 150, "entropy": 0.12345678, "pass@1": 0.5} for step in (50, 100, 150)]
+    logged = {"resampling/num_completions": [256] * 150, "entropy/policy": [0.1] * 150, "reward": [0.2] * 150}
+    cell = {"steps": 150, "seconds": [float(step) for step in range(1, 151)], "evaluations": entries, "logged": logged}
+    monkeypatch.setattr(entropy_control_cell, "run_cell", lambda *given: cell)
+    line = study.make_run({"resample_uninformative_groups": True}, 10)
+    assert [entry["completions"] for entry in line["evaluations"]] == [12_800, 25_600, 38_400]
+    assert line["evaluations"][0] == {
+        "step": 50, "reward": 0.3333, "entropy": 0.1235, "pass@1": 0.5, "seconds": 50.0, "completions": 12_800
+    }  # fmt: skip
+    assert study.at_completions(line, "reward") == pytest.approx(0.5, abs=1e-3) and len(line["reward"]) == 30
+    assert json.loads(json.dumps(line)) == line and len(json.dumps(line)) < 2000
 
 
 def test_a_method_that_is_half_tuned_chooses_nothing():
