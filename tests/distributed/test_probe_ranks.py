@@ -76,6 +76,9 @@ RUNS = [
     SPARSE | OWN | {"name": "resampling, rollouts", "curriculum": "pass_rate"},
 ]
 FIRST_RUNS = tuple(RUNS[:3])
+EXCHANGE = (
+    {"name": "exchange", "token_control": "exchange", "token_control_floor": 100.0, "token_control_fraction": 0.2},
+)
 # bf16: gradients are rounded by their place in the batch, so two ranks make another update than one process. At the
 # rate of real runs, 1e-6, the bf16 model itself hardly moves.
 BF16 = [
@@ -109,7 +112,7 @@ def rows_of(tmp_path_factory, model_path):
             assert result.returncode == 0, result.stdout[-6000:]
             done[key] = {run["name"]: RunDirectory(directory / run["name"]).metrics() for run in runs}
             done[key]["directory"] = directory
-            environment = json.loads((directory / "full" / "environment.json").read_text())
+            environment = json.loads((directory / runs[0]["name"] / "environment.json").read_text())
             assert environment["num_processes"] == (1 if engine == "cpu" else 2)
         return done[key]
 
@@ -120,6 +123,15 @@ def rows_of(tmp_path_factory, model_path):
 def test_numbers_are_those_of_one_process_where_everything_is_split(rows_of, run):
     """The short command's part of the next test."""
     check_numbers(run, rows_of("cpu", FIRST_RUNS)[run], rows_of("zero3-cpu", FIRST_RUNS)[run])
+
+
+@pytest.mark.slow
+def test_the_dearest_tokens_of_all_ranks_are_left_out(rows_of):
+    """DDP; engines that spread the parameters refuse it."""
+    (name,) = (run["name"] for run in EXCHANGE)
+    of_one, of_two = rows_of("cpu", EXCHANGE)[name], rows_of("ddp-cpu", EXCHANGE)[name]
+    check_numbers(name, of_one, of_two)
+    assert of_two[-1]["token_control/num_tokens"] > 0
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import yaml
 
 from trl_entropy.config.command_line import parse
 from trl_entropy.engine.optimizer_step import metric_of_step, predicted_update
+from trl_entropy.estimators.control.token_control import token_covariances
 from trl_entropy.estimators.entropy_change.delta_entropy import delta_linear
 from trl_entropy.estimators.entropy_change.step_change import point_terms
 from trl_entropy.experiment import main
@@ -23,7 +24,9 @@ from trl_entropy.experiments.exchange_steps import (
     METHODS,
     TARGET_CHANGES,
     chosen_tokens,
+    entropy_losses,
     loss_gradients,
+    ranked_tokens,
     steps_of_methods,
 )
 from trl_entropy.experiments.redraws import pool_completions, redrawn_rows
@@ -206,10 +209,19 @@ def test_each_methods_gradient_is_that_of_trls_loss(state, monkeypatch):
     """With its entropy bonus; and with the chosen tokens' advantages at zero."""
     batch = own_rollouts(state, (8,))
     rollouts = RolloutBatch.from_micro_batches([batch])
-    gradients, counts = loss_gradients(state, rollouts, 3, 16)
+    gradients, counts = loss_gradients(state, rollouts, state.update, 3, 16)
     with state.engine.scoring_model(state.before) as model:
-        logps = score(model, Completions.of(rollouts), 1.0, 16).logps[0]
+        scores = score(model, Completions.of(rollouts), 1.0, 16)
+    logps, mask = scores.logps[0], rollouts.loss_mask.bool()
     chosen = chosen_tokens(logps, rollouts, 3)
+    advantages = rollouts.advantages[:, None].expand(logps.shape)
+    losses = entropy_losses(state, Completions.of(rollouts), advantages, state.update, 16)
+    chosen |= ranked_tokens(scores, losses, rollouts, chosen)
+    assert chosen.keys() == counts.keys()
+    for name, values in {"largest_cov": token_covariances(logps, advantages, mask), "attribution": losses}.items():
+        left_out = chosen[f"{name} 0.1"]
+        assert int(left_out.sum()) == counts["clip_cov 0.1"] and not (left_out & ~mask).any()
+        assert values[left_out].min() >= values[mask & ~left_out].max()
     tokens = int(rollouts.completion_mask.sum())
     assert counts["clip_cov 0.1"] == counts["random 0.1"] == int(0.1 * tokens) >= counts["random_positive 0.1"] > 0
     trainer, parameters = state.trainer, dict(state.model.named_parameters())
@@ -249,6 +261,9 @@ def test_each_methods_step_and_the_entropy_that_its_budget_keeps(state):
         assert torch.equal(made["lower_lr 0.5"].update[name], 0.5 * made["none"].update[name])
         assert torch.equal(state.engine.parameters[name].grad, before[name])
     assert made["none"].departure == 0 and made["lower_lr 0.5"].departure == pytest.approx(0.5)
+    # With the gradient that it is asked of, attribution keeps more than as many other tokens.
+    others = [change(made[f"{name} 0.1"]) for name in ("largest_cov", "centred_cov", "clip_cov", "random")]
+    assert change(made["attribution 0.1"]) > max(others)
     for method, share in TARGET_CHANGES.items():
         assert not made[method].infeasible and 0 < made[method].departure < 1
         assert change(made[method]) == pytest.approx(share * whole, abs=1e-4 * abs(whole))

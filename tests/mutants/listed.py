@@ -198,11 +198,19 @@ _CONTROL = {
         ("slope = sum(p * value - shared for", "slope = sum(p * value + shared for"),
         ("if len(self.pairs) < self.window or", "if len(self.pairs) < 2 or"),
         ("slope + margin < 0.5 or slope - margin > 2.0", "slope < 0.5 or slope > 2.0"),
+        ("        self.weight = self.gradient_ema * self.weight\n        for", "        for"),
+    ]),
+    "estimators/control/release.py": ("estimators/control/test_release.py", [
+        ("reward >= self.level", "reward > self.level"),
+        ("self.released or self.streak", "self.streak"),
     ]),
     "estimators/control/token_control.py": ("estimators/control/test_token_control.py", [
         ("(covariances > bounds[0]) & (covariances < bounds[1])", "covariances > bounds[0]"),
         ("ratio.clamp(1 - epsilons[0], 1 + epsilons[1])", "ratio.clamp(1 - epsilons[1], 1 + epsilons[0])"),
         ("_smallest(-covariances, ", "_smallest(covariances, "),
+        ("per_token_logps.double() + token_entropy.double()", "per_token_logps.double() - token_entropy.double()"),
+        ("torch.where(earned > 0, lost / earned, math.inf)", "lost / earned"),
+        ("loss_mask.bool() & (lost > 0)", "loss_mask.bool()"),
     ]),
     "estimators/control/exchange.py": ("estimators/control/test_exchange.py", [
         ("return group_size / (group_size - 1) * (", "return (group_size - 1) / group_size * ("),
@@ -227,6 +235,11 @@ _CONTROL = {
         ("self.args.seed * 1_000_003 + step", "self.args.seed * 1_000_003",
          "test_chance_of_a_whole_batch_depends_on_seed_and_step_alone"),
         ("advantages.where(~chosen, 0.0)", "advantages.where(chosen, 0.0)", "test_chosen_tokens_have_no_loss"),
+    ]),
+    "control/token_exchange.py": ("trainer/test_token_exchange.py", [
+        ("            self.running.skip()\n", "", "test_a_step_above_the_floor_ages_what_is_known"),
+        ("            self.directions = None\n", "", "test_a_step_above_the_floor_ages_what_is_known"),
+        ("(m * g[name]).to(m.dtype)", "g[name]", "test_the_dearest_tokens_have_no_loss"),
     ]),
 }  # fmt: skip
 _RETENTION = "test_the_newest_the_best_and_those_in_use_are_kept"

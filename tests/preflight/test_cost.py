@@ -113,6 +113,7 @@ def test_tf32_makes_the_derivatives_cheaper_and_scores_the_values_beside_them(re
         ({"entropy_control": "report"}, "entropy_control: report"),
         ({"entropy_control": "hold", "entropy_control_completions": "rollouts"}, "entropy_control: hold"),
         ({"token_control": "clip_cov"}, "token_control: clip_cov"),
+        ({"token_control": "exchange", "token_control_floor": 1.0}, "token_control: exchange"),
     ],
     ids=str,
 )

@@ -55,6 +55,7 @@ PROBES = {
     "micro-batches": {"noise_scale_probe": True, "noise_scale_from": "micro_batches"},
     "control": {"entropy_control": "report", "entropy_control_num_completions": 4},
     "control rollouts": {"entropy_control": "report", "entropy_control_completions": "rollouts"},
+    "exchange": {"token_control": "exchange", "token_control_floor": 100.0},
     "kl": {"kl_every": 1},
     "likelihood": {"likelihood_probe": True},
     "ess": {"effective_sample_size_probe": True},

@@ -144,6 +144,7 @@ TOGGLES = {
     ),
     "probe_precision": (PROBE | {"probe_precision": "float32"}, False, True),
     "token_control ": ({"token_control": "random", "token_control_scope": "micro_batch"}, True, True),
+    "token_control  ": ({"token_control": "exchange", "token_control_floor": 1.0}, True, True),
     "curriculum": ({"curriculum": "pass_rate"}, False, False),
     "resample_uninformative_groups": ({"resample_uninformative_groups": True}, False, False),
     "evaluate_checkpoints": ({"evaluate_checkpoints": "wait", "save_strategy": "steps"}, True, True),

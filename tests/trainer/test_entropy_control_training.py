@@ -148,6 +148,51 @@ def test_a_resumed_run_is_the_unbroken_one(make_trainer, problems, tmp_path):
     assert "entropy_control/slope" in points[0][1][-1]
 
 
+FLOOR = {"entropy_control": "floor", "entropy_control_target": 9.0, "entropy_control_num_completions": 16}
+
+
+def test_a_floor_is_let_go(make_trainer, problems):
+    """After two steps of rewards that reach the level; then steps are the optimizer's own, and nothing is drawn."""
+    settings = {**FLOOR, "entropy_control_release": 0.01, "entropy_control_release_steps": 3}
+    _, rows = trained(make_trainer, problems, max_steps=4, **settings)
+    assert [row["entropy_control/released"] for row in rows] == [0, 0, 1, 1]
+    corrected = [row.get("entropy_control/correction_coefficient", 0.0) for row in rows]
+    assert corrected[0] > 0 and corrected[1] > 0 and corrected[2:] == [0, 0]
+    assert "entropy_control/entropy" not in rows[2]
+
+
+@pytest.mark.parametrize("source", first_fast(["rollouts", "probe"]))
+def test_what_has_let_go_trains_as_without(make_trainer, problems, source):
+    (plain, _), (let_go, rows) = (
+        trained(make_trainer, problems, max_steps=2, **settings)
+        for settings in (
+            {},
+            {**of(source), "entropy_control": "floor", "entropy_control_release": -1.0,
+             "entropy_control_release_steps": 1},
+        )
+    )  # fmt: skip
+    assert torch.equal(flat(plain), flat(let_go))
+    assert [row["entropy_control/released"] for row in rows] == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_release_is_resumed(make_trainer, problems, tmp_path, stop):
+    """Before, at and after the step in which it lets go."""
+    points = []
+    for name, stops in (("straight", [4]), ("resumed", [stop, 4])):
+        for end in stops:
+            trainer, rows = trained(
+                make_trainer, problems, max_steps=end, output_dir=str(tmp_path / name), save_strategy="steps",
+                save_steps=1, resume_from_checkpoint="latest" if end > stops[0] else None, **FLOOR,
+                entropy_control_release=0.01, entropy_control_release_steps=3,
+            )  # fmt: skip
+        logged = [{k: v for k, v in row.items() if k.startswith("entropy_control")} for row in rows]
+        points.append((flat(trainer), logged))
+    assert torch.equal(points[0][0], points[1][0]) and points[0][1] == points[1][1]
+    assert [row["entropy_control/released"] for row in points[0][1]] == [0, 0, 1, 1]
+
+
 def test_composes_with_lora_losses_and_off_policy_steps(make_trainer, problems):
 
     peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -222,6 +267,11 @@ def test_a_step_that_was_dropped_leaves_nothing_to_the_next(tmp_path):
         ({"entropy_control_gain": 0.0}, "entropy_control_gain"),
         ({"entropy_control_num_completions": 5}, "entropy_control_num_completions to a multiple of 2"),
         ({"fisher_probe": True, "fisher_num_sequences": 12}, "fisher_probe=False"),
+        ({"entropy_control_release": 0.5}, "entropy_control is 'hold'.*Set entropy_control='floor'"),
+        (
+            {"entropy_control": "floor", "entropy_control_release": 0.5, "entropy_control_release_steps": 0},
+            "entropy_control_release_steps is 0; use 1 or more",
+        ),
         ({**of("rollouts"), "num_iterations": 2}, "num_iterations=1"),
         ({**of("rollouts"), "top_k": 5}, "top_k=5"),
     ],

@@ -14,7 +14,7 @@ from ranks_in_threads import on_ranks
 from trl_entropy import DrGRPOConfig, DrGRPOTrainer, Probe
 from trl_entropy.config.setting import own_settings
 from trl_entropy.control import TokenControl
-from trl_entropy.estimators.control.token_control import kl_cov_tokens, token_covariances
+from trl_entropy.estimators.control.token_control import centred_covariances, kl_cov_tokens, token_covariances
 from trl_entropy.runs.directory import RunDirectory
 
 CLIP = {"token_control": "clip_cov", "token_control_bounds": [0.2, 0.9], "token_control_quantiles": True,
@@ -31,10 +31,11 @@ def read_by(settings):
 class Kept(Probe):
     def __init__(self):
         super().__init__()
-        self.rollouts, self.inputs, self.gradients = [], [], []
+        self.rollouts, self.inputs, self.gradients, self.entropies = [], [], [], []
 
-    def on_micro_batch(self, args, state, control, *, inputs, loss_logps, per_token_logps, **kwargs):
+    def on_micro_batch(self, args, state, control, *, inputs, loss_logps, per_token_logps, token_entropy, **kwargs):
         self.inputs.append((inputs, per_token_logps))
+        self.entropies.append(token_entropy)
         loss_logps.register_hook(self.gradients.append)
 
     def on_rollouts(self, args, state, control, *, rollouts, **kwargs):
@@ -63,6 +64,54 @@ def test_chosen_tokens_have_no_loss(make_trainer, accumulation):
     assert torch.equal(rollouts.advantages[others], rollouts.raw_advantages[:, None].expand(mask.shape)[others])
     gradients = torch.cat(kept.gradients)
     assert not gradients[left_out].any() and gradients[others & (rollouts.advantages != 0)].all()
+
+
+CENTRED = {"token_control_centre": "distribution"}
+
+
+def covariances_of(kept, centre):
+    """Of the tokens of one micro-batch that is the step, from what its loss computed."""
+    ((inputs, logps),) = kept.inputs
+    mask, raw = inputs["completion_mask"].bool(), inputs["raw_advantages"]
+    if centre == "distribution":
+        (entropy,) = kept.entropies
+        return centred_covariances(logps, entropy, raw, mask)
+    return token_covariances(logps, raw, mask)
+
+
+@pytest.mark.parametrize("scope", first_fast(["optimizer_batch", "micro_batch"]))
+@pytest.mark.parametrize("centre", first_fast(["distribution", "batch"]))
+def test_the_largest_covariances_have_no_loss(make_trainer, scope, centre):
+    """The tenth of the tokens with the largest, and no other; by the batch's means or by each token's own."""
+    control = {"token_control": "clip_cov", "token_control_choice": "largest", "token_control_fraction": 0.1}
+    settings = {"token_control_scope": scope, "token_control_centre": centre, "entropy_probe": False}
+    _, kept, (row,) = trained(make_trainer, **control, **settings)
+    covariances = covariances_of(kept, centre)
+    ((inputs, _),) = kept.inputs
+    left_out = (inputs["advantages"] != inputs["raw_advantages"][:, None]).expand(covariances.shape)
+    values, number = (
+        covariances[~covariances.isnan()].sort(descending=True).values,
+        int(row["token_control/num_tokens"]),
+    )
+    assert number == int(0.1 * len(values)) == int(left_out.sum())
+    assert torch.equal(covariances[left_out].sort(descending=True).values, values[:number])
+    assert row["token_control/mean_covariance"] == pytest.approx(float(values[:number].mean()), rel=1e-5)
+    assert not kept.gradients[0][left_out].any()
+
+
+def test_centred_covariances_are_of_the_policy_that_sampled(make_trainer):
+    """Off policy too: log-probabilities are TRL's old ones, entropies are of the same policy."""
+    control = {"token_control": "kl_cov", "token_control_fraction": 0.1, **CENTRED, "learning_rate": 1e-2}
+    _, kept, _ = trained(make_trainer, num_iterations=2, max_steps=2, entropy_probe=False, **control)
+    (inputs, _), (again, _) = kept.inputs
+    old, mask = inputs["old_per_token_logps"], inputs["completion_mask"].bool()
+    covariances = centred_covariances(old, kept.entropies[0], inputs["advantages"], mask)  # the first update's policy
+    chosen = inputs["token_control_mask"]
+    assert torch.equal(chosen, kl_cov_tokens(covariances, int(chosen.sum()))) and chosen.any()
+    assert torch.equal(again["token_control_mask"], chosen)
+    assert not torch.equal(
+        chosen, kl_cov_tokens(token_covariances(old, inputs["advantages"], mask), int(chosen.sum()))
+    )
 
 
 def test_kl_cov_holds_the_largest_covariances_to_the_policy_that_sampled(make_trainer):
@@ -322,6 +371,9 @@ def test_kl_cov_is_warned_of_where_no_update_is_off_policy(tmp_path, caplog, set
         ({"token_control": "clip"}, "token_control is 'clip'; use one of none, clip_cov"),
         ({"token_control_fraction": 0.0}, "token_control_fraction"),
         ({"token_control_bounds": [0.5, 0.4]}, "token_control_bounds"),
+        ({"token_control_choice": "largest"}, "no token_control_bounds and no token_control_quantiles"),
+        ({"token_control_choice": "first"}, "token_control_choice is 'first'; use one of"),
+        ({"token_control_centre": "token"}, "token_control_centre is 'token'; use one of"),
         ({"token_control_bounds": [0.5, 1.5]}, "token_control_bounds"),
         ({"steps_per_generation": 2}, "steps_per_generation=1"),
         ({"token_control": "kl_cov", "loss_type": "dapo"}, "loss_type='dr_grpo'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from trl_entropy.config.requirements import Requirements
+from trl_entropy.config.setting import default_of
 from trl_entropy.runs.counted import counted
 
 logger = logging.getLogger(__name__)
@@ -86,12 +87,38 @@ class ControlChecks(Requirements):
                 of_step or self.loss_type in TOKEN_CLIPPED_LOSSES
             ),
             "importance_sampling_level='token'": of_step or self.importance_sampling_level == "token",
+            "no token_control_bounds and no token_control_quantiles (token_control_choice='largest' reads neither)": (
+                self.token_control_choice == "random" or not self._names_bounds()
+            ),
             "loss_type='dr_grpo' or 'bnpo'": self.token_control != "kl_cov" or self.loss_type in ("dr_grpo", "bnpo"),
         }
+        if self.token_control == "exchange":
+            remedies |= self._exchange()
         if needed := [remedy for remedy, holds in remedies.items() if not holds]:
             raise ValueError(f"token_control={self.token_control!r}: set {'; '.join(needed)}.")
         if self.token_control == "kl_cov":
             self._warn_of_kl_cov_on_policy()
+
+    def _exchange(self) -> dict[str, bool]:
+        """What (T24) needs: setting -> whether it holds."""
+        if self.deepspeed_plugin is not None or self.fsdp_version is not None:
+            raise ValueError(
+                "token_control='exchange' differentiates whole parameters while a step's completions are drawn, and "
+                "DeepSpeed and FSDP spread them over processes. Train with one process or DDP, or use another "
+                "token_control."
+            )
+        floor = self.token_control_floor
+        return {
+            "token_control_floor to an entropy above 0": floor is not None and floor > 0,
+            "token_control_gradient_ema in [0, 1)": 0 <= self.token_control_gradient_ema < 1,
+            "token_control_scope='optimizer_batch'": self.token_control_scope == "optimizer_batch",
+            **self._step_with_a_rule(),
+            **self._on_policy_dr_grpo(),
+        }
+
+    def _names_bounds(self) -> bool:
+        names = "token_control_bounds", "token_control_quantiles"
+        return any(getattr(self, name) != default_of(self, name) for name in names)
 
     def _token_bounds_hold(self) -> bool:
         bounds = self.token_control_bounds

@@ -25,7 +25,7 @@ class ControlSettings:
         "`entropy_control/*`: predicted and realised change of the entropy, size of the correction, price of entropy",
         cost="drawing a batch of completions, and two forward and one backward passes over it, which doubles the "
         "time of a step; with `entropy_control_completions: rollouts` nothing is drawn and the passes are over the "
-        "step's own completions",
+        "step's own completions. Nothing once a floor is let go (`entropy_control_release`)",
     )
     entropy_control_target: float | None = setting(
         "The entropy to steer to. Set either this or entropy_control_per_step.",
@@ -74,19 +74,42 @@ class ControlSettings:
         changes_training=True,
     )
 
+    entropy_control_release: float | None = setting(
+        "Let go of the floor for good once the mean reward of a step's completions has been at least this in "
+        "entropy_control_release_steps steps in a row. From then on nothing is corrected, measured or spent.",
+        None,
+        unit="reward",
+        probe="entropy_control",
+        read_with={"entropy_control": ("floor",)},
+        changes_training=True,
+    )
+    entropy_control_release_steps: int = setting(
+        "For how many steps in a row the mean reward must have reached entropy_control_release.",
+        5,
+        unit="steps",
+        probe="entropy_control",
+        read_with={"entropy_control_release": ()},
+        changes_training=True,
+    )
+
     token_control: str = setting(
         "Change the loss of a few tokens to keep the entropy up. clip_cov: leave out random tokens whose covariance "
-        "of log-probability and advantage is within token_control_bounds. kl_cov: add a penalty that holds the "
+        "of log-probability and advantage is within token_control_bounds, or those of the largest covariance "
+        "(token_control_choice). kl_cov: add a penalty that holds the "
         "tokens of the largest covariance to the policy that sampled them. Both are from arXiv:2505.22617. To "
-        "compare with: random leaves out random tokens, random_positive random tokens of positive advantage.",
+        "compare with: random leaves out random tokens, random_positive random tokens of positive advantage. "
+        "exchange: while the entropy is below token_control_floor, leave out the tokens that lose most entropy for "
+        "the reward that they earn, both to first order, by gradients from the completions of earlier steps (T24).",
         "none",
-        choices=("none", "clip_cov", "kl_cov", "random", "random_positive"),
+        choices=("none", "clip_cov", "kl_cov", "random", "random_positive", "exchange"),
         probe="token_control",
         changes_training=True,
         logs="*changes the loss* of a fraction of the tokens; `token_control/*`: how many tokens, and their mean "
-        "covariance of log-probability and advantage",
+        "covariance of log-probability and advantage, or with `exchange` their share of the step's change of "
+        "entropy and of reward",
         cost="a forward pass over the step's completions, unless the loss is off-policy; none with "
-        "`token_control_scope: micro_batch`",
+        "`token_control_scope: micro_batch`. `exchange`, below its floor: a forward and two backward passes over the "
+        "step's completions and two forward-mode passes over the next step's",
     )
     token_control_scope: str = setting(
         "Which tokens are compared with one another when some are chosen. optimizer_batch: all tokens of the step, on "
@@ -100,6 +123,26 @@ class ControlSettings:
         "Fraction of the completion tokens that is changed. The paper's authors take 2e-4 for clip_cov.",
         2e-3,
         probe="token_control",
+        changes_training=True,
+    )
+    token_control_choice: str = setting(
+        "clip_cov: which tokens are left out. random: random ones of those within token_control_bounds, as published. "
+        "largest: those of the largest covariance, and no bounds are read.",
+        "random",
+        choices=("random", "largest"),
+        probe="token_control",
+        read_with={"token_control": ("clip_cov",)},
+        changes_training=True,
+    )
+    token_control_centre: str = setting(
+        "clip_cov and kl_cov: what a token's log-probability is compared with in its covariance. batch: with the mean "
+        "over all tokens, as published, and the advantage with its mean. distribution: with its mean under the "
+        "distribution that the token was drawn from, which makes the covariance A (S + H); it takes a forward pass "
+        "over the step's completions, also where the loss is off-policy, unless token_control_scope is micro_batch.",
+        "batch",
+        choices=("batch", "distribution"),
+        probe="token_control",
+        read_with={"token_control": ("clip_cov", "kl_cov")},
         changes_training=True,
     )
     token_control_bounds: list[float] = setting(
@@ -124,5 +167,22 @@ class ControlSettings:
         unit="per nat",
         probe="token_control",
         read_with={"token_control": ("kl_cov",)},
+        changes_training=True,
+    )
+    token_control_floor: float | None = setting(
+        "Tokens of a step are left out only if the entropy of the completions of the step before was below this. It "
+        "must be set: without a floor, leaving out a fraction of the tokens that lose the entropy lets it run away.",
+        None,
+        unit="nats per token",
+        probe="token_control",
+        read_with={"token_control": ("exchange",)},
+        changes_training=True,
+    )
+    token_control_gradient_ema: float = setting(
+        "Weight of earlier steps in the running means of the gradients of entropy and expected reward. 0 takes those "
+        "of the step before alone.",
+        0.7,
+        probe="token_control",
+        read_with={"token_control": ("exchange",)},
         changes_training=True,
     )

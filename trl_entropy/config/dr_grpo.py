@@ -77,6 +77,7 @@ class DrGRPOConfig(WithoutSecrets, ProbeChecks, ControlChecks, PromptChecks, Num
         self._check_controls()
         on_rollouts = self.entropy_control != "none" and self.entropy_control_completions == "rollouts"
         controlled = ["entropy_control"] if on_rollouts else []
+        controlled += ["token_control='exchange'"] if self.token_control == "exchange" else []
         self.check_full_distribution(self._probes_of_full_support() + controlled)
 
     def _check_processes(self, world_size: int) -> None:

@@ -7,10 +7,13 @@ E is the probe batch, completions that are drawn for this purpose; U the step's 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerState
 
@@ -32,6 +35,7 @@ from trl_entropy.estimators.control.entropy_control import (
     floored_metric,
     mean_of,
 )
+from trl_entropy.estimators.control.release import Release
 from trl_entropy.estimators.entropy_change.delta_entropy import RatioTerms, entropy_terms, policy_entropy
 from trl_entropy.estimators.statistics.estimate import Estimate
 from trl_entropy.gradients.inputs import counts_columns
@@ -93,6 +97,7 @@ class EntropyControl(Probe):
         num_prompts: prompts of the probe batch, over all processes.
         batch_size: completions differentiated at a time, at most; None: as many as memory allows.
         draw: called as `(step, rank) -> Completions` in place of sampling from the policy.
+        release: when to let go for good, by the rewards of the steps; None: never.
     """
 
     name = "entropy_control"
@@ -109,11 +114,12 @@ class EntropyControl(Probe):
         num_prompts: int = 128,
         batch_size: int | None = None,
         draw: Callable[[int, int], Completions] | None = None,
+        release: Release | None = None,
     ) -> None:
         super().__init__(every=1)
         self.mode, self.set_point, self.per_step, self.cap = mode, set_point, per_step, cap
         self.metric_floor, self.source, self.num_prompts = metric_floor, source, num_prompts
-        self.batch_size, self.draw = batch_size, draw
+        self.batch_size, self.draw, self.release = batch_size, draw, release
         self.running = RunningHalves(gradient_ema if source == "probe" else 0.0)
         self.prediction_check = PredictionCheck()
         self.active = mode != "report"
@@ -125,7 +131,7 @@ class EntropyControl(Probe):
 
     @classmethod
     def from_config(cls, args: DrGRPOConfig) -> EntropyControl:
-        target = args.entropy_control_target
+        target, level = args.entropy_control_target, args.entropy_control_release
         return cls(
             mode=args.entropy_control,
             set_point=None if target is None else SetPoint(target, args.entropy_control_gain),
@@ -134,13 +140,19 @@ class EntropyControl(Probe):
             gradient_ema=args.entropy_control_gradient_ema,
             num_prompts=args.entropy_control_num_completions,
             batch_size=args.probe_batch_size,
+            release=None if level is None else Release(level, args.entropy_control_release_steps),
         )
 
     splits_steps = True
 
     @property
     def needs_loss_coefficients(self) -> bool:
-        return self.source == "rollouts"
+        return self.source == "rollouts" and not self.has_let_go
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether it has let go of the entropy for good."""
+        return self.release is not None and self.release.released
 
     def check_model(self, args: DrGRPOConfig, model: nn.Module) -> None:
         what = "entropy_control"
@@ -165,15 +177,27 @@ class EntropyControl(Probe):
 
     # ---- events
 
+    def on_rollouts_drawn(self, args, state, control, *, metrics, accelerator, drawn, **kwargs: Any) -> None:
+        if self.release is None or self.release.released:
+            return
+        self.release.add(_mean_over_ranks(drawn.rewards, accelerator))
+        if self.release.released and state.is_world_process_zero:
+            logger.info(
+                "entropy_control lets go from step %d on: the mean reward was at least %g in %d steps in a row.",
+                state.global_step + 1, self.release.level, self.release.steps,
+            )  # fmt: skip
+
     def on_micro_batch(self, args, state, control, *, metrics, inputs, mask, token_entropy, **kwargs: Any) -> None:
         is_the_policys = self._pools_rollouts and args.rollouts_are_the_policys()
-        if self.source != "rollouts" and is_the_policys:
+        if self.source != "rollouts" and is_the_policys and not self.has_let_go:
             terms = entropy_terms(token_entropy, mask.double(), mask)
             self._own.append((terms, inputs["prompt_index"]))
 
     def on_before_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, sampler, rollouts, **kwargs: Any
     ) -> None:
+        if self.has_let_go:
+            return
         step, rank = state.global_step + 1, engine.accelerator.process_index
         if self.source == "rollouts":
             self._completions = Completions.of(rollouts)
@@ -186,7 +210,9 @@ class EntropyControl(Probe):
     def on_after_update(
         self, args, state, control, *, metrics, update: UpdateContext, engine, record, **kwargs: Any
     ) -> None:
-        if update.step_skipped:
+        if self.release is not None:
+            metrics["entropy_control/released"] = float(self.has_let_go)
+        if self.has_let_go or update.step_skipped:
             self._own.clear()
             return
         params, temperature = update.params_before, args.temperature
@@ -222,6 +248,7 @@ class EntropyControl(Probe):
             "before": before,
             "bias": bias,
             "running": kept,
+            "release": self.release and [self.release.streak, self.release.released],
         }
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -233,6 +260,8 @@ class EntropyControl(Probe):
             self._before = predicted, shared, Estimate(*entropy)
         if self.set_point is not None and state["bias"] is not None:
             self.set_point.bias = state["bias"]
+        if self.release is not None and state.get("release"):
+            self.release.streak, self.release.released = state["release"]
 
     # ---- the steps of `on_after_update`
 
@@ -349,6 +378,13 @@ def half_gradients(
             for rows, entropy, num_tokens in zip(*halves[:3], strict=True)
         ]
     return _summed(shares[0], engine), _summed(shares[1], engine)
+
+
+def _mean_over_ranks(rewards: Float[Tensor, " B"], accelerator: Accelerator) -> float:
+    """The mean over those of all ranks that are numbers; nan if none is. Collective."""
+    known = rewards[~rewards.isnan()].double()
+    total, count = accelerator.reduce(torch.stack([known.sum(), known.new_tensor(len(known))]), "sum").tolist()
+    return total / count if count else math.nan
 
 
 def _gathered(terms: RatioTerms, engine: Engine) -> RatioTerms:

@@ -1,6 +1,6 @@
 """
-Clip-Cov and KL-Cov (arXiv:2505.22617), and the same with random tokens: chosen tokens get no gradient, or for KL-Cov
-a penalty on the change of their probability.
+Clip-Cov and KL-Cov (arXiv:2505.22617), and the same with random tokens, or with those that cost the most entropy for
+the reward they earn: chosen tokens get no gradient, or for KL-Cov a penalty on the change of their probability.
 
 Tokens are chosen from the whole optimizer's batch when it is generated, or from each micro-batch inside its loss.
 """
@@ -18,8 +18,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
+from trl_entropy.control.token_exchange import TokenParts
 from trl_entropy.estimators.control.token_control import (
+    centred_covariances,
     clip_cov_tokens,
+    exchange_tokens,
     kl_cov_penalty,
     kl_cov_tokens,
     num_chosen,
@@ -42,6 +45,10 @@ class TokenControl:
         args: the settings `token_control*`, and the seed of the random choices.
         accelerator: gathers the tokens of all processes, which are chosen together.
         score: returns log-probabilities (B, T) of a batch's completions under the present policy; one forward pass.
+        score_with_entropy: returns these and the entropies (B, T) of the distributions that tokens were drawn from;
+            only called with `token_control_centre="distribution"`.
+        parts: returns what each token of a batch costs and earns, None where no token is to be left out; only called
+            with `token_control="exchange"`.
     """
 
     def __init__(
@@ -49,8 +56,11 @@ class TokenControl:
         args: DrGRPOConfig,
         accelerator: Accelerator,
         score: Callable[[TrainingBatch], Float[Tensor, "B T"]],
+        score_with_entropy: Callable[[TrainingBatch], tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]] | None = None,
+        parts: Callable[[TrainingBatch], TokenParts | None] | None = None,
     ) -> None:
-        self.args, self._accelerator, self._score = args, accelerator, score
+        self.args, self._accelerator, self._parts = args, accelerator, parts
+        self._score, self._score_with_entropy = score, score_with_entropy
 
     def change_optimizer_batch(self, batch: TrainingBatch, step: int) -> dict[str, float]:
         """
@@ -64,17 +74,25 @@ class TokenControl:
             step: the step that the batch is for; seeds the random choice, with the run's seed.
         """
         mask = loss_mask_of(batch).bool()
-        chosen, covariances = self._chosen_of_all(batch, mask, step)
+        metrics: dict[str, float] = {}
+        if self.args.token_control == "exchange":
+            chosen = self._dearest_of_all(batch, mask, metrics)
+        else:
+            chosen, covariances = self._chosen_of_all(batch, mask, step)
+            if chosen.any():
+                metrics["token_control/mean_covariance"] = covariances[chosen].mean().item()
         rank, num_rows = self._accelerator.process_index, len(mask)
         local = chosen[rank * num_rows : (rank + 1) * num_rows, : mask.shape[1]]
-        metrics: dict[str, float] = {"token_control/num_tokens": int(chosen.sum())}
-        if chosen.any():
-            metrics["token_control/mean_covariance"] = covariances[chosen].mean().item()
         self._change(batch, local)
-        return metrics
+        return {"token_control/num_tokens": int(chosen.sum()), **metrics}
 
     def change_micro_batch(
-        self, inputs: TrainingBatch, per_token_logps: Float[Tensor, "B T"], step: int, number: int
+        self,
+        inputs: TrainingBatch,
+        per_token_logps: Float[Tensor, "B T"],
+        step: int,
+        number: int,
+        token_entropy: Float[Tensor, "B T"] | None = None,
     ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
         """
         The same for one micro-batch inside its loss, as in the published code (PRIME-RL/Entropy-Mechanism-of-RL,
@@ -87,6 +105,7 @@ class TokenControl:
         Args:
             per_token_logps: log-probabilities that the loss has just computed, nats.
             number: the micro-batch's number in its step; seeds the random choice, with the run's seed, step and rank.
+            token_entropy: entropies that the loss has just computed, nats; for `token_control_centre="distribution"`.
 
         Returns:
             The chosen tokens, and the covariance of each token's log-probability and advantage, nats x advantage.
@@ -95,7 +114,7 @@ class TokenControl:
         old = inputs.get("old_per_token_logps", per_token_logps)
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         clipped = ratio_clipped(per_token_logps, old, advantages, (args.epsilon, high))
-        covariances = token_covariances(per_token_logps, advantages, mask)
+        covariances = self._covariances(per_token_logps, token_entropy, advantages, mask)
         generator = np.random.default_rng((args.seed, step, number, self._accelerator.process_index))
         order = torch.from_numpy(generator.random(mask.shape)).to(mask.device)
         chosen = self._chosen(covariances, advantages, mask, order, clipped)
@@ -123,10 +142,13 @@ class TokenControl:
     def warn_of_no_token(self, metrics: Mapping[str, float], step: int) -> None:
         """Warn if no token was chosen in a step, and say why."""
         args = self.args
-        if metrics.get("token_control/num_tokens") != 0 or not self._accelerator.is_main_process:
+        is_meant = args.token_control == "exchange"  # above its floor
+        if metrics.get("token_control/num_tokens") != 0 or is_meant or not self._accelerator.is_main_process:
             return
         reasons = {
-            "clip_cov": f"no covariance lies within token_control_bounds={args.token_control_bounds}",
+            "clip_cov": "every token's ratio is clipped already"
+            if args.token_control_choice == "largest"
+            else f"no covariance lies within token_control_bounds={args.token_control_bounds}",
             "random_positive": "no completion has a positive advantage",
         }
         reason = reasons.get(args.token_control, "the step has no token")
@@ -145,21 +167,62 @@ class TokenControl:
         self, batch: TrainingBatch, mask: Bool[Tensor, "B T"], step: int
     ) -> tuple[Bool[Tensor, "N K"], Float[Tensor, "N K"]]:
         """The chosen tokens of all processes and each token's covariance, rows in order of generation. Collective."""
-        accelerator = self._accelerator
-
-        def gathered(rows: Tensor) -> Tensor:
-            return accelerator.gather(accelerator.pad_across_processes(rows, dim=1) if rows.ndim > 1 else rows)
-
-        everywhere = gathered(mask.long()).bool()
-        old = batch.get("old_per_token_logps")
-        logps, advantages = gathered(self._score(batch) if old is None else old), gathered(batch["advantages"])
-        covariances = token_covariances(logps, advantages, everywhere)
+        everywhere = self._gathered(mask.long()).bool()
+        logps, entropy = self._scored(batch)
+        logps, advantages = self._gathered(logps), self._gathered(batch["advantages"])
+        entropy = None if entropy is None else self._gathered(entropy)
+        covariances = self._covariances(logps, entropy, advantages, everywhere)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
         order = torch.rand(len(everywhere), self.args.max_completion_length, generator=generator, dtype=torch.float64)
         beyond = max(0, everywhere.shape[1] - order.shape[1])  # pad_to_multiple_of pads further than any completion
         order = torch.nn.functional.pad(order, (0, beyond))[:, : everywhere.shape[1]].to(everywhere.device)
         unclipped = torch.zeros_like(everywhere)  # the ratio is 1 when tokens are chosen
         return self._chosen(covariances, advantages, everywhere, order, unclipped), covariances
+
+    def _dearest_of_all(
+        self, batch: TrainingBatch, mask: Bool[Tensor, "B T"], metrics: dict[str, float]
+    ) -> Bool[Tensor, "N K"]:
+        """
+        The tokens of all processes that lose most entropy for what they earn (T24), none above the floor; adds what
+        share of the step's changes would have been theirs to `metrics`. Collective.
+        """
+        assert self._parts is not None
+        parts, everywhere = self._parts(batch), self._gathered(mask.long()).bool()
+        if parts is None:
+            return torch.zeros_like(everywhere)
+        entropy, reward = self._gathered(parts.entropy), self._gathered(parts.reward)
+        chosen = exchange_tokens(entropy, reward, everywhere, num_chosen(everywhere, self.args.token_control_fraction))
+        for name, part in (("entropy", entropy), ("reward", reward)):
+            metrics[f"token_control/{name}_share"] = (part[chosen].sum() / part.sum()).item()
+        return chosen
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, as wide as the widest. Collective."""
+        accelerator = self._accelerator
+        return accelerator.gather(accelerator.pad_across_processes(rows, dim=1) if rows.ndim > 1 else rows)
+
+    def _scored(self, batch: TrainingBatch) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
+        """Log-probabilities under the policy that the batch is to train, and entropies where they are needed."""
+        old, logps, entropy = batch.get("old_per_token_logps"), None, None
+        if self.args.token_control_centre == "distribution":
+            assert self._score_with_entropy is not None
+            logps, entropy = self._score_with_entropy(batch)
+        elif old is None:
+            logps = self._score(batch)
+        return (logps if old is None else old), entropy
+
+    def _covariances(
+        self,
+        logps: Float[Tensor, "N K"],
+        entropy: Float[Tensor, "N K"] | None,
+        advantages: Float[Tensor, "N *K"],
+        mask: Bool[Tensor, "N K"],
+    ) -> Float[Tensor, "N K"]:
+        """Each token's covariance by `token_control_centre`, nats x advantage."""
+        if self.args.token_control_centre == "distribution":
+            assert entropy is not None
+            return centred_covariances(logps, entropy, advantages, mask)
+        return token_covariances(logps, advantages, mask)
 
     def _chosen(
         self,
@@ -178,6 +241,8 @@ class TokenControl:
             return random_tokens(among, count, order)
         if args.token_control == "random_positive":
             return random_positive_tokens(among, advantages, count, order)
-        low, high = args.token_control_bounds
         left = covariances.where(among, math.nan)
+        if args.token_control_choice == "largest":
+            return kl_cov_tokens(left, count)
+        low, high = args.token_control_bounds
         return clip_cov_tokens(left, (low, high), count, order, args.token_control_quantiles)

@@ -5,7 +5,8 @@ What does it cost in reward to keep entropy? Steps by several methods of entropy
     trl-entropy experiment exchange RUN [RUN...]    # of the steps that a run made, see `exchange_of_runs`
 
 For each redraw of the rollouts every method makes a step with the run's AdamW, from the same moments and rollouts: no
-control, a lower learning rate, TRL's entropy bonus, Clip-Cov, as many random tokens, and the entropy control (T19).
+control, a lower learning rate, TRL's entropy bonus, Clip-Cov, as many random tokens, as many of the largest covariance
+or entropy loss (`attribution`), and the entropy control (T19).
 For each step the changes of the entropy and of the expected reward (T20) are computed to first order on one large set
 of held-out completions; for some redraws and methods the true changes are measured too. KL-Cov is not among the
 methods, since with one update per generation it does nothing.

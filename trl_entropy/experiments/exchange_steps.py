@@ -17,8 +17,13 @@ from trl_entropy.control.entropy_control import (
     score_prompt_halves,
 )
 from trl_entropy.engine import UpdateContext
-from trl_entropy.engine.optimizer_step import preconditioner_of_step, predicted_update, read_before_step
-from trl_entropy.estimators.attribution.shares import on_policy_coefficients
+from trl_entropy.engine.optimizer_step import (
+    preconditioner_before,
+    preconditioner_of_step,
+    predicted_update,
+    read_before_step,
+)
+from trl_entropy.estimators.attribution.shares import on_policy_coefficients, token_contributions
 from trl_entropy.estimators.control.entropy_control import (
     Correction,
     Vector,
@@ -28,13 +33,16 @@ from trl_entropy.estimators.control.entropy_control import (
     mean_of,
 )
 from trl_entropy.estimators.control.token_control import (
+    centred_covariances,
     clip_cov_tokens,
+    kl_cov_tokens,
     num_chosen,
     random_positive_tokens,
     random_tokens,
     token_covariances,
 )
 from trl_entropy.experiments.state import FixedState
+from trl_entropy.gradients.scores import TokenScores
 from trl_entropy.gradients.sequence_products import Value, gradients_of, weighted_entropies, weighted_logps
 from trl_entropy.rollouts.batch import RolloutBatch
 from trl_entropy.rollouts.completions import Completions
@@ -56,11 +64,15 @@ CHOICES: dict[str, Choice] = {
     "random": lambda covs, adv, mask, count, order: random_tokens(mask, count, order),
     "random_positive": lambda covs, adv, mask, count, order: random_positive_tokens(mask, adv, count, order),
 }
+# By what the tokens are ranked of which as many are left out, the largest first. `attribution`: the entropy that a
+# token loses, by grad h of the completions that the entropy control takes (T9). No setting of training offers it: it
+# leaves out what earns the reward.
+RANKED = ("largest_cov", "centred_cov", "attribution")
 METHODS = (
     "none",
     f"lower_lr {LOWER_LR:g}",
     *(f"bonus {coefficient:g}" for coefficient in BONUSES),
-    *(f"{name} {fraction:g}" for name in CHOICES for fraction in FRACTIONS),
+    *(f"{name} {fraction:g}" for name in (*CHOICES, *RANKED) for fraction in FRACTIONS),
     *TARGET_CHANGES,
 )
 
@@ -96,17 +108,20 @@ def steps_of_methods(
     Args:
         state: the checkpoint.
         rollouts: of one step, on-policy and in one micro-batch, so that TRL's bonus is a mean over all their tokens.
-        probe: independent completions on which the entropy control takes grad h.
+        probe: independent completions on which the entropy control and `attribution` take grad h.
         seed: for the tokens that are chosen at random.
         batch_size: completions differentiated at a time.
     """
-    gradients, counts = loss_gradients(state, rollouts, seed, batch_size)
+    args, size = state.args, state.args.probe_batch_size
+    halves = score_prompt_halves(state.engine, state.before, probe, args.temperature, size)
+    of_entropy = half_gradients(state.engine, state.before, halves, args.temperature, size)
+    gradients, counts = loss_gradients(state, rollouts, mean_of(of_entropy), seed, batch_size)
     contexts = {method: context_of(state, gradient) for method, gradient in gradients.items()}
     updates = {method: predicted_update(context) for method, context in contexts.items()}
     plain, metric = updates["none"], preconditioner_of_step(contexts["none"])
     metric = floored_metric(metric, DEFAULT_METRIC_FLOOR)
     updates[f"lower_lr {LOWER_LR:g}"] = {name: LOWER_LR * d for name, d in plain.items()}
-    asked = entropy_corrections(state, contexts["none"], plain, metric, probe)
+    asked = entropy_corrections(contexts["none"], plain, metric, of_entropy)
     updates |= {method: {n: d + change[n] for n, d in plain.items()} for method, (change, _) in asked.items()}
     length = _length(plain, metric)
     return {
@@ -121,9 +136,12 @@ def steps_of_methods(
 
 
 def loss_gradients(
-    state: FixedState, rollouts: RolloutBatch, seed: int, batch_size: int
+    state: FixedState, rollouts: RolloutBatch, of_entropy: Vector, seed: int, batch_size: int
 ) -> tuple[dict[str, Vector], dict[str, int]]:
-    """The loss gradient of every method that changes it, and how many tokens each method leaves out."""
+    """
+    The loss gradient of every method that changes it, and how many tokens each method leaves out; `of_entropy` is grad
+    h of other completions.
+    """
     completions, temperature = Completions.of(rollouts), state.args.temperature
     mask, num_rows = rollouts.loss_mask.bool(), len(rollouts.rewards)
     advantages = rollouts.advantages.reshape(num_rows, -1).expand(mask.shape)
@@ -132,7 +150,10 @@ def loss_gradients(
         kept = advantages.where(~left_out, 0.0)
         return weighted_logps(-on_policy_coefficients(kept, mask, num_rows, state.args.max_completion_length))
 
-    chosen = chosen_tokens(state.score(completions, batch_size).logps[0], rollouts, seed)
+    scores = state.score(completions, batch_size)
+    chosen = chosen_tokens(scores.logps[0], rollouts, seed)
+    losses = entropy_losses(state, completions, advantages, of_entropy, batch_size)
+    chosen |= ranked_tokens(scores, losses, rollouts, chosen)
     with state.engine.scoring_model(state.before) as model:
         values = [loss(torch.zeros_like(mask)), weighted_entropies(mask / mask.sum()), *map(loss, chosen.values())]
         plain, entropy, *others = gradients_of(model, completions, values, temperature, batch_size)
@@ -159,6 +180,36 @@ def chosen_tokens(logps: Float[Tensor, "B T"], rollouts: RolloutBatch, seed: int
     return chosen
 
 
+def entropy_losses(
+    state: FixedState, completions: Completions, advantages: Float[Tensor, "B T"], of_entropy: Vector, batch_size: int
+) -> Float[Tensor, "B T"]:
+    """-delta_ik of (T9) up to a factor, with the metric from before the step, floored as in (T19)."""
+    metric = floored_metric(preconditioner_before(state.context), DEFAULT_METRIC_FLOOR)
+    direction = {name: (m * of_entropy[name]).to(m.dtype) for name, m in metric.items()}
+    slopes = state.score(completions, batch_size, direction=direction, order=1).logps[1]
+    return -token_contributions(advantages.double(), slopes, completions.loss_mask, 1.0)
+
+
+def ranked_tokens(
+    scores: TokenScores,
+    losses: Float[Tensor, "B T"],
+    rollouts: RolloutBatch,
+    chosen: dict[str, Bool[Tensor, "B T"]],
+) -> dict[str, Bool[Tensor, "B T"]]:
+    """The tokens that each method of [`RANKED`] leaves out, as many as Clip-Cov has `chosen`."""
+    mask, logps, advantages = rollouts.loss_mask.bool(), scores.logps[0], rollouts.advantages
+    values = dict(zip(RANKED, (
+        token_covariances(logps, advantages, mask),
+        centred_covariances(logps, scores.entropy[0], advantages, mask),
+        losses.where(mask, math.nan),
+    ), strict=True))  # fmt: skip
+    return {
+        f"{name} {fraction:g}": kl_cov_tokens(value, int(chosen[f"clip_cov {fraction:g}"].sum()))
+        for name, value in values.items()
+        for fraction in FRACTIONS
+    }
+
+
 def context_of(state: FixedState, gradient: Vector) -> UpdateContext:
     """The `UpdateContext` of AdamW's step with this gradient; `.grad` is put back afterwards."""
     parameters = state.engine.parameters
@@ -175,12 +226,9 @@ def context_of(state: FixedState, gradient: Vector) -> UpdateContext:
 
 
 def entropy_corrections(
-    state: FixedState, context: UpdateContext, step: Vector, metric: Vector, probe: Completions
+    context: UpdateContext, step: Vector, metric: Vector, gradients: tuple[Vector, Vector]
 ) -> dict[str, tuple[Vector, Correction]]:
     """What [`EntropyControl`] adds to the step for each change asked of it (T19), and its `Correction`."""
-    args, size = state.args, state.args.probe_batch_size
-    halves = score_prompt_halves(state.engine, state.before, probe, args.temperature, size)
-    gradients = half_gradients(state.engine, state.before, halves, args.temperature, size)
     products, g = control_products(gradients, step, metric, context.gradient), mean_of(gradients)
     found = {}
     for method, share in TARGET_CHANGES.items():

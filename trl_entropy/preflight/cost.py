@@ -195,8 +195,7 @@ class _Counted:
         if args.entropy_control != "none":
             yield Item(f"entropy_control: {args.entropy_control}", 1, self._entropy_control())
         if args.token_control != "none":
-            scores = args.token_control_scope == "optimizer_batch" and not self._scorings()
-            yield Item(f"token_control: {args.token_control}", 1, int(scores) * self._trained_forward(self.rows))
+            yield Item(f"token_control: {args.token_control}", 1, self._token_control())
 
     def score(self, rows: float, order: int = 0) -> Work:
         """A first derivative in the probes' precision has its values scored in float32 beside it, if that differs."""
@@ -279,6 +278,15 @@ class _Counted:
         rows = max(1, args.entropy_control_num_completions // self.plan.world_size)
         drawn = self.generated(rows, vllm=False)
         return drawn + self.score(rows) + self.differentiated(rows) + copies
+
+    def _token_control(self) -> Work:
+        """The scores that covariances are of; of exchange (T24) two gradients, and a derivative along each."""
+        args = self.plan.args
+        if args.token_control == "exchange":  # below its floor
+            gradients = self.differentiated(self.rows, num=2) + 2 * self.score(self.rows, 1)
+            return gradients + 2 * self._float32_copy()
+        of_step, centred = args.token_control_scope == "optimizer_batch", args.token_control_centre == "distribution"
+        return int(of_step and (centred or not self._scorings())) * self._trained_forward(self.rows)
 
     def _float32_copy(self) -> Work:
         """Frozen parameters read in their own dtype and written in float32, each time a probe scores."""

@@ -10,7 +10,14 @@ from trl_entropy.config.quantities import DEFAULT_QUANTITIES
 from trl_entropy.models.embedded import build_tokenizer
 from trl_entropy.models.loading import EMBEDDED_MODEL
 from trl_entropy.preflight import memory
-from trl_entropy.preflight.estimate import base_bytes, kept_update, optimizer_bytes, shape_of, trained_bytes
+from trl_entropy.preflight.estimate import (
+    base_bytes,
+    control_state,
+    kept_update,
+    optimizer_bytes,
+    shape_of,
+    trained_bytes,
+)
 from trl_entropy.preflight.plan import Plan
 from trl_entropy.runs.retention import retained
 from trl_entropy.tasks.arguments import TaskArguments
@@ -108,7 +115,7 @@ def checkpoint_bytes(plan: Plan) -> int:
         shape_of(plan).num_trainable,
         trained_bytes(plan),
         plan.has_adapter,
-        0 if plan.args.save_only_model else of_all_processes + kept_update(plan),
+        0 if plan.args.save_only_model else of_all_processes + kept_update(plan) + control_state(plan),
     )
     lines, saves = plan.num_steps // plan.every(plan.args.logging_steps), num_checkpoints(plan)
     mean = 1.0 if plan.args.save_total_limit else (saves + 1) / (2 * max(saves, 1))  # the last ones have all lines

@@ -199,6 +199,9 @@ def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple
     if args.entropy_control != "none":
         phases["entropy_control"] = _entropy_control(plan, copy)
         read["entropy_control"] = ("params_before", "update", "gradient", "exp_avg_sq")
+    if args.token_control == "exchange":
+        phases["token_control"] = _token_exchange(plan, copy)
+        read["token_control"] = ("params_before", "gradient", "exp_avg_sq")
     if args.likelihood_probe:
         rows = num_groups(plan) * args.num_generations
         phases["likelihood_probe"] = {
@@ -304,6 +307,29 @@ def _entropy_control(plan: Plan, copy: int) -> dict[str, int]:
         "entropy_control: copies": (14 if from_probe and args.entropy_control_gradient_ema else 10) * copy,
         "entropy_control: pass (estimate)": _pass(plan, max(1, prompts // 2), backward="entropies"),
     }
+
+
+def _token_exchange(plan: Plan, copy: int) -> dict[str, int]:
+    """
+    Copies: parameters before, gradient, second moment, metric without and with its floor, grad h and grad J, both in
+    that metric; with token_control_gradient_ema also their running sums and means.
+    """
+    rows = plan.generation_rows
+    passes = _pass(plan, rows, backward="entropies"), _pass(plan, rows, order=1)
+    return {
+        "token_control: copies": (13 if plan.args.token_control_gradient_ema else 9) * copy,
+        "token_control: pass (estimate)": max(passes),
+    }
+
+
+def control_state(plan: Plan) -> int:
+    """Bytes of the vectors that controls keep from step to step, on every process and in a checkpoint."""
+    args, vectors = plan.args, 0
+    if args.entropy_control != "none" and args.entropy_control_completions == "probe":
+        vectors += 2 * bool(args.entropy_control_gradient_ema)
+    if args.token_control == "exchange":
+        vectors += 4 if args.token_control_gradient_ema else 2
+    return 4 * vectors * shape_of(plan).num_trainable
 
 
 def _noise_scale_probe(plan: Plan, copy: int) -> dict[str, int]:

@@ -322,6 +322,14 @@ class ProbeRunner(TrainerCallback):
         self.last_step = StepRecord(self._host.current_step, rollouts)
         self._send("on_rollouts", rollouts=rollouts, record=self.last_step)
 
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count what is done within as time of this probe in the present step."""
+        device = self._host.accelerator.device
+        start = seconds(device)
+        yield
+        self._seconds[name] += seconds(device) - start
+
     # ---- the update
 
     def gradients_ready(self) -> None:

@@ -186,6 +186,7 @@ _ENTROPY_CONTROL = keys("E", [
     ("noise_share", "1", "fraction of <g, g> that is noise in the estimated entropy gradient g"),
     ("price", "loss per nat/token", "first-order increase of the loss per nat per token of entropy"),
     ("active", "1", "1 if the step is corrected, 0 if the correction is only reported"),
+    ("released", "1", "1 once the floor has been let go by entropy_control_release, 0 before"),
 ], "entropy_control/") + keys("E", [
     ("slope", "1", "regression slope of measured on predicted change, over the last 20 steps"),
 ], "entropy_control/", "last")
@@ -193,7 +194,10 @@ _ENTROPY_CONTROL = keys("E", [
 _TOKEN_CONTROL = keys("sum", [
     ("num_tokens", "tokens", "tokens of the step whose contribution token_control changes"),
     ("mean_covariance", "nats x advantage", "mean covariance of log-probability and advantage over these tokens"),
-], "token_control/")
+], "token_control/") + keys("sum", [
+    (f"{what}_share", "1", f"fraction of the {what}'s first-order change by this step's gradient that these tokens "
+     "would have made (T24); outside [0, 1] where parts have opposite signs") for what in ("entropy", "reward")
+], "token_control/", "last")
 
 METRICS: dict[str, Metric] = {
     metric.name: metric

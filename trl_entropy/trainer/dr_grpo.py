@@ -19,7 +19,8 @@ from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from trl_entropy.config.dr_grpo import DrGRPOConfig
-from trl_entropy.control import TokenControl
+from trl_entropy.control import TokenControl, TokenExchange
+from trl_entropy.control.token_exchange import TokenParts
 from trl_entropy.evaluation.during_training import EvaluateCheckpoints
 from trl_entropy.models import warm_start
 from trl_entropy.models.loading import EMBEDDED_MODELS
@@ -85,7 +86,9 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
         use_progress_bar(self, callbacks or ())
         self._token_control = None
         if args.token_control != "none":
-            self._token_control = TokenControl(args, self.accelerator, self._score_as_trl)
+            self._token_control = TokenControl(
+                args, self.accelerator, self._score_as_trl, self._score_with_entropy_as_trl, self._token_parts
+            )
         # The micro-batch whose loss is being computed, if `token_control` chooses its tokens there.
         self._controlled: TrainingBatch | None = None
 
@@ -253,13 +256,15 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if kwargs.get("compute_entropy") and self._controlled is not None:  # the loss reads the advantages after this
-            self._control_micro_batch(self._controlled, output[0].detach())
+            self._control_micro_batch(self._controlled, output[0].detach(), output[1].detach())
         return output
 
-    def _control_micro_batch(self, inputs: TrainingBatch, per_token_logps: Float[Tensor, "B T"]) -> None:
+    def _control_micro_batch(
+        self, inputs: TrainingBatch, per_token_logps: Float[Tensor, "B T"], token_entropy: Float[Tensor, "B T"]
+    ) -> None:
         assert self._token_control is not None
-        number = self.probe_runner.num_micro_batches
-        chosen = self._token_control.change_micro_batch(inputs, per_token_logps, self.current_step, number)
+        step, number = self.current_step, self.probe_runner.num_micro_batches
+        chosen = self._token_control.change_micro_batch(inputs, per_token_logps, step, number, token_entropy)
         self._statistics.add_chosen(*chosen)
 
     def _inputs_of_loss(self, inputs: TrainingBatch) -> TrainingBatch:
@@ -282,3 +287,17 @@ class DrGRPOTrainer(ProbedTrainer, PromptSelectingTrainer):
     def _score_as_trl(self, batch: TrainingBatch) -> Float[Tensor, "B T"]:
         """Log-probabilities of a batch's completions under the policy, as TRL scores them, nats; without dropout."""
         return self._score_without_dropout(self.model, batch, self.args.per_device_train_batch_size)
+
+    def _token_parts(self, batch: TrainingBatch) -> TokenParts | None:
+        """What each token of a new generation costs and earns, by `token_control: exchange`. Collective."""
+        exchange, engine = self.probe_runner.named_probes()[TokenExchange.state_name], self.probe_runner.engine
+        assert isinstance(exchange, TokenExchange) and engine is not None
+        with self.probe_runner.timed(exchange.name):
+            return exchange.parts(batch, self.args, engine)
+
+    def _score_with_entropy_as_trl(self, batch: TrainingBatch) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """The same with the entropies of the distributions that the tokens were drawn from, nats."""
+        rows = self.args.per_device_train_batch_size
+        logps, entropy = self._scores_without_dropout(self.model, batch, rows, compute_entropy=True)
+        assert entropy is not None
+        return logps, entropy

@@ -374,20 +374,30 @@ class ProbedTrainer(_Trainer):
         with swapped_parameters(model, self._start_parameters):
             return policy, self._score_without_dropout(model, inputs)
 
-    @torch.no_grad()
     def _score_without_dropout(
         self, model: nn.Module, batch: TrainingBatch, batch_size: int | None = None
     ) -> Float[Tensor, "B T"]:
         """Log-probabilities of a batch's completions as TRL scores them, but in evaluation mode, nats."""
+        return self._scores_without_dropout(model, batch, batch_size)[0]
+
+    @torch.no_grad()
+    def _scores_without_dropout(
+        self, model: nn.Module, batch: TrainingBatch, batch_size: int | None = None, compute_entropy: bool = False
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
+        """The same and, if they are asked for, the entropies of the tokens' distributions, nats."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         with (
             evaluation_mode(model),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
-            return self._get_per_token_logps_and_entropies(
-                model, ids, mask, batch["completion_ids"].shape[1], batch_size, **keywords_of_batch(batch)
-            )[0]
+            asked = {"compute_entropy": True} if compute_entropy else {}
+            logps, entropy, *_ = self._get_per_token_logps_and_entropies(
+                model, ids, mask, batch["completion_ids"].shape[1], batch_size, **keywords_of_batch(batch), **asked
+            )
+        if compute_entropy:
+            del self._scored  # this was no loss
+        return logps, entropy
 
 
 def _toggled(args: Any) -> list[TrainerCallback]:

@@ -242,6 +242,21 @@ def test_running_halves_are_weighted_means_of_each_half():
     assert RunningHalves(0.0).add(tuple(steps[0])) == tuple(steps[0])
 
 
+def test_a_step_without_halves_ages_those_before():
+    """As if every step had been added, at ages 5, 3 and 0."""
+    steps = [vectors(seed, num=4)[:2] for seed in range(3)]
+    running = RunningHalves(0.7)
+    running.skip()  # before there is anything to age
+    for skipped, halves in zip((0, 1, 2), steps, strict=True):
+        for _ in range(skipped):
+            running.skip()
+        found = running.add(tuple(halves))
+    weights = torch.tensor([0.7**age for age in (5, 3, 0)], dtype=torch.float64)
+    for half in (0, 1):
+        expected = sum(w * whole(step[half]) for w, step in zip(weights, steps, strict=True)) / weights.sum()
+        torch.testing.assert_close(whole(found[half]), expected)
+
+
 def test_difference_and_mean():
     found = difference(Estimate(0.5, 0.03, 10.0, 64), Estimate(0.4, 0.04, 12.0, 60))
     assert (found.value, found.stderr, found.dof) == pytest.approx((0.1, 0.05, 10.0))

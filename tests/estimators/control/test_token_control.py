@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from published_token_control import PublishedLoss
 
 from trl_entropy.estimators.control.token_control import (
+    centred_covariances,
     clip_cov_tokens,
+    exchange_tokens,
     kl_cov_penalty,
     kl_cov_tokens,
     num_chosen,
@@ -43,6 +45,25 @@ def test_covariances_equal_loops(seed):
     assert torch.equal(token_covariances(logps, per_token, mask).nan_to_num(), found.nan_to_num())
 
 
+@given(st.integers(0, 1000))
+def test_centred_covariances_are_of_the_tokens_own_distribution(seed):
+    """A (S - E[S]) with the mean over all tokens that could have stood there, enumerated."""
+    _, advantages, mask, _ = batch(seed)
+    logits = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    distribution = logits.log_softmax(-1)
+    entropy = -(distribution.exp() * distribution).sum(-1)
+    for token in range(7):
+        found = centred_covariances(distribution[..., token], entropy, advantages, mask)
+        for i, k in itertools.product(range(6), range(5)):
+            mean = sum(math.exp(logp) * logp for logp in distribution[i, k].tolist())
+            expected = float(advantages[i]) * (float(distribution[i, k, token]) - mean)
+            assert math.isnan(found[i, k]) if not mask[i, k] else float(found[i, k]) == pytest.approx(expected)
+    by_token = advantages[:, None].expand(mask.shape)
+    assert torch.equal(
+        centred_covariances(distribution[..., 6], entropy, by_token, mask).nan_to_num(), found.nan_to_num()
+    )
+
+
 @given(st.integers(0, 1000), st.integers(1, 8))
 def test_clip_cov_takes_random_tokens_between_the_bounds(seed, count):
     logps, advantages, mask, order = batch(seed)
@@ -69,6 +90,26 @@ def test_kl_cov_takes_the_largest(seed, count):
     chosen = kl_cov_tokens(covariances, count)
     largest = covariances[mask].sort(descending=True).values[:count]
     assert covariances[chosen].sort(descending=True).values.tolist() == largest.tolist()
+
+
+@given(st.integers(0, 1000), st.integers(1, 12))
+def test_exchange_takes_what_loses_most_entropy_for_what_it_earns(seed, count):
+    """Sorted in Python; what earns nothing before what earns, and nothing that raises the entropy."""
+    generator = torch.Generator().manual_seed(seed)
+    entropy, reward = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    entropy[0], reward[1] = 0.0, 0.0
+    _, _, mask, _ = batch(seed)
+
+    def key(place):
+        lost, earned = -float(entropy[place]), float(reward[place])
+        return (0, -lost) if earned <= 0 else (1, -lost / earned)
+
+    places = [place for place in itertools.product(range(6), range(5)) if mask[place] and entropy[place] < 0]
+    expected = set(sorted(places, key=key)[:count])
+    chosen = exchange_tokens(entropy, reward, mask, count)
+    assert {tuple(place) for place in chosen.nonzero().tolist()} == expected
+    scaled = exchange_tokens(1e-9 * entropy, 1e-9 * reward, mask, count)  # the learning rate is in neither
+    assert torch.equal(scaled, chosen)
 
 
 @given(st.integers(0, 1000))

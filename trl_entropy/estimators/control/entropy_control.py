@@ -126,6 +126,13 @@ class RunningHalves:
         first, second = ({name: value / self.weight for name, value in total.items()} for total in self.sums)
         return first, second
 
+    def skip(self) -> None:
+        """A step without halves: what is kept is a step older, and weighs less when the next ones are added."""
+        self.weight = self.gradient_ema * self.weight
+        for total in self.sums:
+            for value in total.values():
+                value.mul_(self.gradient_ema)
+
 
 class Correction(NamedTuple):
     """lambda of (T19), the net change predicted with it in nats per token, whether the cap bound, and |c| / |d|."""

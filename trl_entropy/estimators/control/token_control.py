@@ -1,7 +1,8 @@
-"""The tokens that Clip-Cov and KL-Cov act on (arXiv:2505.22617), and as many random tokens for comparison.
+"""The tokens that Clip-Cov and KL-Cov act on (arXiv:2505.22617), those that cost most, and random ones beside them.
 
 A token's covariance is (S_ik - S_bar) (A_i - A_bar), log-probability and advantage less their means over all tokens of
-the batch. It is large where a likely token is rewarded or an unlikely one is punished, which lowers the entropy (T11).
+the batch, or A_i (S_ik + H_ik), the log-probability less its mean under the token's own distribution. It is large
+where a likely token is rewarded or an unlikely one is punished, which lowers the entropy (T11).
 """
 
 from __future__ import annotations
@@ -24,6 +25,22 @@ def token_covariances(
     centred = (values - values[mask].mean() for values in (logps, per_token))
     first, second = centred
     return (first * second).where(mask, math.nan)
+
+
+def centred_covariances(
+    per_token_logps: Float[Tensor, "B T"],
+    token_entropy: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B *T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """A (S + H), nats x advantage: S less its mean under the distribution that the token was drawn from, which is -H.
+
+    It compares a token with the others that could have stood in its place, and with no other token of the batch, so
+    that it does not depend on what the batch holds. nan under the mask.
+    """
+    mask = loss_mask.bool()
+    per_token = advantages.double().reshape(len(advantages), -1).expand(mask.shape)
+    return (per_token * (per_token_logps.double() + token_entropy.double())).where(mask, math.nan)
 
 
 def num_chosen(loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"], fraction: float) -> int:
@@ -54,8 +71,29 @@ def clip_cov_tokens(
 
 
 def kl_cov_tokens(covariances: Float[Tensor, "B T"], count: int) -> Bool[Tensor, "B T"]:
-    """KL-Cov: the `count` tokens of the largest covariance."""
+    """KL-Cov, and Clip-Cov's top fraction: the `count` tokens of the largest covariance, of those that have one."""
     return _smallest(-covariances, ~covariances.isnan(), count)
+
+
+def exchange_tokens(
+    entropy_parts: Float[Tensor, "B T"],
+    reward_parts: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"],
+    count: int,
+) -> Bool[Tensor, "B T"]:
+    """(T24): the `count` tokens that lose most entropy for the reward that they earn, or all that lose any if fewer.
+
+    `entropy_parts` and `reward_parts` are each token's parts of the first-order change of both. A token that earns
+    nothing, or loses reward, loses entropy for nothing: these come first, those that lose most entropy before others.
+    """
+    lost, earned = -entropy_parts.double(), reward_parts.double()
+    ratio = torch.where(earned > 0, lost / earned, math.inf)
+    among = loss_mask.bool() & (lost > 0)
+    by_loss = (-lost).where(among, math.inf).flatten().argsort(stable=True)
+    by_ratio = (-ratio).where(among, math.inf).flatten()[by_loss].argsort(stable=True)
+    chosen = torch.zeros_like(among)
+    chosen.view(-1)[by_loss[by_ratio][: min(count, int(among.sum()))]] = True
+    return chosen
 
 
 def random_tokens(
