@@ -57,6 +57,19 @@ METHODS: dict[str, list[Settings]] = {
         {"entropy_control": "floor", "entropy_control_target": 0.15, "entropy_control_release": reward}
         for reward in (0.5, 0.65, 0.75)
     ],
+    "exchange": [
+        {"token_control": "exchange", "token_control_fraction": 0.01, "token_control_floor": floor}
+        for floor in (0.08, 0.11, 0.15)
+    ],
+    "A (S + H), largest": [
+        {
+            "token_control": "clip_cov",
+            "token_control_choice": "largest",
+            "token_control_centre": "distribution",
+            "token_control_fraction": share,
+        }
+        for share in (0.003, 0.01, 0.03)
+    ],
 }
 # Within a group the seeds are made in turn, so that methods that are compared have equally many.
 GROUPS = (
@@ -67,6 +80,8 @@ GROUPS = (
     ("learning rate with a schedule",),
     ("larger batch", "resampling", "fixed bonus"),
     ("floor with a release",),
+    ("exchange",),
+    ("A (S + H), largest",),
 )
 
 

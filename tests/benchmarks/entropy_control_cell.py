@@ -133,6 +133,15 @@ class Measure(TrainerCallback):
         self.evaluations.append({"step": step, "reward": float(worth.mean()), "entropy": entropy, **found})
 
 
+def arguments(task: str, settings: dict[str, Any]) -> list[str]:
+    """The command line of training."""
+    chosen = {**OFF, **PLANS[task].settings, **settings}
+    if chosen.pop("hint", False):
+        chosen["reward_funcs"] = [f"{task}_reward", f"{__file__}:hinted"]
+    words = [word for name, value in chosen.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    return ["--config", str(CONFIG), *words]
+
+
 def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
     """Train with the quickstart's settings changed by `settings`; `hint` adds the bonus of the positive control."""
     from trl_entropy.config.command_line import parse
@@ -140,14 +149,10 @@ def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    chosen = {**OFF, **PLANS[task].settings, "seed": seed, "max_steps": steps, "output_dir": folder, **settings}
-    if chosen.pop("hint", False):
-        chosen["reward_funcs"] = [f"{task}_reward", f"{__file__}:hinted"]
-    words = [word for name, value in chosen.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    words = arguments(task, {"seed": seed, "max_steps": steps, "output_dir": folder, **settings})
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            parsed = parse(["--config", str(CONFIG), *words])
-            trainer = build_trainer(*parsed)
+            trainer = build_trainer(*parse(words))
             measure = Measure(task, seed)
             measure.trainer = trainer
             trainer.add_callback(measure)

@@ -14,6 +14,8 @@ import control_study as study  # noqa: E402
 import control_study_tables as tables  # noqa: E402
 import entropy_control_cell  # noqa: E402
 
+from trl_entropy.config.command_line import parse  # noqa: E402
+
 
 def run(settings, seed, pass_at_1, seconds=100.0):
     """Half of what it ends at after half of its completions."""
@@ -87,6 +89,17 @@ def test_a_method_that_is_half_tuned_chooses_nothing():
     runs = {study.key_of({"learning_rate": 2e-4}, 1): run({"learning_rate": 2e-4}, 1, 1.0)}
     assert study.chosen("lower learning rate", runs) is None and study.chosen("none", runs) == {}
     assert "lower learning rate" not in tables.fresh_runs(runs)
+
+
+def test_every_method_can_be_started_and_has_its_place(tmp_path):
+    assert sorted(method for group in study.GROUPS for method in group) == sorted(study.METHODS)
+    tried = [settings for of_method in study.METHODS.values() for settings in of_method]
+    assert len({study.key_of(settings, 0) for settings in tried}) == len(tried)
+    for settings in tried:
+        task, args, _ = parse(entropy_control_cell.arguments("trap", {"output_dir": tmp_path, **settings}))
+        assert task.reward_funcs == ["trap_reward"]
+        assert all(getattr(args, name) == value for name, value in settings.items())
+        assert args.per_device_train_batch_size * study.num_steps(settings) == study.COMPLETIONS
 
 
 def test_equal_completions_and_equal_cost_are_read_between_evaluations():
