@@ -91,7 +91,7 @@ class TaskArguments:
         _FILES, "prompts with more tokens are dropped; not set: 200 for gsm8k, no limit for dataset.", None
     )
     reward_funcs: list[str] = field(
-        default=None,  # type: ignore[assignment]  # set in __post_init__
+        default=None,  # type: ignore[arg-type]  # set in __post_init__
         metadata={
             "help": "Reward functions, which are summed: names of trl_entropy.tasks.rewards or of trl.rewards, "
             "functions of one's own, or reward models (OWNER/NAME or a folder). Not set: tag_pref, or what the task "
