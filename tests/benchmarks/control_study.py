@@ -13,6 +13,7 @@ anew, name another file with `--results`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -139,24 +140,31 @@ def make_run(settings: Settings, seed: int) -> Run:
     """Train, and keep what a line of the results holds; entropy in nats per token of training's own completions."""
     from entropy_control_cell import run_cell
 
+    of_package = version()  # of the code that trains, whatever becomes of the files meanwhile
     run = run_cell(TASK, settings, seed, num_steps(settings))
     logged, batch = run["logged"], settings.get("per_device_train_batch_size", BATCH)
     drawn = logged.get("resampling/num_completions") or [batch] * run["steps"]
     evaluations = [
         {
-            **{name: round(value, 4) for name, value in entry.items()},
+            **{name: _rounded(value, 4) for name, value in entry.items()},
             "seconds": round(run["seconds"][entry["step"] - 1], 1),
             "completions": int(sum(drawn[: entry["step"]])),
         }
         for entry in run["evaluations"]
     ]
-    curves = {name: [round(value, 3) for value in logged[name][::EVERY]] for name in ("entropy/policy", "reward")}
+    curves = {name: [_rounded(value, 3) for value in logged[name][::EVERY]] for name in ("entropy/policy", "reward")}
     return {
-        "task": TASK, "settings": settings, "seed": seed, "steps": run["steps"], "version": version(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "evaluations": evaluations, **curves,
+        "task": TASK, "settings": settings, "seed": seed, "steps": run["steps"], "version": of_package,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "unit": round(statistics.mean(run["units"]), 4),
+        "evaluations": evaluations, **curves,
     }  # fmt: skip
 
 
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)  # None: nan, in a run that blew up
+
+
+@functools.cache
 def version() -> str:
     """The last commit that changed the package, with a + if files of it are changed and not committed."""
 

@@ -76,16 +76,18 @@ def _about(runs: dict[str, Run]) -> str:
 
 
 def costs_of(fresh: BySeed) -> dict[str, float]:
-    """CPU seconds of a method for the same completions, over those without control: a ratio of medians."""
+    """CPU time of a method for the same completions, over that without control: a ratio of medians over seeds."""
     spent = {
-        name: statistics.median(seconds_per_completion(run) for run in own.values()) for name, own in fresh.items()
+        name: [units_per_completion(run) for run in own.values() if run.get("unit")] for name, own in fresh.items()
     }
-    return {name: value / spent["none"] for name, value in spent.items()} if "none" in spent else {}
+    known = {name: statistics.median(values) for name, values in spent.items() if values}
+    return {name: value / known["none"] for name, value in known.items()} if "none" in known else {}
 
 
-def seconds_per_completion(run: Run) -> float:
+def units_per_completion(run: Run) -> float:
+    """CPU seconds of training for each of its completions, in those that a pass of fixed size took at the time."""
     last = run["evaluations"][-1]
-    return last["seconds"] / last["completions"]
+    return last["seconds"] / last["completions"] / run["unit"]
 
 
 def outcomes(fresh: BySeed, costs: Mapping[str, float]) -> str:
@@ -96,13 +98,16 @@ def outcomes(fresh: BySeed, costs: Mapping[str, float]) -> str:
         "|---" * 10 + "|",
     ]
     for name, own in fresh.items():
-        some, cost = list(own.values()), costs.get(name, float("nan"))
+        some, cost = list(own.values()), costs.get(name)
         hits = sum(found_the_way(run) for run in some)
         ends = [spread(at_completions(run, quantity) for run in some) for quantity in ("pass@1", "reward", "entropy")]
-        at_equal = [spread(at_cost(run, quantity, cost) for run in some) for quantity in ("reward", "pass@1")]
+        at_equal = ["-", "-", "-"]
+        if cost is not None:
+            both = (spread(at_cost(run, quantity, cost) for run in some) for quantity in ("reward", "pass@1"))
+            at_equal = [f"{cost:.2f}", *both]
         lines.append(
             f"| {name} | {setting(some[0]['settings'])} | {hits} of {len(some)} | {hits / len(some):.2f} "
-            f"{_ends(*wilson_interval(hits, len(some)))} | {' | '.join(ends)} | {cost:.2f} | {' | '.join(at_equal)} |"
+            f"{_ends(*wilson_interval(hits, len(some)))} | {' | '.join(ends)} | {' | '.join(at_equal)} |"
         )
     return "\n".join(lines)
 
@@ -122,9 +127,10 @@ def against(fresh: BySeed, costs: Mapping[str, float], reference: str) -> str:
         pairs = [(own[seed], fresh[reference][seed]) for seed in seeds]
         differences = [at_completions(a, "pass@1") - at_completions(b, "pass@1") for a, b in pairs]
         only = [sum(found_the_way(a) > found_the_way(b) for a, b in two) for two in (pairs, _swapped(pairs))]
+        known = name in costs and reference in costs
         equal_cost = [
-            at_cost(a, "pass@1", costs[name]) - at_cost(b, "pass@1", costs[reference]) for a, b in pairs
-        ] if costs else []  # fmt: skip
+            at_cost(a, "pass@1", costs[name]) - at_cost(b, "pass@1", costs[reference]) for a, b in pairs if known
+        ]
         rewards = [at_completions(a, "reward") - at_completions(b, "reward") for a, b in pairs]
         tested[name] = sign_flip_p(differences)
         rows.append((name, len(seeds), only, differences, rewards, equal_cost))

@@ -10,6 +10,9 @@ only.
   never; the entropy of training's own completions is logged in any case.
 - `evaluate_every`: after so many steps, `NUM_SAMPLES` completions of each of `NUM_PROBLEMS` problems are evaluated.
   None: after each third of the run.
+- `calibrate_every`: after so many steps the CPU seconds of a pass of fixed size are taken, forward and backward with
+  a copy of the model. On a shared machine a CPU second does less when others compute too; the runs of a study that
+  takes days are compared in units of this pass. None: never.
 
 Tasks:
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -33,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from trl_entropy.estimators.statistics.pass_at_k import pass_at_k
 from trl_entropy.gradients.scores import score
@@ -43,6 +47,7 @@ from trl_entropy.tasks import lead_words, rewards
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 NUM_FRESH, FROM = 128, 20
 NUM_PROBLEMS, NUM_SAMPLES = 96, 8
+UNIT_LENGTH = 52  # tokens of prompt and completion, on average
 OFF = {
     "entropy_probe": "false", "effective_sample_size_probe": "false", "optimizer_state_probe": "false",
     "likelihood_probe": "false", "kl_every": "0", "eval_strategy": "no", "eval_on_start": "false",
@@ -57,6 +62,7 @@ class Plan(NamedTuple):
     reward: Callable[..., list[float]]
     fresh_from: int | None
     evaluate_every: int | None
+    calibrate_every: int | None = None
 
 
 # Those with two operations of 4,096 and 512 word problems.
@@ -64,7 +70,7 @@ _TWO_STEPS = {"num_train_problems": 2047, "num_eval_problems": 255}
 PLANS = {
     "sharpen": Plan({"num_eval_problems": 512}, rewards.tag_pref, FROM, 20),
     "explore": Plan({"task": "explore", **_TWO_STEPS}, lead_words.explore_reward, FROM, 20),
-    "trap": Plan({"task": "trap", **_TWO_STEPS}, lead_words.trap_reward, None, None),
+    "trap": Plan({"task": "trap", **_TWO_STEPS}, lead_words.trap_reward, None, None, 10),
 }
 LOGGED = (
     "entropy/policy", "entropy_coef", "entropy_control/delta_predicted", "entropy_control/delta_optimizer",
@@ -90,6 +96,8 @@ class Measure(TrainerCallback):
         self.entropy: dict[int, float] = {}  # by step
         self.seconds: list[float] = []
         self.evaluations: list[dict[str, float]] = []
+        self.units: list[float] = []
+        self.calibrator: PreTrainedModel | None = None
         self._spent = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
@@ -105,6 +113,8 @@ class Measure(TrainerCallback):
             self.entropy[step] = self._draw(problems, (self.seed, step, 7))[1]
         if step % (self.plan.evaluate_every or state.max_steps // 3) == 0:
             self._evaluate(step)
+        if self.plan.calibrate_every and step % self.plan.calibrate_every == 0:
+            self.units.append(self._calibrate())
         self._since = time.process_time()
 
     @property
@@ -121,6 +131,17 @@ class Measure(TrainerCallback):
         ids = [row[kept] for row, kept in zip(drawn.input_ids[:, -mask.shape[1] :], mask, strict=True)]
         texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts, float(entropy[mask].double().mean())
+
+    def _calibrate(self) -> float:
+        """CPU seconds of a pass over a batch like training's; the model that trains is not touched."""
+        if self.calibrator is None:
+            self.calibrator = copy.deepcopy(self.trainer.accelerator.unwrap_model(self.trainer.model)).eval()
+        ids = torch.arange(NUM_FRESH * UNIT_LENGTH).view(NUM_FRESH, UNIT_LENGTH) % self.calibrator.config.vocab_size
+        start = time.process_time()
+        self.calibrator(input_ids=ids, labels=ids).loss.backward()
+        spent = time.process_time() - start
+        self.calibrator.zero_grad()
+        return spent
 
     def _evaluate(self, step: int) -> None:
         problems = np.arange(NUM_PROBLEMS).repeat(NUM_SAMPLES)
@@ -163,7 +184,7 @@ def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict
     logged = {name: [row.get(name) for row in rows] for name in LOGGED if name in rows[-1]}
     return {
         "task": task, "settings": settings, "seed": seed, "steps": steps, "entropy": measure.entropy,
-        "seconds": measure.seconds, "evaluations": measure.evaluations, "logged": logged,
+        "seconds": measure.seconds, "units": measure.units, "evaluations": measure.evaluations, "logged": logged,
     }  # fmt: skip
 
 

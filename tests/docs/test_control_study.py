@@ -26,6 +26,7 @@ def run(settings, seed, pass_at_1, seconds=100.0):
     ]  # fmt: skip
     return {
         "task": "trap", "settings": settings, "seed": seed, "steps": 150, "version": "abc", "date": "2026-12-01",
+        "unit": 0.5,
         "evaluations": ends, "entropy/policy": [0.5] * 30, "reward": [0.1] * 30,
     }  # fmt: skip
 
@@ -75,12 +76,14 @@ def test_a_line_holds_what_a_run_gave(monkeypatch):
     entries = [{"step": step, "reward": step / 150, "entropy": 0.12345678, "pass@1": 0.5} for step in (50, 100, 150)]
     logged = {"resampling/num_completions": [256] * 150, "entropy/policy": [0.1] * 150, "reward": [0.2] * 150}
     cell = {"steps": 150, "seconds": [float(step) for step in range(1, 151)], "evaluations": entries, "logged": logged}
+    cell["units"] = [0.4, 0.6]
     monkeypatch.setattr(entropy_control_cell, "run_cell", lambda *given: cell)
     line = study.make_run({"resample_uninformative_groups": True}, 10)
     assert [entry["completions"] for entry in line["evaluations"]] == [12_800, 25_600, 38_400]
     assert line["evaluations"][0] == {
         "step": 50, "reward": 0.3333, "entropy": 0.1235, "pass@1": 0.5, "seconds": 50.0, "completions": 12_800
     }  # fmt: skip
+    assert line["unit"] == 0.5
     assert study.at_completions(line, "reward") == pytest.approx(0.5, abs=1e-3) and len(line["reward"]) == 30
     assert json.loads(json.dumps(line)) == line and len(json.dumps(line)) < 2000
 
@@ -110,6 +113,10 @@ def test_equal_completions_and_equal_cost_are_read_between_evaluations():
     assert study.num_steps({"per_device_train_batch_size": 256}) == 75
     none, twice = {10: run({}, 10, 0.0)}, {10: run({}, 10, 0.8, seconds=200.0)}
     assert tables.costs_of({"none": none, "floor": twice}) == {"none": 1.0, "floor": 2.0}
+    twice[10]["unit"] = 1.0  # the machine was half as fast
+    assert tables.costs_of({"none": none, "floor": twice}) == {"none": 1.0, "floor": 1.0}
+    del twice[10]["unit"]
+    assert tables.costs_of({"none": none, "floor": twice}) == {"none": 1.0}
 
 
 def test_sign_flips_and_holm_by_hand():
