@@ -289,7 +289,7 @@ def test_every_setting_whose_help_names_a_value_of_another_is_read_with_it():
         "entropy_control_release", "entropy_control_release_steps",
         "entropy_prediction", "entropy_probe_num_completions", "entropy_probe_sampler", "probe_precision",
         "reward_attribution", "token_control_bounds", "token_control_centre", "token_control_choice",
-        "token_control_coefficient", "token_control_quantiles",
+        "token_control_coefficient", "token_control_floor", "token_control_gradient_ema", "token_control_quantiles",
     }  # fmt: skip
     for name, described in own_settings(DrGRPOConfig).items():
         if described.help.startswith(("clip_cov:", "kl_cov:")):

@@ -115,7 +115,7 @@ def rows(trainer):
 
 # ---- dropout
 
-REBUILD = {"token", "sequence", "rollouts", "fisher", "within prompt", "control rollouts"}
+REBUILD = {"token", "sequence", "rollouts", "fisher", "within prompt", "control rollouts", "exchange"}
 
 
 def lora(**more):
@@ -185,9 +185,9 @@ def test_kl_every_draws_no_random_numbers(build, tmp_path):
 
 PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 SCORING = {"held_out", "second order", "token", "sequence", "rollouts", "fisher", "within prompt"}
-SCORING |= {"next_rollouts", "control", "control rollouts", "likelihood"}
+SCORING |= {"next_rollouts", "control", "control rollouts", "exchange", "likelihood"}
 DORA = SCORING - {"fisher", "within prompt", "likelihood"}
-FORWARD = {"next_rollouts", "held_out", "second order", "token", "sequence"}
+FORWARD = {"next_rollouts", "held_out", "second order", "token", "sequence", "exchange"}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,7 @@ def test_learned_positions(refused_ones, build, tokenizer):
     for name, setting in own.items():
         source = name.removeprefix("control ")
         assert found.pop(name).startswith(f"{setting}_completions='{source}' needs completions drawn from")
+    assert found.pop("exchange").startswith("token_control='exchange' needs completions drawn from")
     assert not found
     settings = PROBES["token"] | {"probe_batch_size": 3, "disable_dropout": True}
     for row in rows(build(gpt2(), **settings)):
@@ -330,7 +331,7 @@ def test_the_models_own_sampling_settings_are_refused(refused_ones, tokenizer):
         model.generation_config.update(**settings)
         return model
 
-    drawn = {"next_rollouts", "rollouts", "fisher", "control rollouts"}  # the others draw from all tokens
+    drawn = {"next_rollouts", "rollouts", "fisher", "control rollouts", "exchange"}  # the others draw from all tokens
     found = refused_ones(lambda: model(min_p=0.9))
     assert set(found) == drawn
     assert all("but min_p=0.9 of the model's generation_config changes it" in text for text in found.values())
