@@ -25,6 +25,7 @@ from measuring import interval as mean_interval
 from trl_entropy.estimators.statistics.calibration import wilson_interval
 from trl_entropy.experiments.output import saved_figure
 
+PAGES = {"The plan, written before": "trap", "What follows from it": "control"}
 FOUND = 0.5  # pass@1 from which a run has found the better way
 REFERENCES = ("lower learning rate", "learning rate with a schedule")
 BySeed = dict[str, dict[int, Run]]
@@ -66,7 +67,7 @@ def _about(runs: dict[str, Run]) -> str:
     versions = sorted({run["version"] for run in runs.values()})
     lines = [
         "Written by `python tests/benchmarks/control_study.py` from `docs/results/study/trap.jsonl`, which has a line "
-        "for each run. [The plan](../trap.md) was written before; [what follows from it](../control.md).",
+        "for each run. " + " ".join(f"[{text}](../{page}.md)." for text, page in PAGES.items()),
         "",
         f"{len(runs)} runs; made {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if runs else "No run yet",
         f"with the package as of {', '.join(versions)}; 2-core CPU container, one thread, other processes beside it. "
