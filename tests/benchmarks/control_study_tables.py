@@ -24,6 +24,7 @@ from measuring import interval as mean_interval
 
 from trl_entropy.estimators.statistics.calibration import wilson_interval
 from trl_entropy.experiments.output import saved_figure
+from trl_entropy.runs.counted import counted
 
 PAGES = {"The plan, written before": "trap", "What follows from it": "control"}
 FOUND = 0.5  # pass@1 from which a run has found the better way
@@ -69,7 +70,7 @@ def _about(runs: dict[str, Run]) -> str:
         "Written by `python tests/benchmarks/control_study.py` from `docs/results/study/trap.jsonl`, which has a line "
         "for each run. " + " ".join(f"[{text}](../{page}.md)." for text, page in PAGES.items()),
         "",
-        f"{len(runs)} runs; made {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if runs else "No run yet",
+        f"{counted(len(runs), 'run')}; made {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if runs else "No run yet",
         f"with the package as of {', '.join(versions)}; 2-core CPU container, one thread, other processes beside it. "
         "Brackets are 95 % intervals: Wilson's of shares, else Student's t over seeds." if runs else "",
     ]  # fmt: skip
