@@ -64,17 +64,18 @@ def report(runs: dict[str, Run]) -> str:
 
 
 def _about(runs: dict[str, Run]) -> str:
-    dates = sorted({run["date"] for run in runs.values()})
-    versions = sorted({run["version"] for run in runs.values()})
-    lines = [
+    source = (
         "Written by `python tests/benchmarks/control_study.py` from `docs/results/study/trap.jsonl`, which has a line "
-        "for each run. " + " ".join(f"[{text}](../{page}.md)." for text, page in PAGES.items()),
-        "",
-        f"{counted(len(runs), 'run')}; made {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if runs else "No run yet",
+        "for each run. " + " ".join(f"[{text}](../{page}.md)." for text, page in PAGES.items())
+    )
+    if not runs:
+        return f"{source}\n\nNo run yet."
+    dates, versions = (sorted({run[name] for run in runs.values()}) for name in ("date", "version"))
+    return (
+        f"{source}\n\n{counted(len(runs), 'run')}; made {' to '.join(dict.fromkeys((dates[0], dates[-1])))} "
         f"with the package as of {', '.join(versions)}; 2-core CPU container, one thread, other processes beside it. "
-        "Brackets are 95 % intervals: Wilson's of shares, else Student's t over seeds." if runs else "",
-    ]  # fmt: skip
-    return "\n".join(lines).rstrip()
+        "Brackets are 95 % intervals: Wilson's of shares, else Student's t over seeds."
+    )
 
 
 def costs_of(fresh: BySeed) -> dict[str, float]:
