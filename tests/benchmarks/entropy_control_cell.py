@@ -2,90 +2,102 @@
 
     python tests/benchmarks/entropy_control_cell.py sharpen 0 entropy_control=hold entropy_control_target=0.22
 
-After every step from `FROM` on, and after every fifth step before, the policy's entropy is measured on `NUM_FRESH`
-completions of held-out problems, drawn at temperature 1 whatever temperature training uses. Every `EVALUATE_EVERY`
-steps, `NUM_SAMPLES` completions of each of `NUM_PROBLEMS` problems are evaluated. Neither changes training, and CPU
-seconds count training only.
+How a run is measured depends on the task (`PLANS`). Nothing of it changes training, and CPU seconds count training
+only.
+
+- `fresh_from`: after every step from this one on, and after every fifth step before, the policy's entropy is measured
+  on `NUM_FRESH` completions of held-out problems, drawn at temperature 1 whatever temperature training uses. None:
+  never; the entropy of training's own completions is logged in any case.
+- `evaluate_every`: after so many steps, `NUM_SAMPLES` completions of each of `NUM_PROBLEMS` problems are evaluated.
+  None: after each third of the run.
+- `calibrate_every`: after so many steps the CPU seconds of a pass of fixed size are taken, forward and backward with
+  a copy of the model. On a shared machine a CPU second does less when others compute too; the runs of a study that
+  takes days are compared in units of this pass. None: never.
 
 Tasks:
 
 - `sharpen`: the embedded word problems; reward 1 for the right answer.
-- `explore`: the problems with two operations. Each step of the solution begins with one of five words. A right answer
-  earns 1 if both steps begin with "Here", 0 if only the first does, 0.7 if the first begins with "First", and 0.35
-  otherwise. All five words are equally likely at the start, so that beginning with "Here" costs reward until a second
-  "Here" has become likely.
+- `explore` and `trap`: the problems with two operations, with a worse way that is found first
+  (`trl_entropy.tasks.lead_words`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from trl_entropy.estimators.statistics.pass_at_k import pass_at_k
 from trl_entropy.gradients.scores import score
 from trl_entropy.runs.directory import RunDirectory
-from trl_entropy.tasks import rewards
-from trl_entropy.tasks.word_problems import KINDS
+from trl_entropy.tasks import lead_words, rewards
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 NUM_FRESH, FROM = 128, 20
-NUM_PROBLEMS, NUM_SAMPLES, EVALUATE_EVERY = 96, 8, 20
+NUM_PROBLEMS, NUM_SAMPLES = 96, 8
+UNIT_LENGTH = 52  # tokens of prompt and completion, on average
 OFF = {
     "entropy_probe": "false", "effective_sample_size_probe": "false", "optimizer_state_probe": "false",
-    "kl_every": "0", "eval_strategy": "no", "eval_on_start": "false", "save_strategy": "no",
-    "log_completions": "false", "report_to": "none", "num_eval_problems": "512",
+    "likelihood_probe": "false", "kl_every": "0", "eval_strategy": "no", "eval_on_start": "false",
+    "save_strategy": "no", "log_completions": "false", "report_to": "none",
 }  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """The settings of a task, its reward, and how a run is measured (see above)."""
+
+    settings: dict[str, Any]
+    reward: Callable[..., list[float]]
+    fresh_from: int | None
+    evaluate_every: int | None
+    calibrate_every: int | None = None
+
+
+# Those with two operations of 4,096 and 512 word problems.
+_TWO_STEPS = {"num_train_problems": 2047, "num_eval_problems": 255}
+PLANS = {
+    "sharpen": Plan({"num_eval_problems": 512}, rewards.tag_pref, FROM, 20),
+    "explore": Plan({"task": "explore", **_TWO_STEPS}, lead_words.explore_reward, FROM, 20),
+    "trap": Plan({"task": "trap", **_TWO_STEPS}, lead_words.trap_reward, None, None, 10),
+}
 LOGGED = (
     "entropy/policy", "entropy_coef", "entropy_control/delta_predicted", "entropy_control/delta_optimizer",
     "entropy_control/realised_previous", "entropy_control/infeasible", "entropy_control/relative_size",
     "entropy_control/active", "entropy_control/price", "token_control/num_tokens",
+    "resampling/num_completions", "reward",
 )  # fmt: skip
-
-
-def leads(completion: str) -> list[str]:
-    """The words that begin the steps of a solution: `First` and `So` in `First 3+4=7 So 7-2=5`."""
-    thought = rewards.completion_text(completion).partition(rewards.THINK_CLOSE)[0]
-    return [word for word in thought.split() if word.isalpha()]
-
-
-def explored(prompts: object, completions: list[str], **kwargs: Any) -> list[float]:
-    """The reward of `explore`."""
-    right = rewards.tag_pref(prompts, completions, **kwargs)
-    return [one * _worth(leads(completion)) for one, completion in zip(right, completions, strict=True)]
-
-
-def _worth(words: list[str]) -> float:
-    if words[:2] == ["Here", "Here"]:
-        return 1.0
-    return {"First": 0.7, "Here": 0.0}.get(words[0] if words else "", 0.35)
 
 
 def hinted(prompts: object, completions: list[str], trainer_state: Any = None, **kwargs: Any) -> list[float]:
     """The bonus of the positive control: 0.7 more for a right answer that begins with "Here", fading over 30 steps."""
     right = rewards.tag_pref(prompts, completions, **kwargs)
-    size = 0.7 * max(0.0, 1 - trainer_state.global_step / 30)
-    return [size * one * (leads(text)[:1] == ["Here"]) for one, text in zip(right, completions, strict=True)]
+    step = 0 if trainer_state is None else trainer_state.global_step  # None: it is tried before training
+    size, first = 0.7 * max(0.0, 1 - step / 30), [lead_words.lead_words(text)[:1] for text in completions]
+    return [size * one * (words == [lead_words.BEST]) for one, words in zip(right, first, strict=True)]
 
 
 class Measure(TrainerCallback):
     """Measures the policy on completions drawn after a step, and records the CPU seconds of training so far."""
 
     def __init__(self, task: str, seed: int) -> None:
-        self.task, self.seed = task, seed
+        self.plan, self.seed = PLANS[task], seed
         self.entropy: dict[int, float] = {}  # by step
         self.seconds: list[float] = []
         self.evaluations: list[dict[str, float]] = []
+        self.units: list[float] = []
+        self.calibrator: PreTrainedModel | None = None
         self._spent = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
@@ -95,11 +107,14 @@ class Measure(TrainerCallback):
         self._spent += time.process_time() - self._since
         self.seconds.append(self._spent)
         step = state.global_step
-        if step >= FROM or step % 5 == 0:
+        start = self.plan.fresh_from
+        if start is not None and (step >= start or step % 5 == 0):
             problems = np.random.default_rng((self.seed, step)).choice(len(self.problems), NUM_FRESH)
             self.entropy[step] = self._draw(problems, (self.seed, step, 7))[1]
-        if step % EVALUATE_EVERY == 0:
+        if step % (self.plan.evaluate_every or state.max_steps // 3) == 0:
             self._evaluate(step)
+        if self.plan.calibrate_every and step % self.plan.calibrate_every == 0:
+            self.units.append(self._calibrate())
         self._since = time.process_time()
 
     @property
@@ -117,15 +132,35 @@ class Measure(TrainerCallback):
         texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts, float(entropy[mask].double().mean())
 
+    def _calibrate(self) -> float:
+        """CPU seconds of a pass over a batch like training's; the model that trains is not touched."""
+        if self.calibrator is None:
+            self.calibrator = copy.deepcopy(self.trainer.accelerator.unwrap_model(self.trainer.model)).eval()
+        ids = torch.arange(NUM_FRESH * UNIT_LENGTH).view(NUM_FRESH, UNIT_LENGTH) % self.calibrator.config.vocab_size
+        start = time.process_time()
+        self.calibrator(input_ids=ids, labels=ids).loss.backward()
+        spent = time.process_time() - start
+        self.calibrator.zero_grad()
+        return spent
+
     def _evaluate(self, step: int) -> None:
         problems = np.arange(NUM_PROBLEMS).repeat(NUM_SAMPLES)
         texts, entropy = self._draw(problems, (self.seed, step, 8))
         answers = [self.problems[int(row)]["answer"] for row in problems]
-        values = (explored if self.task == "explore" else rewards.tag_pref)(None, texts, answer=answers)
+        values = self.plan.reward(None, texts, answer=answers)
         worth = np.array(values).reshape(NUM_PROBLEMS, NUM_SAMPLES)
         right = torch.tensor((worth == 1).sum(axis=1))
         found = {f"pass@{k}": float(pass_at_k(right, NUM_SAMPLES, k).mean()) for k in (1, 8)}
         self.evaluations.append({"step": step, "reward": float(worth.mean()), "entropy": entropy, **found})
+
+
+def arguments(task: str, settings: dict[str, Any]) -> list[str]:
+    """The command line of training."""
+    chosen = {**OFF, **PLANS[task].settings, **settings}
+    if chosen.pop("hint", False):
+        chosen["reward_funcs"] = [f"{task}_reward", f"{__file__}:hinted"]
+    words = [word for name, value in chosen.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    return ["--config", str(CONFIG), *words]
 
 
 def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
@@ -135,15 +170,10 @@ def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    chosen = {**OFF, "seed": seed, "max_steps": steps, "output_dir": folder, **settings}
-    hint = chosen.pop("hint", False)
-    words = [word for name, value in chosen.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    words = arguments(task, {"seed": seed, "max_steps": steps, "output_dir": folder, **settings})
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            parsed = parse(["--config", str(CONFIG), *words])
-            trainer = build_trainer(*parsed)
-            if task == "explore":
-                _make_explore(trainer, hint)
+            trainer = build_trainer(*parse(words))
             measure = Measure(task, seed)
             measure.trainer = trainer
             trainer.add_callback(measure)
@@ -154,20 +184,8 @@ def run_cell(task: str, settings: dict[str, Any], seed: int, steps: int) -> dict
     logged = {name: [row.get(name) for row in rows] for name in LOGGED if name in rows[-1]}
     return {
         "task": task, "settings": settings, "seed": seed, "steps": steps, "entropy": measure.entropy,
-        "seconds": measure.seconds, "evaluations": measure.evaluations, "logged": logged,
+        "seconds": measure.seconds, "units": measure.units, "evaluations": measure.evaluations, "logged": logged,
     }  # fmt: skip
-
-
-def _make_explore(trainer: Any, hint: bool) -> None:
-    """Restrict the trainer to problems with two operations, and set their reward."""
-    two = {name for name, kind in KINDS.items() if len(kind.operators) == 2}
-    for name in ("train_dataset", "eval_dataset"):
-        problems = getattr(trainer, name)
-        setattr(trainer, name, problems.select([row for row, kind in enumerate(problems["kind"]) if kind in two]))
-    functions = [explored, hinted] if hint else [explored]
-    trainer.reward_funcs, trainer.reward_func_names = functions, [one.__name__ for one in functions]
-    trainer.reward_processing_classes = [None] * len(functions)
-    trainer.reward_weights = torch.ones(len(functions))
 
 
 def write_cell(target: Path, *cell: Any) -> None:
@@ -182,7 +200,7 @@ def write_cell(target: Path, *cell: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=["sharpen", "explore"])
+    parser.add_argument("task", choices=list(PLANS))
     parser.add_argument("seed", type=int)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument(

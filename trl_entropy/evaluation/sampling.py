@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 # Logits in float32 that scoring may hold at once: 1 GiB; on a CPU 64 MiB, where larger batches are not faster.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ON_CPU = 2**28, 2**24
-_EMBEDDED_OF_TASK = {"word_problems": EMBEDDED_MODEL, "calculator": EMBEDDED_AGENT}
+_EMBEDDED_OF_TASK = {
+    "word_problems": EMBEDDED_MODEL, "explore": EMBEDDED_MODEL, "trap": EMBEDDED_MODEL, "calculator": EMBEDDED_AGENT
+}  # fmt: skip
 _DRAWN_AHEAD = 4096  # completions that an engine draws at once: enough to keep it busy, lost if it is cut off
 
 

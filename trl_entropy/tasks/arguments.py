@@ -12,7 +12,10 @@ from trl_entropy.tasks.named import absolute, is_of_user
 
 T = TypeVar("T")
 
-TASK_NAMES = ("word_problems", "gsm8k", "calculator", "dataset")
+TASK_NAMES = ("word_problems", "gsm8k", "calculator", "explore", "trap", "dataset")
+# The reward of a task, where none is named.
+REWARD_OF_TASK = {"explore": "explore_reward", "trap": "trap_reward"}
+DEFAULT_REWARD = "tag_pref"
 
 
 class OfTask(str):
@@ -78,17 +81,21 @@ class TaskArguments:
     dataset_filter: str | None = of_task(_OWN, "a function that gets a row and says whether it is kept.", None)
     num_train_problems: int | None = field(
         default=None,
-        metadata={"help": "Largest number of training problems; not set: 4096, or all of a dataset of one's own."},
+        metadata={
+            "help": "Largest number of training problems; not set: 4096 (explore and trap: 2048), or all of a dataset "
+            "of one's own."
+        },
     )
     num_eval_problems: int = field(default=256, metadata={"help": "Largest number of held-out problems."})
     max_prompt_length: int | None = of_task(
         _FILES, "prompts with more tokens are dropped; not set: 200 for gsm8k, no limit for dataset.", None
     )
     reward_funcs: list[str] = field(
-        default_factory=lambda: ["tag_pref"],
+        default=None,  # type: ignore[arg-type]  # set in __post_init__
         metadata={
             "help": "Reward functions, which are summed: names of trl_entropy.tasks.rewards or of trl.rewards, "
-            "functions of one's own, or reward models (OWNER/NAME or a folder)."
+            "functions of one's own, or reward models (OWNER/NAME or a folder). Not set: tag_pref, or what the task "
+            "explore or trap pays."
         },
     )
     reward_kwargs: dict | str | None = field(
@@ -125,6 +132,8 @@ class TaskArguments:
 
     def __post_init__(self) -> None:
         self.task = self.task or implied_task(self.dataset_name)
+        if self.reward_funcs is None:
+            self.reward_funcs = [REWARD_OF_TASK.get(self.task, DEFAULT_REWARD)]
         for name in ("reward_kwargs", "metric_kwargs"):
             if isinstance(given := getattr(self, name), str):
                 setattr(self, name, json.loads(given))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_entropy.tasks import rewards, script
+from trl_entropy.tasks import lead_words, rewards, script
 from trl_entropy.tasks.named import Named, described, files_of, named, with_settings
 from trl_entropy.tasks.registry import task_of
 from trl_entropy.tasks.user_code import line_of_function, naming_what_fails, parts_of_episodes
@@ -40,6 +40,8 @@ SHIPPED: dict[str, Callable[[], Any]] = {
     "tag_pref": lambda: rewards.tag_pref,
     "tag_math_correct": lambda: rewards.tag_math_correct,
     "format_reward": lambda: rewards.format_reward,
+    "explore_reward": lambda: lead_words.explore_reward,
+    "trap_reward": lambda: lead_words.trap_reward,
     **{
         name: _of_trl(name)
         for name in (

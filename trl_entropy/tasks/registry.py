@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_entropy.tasks import calculator, gsm8k, own_dataset, script, word_problems
+from trl_entropy.tasks import calculator, gsm8k, lead_words, own_dataset, script, word_problems
 from trl_entropy.tasks.arguments import TaskArguments
 from trl_entropy.tasks.named import Named, described, named
 from trl_entropy.tasks.prompts import check_conversations
@@ -109,6 +109,18 @@ class WordProblems(Task):
     def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
         most = wanted.most or word_problems.MAX_PROBLEMS[wanted.split]
         return word_problems.load_word_problems(wanted.split, most, seed=wanted.seed)
+
+
+class LeadWords(Task):
+    """The word problems with two operations, for the rewards of `explore` and `trap`."""
+
+    most_by_default = 2048
+
+    def load(self, args: TaskArguments, wanted: Wanted) -> Dataset:
+        return lead_words.load_two_step_problems(wanted.split, wanted.most, seed=wanted.seed)
+
+    def num_problems(self, args: TaskArguments) -> int:
+        return args.num_train_problems or self.most_by_default
 
 
 class Calculator(Task):
@@ -219,6 +231,8 @@ TASKS: dict[str, Task] = {
     "word_problems": WordProblems(),
     "gsm8k": GSM8K(),
     "calculator": Calculator(),
+    "explore": LeadWords(),
+    "trap": LeadWords(),
     "dataset": OwnDataset(),
     script.SCRIPT: Script(),
 }
