@@ -20,7 +20,7 @@ from trl_entropy.engine.optimizer_step import preconditioner_of_step
 from trl_entropy.estimators.attribution.shares import on_policy_coefficients, token_contributions
 from trl_entropy.estimators.control.entropy_control import RunningHalves, Vector, floored_metric
 from trl_entropy.estimators.entropy_change.expectation import slope_coefficients
-from trl_entropy.gradients.scores import score
+from trl_entropy.gradients.scores import Params, score
 from trl_entropy.gradients.sequence_products import entropy_shares, gradients_of, weighted_logps
 from trl_entropy.probes import model_checks
 from trl_entropy.probes.probe import Probe
@@ -183,6 +183,6 @@ class TokenExchange(Probe):
         return of_entropy, of_reward
 
 
-def on_device(direction: Vector, params: Vector) -> Vector:
+def on_device(direction: Vector, params: Params) -> Vector:
     """The vector where the parameters are; a resumed run's comes from a file, on the CPU."""
     return {name: value.to(params[name].device) for name, value in direction.items()}
