@@ -181,13 +181,13 @@ def probe_phases(plan: Plan) -> dict[str, dict[str, int]]:
     copy = 4 * shape_of(plan).num_trainable
     everything = {name for names in read.values() for name in names}
     for probe, items in phases.items():
-        if (others := len(everything - set(read[probe]))) and not is_sliced(plan):
+        if (others := len(everything - set(read[probe]))) and not plan.is_sliced:
             items["copies that others read"] = others * copy
-        if is_sharded(plan) or "params_before" not in read[probe]:  # otherwise it is one of the copies
+        if plan.is_sharded or "params_before" not in read[probe]:  # otherwise it is one of the copies
             items["own share of the parameters"] = copy // memory.shards(plan.engine, "optimizer", plan.world_size)
-        if is_sliced(plan):
+        if plan.is_sliced:
             items[next(iter(items))] = _num_made(plan, probe) * copy
-        if is_sliced(plan) and not plan.hardware.has_gpu:
+        if plan.is_sliced and not plan.hardware.has_gpu:
             items["of the machine's, shared"] = on_machine(plan) // plan.launch.num_local_processes
     return phases
 
@@ -202,23 +202,13 @@ def _num_made(plan: Plan, probe: str) -> int:
     return made.get(probe, 0)
 
 
-def is_sharded(plan: Plan) -> bool:
-    """Whether the optimizer's state is spread over processes."""
-    return plan.engine.startswith(("zero", "fsdp"))
-
-
-def is_sliced(plan: Plan) -> bool:
-    """Whether parameters are spread over processes too: ZeRO-3, FSDP2."""
-    return memory.shards(plan.engine, "weights", plan.world_size) > 1
-
-
 def on_machine(plan: Plan) -> int:
     """
     Bytes of main memory that the processes of a machine share while probes work: where parameters are sliced the
     frozen ones in their own dtype, and in float32 the vectors over the trained ones that probes read of the step.
     """
     phases, read = _probe_items(plan)
-    if not phases or not is_sliced(plan):
+    if not phases or not plan.is_sliced:
         return 0
     vectors = len({name for names in read.values() for name in names})
     vectors += 3 if plan.args.entropy_probe and plan.args.entropy_attribution != "none" else 0  # its own moments
@@ -316,7 +306,7 @@ def _pass(plan: Plan, most: int, order: int = 0, backward: Differentiated = "") 
     was seen to hold two thirds of them.
     """
     shape, one_pass = shape_of(plan), rows_at_once(plan, most, order, backward)[1]
-    if not is_sliced(plan):
+    if not plan.is_sliced:
         return one_pass + memory.float32_base(shape, base_bytes(plan))
     frozen = memory.largest(shape, trained=False) * (4 + (base_bytes(plan) if base_bytes(plan) < 4 else 0))
     one_at_a_time = not backward and order < 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trl_entropy.models.loading import is_adapter
+from trl_entropy.preflight import memory
 from trl_entropy.preflight.hardware import Hardware
 from trl_entropy.preflight.launch import Launch
 from trl_entropy.preflight.shapes import ModelShape
@@ -45,6 +46,16 @@ class Plan:
     @property
     def engine(self) -> str:
         return self.launch.engine
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the optimizer's state is spread over processes."""
+        return self.engine.startswith(("zero", "fsdp"))
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether parameters are spread over processes too: ZeRO-3, FSDP2."""
+        return memory.shards(self.engine, "weights", self.world_size) > 1
 
     @property
     def attention(self) -> str:

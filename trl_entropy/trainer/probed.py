@@ -96,7 +96,8 @@ class ProbedTrainer(_Trainer):
         shard_on_cpu_if_asked()
         args.trainer_loss = loss_of(type(self), ProbedTrainer)
         self.run_log, self.probe_runner, self._step_log = RunLogCallback(), ProbeRunner(), StepLog()
-        own = [*self._first_callbacks(), self.probe_runner, self._step_log, *_toggled(args)]
+        probes = [PROBES[name].from_config(args) for name in args.enabled_probes()]
+        own = [*self._first_callbacks(), self.probe_runner, self._step_log, *controls(args), *probes]
         with built_for_training(args):
             super().__init__(model, reward_funcs, args, *positional, callbacks=[*own, *(callbacks or [])], **kwargs)
         tensorboard.log_into(self.callback_handler.callbacks, RunDirectory(args.output_dir).tensorboard_path)
@@ -393,17 +394,10 @@ class ProbedTrainer(_Trainer):
             evaluation_mode(model),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
-            asked = {"compute_entropy": True} if compute_entropy else {}
+            more = keywords_of_batch(batch) | ({"compute_entropy": True} if compute_entropy else {})
             logps, entropy, *_ = self._get_per_token_logps_and_entropies(
-                model, ids, mask, batch["completion_ids"].shape[1], batch_size, **keywords_of_batch(batch), **asked
+                model, ids, mask, batch["completion_ids"].shape[1], batch_size, **more
             )
         if compute_entropy:
             del self._scored  # this was no loss
         return logps, entropy
-
-
-def _toggled(args: Any) -> list[TrainerCallback]:
-    """Controls and probes that the config turns on, in the order in which they get events."""
-    found: list[TrainerCallback] = [*controls(args)]
-    found += [PROBES[name].from_config(args) for name in args.enabled_probes()]
-    return found
