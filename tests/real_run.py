@@ -14,6 +14,7 @@ SETTINGS = {
     "num_train_problems": 64, "num_eval_problems": 8, "per_device_eval_batch_size": 8, "num_generations_eval": 1,
     "entropy_probe_every": 1, "entropy_probe_completions": "held_out", "entropy_probe_num_completions": 8,
     "report_to": "none", "save_strategy": "steps", "likelihood_probe_every": 1,
+    "mutual_information_probe": True, "mutual_information_probe_every": 3, "mutual_information_num_prompts": 4,
     "noise_scale_probe": True, "fisher_probe": True, "fisher_num_sequences": 12, "entropy_attribution": "token",
     "entropy_control": "report", "entropy_control_target": 0.3, "entropy_control_num_completions": 8,
     "save_steps": 3, "save_only_model": True, "disable_tqdm": True,

@@ -40,14 +40,13 @@ HERE = {
     r"python tests/benchmarks/generate_modes\.py .*": "--problems 2 --samples 2 --batch-sizes 2 --rounds 1",
     r"python tests/benchmarks/computed_cost\.py .*": "--hidden 32 --layers 1 --vocab 64 --rounds 1",
     r"python -m benchmarks\.page_of_a_long_run": "--steps 4 --completions 16 --files 2 --tokens 8",
+    r"trl-entropy train --config gsm8k-embedded .*": _PROBED,
     r"python tests/benchmarks/next_rollouts\.py .*": "--seeds 0 --steps 2 --held-out 8",
 }
-_REST_OF_BENCHMARKS = (
-    r"prompt_selection|entropy_control|entropy_control_cell|step_time|fisher_rows|pass_memory|run_size"
-)
+_REST_OF_BENCHMARKS = r"prompt_selection|entropy_control|entropy_control_cell|control_study|entropy_sources|step_time|fisher_rows|pass_memory|run_size"
 HELP = {  # half a minute to hours: their options are read, and their modules imported
     rf"python tests/benchmarks/(?:{_REST_OF_BENCHMARKS}|peak_memory)\.py(?: .*)?",
-    r"python -m (?:tests\.)?benchmarks\.(?:probe_memory|reward_sum) .*",
+    r"python -m (?:tests\.)?benchmarks\.(?:probe_memory|reward_sum|template_collapse) .*",
 }
 _EXPERIMENT = "experiments/test_experiment.py::test_{}_from_end_to_end"
 TESTS = {
@@ -65,6 +64,11 @@ TESTS = {
     r"trl-entropy experiment agreement .+": "probes/test_agreement.py::test_command_prints_tables_and_draws",
     r"trl-entropy experiment predictors .+":
         "experiments/test_predictors.py::test_the_predictor_that_made_the_changes_is_found",
+    r"trl-entropy experiment claims --list":
+        "experiments/test_claims.py::test_the_list_shows_everything_without_a_run",
+    r"trl-entropy experiment claims --runs .* --train.*":
+        "experiments/test_claims.py::test_training_takes_every_command",
+    r"trl-entropy experiment branch --checkpoint .*": "experiments/test_branch.py::test_a_small_one_from_end_to_end",
     r"trl-entropy experiment exchange --checkpoint .*": _EXPERIMENT.format("exchange"),
     r"trl-entropy experiment exchange .*":
         "experiments/test_exchange_of_runs.py::test_the_command_prints_the_table_and_writes_numbers_and_figure",
@@ -108,6 +112,8 @@ REASONS = {
     r"trl-entropy (?:train|sft) --config configs/(?:sft-)?smollm2-135m\.yaml.*":
         "Trains SmolLM2-135M for most of an hour, and its weights come from a package index. The settings are read by "
         "test_every_shipped_config_is_read.",
+    r"trl-entropy evaluate --sampler vllm .*|bash launch/test-vllm\.sh":
+        "Needs vLLM's CPU build, which is downloaded: 0.85 GB. By hand, with its date there.",
     r"trl vllm-serve .*": "A command of TRL that needs a GPU and vLLM; the client's side is tested with a stand-in.",
     r"pip install .*": "Installs from a package index; launch/test-install.sh does it in fresh environments.",
     r"(?:git clone|python3 -m venv|\. |EXTRAS=\S+ \. |cd|export|tmux|ssh|tail|ls|column) ?.*":

@@ -5,7 +5,7 @@ The commands that the documents tell a reader to type: those of README and the o
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,8 +29,18 @@ def _lines_of_page(text: str) -> Iterator[str]:
     rest = _ANY_BLOCK.sub("", text)
     indented = "\n".join(re.findall(r"^    +(\S.*)$", rest, re.MULTILINE))
     for block in [*(block for _, block in _BLOCK.findall(text)), indented]:
-        yield from block.replace("\\\n", " ").splitlines()
+        yield from _with_variables(block.replace("\\\n", " ").splitlines())
     yield from re.findall(r"`([^`\n]+)`", rest)
+
+
+def _with_variables(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a block, with what it has set, as in NAME="some words", in the place of $NAME."""
+    known: dict[str, str] = {}
+    for line in lines:
+        if given := re.fullmatch(r'([A-Z]+)="(.*)"', line.strip()):
+            known[given[1]] = given[2]
+        else:
+            yield re.sub(r"\$([A-Z]+)\b", lambda found: known.get(found[1], found[0]), line)
 
 
 def _lines_of_settings(text: str) -> Iterator[str]:

@@ -78,4 +78,4 @@ def test_data_that_cannot_be_read_is_said_before_the_model_is_loaded(job, tmp_pa
     task = {"task": "gsm8k", "dataset_name": str(tmp_path / "gone.jsonl")}
     with pytest.raises(SystemExit):
         worker.run(replace(job, settings=replace(job.settings, task=task)).to_json())
-    assert capsys.readouterr().out.startswith("failed there is no file or folder")
+    assert capsys.readouterr().out.startswith("failed dataset_name: there is no file or folder")

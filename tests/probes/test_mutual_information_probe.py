@@ -65,7 +65,7 @@ def measured(model, num_ranks, sampled):
         metrics: dict[str, float] = {}
         probe = MutualInformationProbe(1, 4)
         engine, rollouts = Mock(spec=Engine, accelerator=accelerator), batch(shares[rank], sampled)
-        engine.scoring_model.side_effect = lambda params: one_at_a_time_in(model)
+        engine.scoring_model.side_effect = lambda params, **kwargs: one_at_a_time_in(model)
 
         files, record = Mock(spec=ProbeFiles), Mock(spec=StepRecord, step=3, rollouts=rollouts)
         probe.on_before_update(

@@ -120,7 +120,7 @@ def test_every_engine_is_trained_by_a_test():
     from trainers_worker import KINDS
 
     others = {"ProbedGMPOTrainer": "gmpo", "ProbedRLOOTrainer": "rloo", "EntropyChange": "callback"}
-    assert {*others.values()} == {*KINDS}
+    assert {*others.values()} == {*KINDS} - {"agent"}  # which is DrGRPOTrainer again
     tested = {(row, name) for row, engine in ENGINES.items() for name in others if engine in ("plain", *RANKS)}
     launched = {engine for engine, *_ in LAUNCHES.values()} - {"cpu"} | {"plain"}
     tested |= {(row, "DrGRPOTrainer") for row, engine in ENGINES.items() if engine in launched}
