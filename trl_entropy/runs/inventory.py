@@ -354,7 +354,13 @@ RUN_FILES = [
     ),
     RunFile("report/{any}", "HTML, PNG", "The page of the run, and its figures.", "a browser"),
     RunFile("set_aside/{any}", "as above", "What a resumption cut: nothing is deleted.", "you"),
-    RunFile("README.md", "Markdown", "The model card that transformers writes.", "the hub"),
+    RunFile(
+        "README.md",
+        "Markdown",
+        "The model card that TRL writes for the hub: the method, the base model, versions. It is no guide to the run "
+        "directory; that is this page.",
+        "the hub",
+    ),
     RunFile(
         ".training.lock",
         "a lock",
