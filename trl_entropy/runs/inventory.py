@@ -200,7 +200,9 @@ RUN_FILES = [
             "loss_mask": _COMPLETIONS["loss_mask"],
             "prompt_index": _PROMPT_INDEX,
             "raw_advantages": Part("reward less the group's mean", "reward", "B"),
-            "loss_coefficients": Part("minus alpha: derivative of the loss by the token's log-probability", "", "B T"),
+            "loss_coefficients": Part(
+                "alpha (T2): minus the derivative of the loss by the token's log-probability", "", "B T"
+            ),
             "attribution": Part(
                 "change that the token made, to first order; their sum is entropy/delta_gradient",
                 "nats/token",
