@@ -360,8 +360,8 @@ def _shares(change: pd.Series) -> pd.Series:
 def _prompts(run: Run, step: int, table: pd.DataFrame) -> list[str]:
     """The text of each group's prompt, in the order of the groups."""
     first = table.drop_duplicates("prompt_index")
-    if "text" in table:
-        return first["prompt"].tolist()
+    if "text" in table or table.empty:
+        return [] if table.empty else first["prompt"].tolist()
     arrays = run.probe_file("rollouts", step, ("input_ids", "attention_mask", "completion_mask"))
     return _texts_of_prompts(run, arrays, arrays["completion_mask"].shape[1], first["row"])
 
