@@ -55,17 +55,21 @@ def test_the_readmes_script_runs_as_it_stands(tmp_path, monkeypatch, warm_start_
     """
     With two steps in the place of its twenty, with the probe of the site, and with what the site then asks of the run.
     """
-    (code,), (probe,) = python_blocks("README.md"), python_blocks("docs/use/probe.md")
+    (code,), (probe, with_error) = python_blocks("README.md"), python_blocks("docs/use/probe.md")
     same, last_step, parts, _ = python_blocks("docs/use/script.md")
     assert same == code and "max_steps=20" in code and "train_dataset=" in code
-    code = f"{probe}\n{code}".replace("train_dataset=", "callbacks=[Certainty()], train_dataset=")
+    both = "callbacks=[Certainty(), CertaintyWithError()], train_dataset="
+    code = f"{probe}\n{with_error}\n{code}".replace("train_dataset=", both)
     monkeypatch.setenv("TRL_ENTROPY_CACHE", str(warm_start_dir.parent))
     monkeypatch.chdir(tmp_path)
     exec(code.replace("max_steps=20", "max_steps=2"), {})
     row, last = RunDirectory(tmp_path / "runs" / "first").metrics()
     assert row["entropy/delta_measured_stderr"] > 0 and last["entropy/delta_measured_stderr"] > 0
     assert 0 < row["reward"] < 1 and 0 < abs(row["my/certainty_change"]) < 0.2
+    assert 0 < abs(last["my/certainty_change"]) < 0.2 and 0 < row["my/certainty_change_stderr"] < 0.2
+    assert (row["entropy/num_prompts"], last["entropy/num_prompts"]) == (4, 32)  # as the page says
     told = capfd.readouterr()
     assert "building the warm start" not in told.err  # its seed is that of the quickstart
     exec(last_step + parts, {})
-    assert f"{last['entropy/delta_measured']} +-" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert f"{last['entropy/delta_measured']} +-" in printed and "num_prompts" in printed

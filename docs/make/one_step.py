@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pandas as pd
 
 from trl_entropy import load_run, view
 from trl_entropy.analysis.comparison import student_t
@@ -43,12 +44,16 @@ def fixed(value: float, digits: int = 4) -> str:
 def numbers_of(run: Run, step: int) -> dict[str, Any]:
     """All that the template names."""
     row = next(row for row in run.rows() if row["step"] == step)
+    groups = _groups(run, step)
     return {
         "step": step,
         "row": row,
         "config": run.config,
         "head": _head(run),
-        "groups": _groups(run, step),
+        "groups": groups,
+        "printed_changes": sum(
+            round(group["change"] * 1e6, 2) for group in groups
+        ),  # what the table's column adds up to
         "adamw": _adamw(run.config, row, step),
         "parts": {name: row[f"entropy/delta_{name}"] for name in ("momentum", "weight_decay", "gradient")},
         "measured": _measured(run, step),
@@ -86,10 +91,16 @@ def _groups(run: Run, step: int) -> list[dict[str, Any]]:
                 "mean": float(rewards.mean()),
                 "advantages": sorted(set(np.round(rollouts["advantages"][rows], 6).tolist())),
                 "weight": float(np.abs(attribution["loss_coefficients"][rows]).max()),
+                "coefficient": _largest_in_size(attribution["loss_coefficients"][rows]),
+                "steepest": _largest_in_size(rollouts["advantages"][rows]),
                 "change": float(attribution["attribution"][rows].astype(float).sum()),
             }
         )
     return found
+
+
+def _largest_in_size(values: np.ndarray) -> float:
+    return float(values.flat[np.abs(values).argmax()])
 
 
 def _adamw(config: dict[str, Any], row: dict[str, Any], step: int) -> dict[str, float]:
@@ -130,6 +141,7 @@ def _measured(run: Run, step: int) -> dict[str, Any]:
         "drawn": drawn,
         "plain_is_after": plain,
         "num_completions": len(mask),
+        "example": _example(run, file, mask, weight, plain),
         "prompts": [{"sums": one.tolist(), "without": left} for one, left in zip(sums, without, strict=True)],
         "total": total.tolist(),
         "before": total[0] / total[1],
@@ -139,6 +151,32 @@ def _measured(run: Run, step: int) -> dict[str, Any]:
         "stderr": stderr,
         "dof": count - 1,
         "t": student_t(count - 1),
+    }
+
+
+def _example(
+    run: Run, file: dict[str, np.ndarray], mask: np.ndarray, weight: np.ndarray, plain_is_after: bool
+) -> dict[str, Any]:
+    """The token whose weight is furthest from 1, among those with an entropy of at least 0.1 nats."""
+    end = "before" if plain_is_after else "after"
+    far = np.where((mask > 0) & (file[f"entropy_{end}"] >= 0.1), np.abs(np.log(np.maximum(weight, 1e-9))), -1.0)
+    row, position = (int(index) for index in np.unravel_index(far.argmax(), far.shape))
+    before, after = (
+        float((file[f"logps_{name}"][row, :position].astype(float) * mask[row, :position]).sum())
+        for name in ("before", "after")
+    )
+    ids = file["input_ids"][row, -mask.shape[1] :]
+    prompts = list(dict.fromkeys(file["prompt_index"].tolist()))
+    return {
+        "text": run.texts_of(pd.Series([int(ids[position])])).iloc[0],
+        "row": row,
+        "prompt": prompts.index(int(file["prompt_index"][row])) + 1,
+        "position": position,
+        "before": before,
+        "after": after,
+        "exponent": before - after if plain_is_after else after - before,
+        "weight": float(weight[row, position]),
+        "entropy": float(file[f"entropy_{end}"][row, position]),
     }
 
 

@@ -27,7 +27,15 @@ which toggle logs a key stands in [every toggle](toggles.md).
 - *E* is the probe batch, on which a change is measured; *U* the completions that the step was trained on.
 - `rewards/NAME/delta_measured` and the like, of a reward function, and `metrics/NAME/delta_measured`, of a metric
   function, mean what `reward/delta_measured` means, in the function's own unit (`change_of`).
+- `same_sample_*`, `cross_*` and `placebo_*` are regressions over the steps so far of the measured change on the
+  predicted one. `same_sample`: both on the same completions, so that agreement confirms the derivative and predicts
+  nothing. `cross`: predicted on one half of the prompts of E, measured on the other, which share no sampling error.
+  `placebo`: predicted from an earlier step's update. The noise of a prediction flattens the plain slope, and
+  `corrected_slope` is the slope without that: 1 for a right prediction. They begin with the third step, and say little
+  while the steps are few.
 - `time/NAME` is the seconds of a probe. `eval_KEY` is a number of held-out prompts.
+- *Held-out* prompts are prompts that training never uses: those of `eval_dataset`, or of the split for evaluation.
+  `entropy_probe_completions: held_out` is another thing, prompts of the training set that are not in this step.
 - *Over processes* says what is summed before the one division: `sum`; `max`; `histogram`; `E`, sums over each
   completion of E; `U`, products between prompt groups of U; `groups`, products of each group's gradient; `pairs`,
   products of all pairs of completions; `none`, every process has the same number; `TRL`, as TRL does it.

@@ -152,6 +152,25 @@ def test_over_runs_is_the_student_interval(tmp_path):
     assert over_runs(steps[steps["run"] == "c"], "x").loc[1, ["low", "high"]].isna().all()
 
 
+def test_intervals_of_a_step_are_students_with_the_prompts_that_it_names(tmp_path):
+    row = {"entropy/delta_measured": -0.01, "entropy/delta_measured_stderr": 0.002, "entropy/num_prompts": 4}
+    half = {"reward/half_a_linear": 0.5, "reward/half_a_linear_stderr": 0.1, "reward/half_a_num_prompts": 2}
+    control = {"fisher/diagonal": 1.0, "fisher/diagonal_stderr": 0.1}
+    RunDirectory(tmp_path).append_metrics(1, row | half | control)
+    RunDirectory(tmp_path).append_metrics(2, {"reward": 1.0})
+    RunDirectory(tmp_path).append_metrics(3, row | {"entropy/num_prompts": 1})
+    run = load_run(tmp_path)
+    table = run.intervals()
+    margin = 3.182446 * 0.002
+    assert table.index.tolist() == [1, 3] and table.loc[1, "num_prompts"] == 4
+    assert table.loc[1, ["low", "high"]].tolist() == pytest.approx([-0.01 - margin, -0.01 + margin], rel=1e-6)
+    assert table.loc[3, ["low", "high"]].isna().all()
+    assert run.intervals("reward/half_a_linear").loc[1, "high"] == pytest.approx(0.5 + 12.7062 * 0.1, rel=1e-5)
+    for key, told in (("reward", "no standard error"), ("fisher/diagonal", "docs/intervals.md"), ("x", "No step has")):
+        with pytest.raises(ValueError, match=told):
+            run.intervals(key)
+
+
 def test_student_t_is_that_of_a_printed_table():
     for dof, quantile in ((1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (20, 2.086), (100, 1.984)):
         assert student_t(dof) == pytest.approx(quantile, abs=5e-4)

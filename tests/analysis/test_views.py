@@ -233,6 +233,31 @@ def test_the_newest_step_that_has_a_view(run, tmp_path):
     assert last_view(run, "dropped").empty and "rule" in last_view(run, "dropped")
 
 
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("parts", "entropy_attribution: sequence or token"),
+        ("evaluation", "eval_strategy"),
+        ("groups", "of step 7 has no rows"),
+        ("completions", "no step of this run has it"),
+        ("tokens", "probes/rollouts"),
+        ("dropped", "resample_uninformative_groups"),
+        ("measured_completions", "probes/entropy"),
+        ("measured_tokens", "entropy_probe: true"),
+    ],
+)
+def test_a_view_without_rows_says_what_it_needs(tmp_path, caplog, name, told):
+    path = run_of(tmp_path / "run", [{"entropy/delta_linear": -0.01}])
+    assert view(load_run(path), name, 7).empty
+    assert told in caplog.records[-1].getMessage()
+
+
+def test_a_view_with_rows_says_nothing_and_one_of_another_step_names_those_that_have_it(run, caplog):
+    assert not view(run, "parts").empty and not view(run, "tokens", STEP).empty and not caplog.records
+    assert view(run, "tokens", 99).empty
+    assert "steps that have it: 1, 2, 3." in caplog.text
+
+
 def test_unknown_views_are_refused(run):
     with pytest.raises(ValueError, match="use one of"):
         view(run, "layers", STEP)

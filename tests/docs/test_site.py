@@ -130,6 +130,15 @@ def test_the_step_is_walked_through_with_the_runs_own_numbers(real_run, monkeypa
     normaliser = len(found["groups"]) * run.config["num_generations"] * run.config["max_completion_length"]
     for group in found["groups"]:
         assert group["weight"] == pytest.approx(max(map(abs, group["advantages"])) / normaliser, rel=1e-4, abs=1e-12)
+        assert abs(group["steepest"]) == pytest.approx(max(map(abs, group["advantages"])), abs=1e-6)
+        if len({abs(one) for one in group["advantages"]}) == len(
+            group["advantages"]
+        ):  # else the largest has two signs
+            assert group["coefficient"] == pytest.approx(group["steepest"] / normaliser, rel=1e-4, abs=1e-12)
+    assert found["printed_changes"] == pytest.approx(changes * 1e6, abs=0.005 * len(found["groups"]))
+    example = measured["example"]
+    assert math.exp(example["exponent"]) == pytest.approx(example["weight"], rel=1e-9)
+    assert abs(example["exponent"]) == pytest.approx(abs(example["before"] - example["after"]), rel=1e-9)
     for token in found["tokens"]:
         product = found["adamw"]["coefficient"] * token["weight"] * token["derivative"]
         assert product == pytest.approx(token["change"], rel=1e-6)

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from trl_entropy.analysis.evaluations import Evaluations, concatenated, table_in
+from trl_entropy.analysis.step_intervals import intervals_of
 from trl_entropy.analysis.tokens import own_tokens, token_table
 from trl_entropy.runs.directory import RunDirectory
 from trl_entropy.runs.reading import UnreadableFile, check_last_line, reading
@@ -78,6 +79,23 @@ class Run(Evaluations):
     def rows(self, key: str = "step") -> list[Row]:
         """The lines of `metrics.jsonl` that have `key`, as the functions of `analysis.plots` take them."""
         return [row for row in self._rows if row.get(key) is not None]
+
+    def intervals(self, key: str = "entropy/delta_measured") -> pd.DataFrame:
+        """
+        What was measured or predicted on the probe batch, with its 95 % interval (Student's t over prompts).
+
+        Args:
+            key: of the entropy, the reward, a length or a metric: `NAME/probe_batch`, `NAME/delta_*`, `NAME/error_*`,
+                `NAME/half_*`.
+
+        Returns:
+            A row for each step that has the key (the index): `value`, `stderr`, `low`, `high`, `num_prompts`, in the
+            key's unit. `low` and `high` are nan for a single prompt.
+
+        Raises:
+            ValueError: when no step has the key, or its error is not one over the prompts of a probe batch.
+        """
+        return intervals_of(self.steps, key)
 
     @functools.cached_property
     def _rows(self) -> list[Row]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from trl_entropy.runs.strict_json import Json
+
 _MASKS = ("completion_mask", "loss_mask")
 
 
@@ -98,3 +100,17 @@ def token_dump(tokens: pd.DataFrame, columns: Sequence[str] = ("entropy", "surpr
         bar = "█" * round(width * row[columns[0]] / largest)
         lines.append(f"{row['position']:>8}  {row['token']!r:<16}  {numbers}  {bar}")
     return "\n".join(lines)
+
+
+def ends_of(config: Json, ids: np.ndarray, mask: np.ndarray, own: np.ndarray) -> list[str]:
+    """
+    How each completion ends: "masked" without a token that counts, "ended" at an end token, "truncated" at the largest
+    length without one, "stopped" otherwise (at an answer, or by an environment).
+    """
+    eos = config.get("model_config", {}).get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    lengths, most = mask.sum(axis=1), config.get("max_completion_length")
+    last = np.where(lengths, ids[np.arange(len(ids)), np.maximum(lengths - 1, 0)], -1)
+    found = np.where(np.isin(last, [token for token in eos_ids if token is not None]), "ended", "stopped")
+    found = np.where((found == "stopped") & (lengths == (most or -1)), "truncated", found)
+    return np.where(own.any(axis=1), found, "masked").tolist()

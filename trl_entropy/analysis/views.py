@@ -11,6 +11,7 @@ the probe batch on which its change was measured (`measured_completions`, `measu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -18,14 +19,17 @@ import pandas as pd
 
 from trl_entropy.analysis.attribution import is_well_away
 from trl_entropy.analysis.comparison import student_t
+from trl_entropy.analysis.empty_views import why_empty
 from trl_entropy.analysis.rewards import ROUND, reward_columns, reward_table
 from trl_entropy.analysis.run import Run
-from trl_entropy.analysis.tokens import own_tokens, token_table, turns_of
+from trl_entropy.analysis.tokens import ends_of, own_tokens, token_table, turns_of
 from trl_entropy.analysis.view_columns import COLUMNS
 from trl_entropy.runs.change_metrics import KINDS, PARTS
 from trl_entropy.runs.reading import UnreadableFile
 from trl_entropy.runs.step_files import completions_steps
 from trl_entropy.runs.strict_json import Json, Row
+
+logger = logging.getLogger(__name__)
 
 Arrays = Mapping[str, np.ndarray]
 Columns = dict[str, np.ndarray]
@@ -33,7 +37,8 @@ Columns = dict[str, np.ndarray]
 
 def view(run: Run, name: str, step: int | None = None, rows: Iterable[int] | None = None) -> pd.DataFrame:
     """
-    The table of one view; columns that the run's files do not have are left out.
+    The table of one view; columns that the run's files do not have are left out. A table without rows is returned
+    with a warning that says what it needs.
 
     Args:
         run: the run.
@@ -44,6 +49,13 @@ def view(run: Run, name: str, step: int | None = None, rows: Iterable[int] | Non
     Raises:
         ValueError: when there is no such view, or the view needs a step.
     """
+    table = _table(run, name, step, rows)
+    if table.empty:
+        logger.warning("%s", why_empty(run, name, step))
+    return table
+
+
+def _table(run: Run, name: str, step: int | None, rows: Iterable[int] | None) -> pd.DataFrame:
     if name in _OF_THE_RUN:
         return _OF_THE_RUN[name](run)
     if name not in COLUMNS or step is None:
@@ -146,7 +158,7 @@ def completions(run: Run, step: int) -> pd.DataFrame:
     table["length"] = own.sum(axis=1)
     if not np.array_equal(own, mask):
         table["context_length"], table["turns"] = (mask & ~own).sum(axis=1), turns_of(own).max(axis=1, initial=-1) + 1
-    table["end"] = _ends(run, arrays["input_ids"][:, -mask.shape[1] :], mask, own)
+    table["end"] = ends_of(_config(run), arrays["input_ids"][:, -mask.shape[1] :], mask, own)
     return table.join(reward_table(run, step, arrays))
 
 
@@ -330,21 +342,6 @@ def _means(values: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.where(own, values.astype(float), 0.0).sum(axis=1) / np.where(counts, counts, np.nan)
 
 
-def _ends(run: Run, ids: np.ndarray, mask: np.ndarray, own: np.ndarray) -> list[str]:
-    """
-    How each completion ends: "masked" without a token that counts, "ended" at an end token, "truncated" at the largest
-    length without one, "stopped" otherwise (at an answer, or by an environment).
-    """
-    config = _config(run)
-    eos = config.get("model_config", {}).get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else [eos]
-    lengths, most = mask.sum(axis=1), config.get("max_completion_length")
-    last = np.where(lengths, ids[np.arange(len(ids)), np.maximum(lengths - 1, 0)], -1)
-    found = np.where(np.isin(last, [token for token in eos_ids if token is not None]), "ended", "stopped")
-    found = np.where((found == "stopped") & (lengths == (most or -1)), "truncated", found)
-    return np.where(own.any(axis=1), found, "masked").tolist()
-
-
 def _config(run: Run) -> Json:
     """The run's settings; none if the file is damaged, which whoever shows the settings says."""
     try:
@@ -363,8 +360,8 @@ def _shares(change: pd.Series) -> pd.Series:
 def _prompts(run: Run, step: int, table: pd.DataFrame) -> list[str]:
     """The text of each group's prompt, in the order of the groups."""
     first = table.drop_duplicates("prompt_index")
-    if "text" in table:
-        return first["prompt"].tolist()
+    if "text" in table or table.empty:
+        return [] if table.empty else first["prompt"].tolist()
     arrays = run.probe_file("rollouts", step, ("input_ids", "attention_mask", "completion_mask"))
     return _texts_of_prompts(run, arrays, arrays["completion_mask"].shape[1], first["row"])
 

@@ -33,7 +33,9 @@ class TokenScores:
     """
     Entropy of the next-token distribution and log-probability of the token drawn, per completion token, nats.
 
-    `entropy[n]` and `logps[n]` are the n-th derivatives along the direction that was asked for; n = 0 the values.
+    `entropy[0]` and `logps[0]` are the values, `entropy[1]` and `logps[1]` their first derivatives along the direction
+    that was asked for, which for a probe is the step's update, and `entropy[2]`, `logps[2]` the second, where they
+    were taken: the tuples are as long as what was asked for.
     `experts` are the sets that the L routers of a mixture chose where it read each token, ascending; None if the model
     is dense or its routers do not say.
     """

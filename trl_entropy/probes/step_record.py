@@ -27,7 +27,8 @@ class ScoredCompletions(NamedTuple):
     Attributes:
         completions: E; `loss_mask` is 1 for the tokens that the policy drew.
         before, after: entropy and log-probability of each token, nats, with the parameters from before and from after
-            the step, and their derivatives along the update where the probe has taken them.
+            the step: `before.entropy[0]`. `before.entropy[1]` is the first derivative along the update, where the
+            probe has taken it.
         weights_before, weights_after: (T6), token by token: the weighted mean over E's tokens of what a token's prefix
             decides, such as its entropy, is the mean under the policy from before, or from after, the step.
     """

@@ -32,12 +32,33 @@ _CHANGES = {
 _PREDICTIONS = [name for name in _CHANGES if name != "measured"]
 _STATISTICS = {
     "slope": "regression slope",
-    "corrected_slope": "regression slope corrected for the noise of the prediction",
+    "corrected_slope": "regression slope, corrected for its flattening by the noise of the prediction,",
     "correlation": "correlation",
     "r_squared": "squared correlation",
-    "ceiling_r_squared": "largest squared correlation that the noise allows",
+    "ceiling_r_squared": "largest squared correlation that the noise allows (nan while the stated errors exceed the "
+    "scatter of the steps)",
+}
+_KINDS_OF_PAIRS = {
+    "same_sample": "both on the same completions",
+    "cross": "predicted on half a of E's prompts, measured on half b",
+    "placebo": "predicted from an earlier step's update",
 }
 _COMPARED = [*(f"same_sample_{name}" for name in _PREDICTIONS), *(f"cross_{name}" for name in _CHANGES), "placebo"]
+
+
+_COMPARED_WITH = {
+    "measured": "the measured change of half a",
+    "linear": "the first-order prediction",
+    "second_order": "the second-order prediction",
+    "trapezoid": "the trapezoid rule",
+    "placebo": "the first-order prediction",
+}
+
+
+def _pairs_of(kind: str) -> str:
+    """The two numbers of a regression and the completions that they are from, in words."""
+    name = next(name for name in _KINDS_OF_PAIRS if kind.startswith(name))
+    return f"of the measured change on {_COMPARED_WITH[kind.removeprefix(f'{name}_')]}, {_KINDS_OF_PAIRS[name]}"
 
 
 def _changes_of(quantity: str, unit_: str, what: str, changes: dict[str, str], compared: list[str]) -> list[Metric]:
@@ -51,9 +72,10 @@ def _changes_of(quantity: str, unit_: str, what: str, changes: dict[str, str], c
         *((f"error_{name}", unit_, f"{text} minus measured change, on the same completions")
           for name, text in changes.items() if name != "measured"),
     ], f"{quantity}/") + keys("E", [
-        *((f"integral_{name}", unit_, f"{what} at the first probed step plus the sum of each {text} since")
+        *((f"integral_{name}", unit_, f"a level: {what} before the first step, plus the sum over the steps since of "
+           f"the {text}; only where every step is measured")
           for name, text in changes.items()),
-        *((f"{kind}_{name}", "1", f"{text}, measured change on prediction, over the steps so far")
+        *((f"{kind}_{name}", "1", f"{text} {_pairs_of(kind)}, over the steps so far")
           for kind in compared for name, text in _STATISTICS.items()),
     ], f"{quantity}/", "last")
 

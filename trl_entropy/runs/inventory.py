@@ -200,7 +200,9 @@ RUN_FILES = [
             "loss_mask": _COMPLETIONS["loss_mask"],
             "prompt_index": _PROMPT_INDEX,
             "raw_advantages": Part("reward less the group's mean", "reward", "B"),
-            "loss_coefficients": Part("minus alpha: derivative of the loss by the token's log-probability", "", "B T"),
+            "loss_coefficients": Part(
+                "alpha (T2): minus the derivative of the loss by the token's log-probability", "", "B T"
+            ),
             "attribution": Part(
                 "change that the token made, to first order; their sum is entropy/delta_gradient",
                 "nats/token",
@@ -354,7 +356,13 @@ RUN_FILES = [
     ),
     RunFile("report/{any}", "HTML, PNG", "The page of the run, and its figures.", "a browser"),
     RunFile("set_aside/{any}", "as above", "What a resumption cut: nothing is deleted.", "you"),
-    RunFile("README.md", "Markdown", "The model card that transformers writes.", "the hub"),
+    RunFile(
+        "README.md",
+        "Markdown",
+        "The model card that TRL writes for the hub: the method, the base model, versions. It is no guide to the run "
+        "directory; that is this page.",
+        "the hub",
+    ),
     RunFile(
         ".training.lock",
         "a lock",

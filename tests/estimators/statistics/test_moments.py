@@ -156,3 +156,22 @@ def test_few_pairs():
 
 def test_errors_beyond_the_variance_leave_no_ceiling():
     assert math.isnan(moments_of([(0.0, 0.0, 9.0), (1.0, 2.0, 9.0), (2.0, 1.0, 9.0)]).ceiling_r_squared().value)
+
+
+def test_errors_beyond_the_variance_of_both_values_leave_no_ceiling_either():
+    """The product of two negative variances is positive: a run once logged a ceiling of 386 over three steps."""
+    pairs = [(0.0, 0.0, 9.0, 9.0), (1.0, 2.0, 9.0, 9.0), (2.0, 1.0, 9.0, 9.0)]
+    alone = moments_of(pairs).ceiling_r_squared()
+    together = statistics_of_all([moments_of(pairs)], ["r_squared", "ceiling_r_squared"])[0]
+    assert math.isnan(alone.value) and math.isnan(together["ceiling_r_squared"].value)
+    assert together["r_squared"].value == pytest.approx(0.25) and math.isfinite(together["r_squared"].stderr)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_ceiling_is_nan_or_a_squared_correlation(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(3, 2, dtype=torch.float64, generator=generator)
+    errors = torch.rand(3, 2, dtype=torch.float64, generator=generator)
+    shared = (2 * torch.rand(3, 1, dtype=torch.float64, generator=generator) - 1) * errors.prod(dim=1, keepdim=True)
+    found = moments_of(torch.cat([values, errors, shared], dim=1)).ceiling_r_squared().value
+    assert math.isnan(found) or 0 <= found <= 1

@@ -93,7 +93,9 @@ class PairMoments:
         """The R^2 that a perfect prediction would have with the stated errors of both values.
 
         A perfect prediction has corrected correlation 1, hence R^2 = (sqrt(Vx Vy) + c)^2 / (Var(x) Var(y)) with Vx, Vy
-        the variances less the errors' and c the errors' covariance. nan where the errors exceed the variance.
+        the variances less the errors' and c the errors' covariance. nan where the errors of either value exceed its
+        variance, as they do by chance over few steps: what is left is then no variance of a signal. Where it is a
+        number it is at most 1, if the errors' covariances are possible ones.
         """
         return self._estimate(STATISTICS["ceiling_r_squared"])
 
@@ -163,7 +165,8 @@ def _variances(means: Float[Tensor, "K *N"], count: Float[Tensor, "*N"]) -> _Var
 
 
 def _ceiling_r_squared(v: _Variances) -> Float[Tensor, "*N"]:
-    signal = ((v.xx - v.error_xx) * (v.yy - v.error_yy)).sqrt()
+    # Two roots, not the root of the product: where both variances are negative their product is not.
+    signal = (v.xx - v.error_xx).sqrt() * (v.yy - v.error_yy).sqrt()
     return (signal + v.error_xy).square() / (v.xx * v.yy)
 
 
