@@ -43,7 +43,12 @@ HERE = {
     r"trl-entropy train --config gsm8k-embedded .*": _PROBED,
     r"python tests/benchmarks/next_rollouts\.py .*": "--seeds 0 --steps 2 --held-out 8",
 }
-_REST_OF_BENCHMARKS = r"prompt_selection|entropy_control|entropy_control_cell|control_study|entropy_sources|step_time|fisher_rows|pass_memory|run_size"
+_REST_OF_BENCHMARKS = "|".join(
+    (
+        *("prompt_selection", "entropy_control", "entropy_control_cell", "control_study", "entropy_sources"),
+        *("step_time", "fisher_rows", "pass_memory", "run_size"),
+    )
+)
 HELP = {  # half a minute to hours: their options are read, and their modules imported
     rf"python tests/benchmarks/(?:{_REST_OF_BENCHMARKS}|peak_memory)\.py(?: .*)?",
     r"python -m (?:tests\.)?benchmarks\.(?:probe_memory|reward_sum|template_collapse) .*",
