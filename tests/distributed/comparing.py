@@ -15,9 +15,10 @@ def rounding_of(row: dict) -> float:
 
 
 def width_of(row: dict, key: str) -> float:
-    """The width of the interval that a key is an end of, which may be near 0; 0 for another key."""
+    """The width of the interval of a key, or that it is an end of, which may be near 0; 0 for another key."""
     name, _, end = key.rpartition("_")
-    width = row[f"{name}_high"] - row[f"{name}_low"] if end in ("low", "high") and f"{name}_low" in row else 0.0
+    name = name if end in ("low", "high") else key
+    width = row[f"{name}_high"] - row[f"{name}_low"] if f"{name}_low" in row else 0.0
     return width if math.isfinite(width) else 0.0
 
 

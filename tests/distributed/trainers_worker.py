@@ -45,7 +45,13 @@ PROBES = {
     "optimizer_state_probe": True,
     "effective_sample_size_probe": True,
 }
-AGENT = {"entropy_probe_completions": "next_rollouts", "entropy_attribution": "token", "likelihood_probe": True}
+# All of the next step's completions: a part of them is the first groups of each process, other ones by their number.
+AGENT = {
+    "entropy_probe_completions": "next_rollouts",
+    "entropy_probe_num_completions": ROWS,
+    "entropy_attribution": "token",
+    "likelihood_probe": True,
+}
 KINDS = ("rloo", "gmpo", "agent", "callback")
 
 

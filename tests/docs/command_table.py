@@ -36,17 +36,15 @@ HERE = {
     r"python tests/benchmarks/score_cost\.py": "--rounds 3",
     r"python tests/benchmarks/shared_prompts\.py .*": "--rounds 1",
     r"python tests/benchmarks/fisher_kernel\.py": "--hidden 128 --num-sequences 4 --rounds 2",
-    r"python tests/benchmarks/step_time\.py noise_scale": "--hidden 128 --rounds 2 --steps 1",
     r"python tests/benchmarks/generate_modes\.py .*": "--problems 2 --samples 2 --batch-sizes 2 --rounds 1",
-    r"python tests/benchmarks/computed_cost\.py .*": "--hidden 32 --layers 1 --vocab 64 --rounds 1",
     r"python -m benchmarks\.page_of_a_long_run": "--steps 4 --completions 16 --files 2 --tokens 8",
     r"trl-entropy train --config gsm8k-embedded .*": _PROBED,
-    r"python tests/benchmarks/next_rollouts\.py .*": "--seeds 0 --steps 2 --held-out 8",
+    r"python tests/benchmarks/next_rollouts\.py .*": "--seeds 0 --steps 4 --held-out 8",
 }
 _REST_OF_BENCHMARKS = "|".join(
     (
         *("prompt_selection", "entropy_control", "entropy_control_cell", "control_study", "entropy_sources"),
-        *("step_time", "fisher_rows", "pass_memory", "run_size"),
+        *("step_time", "fisher_rows", "pass_memory", "run_size", "computed_cost"),
     )
 )
 HELP = {  # half a minute to hours: their options are read, and their modules imported
