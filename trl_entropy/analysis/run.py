@@ -80,22 +80,24 @@ class Run(Evaluations):
         """The lines of `metrics.jsonl` that have `key`, as the functions of `analysis.plots` take them."""
         return [row for row in self._rows if row.get(key) is not None]
 
-    def intervals(self, key: str = "entropy/delta_measured") -> pd.DataFrame:
+    def intervals(self, key: str = "entropy/delta_measured", num_prompts: str | None = None) -> pd.DataFrame:
         """
         What was measured or predicted on the probe batch, with its 95 % interval (Student's t over prompts).
 
         Args:
             key: of the entropy, the reward, a length or a metric: `NAME/probe_batch`, `NAME/delta_*`, `NAME/error_*`,
                 `NAME/half_*`.
+            num_prompts: for a key of your own with a `KEY_stderr` over prompts: the key that has their number, which
+                for the probe batch is `entropy/num_prompts`.
 
         Returns:
             A row for each step that has the key (the index): `value`, `stderr`, `low`, `high`, `num_prompts`, in the
             key's unit. `low` and `high` are nan for a single prompt.
 
         Raises:
-            ValueError: when no step has the key, or its error is not one over the prompts of a probe batch.
+            ValueError: when no step has the key or its error, or that is not known to be one over prompts.
         """
-        return intervals_of(self.steps, key)
+        return intervals_of(self.steps, key, num_prompts)
 
     @functools.cached_property
     def _rows(self) -> list[Row]:
