@@ -44,7 +44,7 @@ HERE = {
 _REST_OF_BENCHMARKS = "|".join(
     (
         *("prompt_selection", "entropy_control", "entropy_control_cell", "control_study", "entropy_sources"),
-        *("step_time", "fisher_rows", "pass_memory", "run_size", "computed_cost"),
+        *("step_time", "fisher_rows", "pass_memory", "run_size", "computed_cost", "sliced_memory"),
     )
 )
 HELP = {  # half a minute to hours: their options are read, and their modules imported
