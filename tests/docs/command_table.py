@@ -44,7 +44,7 @@ HERE = {
 _REST_OF_BENCHMARKS = "|".join(
     (
         *("prompt_selection", "entropy_control", "entropy_control_cell", "control_study", "entropy_sources"),
-        *("step_time", "fisher_rows", "pass_memory", "run_size", "computed_cost", "sliced_memory"),
+        *("step_time", "fisher_rows", "pass_memory", "run_size", "computed_cost"),
     )
 )
 HELP = {  # half a minute to hours: their options are read, and their modules imported
@@ -130,6 +130,7 @@ REASONS = {
     r"python -m pytest .*|bash launch/test\.sh|ruff check .*": "This suite and its static checks.",
     r"bash launch/test-versions\.sh .*": "Installs other versions, three minutes each: by hand, with its date there.",
     r"bash launch/docs\.sh": "Installs the site's tools at its first start, and is a step of the checks itself.",
+    r"python tests/benchmarks/sliced_memory\.py .*": "Two minutes and two processes for each probe.",
     r"python tests/benchmarks/any_module\.py": "Three minutes, and no options; its model is built by no other.",
 }  # fmt: skip
 
