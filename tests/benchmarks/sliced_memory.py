@@ -108,13 +108,13 @@ def train(folder: Path, full: bool, settings: dict[str, Any]) -> dict[str, float
         held.append(weakref.ref(self))
         machine[0] = max(machine[0], sum(one.num_bytes for one in (ref() for ref in held) if one is not None))
 
-    def not_counted(self, *given, draw=ProbeBatches.draw_completions, **named):
+    def not_counted(self, *given, draw=ProbeBatches._draw, **named):
         with _disable_current_modes():  # generation, for which ZeRO-3 gathers the model, as it does in training
             return draw(self, *given, **named)
 
     read = MachineTensors.__getitem__
     with (
-        mock.patch.object(ProbeBatches, "draw_completions", not_counted),
+        mock.patch.object(ProbeBatches, "_draw", not_counted),
         mock.patch.object(Engine, "_begin_update", counted(Engine._begin_update)),
         mock.patch.object(Engine, "_end_update", counted(Engine._end_update)),
         mock.patch.object(runner, "rollouts_drawn", counted(runner.rollouts_drawn)),
