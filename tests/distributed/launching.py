@@ -40,6 +40,7 @@ def launch(
     # Nothing that an outer launcher or another test set may choose the engine.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(scratch), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # pytest has added the folders of the tests
     return run_with_deadline(command, environment, timeout)
 
 

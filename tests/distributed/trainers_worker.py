@@ -1,7 +1,8 @@
-"""
+r"""
 Trainers of TRL with probes, on recorded completions, under the engine of an accelerate YAML.
 
-    accelerate launch --config_file launch/zero2-cpu.yaml tests/distributed/trainers_worker.py MODEL DIRECTORY WITH_KL
+    PYTHONPATH=tests accelerate launch --config_file launch/zero2-cpu.yaml \
+        tests/distributed/trainers_worker.py MODEL DIRECTORY WITH_KL
 
 Writes DIRECTORY/<kind>.json, what each step logs. A completion depends on its prompt and its place in the group only.
 """
