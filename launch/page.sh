@@ -7,7 +7,7 @@ sources=trl_entropy/reporting/browser
 if ! command -v npx >/dev/null; then echo "== node is not here: the page's script is not checked"; exit 0; fi
 tools="$(mktemp -d)"
 trap 'rm -rf "$tools"' EXIT
-if ! npm install --silent --no-fund --no-audit --prefix "$tools" prettier@3.10.1 typescript@7.0.2 >/dev/null 2>&1; then
+if ! timeout 120 npm install --silent --no-fund --no-audit --prefix "$tools" prettier@3.10.1 typescript@7.0.2 >/dev/null 2>&1; then
     echo "== the npm registry is out of reach: the page's script is not checked"; exit 0
 fi
 echo "== prettier, tsc: the page's script"
