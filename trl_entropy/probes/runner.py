@@ -134,10 +134,7 @@ class ProbeRunner(TrainerCallback):
         return any(probe.needs_loss_coefficients for probe in self._wanting())
 
     def _send(self, event: str, probes: list[Probe] | None = None, step: int | None = None, **kwargs: Any) -> None:
-        """
-        Call `event` of every probe that wants this step, or of `probes`, and log what it puts into `metrics` with this
-        step, or with `step`.
-        """
+        """Call `event` of the probes that want this step, or of `probes`; log their `metrics` with it, or `step`."""
         host = self._host
         step = host.current_step if step is None else step
         model = host.accelerator.unwrap_model(host.model)

@@ -261,7 +261,7 @@ class ProbedTrainer(_Trainer):
         return batch
 
     def _change_batch(self, batch: TrainingBatch) -> None:
-        """Called with a new generation; a subclass may change its advantages."""
+        """Called with a new generation, whose advantages a subclass may change."""
 
     def _as_drawn(self, batch: TrainingBatch) -> TrainingBatch:
         """What the policy has drawn, of which a subclass may have replaced a part in `batch`."""
@@ -316,10 +316,8 @@ class ProbedTrainer(_Trainer):
         output = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if kwargs.get("compute_entropy"):  # only the loss asks for the entropy
             self._scored = output[0], output[1]
-        elif self._old_logps is None and not isinstance(
-            self, GRPOTrainer
-        ):  # RLOO's first pass over a generation is that of the policy that drew it
-            self._old_logps = output[0]
+        elif self._old_logps is None and not isinstance(self, GRPOTrainer):
+            self._old_logps = output[0]  # RLOO's first pass over a generation is that of the policy that drew it
         return output
 
     def _compute_loss(self, model: nn.Module, inputs: TrainingBatch) -> Tensor:
