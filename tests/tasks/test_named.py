@@ -1,5 +1,6 @@
 """Functions by name: what is shipped, of a module, of a file; every mistake in one line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def test_the_hash_of_a_file_follows_its_contents_without_importing_it(tmp_path):
     assert list(before) == [str(file)] and before != files_of([f"{file}:f"])
 
 
-def test_a_changed_file_is_imported_anew(tmp_path):
+def test_a_changed_file_is_imported_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as it is where people work
     file = tmp_path / "mine.py"
     for grade in (1, 2):
         file.write_text(f"def grade():\n    return {grade}\n")

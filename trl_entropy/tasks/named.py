@@ -16,8 +16,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 # How the names of files end that hold rows and no functions.
@@ -96,11 +97,18 @@ def _file_of(place: str) -> Path | None:
     return Path(path).resolve() if path and Path(path).is_file() else None
 
 
+class _Uncached(SourceFileLoader):
+    """Compiles what the file has now: Python's cache takes two versions of one second and one size for the same."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 @functools.cache
 def _imported(path: Path, digest: str) -> ModuleType:
     """The module of a file; its folder joins the path of imports, as that of a script does."""
     name = f"{path.stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
