@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Static checks and tests. Usage: bash launch/test.sh [--slow] [pytest arguments]
-# Takes 7 minutes on two idle cores (2026-12-01); --slow adds the long tests, 24 minutes more.
+# Takes 7 to 15 minutes on two cores, --slow another 24 to 60, by how fast they are that day (2026-12-01).
 # Tests run in random order; the first line that pytest prints has the seed, with which --randomly-seed=SEED repeats it.
 set -euo pipefail
 EXTRAS=dev,deepspeed
