@@ -1,7 +1,8 @@
 """
 What a process holds beyond its slices while a probe works, where parameters are sliced: ZeRO-3 and FSDP2 on a CPU.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/sliced_memory.py [--processes 2] [--full] [--engines E ...] [PROBE ...]
+    OMP_NUM_THREADS=1 python tests/benchmarks/sliced_memory.py [--processes 2] [--full] [--largest 10]
+        [--engines E ...] [PROBE ...]
 
 A Qwen2 of eight layers of 15 million numbers trains for two steps of 16 completions of 8 tokens, so that a layer is
 large against activations and vocabulary; with LoRA of rank 8 on all layers or in full. Counted is, in the second step
@@ -48,16 +49,26 @@ PROBES: dict[str, dict[str, Any]] = {
 
 
 def live_bytes() -> Any:
-    """A counter as `LiveBytes`, that keeps shared memory apart and counts no DTensor."""
+    """A counter as `LiveBytes`, that leaves shared memory out, counts no DTensor, and names what is alive at its peak."""
     from live_bytes import LiveBytes
     from torch.distributed.tensor import DTensor
 
     class Live(LiveBytes):
-        def _count(self, storage) -> None:
-            if storage._cdata not in self.alive and getattr(storage, "filename", None):
-                self.alive[storage._cdata] = 0
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: dict[int, str] = {}
+            self.at_peak: dict[str, int] = {}
+
+        def _count(self, storage, tensor, func) -> None:
+            if getattr(storage, "filename", None):
                 return
-            super()._count(storage)
+            before = self.peak
+            super()._count(storage, tensor, func)
+            self.made[storage._cdata] = f"{func} {list(tensor.shape)}, {asked_by()}"
+            if self.peak > before:
+                self.at_peak = {}
+                for key, size in self.alive.items():
+                    self.at_peak[self.made[key]] = self.at_peak.get(self.made[key], 0) + size
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if any(issubclass(kind, DTensor) for kind in types):
@@ -67,8 +78,19 @@ def live_bytes() -> Any:
     return Live()
 
 
-def train(folder: Path, full: bool, settings: dict[str, Any]) -> dict[str, float]:
-    """Two steps on this process; what its second probe held, in layers."""
+def asked_by(most: int = 5) -> str:
+    """The innermost lines outside torch and this file that an operation is called from."""
+    frame, lines = sys._getframe(1), []
+    while frame is not None and len(lines) < most:
+        path = Path(frame.f_code.co_filename)
+        if "torch" not in path.parts and path.name not in ("live_bytes.py", Path(__file__).name, "contextlib.py"):
+            lines.append(f"{path.parent.name}/{path.name}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(lines)
+
+
+def train(folder: Path, full: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """Two steps on this process; what its second probe held, in bytes."""
     from datasets import Dataset
     from peft import LoraConfig
     from torch.utils._python_dispatch import _disable_current_modes
@@ -122,7 +144,7 @@ def train(folder: Path, full: bool, settings: dict[str, Any]) -> dict[str, float
         mock.patch.object(MachineTensors, "__init__", counts_memory),
     ):
         trainer.train()
-    return {"device": live.peak, "machine": machine[0]}
+    return {"device": live.peak, "machine": machine[0], "at_peak": live.at_peak}
 
 
 def main() -> None:
@@ -130,6 +152,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--full", action="store_true", help="train all parameters instead of an adapter")
     parser.add_argument("--engines", nargs="+", default=["zero3-cpu", "fsdp2-cpu"])
+    parser.add_argument("--largest", type=int, default=0, help="print so many of the tensors alive at a peak")
     parser.add_argument("probes", nargs="*", help="; ".join(PROBES))
     options = parser.parse_args()
     print("| engine | probe | device, layers | machine, layers |\n|---|---|---|---|")
@@ -138,10 +161,15 @@ def main() -> None:
         for probe, held in found.items():
             cells = f"{held['device']:.2f} | {held['machine']:.2f}"
             print(f"| {engine.removesuffix('-cpu')} | {probe} | {cells} |", flush=True)
+            for name, size in sorted(held["at_peak"].items(), key=lambda item: -item[1])[: options.largest]:
+                print(f"  {size / LAYER_BYTES:.3f} {name}")
 
 
-def measured(engine: str, num_processes: int, full: bool, probes: list[str]) -> dict[str, dict[str, float]]:
-    """By probe, what the process that holds most has on its `device`, and the `machine`; in layers."""
+def measured(engine: str, num_processes: int, full: bool, probes: list[str]) -> dict[str, dict[str, Any]]:
+    """
+    By probe, what the process that holds most has on its `device`, and the `machine`, in layers; `at_peak` the bytes
+    of what was alive on that device then, by who made it.
+    """
     from launching import launch
 
     found = {}
@@ -155,7 +183,9 @@ def measured(engine: str, num_processes: int, full: bool, probes: list[str]) -> 
         for probe in probes:
             ranks = [json.loads(path.read_text()) for path in sorted(Path(name).glob(f"{probe}.*.json"))]
             assert len(ranks) == num_processes, f"{len(ranks)} processes wrote of {probe}"
+            most = max(ranks, key=lambda rank: rank["device"])
             found[probe] = {kind: max(rank[kind] / LAYER_BYTES for rank in ranks) for kind in ("device", "machine")}
+            found[probe]["at_peak"] = most["at_peak"]
     return found
 
 
