@@ -302,15 +302,14 @@ def rows_at_once(plan: Plan, most: int, order: int = 0, backward: Differentiated
 def _pass(plan: Plan, most: int, order: int = 0, backward: Differentiated = "") -> int:
     """
     Bytes of a pass, with a float32 copy of narrower frozen parameters. Of sliced ones the largest alone, and of the
-    trained ones too, with its direction; but a backward pass has all that it differentiates by, and the second order
-    was seen to hold two thirds of them.
+    trained ones too, with its direction; but a backward pass has all that it differentiates by.
     """
     shape, one_pass = shape_of(plan), rows_at_once(plan, most, order, backward)[1]
     if not plan.is_sliced:
         return one_pass + memory.float32_base(shape, base_bytes(plan))
     frozen = memory.largest(shape, trained=False) * (4 + (base_bytes(plan) if base_bytes(plan) < 4 else 0))
-    one_at_a_time = not backward and order < 2
-    trained = memory.largest(shape, trained=True) * (1 + order) if one_at_a_time else shape.num_trainable
+    with_direction = 2 if order else 1
+    trained = shape.num_trainable if backward else memory.largest(shape, trained=True) * with_direction
     return one_pass + max(frozen, 4 * trained) + (frozen if backward else 0)
 
 
