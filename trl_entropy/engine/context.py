@@ -34,7 +34,7 @@ def _read_once(*phases: str) -> Callable[[Callable[[UpdateContext], object]], pr
     return decorate
 
 
-class _Differences(Mapping[str, Tensor]):
+class Differences(Mapping[str, Tensor]):
     """This rank's shares of dtheta, each made when it is read, so that no further copy of theta's share is held."""
 
     def __init__(self, after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
@@ -216,7 +216,7 @@ class UpdateContext:
 
         float32 itself rounds theta + dtheta: an equation for dtheta agrees within a unit in the last place of theta.
         """
-        return self._engine.assemble(_Differences(self._engine.theta(), self._theta_before))
+        return self._engine.assemble(Differences(self._engine.theta(), self._theta_before))
 
     @_read_once("after")
     def step_skipped(self) -> bool:

@@ -252,7 +252,11 @@ def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple
         }
         read["mutual_information_probe"] = ("params_before",)
     if args.optimizer_state_probe:
-        phases["optimizer_state_probe"] = {"optimizer_state_probe": copy}
+        largest = memory.largest(shape_of(plan), trained=True)
+        phases["optimizer_state_probe"] = {
+            "optimizer_state_probe": copy,
+            "optimizer_state_probe: a tensor's bins": memory.bins(largest) + 4 * largest * plan.is_sliced,
+        }
         read["optimizer_state_probe"] = ("exp_avg_sq",)
     return phases, read
 
