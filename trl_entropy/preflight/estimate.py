@@ -196,7 +196,7 @@ def _num_made(plan: Plan, probe: str) -> int:
     """Copies that a probe makes of what it reads, which alone are whole on a device where parameters are sliced."""
     args = plan.args
     if probe == "entropy_probe" and args.entropy_probe_completions != "rollouts":
-        return 3 if args.entropy_second_order or args.entropy_attribution != "none" else 0
+        return 3 if args.entropy_attribution != "none" else int(args.entropy_second_order)  # the predicted update
     averages = 4 * (args.entropy_control_completions == "probe" and bool(args.entropy_control_gradient_ema))
     made = {"entropy_probe": 3, "noise_scale_probe": 4, "fisher_probe": 4, "entropy_control": 6 + averages}
     return made.get(probe, 0)
