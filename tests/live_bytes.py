@@ -11,7 +11,8 @@ class LiveBytes(TorchDispatchMode):
     """
     Most bytes alive at a time in tensors that operations inside returned, and the largest of these tensors.
 
-    What a kernel allocates for itself and frees again is not seen; nor are tensors from before.
+    What a kernel allocates for itself and frees again is not seen; nor are tensors from before, nor views of them, nor
+    zeros without memory, which torch makes for derivatives.
     """
 
     def __init__(self) -> None:
@@ -20,18 +21,30 @@ class LiveBytes(TorchDispatchMode):
         self.alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {storage._cdata: storage.nbytes() for storage in map(_storage, tensors((args, kwargs)))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for tensor in tensors(out):
+            storage = _storage(tensor)
+            if tensor._is_zerotensor():
+                continue
+            if storage._cdata not in self.alive and given.get(storage._cdata) != storage.nbytes():
+                self._count(storage, tensor, func)
         return out
 
-    def _count(self, storage) -> None:
-        if storage._cdata not in self.alive:
-            self.alive[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
-            weakref.finalize(storage, self._free, storage._cdata)
+    def _count(self, storage: torch.UntypedStorage, tensor: torch.Tensor, func: object) -> None:
+        """A new memory, of which `func` returned `tensor`."""
+        self.alive[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
+        weakref.finalize(storage, self._free, storage._cdata)
 
     def _free(self, key: int) -> None:
         self.now -= self.alive.pop(key, 0)
+
+
+def tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()

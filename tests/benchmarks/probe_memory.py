@@ -137,14 +137,17 @@ def distinct_tokens(completion_ids: list[list[int]], **columns: Any) -> list[flo
 
 def planned(args: DrGRPOConfig, path: str, full: bool, prompt_length: int) -> int:
     """Doctor's bytes of the probe's phase."""
-
-    model = ModelConfig(model_name_or_path=path, use_peft=not full, lora_r=8, lora_target_modules=["all-linear"])
     launch = Launch(engine="plain", num_processes=1, num_asked=1, source="this benchmark", use_cpu=True)
-    plan = Plan(TaskArguments(), args, model, launch, this_machine(), model_shape(model))
+    return sum(planned_items(args, path, full, prompt_length, launch).values())
+
+
+def planned_items(args: DrGRPOConfig, path: str, full: bool, prompt_length: int, launch: Launch) -> dict[str, int]:
+    model = ModelConfig(model_name_or_path=path, use_peft=not full, lora_r=8, lora_target_modules=["all-linear"])
+    plan = Plan(TaskArguments(), args, model, launch, this_machine(use_cpu=True), model_shape(model))
     with mock.patch.object(Plan, "prompt_length", prompt_length):
         phases = estimate(plan).phases
     (phase,) = [items for name, items in phases.items() if name not in ("generation", "loss and backward")]
-    return sum(phase.values())
+    return phase
 
 
 def main() -> None:

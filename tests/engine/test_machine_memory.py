@@ -152,7 +152,7 @@ def layer_bytes(model: nn.Module) -> int:
     return sum(param.nbytes for param in base.model.layers[0].parameters())
 
 
-@pytest.mark.parametrize(("order", "most"), [(0, 0.5), (1, 1.0)])
+@pytest.mark.parametrize(("order", "most"), [(0, 0.5), (1, 1.0), (2, 1.3)])
 def test_less_than_a_layer_is_on_the_device_while_trained_parameters_move(order, most, accelerate_to):
     """As an accelerator has it, where each reading is a copy; whole, parameters and direction are twelve layers."""
     model, accelerator = policy(lora=False, **LARGE), accelerate_to()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -32,6 +32,25 @@ def _read_once(*phases: str) -> Callable[[Callable[[UpdateContext], object]], pr
         return property(get)
 
     return decorate
+
+
+class Differences(Mapping[str, Tensor]):
+    """This rank's shares of dtheta, each made when it is read, so that no further copy of theta's share is held."""
+
+    def __init__(self, after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+        self._after, self._before = after, before
+
+    def __getitem__(self, name: str) -> Tensor:
+        return wide(self._after[name].detach()) - wide(self._before[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._after
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._after)
+
+    def __len__(self) -> int:
+        return len(self._after)
 
 
 class UpdateContext:
@@ -197,12 +216,7 @@ class UpdateContext:
 
         float32 itself rounds theta + dtheta: an equation for dtheta agrees within a unit in the last place of theta.
         """
-        return self._engine.assemble(
-            {
-                name: wide(theta.detach()) - wide(self._theta_before[name])
-                for name, theta in self._engine.theta().items()
-            }
-        )
+        return self._engine.assemble(Differences(self._engine.theta(), self._theta_before))
 
     @_read_once("after")
     def step_skipped(self) -> bool:

@@ -46,19 +46,31 @@ class MachineTensors(Mapping[str, Tensor]):
     ) -> None:
         self.device = accelerator.device
         numbers = {name: shape.numel() * dtype.itemsize for name, (shape, dtype) in sizes.items()}
-        memory, writes = shared_memory(sum(map(_aligned, numbers.values())), accelerator)
+        bytes_of_all, writes = shared_memory(sum(map(_aligned, numbers.values())), accelerator)
+        memory = bytes_of_all.untyped_storage()
         self._held: dict[str, Tensor] = {}
         start = 0
         for name, (shape, dtype) in sizes.items():
-            self._held[name] = memory[start : start + numbers[name]].view(dtype).view(shape)
+            # No view, which a `torch.autograd.Function` may not return
+            self._held[name] = torch.empty(0, dtype=dtype).set_(memory, start // dtype.itemsize, shape)
             start += _aligned(numbers[name])
         for part in parts:
-            for name, value in part.items() if writes else ():
-                self._held[name].copy_(value)
+            if writes:
+                self._write(part)
+            del part  # else it stays until the next has been gathered
         accelerator.wait_for_everyone()  # only now has the process that writes written everything
 
+    def _write(self, part: Mapping[str, Tensor]) -> None:
+        for name, value in part.items():
+            self._held[name].copy_(value)
+
     def __getitem__(self, name: str) -> Tensor:
-        return self._held[name].to(self.device)
+        held = self._held[name]
+        # DeepSpeed's CPU is `cpu:0`, to which torch copies from `cpu`
+        return held if self.device.type == "cpu" else held.to(self.device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held  # `Mapping` reads the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)

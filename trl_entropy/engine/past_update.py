@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trl_entropy.engine.base import Engine
-from trl_entropy.engine.context import UpdateContext, wide
+from trl_entropy.engine.context import Differences, UpdateContext
 from trl_entropy.engine.step_parts import MadeStep, StepBefore, step_before, step_before_from
 from trl_entropy.estimators.optimizer.adamw import UpdateParts
 
@@ -82,11 +82,10 @@ class PastUpdate:
         """The last step that the optimizer has made, from what was kept of it. Collective."""
         device = engine.accelerator.device
         before, after = send_to_device(kept.theta_before, device), engine.theta()
-        change = {name: wide(share) - wide(before[name]) for name, share in after.items()}
         correction = send_to_device(kept.correction, device)
         ends = engine.assemble(before), engine.assemble(after)
         made = None if kept.before is None else kept.before.made(engine)
-        return cls(*ends, engine.assemble(change), correction, made)
+        return cls(*ends, engine.assemble(Differences(after, before)), correction, made)
 
     def parts(self) -> Iterator[tuple[str, UpdateParts]]:
         """The parts of the step (T5), by parameter, without those that it does not change."""

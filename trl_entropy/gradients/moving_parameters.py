@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -83,7 +84,7 @@ class _ReadWhenUsed(MovingParameters):
                 return value
             if self.order == 1:  # as `torch.func.jvp` does with its arguments; no copy
                 return forward_ad.make_dual(value, self.direction[name])
-            return value + self._t * self.direction[name]
+            return _Along.apply(self._t, (value, self.direction[name]))
 
         return read
 
@@ -100,6 +101,26 @@ class _ReadWhenUsed(MovingParameters):
 
         device = next(iter(self.params.values())).device
         return _derivatives(at, torch.zeros((), device=device), torch.ones((), device=device), self.order)
+
+
+class _Along(torch.autograd.Function):
+    """
+    value + t direction at t = 0, whose derivative is `direction` and whose second one is zero, without any memory: by
+    torch's rules the sum is six tensors of that size.
+    """
+
+    @staticmethod
+    def forward(t: Tensor, line: tuple[Tensor, Tensor]) -> Tensor:
+        return line[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.direction = inputs[1][1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx: Any, dt: Tensor | None, line: None) -> Tensor | None:
+        return None if dt is None else ctx.direction  # dt is 1
 
 
 def _derivatives(function: Callable, point: object, tangent: object, order: int) -> tuple[Tensor, ...]:

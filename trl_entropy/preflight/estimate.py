@@ -196,7 +196,7 @@ def _num_made(plan: Plan, probe: str) -> int:
     """Copies that a probe makes of what it reads, which alone are whole on a device where parameters are sliced."""
     args = plan.args
     if probe == "entropy_probe" and args.entropy_probe_completions != "rollouts":
-        return 3 if args.entropy_second_order or args.entropy_attribution != "none" else 0
+        return 3 if args.entropy_attribution != "none" else int(args.entropy_second_order)  # the predicted update
     averages = 4 * (args.entropy_control_completions == "probe" and bool(args.entropy_control_gradient_ema))
     made = {"entropy_probe": 3, "noise_scale_probe": 4, "fisher_probe": 4, "entropy_control": 6 + averages}
     return made.get(probe, 0)
@@ -252,7 +252,11 @@ def _probe_items(plan: Plan) -> tuple[dict[str, dict[str, int]], dict[str, tuple
         }
         read["mutual_information_probe"] = ("params_before",)
     if args.optimizer_state_probe:
-        phases["optimizer_state_probe"] = {"optimizer_state_probe": copy}
+        largest = memory.largest(shape_of(plan), trained=True)
+        phases["optimizer_state_probe"] = {
+            "optimizer_state_probe": copy,
+            "optimizer_state_probe: a tensor's bins": memory.bins(largest) + 4 * largest * plan.is_sliced,
+        }
         read["optimizer_state_probe"] = ("exp_avg_sq",)
     return phases, read
 
@@ -302,15 +306,14 @@ def rows_at_once(plan: Plan, most: int, order: int = 0, backward: Differentiated
 def _pass(plan: Plan, most: int, order: int = 0, backward: Differentiated = "") -> int:
     """
     Bytes of a pass, with a float32 copy of narrower frozen parameters. Of sliced ones the largest alone, and of the
-    trained ones too, with its direction; but a backward pass has all that it differentiates by, and the second order
-    was seen to hold two thirds of them.
+    trained ones too, with its direction; but a backward pass has all that it differentiates by.
     """
     shape, one_pass = shape_of(plan), rows_at_once(plan, most, order, backward)[1]
     if not plan.is_sliced:
         return one_pass + memory.float32_base(shape, base_bytes(plan))
     frozen = memory.largest(shape, trained=False) * (4 + (base_bytes(plan) if base_bytes(plan) < 4 else 0))
-    one_at_a_time = not backward and order < 2
-    trained = memory.largest(shape, trained=True) * (1 + order) if one_at_a_time else shape.num_trainable
+    with_direction = 2 if order else 1
+    trained = shape.num_trainable if backward else memory.largest(shape, trained=True) * with_direction
     return one_pass + max(frozen, 4 * trained) + (frozen if backward else 0)
 
 

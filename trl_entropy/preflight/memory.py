@@ -103,6 +103,11 @@ def largest(shape: ModelShape, trained: bool) -> int:
     return max(numbers, default=0)
 
 
+def bins(numbers: int) -> int:
+    """What `magnitude_counts` holds: of each number |x|, its logarithm and twice its bin, and whether it is 0."""
+    return 25 * min(numbers, 2**24)
+
+
 def num_frozen(shape: ModelShape) -> int:
     """Parameters that are not trained."""
     return shape.num_parameters + shape.num_adapter - shape.num_trainable

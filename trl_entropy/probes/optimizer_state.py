@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trl_entropy.estimators.optimizer.magnitude import magnitude_counts, magnitude_quantile
@@ -25,9 +26,7 @@ class OptimizerStateProbe(Probe):
 
     def on_after_update(self, args, state, control, *, metrics, engine, **kwargs: Any) -> None:
         for moment in ("exp_avg", "exp_avg_sq"):
-            tensors = list(engine.moments(moment).values())
-            tiny = torch.stack([_count(v == 0 for v in tensors), _count(v < args.adam_epsilon**2 for v in tensors)])
-            counts = torch.cat([tiny, magnitude_counts(tensors)]).cpu()  # the only time that the host waits
+            counts = _counts(engine.moments(moment), args.adam_epsilon**2).cpu()  # the only time that the host waits
             for percent in _PERCENTS:
                 metrics[f"optimizer_state/{moment}_p{percent}"] = magnitude_quantile(counts[2:], percent / 100)
             if moment == "exp_avg_sq":
@@ -36,5 +35,11 @@ class OptimizerStateProbe(Probe):
                 metrics["optimizer_state/exp_avg_sq_num_below_eps_sq"] = num_below
 
 
-def _count(chosen: Iterable[Bool[Tensor, "..."]]) -> Int[Tensor, ""]:
-    return torch.stack([one.sum() for one in chosen]).sum()
+def _counts(moments: Mapping[str, Float[Tensor, "..."]], tiny: float) -> Int[Tensor, " two_more"]:
+    """How many numbers are 0, how many below `tiny`, and how many in each bin; with one tensor at a time."""
+    of_each = (_counts_of(moments[name], tiny) for name in moments)
+    return functools.reduce(torch.add, of_each)
+
+
+def _counts_of(moment: Float[Tensor, "..."], tiny: float) -> Int[Tensor, " two_more"]:
+    return torch.cat([torch.stack([(moment == 0).sum(), (moment < tiny).sum()]), magnitude_counts([moment])])

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trl_entropy.engine import Engine, build_engine, rank_symmetric
 from trl_entropy.engine.build import sharded_engine
-from trl_entropy.engine.context import wide
+from trl_entropy.engine.context import Differences
 from trl_entropy.estimators.entropy_change.delta_entropy import policy_entropy
 from trl_entropy.estimators.entropy_change.step_change import (
     importance_sample_size,
@@ -157,7 +157,7 @@ def measure_step(
     before, after = (engine.assemble(one, copy=True) for one in shares)
     direction = None
     if derivatives:
-        direction = engine.assemble({name: wide(now) - wide(shares[0][name]) for name, now in shares[1].items()})
+        direction = engine.assemble(Differences(shares[1], shares[0]))
     ends = []
     for params in (before, after):
         with (
