@@ -2,9 +2,9 @@
 # Contracts and trainer tests with other versions of the packages that numbers depend on, each tried alone beside the
 # pinned ones. Usage: bash launch/test-versions.sh [--slow] [PACKAGE==VERSION ...]
 # Two that belong together are joined by a comma: torch==2.11.0,transformers==5.17.0.
-# Without names: the ends of the ranges of setup.cfg, torch's and DeepSpeed's aside, which are a download of gigabytes and
-# of interest with --slow alone. --slow adds the tests that start two processes under every engine, DeepSpeed's among
-# them. A version takes 3 minutes on an idle core, with --slow 4 more.
+# Without names: the ends of the ranges of setup.cfg that are not pinned. --slow adds the tests that start two processes
+# under every engine, DeepSpeed's among them. A version takes 3 minutes on an idle core, with --slow 4 more; another
+# version of torch is a download of 2 to 3 GB first.
 set -uo pipefail
 EXTRAS=dev,deepspeed
 . "$(dirname "$0")/environment.sh"
