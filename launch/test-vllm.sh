@@ -34,5 +34,7 @@ fi
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 export VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_CI_ENV=1
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}"
+# Installed without bytecode, which takes minutes for all of it: what is imported writes its own, once.
+unset PYTHONDONTWRITEBYTECODE
 echo "== pytest, with vLLM"
 "$python" -m pytest -m vllm tests/real_vllm "$@"

@@ -37,6 +37,8 @@ def test_versions_outside_the_range_are_named(monkeypatch, installed, named):
         ("peft", "0.20.0", True),
         ("accelerate", "1.14.0", True),
         ("datasets", "5.3.0", True),
+        ("deepspeed", "0.19.7", True),
+        ("deepspeed", "0.19.8", False),
         ("deepspeed", "0.20.0", True),
     ],
 )

@@ -7,7 +7,8 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 # First tested version, and first version after the tested ones. Minor releases of TRL change private methods.
-# accelerate 1.14 is not one of them: under FSDP2 it leaves a tied head in no group of the optimizer.
+# accelerate 1.14 is not one of them: under FSDP2 it leaves a tied head in no group of the optimizer. Nor is
+# DeepSpeed 0.19.0, whose ZeRO-3 cuts parameters and replaces `linear` in other private places than 0.19.8.
 TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "trl": ((1, 16), (1, 17)),
     "transformers": ((5, 22, 2), (5, 25)),
@@ -16,7 +17,7 @@ TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "datasets": ((5, 2), (5, 3)),
     "torch": ((2, 13), (2, 14)),
     "pandas": ((3,), (4,)),
-    "deepspeed": ((0, 19), (0, 20)),
+    "deepspeed": ((0, 19, 8), (0, 20)),
 }
 
 

@@ -172,6 +172,23 @@ def test_matmul_precision_can_be_set_and_put_back() -> None:
     assert matmul.fp32_precision == before
 
 
+def test_what_a_node_saved_can_be_read_in_a_hook_while_its_output_lives() -> None:
+    """`SequenceGradients` keeps a layer's inputs so. The node alone is not enough in torch 2.11, and is in 2.13."""
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, anchor, kept):
+            ctx.save_for_backward(kept)
+            return anchor.clone()
+
+    read, layer = [], nn.Linear(2, 2)
+    inputs = torch.ones(1, 2)
+    output, kept = layer(inputs), Keep.apply(torch.zeros((), requires_grad=True), inputs)
+    output.register_hook(lambda gradient: read.extend(kept.grad_fn.saved_tensors))
+    output.sum().backward()
+    assert len(read) == 1 and read[0].data_ptr() == inputs.data_ptr()
+
+
 # ---- DeepSpeed
 
 deepspeed_missing = "DeepSpeed is not installed"

@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+import torch
 from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
@@ -58,3 +59,22 @@ def test_every_setting_that_a_processor_is_made_of_is_known():
 def test_top_k_none_is_50():
     config, _ = merged_by_transformers({}, top_k=None)
     assert config.top_k == 50 == merged({}, {"top_k": None})["top_k"]
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 1e-10, 1e-6), (torch.bfloat16, 1e-5, 1e-2)])
+def test_merging_an_adapter_and_taking_it_out_again_rounds_the_frozen_weights(dtype, least, most):
+    """TRL does so before each draw by vLLM: such a LoRA run is resumed to this rounding, and not bit for bit."""
+    from peft import LoraConfig, get_peft_model
+    from trl.generation import vllm_generation
+
+    source = inspect.getsource(vllm_generation)
+    assert source.index("model.merge_adapter()") < source.index("model.unmerge_adapter()")
+    base = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)).to(dtype)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]), autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+    frozen = layer.base_layer.weight
+    before = frozen.clone()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert least < ((frozen - before).float().norm() / before.float().norm()).item() < most

@@ -12,7 +12,7 @@ from vllm_runs import NEEDS_VLLM, NO_PROBES, REPOSITORY, words_of
 
 from trl_entropy.runs.directory import RunDirectory
 
-pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(1500)]  # a busy machine is no failure
+pytestmark = NEEDS_VLLM
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
 
 

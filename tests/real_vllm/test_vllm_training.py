@@ -126,7 +126,18 @@ def test_resumed_is_uninterrupted(runs, tmp_path, name):
     train(path, resume="latest", **RUNS[name])
     resumed = RunDirectory(path)
     assert [start["after_step"] for start in resumed.starts()] == [0, 2]
-    assert without_clocks(resumed.metrics()) == without_clocks(straight.metrics())
+    if "lora" not in name:
+        assert without_clocks(resumed.metrics()) == without_clocks(straight.metrics())
+        return
+    # To the tolerance of the frozen weights, which TRL's merging for vLLM has rounded in the first two steps of the
+    # run that was not interrupted and which the resumed one reads anew (test_generation_facts.py). Same completions.
+    for step in (3, 4):
+        drawn = [load_file(run.path / "probes" / "rollouts" / f"step_{step:06d}.safetensors")["input_ids"]
+                 for run in (straight, resumed)]  # fmt: skip
+        assert torch.equal(*drawn)
+    for expected, got in zip(straight.metrics(), resumed.metrics(), strict=True):
+        for key in ("loss", "reward", "entropy/probe_batch", "entropy/delta_measured", "entropy/delta_linear"):
+            assert got[key] == pytest.approx(expected[key], rel=1e-3, abs=2e-5), (expected["step"], key)
 
 
 def test_all_probes_of_the_steps_own_completions_know_vllms_factor(tmp_path):
@@ -137,6 +148,8 @@ def test_all_probes_of_the_steps_own_completions_know_vllms_factor(tmp_path):
     for row in rows:
         assert row["sampling/importance_sampling_ratio/max"] > 1
         assert failed_self_checks(row) == {}
-        assert row["entropy/rollouts_gradient_error"] < 1e-4
+        assert 0 < row["noise_scale/gradient_error"] < 1e-4
+    for row in rows[1:]:  # (T17) begins with the second step
+        assert 0 < row["entropy/rollouts_gradient_error"] < 1e-4
     rollouts, _ = probe_file(RunDirectory(tmp_path / "run"), 2)
     assert (rollouts["sampling_logps"] * drawn_by_the_policy(rollouts)).abs().sum() > 0

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Put into each file of tests here: `pytestmark = NEEDS_VLLM`.
 NEEDS_VLLM = [
     pytest.mark.vllm,
+    pytest.mark.timeout(1500),  # a busy machine is no failure
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None,
         reason="vLLM is not installed here; bash launch/test-vllm.sh makes an environment that has it",

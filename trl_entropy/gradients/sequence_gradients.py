@@ -178,7 +178,7 @@ class SequenceGradients:
         first = args[0] if args else next(iter(kwargs.values()))
         leaves, spec = tree_flatten(((first,), {}) if layer.rules else (args, kwargs))
         places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        kept = _Keep.apply(self._anchor, *(leaves[index].detach() for index in places)).grad_fn
+        kept = _Keep.apply(self._anchor, *(leaves[index].detach() for index in places))
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         sums, autocast = ((), None) if layer.rules else (sums_of(outputs), _autocast_dtype(outputs[0].device))
 
@@ -186,7 +186,7 @@ class SequenceGradients:
             if self._batch is None:
                 return
             filled = list(others)
-            for index, tensor in zip(places, kept.saved_tensors, strict=True):
+            for index, tensor in zip(places, kept.grad_fn.saved_tensors, strict=True):
                 filled[index] = tensor
             self._on_gradients(layer, LayerCall(tuple(filled), spec, sums, autocast), list(grads), self._batch)
 
@@ -264,7 +264,8 @@ class SequenceGradients:
 class _Keep(torch.autograd.Function):
     """A node of the graph that keeps tensors as autograd keeps its own: checkpointing drops and recomputes it.
 
-    No gradient flows through the node; it lives as long as somebody refers to it.
+    No gradient flows through the node. It lives as long as its output: torch 2.11 lets go of what a node has saved as
+    soon as only the node itself is referred to.
     """
 
     @staticmethod
