@@ -198,8 +198,9 @@ def markdown(result: Mapping[str, Judged]) -> str:
             lines.append(f"{first} | | |")
         for place, part in enumerate(one["numbers"].values()):
             claimed = _where(Expected("", part["above"], part["below"])).removeprefix(", ")
-            start = first if place == 0 else "| | | |"
-            lines.append(f"{start} {part['what']} | {with_interval(part['estimate'], form='.3g')} | {claimed} |")
+            start, estimate = first if place == 0 else "| | | |", part["estimate"]
+            told = "too few such steps" if math.isnan(estimate["value"]) else with_interval(estimate, form=".3g")
+            lines.append(f"{start} {part['what']} | {told} | {claimed} |")
     return "\n".join(lines)
 
 
