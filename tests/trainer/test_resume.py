@@ -316,6 +316,19 @@ def test_a_change_that_is_asked_for_is_made_and_written_down(make_trainer, run):
     assert began["command"] and began["packages"]["trl"]  # of the first start too
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_vllm_with_an_adapter_says_that_resuming_rounds(make_trainer, tmp_path, caplog, monkeypatch, lora):
+    """`tests/real_vllm` resumes such a run."""
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    trainer = make_trainer(output_dir=str(tmp_path), peft_config=adapter)
+    trainer.args.use_vllm, trainer._allowed_changes = True, {}
+    monkeypatch.setattr(checkpoints, "read_seal", lambda path: {"step": 1})
+    trainer._prepare_run(tmp_path / "checkpoint-1", resumes=False)
+    assert ("use_vllm with an adapter: the resumed run is not bit for bit" in caplog.text) == lora
+
+
 def test_changes_that_are_allowed_where_nothing_is_resumed_are_warned_of(make_trainer, tmp_path, caplog):
     said = "resume_allow_changes is ['seed'], but nothing is resumed: set resume_from_checkpoint with it"
     for resume, times in ((None, 1), ("latest", 0)):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -39,6 +40,10 @@ from trl_entropy.trainer.fingerprints import adapter_settings, data_fingerprint,
 from trl_entropy.trainer.training_state import GenerationWindow
 
 logger = logging.getLogger(__name__)
+VLLM_ROUNDS = (
+    "use_vllm with an adapter: the resumed run is not bit for bit the uninterrupted one, since TRL merges the adapter "
+    "into the frozen weights before each draw and takes it out again, which rounds them"
+)
 
 
 # Settings whose values an optimizer or a learning-rate schedule keeps in its own state.
@@ -134,6 +139,8 @@ class ResumableTrainer(UserFunctionsTrainer):
             self.args.eval_on_start = False  # the run did it before its first step, and would now draw other samples
             if self.is_world_process_zero():
                 logger.info("going on from %s, after step %d", checkpoint, step)
+                if self.args.use_vllm and isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+                    logger.warning(VLLM_ROUNDS)
                 tensorboard.continue_after(self.callback_handler.callbacks, step)
 
     @staticmethod

@@ -199,7 +199,7 @@ def markdown(result: Mapping[str, Judged]) -> str:
         for place, part in enumerate(one["numbers"].values()):
             claimed = _where(Expected("", part["above"], part["below"])).removeprefix(", ")
             start, estimate = first if place == 0 else "| | | |", part["estimate"]
-            told = "too few such steps" if math.isnan(estimate["value"]) else with_interval(estimate, form=".3g")
+            told = "too few to tell" if math.isnan(estimate["value"]) else with_interval(estimate, form=".3g")
             lines.append(f"{start} {part['what']} | {told} | {claimed} |")
     return "\n".join(lines)
 
